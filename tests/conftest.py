@@ -1,4 +1,6 @@
-"""Shared by all tests: one event loop for the network, one torch thread, two peers' keys, and a release's wheel."""
+"""Fixtures and settings for all tests: one event loop, one torch thread, the keys of two peers, and a
+release's wheel.
+"""
 
 import gc
 import os
@@ -8,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-# before numpy is imported: on a busy machine its threads wait for each other, and burn twenty times the work meanwhile
+# This must come before numpy is imported: on a busy machine its threads wait for each other, and take twenty times the
+# processor time.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
@@ -25,7 +28,7 @@ settings.register_profile("talkoot", deadline=None, derandomize=True, print_blob
 settings.load_profile("talkoot")
 sys.dont_write_bytecode = False  # else every process that a test starts compiles all modules again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# nodes of lower priority than the tests that wait for them would starve on a busy machine
+# On a busy machine, nodes with a lower priority than the tests that wait for them would starve.
 os.environ["TALKOOT_NODE_NICENESS"] = "0"
 torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
@@ -104,11 +107,11 @@ LONGEST = (
     "test_resources.py",
     "test_docs.py",
 )
-"""By the time that they take. Those that mostly wait stand beside those that keep the processor busy."""
+"""The slowest files. Those that mostly wait alternate with those that keep the processor busy."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker is left alone with one of them."""
+    """Runs the slowest files first, so that no worker is left alone with one of them at the end."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
@@ -119,7 +122,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def loop() -> Iterator[LoopThread]:
-    """The process's one loop: gRPC and the DHT run here, on a thread beside the tests."""
+    """The event loop of the process: gRPC and the DHT run on it, in another thread than the tests."""
     thread = LoopThread()
     yield thread
     thread.close()
@@ -127,7 +130,9 @@ def loop() -> Iterator[LoopThread]:
 
 @pytest.fixture(scope="module", autouse=True)
 def experts_attend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In the tests of what computes experts, who must see what a row takes from the others of its segment."""
+    """Used by the tests of computing experts: experts have attention, so a row's result depends on other rows of its
+    segment.
+    """
     folders = {"expert_server/experts", "expert_server/serving"}
     attends = "/".join(request.path.parts[-3:-1]) in folders
     with attending_experts() if attends else nullcontext():
@@ -136,14 +141,18 @@ def experts_attend(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def long_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Announcements live for 15 s or more, however often they are renewed: a busy machine may stall for seconds."""
+    """Announcements live for at least 15 s, however often they are renewed, since a busy machine may stall
+    for seconds.
+    """
     monkeypatch.setattr("dht.upkeep._LIFETIMES", 30)
     monkeypatch.setattr(NodeSettings, "lifetime_s", 15.0)
 
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port of 127.0.0.1 that refuses connections. It is held, so that no other process listens there meanwhile."""
+    """A port of 127.0.0.1 that refuses connections. It is reserved, so that no other process listens on it
+    meanwhile.
+    """
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield int(bound.getsockname()[1])
@@ -161,6 +170,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
 
 @pytest.fixture(scope="session")
 def release_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recorded release's wheel; before the first is recorded, the present code packed under another version."""
+    """The wheel of the recorded release. Before any release is recorded: the present code, packed as another
+    version.
+    """
     recorded = recorded_wheels()
     return recorded[-1] if recorded else build_wheel("0.0.1", tmp_path_factory.mktemp("wheel"))

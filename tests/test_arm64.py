@@ -1,4 +1,4 @@
-"""A swarm on emulated arm64 processors: minutes of both cores, after downloads of 300 MB."""
+"""A swarm on emulated arm64 processors: it takes minutes on two cores, after downloads of 300 MB."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""What stands in deploy/, checked as far as it can be without an engine, a cluster and a network."""
+"""The files in deploy/, checked as far as possible without a container engine, a cluster and a network."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ NODES = DEPLOY / "kubernetes" / "nodes.yaml"
 
 
 def compose() -> str:
-    """The file, with its variables at their defaults, or at an address where there is none."""
+    """The file, with its variables replaced by their defaults, or by an address where they have none."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE.read_text())
     return re.sub(r"\$\{\w+:\?[^}]*\}", "192.0.2.7", text)
 
@@ -106,7 +106,7 @@ def test_compose_service_is_given_time_to_hand_over() -> None:
 
 
 def test_prometheus_scrapes_every_service_of_the_compose_file() -> None:
-    """They offer their metrics to nobody: services that use the machine's network are listed, at its loopback."""
+    """Metrics are not published: services that use the machine's network are scraped over its loopback interface."""
     read = yaml.safe_load(compose())
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     files = [
@@ -136,7 +136,7 @@ def test_prometheus_scrapes_every_service_of_the_compose_file() -> None:
 
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
-    """The unit, with a program that exists."""
+    """The unit file, with a program that exists."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze here")
     path = tmp_path / UNIT.name
@@ -150,7 +150,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(unit: Path) -> None:
 
 
 def test_unit_is_exposed_little(unit: Path) -> None:
-    """systemd's own score, from 0 to 10; the network and GPUs are what a node is for."""
+    """systemd's own score, from 0 to 10. A node needs the network and GPUs."""
     analyze = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)]
     ended = subprocess.run(analyze, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr

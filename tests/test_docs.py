@@ -1,4 +1,4 @@
-"""The documentation: it builds, its commands exist, and what is generated from the code is up to date."""
+"""The documentation: it builds, its commands exist, and the pages generated from the code are up to date."""
 
 import re
 import runpy
@@ -32,7 +32,7 @@ def name(path: Path) -> str:
 
 
 def commands(text: str) -> list[str]:
-    """Command lines that begin with `talkoot`, in blocks and within sentences."""
+    """Command lines that begin with `talkoot`, in code blocks and in sentences."""
     blocks = [line for block in _BLOCK.findall(text) for line in block.splitlines()]
     lines = [line for line in blocks if line.startswith("talkoot ")]
     outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -52,7 +52,7 @@ def test_commands_in_the_documentation_exist(path: Path) -> None:
 
 
 def test_commands_are_looked_for_where_people_read() -> None:
-    """So that the test above can't pass because it found nothing."""
+    """So the test above can't pass merely because it found nothing."""
     found = {name(path): len(commands(path.read_text())) for path in PAGES}
     assert found["README.md"] > 3
     assert found["docs/volunteer.md"] > 5
@@ -75,7 +75,7 @@ def test_commands_are_looked_for_where_people_read() -> None:
     ),
 )
 def test_every_setting_is_in_a_guide(setting: str) -> None:
-    """Beside the page that lists all, where somebody who needs it would look."""
+    """Every setting is also in a guide where a user who needs it would look, not only on the page that lists all."""
     shown = re.compile(rf"`{setting}\b|--(no-)?{setting.replace('_', '-')}\b")
     assert [path for path in PAGES if path.name != "settings.md" and shown.search(path.read_text())]
 
@@ -92,7 +92,7 @@ def test_every_setting_says_what_it_is() -> None:
 
 
 def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
-    """mkdocs looks at links between pages, at their anchors, and for pages that nothing leads to."""
+    """mkdocs checks links between pages, their anchors, and that a link leads to every page."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     ended = subprocess.run(build, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -119,7 +119,7 @@ def test_pages_fetch_nothing_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_links_to_files_outside_the_documentation_lead_somewhere() -> None:
-    """mkdocs knows those within docs/."""
+    """mkdocs checks only the links within docs/."""
     for path in PAGES:
         text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):

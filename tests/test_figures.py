@@ -1,4 +1,4 @@
-"""The figures of the code: they are read from this tree, and what must not happen in it does not."""
+"""The figures of the code: they are computed from this tree, and what must not happen in it does not."""
 
 import json
 import runpy

@@ -17,7 +17,7 @@ def tool() -> dict[str, Any]:
 
 
 def installed_for(target: str, folder: Path) -> list[str]:
-    """What a target installs into a new environment, as make would run it."""
+    """What a target installs into a new environment if make runs it."""
     said = subprocess.run(
         ["make", "--dry-run", f"VENV={folder / 'venv'}", target],
         capture_output=True,

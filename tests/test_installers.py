@@ -1,4 +1,4 @@
-"""deploy/install/: what the scripts do with a fake uv, what they refuse, and what linters and a parser say of them."""
+"""deploy/install/: what the scripts do with a fake uv, what they refuse, and what linters and a parser report."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ APPROVED_VERBS = {
     "Remove",
 }
 APPROVED_VERBS |= {"Select", "Set", "Split", "Join", "Test", "Write"}
-"""Those of PowerShell's approved verbs that the script uses (Get-Verb)."""
+"""The approved PowerShell verbs that the script uses (Get-Verb)."""
 AVOIDED = {"Write-Host", "Invoke-Expression", "Get-WmiObject", "Start-Process"}
 
 
@@ -79,7 +79,7 @@ def test_installs_by_the_uv_that_is_there_and_uninstalls_without_a_trace(home: U
 
 @pytest.fixture
 def without_uv(home: UvHome) -> UvHome:
-    """The script downloads uv: by a curl that has an archive with the fake one."""
+    """A home without uv. The script downloads it with a fake curl, whose archive has the fake uv."""
     folder = home.programs.parent / "uv-x86_64-unknown-linux-gnu"
     folder.mkdir()
     home.add_uv(folder)
@@ -184,7 +184,7 @@ def test_script_outside_of_a_clone_asks_for_a_source(home: UvHome) -> None:
 
 @pytest.fixture
 def others_home() -> Iterator[Path]:
-    """A home folder in which this user can't write, and the script beside it."""
+    """A home folder in which this user can't write, with the script in it."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
         home.mkdir(mode=0o555)
@@ -231,7 +231,7 @@ def test_powershell_script_parses(powershell: Node) -> None:
 
 
 def test_powershell_script_follows_the_analyzers_rules(powershell: Node) -> None:
-    """Those of PSScriptAnalyzer that a syntax tree shows; it needs PowerShell itself."""
+    """Checks those rules of PSScriptAnalyzer that a syntax tree shows; the analyzer itself needs PowerShell."""
     text = INSTALL_PS1.read_text(encoding="ascii")  # PSUseBOMForUnicodeEncodedFile
     assert not re.search(r"[ \t]$", text, re.MULTILINE)  # PSAvoidTrailingWhitespace
     functions = words(powershell, "function_name")

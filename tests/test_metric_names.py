@@ -1,4 +1,4 @@
-"""What Prometheus sees of each role: the names, types and labels that dashboards and alerts are written against."""
+"""What Prometheus sees of each role: the names, types and labels that dashboards and alerts depend on."""
 
 import socket
 import time
@@ -30,7 +30,7 @@ LIMIT_S = 120.0
 
 
 def described(text: str) -> list[str]:
-    """Each of our metrics as `name type label=value,value`, sorted; histograms with their bounds."""
+    """Each of Talkoot's metrics as `name type label=value,value`, sorted; histograms with their bounds."""
     ours = (family for family in text_string_to_metric_families(text) if family.name.startswith("talkoot_"))
     return sorted(f"{family.name} {family.type}{_labels(family)}" for family in ours)
 
@@ -49,7 +49,7 @@ def _in_order(label: str, values: set[str]) -> list[str]:
 
 
 def check(role: str, scrape: Callable[[], str]) -> None:
-    """Waits until what is exposed is what the golden file says; some figures are known only after a while."""
+    """Waits until the exposed metrics match the golden file; some figures are known only after a while."""
     path = GOLDEN / f"metrics_{role}.txt"
     golden, deadline = path.read_text().splitlines(), time.monotonic() + LIMIT_S
     while (seen := described(scrape())) != golden and time.monotonic() < deadline:
@@ -70,7 +70,7 @@ def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def trainer_metrics(founder: Founder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a trainer that has validated, and that averages with others, serves its metrics."""
+    """The metrics address of a trainer that has validated, and that averages with others."""
     settings = TrainerSettings.load(seed=0, announce_every_s=0.5, average_every=2)
     with SwarmClient(Invite.parse(founder.invite), settings, tmp_path_factory.mktemp("trainer")) as client:
         client.wait_for_experts(LIMIT_S, lambda text: None)

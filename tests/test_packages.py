@@ -1,4 +1,4 @@
-"""What `python -m build` makes: a source distribution from which the wheel can be built, and the wheel."""
+"""The results of `python -m build`: a source distribution from which the wheel can be built, and the wheel."""
 
 import email
 import os
@@ -21,15 +21,15 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 ROOT = Path(__file__).parents[1]
 FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 _MADE = (".git", *(line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()))
-"""What no commit holds."""
+"""Files and folders that are in no commit."""
 
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both. The wheel is built from the source distribution, as `build` does by default."""
+    """A folder with both packages. The wheel is built from the source distribution, as `build` does by default."""
     folder = tmp_path_factory.mktemp("packages")
     source = folder / "source"
-    # a copy: building leaves a folder `build` behind, whose old files would get into the next wheel
+    # In a copy, since building leaves a folder `build` behind, whose old files would get into the next wheel.
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*_MADE))
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     ended = subprocess.run(build, capture_output=True, text=True, timeout=240)
@@ -111,7 +111,7 @@ def test_source_distribution_is_complete(packages: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    """From the package index, with proto-plus beside it, whose import name is `proto`."""
+    """Installed from the package index, together with proto-plus, whose import name is `proto`."""
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

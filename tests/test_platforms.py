@@ -1,4 +1,4 @@
-"""Only `peer.platform` knows operating systems: no other module names one, uvloop, or what POSIX alone has."""
+"""Only `peer.platform` deals with operating systems: no other module names one, uvloop, or what only POSIX has."""
 
 import ast
 import re
@@ -40,7 +40,7 @@ _WORDS = re.compile(
 
 
 def found_in(source: str) -> Iterator[str]:
-    """What a module must leave to `peer.platform`. Docstrings and comments may name it."""
+    """What a module should leave to `peer.platform`. Docstrings and comments may mention it."""
     tree = ast.parse(source)
     docs = {
         id(node.value)
@@ -77,7 +77,7 @@ def test_no_other_module_names_an_operating_system() -> None:
 
 
 def test_they_are_looked_for_where_they_are() -> None:
-    """So that the test above can't pass because it looks at nothing."""
+    """So the test above can't pass merely because it looks at nothing."""
     assert len(modules()) > 200
     found = [name for path in _ROOM.glob("*.py") for name in found_in(path.read_text())]
     assert {"fcntl", "uvloop", "sys.platform", "geteuid", "AF_UNIX"} <= {*found}

@@ -37,11 +37,11 @@ UNITS = {"": 1, "bytes": 1, "s": 1, "KiB": 2**10, "MiB": 2**20}
 FOUNDER = PeerID.from_base58(VECTORS["peers"]["founder"]["peer_id_base58"])
 CALLER = PeerID.from_base58(VECTORS["peers"]["caller"]["peer_id_base58"])
 VALID_AT = 1_899_999_500.0
-"""Before what is in the vectors expires."""
+"""A time before what is in the vectors expires."""
 
 
 def data(*path: str) -> bytes:
-    """The bytes that the vectors have there."""
+    """The bytes at this place in the vectors."""
     found: Any = VECTORS
     for name in path:
         found = found[name]
@@ -126,7 +126,7 @@ def test_reply_of_the_vectors_is_what_a_trainer_takes(direction: Any) -> None:
 
 
 def _products(calls: dict[str, Any]) -> Any:
-    """For each expert its rows of the gradient, and its updates."""
+    """For each expert: its rows with their gradients, and its updates."""
     gradients = np.array(calls["gradients"])
     updates = [np.array(each) for each in calls["updates"]]
     return [([(0, gradients[0])], updates[0]), (list(enumerate(gradients)), updates[1])]

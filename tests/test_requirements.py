@@ -1,4 +1,6 @@
-"""What Talkoot needs can be installed on the systems and Pythons that it allows, as package indexes have it today."""
+"""Talkoot's requirements can be installed on the systems and Python versions that it supports, as package indexes are
+today.
+"""
 
 import os
 import subprocess
@@ -17,14 +19,14 @@ PLATFORMS = (
     "x86_64-manylinux_2_28",
 )
 SOURCE_ONLY = ("prefetch-generator", "python-baseconv", "varint")
-"""Of hivemind's needs: pure Python without requirements, so that they need no compiler."""
+"""Requirements of hivemind that are pure Python without requirements of their own, so that they need no compiler."""
 _AT_ONCE = 4
 _DEADLINE_S = 240.0
 
 
 @pytest.fixture(scope="module")
 def uv_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saves building those that are source only to learn that they need nothing."""
+    """Settings that declare that the source-only packages need nothing, which saves building them."""
     path = tmp_path_factory.mktemp("uv") / "uv.toml"
     path.write_text(
         "".join(f'[[dependency-metadata]]\nname = "{name}"\nrequires-dist = []\n' for name in SOURCE_ONLY)
@@ -33,7 +35,9 @@ def uv_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve(settings: Path, platform: str, python: str) -> subprocess.CompletedProcess[str]:
-    """uv evaluates the markers for the other machine; pip would for this one."""
+    """Resolves the requirements. uv evaluates environment markers for the other machine; pip would do so for
+    this one.
+    """
     uv = str(Path(sys.executable).with_name("uv"))
     command = [
         uv,
@@ -85,7 +89,7 @@ def test_all_requirements_have_wheels_for_other_systems_and_pythons(uv_settings:
     for (platform, python), ended in found.items():
         needed = packages(ended)
         assert {"torch", "grpcio", "numpy", "cryptography"} <= needed
-        # p2pd only where hivemind has a wheel with it
+        # p2pd is needed only where hivemind has a wheel with it.
         assert ("hivemind" in needed) == (platform in {"aarch64-apple-darwin", "x86_64-manylinux_2_28"})
         assert ("uvloop" in needed) == ("windows" not in platform)
         assert ("miniupnpc" in needed) == (python != "3.14")

@@ -57,7 +57,7 @@ def death(*, survivor: int | None, saved: int = 0) -> Death:
 
 
 def loss_of(one: Death, *after: tuple[float, int]) -> Loss:
-    """What it cost; before it, the expert took one update a second from 50 on."""
+    """The loss by one death. From an update count of 50 on, the expert took one update a second before it."""
     seen = [Observation(float(t), {"e": {"node-1": 50 + t}}) for t in range(0, 50, 2)]
     seen += [Observation(at_s, {"e": {"node-3": count}} if count >= 0 else {}) for at_s, count in after]
     (loss,) = losses([one], seen, checkpoint_every_s=10.0, rescue_s=20.0)

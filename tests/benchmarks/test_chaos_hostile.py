@@ -1,4 +1,4 @@
-"""Chaos with hostile peers: who is hostile, what they do, and what the report makes of it."""
+"""Chaos with hostile peers: which peers are hostile, what they do, and what the report concludes."""
 
 import math
 from collections.abc import Iterator
@@ -133,7 +133,7 @@ def test_tiny_calls_have_one_row_each_and_the_gradients_sign_flipped() -> None:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_what_an_attack_patches_is_there(attack: str, tmp_path: Path, unpatched: None) -> None:
-    """A peer that could not be patched would be honest, and the run would show nothing."""
+    """If the patch failed, the peer would be honest, and the run would show nothing."""
     patches_of(attack, 0, Start(tmp_path / "attack"))()
 
 
@@ -146,7 +146,7 @@ def test_a_rule_is_left_out_for_as_long_as_the_file_exists(
     (spent,) = tmp_path.glob(f"{SPENT}-*")
 
     def is_kept() -> bool:
-        """Imported only here, as a peer does it: afterwards."""
+        """The import comes after the patch, as in a peer."""
         from expert_server.experts.callers import Callers
         from peer.clipping import OwnMoves
         from trainer_client.dispatch.spot_checks import SpotChecks
@@ -181,10 +181,10 @@ def test_part_of_a_step_counts_as_that_part() -> None:
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=8), st.floats(0.5, 1.5), st.floats(0, 0.1))
 def test_the_load_of_the_machine_cancels_out(loads: list[float], speed: float, cost: float) -> None:
-    """Each pair of windows is as slow as the machine was by then."""
+    """In each pair of windows, the swarm is slowed by the machine's load at that time."""
     windows = []
     for number, load in enumerate(loads):
-        # busy all the time, whatever is done
+        # The processor is busy all the time in either case.
         ruled = Window(True, 0.0, 10.0, 7.0, (0.0, 7.0 * (cost + 0.01), 0.0)), 100 * speed / load
         plain = Window(False, 10.0, 20.0, 7.0, (0.0, 7.0 * 0.01, 0.0)), 100 / load
         windows += [ruled, plain] if number % 2 == 0 else [plain, ruled]

@@ -1,4 +1,4 @@
-"""What the benchmark of signed credit says in docs/security.md."""
+"""The benchmark of signed credit finds what docs/security.md says."""
 
 import pytest
 

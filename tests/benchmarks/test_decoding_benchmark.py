@@ -1,4 +1,4 @@
-"""What the benchmark of text generation compares is the same text."""
+"""All contenders of the text generation benchmark generate the same text."""
 
 from pathlib import Path
 

@@ -14,7 +14,7 @@ from trainer_client.settings import TrainerSettings
 
 
 def two_digits() -> Digits:
-    """Images that are told apart by their first half."""
+    """Images that differ only in their first half."""
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 2
     images = rng.random((120, 64)) / 2

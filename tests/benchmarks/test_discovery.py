@@ -1,4 +1,4 @@
-"""The discovery benchmark, in small: what it measures is right, and the same for the same seed."""
+"""The discovery benchmark at a small scale: its measurements are right, and depend only on the seed."""
 
 import random
 from dataclasses import asdict
@@ -69,7 +69,7 @@ def holders(swarm: SimulatedSwarm, keys: list[int]) -> list[set[int]]:
 @given(st.integers(0, 2**32), st.integers(20, 80))
 @settings(max_examples=8)
 def test_the_walk_takes_as_many_rounds_as_the_simulation(seed: int, nodes: int) -> None:
-    """Over the same routing tables, and on links that all take equally long."""
+    """Both use the same routing tables, and links that all take equally long."""
     with simulated_world() as loop:
 
         async def run() -> None:
@@ -94,7 +94,7 @@ def test_the_walk_takes_as_many_rounds_as_the_simulation(seed: int, nodes: int) 
             assert found.entries
             assert found.search.found_after == search.found_after
             assert abs(found.search.rounds - search.rounds) <= 1
-            # those within reach that were known at the start may be asked after the first answers
+            # Nodes within reach that were known at the start may be asked after the first answers.
             waves = round((loop.time() - before) / 0.1)
             assert found.search.rounds <= waves <= found.search.rounds + 1
 

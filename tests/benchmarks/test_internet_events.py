@@ -1,4 +1,6 @@
-"""Each event in a small swarm, that a seed says everything, and what the report makes of the figures."""
+"""Each event in a small swarm; that everything follows from the seed; and what the report concludes from the
+figures.
+"""
 
 import json
 from pathlib import Path

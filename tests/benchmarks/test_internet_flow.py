@@ -1,4 +1,4 @@
-"""The ideal throughput against all cuts, one by one."""
+"""The upper bound of throughput, compared with all cuts one by one."""
 
 from itertools import chain, combinations
 
@@ -21,7 +21,7 @@ def swarms(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[int]]:
 
 
 def least_ratio(demand: list[int], hosts: list[list[int]], capacity: list[int]) -> float:
-    """Over every set of experts that anybody asks for: what its hosts can do, of what it needs."""
+    """The least ratio of capacity to demand over all sets of experts that have any demand."""
     asked = [expert for expert, rows in enumerate(demand) if rows]
     every = chain.from_iterable(combinations(asked, size) for size in range(1, len(asked) + 1))
     return min(

@@ -1,4 +1,4 @@
-"""Links and processors as fluids."""
+"""Links and processors modelled as fluids."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_a_lone_job_ends_exactly_whatever_the_slot() -> None:
 
 def test_jobs_share_a_resource_evenly_and_use_what_others_leave() -> None:
     fluids = Fluids(np.array([10.0, 1.0]), 0.01)
-    # the second can only take 1 a second, so the first gets 9
+    # The second job can take only 1 a second, so the first gets 9.
     ended = run_all(fluids, make_jobs([[0], [0, 1]], [9.0, 1.0], [0.0, 0.0], 2))
     assert ended[0] == pytest.approx(1.0, abs=0.02)
     assert ended[1] == pytest.approx(1.0, abs=0.02)
@@ -92,5 +92,5 @@ def test_nobody_gets_more_than_there_is(some: list[tuple[list[int], float, float
         mine = [n for n, way in enumerate(ways) if resource in way]
         if mine:
             span = max(ended[n] for n in mine) - min(starts[n] for n in mine)
-            # slots begin late for jobs that start in them, by at most one
+            # A job begins at the start of a slot, so it is late by at most one slot.
             assert sum(amounts[n] for n in mine) <= capacity[resource] * (span + 0.05) + 1e-6

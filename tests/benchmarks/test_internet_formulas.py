@@ -1,4 +1,4 @@
-"""The swarm on paper, against brute force and random trials."""
+"""The formulas of the swarm, compared with brute force and random trials."""
 
 import random
 
@@ -42,7 +42,7 @@ def test_a_period_stretches_until_upkeep_is_within_the_budget(size: float, budge
 
 @given(st.integers(1, 6), st.integers(1, 5), st.data())
 def test_throughput_is_what_the_maximum_flow_says(experts: int, nodes: int, data: st.DataObject) -> None:
-    """Of one layer, in which every node hosts every expert."""
+    """For one layer in which every node hosts every expert."""
     share = np.array(data.draw(st.lists(st.floats(0.1, 1), min_size=experts, max_size=experts)))
     share /= share.sum()
     capacity = np.array(data.draw(st.lists(st.floats(1, 100), min_size=nodes, max_size=nodes)))
@@ -52,7 +52,7 @@ def test_throughput_is_what_the_maximum_flow_says(experts: int, nodes: int, data
 
 
 def test_lines_limit_what_is_trained() -> None:
-    """Two layers at two nodes each: four rows of activations, and four of gradients."""
+    """With two layers and two nodes each, a token takes four rows of activations and four of gradients."""
     token = Token(layers=2, top_k=4, nodes=2, row_bytes=125.0)
     assert token.bytes == 8 * 125
     assert most_tokens_per_s(token, 1e9, 8000.0) == 1.0
@@ -150,7 +150,7 @@ def test_more_keys_are_spread_more_evenly() -> None:
 
 
 def test_the_formulas_stand_beside_what_was_simulated() -> None:
-    """A tenth of 1,000 nodes dies, and a tenth of 1,750 replicas: half of the experts have two, and half three."""
+    """A tenth of 1,000 nodes dies, with a tenth of 1,750 replicas: half of the experts have two, and half three."""
     days = {
         "served": 0.999,
         "updates_lost_share": 0.001,
@@ -188,5 +188,5 @@ def test_the_formulas_stand_beside_what_was_simulated() -> None:
     period = next(each for what, each in found.items() if "period" in what and "announcements" in what)
     assert (period.on_paper, period.simulated) == ("160", "150")
     (most,) = (each for what, each in found.items() if "trainers" in what)
-    # 1e9 bit/s over 2 × 2 × 3 rows of 8,000 bit
+    # 1e9 bit/s divided by 2 × 2 × 3 rows of 8,000 bits.
     assert (most.on_paper, most.simulated) == ("10,417", "9,000")

@@ -1,5 +1,5 @@
-"""The engine of the simulated swarm: nodes join, die, part and sleep, and the DHT below them loses what its holders
-take along.
+"""The engine of the simulated swarm: nodes join, die, part and sleep, and items of the DHT are lost with
+their holders.
 """
 
 import json

@@ -76,7 +76,7 @@ def test_same_seed_draws_the_same() -> None:
 
 
 def test_machines_are_there_about_as_often_as_those_of_seti(drawn_sessions: list[list[Session]]) -> None:
-    """Anderson 2006: on for 0.81 of the time."""
+    """Anderson 2006: machines were on for 0.81 of the time."""
     assert _present(drawn_sessions, 0.0, HOURS) == pytest.approx(0.81, abs=0.06)
 
 
@@ -117,7 +117,7 @@ def test_second_day_is_a_weekend() -> None:
 
 
 def _present(found: list[list[Session]], from_h: float, to_h: float) -> float:
-    """Share of the time between these hours."""
+    """The share of the time between these hours in which machines are online."""
     begin_s, end_s = from_h * HOUR_S, to_h * HOUR_S
     there = sum(max(0.0, min(s.end_s, end_s) - max(s.start_s, begin_s)) for each in found for s in each)
     return there / (len(found) * (end_s - begin_s))

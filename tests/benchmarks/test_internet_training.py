@@ -1,4 +1,4 @@
-"""Training on a placed swarm, small: the calls, the trainers, and what the figures say."""
+"""Training on a small placed swarm: the calls, the trainers, and the figures."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Machine:
 def make_swarm(
     machines: Sequence[Machine], replicas: int = 2, dead: frozenset[int] = frozenset()
 ) -> PlacedSwarm:
-    """Expert n of a grid of 4 × 4 in one layer is at machines n, n + 1 and so on."""
+    """Expert n of a 4 × 4 grid in one layer is at the machines n, n + 1 and so on."""
     values = {
         "name": "window",
         "model": {"layers": 1, "hidden": 64},
@@ -63,7 +63,7 @@ def test_drawn_trainers_train_as_fast_as_the_real_ones_that_they_repeat() -> Non
 
 
 def test_slow_hosts_hold_training_up_as_far_as_the_flow_says() -> None:
-    # each expert is at the node that computes 200 rows a second, and nowhere else
+    # Each expert is only at the node that computes 200 rows a second.
     one = make_swarm([Machine(rows_per_s=200.0)], replicas=1)
     figures = train(one, 2, Window(seconds=10.0, warm_up_s=5.0, sequences=2, length=8, in_flight=3))
     assert figures.ideal_as_placed == pytest.approx(200 / 4, rel=0.05)

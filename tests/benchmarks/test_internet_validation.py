@@ -114,6 +114,6 @@ def test_calls_take_at_least_the_time_of_links_and_processors() -> None:
         assert step.forward_s > SMALL.emulated_link.delay_s
         assert step.forward_s + step.backward_s > fastest
     figures = measured.figures()
-    # rows to both experts and back, and gradients likewise, in float32
+    # Rows to both experts and back, and the same for gradients, in float32.
     assert figures["call_bytes_per_row"] > 2 * 4 * SMALL.width
     assert ratio("rows_per_s", figures, [figures, figures]) == 1

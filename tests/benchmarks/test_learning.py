@@ -39,7 +39,7 @@ CALLS = 200
 
 
 def fates(seed: int) -> tuple[list[str], int]:
-    """What became of each of many calls, and how many reached the node."""
+    """How each of many calls ended, and how many reached the node."""
     swarm = FakeSwarm(make_manifest((1,)))
     (uid,) = swarm.manifest.uids()
     request = Request(uid, [2], [0, 1], random_rows(2))

@@ -1,4 +1,4 @@
-"""The benchmark of memories, on one of random words that is built in no time."""
+"""The benchmark of memories, on a memory of random words that is built quickly."""
 
 import gzip
 import random
@@ -88,7 +88,7 @@ def test_every_lie_is_found_out_and_none_believed(memory: BuiltMemory, folder: P
     assert found["honest"]["recall"] == 1.0
     assert found["honest"]["noticed"] == 0
     assert found["forged text"]["noticed"] == found["malformed answers"]["noticed"] == lying.LIARS
-    # what one host leaves out, another one mostly finds in the other cell
+    # What one host leaves out, the host of the other cell mostly finds.
     omitting = lying.measure(memory, folder, questions(memory, 200), ["omits the best"])["omits the best"]
     assert omitting["recall"] < 1.0
     assert omitting["noticed"] == lying.LIARS

@@ -1,4 +1,4 @@
-"""The ways in which the bound of narrow experts is computed give the same."""
+"""All ways of computing the bound for narrow experts give the same result."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SIZES = Sizes((3, 12, 16), (2, 3), width=8, heads=1, feed_forward=16, top_k=2)
 
 
 def parameters_after_steps(way: Way) -> list[Tensor]:
-    """Of each expert, which start alike in every way."""
+    """The parameters of each expert. They start with the same values in every way."""
     torch.manual_seed(0)
     bound = NarrowBound(SIZES, way)
     for _ in range(2):

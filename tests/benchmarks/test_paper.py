@@ -1,4 +1,4 @@
-"""`benchmarks.paper`: what it compares is alike where it should be, and its short run works on real nodes."""
+"""`benchmarks.paper`: what it compares is equal where it should be, and its short run works on real nodes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The benchmark of retrievers that learn, on dictionaries of a few made-up words."""
+"""The benchmark of retrievers that learn, on dictionaries of a few invented words."""
 
 import gzip
 import random
@@ -25,7 +25,7 @@ def words_about(topic: int, rng: np.random.Generator, kind: str, count: int) -> 
 
 @pytest.fixture
 def works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dictionary with entries on 40 topics, another work's definitions of the same words, and a documentation."""
+    """A dictionary with entries on 40 topics, another work's definitions of the same words, and some documentation."""
     rng = np.random.default_rng(0)
     data, index, senses = b"", [], []
     for number in range(400):
@@ -72,7 +72,7 @@ def test_no_word_and_no_heading_is_on_both_sides(works: None) -> None:
     assert tested
     assert not learned & tested
     headings = {q.about for q in (*asked.learned, *asked.tested) if q.kind == "headings"}
-    # two sections are called Examples, so that asks for neither
+    # Two sections are called Examples, so this heading is not a question.
     assert headings == {f"{name} — a module" for name in ("heaps", "queues")} | {
         f"Sorting {name} by key" for name in ("heaps", "queues")
     }
@@ -90,7 +90,7 @@ def test_all_rankings_are_measured(works: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(recall, "CUTS", (5, dual_training.K))
     found = recall.measure(questions.ask(random.Random(0), 1, 100))
     by_all = {name: kinds["all"][str(dual_training.K)] for name, kinds in found["recall"].items()}
-    # the glosses share no word with the entries: only pairs tell what they mean
+    # The definitions share no word with the entries, so only training pairs can teach what they mean.
     assert by_all["dpr"] > by_all["word_vectors"] + 0.3
     assert by_all["dpr"] > by_all["bm25"] + 0.3
     assert by_all["fused"] >= by_all["dpr"] - 0.1
@@ -139,7 +139,7 @@ def test_all_ways_of_answering_are_measured_and_judged(encoder_layers: int) -> N
     size = answers.Size(60, 2 if encoder_layers else 4, 3, 2, 4, 300, 16, 1, encoder_layers)
     found = answers.measure(size)
     assert set(found["exact"]) == {"closed_book", "dpr_reader", "rag_token", "rag_sequence", "gold"}
-    # whatever a model says that has learned nothing: another replica answers in place of the host that died
+    # An untrained model may say anything, but another replica answers in place of the host that died.
     assert found["same_with_a_host_killed"] == 1
     reached = {each.what: each.is_reached for each in verdicts({"answers": found})}
     assert reached["the same answers with one of four hosts killed half-way"]

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.recipe`, and that a run that was stopped goes on as if it had not been."""
+"""The parts of `benchmarks.recipe`, and that a run that was stopped continues as if it had not been."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def test_a_dense_layer_takes_12_multiplications_of_hidden_squared_and_its_attent
 
 
 def test_narrow_experts_take_their_own_sizes_and_two_projections() -> None:
-    """The lab's row at equal compute: attention, then 64 experts of a quarter of the width, top-4."""
+    """One attention, then 64 experts of a quarter of the width, top-4, with equal compute."""
     model = {"layers": 4, "hidden": 96, "context": 128, "local": "attention", "local_layers": 0}
     experts = {"grid": [8, 8], "width": 24, "heads": 1, "head_size": 16, "feed_forward": 312}
     manifest = Manifest.model_validate({"name": "lab", "model": model, "experts": experts})
@@ -160,7 +160,7 @@ def test_experts_are_ordered_by_the_class_that_needs_them_most() -> None:
 
 
 class AfterThreeSteps(threading.Event):
-    """Is set when it is looked at for the fourth time."""
+    """An event that counts how often it is checked, and is set from the fourth time on."""
 
     looks = 0
 
@@ -183,7 +183,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
 
 
 def test_the_experts_of_rows_are_those_that_they_are_sent_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of narrow experts too, whose gate reads a norm of the rows."""
+    """This holds for narrow experts too, whose gate reads normalized rows."""
     data, sent = Mixed(TEXTS, SMALL.context), np.zeros((4, 64), np.int64)
     run = Run.begin(NAMED["transformer top-4, narrow"], replace(SMALL, hidden=32), data)
     send = LocalExperts.send

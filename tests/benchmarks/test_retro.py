@@ -1,4 +1,4 @@
-"""How models that read a memory are compared, and that nothing held out is in their store."""
+"""How models that read a memory are compared, and that no held-out text is in their store."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from trainer_client.retrieval.neighbours import Runs
 
 
 def results(gain: float, noise: float = 0.0) -> dict[str, Any]:
-    """Of two seeds and four sequences: real neighbours gain so much, and it varies by `noise`."""
+    """Results for two seeds and four sequences. Real neighbours gain `gain`, which varies by `noise`."""
     runs = {}
     for seed in range(2):
         base = [2.0 + 0.1 * n for n in range(4)]
@@ -43,7 +43,7 @@ def test_the_standard_error_is_that_of_the_mean_over_sequences() -> None:
     compared = Compared(results(0.2, 0.1)["learning"])
     gain, error = compared.gain_and_error("real 50%", "random")
     assert gain == pytest.approx(0.2)
-    # four sequences that are off by 0.1: the deviation is 0.1 * sqrt(4 / 3)
+    # Four sequences deviate by 0.1 each, so the standard deviation is 0.1 * sqrt(4 / 3).
     assert error == pytest.approx(0.1 * (4 / 3) ** 0.5 / 2)
 
 
@@ -55,7 +55,7 @@ def test_the_deeper_model_costs_as_much_as_the_one_that_reads(size: Size) -> Non
 
 
 def translations() -> Translations:
-    """Chapters of made-up words, and the same with every third word in another spelling."""
+    """Chapters of invented words, and the same with every third word spelt differently."""
     rng = random.Random(0)
     words = ["".join(rng.choices("aeioklmnprst", k=rng.randint(3, 7))) for _ in range(300)]
     told: dict[str, dict[str, str]] = {LEARNED: {}, ADDED: {}}

@@ -1,4 +1,4 @@
-"""`benchmarks.upcycling` lets both models begin where the first one stopped, and says which is ahead."""
+"""`benchmarks.upcycling` starts both models where the first one stopped, and reports which is ahead."""
 
 from dataclasses import replace
 from pathlib import Path

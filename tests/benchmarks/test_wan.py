@@ -1,4 +1,4 @@
-"""The link benchmark: what it makes of its figures, and that its contenders measure one at a time."""
+"""The link benchmark: what it computes from its figures, and that only one contender measures at a time."""
 
 import threading
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""Admission by token: a badge is good for its peer, its swarm, its role and its time, and for nothing else."""
+"""Admission by token: a badge is valid for its peer, its swarm, its role and its time, and for nothing else."""
 
 import contextlib
 from pathlib import Path

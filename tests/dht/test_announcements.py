@@ -1,4 +1,4 @@
-"""What strangers say of themselves does no harm: texts are short and printable, numbers finite and in their range."""
+"""What strangers announce does no harm: texts are short and printable, and numbers are finite and in range."""
 
 import math
 from pathlib import Path

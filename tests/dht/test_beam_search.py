@@ -23,7 +23,7 @@ class Case:
 
     @property
     def widest(self) -> int:
-        """As many prefixes as any dimension but the last has."""
+        """The number of prefixes of the widest dimension, apart from the last."""
         return max([1, *(int(table.sum()) for table in self.alive[:-1])])
 
 
@@ -71,7 +71,9 @@ def test_beam_over_all_live_prefixes_equals_brute_force(case: Case) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.02, 0.3, 0.8, 1.0]), st.sampled_from([2, 20, 10_000]))
 def test_what_a_large_grid_leaves_out_is_never_among_the_best(seed: int, share: float, levels: int) -> None:
-    """Where each row's best coordinates are tried first: also with ties, with huge scores and where few live."""
+    """In a large grid, each row's best coordinates are tried first. The cases include ties, huge scores and few live
+    experts.
+    """
     rng = np.random.default_rng(seed)
     grid, k = (int(rng.integers(2, 12)), int(rng.integers(12, 40))), int(rng.integers(1, 5))
     scale = np.float32(rng.choice([1 / 8, 1e30]))
@@ -105,10 +107,10 @@ def test_experts_with_biases_are_chosen_as_brute_force_does(
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 4.0]))
 def test_among_many_experts_with_biases_a_beam_of_all_prefixes_finds_the_best(seed: int, size: float) -> None:
-    """Where each row's best coordinates are tried first."""
+    """Here each row's best coordinates are tried first."""
     rng = np.random.default_rng(seed)
     grid, k = (70, 80), int(rng.integers(1, 5))
-    # multiples of 1/1024: their sums are exact, so that rounding decides nothing
+    # Multiples of 1/1024 have exact sums, so that rounding decides nothing.
     scores = [(rng.normal(0, 1024, (4, side)).round() / 1024).astype(np.float32) for side in grid]
     bias = (rng.normal(0, 1024 * size, grid).round() / 1024).astype(np.float32)
     alive = prefix_tables(rng.random(grid) < 0.9)
@@ -237,7 +239,7 @@ def test_tables_that_do_not_fit_the_grid_are_refused() -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("live", [0.1, 1.0])
 def test_a_thousand_rows_are_chosen_in_milliseconds(live: float, has_bias: bool) -> None:
-    """Takes 2.5 ms here, 2 to 14 ms with biases; the bound leaves room for a busy machine."""
+    """It takes 2.5 ms here, and 2 to 14 ms with biases. The bound leaves room for a busy machine."""
     rng = np.random.default_rng(3)
     scores = [rng.standard_normal((1024, 32)).astype(np.float32) for _ in range(2)]
     alive = prefix_tables(rng.random((32, 32)) < live)

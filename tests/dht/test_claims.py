@@ -1,4 +1,4 @@
-"""How long a claim may last, whatever it says of itself."""
+"""How long a claim may last, whatever the claim itself says."""
 
 import asyncio
 import math
@@ -76,7 +76,7 @@ def world() -> Iterator[VirtualLoop]:
 def test_a_claim_that_is_not_made_good_keeps_others_away_as_long_whatever_it_counts(
     world: VirtualLoop, update_count: int
 ) -> None:
-    """A count that nobody can beat wins from who claims at the same time; who claims first needs none."""
+    """A huge update count wins against claims made at the same time. A peer that claims first wins without one."""
     saved = {HERE: 5000}
 
     async def run() -> None:

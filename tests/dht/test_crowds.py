@@ -1,4 +1,4 @@
-"""A crowd of made-up peers beside a key hides nothing, in a swarm of simulated peers."""
+"""A crowd of invented peers next to a key hides nothing, in a swarm of simulated peers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ HONEST = 20
 EXPERTS = 16
 HIDDEN = UID(0, (2, 3))
 _TRIED = 8000
-"""Key pairs that are made to find those nearest to a key."""
+"""The number of key pairs that are made to find the ones nearest to a key."""
 
 
 def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Awaitable[None]]) -> None:
@@ -31,7 +31,9 @@ def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Awaitable[None]]) -> 
 
 
 async def crowd(swarm: SimulatedSwarm, key: str, number: int) -> list[PeerID]:
-    """Peers nearer to the key than all others. They are known to all, store nothing, and know only each other."""
+    """Adds peers that are nearer to the key than all others. Everybody knows them, but they store nothing and know only
+    each other.
+    """
     place = key_id_of(key)
     tried: list[Any] = [SimulatedIdentity(10**6 + n) for n in range(_TRIED)]
     tried.sort(key=lambda identity: node_id_of(identity.peer_id.to_bytes()) ^ place)
@@ -62,14 +64,14 @@ async def crowd(swarm: SimulatedSwarm, key: str, number: int) -> list[PeerID]:
 
 
 async def trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> tuple[SimulatedPeer, Directory]:
-    """One that has just joined, through any honest peer."""
+    """A trainer that has just joined through a random honest peer."""
     peer = await swarm.make_peer(serves_dht=False)
     await swarm.join(peer)
     return peer, Directory(peer.registry, swarm.manifest, refresh_every_s=10, now=loop.unix_time)
 
 
 async def look_around(swarm: SimulatedSwarm) -> None:
-    """The nodes look at the expert, as they do all the time to see which need another host."""
+    """All nodes look at the expert, as they regularly do to see which experts need another host."""
     for peer in swarm.peers:
         await peer.registry.replicas([HIDDEN])
 
@@ -116,7 +118,9 @@ def test_known_experts_stay_in_view_as_long_as_they_live_when_their_prefixes_are
 
 
 def test_of_a_crowd_too_large_to_ask_them_all_the_witnesses_tell() -> None:
-    """Four times as many as nodes, and more than one look-up asks."""
+    """The crowd is four times as large as the honest nodes, and larger than the number of peers that one
+    look-up asks.
+    """
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         await crowd(swarm, swarm.keys.prefix(HIDDEN.layer), 4 * HONEST)

@@ -1,4 +1,4 @@
-"""Searching a grid that is too large to know whole, and which replica of an expert is called."""
+"""Searching a grid that is too large to know completely, and which replica of an expert is called."""
 
 import asyncio
 import math
@@ -33,7 +33,7 @@ def few_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeRegistry:
-    """Says which experts are active, and which of them a node serves."""
+    """Has some active experts, some of which a node serves."""
 
     def __init__(self, active: Collection[tuple[int, ...]], served: Collection[tuple[int, ...]]) -> None:
         self.active = set(active)
@@ -147,7 +147,7 @@ def test_no_expert_is_read_twice_when_few_of_the_likely_ones_live() -> None:
 
 
 class Hurried(FakeRegistry):
-    """Finds another host than the experts' own, if it is asked in a hurry."""
+    """A registry that finds another host than the experts' own if it is asked for an urgent answer."""
 
     async def replicas(
         self, uids: Collection[UID], *, at_once: bool = False, **_: Any
@@ -346,7 +346,7 @@ def test_a_dead_peers_replicas_are_gone_at_once_until_it_announces_itself_anew(
 
 
 def rows_of(scores: list[Floats], view: View, avoided: frozenset[PeerID]) -> set[int]:
-    """Of the experts that are chosen: even ones are FIRST's, odd ones SECOND's."""
+    """The parity of the chosen experts' rows: even rows are FIRST's, odd rows SECOND's."""
     chosen = select_experts(scores, view.tables(0, avoided), 4)
     assert chosen.valid.all()
     return set((chosen.coordinates[..., 0] % 2).ravel().tolist())

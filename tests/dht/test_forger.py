@@ -1,6 +1,6 @@
-"""A forger in the swarm: a peer that checks nothing, stores what it likes and answers with it.
+"""A forger in the swarm: a peer that checks nothing, stores anything and answers with it.
 
-No honest expert disappears, and nobody is taken for another.
+No honest expert disappears, and nobody is mistaken for another.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ LIFETIME_S = 60.0
 
 @dataclass
 class Swarm:
-    """Two honest peers, of which the first hosts all experts, and a forger."""
+    """Two honest peers, the first of which hosts all experts, and a forger."""
 
     hosts: list[Host]
     keys: SwarmKeys
@@ -49,7 +49,7 @@ class Swarm:
         return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity)
 
     async def forge(self, key: str, subkey: object, value: object, expires_at: float) -> None:
-        """Offers it to all, and keeps it in the forger's own store, from where it is given to whoever asks."""
+        """Offers an entry to all peers, and puts it into the forger's own store, which answers everybody with it."""
         await store_raw(self.hosts[2], key, subkey, value, expires_at)
 
 
@@ -109,10 +109,12 @@ def announcement(key: str, expires_at: float, state: int) -> records_pb2.RecordP
 
 
 async def see_only_honest(swarm: Swarm) -> None:
-    """What another honest peer sees: each expert at the one who announced it, and each node with its own key."""
+    """Checks what another honest peer sees: each expert at the peer that announced it, and each node with its
+    own key.
+    """
     directory, honest = Directory(swarm.registry(1), MANIFEST, refresh_every_s=60), swarm.hosts[0].peer_id
     await directory.refresh()
-    view = await directory.refresh()  # the first reading of a small grid does without prefixes
+    view = await directory.refresh()  # The first reading of a small grid uses no prefixes.
     assert {uid for uid in UIDS if honest in {r.peer_id for r in view.hosts(uid)}} == set(UIDS)
     assert view.nodes.keys() <= {honest, swarm.hosts[2].peer_id}
     for peer_id, node in view.nodes.items():
@@ -146,7 +148,7 @@ def test_bad_entries_hide_no_good_ones(swarm: Swarm, run: Any, expires_in_s: flo
 def test_a_record_that_expires_with_the_entries_of_a_prefix_does_not_hide_them(
     swarm: Swarm, run: Any
 ) -> None:
-    """A record's subkey is bytes and that of an entry a number: hivemind can't compare the two."""
+    """A record's subkey is bytes, but that of an index entry is a number: hivemind cannot compare the two."""
 
     async def scenario() -> None:
         forger = swarm.hosts[2].identity
@@ -226,7 +228,7 @@ def test_peers_that_are_not_there_fill_no_list(swarm: Swarm, run: Any) -> None:
 
 
 class CountingRegistry:
-    """A swarm in which a forger says that everything is active, and four experts are."""
+    """A swarm in which a forger marks every expert as active, but only four are."""
 
     alive = frozenset(UID(0, (n, n)) for n in range(4))
 

@@ -1,4 +1,4 @@
-"""The manifest's record never expires as long as its founder comes by now and then."""
+"""The manifest's record never expires as long as its founder is online now and then."""
 
 import asyncio
 from collections.abc import Iterable
@@ -17,10 +17,10 @@ JSON = b'{"name": "sauna"}'
 
 
 class Records:
-    """A DHT that holds records of the manifest, and forgets what has expired. The clock is a number."""
+    """A DHT that holds records of the manifest and drops expired ones. Its clock is a number."""
 
     def __init__(self, nodes: float = 5.0) -> None:
-        """`nodes`: in the DHT, as peers estimate."""
+        """`nodes`: how many nodes peers estimate to be in the DHT."""
         self.now = 0.0
         self.nodes = nodes
         self.signed = 0

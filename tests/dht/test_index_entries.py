@@ -1,4 +1,4 @@
-"""Index entries: whatever is not its own key's name, in its own place, is refused."""
+"""Index entries: one that does not have its key's name in the right place is refused."""
 
 import math
 

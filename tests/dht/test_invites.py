@@ -1,4 +1,4 @@
-"""The invite: one line, and any slip in it is found."""
+"""Invites: one line of text, in which any typing error is detected."""
 
 import string
 from pathlib import Path
@@ -174,11 +174,11 @@ def test_an_invite_without_the_authors_fingerprint_is_refused(author: bytes) -> 
 
 
 def test_the_right_message_passes() -> None:
-    """Else the refusals above would say nothing."""
+    """Otherwise the refusals above would prove nothing."""
     assert Invite.parse(line_of(message_of())) == Invite(SwarmKeys("sauna-42", AUTHOR), (ADDRESS,))
 
 
-# Where it may stand
+# Where an invite may be read from
 
 
 def test_it_is_read_from_what_was_passed_or_from_a_file(

@@ -1,4 +1,4 @@
-"""Memories in the DHT: who may publish them, what is read of whatever was stored, and who hosts their cells."""
+"""Memories in the DHT: who may publish them, what readers accept of stored data, and which hosts have their cells."""
 
 import contextlib
 import time
@@ -96,7 +96,7 @@ def as_stored(writer: Identity, payload: records_pb2.RecordPayload) -> Record:
 
 
 def checked(mode: Mode | None, writer: Identity, payload: records_pb2.RecordPayload, **options: Any) -> None:
-    """Raises RecordError if a peer that knows this mode refuses the record."""
+    """Raises RecordError if a peer that knows this admission mode refuses the record."""
     rule = rules(mode, **options).check_record
     RecordValidator(lambda: NOW, rule, swarm_id=KEYS.swarm_id).check(as_stored(writer, payload))
 
@@ -108,7 +108,7 @@ def test_the_founder_publishes_in_every_swarm(mode: Mode | None) -> None:
 
 @pytest.mark.parametrize("mode", ["open", None])
 def test_others_publish_nothing_in_an_open_swarm(mode: Mode | None) -> None:
-    """Nor where a peer does not know the mode yet."""
+    """The same holds where a peer does not know the mode yet."""
     payload = library(entry(publisher=LIBRARIAN))
     for role in Role:
         payload.badge.CopyFrom(badge_of(role, LIBRARIAN))
@@ -154,7 +154,7 @@ def test_nodes_and_librarians_announce_cells(role: Role) -> None:
             checked("token", LIBRARIAN, payload, now=lambda: NOW)
 
 
-# What a record may be
+# What a record may contain
 
 
 def cell(
@@ -233,7 +233,7 @@ def test_index_entries_lead_to_cells() -> None:
         refused(stored(key, (following + 128) % 4096, key), "another piece")
 
 
-# What is read of a record
+# What readers accept of a record
 
 
 def test_an_entry_is_read_as_it_was_written() -> None:
@@ -370,7 +370,9 @@ def test_a_memory_is_found_by_its_name_or_its_id() -> None:
 async def swarm(
     mode: Mode, badges: Sequence[admission_pb2.Token | None] = (None, None, None), gullible: int = -1
 ) -> AsyncIterator[tuple[list[Host], list[Registry]]]:
-    """The founder, a second peer and a third, each with the swarm's rules. One may take whatever it is given."""
+    """The founder, a second peer and a third, each with the swarm's rules. One of them may accept anything it
+    is given.
+    """
     hosts: list[Host] = []
     registries: list[Registry] = []
     try:
@@ -402,13 +404,13 @@ def test_what_the_founder_publishes_others_read(loop: LoopThread) -> None:
     async def scenario() -> None:
         async with swarm("open") as (_, (founder, second, third)):
             assert await MemoryRegistry(second).libraries() == {}
-            # by the founder's key, at another peer
+            # Signed with the founder's key, but announced by another peer.
             publishing = MemoryRegistry(third)
             await publishing.publish_library([entry(), entry("bible")], FOUNDER)
             for registry in (founder, second, third):
                 read = await MemoryRegistry(registry).libraries()
                 assert read == {FOUNDER.peer_id: (entry(), entry("bible"))}
-            # at once, though both records expire after as long
+            # It replaces the other at once, though both records expire at the same time.
             await MemoryRegistry(founder).publish_library([entry(revision=2)])
             assert await publishing.libraries() == {FOUNDER.peer_id: (entry(revision=2),)}
 
@@ -476,12 +478,12 @@ def test_no_memory_goes_back_to_an_older_revision(loop: LoopThread) -> None:
             old = sign_record(FOUNDER, library(entry(revision=4), expires_at=new - 5))
             await MemoryRegistry(founder).publish_library([entry(revision=5)])
             assert await reading.libraries() == {FOUNDER.peer_id: (entry(revision=5),)}
-            # replayed, once the holders have lost the newer one
+            # An old record that is sent again once the holders have lost the newer one.
             for host in hosts:
                 host.dht.storage.clear()
             assert await store_raw(hosts[2], KEYS.library, FOUNDER.peer_id.to_bytes(), old, new - 5)
             assert await reading.libraries() == {FOUNDER.peer_id: (entry(revision=5),)}
-            # signed later, by mistake
+            # A record that was signed later, by mistake.
             later = new + 60
             record = sign_record(FOUNDER, library(entry(revision=3), entry("bible"), expires_at=later))
             assert await store_raw(hosts[2], KEYS.library, FOUNDER.peer_id.to_bytes(), record, later)
@@ -506,7 +508,7 @@ def test_what_was_read_is_known_in_a_later_run(loop: LoopThread) -> None:
             later = MemoryRegistry(second)
             later.restore(reading.saved())
             assert await later.libraries() == {FOUNDER.peer_id: (entry(revision=5),)}
-            # a file that was cut, or is none
+            # A file that was cut off, and one that is something else.
             for cut in range(0, len(reading.saved()), 7):
                 other = MemoryRegistry(second)
                 other.restore(reading.saved()[:cut])
@@ -585,7 +587,7 @@ def test_hosts_of_cells_are_found_by_prefixes(loop: LoopThread, monkeypatch: pyt
             assert (found[15, 3], found[7, 7]) == ((leaving,), ())
             some = await reading.some_hosts(memory, (16, 16))
             assert {host.peer_id for host in some} == {hosts[0].peer_id, hosts[1].peer_id}
-            # what strangers store at prefixes, and cells that they mark, hide no hosts
+            # Whatever strangers store at prefixes, and whatever cells they mark, no hosts are hidden.
             await two.announce(memory, {(): (SERVING, [first]), (0,): (SERVING, [first])}, 60)
             await one.announce(memory, {(0, 1): (ReplicaState.WITHDRAWN, [])}, 60)
             marks = [(b.keys.memory_index(memory, at, n), n) for at in ((), (1,), (2,)) for n in range(16)]

@@ -1,4 +1,4 @@
-"""The manifest: what is refused, and how the refusal reads."""
+"""The manifest: what is refused, and with which message."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_json_gives_back_the_same_manifest(manifest: Manifest) -> None:
 def test_experts_are_built_from_a_model_of_their_own_sizes(
     manifest: Manifest, width: int | None, heads: int | None, head_size: int | None, feed_forward: int | None
 ) -> None:
-    """Whatever a manifest lets in is a valid model, for kinds of other packages too."""
+    """Whatever a manifest accepts gives a valid model, for other packages' expert kinds too."""
     sizes = {"width": width, "heads": heads, "head_size": head_size, "feed_forward": feed_forward}
     values = manifest.model_dump()
     try:
@@ -101,7 +101,9 @@ def test_experts_are_built_from_a_model_of_their_own_sizes(
 
 @given(manifests())
 def test_json_names_what_differs_from_the_defaults(manifest: Manifest) -> None:
-    """A release that knows more keys publishes a manifest that earlier ones read, and knows their checkpoints by it."""
+    """A release that knows more keys must publish manifests that earlier ones can read, and recognize their checkpoints
+    by it.
+    """
     values = json.loads(manifest.to_json())
     assert {"name", "protocol_version"} <= set(values)
     kinds: tuple[tuple[str, BaseModel], ...] = (("model", ModelSpec()), ("experts", ExpertSpec()))
@@ -316,7 +318,7 @@ def test_a_key_that_this_release_does_not_know_is_refused_with_what_to_do() -> N
 
 
 def test_a_manifest_of_the_old_kind_means_the_same_model() -> None:
-    """From before norms, local parts and the experts' own sizes could be chosen."""
+    """Such a manifest is from before norms, local parts and the experts' own sizes could be chosen."""
     values = Manifest(name="sauna").model_dump(mode="json")
     for key in ("norm", "activation", "local", "head_size", "shared_feed_forward"):
         del values["model"][key]

@@ -1,4 +1,4 @@
-"""Memories: names, passages' hashes, and manifests, whatever a stranger wrote."""
+"""Memories: names, passages' hashes, and manifests, with any bytes that a stranger may have written."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -145,7 +145,7 @@ def test_bytes_of_strangers_are_parsed_or_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("tag", [b"\x72\x00", b"\x6a\x00", b"\x7a\x00", b"\x08\x01", b"\xf8\x07\x00"])
 def test_a_manifest_of_millions_of_small_fields_is_refused_before_it_is_parsed(tag: bytes) -> None:
-    """Empty shards, licences and revocations; one field again and again; one that is not known."""
+    """The fields are empty shards, licences or revocations; one field again and again; or an unknown one."""
     with pytest.raises(WireError, match="fields"):
         MemoryManifest.parse(MANIFEST.serialize() + tag * 200_000)
 

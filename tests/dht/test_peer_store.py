@@ -1,4 +1,4 @@
-"""Remembered peers: the newest stay, hostile addresses do not, and a broken file or a full disk costs nothing."""
+"""Remembered peers: the newest are kept, hostile addresses are not, and a broken file or a full disk does no harm."""
 
 import json
 import math

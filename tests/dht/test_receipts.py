@@ -1,4 +1,4 @@
-"""A receipt is good for its trainer, its node, its swarm and its totals, and for nothing else."""
+"""A receipt is valid for its trainer, its node, its swarm and its totals, and for nothing else."""
 
 from dataclasses import astuple, replace
 
@@ -27,7 +27,7 @@ def signed(work: Work = WORK, all_pairs: int = 500) -> credit_pb2.SignedReceipt:
 
 
 def forged(domain: bytes | None = None, signer: object = None, **changes: object) -> credit_pb2.SignedReceipt:
-    """Signed correctly, whatever it says."""
+    """A receipt with any contents, signed correctly."""
     receipt = credit_pb2.Receipt.FromString(signed().receipt)
     for name, value in changes.items():
         if name == "work":
@@ -136,7 +136,7 @@ def test_in_a_swarm_that_admits_by_token_a_trainers_token_signs() -> None:
     admission.learn(founder.public_key, "token")
 
     def badge(role: Role, serial: int) -> admission_pb2.Badge:
-        # it has expired: the work was done before
+        # The badge has expired, but the work was done before.
         return make_badge(make_token(founder, keys.swarm_id, role, 1.0, serial), TRAINER.peer_id)
 
     assert admission.signer_of(TRAINER.peer_id, badge(Role.TRAINER, 7)) == 7

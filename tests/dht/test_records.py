@@ -1,4 +1,4 @@
-"""Signed records: own ones pass, and whatever is exchanged, changed or invented does not."""
+"""Signed records: own ones are accepted; exchanged, changed or invented ones are not."""
 
 import math
 import os
@@ -46,12 +46,12 @@ def manifest(keys: SwarmKeys, expires_at: float) -> records_pb2.RecordPayload:
 
 
 def announced(identity: Identity, keys: SwarmKeys) -> tuple[str, bytes, bytes]:
-    """Key, subkey and value of a right announcement."""
+    """The key, subkey and value of a valid announcement."""
     key = keys.expert(UID_HERE)
     return key, identity.peer_id.to_bytes(), sign_record(identity, announcement(key))
 
 
-# What passes
+# What is accepted
 
 
 def test_keys_name_the_swarm_with_its_author(keys: SwarmKeys, other: Identity) -> None:
@@ -270,7 +270,7 @@ def test_an_oversized_record_is_refused(identity: Identity, keys: SwarmKeys) -> 
 
 
 def test_a_plain_value_is_refused(identity: Identity, keys: SwarmKeys) -> None:
-    """hivemind hands over an empty subkey for what is stored without one."""
+    """hivemind passes an empty subkey for values that are stored without one."""
     key, _, value = announced(identity, keys)
     key_bytes = id_bytes(key_id_of(key))
     refused(Record(key_bytes, b"", pack(value), EXPIRES_AT), "can't be parsed")

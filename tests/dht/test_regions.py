@@ -1,4 +1,4 @@
-"""Where nodes announce their experts, and that readers find them there, however many there are."""
+"""Where nodes announce their experts, and that readers find all of them there, however many there are."""
 
 import asyncio
 import random
@@ -188,7 +188,9 @@ def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
 
 
 def test_everybody_is_found_while_regions_split() -> None:
-    """Fifty nodes of one expert each, and one of all: more than fit at the layer, and then at the rows."""
+    """Fifty nodes have one expert each, and one has all: more than fit at the layer's key, and then at the
+    rows' keys.
+    """
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids = swarm.manifest.uids()

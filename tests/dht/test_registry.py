@@ -1,4 +1,4 @@
-"""What peers announce, and what other peers see of it: three real hosts."""
+"""What peers announce, and what other peers then see: three real hosts."""
 
 import asyncio
 import time
@@ -144,7 +144,9 @@ def test_a_node_record_is_seen_in_full(swarm: Swarm) -> None:
 
 @pytest.mark.parametrize("has_left", [False, True])
 def test_a_node_that_is_started_again_goes_on_after_what_it_said_before(swarm: Swarm, has_left: bool) -> None:
-    """Its periods begin short again. What it says must not expire before what holders have: they would keep that."""
+    """A restarted node starts with short periods. But its announcements must not expire before those that holders have,
+    since holders would keep the old ones.
+    """
 
     async def scenario() -> None:
         host, earlier = swarm.hosts[1], swarm.registry(1)
@@ -180,7 +182,7 @@ def test_a_node_that_first_reaches_nobody_reads_later_what_it_said_before(swarm:
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_node_can_be_started_again_soon_after_it_was_started_again(swarm: Swarm, leaves: bool) -> None:
-    """Each run may end after it has announced experts and before its record is renewed."""
+    """Each run may end after it has announced experts and before it has renewed its record."""
 
     async def scenario() -> None:
         host, reader = swarm.hosts[1], swarm.registry(2)
@@ -309,7 +311,7 @@ def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> No
         for n, uids in nodes.items():
             await swarm.registry(n).announce([ReplicaAnnouncement(uid, SERVING) for uid in uids], LIFETIME_S)
             await swarm.registry(n).publish_node(node_record(swarm.hosts[n]), LIFETIME_S)
-        # hosted by a peer without a node record, so nobody can call it; and merely claimed
+        # One is hosted by a peer without a node record, so nobody can call it. The other is only claimed.
         await swarm.registry(0).announce([ReplicaAnnouncement(UID(1, (2, 2)), SERVING)], LIFETIME_S)
         await swarm.registry(1).announce([ReplicaAnnouncement(UID(1, (0, 3)), CLAIMED)], LIFETIME_S)
 

@@ -1,4 +1,4 @@
-"""What peers write that is not theirs to write, and what others see of it: nothing."""
+"""Peers write what they have no right to write, and others see nothing of it."""
 
 import time
 from collections.abc import Iterator
@@ -117,7 +117,7 @@ def test_records_that_live_too_long_are_accepted_by_nobody_and_the_writer_is_tol
 
 def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swarm) -> None:
     async def scenario() -> None:
-        # beyond the grid of the manifest, and of grids with one dimension more or less
+        # Coordinates outside the manifest's grid, and those of grids with one dimension more or less.
         off = [(2, 99), (77, 0), (2,), (2, 3, 0)]
         stray = [ReplicaAnnouncement(UID(0, coordinate), SERVING) for coordinate in off]
         await swarm.registry(1).announce([ReplicaAnnouncement(SECOND, SERVING), *stray], LIFETIME_S)

@@ -1,4 +1,4 @@
-"""How long relays that let nobody in are borne."""
+"""How long a node keeps relays through which nobody reaches it."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,7 +13,7 @@ from dht.relays import RelayBackoff
 def changes(
     patience: RelayBackoff, until: int, is_let_in: Callable[[int], bool] = lambda now: False
 ) -> list[int]:
-    """At which seconds others are taken, with a look in every one."""
+    """The seconds at which other relays are chosen, if the node looks every second."""
     found = []
     for now in range(until):
         if is_let_in(now):

@@ -1,4 +1,4 @@
-"""Where nodes are listed: shards split as they fill up, so that no key outgrows what a DHT node may hold."""
+"""Where nodes are listed: shards split as they fill up, so that no key has more than a DHT node may hold."""
 
 import asyncio
 import random
@@ -59,7 +59,7 @@ def test_readers_look_below_a_shard_before_it_is_full() -> None:
 
 @pytest.mark.parametrize("nodes", [100_000, 1_000_000])
 def test_no_shard_of_a_large_swarm_passes_32_kilobytes_and_every_node_is_found(nodes: int) -> None:
-    """Nodes come one after another, those of one shard of 256: the others are alike."""
+    """Nodes come one after another. Only those of one shard of 256 are added, since the others are similar."""
     rng, listed, peers = random.Random(1), Counter[str](), []
     for _ in range(nodes // 256):
         peer_id = PeerID(b"\x12\x20" + rng.randbytes(31) + b"\xab")
@@ -109,7 +109,7 @@ def test_nodes_of_a_full_shard_are_listed_below_it_and_come_back_when_there_is_r
 
 
 def test_who_needs_some_trainers_reads_little_however_many_are_listed(world: VirtualLoop) -> None:
-    """Anybody can list peers that don't exist."""
+    """This matters because anybody can list peers that don't exist."""
 
     async def scenario() -> None:
         swarm = await SimulatedSwarm.start(world, 20, 5, Link(), seed=1)

@@ -1,4 +1,4 @@
-"""A swarm that its DHT has forgotten, or that a stranger hides: its peers start from what they keep on disk."""
+"""A swarm that its DHT has lost, or that a stranger hides: its peers start from what they have on disk."""
 
 import contextlib
 from pathlib import Path
@@ -28,7 +28,7 @@ def identities() -> list[Identity]:
 async def forgetful_peer(
     stack: contextlib.AsyncExitStack, identity: Identity, keys: SwarmKeys
 ) -> list[Multiaddress]:
-    """The addresses of a DHT peer of the swarm that knows nothing."""
+    """Starts a DHT peer of the swarm that knows nothing, and returns its addresses."""
     host = await Host.start(identity, CONFIG, swarm_id=keys.swarm_id, validator=RecordValidator())
     stack.push_async_callback(host.stop)
     return host.bootstrap_addresses()
@@ -100,7 +100,7 @@ def test_a_spoilt_copy_on_disk_counts_as_none(
 
 
 def test_a_swarm_of_the_same_name_is_another_dht(loop: LoopThread, identities: list[Identity]) -> None:
-    """Calls of the DHT are in sessions, which name the swarm by its founder's key as well."""
+    """Calls of the DHT are made in sessions, which are bound to the founder's key as well as the swarm's name."""
 
     async def scenario() -> None:
         async with contextlib.AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The period of a peer's rounds grows with what they cost."""
+"""The period of a peer's rounds grows with their cost."""
 
 import random
 

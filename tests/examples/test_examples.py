@@ -1,4 +1,4 @@
-"""What the README and `examples/` show, run against a real node as a stranger would."""
+"""The commands of the README and the programs in `examples/`, run against a real node as a stranger would run them."""
 
 import json
 import os
@@ -39,7 +39,7 @@ top_k = 2
 
 NPM_FLAGS = ("--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000")
 NO_REGISTRY = "ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|E40[134]|E5.."
-"""How npm says so."""
+"""Errors by which npm says that it cannot reach its registry."""
 
 TEN_LINES = """
 import sys, torch
@@ -90,7 +90,7 @@ for model in models:
     sys.argv = [program, model, text, "--out", models[-1], "--steps", "50", "--learning-rate", "3e-3"]
     runpy.run_path(program, run_name="__main__")
 """
-"""In one process, as `transformers` takes seconds to load."""
+"""Runs the program twice in one process, since loading `transformers` takes seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client in JavaScript with its packages, and `proto/` where it looks for it."""
+    """A folder with the JavaScript client, its packages, and `proto/` where the client looks for it."""
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         pytest.skip("node and npm are not installed")
@@ -140,7 +140,7 @@ def run_node(folder: Path, *arguments: str) -> str:
 
 
 def test_client_in_javascript_makes_a_forward_call(node: RunningNode, javascript: Path) -> None:
-    """The first test here, as those below train the experts."""
+    """This test comes first, since those below train the experts."""
     said = run_node(javascript, "forward.js", str(node.invite))
     assert f"swarm {node.invite.keys.swarm_id}: this node runs {SOFTWARE_VERSION} and hosts 8 experts" in said
     asked = [UID.parse(uid) for uid in re.findall(r"^expert (\S+): 0 updates$", said, re.MULTILINE)]

@@ -1,4 +1,6 @@
-"""A real swarm that admits by token: nodes and callers come in with the founder's tokens, and with nothing else."""
+"""A real swarm that admits by token: nodes and callers are admitted with the founder's tokens, and with nothing
+else.
+"""
 
 import asyncio
 import time
@@ -38,7 +40,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def invited(village: Village, founder: Node, role: Role) -> tuple[Invite, IssuedInvite]:
-    """An invite as `talkoot invite` makes it, in the founder's list."""
+    """An invite as `talkoot invite` makes it, which is in the founder's list."""
     now = time.time()
     issued = IssuedInvite(serial=new_serial(), role=role, name="", made_at=now, expires_at=now + 3600)
     swarm = founder.swarm
@@ -69,7 +71,7 @@ async def found_by(swarm: Swarm, node: Node) -> NodeInfo:
 
 
 async def ask(swarm: Swarm, node: Node, *rights: Right) -> StatusCode:
-    """Of a call of the first right that this peer makes to the node."""
+    """The status of a call that this peer makes to the node."""
     return await ask_at(await found_by(swarm, node), swarm, *rights)
 
 
@@ -82,7 +84,7 @@ async def ask_at(info: NodeInfo, swarm: Swarm, *rights: Right) -> StatusCode:
             expert_pb2_grpc.ExpertServiceStub(channel), await sessions.metadata(info.peer_id, channel, 10.0)
         )
         method = stub.Forward if rights[0] == session_pb2.RIGHT_FORWARD else stub.Backward
-        # a call that is let in, and is then found empty
+        # The call is admitted, and then found to be empty.
         code: StatusCode = await method(iter([expert_pb2.CallRequest()]), timeout=60).code()
         return code
     except ExpertError as error:
@@ -92,7 +94,7 @@ async def ask_at(info: NodeInfo, swarm: Swarm, *rights: Right) -> StatusCode:
 
 
 def admitted(node: Node) -> set[PeerID]:
-    """Who may do more there than anybody."""
+    """The peers that have more rights at the node than any stranger."""
     return {session.caller for session in node.sessions.all() if session.rights - OPEN_TO_ALL}
 
 
@@ -101,7 +103,7 @@ async def hosts(swarm: Swarm) -> set[PeerID]:
 
 
 async def sees(swarm: Swarm, *nodes: Node) -> None:
-    """Returns when this peer sees exactly these hosts: a busy one may be late with an announcement."""
+    """Waits until this peer sees exactly these hosts, since a busy node may be late with an announcement."""
 
     async def are_seen() -> bool:
         return await hosts(swarm) == {node.swarm.host.peer_id for node in nodes}
@@ -183,7 +185,7 @@ def test_who_has_no_token_is_told_and_what_it_announces_is_not_seen(
         watcher = await join_swarm(village.identities[2], plain, NetworkConfig(LOCAL, serves_dht=False))
         village.stack.push_async_callback(watcher.stop)
         assert await ask(watcher, founder, session_pb2.RIGHT_FORWARD) is StatusCode.PERMISSION_DENIED
-        # one that does not care announces all the same, and nobody takes it
+        # A node that ignores the rule still announces, but nobody accepts it.
         intruder = await join_swarm(village.identities[1], plain, NetworkConfig(LOCAL))
         intruder.registry._admission = None
         with pytest.raises(UnreachableError, match="no DHT peer accepted our records"):

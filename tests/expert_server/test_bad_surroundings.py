@@ -1,4 +1,6 @@
-"""A real node: its disk is full, its folder can't be written, it is killed, its DHT holds foreign records."""
+"""A real node whose disk is full, whose folder cannot be written, that is killed, or whose DHT holds foreign
+records.
+"""
 
 import asyncio
 import contextlib
@@ -55,7 +57,7 @@ FULL_AT_BYTES = 50_000  # more than the log has, less than a checkpoint
 
 @dataclass
 class Trainer:
-    """Calls the one expert of a node."""
+    """Calls the only expert of a node."""
 
     node: NodeInfo
     caller: GrpcCaller
@@ -88,7 +90,7 @@ async def reaches(node: NodeVictim, name: str, least: float) -> None:
 
 
 def saved(node: NodeVictim, folder: Path) -> int:
-    """The update count of the newest valid checkpoint, as the next start would find it."""
+    """The update count of the newest valid checkpoint, which the next start would load."""
     (path,) = (folder / "state" / "checkpoints").iterdir()
     manifest = Manifest.model_validate(tomllib.loads(MANIFEST_TOML))
     checkpoint = CheckpointStore(path.parent, path.name, manifest, 2).load_newest(AN_EXPERT)
@@ -136,7 +138,7 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
 def test_a_node_that_is_killed_at_any_moment_goes_on_from_its_newest_whole_checkpoint(
     loop: LoopThread, tmp_path: Path
 ) -> None:
-    """The store's own test kills its writers 20 times each time that the tests run; here it is the whole node."""
+    """The test of the checkpoint store kills 20 writers each time it runs. Here, whole nodes are killed."""
     rng = random.Random(4)
 
     async def train_on(node: NodeVictim, newest: int) -> None:
@@ -188,7 +190,7 @@ def test_a_node_starts_and_serves_where_the_disk_is_full_and_keeps_its_checkpoin
 
 
 def test_a_state_folder_that_cannot_be_written_costs_no_call(loop: LoopThread, tmp_path: Path) -> None:
-    """A file stands in the folder's place: permissions do not stop a superuser."""
+    """There is a file in the folder's place, since permissions do not stop root."""
     (tmp_path / "state").mkdir(mode=0o700)
     (tmp_path / "state" / "checkpoints").write_text("in the way")
 

@@ -1,4 +1,4 @@
-"""Kinds of experts: our own, and those that other packages bring."""
+"""Kinds of experts: Talkoot's own, and those of other packages."""
 
 from pathlib import Path
 from typing import get_args
@@ -16,7 +16,7 @@ from peer.layers import Activation, Norm, TransformerLayer
 
 
 class Doubling(nn.Module):
-    """What the package of the test brings."""
+    """The kind that the test's package offers."""
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a node has contributed is counted on over its runs, and no broken file stops it."""
+"""What a node has contributed is counted across its runs, and a broken file does not stop it."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Receipts over real connections: a trainer that signs nothing, nonsense, the past, too much or too often."""
+"""Receipts over real connections, from trainers that sign nothing, nonsense, old totals, too much or too often."""
 
 import asyncio
 from typing import Any
@@ -114,7 +114,7 @@ def test_who_gives_receipts_too_often_must_wait(loop: LoopThread) -> None:
         refused = [error for error in given if isinstance(error, grpc.aio.AioRpcError)]
         assert refused
         assert {error.code() for error in refused} == {StatusCode.RESOURCE_EXHAUSTED}
-        # another trainer's turn does not depend on it
+        # Another trainer's turn is independent of that.
         assert (await (await node.stub(OTHER)).Give(signed(identity=OTHER))).kept
 
     in_node(loop, scenario)

@@ -1,4 +1,4 @@
-"""The example package of docs/expert-kinds.md, installed as it stands there."""
+"""The example package of docs/expert-kinds.md, installed as printed there."""
 
 import re
 import tomllib
@@ -19,7 +19,7 @@ AN_UID = UID(0, (1, 0))
 
 
 def files_of_the_guide() -> dict[str, str]:
-    """Each code block, by the file name that the paragraph before it begins with."""
+    """Each code block, by the file name at the beginning of the paragraph before it."""
     found = re.findall(
         r"`(\S+)` (?:says|holds)[^\n]*:\n\n```\w+\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL
     )
@@ -28,7 +28,7 @@ def files_of_the_guide() -> dict[str, str]:
 
 @pytest.fixture
 def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    """Of a swarm of the example's kind, which is installed: what pip would write lies on the path."""
+    """The manifest of a swarm with the example's kind. The metadata that pip would write is on the path."""
     files = files_of_the_guide()
     project = tomllib.loads(files.pop("pyproject.toml"))["project"]
     for name, text in files.items():

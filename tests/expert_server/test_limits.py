@@ -1,4 +1,4 @@
-"""What a node may use at most: memory, threads, bandwidth. Real nodes and sockets."""
+"""Limits of a node: memory, threads, bandwidth. With real nodes and sockets."""
 
 import asyncio
 import time
@@ -70,7 +70,7 @@ def test_a_node_has_no_more_threads_than_cores(play: Play) -> None:
 
 
 async def forward(stub: Any, swarm: Swarm, uid: UID, segments: int) -> float:
-    """Sends and receives rows of 32 bytes each, 8 in a segment. Gives the seconds."""
+    """Sends rows of 32 bytes each, 8 in a segment, and receives the answers. Returns the seconds."""
     header = expert_pb2.CallHeader(
         protocol_version=PROTOCOL_VERSION,
         swarm_id=swarm.keys.swarm_id,

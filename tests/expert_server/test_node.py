@@ -1,4 +1,4 @@
-"""Nodes of a real swarm: p2pd, DHT, gRPC and torch, several nodes on one loop."""
+"""Nodes of a real swarm, with p2pd, DHT, gRPC and torch: several nodes on one loop."""
 
 import asyncio
 import socket
@@ -101,7 +101,7 @@ def test_a_joiner_takes_what_is_vacant(play: Play) -> None:
 
 
 def look_together(swarms: Sequence[Swarm], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody claims an expert before all have looked which are vacant, and all have claimed before one looks again."""
+    """No node claims an expert before all have looked for vacant ones, and none looks again before all have claimed."""
     barrier = asyncio.Barrier(len(swarms))
     for swarm in swarms:
         monkeypatch.setattr(swarm.registry, "replicas", waiting_twice(swarm.registry.replicas, barrier))
@@ -127,7 +127,7 @@ def waiting_twice(look: Look, barrier: asyncio.Barrier) -> Look:
 def test_two_joiners_at_once_never_host_the_same_expert(
     play: Play, monkeypatch: pytest.MonkeyPatch, each: int
 ) -> None:
-    """With 3 each the vacancies are just enough; with 6 each all of them are contested."""
+    """With 3 each, there are just enough vacant experts; with 6 each, both want all of them."""
 
     async def scenario(village: Village) -> None:
         first = await village.found(experts=2)
@@ -213,10 +213,10 @@ def test_orphans_of_a_vanished_founder_are_adopted_by_the_others(play: Play) -> 
             hosts = {heir.swarm.host.peer_id for heir in heirs}
             if not hosted == set(UIDS) == set(await serving(observer)) or await hosts_of(observer) != hosts:
                 return False
-            # counted after they are announced
+            # The experts are counted after they are announced.
             return sum(heir.status().adopted for heir in heirs) >= len(UIDS)
 
-        # announcements live 1.5 s, and an expert must be vacant twice in a row
+        # Announcements live for 1.5 s, and an expert must be vacant in two looks in a row.
         await eventually(adopted)
         assert all(heir.status().experts <= heir.status().capacity == 6 for heir in heirs)
 
@@ -302,7 +302,7 @@ def test_a_node_serves_on_an_ipv6_address(play: Play) -> None:
 def test_a_node_stores_its_record_before_it_announces_experts(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If it is killed in between, its next run knows by that record how long the announcements live."""
+    """If the node is killed in between, its next run reads from the record how long the announcements live."""
     known: list[bool] = []
     announce = Registry.announce
 

@@ -1,4 +1,6 @@
-"""A node on several devices, which are all the CPU here: experts are spread, serve, and are refused none of it."""
+"""A node on several devices, all of which are the CPU here: experts are spread over them and serve, and none is
+refused.
+"""
 
 import asyncio
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Nodes start and stop again and again, and nothing is left behind."""
+"""Nodes start and stop again and again, and leave nothing behind."""
 
 import asyncio
 import threading
@@ -36,7 +36,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture
 def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]]]:
-    """Lists the socket files that hosts of this test have made and not removed."""
+    """A function that lists the socket files that hosts of this test have made and not removed."""
     used: list[Path] = []
 
     def note_socket(arguments: Sequence[str]) -> list[str]:
@@ -50,14 +50,14 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Path]
 
 
 _WAKE_UPS = 2
-"""Descriptors by which gRPC wakes its threads. It makes another one now and then, and keeps it. A leak of each boot
+"""File descriptors with which gRPC wakes its threads. It sometimes makes another one and keeps it. A leak in each boot
 would be seven.
 """
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds of the things that leak."""
+    """The number of each thing that may leak, in this process."""
 
     children: int
     descriptors: int
@@ -75,7 +75,7 @@ def held(loop: LoopThread) -> Held:
 
 
 async def start_all_of_the_pool() -> None:
-    """The loop's own threads, of which there is one more whenever all were busy. They stay, and are counted."""
+    """Starts all threads of the loop's pool: it adds one whenever all are busy. They stay, and would be counted."""
     await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.01) for _ in range(64)))
 
 
@@ -94,7 +94,7 @@ def test_boots_and_stops_leave_nothing(
     manifest = MANIFEST.model_copy(update={"model": MANIFEST.model.model_copy(update={"layers": 1})})
 
     async def boot_and_stop(waits_for_p2pd: bool) -> None:
-        """Otherwise p2pd is somewhere within its start."""
+        """`waits_for_p2pd`: otherwise p2pd is still starting when the node stops."""
         swarm = await found_swarm(identities[0], manifest, NetworkConfig(LOCAL, p2pd=True))
         node = await Node.start(node_settings(experts=2), swarm, host=LOCAL, state=tmp_path)
         try:

@@ -1,4 +1,4 @@
-"""A node's record says what it does, how fast, and when it will be renewed."""
+"""A node's record says what the node does, how fast it is, and when the record will be renewed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Nodes that can not start say why, and leave nothing behind."""
+"""Nodes that cannot start say why, and leave nothing behind."""
 
 import contextlib
 import socket

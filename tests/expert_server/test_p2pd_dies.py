@@ -1,4 +1,4 @@
-"""p2pd is killed under a node, again and again: only streams through routers notice, and it is started again."""
+"""p2pd of a node is killed again and again: only streams through routers are affected, and it is started again."""
 
 import os
 import signal

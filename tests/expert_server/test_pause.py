@@ -1,4 +1,4 @@
-"""A pause: a node gives up its experts and stays in the swarm; then it goes on where it was."""
+"""A paused node gives up its experts and stays in the swarm; later it continues where it was."""
 
 import asyncio
 import gc
@@ -61,7 +61,7 @@ def updates(node: Node) -> dict[UID, int]:
 
 
 async def looks(node: Node, count: int) -> None:
-    """Returns when the node has looked so often whether it must pause."""
+    """Waits until the node has checked this many times whether it must pause."""
     seen, look = 0, node._pauses.look
 
     async def counted() -> None:
@@ -80,13 +80,15 @@ async def looks(node: Node, count: int) -> None:
 
 
 def elsewhen() -> str:
-    """Hours that are not now."""
+    """A range of hours that does not include the present one."""
     start = datetime.now() + timedelta(hours=10)
     return f"{start:%H}:00-{start + timedelta(hours=4):%H}:00"
 
 
 async def record_of(node: Node, observer: Swarm) -> NodeInfo:
-    """As the observer sees it; on a busy machine a short announcement may expire before the next one comes."""
+    """The node's record as the observer sees it. On a busy machine a short-lived announcement may expire before the
+    next one.
+    """
     found: dict[PeerID, NodeInfo] = {}
 
     async def is_there() -> bool:
@@ -98,7 +100,7 @@ async def record_of(node: Node, observer: Swarm) -> NodeInfo:
 
 
 async def call(swarm: Swarm, node: Node, uid: UID, pool: ChannelPool, *, keep: bool = False) -> Any:
-    """A forward call as a trainer makes it. Gives its only reply."""
+    """A forward call as a trainer makes it. Returns the only reply."""
     info = await record_of(node, swarm)
     channel = await pool.get(info.addresses[0], info.certificate_pem)
     session = opened(node.sessions, node.swarm.host.identity, swarm.keys.swarm_id)

@@ -1,4 +1,4 @@
-"""Why a node pauses: the hour, the battery, other programs, and its owner's word above all of them."""
+"""Why a node pauses: the hour, the battery, other programs, and first of all what its owner says."""
 
 import os
 import threading
@@ -27,12 +27,12 @@ from expert_server.pauses import (
 from expert_server.settings import NodeSettings
 
 BUSY_PERCENT = 25
-"""So 10 % is idle."""
+"""The load from which a machine counts as busy. So 10% is idle."""
 BOTH_WINDOWS_S = BUSY_AFTER_S + IDLE_AFTER_S
 MONDAY_NOON = datetime(2026, 6, 1, 12, 0)
 
 looks = st.lists(st.tuples(st.floats(0.1, 60), st.floats(0, 100)), min_size=1, max_size=60)
-"""Seconds since the last look, and the load in them."""
+"""For each look: the seconds since the last one, and the load in them."""
 
 
 def loads(steps: Sequence[tuple[float, float]]) -> list[Load]:
@@ -65,7 +65,7 @@ def test_it_changes_no_faster_than_its_windows(steps: list[tuple[float, float]])
 def test_a_load_that_stays_high_makes_it_busy(
     steps: list[tuple[float, float]], percent: float, seconds: float
 ) -> None:
-    """Whatever came before, which may make it idle for a while first."""
+    """This holds whatever came before, which may make it idle for a while first."""
     steps = [*steps, *[(seconds, percent)] * (int(BOTH_WINDOWS_S / seconds) + 4)]
     assert noted(LoadMonitor(BUSY_PERCENT), steps)[-1]
 
@@ -99,7 +99,7 @@ def test_it_remembers_no_more_than_its_window(steps: list[tuple[float, float]]) 
 
 
 def test_the_machine_tells_others_load_from_its_own() -> None:
-    """This process computes on one core; others may do so as well, but what it does itself is not theirs."""
+    """This process keeps one core busy. Other processes may be busy too, but its own load must not count as theirs."""
     machine = Machine(NodeSettings(only_when_idle=True))
     before = psutil.cpu_times()
     own = sum(psutil.Process().cpu_times()[:2])
@@ -157,7 +157,7 @@ def test_reasons_are_words_for_people() -> None:
     assert not reasons_to_pause(settings, MONDAY_NOON.replace(hour=23), MachineState())
 
 
-# The owner's word
+# What the owner says
 
 causes = st.dictionaries(st.sampled_from(PauseCause), st.sampled_from(["so", "or so"]))
 

@@ -1,4 +1,4 @@
-"""Probes and dial-backs over real sockets, by good callers and bad ones."""
+"""Probes and dial-backs over real sockets, from good callers and bad ones."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ Request = probe_pb2.ProbeRequest
 
 
 class Peers:
-    """A node that serves probes on TLS, and a channel to it."""
+    """A node that answers probes over TLS, and a channel to it."""
 
     def __init__(self, servicer: ProbeServicer, port: int, channel: grpc.aio.Channel) -> None:
         self.servicer, self.port, self.channel = servicer, port, channel
@@ -111,7 +111,7 @@ def play(loop: LoopThread, identity: Identity, tmp_path: Path) -> Play:
     return run
 
 
-# What a good caller learns
+# What a good caller is told
 
 
 def test_probe_measures_clock_and_bandwidth(play: Play) -> None:
@@ -154,7 +154,7 @@ def test_dial_back_says_whether_somebody_listens(play: Play) -> None:
 
 
 def test_no_machine_is_dialled_that_is_nearer_than_the_swarm(play: Play) -> None:
-    """Behind a container's proxy, all callers have an address of the node's own machine."""
+    """Behind a container's proxy, all callers seem to be on the node's own machine."""
 
     async def scenario(peers: Peers) -> None:
         peers.servicer._dialling = Dialling(AddressScope.PRIVATE)
@@ -213,7 +213,7 @@ def test_node_that_answers_nonsense_is_not_believed(play: Play, monkeypatch: pyt
     play(scenario, FREE)
 
 
-# What a bad caller gets
+# What a bad caller is told
 
 
 def test_probe_of_another_swarm_is_refused(play: Play) -> None:
@@ -330,7 +330,7 @@ def test_ports_of_the_system_are_not_dialled(play: Play, port: int) -> None:
     play(scenario, FREE)
 
 
-# The pure parts
+# The pure functions
 
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(0, 3)), max_size=80))

@@ -1,4 +1,4 @@
-"""What a node concludes from others' attempts to dial it back."""
+"""What a node concludes when others try to dial it back."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A node that nobody can be asked about, as when all nodes of its swarm are behind routers."""
+"""A node that has nobody to ask whether it is reachable, because all nodes of its swarm are behind routers."""
 
 import asyncio
 import random
@@ -24,7 +24,7 @@ PUBLIC, NEIGHBOUR = Multiaddress(f"/ip4/44.1.1.1/tcp/1{PEER}"), Multiaddress(f"/
 
 @dataclass
 class Reserved:
-    """The relays over gRPC that a host asks for."""
+    """The relays over gRPC that a host reserves."""
 
     asked: list[str] = field(default_factory=list)
     addresses: tuple[Multiaddress, ...] = ()
@@ -39,7 +39,7 @@ class Reserved:
 
 @dataclass
 class LonelyHost:
-    """Knows peers, of which none is a node of its swarm."""
+    """A host that knows peers, none of which is a node of its swarm."""
 
     peer_id: Any
     bootstrapped_from: tuple[Multiaddress, ...]
@@ -73,7 +73,7 @@ async def nobody(peers: object) -> dict[Any, Any]:
 
 
 async def after_rounds(rounds: int, host: LonelyHost, address: str) -> ReachabilityMonitor:
-    """Rounds in which it is time to ask."""
+    """A monitor after this many rounds, each at a time when it asks."""
     swarm: Any = SimpleNamespace(host=host, registry=SimpleNamespace(nodes=nobody))
     monitor = ReachabilityMonitor(
         NodeSettings.load(), swarm, random.Random(0), iter(range(0, 10**6, 1000)).__next__
@@ -155,7 +155,7 @@ def test_a_reservation_is_announced_as_long_as_it_holds(identity: Identity) -> N
 
 @dataclass
 class Mapping:
-    """What a router forwards."""
+    """The ports that a router forwards."""
 
     external: Endpoint | None = None
     in_words: str = "no router answers UPnP"

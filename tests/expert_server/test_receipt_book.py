@@ -1,4 +1,4 @@
-"""What a node keeps of receipts: the newest of each trainer, within bounds, and through restarts."""
+"""Which receipts a node keeps: the newest of each trainer, within bounds, and across restarts."""
 
 import contextlib
 from collections import Counter
@@ -46,7 +46,7 @@ def test_repeated_reordered_and_old_receipts_add_nothing(
 
 
 def without_slack() -> ReceiptBook:
-    """One whose slack is spent."""
+    """A receipt book whose slack is used up."""
     made = book()
     made.note_served(peer(99), Work())
     made.take(receipt(99, Work(pairs=SLACK, queries=SLACK)))
@@ -75,7 +75,7 @@ def test_a_node_that_was_killed_takes_what_it_forgot_to_have_done() -> None:
     with pytest.raises(ExpertError, match="more pairs"):
         kept.take(receipt(1, Work(pairs=2001 + SLACK)))
     assert kept.take(receipt(1, Work(pairs=1990 + SLACK)))
-    # but once, for all together
+    # But only once, for all of them together.
     for trainer, pairs in ((1, 2001 + SLACK), (2, 2011)):
         with pytest.raises(ExpertError, match="more pairs"):
             kept.take(receipt(trainer, Work(pairs=pairs)))
@@ -95,7 +95,7 @@ def test_a_node_that_lost_its_receipts_takes_all_that_it_had_done_anew(
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1000), st.integers(0, 10**6)), max_size=20))
 def test_nobody_signs_for_more_than_twice_what_was_done(steps: list[tuple[int, int, int]]) -> None:
-    """Whatever they claim, however often, and with however many keys."""
+    """This holds whatever they claim, however often, and with however many keys."""
     kept, done, claimed = book(), 0, Counter[int]()
     for trainer, worked, claims in steps:
         kept.note_served(peer(trainer), Work(pairs=worked))
@@ -144,7 +144,7 @@ def test_pages_give_every_receipt_once_the_most_work_first(count: int, beyond: i
 
 
 def test_many_keys_of_one_neighbourhood_do_not_fill_the_first_page() -> None:
-    """Dashboards read no more than the first pages of a node."""
+    """Dashboards read only the first pages of a node."""
     kept = book(*range(100))
     for number in range(100):
         near = "crowd" if number >= 5 else f"home {number}"

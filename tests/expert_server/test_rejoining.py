@@ -1,4 +1,4 @@
-"""A peer comes back to its swarm: by remembered peers, after an outage, and from another half of it."""
+"""A peer comes back to its swarm: through remembered peers, after an outage, and from a separated half of it."""
 
 import asyncio
 import contextlib
@@ -112,7 +112,7 @@ def test_a_dead_founder_keeps_nobody_out_and_comes_back_with_the_same_command(
 
 
 async def other_half(village: Village, swarm: Swarm) -> Swarm:
-    """Another peer of the same swarm, which knows nobody, and remembers where this one is."""
+    """Another peer of the same swarm, which knows nobody but remembers where this one is."""
     identity = village.identities[1]
     host = await Host.start(
         identity, NetworkConfig(LOCAL), swarm_id=swarm.keys.swarm_id, validator=RecordValidator()
@@ -196,7 +196,7 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
 def test_a_peer_that_announces_nothing_looks_each_time_for_those_that_were_lost(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trainer waits for experts a minute, and the nodes may be back before."""
+    """A trainer waits for experts only a minute, and the nodes may be back before that."""
 
     async def scenario(village: Village) -> None:
         first = await village.found(experts=2, spare=0)

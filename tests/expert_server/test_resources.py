@@ -1,4 +1,4 @@
-"""What an owner allows is divided so that it is never exceeded, and freed memory is kept between batches."""
+"""The memory that an owner allows is divided without ever exceeding it, and freed memory is kept between batches."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The hours at which an owner lets a node work: by the clock on the wall, past midnight, and through clock changes."""
+"""The hours in which an owner lets a node work: in local time, past midnight, and across clock changes."""
 
 import contextlib
 import re
@@ -16,7 +16,9 @@ MINUTE, DAY, WEEK = timedelta(minutes=1), timedelta(days=1), timedelta(weeks=1)
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 Range = tuple[frozenset[int], int, int]
-"""Days it begins on, first minute of the day, and the minute after its last: in the next day if that is not later."""
+"""The days on which it begins, the first minute of the day, and the minute after the last; if that is not later, it is
+on the next day.
+"""
 
 ranges = st.builds(
     lambda days, start, end: (frozenset(days or range(7)), start, end),
@@ -39,7 +41,9 @@ def text(parts: list[Range]) -> str:
 
 
 def expected(parts: list[Range], when: datetime) -> bool:
-    """By its own words: whether a range that began on this day or the day before has not ended."""
+    """Whether any range that began on this day or the day before contains this time, as the setting's documentation
+    says.
+    """
 
     def is_on(days: frozenset[int], start: int, end: int, began: datetime) -> bool:
         first = began.replace(hour=0, minute=0)
@@ -130,7 +134,9 @@ HELSINKI = ZoneInfo("Europe/Helsinki")
 
 
 def hours_allowed(schedule: Schedule, day: datetime) -> float:
-    """Real hours from noon of the day before to noon of this one, of which the clock may show one twice or not."""
+    """The real hours that are allowed from noon of the day before to noon of this day. The clock may show one hour
+    twice or never.
+    """
     start, end = (day - DAY).replace(hour=12), day.replace(hour=12)
     begin, stop = start.replace(tzinfo=HELSINKI).timestamp(), end.replace(tzinfo=HELSINKI).timestamp()
     moments = range(int(begin), int(stop), 60)

@@ -1,4 +1,5 @@
-"""A node of its own under callers that do everything wrong for minutes: it holds no more than before, and serves.
+"""A node in its own process, under callers that do everything wrong for minutes: its memory does not grow, and it
+serves.
 
 `python -m pytest -m slow tests/expert_server/test_soak.py`; TALKOOT_SOAK_S sets the seconds.
 """
@@ -57,7 +58,7 @@ momentum = 0.0
 learning_rate = 1e-3
 """
 OWN, *SHARED = (UID(0, (i, j)) for i in range(2) for j in range(2))
-"""One expert for the caller that is right, the others for those that are not."""
+"""One expert for the caller that behaves, and others for those that do not."""
 SETTINGS = {
     "experts": 4,
     "threads": 2,
@@ -69,11 +70,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """What the node holds at one moment."""
+    """The memory, descriptors and tasks of the node at one moment."""
 
     at_s: float
     memory_mb: float
-    """Resident."""
+    """Resident memory."""
     descriptors: int
     threads: int
     tasks: int
@@ -94,7 +95,7 @@ def node(tmp_path: Path) -> Iterator[NodeVictim]:
 
 
 class RightCaller:
-    """Calls one expert that nobody else calls, and knows every answer from its own copy of it."""
+    """Calls one expert that nobody else calls, and checks every answer with its own copy of the expert."""
 
     def __init__(self, node: NodeInfo, caller: GrpcCaller, manifest: Manifest) -> None:
         self.calls = 0
@@ -107,7 +108,7 @@ class RightCaller:
             await asyncio.sleep(0.02)
 
     async def call(self) -> None:
-        """Forward and backward, once with what the node has kept and once without."""
+        """Calls forward and backward, once with what the node has kept and once without."""
         generator = torch.Generator().manual_seed(self.calls)
         inputs, gradients = torch.randn(2, ROWS, HIDDEN, generator=generator).unbind()
         lengths, positions = torch.tensor([ROWS]), torch.arange(ROWS)
@@ -143,7 +144,7 @@ class RightCaller:
 
 
 class Siege:
-    """A node's troublemakers and its one right caller."""
+    """Callers that make trouble for a node, and one that behaves."""
 
     def __init__(self, node: NodeVictim, info: NodeInfo, manifest: Manifest, swarm_id: str) -> None:
         self._channels = ChannelPool()
@@ -157,7 +158,7 @@ class Siege:
         await self._channels.close()
 
     async def quiet(self) -> Sample:
-        """What the node holds with nobody calling: at least what it holds with one connection."""
+        """A sample while nobody calls: the smallest that is seen with one connection."""
         await self._right.call()
         return await asyncio.to_thread(sample, self._node)
 
@@ -178,7 +179,7 @@ class Siege:
         return samples
 
     async def quiet_again(self, before: Sample) -> Sample:
-        """Waits until the node holds no more tasks and descriptors than before."""
+        """Waits until the node has no more tasks and descriptors than before."""
         now = before
 
         async def is_quiet() -> bool:
@@ -204,7 +205,7 @@ async def siege(node: NodeVictim, folder: Path) -> AsyncIterator[Siege]:
 
 
 async def soak(node: NodeVictim, folder: Path, seconds: float) -> list[Sample]:
-    """Samples of the time of trouble; before and after all is quiet."""
+    """Returns samples from the time of trouble. Before and after, nobody calls."""
     async with siege(node, folder) as besiegers:
         before = await besiegers.quiet()
         samples = await besiegers.trouble(seconds)
@@ -214,7 +215,9 @@ async def soak(node: NodeVictim, folder: Path, seconds: float) -> list[Sample]:
 
 
 async def rounds(node: NodeVictim, folder: Path, seconds: float, most: int) -> list[float]:
-    """Megabytes that the quiet node holds more after each round of trouble, up to the first that adds next to none."""
+    """How many megabytes the node's memory grows in each round of trouble, up to the first round that adds
+    almost none.
+    """
     grown: list[float] = []
     async with siege(node, folder) as besiegers:
         first = before = await besiegers.quiet()
@@ -227,9 +230,11 @@ async def rounds(node: NodeVictim, folder: Path, seconds: float, most: int) -> l
 
 
 def growth(times: Sequence[float], values: Sequence[float]) -> float:
-    """By the straight line through all, from the first to the last; at most what lies between the running medians.
+    """The growth by the regression line from the first to the last sample, at most the difference of the running
+    medians.
 
-    One step in the middle, such as another thread in a bounded pool, is one and a half to a straight line.
+    To a regression line, one step in the middle, such as a new thread in a bounded pool, looks one and a half times as
+    large.
     """
     running = [median(values[n : n + 5]) for n in range(len(values) - 4)]
     line = linear_regression(times, values).slope * (times[-1] - times[0])
@@ -237,7 +242,7 @@ def growth(times: Sequence[float], values: Sequence[float]) -> float:
 
 
 def assert_flat(samples: Sequence[Sample]) -> None:
-    """In the second half nothing grows, but for what the allocator and calls under way make."""
+    """Checks that nothing grows in the second half, apart from what the allocator and calls under way cause."""
     half = samples[len(samples) // 2 :]
     minutes = (half[-1].at_s - half[0].at_s) / 60
     tolerances = {"memory_mb": 10 + 1.0 * minutes, "descriptors": 3, "threads": 2, "tasks": CALLERS}
@@ -267,7 +272,7 @@ def test_growth_is_as_high_as_a_step_and_as_steep_as_a_line() -> None:
 def test_a_node_holds_no_more_after_a_little_trouble(
     node: NodeVictim, loop: LoopThread, tmp_path: Path
 ) -> None:
-    """The allocator takes more and more at first; what is not given back makes every round grow."""
+    """The allocator takes more and more at first. But memory that is never freed makes every round grow."""
     grown = loop.run(rounds(node, tmp_path, 2.5, most=8), 110)
     assert grown[-1] <= FLAT_MB, f"MB that each round added: {grown}"
     assert "Handshake failed" not in node.log.read_text()

@@ -1,4 +1,4 @@
-"""What a node's owner hears of the rest of the swarm."""
+"""What a node's owner is told about the rest of the swarm."""
 
 import asyncio
 import logging

@@ -1,7 +1,8 @@
-"""Structure-aware mutation of real messages: what a stranger makes of a message whose format it knows.
+"""Structure-aware mutation of real messages, as a stranger does who knows their format.
 
-Each format has a function that takes a message and a random generator and returns a spoilt one: some fields dropped,
-doubled, exchanged or replaced by values on which parsers stumble, at any depth. One in five is spoilt as bytes only.
+Each format has a function that takes a message and a random generator, and returns a corrupted message: some fields are
+dropped, doubled, exchanged or replaced by values that may break parsers, at any depth. One message in five is corrupted
+only as bytes.
 """
 
 import json
@@ -75,7 +76,7 @@ def _or_bytes(mutate: Mutate) -> Mutate:
 
 
 def _mutate_text(data: bytes, rng: random.Random) -> bytes:
-    """Words between separators are dropped, doubled, exchanged or replaced."""
+    """Drops, doubles, exchanges or replaces the words between separators."""
     text = data.decode(errors="replace")
     separator = rng.choice("/:.-, =&\"'\n")
     words = text.split(separator)
@@ -95,7 +96,7 @@ def _mutate_text(data: bytes, rng: random.Random) -> bytes:
 
 
 def _mutate_tree(tree: Any, rng: random.Random) -> Any:
-    """Of lists, dictionaries and plain values, as JSON and msgpack have them."""
+    """Mutates lists, dictionaries and plain values, as in JSON and msgpack."""
     if isinstance(tree, dict) and tree and rng.random() < 0.8:
         key = rng.choice(list(tree))
         entries = dict(tree)
@@ -172,7 +173,7 @@ def _mutate_msgpack(data: bytes, rng: random.Random) -> bytes:
 
 
 def _mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
-    """A JSON header after its length, and the tensors' bytes."""
+    """Mutates the length, the JSON header after it, and the tensors' bytes."""
     length = int.from_bytes(data[:8], "little")
     if not 0 < length <= len(data) - 8:
         return mutate_bytes(data, rng)
@@ -232,7 +233,7 @@ def _mutate_value(kind: int, value: Any, rng: random.Random) -> Any:
 
 
 def _fields(data: bytes) -> list[Field]:
-    """Empty if it is no message."""
+    """The fields of a message. Empty if the data is not a message."""
     fields, at = list[Field](), 0
     try:
         while at < len(data):

@@ -38,7 +38,7 @@ _EXPECTED = (
     TimeoutError,
     DecodeError,
 )
-"""What a refused misdeed ends with."""
+"""Exceptions with which refused misdeeds end."""
 _PAUSE_S = 0.2
 
 Misdeed = Callable[[Stranger, random.Random], Awaitable[None]]
@@ -47,7 +47,7 @@ Misdeed = Callable[[Stranger, random.Random], Awaitable[None]]
 async def siege(
     invite: Invite, seconds: float, seed: int, joined: Callable[[], None] = lambda: None
 ) -> dict[str, int]:
-    """Attacks for so long after the strangers have joined. Returns how often each misdeed was done."""
+    """Attacks for `seconds` from when the strangers have joined. Returns how often each misdeed was done."""
     done: Counter[str] = Counter()
     async with (
         Stranger.joined(invite) as peer,
@@ -75,7 +75,7 @@ async def _repeat(
 
 
 async def publish_spoilt_records(stranger: Stranger, rng: random.Random) -> None:
-    """Records of every kind whose fields are spoilt, listed as right ones are."""
+    """Publishes corrupted records of every kind, listed like valid ones."""
     if rng.random() < 0.5:
         node = stranger.node_record(tunnel_addresses=["/onion/x:80"])
         node.ParseFromString(mutations.protobuf(node.SerializeToString(), rng))
@@ -89,7 +89,7 @@ async def publish_spoilt_records(stranger: Stranger, rng: random.Random) -> None
 
 
 async def claim_all_experts(stranger: Stranger, rng: random.Random) -> None:
-    """Says that it serves every expert, with more updates than anybody, and gives garbage as their states."""
+    """Announces that it serves every expert, with more updates than any peer has, and gives garbage as their states."""
     if not stranger.address:
         await stranger.serve(
             {"talkoot.v1.StateService/Fetch": _garbage, "talkoot.v1.ExpertService/Forward": _garbage}
@@ -110,7 +110,7 @@ async def _garbage(requests: AsyncIterator[bytes], context: Any) -> AsyncIterato
 
 
 async def flood_the_dht(stranger: Stranger, rng: random.Random) -> None:
-    """Large dictionaries of tiny entries, and questions for many keys."""
+    """Stores large dictionaries of tiny entries, and asks for many keys."""
     peers = list(stranger.swarm.host.peers())
     if not peers:
         return
@@ -124,7 +124,7 @@ async def flood_the_dht(stranger: Stranger, rng: random.Random) -> None:
 
 
 async def hold_calls(stranger: Stranger, rng: random.Random) -> None:
-    """Calls that send a header, or nothing, and then stay silent."""
+    """Makes calls that send a header, or nothing, and then stay silent."""
     async with _caller(stranger, rng) as caller:
         await caller.open_session()
         streams = [caller.stream("talkoot.v1.ExpertService/Forward", timeout_s=5.0) for _ in range(20)]
@@ -147,7 +147,7 @@ async def hold_calls(stranger: Stranger, rng: random.Random) -> None:
 
 
 async def begin_and_break_off(stranger: Stranger, rng: random.Random) -> None:
-    """Fetches of states that are given up after their first message, and hints to fetch from it."""
+    """Fetches states and breaks off after the first message, and asks others to fetch from it."""
     async with _caller(stranger, rng) as caller:
         await caller.open_session()
         uid = str(rng.choice(stranger.swarm.manifest.uids()))
@@ -161,14 +161,14 @@ async def begin_and_break_off(stranger: Stranger, rng: random.Random) -> None:
 
 
 async def open_sessions(stranger: Stranger, rng: random.Random) -> None:
-    """Sessions of peers that nobody has met."""
+    """Opens sessions of peers that nobody has met."""
     async with _caller(stranger, rng) as caller:
         for _ in range(10):
             await caller.open_session(new_identity())
 
 
 async def open_connections(stranger: Stranger, rng: random.Random) -> None:
-    """Connections that never say a word, and some that speak no TLS."""
+    """Opens connections that send nothing, and some that do not speak TLS."""
     async with _caller(stranger, rng) as caller, contextlib.AsyncExitStack() as stack:
         for _ in range(50):
             _, writer = await caller.tcp()
@@ -180,7 +180,7 @@ async def open_connections(stranger: Stranger, rng: random.Random) -> None:
 
 @contextlib.asynccontextmanager
 async def _caller(stranger: Stranger, rng: random.Random) -> AsyncIterator[HostileCaller]:
-    """Of some node."""
+    """A caller of a random node."""
     nodes: list[NodeInfo] = [node for node in await stranger.nodes() if node.name != "stranger"]
     if not nodes:
         raise TalkootError("nobody is there")
@@ -201,7 +201,7 @@ MISDEEDS: dict[str, Misdeed] = {
     "open connections": open_connections,
 }
 _BY_PEERS = (publish_spoilt_records, claim_all_experts, flood_the_dht)
-"""The others are done by a client, which others can't ask."""
+"""Misdeeds done by a peer. The others are done by a client, which others cannot call."""
 
 if __name__ == "__main__":
     line, length, seed_text = [*sys.argv[1:], "0"][:3]

@@ -46,7 +46,7 @@ from peer.wire import dht_pb2, records_pb2, session_pb2, session_pb2_grpc
 
 LOCAL = "127.0.0.1"
 LIFETIME_S = 60.0
-"""Of what a stranger publishes, unless it says otherwise."""
+"""The lifetime of what a stranger publishes, unless it says otherwise."""
 ALL_RIGHTS: tuple[Right, ...] = (
     session_pb2.RIGHT_FORWARD,
     session_pb2.RIGHT_BACKWARD,
@@ -59,9 +59,9 @@ _EXPONENT = 65537
 
 Frames: TypeAlias = AsyncIterator[bytes]
 Handler: TypeAlias = Callable[[Frames, Any], Frames]
-"""Answers a call's messages, in bytes, with others; it may read `context`, a grpc.aio.ServicerContext."""
+"""Answers a call's messages with others, all as bytes. It may read `context`, a grpc.aio.ServicerContext."""
 DHTHandler: TypeAlias = Callable[[Any, Any], Awaitable[Any]]
-"""Takes the request and its sender."""
+"""Takes the request and its sender. Returns the answer."""
 _REQUESTS: dict[str, type[Message]] = {
     "ping": dht_pb2.PingRequest,
     "store": dht_pb2.StoreRequest,
@@ -77,7 +77,7 @@ class Stranger:
         self.identity = swarm.host.identity
         self.keys = swarm.keys
         self.address = ""
-        """Where its gRPC server listens, once it has one."""
+        """The address of its gRPC server, once it has one."""
         self._stack = contextlib.AsyncExitStack()
 
     @classmethod
@@ -85,7 +85,7 @@ class Stranger:
     async def joined(
         cls, invite: Invite, identity: Identity | None = None, *, serves_dht: bool = True
     ) -> AsyncIterator[Self]:
-        """`identity`: one that nobody has met, unless given. `serves_dht`: others ask it and store at it."""
+        """`identity`: by default one that nobody has met. `serves_dht`: whether others ask it and store at it."""
         identity = identity or new_identity()
         with tempfile.TemporaryDirectory() as folder:
             if not identity.path.exists():
@@ -114,7 +114,9 @@ class Stranger:
         subkey: int | bytes | None = None,
         lifetime_s: float = LIFETIME_S,
     ) -> bytes:
-        """Signs a record as it is, and stores it under its key, by default as this peer's. Returns what was stored."""
+        """Signs a record unchecked, and stores it under its key, by default with this peer's subkey. Returns what was
+        stored.
+        """
         payload.expires_at = payload.expires_at or time.time() + lifetime_s
         if self.swarm.admission.badge is not None and not payload.HasField("badge"):
             payload.badge.CopyFrom(self.swarm.admission.badge)
@@ -124,7 +126,7 @@ class Stranger:
         return record
 
     async def publish_node(self, lifetime_s: float = LIFETIME_S, **fields: Any) -> None:
-        """Publishes a node record and lists the node. `fields`: in place of those of a right record."""
+        """Publishes a node record and lists the node. `fields`: replace those of a valid record."""
         await self.swarm.registry.publish_node(self.node_record(**fields), lifetime_s)
 
     async def publish_trainer(self, lifetime_s: float = LIFETIME_S, **fields: Any) -> None:
@@ -140,7 +142,7 @@ class Stranger:
         await self.swarm.registry.publish_trainer(records_pb2.TrainerRecord(**right | fields), lifetime_s)
 
     def node_record(self, **fields: Any) -> records_pb2.NodeRecord:
-        """A right record of this peer, except for `fields`."""
+        """A valid record of this peer, apart from `fields`."""
         right: dict[str, Any] = {
             "addresses": [self.address or f"{LOCAL}:1"],
             "certificate": self.identity.make_certificate(),
@@ -153,7 +155,9 @@ class Stranger:
         return records_pb2.NodeRecord(**right | fields)
 
     async def store(self, items: Sequence[Item]) -> set[tuple[str, int | bytes]]:
-        """Stores entries at the peers nearest to their keys, as honest peers do. Returns those that any accepted."""
+        """Stores entries at the peers nearest to their keys, as honest peers do. Returns those that any
+        peer accepted.
+        """
         return await self.swarm.registry.lookups.store(items)
 
     async def store_at(self, peer: PeerID, request: dht_pb2.StoreRequest) -> dht_pb2.StoreResponse:
@@ -165,7 +169,7 @@ class Stranger:
         return dht_pb2.FindResponse.FromString(await self._ask(peer, "find", request))
 
     async def _ask(self, peer: PeerID, method: str, request: Message) -> bytes:
-        """Raises TimeoutError if there is no answer."""
+        """Calls a DHT method of a peer. Raises TimeoutError if there is no answer."""
         answer = await self.dht.transport.call(peer, method, request.SerializeToString(), _DEADLINE_S)
         if answer is None:
             raise TimeoutError
@@ -174,7 +178,9 @@ class Stranger:
     def store_request(
         self, entries: Sequence[tuple[str | bytes, bytes, bytes, float]]
     ) -> dht_pb2.StoreRequest:
-        """`entries`: key as text or as digest, subkey or mark as packed bytes, value as packed bytes, expiry."""
+        """`entries`: the key as text or digest, the subkey as packed bytes or the coordinate of an index entry, the
+        value as packed bytes, the expiration time.
+        """
         keys, subkeys, values, expires = zip(*entries, strict=True)
         return dht_pb2.StoreRequest(
             peer=self.dht.info,
@@ -186,7 +192,7 @@ class Stranger:
         )
 
     async def answer(self, **handlers: DHTHandler) -> None:
-        """Replaces its handlers `ping`, `store` and `find` of the DHT."""
+        """Replaces its DHT handlers `ping`, `store` and `find`."""
         assert self.dht.serves_dht, "nobody asks a client"
         for method, handler in handlers.items():
             await self.dht.transport.serve(method, functools.partial(_answer, _REQUESTS[method], handler))
@@ -194,7 +200,7 @@ class Stranger:
     async def serve(self, handlers: Mapping[str, Handler], *, sessions: bool = True, port: int = 0) -> str:
         """Serves these methods (`talkoot.v1.StateService/Fetch`) over TLS, and opens sessions. Returns `host:port`.
 
-        The record that names the address has to be published after that.
+        Publish the record that names the address afterwards.
         """
         certificate = self.identity.make_certificate()
         server = grpc.aio.server(handlers=[_Handlers(handlers)], options=[*SERVER_OPTIONS, *_UNLIMITED])
@@ -208,13 +214,13 @@ class Stranger:
         return self.address
 
     async def nodes(self) -> list[NodeInfo]:
-        """The swarm's other nodes, by the DHT."""
+        """The swarm's other nodes, as read from the DHT."""
         registry = self.swarm.registry
         found = await registry.nodes(await registry.node_ids())
         return [node for peer_id, node in found.items() if peer_id != self.peer_id]
 
     async def node(self, peer_id: PeerID) -> NodeInfo:
-        """One node, by the DHT. Waits until it is announced."""
+        """One node, as read from the DHT. Waits until it is announced."""
         async with asyncio.timeout(60):
             while True:
                 found = await self.swarm.registry.nodes([peer_id])
@@ -223,21 +229,21 @@ class Stranger:
                 await asyncio.sleep(0.1)
 
     def caller_of(self, node: Contact, identity: Identity | None = None) -> "HostileCaller":
-        """`identity`: in place of its own. The caller is closed with the stranger."""
+        """`identity`: used instead of the stranger's own. The caller is closed with the stranger."""
         caller = HostileCaller(node, self.keys.swarm_id, identity or self.identity)
         self._stack.push_async_callback(caller.close)
         return caller
 
 
 class HostileCaller:
-    """Calls one server with none of a client's checks and limits, in a session or without. Close it when done."""
+    """Calls one server with none of a client's checks and limits, with or without a session. Close it when done."""
 
     def __init__(self, server: Contact, swarm_id: str, identity: Identity | None = None) -> None:
         self.server = server
         self.swarm_id = swarm_id
         self.identity = identity or new_identity()
         self.session: Metadata = ()
-        """What its calls carry; empty until one is opened."""
+        """The session that its calls carry. Empty until one is opened."""
         self._channels: list[grpc.aio.Channel] = []
 
     @property
@@ -246,7 +252,7 @@ class HostileCaller:
         return host, int(port)
 
     def new_channel(self) -> grpc.aio.Channel:
-        """Another connection."""
+        """Opens another connection."""
         credentials = grpc.ssl_channel_credentials(self.server.certificate_pem)
         options = [*CLIENT_OPTIONS, *_UNLIMITED]
         self._channels.append(grpc.aio.secure_channel(self.server.addresses[0], credentials, options))
@@ -254,11 +260,11 @@ class HostileCaller:
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """Its first connection."""
+        """The caller's first connection."""
         return self._channels[0] if self._channels else self.new_channel()
 
     async def challenge(self) -> bytes:
-        """A challenge of the server's, which one statement names. Raises grpc.aio.AioRpcError."""
+        """A challenge from the server, for one statement. Raises grpc.aio.AioRpcError."""
         answer = await self.unary("talkoot.v1.SessionService/Challenge", b"")
         given: bytes = session_pb2.ChallengeReply.FromString(answer).challenge
         return given
@@ -266,7 +272,7 @@ class HostileCaller:
     def statement(
         self, challenge: bytes, identity: Identity | None = None, **fields: Any
     ) -> session_pb2.OpenRequest:
-        """A signed statement that asks for all rights. `fields`: in place of the right ones."""
+        """A signed statement that asks for all rights. `fields`: replace the valid ones."""
         identity = identity or self.identity
         right: dict[str, Any] = {
             "protocol_version": PROTOCOL_VERSION,
@@ -297,16 +303,16 @@ class HostileCaller:
     def stream(
         self, method: str, *, timeout_s: float | None = None, channel: grpc.aio.Channel | None = None
     ) -> Any:
-        """A call both of whose sides are streams of bytes: `write`, `done_writing`, `read`, `cancel`."""
+        """A call in which both sides are streams of bytes: `write`, `done_writing`, `read`, `cancel`."""
         make: Any = (channel or self.channel).stream_stream(f"/{method}")
         return make(timeout=timeout_s, metadata=self.session)
 
     async def tcp(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A bare connection to the server."""
+        """A plain TCP connection to the server."""
         return await asyncio.open_connection(*self.endpoint)
 
     async def tls(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A TLS connection on which the caller speaks HTTP/2 by itself."""
+        """A TLS connection on which the caller writes HTTP/2 frames itself."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.set_alpn_protocols(["h2"])
@@ -318,17 +324,17 @@ class HostileCaller:
 
 
 def new_identity() -> Identity:
-    """An identity that nobody has met. It is on disk only once a stranger joins with it."""
+    """An identity that nobody has met. It is written to disk only when a stranger joins with it."""
     return next(_identities())
 
 
 def new_identities(count: int) -> list[Identity]:
-    """Identities that nobody has met. The keys share primes, so that 66 take about a second."""
+    """Identities that nobody has met. The keys share primes, so that 66 of them take only about a second."""
     return list(itertools.islice(_identities(), count))
 
 
 def identities_near(key: str, count: int, among: int = 1000) -> list[Identity]:
-    """Identities whose place in the DHT is nearest to a key, of as many as `among`."""
+    """The identities nearest to a key in the DHT, out of `among` new ones."""
     place = int.from_bytes(digest(key), "big")
 
     def distance(identity: Identity) -> int:
@@ -338,12 +344,12 @@ def identities_near(key: str, count: int, among: int = 1000) -> list[Identity]:
 
 
 def digest(key: str | bytes) -> bytes:
-    """The DHT's id of a key; bytes stay as they are."""
+    """The DHT's id of a key. A key that is bytes is returned unchanged."""
     return id_bytes(key_id_of(key)) if isinstance(key, str) else key
 
 
 def packed(value: object) -> bytes:
-    """As the DHT packs subkeys and values."""
+    """Packs a value as the DHT packs subkeys and values."""
     return pack(value)
 
 
@@ -366,12 +372,12 @@ class _Handlers(grpc.GenericRpcHandler):
 
 @functools.cache
 def _identities() -> Iterator[Identity]:
-    """The identities that this process has not used yet."""
+    """Identities that this process has not used yet."""
     return _made_identities()
 
 
 def _made_identities() -> Iterator[Identity]:
-    """Every pair of the primes so far makes a key: finding primes is what takes long."""
+    """Makes a key from every pair of the primes found so far, since finding primes takes longest."""
     primes: list[int] = []
     while True:
         found = rsa.generate_private_key(public_exponent=_EXPONENT, key_size=2048).private_numbers()
@@ -400,7 +406,7 @@ def _identity(p: int, q: int) -> Identity:
 
 
 def _write(identity: Identity, path: Path) -> Identity:
-    """As libp2p reads it."""
+    """Writes the identity in libp2p's format."""
     data = identity.key.private_bytes(
         serialization.Encoding.DER,
         serialization.PrivateFormat.TraditionalOpenSSL,

@@ -1,4 +1,4 @@
-"""Every method of every service, called by a stranger without a session: refused in order, and nothing is logged."""
+"""Every method of every service, called by a stranger without a session: refused properly, and nothing is logged."""
 
 import contextlib
 import importlib
@@ -27,7 +27,7 @@ _ORDERLY = {
 
 
 def all_methods() -> list[MethodDescriptor]:
-    """Those of all services."""
+    """The methods of all services."""
     names = [
         module.name for module in pkgutil.iter_modules(peer.wire.__path__) if module.name.endswith("_pb2")
     ]
@@ -45,7 +45,7 @@ def name_of(method: MethodDescriptor) -> str:
 
 
 async def outcome(channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes) -> grpc.StatusCode:
-    # whole at once: a separate write could meet a call that has been refused by then
+    # All is sent at once: by the time of a second write, the call may have been refused.
     begin: Any = channel.unary_stream(f"/{name_of(method)}")
     call = begin(request, timeout=60.0)
     with contextlib.suppress(grpc.aio.AioRpcError):  # `code` tells
@@ -66,7 +66,7 @@ def test_every_method_refuses_strangers_in_order_and_logs_nothing(loop: LoopThre
                 before = len(node.log_lines)
                 found = {}
                 for method in methods:
-                    # after forty calls without a session a connection is closed
+                    # A connection is closed after forty calls without a session.
                     channel = caller.new_channel()
                     for request in (b"", b"\xff\xff"):
                         found[f"{name_of(method)} {request!r}"] = await outcome(channel, method, request)

@@ -1,4 +1,4 @@
-"""All kinds of strangers at once, against a real node: it lives, serves others, and logs no fault."""
+"""All kinds of strangers at once, against a real node: it survives, serves others, and logs no fault."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Strangers lie about the time and about who is reached, and the machine's own clock is set: no node stops for it."""
+"""Strangers lie about the time and about who is reachable, and the machine's own clock is set: no node stops."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ def test_a_node_starts_whatever_two_of_three_peers_say(
                 liar = await stack.enter_async_context(Stranger.joined(invite))
                 await liar.answer(ping=lie)
                 addresses += liar.swarm.host.bootstrap_addresses()
-            # the honest one is not among those that a restarting node happens to ask
+            # The honest peer is not among those that a restarting node happens to ask.
             for asked in (addresses, addresses[len(invite.bootstrap) :]):
                 caplog.clear()
                 swarm = await join_swarm(
@@ -98,14 +98,14 @@ def test_a_node_survives_when_its_machines_clock_is_set(
 
 
 def set_clock(set_by: Path, offset: str) -> None:
-    """At once: libfaketime ends its process if it reads a file that is still empty."""
+    """Sets the clock in one step: libfaketime ends its process if it reads an empty file."""
     written = set_by.with_suffix(".new")
     written.write_text(f"{offset}\n")
     written.replace(set_by)
 
 
 async def is_announced(swarm: Swarm, manifest: Manifest) -> bool:
-    """Whether all experts were announced within the last seconds."""
+    """Whether all experts were announced within the last few seconds."""
     found = await swarm.registry.replicas(manifest.uids())
     now = time.time()
     return all(hosts and all(now < r.expires_at < now + 60 for r in hosts) for hosts in found.values())

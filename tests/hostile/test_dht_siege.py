@@ -1,4 +1,4 @@
-"""Strangers besiege a node's DHT: its loop is not held, it sends no flood, and honest look-ups succeed."""
+"""Strangers besiege a node's DHT: its loop is not blocked, it sends no flood, and honest look-ups succeed."""
 
 import asyncio
 import contextlib
@@ -24,24 +24,24 @@ from peer.wire import dht_pb2, records_pb2
 ATTACK_S = 2.5
 LOOKS = 20
 LOOK_S, _PATIENCE_S = 3.0, 30.0
-"""Longest for a look-up on a core of its own, and on any machine."""
+"""The longest time for a look-up on a core of its own, and on any machine."""
 DEADLINE_S = 60.0
 LOOPS = 6
 UPLOAD_MBIT = 8.0
 FORGED = 80
-"""Records under one key: as many as one message takes."""
+"""Records under one key: as many as fit in one message."""
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeVictim]:
-    """Its announcements live for 15 s."""
+    """A node whose announcements live for 15 s."""
     folder = tmp_path_factory.mktemp("besieged")
     with founder(folder, announce_every_s=5, upload_mbit=UPLOAD_MBIT) as victim:
         yield victim
 
 
 class HonestReader:
-    """A client of the DHT that looks up all experts and the node, again and again."""
+    """A client of the DHT that looks up all experts and the node again and again."""
 
     def __init__(self, swarm: Swarm) -> None:
         self.looks = self.failed = 0
@@ -80,11 +80,11 @@ class Siege:
         self.reader = reader
         self.victim = stranger.keys.author
         self.sent = self.answered = self.received_bytes = 0
-        """Requests, answers, and the bytes of the answers."""
+        """The number of requests, of answers, and of the answers' bytes."""
         self._is_over = False
 
     async def lasts(self, *attackers: Any, is_enough: Callable[[], bool]) -> LoopLags:
-        """While they run, each in several loops at once, honest look-ups go on. A busy machine needs longer."""
+        """While attacks run, each in several loops at once, honest look-ups continue. A busy machine needs longer."""
         lags = LoopLags(exposed_at(self.node.metrics_address))
         tasks = [asyncio.create_task(self._repeat(attack)) for attack in attackers for _ in range(LOOPS)]
         await self.reader.read_for(ATTACK_S)
@@ -110,7 +110,7 @@ class Siege:
             self.received_bytes += answer.ByteSize()
 
     def check(self) -> None:
-        """The node lives, and its readers found it."""
+        """Checks that the node is alive and that its readers found it."""
         print(f"{self.sent} sent, {self.answered} answered, {self.received_bytes} bytes")
         print(
             f"{self.reader.looks} looks, {self.reader.failed} failed, at most {self.reader.longest_s:.2f} s"
@@ -128,7 +128,7 @@ async def siege_of(node: NodeVictim) -> AsyncIterator[Siege]:
 
 
 def forged_records(siege: Siege, writers: list[Identity], key: str, until: float) -> dict[Any, Entry]:
-    """As good as real ones, but for the signature."""
+    """Records that are valid apart from the signature."""
     entries = {}
     for writer in writers:
         body = records_pb2.Announcement(state=records_pb2.REPLICA_STATE_SERVING)
@@ -140,7 +140,7 @@ def forged_records(siege: Siege, writers: list[Identity], key: str, until: float
 
 
 def tiny_entries(count: int, until: float) -> bytes:
-    """As hivemind packs them, however many."""
+    """Any number of entries, packed as hivemind packs them."""
     rows = [[n % 128, b"", until] for n in range(count)]
     data: bytes = msgpack.packb(msgpack.ExtType(0x50, msgpack.packb([None, until, rows])))
     return data
@@ -163,7 +163,7 @@ def test_a_siege_with_large_and_many_messages_holds_no_loop(loop: LoopThread, no
             assert all(100_000 * 0.4 < request.ByteSize() < 128 * 2**10 for request in forged)
 
             async def lie(request: Any, context: Any) -> Any:
-                """Every other answer is far larger than a message of the DHT may be; the others just fit."""
+                """Every other answer is far larger than a DHT message may be; the others just fit."""
                 value = [huge * 2, tiny, forged[0].values[0], forged[1].values[0]][siege.sent % 4]
                 results = [
                     dht_pb2.FindResult(type=dht_pb2.RESULT_TYPE_DICTIONARY, value=value if n == 0 else b"")
@@ -227,7 +227,7 @@ def test_small_questions_get_no_flood_of_answers(loop: LoopThread, node: NodeVic
             lags = await siege.lasts(ask, is_enough=is_enough)
             siege.check()
             assert siege.answered > 100
-            # the burst and the rate, and the nearest nodes that go with each answer
+            # The burst, the rate, and the nearest nodes that are sent with each answer.
             most = rate * (16 + time.monotonic() - began) + siege.answered * 500
             assert siege.received_bytes < most
             assert node.metric("talkoot_uploaded_bytes_total") - before >= siege.received_bytes * 0.9

@@ -1,4 +1,4 @@
-"""A stranger announces experts that it does not have. That costs it one signature each."""
+"""A stranger announces experts that it does not have, which costs it only one signature each."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -27,7 +27,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def announce(stranger: Stranger, uids: Collection[UID], update_count: int = 0) -> None:
-    """It serves them, it says, and has a server that gives nothing."""
+    """Announces that the stranger serves the experts. Its server gives nothing."""
     await stranger.serve({})
     await stranger.publish_node()
     replicas = [ReplicaAnnouncement(uid, ReplicaState.SERVING, update_count) for uid in uids]

@@ -1,4 +1,4 @@
-"""Peers that announce shards of memories which they do not have: nobody loses a shard because it believes them."""
+"""Peers that announce shards of memories which they do not have: nobody loses a shard by believing them."""
 
 import asyncio
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_shards_get_real_replicas_though_liars_announce_enough(play: Play) -> No
         await pretending(village, founder)
         node = await village.join(3, await founder.swarm.invite(), **HOST)
         await village.run(node)
-        # a host that leaves does not believe them either
+        # A host that leaves does not believe them either.
         running.cancel()
         await founder.stop()
         assert node.memories.hosted.shards == 4
@@ -110,7 +110,7 @@ def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: 
         claims = {(host, key) for key in seen}
         assert await proofs.proven(claims, seen) == claims
         assert not proofs._doubted_until
-        # and whoever says so of what was not revoked has proven nothing
+        # A peer that claims a revocation where there was none has proven nothing.
         proofs._revoked = lambda memory: frozenset()
         assert await proofs.proven(claims, seen) == set()
 
@@ -145,7 +145,7 @@ def test_a_host_whose_record_is_late_is_doubted_for_a_short_time_and_one_that_ha
 
 
 def test_a_host_that_is_doubted_is_not_asked_for_more_proofs_meanwhile(identities: list[Identity]) -> None:
-    """One that has died is announced for some periods, and each proof may take as long as ten seconds."""
+    """A host that has died stays announced for some periods, and each proof may take ten seconds."""
     now, me, host, asked = 1000.0, identities[0].peer_id, identities[1].peer_id, list[set[PeerID]]()
 
     async def nodes(peers: set[PeerID]) -> dict[PeerID, NodeInfo]:

@@ -1,4 +1,4 @@
-"""A server that writes escape sequences and line breaks where others quote it: they show one line of plain text."""
+"""A server sends escape sequences and line breaks that others quote: they show one line of plain text."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -32,7 +32,7 @@ async def refuse(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[
 
 
 async def answer_with_errors(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-    """The right form, and an error of the expert in the stranger's words."""
+    """Answers in the right form, with an expert's error in the stranger's words."""
     async for _ in requests:
         pass
     error = expert_pb2.ExpertReply(index=0, status=StatusCode.NOT_FOUND.value[0], message=FORGED)

@@ -36,7 +36,7 @@ from peer.wire import admission_pb2, expert_pb2, probe_pb2, session_pb2, state_p
 
 Frames = list[bytes]
 GROWTH_BYTES = 48 * 2**20
-"""Of the process, which holds caller and server: less than 5 KB for each of 10,000 calls."""
+"""The most that the process may grow, which holds caller and server: less than 5 KB for each of 10,000 calls."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) 
 
 @dataclass
 class Kind:
-    """One way to call a node: the right frames, to be spoilt."""
+    """One way to call a node: valid frames that will be corrupted."""
 
     path: str
     frames: Frames
@@ -101,7 +101,7 @@ ANYBODY = a_caller(SWARM, new_identity())
 
 
 def with_badge(request: session_pb2.OpenRequest, seed: int) -> bytes:
-    """A statement that carries garbage as badge; the signature is then wrong, and is looked at first."""
+    """A statement with garbage as its badge. Its signature is then wrong, which is checked first."""
     rng = random.Random(seed)
     statement = session_pb2.OpenStatement.FromString(request.statement)
     statement.badge.CopyFrom(
@@ -113,7 +113,7 @@ def with_badge(request: session_pb2.OpenRequest, seed: int) -> bytes:
 
 
 def spoilt(frames: Frames, rng: random.Random) -> Frames:
-    """One to three changes, to bytes or to the order of frames."""
+    """Makes one to three changes, to bytes or to the order of frames."""
     frames = list(frames)
     for _ in range(rng.randint(1, 3)):
         n = rng.randrange(len(frames))
@@ -135,7 +135,7 @@ def spoilt(frames: Frames, rng: random.Random) -> Frames:
 
 
 def send(channel: grpc.Channel, edge: Edge, kind: Kind, frames: Frames) -> StatusCode:
-    """How the server ended it."""
+    """The status with which the server ended the call."""
     if kind.streams:
         method: Any = channel.stream_stream(kind.path)
         stream = method(iter(frames), timeout=20, metadata=edge.session)
@@ -149,7 +149,7 @@ def send(channel: grpc.Channel, edge: Edge, kind: Kind, frames: Frames) -> Statu
     return code
 
 
-# UNAVAILABLE or DEADLINE_EXCEEDED would mean that the node fell over or hung
+# UNAVAILABLE or DEADLINE_EXCEEDED would mean that the node crashed or hung.
 NOT_ALLOWED = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED}
 
 
@@ -189,7 +189,7 @@ def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(run: Runner, co
 def test_a_flood_of_one_peer_over_many_connections_leaves_another_its_share(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flooder counts as one caller, so the other has every second batch."""
+    """All connections of the flooder count as one caller, so the other caller has every second batch."""
 
     async def scenario(edge: Edge) -> None:
         quiet = edge.as_another()

@@ -33,17 +33,17 @@ from peer.wire import contact_pb2, dht_pb2, relay_pb2, session_pb2
 
 COUNTS = [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 GROWTH_BYTES = 48 * 2**20
-"""Of the process, which holds callers and servers."""
+"""The most that the process may grow, which holds callers and servers."""
 CALLERS = 4
 AT_ONCE = 8
-"""Calls of each caller."""
+"""Calls of each caller at a time."""
 _CALL_S = 20.0
 WRONG = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.INTERNAL, StatusCode.UNKNOWN}
-"""A peer fell over, hung or failed."""
+"""Statuses that mean that a peer crashed, hung or failed."""
 
 
 class Fuzzer:
-    """A caller in a session that sends spoilt messages."""
+    """A caller in a session that sends corrupted messages."""
 
     def __init__(self, endpoint: Endpoint, pem: bytes, identity: Identity, seed: int) -> None:
         self.identity = identity
@@ -68,7 +68,7 @@ class Fuzzer:
         self.seen[status] += 1
 
     async def stream(self, method: str, pieces: list[bytes]) -> None:
-        """Cancels a call that goes on when all pieces have come."""
+        """Sends the pieces, and cancels the call if it has not ended then."""
         make: Any = self.channel.stream_stream(f"/talkoot.v1.RelayService/{method}")
         call = make(timeout=_CALL_S, metadata=self._metadata)
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -114,7 +114,7 @@ def contact_of(identity: Identity, addresses: list[str]) -> contact_pb2.Contact:
 
 
 def questions(caller: Identity, other: contact_pb2.Contact) -> list[tuple[str, bytes]]:
-    """Right ones, but for contacts of others and where nobody is."""
+    """Valid requests, apart from others' contacts and addresses where nobody is."""
     addresses = [f"127.0.{n}.1:{n + 1}" for n in range(8)]
     own = dht_pb2.NodeInfo(node_id=bytes(20), contact=contact_of(caller, addresses))
     another = dht_pb2.NodeInfo(node_id=bytes(20), contact=other)

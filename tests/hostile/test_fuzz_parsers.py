@@ -1,7 +1,7 @@
-"""Every parser of what strangers write, fed with spoilt real messages: it gives a value or raises its own error.
+"""Every parser of strangers' bytes, fed with corrupted real messages: it returns a value or raises its own error.
 
-Each target names a format, some real messages made by the code itself, and how they are delivered to the parser. What
-is signed is spoilt first and signed then, as a stranger would do it. `-m slow` runs each target for a minute.
+Each target names a format, some real messages made by the code itself, and how they are delivered to the parser. Signed
+messages are corrupted first and signed afterwards, as a stranger would. `-m slow` runs each target for a minute.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ OPEN = RecordValidator(now=lambda: NOW)
 
 @dataclass(frozen=True)
 class Target:
-    """`deliver` hands bytes to the parser. It may raise `refusals` and nothing else."""
+    """`deliver` passes bytes to the parser. It may raise `refusals` and nothing else."""
 
     name: str
     mutate: Mutate
@@ -113,7 +113,7 @@ class Target:
 
 
 def parsed(kind: type[Message], data: bytes) -> Any:
-    """As gRPC servers and clients here do it: what can't be parsed is empty."""
+    """Parses as gRPC servers and clients do here: a message that cannot be parsed becomes an empty one."""
     message: Any = kind()
     try:
         message.ParseFromString(data)
@@ -173,7 +173,7 @@ def payloads() -> list[bytes]:
 
 
 def deliver_payload(data: bytes) -> None:
-    """Signed by its writer, stored, found by others, and read as each kind of record."""
+    """The payload is signed by its writer, stored, found by others, and read as each kind of record."""
     payload = parsed(records_pb2.RecordPayload, data)
     key = payload.key
     payload.peer_id = NODE.peer_id.to_bytes()
@@ -200,7 +200,7 @@ def deliver_payload(data: bytes) -> None:
 
 
 def deliver_signed_record(data: bytes) -> None:
-    """As it is: the key, the signature and the payload may all be spoilt."""
+    """Delivered without signing: the key, the signature and the payload may all be corrupted."""
     OPEN.check(
         Record(digest(KEYS.node(NODE.peer_id)), packed(NODE.peer_id.to_bytes()), packed(data), NOW + 60)
     )
@@ -301,7 +301,7 @@ def replies() -> list[bytes]:
 
 
 def tensors() -> list[bytes]:
-    """In each codec: its number, the width, and three rows."""
+    """For each codec: its number, the width, and three rows."""
     rows = random_rows(3, 32, seed=0)
     codecs = map(codec_of, get_args(CodecName))
     return [bytes([codec, 32]) + encode(rows, codec) for codec in codecs]
@@ -339,18 +339,18 @@ FORM = StateForm.of(MANIFEST)
 PATIENT = MANIFEST.model_copy(
     update={"optimizer": MANIFEST.optimizer.model_copy(update={"rows_per_update": 12})}
 )
-"""Five rows of a call of `step` are accumulated."""
+"""With this manifest, a call of `step` has five rows, which are accumulated."""
 
 
 @functools.cache
 def patient() -> tuple[Expert, bytes]:
-    """One that takes others' states, and such a state."""
+    """An expert that takes others' states, and such a state."""
     taker, giver = (step(Expert(AN_UID, PATIENT), calls) for calls in (0, 4))
     return taker, to_bytes(giver.checkpoint(), SWARM, AN_UID, 1000.0)
 
 
 def deliver_accumulated(data: bytes) -> None:
-    """The step of what was accumulated leaves a state that others take."""
+    """The step with the accumulated gradients must leave a state that others accept."""
     expert, _ = patient()
     checkpoint = from_bytes(data, SWARM, AN_UID, 1, StateForm.of(PATIENT))
     expert.import_state(checkpoint.state, 1, "QmStranger")
@@ -361,7 +361,7 @@ def deliver_accumulated(data: bytes) -> None:
 
 @functools.cache
 def dense() -> tuple[DenseForm, SharedParameters, bytes]:
-    """With biases."""
+    """A dense part with biases."""
     part = SharedParameters(torch.nn.Sequential(torch.nn.Linear(3, 2), LoadBias((2, 2))))
     form = DenseForm.of(part.model, SWARM)
     return form, part, form.to_bytes(part.read().tensors, 3)
@@ -413,7 +413,7 @@ def statements_of_contacts() -> list[bytes]:
 
 
 def deliver_contact(data: bytes) -> None:
-    """Signed by its peer, and passed on."""
+    """The contact is signed by its peer, and passed on."""
     contact = contact_pb2.Contact(statement=data, signature=NODE.sign(data, CONTACT_DOMAIN))
     read = Contact.parse(contact, NOW)
     assert read.peer_id == NODE.peer_id
@@ -578,7 +578,7 @@ def deliver_codebook(data: bytes) -> None:
 
 
 def memory_requests() -> list[bytes]:
-    """What was asked of which the replies are spoilt."""
+    """The requests whose replies are corrupted."""
     sample = memory()
     request = memory_pb2.SearchReply(
         found=[
@@ -632,7 +632,7 @@ def receipts() -> list[bytes]:
 
 
 def deliver_receipt(data: bytes) -> None:
-    """Signed, whatever it says, and kept where it makes sense."""
+    """The receipt is signed whatever it says, and kept if it is valid."""
     signature = NODE.sign(data, RECEIPT_DOMAIN)
     badge = make_badge(TRAINERS_TOKEN, NODE.peer_id)
     signed = credit_pb2.SignedReceipt(
@@ -703,7 +703,7 @@ def corpus_of(name: str) -> tuple[bytes, ...]:
 
 
 def attack(target: Target, seed: int) -> None:
-    """One spoilt message."""
+    """Delivers one corrupted message."""
     rng = random.Random(seed)
     data = target.mutate(rng.choice(corpus_of(target.name)), rng)
     try:
@@ -717,7 +717,7 @@ def attack(target: Target, seed: int) -> None:
 
 @by_name
 def test_the_real_messages_are_taken(target: Target) -> None:
-    """Otherwise their spoilt forms would be refused too early to reach anything."""
+    """Otherwise their corrupted forms would be refused too early to reach any code."""
     for data in corpus_of(target.name):
         target.deliver(data)
 
@@ -733,7 +733,7 @@ def test_a_spoilt_message_gives_a_value_or_the_parsers_own_error(target: Target)
 
 
 def test_a_spoilt_request_of_the_dht_gets_an_answer() -> None:
-    """Of another peer's handlers, over a network that only exists in this process."""
+    """The answer comes from another peer's handlers, over a network within this process."""
     with simulated_world() as world:
 
         async def scenario() -> None:
@@ -761,7 +761,7 @@ def test_a_spoilt_request_of_the_dht_gets_an_answer() -> None:
 
 
 def right_records() -> list[Record]:
-    """One of each kind, and index entries."""
+    """One record of each kind, and index entries."""
     badge = make_badge(TOKEN, NODE.peer_id)
     bodies = [parsed(records_pb2.RecordPayload, data) for data in payloads()]
     libraries = [body for body in bodies if body.WhichOneof("body") == "library"]
@@ -813,7 +813,7 @@ def spoilt(record: Record, others: list[Record], rng: random.Random) -> Record:
 
 
 def as_read(record: Record) -> Record:
-    """As a reader takes it: where a field of the signed message comes twice, the last one counts."""
+    """The record as readers take it: if a field of the signed message comes twice, the last one counts."""
     value = unpack(record.value)
     if not isinstance(value, bytes):
         return record
@@ -836,7 +836,7 @@ def test_no_changed_record_is_taken_for_another() -> None:
         if validator.validate(record) and as_read(record) not in right:
             taken += 1
             same = (record.key, record.value) == (original.key, original.value)
-            # index entries are not signed: another coordinate or expiry is another entry, and a right one
+            # Index entries are not signed: with another coordinate or expiration time, one is a different valid entry.
             assert same, record
             assert isinstance(unpack(record.value), str), record
             assert isinstance(unpack(record.subkey), int | bytes)

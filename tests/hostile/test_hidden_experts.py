@@ -1,4 +1,4 @@
-"""Strangers with keys of their own making crowd beside an expert's key in the DHT, to hide who hosts it."""
+"""Strangers with specially made keys crowd around an expert's key in the DHT, to hide its host."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ from peer.wire import dht_pb2, records_pb2
 
 HIDDEN = UIDS[0]
 HONEST = 4
-"""Nodes of the DHT; one hosts the expert."""
+"""The number of honest DHT nodes. One hosts the expert."""
 HOSTILE = 8
 LOOKS = 20
 
@@ -37,7 +37,7 @@ def play(loop: LoopThread, tmp_path: Path) -> Play:
 
 
 def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) -> None:
-    """Eight beside four honest ones, and a watcher that has seen nothing before."""
+    """There are eight strangers among four honest nodes, and a watcher that has seen nothing before."""
 
     async def scenario(village: Village) -> None:
         host = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
@@ -66,7 +66,7 @@ def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) 
 
 
 async def sees(watcher: Swarm, host: Swarm) -> bool:
-    """Whether a look finds the expert's host, where nothing was seen before."""
+    """Whether a look finds the expert's host, without any earlier look."""
     watcher.host.dht.storage.clear()
     watcher.registry.lookups = Lookups(watcher.host.dht)
     found = await watcher.registry.replicas([HIDDEN])
@@ -74,7 +74,7 @@ async def sees(watcher: Swarm, host: Swarm) -> bool:
 
 
 class Crowd:
-    """Peers beside a key that store nothing and agree on what they say."""
+    """Peers near a key that store nothing and all tell the same lie."""
 
     def __init__(self, key: str, strangers: list[Stranger]) -> None:
         self._key = key
@@ -84,11 +84,11 @@ class Crowd:
         self._nobody = sorted(names, key=lambda name: node_id_of(name) ^ place)[:100]
 
     def nothing(self, key: bytes) -> dict[str, Any]:
-        """It knows nobody but the crowd, and nothing is stored there."""
+        """Says that nothing is stored, and names only peers of the crowd."""
         return self._named([stranger.peer_id.to_bytes() for stranger in self._strangers])
 
     def worthless(self, key: bytes) -> dict[str, Any]:
-        """A valid record of a stranger, and no other."""
+        """Answers only a valid record of a stranger."""
         if key != digest(self._key):
             return self.nothing(key)
         subkey, value, until = self._record
@@ -96,7 +96,7 @@ class Crowd:
         return {**self.nothing(key), "type": dht_pb2.RESULT_TYPE_DICTIONARY, "value": entries}
 
     def nobody(self, key: bytes) -> dict[str, Any]:
-        """Nearer nodes, which don't exist."""
+        """Names nearer nodes that don't exist."""
         return self._named(self._nobody[:20])
 
     async def tell(self, lie: Lie) -> None:

@@ -22,7 +22,7 @@ EVERY_S = 1.0
 
 
 def bad_addresses(own: str) -> list[str]:
-    """Each broke a parser, or passed one check and failed the next. `own`: the writer's PeerID."""
+    """Addresses that once broke a parser, or passed one check and failed the next. `own`: the writer's PeerID."""
     here = f"/ip4/{LOCAL}/tcp/1/p2p/{own}"
     return [
         f"/onion/aaimaq4ygg2iegci:80/dns/a/p2p/{own}",
@@ -40,7 +40,7 @@ BAD_ENDPOINTS = ["", ":", "x:y", "127.1:80", f"{LOCAL}:99999", "unix:/nowhere", 
 
 
 class Listener:
-    """A machine that is no peer. Counts who connects."""
+    """A machine that is not a peer. It counts connections."""
 
     def __init__(self) -> None:
         self.dials = 0
@@ -59,7 +59,7 @@ class Listener:
 
 
 async def name_it(swarm: Swarm, identities: Sequence[Identity], victim: Endpoint) -> None:
-    """Signed records of many peers: all host all experts, and are reached at the victim's address."""
+    """Publishes signed records of many peers: all host all experts, and name the victim's address."""
     uids = swarm.manifest.uids()
     serving = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 10**6) for uid in uids]
     for identity in identities:
@@ -76,7 +76,7 @@ async def name_it(swarm: Swarm, identities: Sequence[Identity], victim: Endpoint
 
 
 async def reads(victims: Sequence[Victim], rounds: int) -> None:
-    """Waits until each of them has read the swarm's records so many times more."""
+    """Waits until each of the victims has read the swarm's records `rounds` more times."""
     wanted = {victim.state: lookups(victim) + rounds for victim in victims}
 
     def have_read() -> bool:
@@ -90,7 +90,7 @@ def lookups(victim: Victim) -> float:
 
 
 def poison(state: Path) -> int:
-    """Leaves in a founder's state folder what an earlier version stored of bad addresses. Returns their number."""
+    """Puts bad addresses into a founder's state folder, as an earlier version stored them. Returns their number."""
     me = Identity.load_or_create(state / "identity.key").peer_id
     poisoned = [{"addresses": [bad], "met_at": 1.0} for bad in bad_addresses(me.to_base58())]
     (state / "peers").mkdir()

@@ -1,4 +1,4 @@
-"""A stranger that asks a node to adopt experts, again and again, does not spoil the hand-over of a node that leaves."""
+"""A stranger asks a node again and again to adopt experts. That does not spoil the hand-over of a node that leaves."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ def play(loop: LoopThread, tmp_path: Path) -> Play:
 
 
 async def ask_to_adopt(caller: HostileCaller, asks: list[int]) -> None:
-    """For ever. Notes how many experts each ask was accepted for."""
+    """Asks for ever. Records how many experts each request was accepted for."""
     request = state_pb2.AskRequest(
         protocol_version=PROTOCOL_VERSION,
         swarm_id=caller.swarm_id,

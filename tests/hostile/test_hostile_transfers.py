@@ -1,4 +1,4 @@
-"""Peers that fetch states slowly, or begin and break off, leave slots, memory and time for the others."""
+"""Peers that fetch states slowly, or break off, leave slots, memory and time for others."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
@@ -48,7 +48,7 @@ async def strangers(street: Street, count: int) -> AsyncIterator[list[HostileCal
 
 
 async def begin(caller: HostileCaller) -> Any:
-    """Begins to fetch a state, and reads nothing but the first message."""
+    """Begins to fetch a state, and reads only the first message."""
     stream = caller.stream(FETCH)
     await stream.write(REQUEST.SerializeToString())
     await stream.done_writing()

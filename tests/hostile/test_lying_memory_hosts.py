@@ -1,4 +1,4 @@
-"""Hosts of a memory that forge, promote, leave out, stall or flood, over real gRPC: none is believed."""
+"""Hosts of a memory that forge, promote, leave out, stall or flood, over real gRPC: no lie is believed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PROVEN_LIES: tuple[Lie, ...] = (
     "forged text", "wrong vectors", "inflated scores", "wrong texts", "wrong positions", "junk", "too many",
     "other order", "long lists", "tiny fields",
 )  # fmt: skip
-"""After which the host is banned."""
+"""Lies for which the host is banned."""
 FAILURES: tuple[Lie, ...] = (
     "says missing", "reads nothing", "all revoked", "stalls", "stalls at reading", "fails", "busy", "oversized",
     "denies the memory",
@@ -29,7 +29,7 @@ FAILURES: tuple[Lie, ...] = (
 
 @pytest.fixture(scope="module")
 def swarm(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MemorySwarm]:
-    """A host of everything, and one of the same that lies when it is told."""
+    """An honest host of all shards, and another that lies when it is told to."""
     folder = tmp_path_factory.mktemp("swarm")
 
     async def start(stack: contextlib.AsyncExitStack) -> MemorySwarm:
@@ -63,7 +63,7 @@ def liar_in(swarm: MemorySwarm, lie: Lie | None) -> SampleHost:
 
 
 async def search_all(retriever: Retriever) -> None:
-    """Each query by itself; whatever happens, what is found is whole and true."""
+    """Searches each query by itself, and checks that what is found is complete and true."""
     for number in QUERIES:
         query_D = WORDS.vectors_ND[number].astype(int)
         (result,) = await retriever.search([WORDS.passages[number].text], K, 100, by_words=False)
@@ -108,7 +108,7 @@ def test_a_host_that_fails_stalls_or_floods_costs_no_passage(
 def test_a_host_that_leaves_passages_out_is_noticed(
     loop: LoopThread, swarm: MemorySwarm, searcher: Memories, lie: Lie
 ) -> None:
-    """Within 1,000 queries; here they come in batches, of which some are checked."""
+    """It is noticed within 1,000 queries. Here they come in batches, some of which are checked."""
     liar_in(swarm, lie)
     retriever = loop.run(searcher.open(), LIMIT_S)
     texts = [passage.text for passage in WORDS.passages]
@@ -124,5 +124,5 @@ def test_a_host_that_leaves_passages_out_is_noticed(
 
     assert loop.run(search(), LIMIT_S), "not noticed in 960 queries"
     assert loop.run(avoided_by(retriever)) == {swarm.hosts[1].swarm.host.peer_id}
-    # the honest one alone is asked from now on
+    # From now on only the honest host is asked.
     loop.run(search_all(retriever), LIMIT_S)

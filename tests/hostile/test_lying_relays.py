@@ -1,4 +1,4 @@
-"""Relays over gRPC among strangers: those that call one, those that are called through one, and relays that lie."""
+"""Relays over gRPC among strangers: hostile callers of a relay, hostile peers behind one, and relays that lie."""
 
 import asyncio
 import contextlib
@@ -46,10 +46,10 @@ def play(loop: LoopThread, scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 class Rude:
-    """Calls a relay as it likes."""
+    """Sends a relay any messages."""
 
     def __init__(self, served: Served, identity: Identity, near: str = "127.0.0.1") -> None:
-        """`near`: the neighbourhood that it is said to be in."""
+        """`near`: the neighbourhood that the peer claims to be in."""
         client = SessionClient(identity, SWARM, (session_pb2.RIGHT_RELAY,))
         opening = client.statement(served.peer_id, served.sessions.challenges.new())
         session = served.sessions.open(opening, near).session
@@ -61,7 +61,7 @@ class Rude:
         self.calls: list[Any] = []
 
     async def begin(self, method: str, *messages: Any) -> Any:
-        """A call that has sent these."""
+        """Starts a call and sends these messages."""
         call = getattr(self.stub, method)(metadata=self.metadata)
         self.calls.append(call)
         for message in messages:
@@ -83,7 +83,7 @@ class Rude:
 
 
 async def offered(reservation: Any) -> Any:
-    """The next reply that brings a caller."""
+    """The next reply that announces a caller."""
     async with asyncio.timeout(60):
         while not (reply := await reservation.read()).circuit:
             pass
@@ -91,7 +91,7 @@ async def offered(reservation: Any) -> Any:
 
 
 async def status_of(call: Any) -> StatusCode:
-    """gRPC may hold it back until the replies before it have been read."""
+    """The call's status. gRPC may hold it back until the replies before it have been read."""
     async with asyncio.timeout(60):
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while await call.read() is not grpc.aio.EOF:
@@ -389,7 +389,7 @@ def test_a_peer_that_says_too_often_that_it_is_there_loses_its_reservation(
 
 
 def meddling(change: Callable[[bytes, int], list[bytes]]) -> type[RelayServicer]:
-    """A relay that changes the pieces that it carries. `change` takes a piece's data and number."""
+    """A relay that alters the pieces that it forwards. `change` takes a piece's data and number."""
 
     class Meddler(RelayServicer):
         async def _carry(self, here: Any, there: Any) -> None:
@@ -475,7 +475,7 @@ def test_a_relay_can_put_nobody_else_in_the_place_of_a_peer(loop: LoopThread, ke
 
 
 class Calling(RelayServicer):
-    """A relay that names callers as fast as it can, and says that each circuit is open."""
+    """A relay that announces callers as fast as it can, and says that each circuit is open."""
 
     pause_s = 0.0
 

@@ -1,4 +1,4 @@
-"""A stranger lists thousands of nodes that do not exist. The lists are not signed, so that takes it seconds."""
+"""A stranger lists thousands of nodes that do not exist. The lists are not signed, so that takes it only seconds."""
 
 import random
 import time
@@ -17,7 +17,7 @@ from peer.metrics import total
 from peer.wire import dht_pb2
 
 _LISTED = 100
-"""In each shard: it seems to be split then."""
+"""How many are listed in each shard, so that the shard seems to be split."""
 
 
 async def list_made_up_nodes(stranger: Stranger, at: PeerID, shards: list[str]) -> None:

@@ -1,5 +1,6 @@
-"""Callers that want to cause most of an expert's steps: one person with many keys, and one with many tiny batches whose
-gradients have their signs flipped. Over real sockets.
+"""Callers that try to cause most of an expert's steps: one person with many keys, and one with many tiny batches.
+
+The gradients of the tiny batches have their signs flipped. All goes over real sockets.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from peer.metrics import total
 
 KEYS, TURNS, ROWS = 8, 12, 16
 TINY = 8
-"""Batches of a row each, beside each honest one."""
+"""The number of batches of one row for each honest batch."""
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_many_keys_of_one_line_cause_hardly_more_steps_than_one_caller_may(run: 
                 assert outcome.code is StatusCode.OK, outcome.details
         caused = expert.callers._caused
         hostile = sum(caused.get(caller.caller, 0.0) for caller in keys)
-        # a fourth as one of four groups, or twice their part of the rows; and one step more
+        # A quarter, as one of four groups, or twice their share of the rows; and one more step.
         share = max(1 / 4, 2 * KEYS / (KEYS + 3 * ROWS))
         assert hostile <= share * sum(caused.values()) + 1
         assert all(caused[caller.caller] >= TURNS - 1 for caller in honest)
@@ -45,7 +46,7 @@ def test_many_keys_of_one_line_cause_hardly_more_steps_than_one_caller_may(run: 
 
 
 def test_a_caller_of_many_tiny_batches_with_flipped_signs_causes_no_more_than_its_share(run: Runner) -> None:
-    """Its gradients are a hundred times as large, and those of all others have the same rows."""
+    """Its gradients are a hundred times as large, and all other callers send the same rows."""
 
     async def scenario(edge: Edge) -> None:
         honest = [edge.as_another(200 + n, f"192.0.2.{n}") for n in range(3)]

@@ -1,4 +1,4 @@
-"""Strangers call a host of memories as no retriever does: over real connections, through the gate that nodes have."""
+"""Strangers call a host of memories in ways that no retriever would, over real connections, through a node's gate."""
 
 import asyncio
 import contextlib
@@ -57,8 +57,8 @@ def attacking(
 
 
 def test_a_call_of_millions_of_tiny_fields_is_not_parsed(loop: LoopThread, tmp_path: Path) -> None:
-    """Shards, queries, and fields that nobody knows: parsed, they take the loop long, or memory for as long as the call
-    waits.
+    """The fields are shards, queries, and unknown ones. Parsing them would block the loop for long, or hold memory for
+    as long as the call waits.
     """
 
     async def attack(stranger: HostileCaller) -> None:
@@ -78,7 +78,7 @@ def test_a_call_of_millions_of_tiny_fields_is_not_parsed(loop: LoopThread, tmp_p
 
 
 class Trickler(memory_pb2_grpc.MemoryServiceServicer):
-    """Gives parts that never end."""
+    """Sends parts that never end."""
 
     def __init__(self) -> None:
         self.asked = self.ended = 0
@@ -113,7 +113,7 @@ def test_peers_whose_parts_trickle_hold_up_nobody(
                     nodes, str(library.memory_id(MEMORY)), name, 1000, lambda data: data
                 )
             assert data == MEMORY.codebook
-        # the second time the others were known
+        # The second time, the others were known.
         assert [trickler.asked for trickler in tricklers] == [1, 1, 1]
         await until(lambda: all(trickler.ended for trickler in tricklers))
 

@@ -1,4 +1,4 @@
-"""A model folder from a stranger: it is refused or read, in bounded memory and time, and leads nowhere else."""
+"""A model folder from a stranger is refused or read, in bounded memory and time, and never leads outside itself."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def weights(folder: Path) -> Path:
 
 
 def with_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the header of the experts' file, and leaves its numbers."""
+    """Changes the header of the experts' file, but not its numbers."""
     data = weights(folder).read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:end])
@@ -157,7 +157,7 @@ TOO_MUCH: dict[str, Callable[[Path], object]] = {
 
 
 def many_headers(folder: Path) -> dict[str, str]:
-    """Ten links to one file of a million names."""
+    """Ten links to one file with a million names."""
     names = (f'"{n:x}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(2**18))
     header = ("{" + ",".join(names) + "}").encode()
     (folder / "a0.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)

@@ -1,4 +1,4 @@
-"""Streams without end, each with a claim that a long message follows, take no memory of p2pd to speak of."""
+"""Endless streams, each of which announces a long message, take little of p2pd's memory."""
 
 import asyncio
 import contextlib
@@ -18,10 +18,10 @@ from peer.transport.pipes import Pipe
 from peer.transport.tunnel import PROTOCOL, Tunnels
 
 CLAIM = b"\x80\xf8\x07"
-"""130,048 bytes follow, as a varint."""
+"""Announces 130,048 bytes, as a varint."""
 STREAMS = 1000
 MOST_BYTES = 140 * 2**20
-"""p2pd's limit for what Go holds, and what it takes beside it. With all the streams' bytes it would be over 180."""
+"""p2pd's limit for Go's heap, and other memory that it uses. With all bytes of the streams it would be over 180 MiB."""
 
 
 def make(identity: Identity, *, public: bool) -> Libp2p:

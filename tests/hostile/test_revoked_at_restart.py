@@ -1,4 +1,4 @@
-"""A revoked token opens nothing, not even in the first moments of a founder's node that was away meanwhile."""
+"""A revoked token opens nothing, not even in the first moments after a founder's node was away."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""A stranger that has a node keep as many sequences as it can: memory stays bounded, and others keep theirs."""
+"""A stranger makes a node keep as many sequences as it can: memory stays bounded, and others keep their sequences."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Strangers at a server of a model: what they ask takes bounded memory, and spoils nobody else's answer."""
+"""Strangers call a server of a model: their requests take bounded memory, and spoil nobody else's answer."""
 
 import asyncio
 import json
@@ -83,7 +83,7 @@ FRAMED = {
 @pytest.mark.parametrize("case", FRAMED)
 def test_requests_with_two_meanings_are_refused(case: str, address: str) -> None:
     host, port = address.removeprefix("http://").strip("/").split(":")
-    # it may be refused before all of it is read
+    # The request may be refused before all of it is read.
     with suppress(ConnectionError), socket.create_connection((host, int(port)), LIMIT_S) as connection:
         connection.sendall(POST % host.encode() + FRAMED[case] + b"\r\n" + BODY)
         assert connection.recv(2**12).startswith(b"HTTP/1.1 400 ")

@@ -1,4 +1,4 @@
-"""Strangers open sessions at full speed, with many keys and many connections; honest newcomers get in all the same."""
+"""Strangers open sessions at full speed, with many keys and many connections. Honest newcomers are still admitted."""
 
 import asyncio
 import contextlib
@@ -18,15 +18,15 @@ from peer.loop import LoopThread
 ATTACK_S = 2.5
 CONNECTIONS = 12
 AT_ONCE = 8
-"""Calls under way on each connection."""
+"""The number of calls under way on each connection."""
 KEYS = 66
 ATTEMPTS = 200
-"""Fewer were no attack."""
+"""Fewer attempts would not be an attack."""
 NEWCOMERS = 20
 
 
 class Flood:
-    """Asks for sessions as fast as it can. Every other statement carries a signature that took no time to make."""
+    """Asks for sessions as fast as it can. Every other statement has a fake signature, which takes no time to make."""
 
     def __init__(self, node: NodeInfo, swarm_id: str) -> None:
         self.outcomes: Counter[str] = Counter()

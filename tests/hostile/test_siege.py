@@ -1,7 +1,7 @@
 """Strangers besiege a node's port: silent streams and connections, resets, cancels and calls without end.
 
-Every attack comes over real sockets from a process of its own. Meanwhile a trainer that was there before, and those
-that come during the attack, are served; nothing is written to the log; and the loop is never held for long.
+Every attack comes over real sockets from a process of its own. Meanwhile a trainer that was there before, and trainers
+that come during the attack, are served; nothing is written to the log; and the loop is never blocked for long.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ ATTACKS = {
     "silent-connections": 1000,
     "idle-tls": 150,
 }
-"""And how many streams or connections a second."""
+"""The attacks, and how many streams or connections each makes in a second."""
 MORE_ATTACKS = {
     "rapid-reset-nowhere": 8000,
     "unknown-methods": 4000,
@@ -62,14 +62,14 @@ class Besieged:
             yield caller
 
     def said(self) -> list[str]:
-        """What is in its log, but for the figures that it gives now and then."""
+        """The lines in its log, apart from the figures that it logs now and then."""
         return [line for line in self.node.log_lines if " serving: " not in line]
 
     def stranger(self) -> HostileCaller:
         return HostileCaller(self.info, self.swarm_id)
 
     async def attack(self, name: str, seconds: float, rate: float) -> dict[str, int]:
-        """What the attack did."""
+        """Runs an attack, and returns what it did."""
         address = str(self.info.addresses[0])
         command = [sys.executable, "-I", str(SCRIPT), address, name, str(seconds), str(rate)]
         done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=seconds + 120)

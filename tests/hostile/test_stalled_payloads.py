@@ -1,4 +1,4 @@
-"""Payloads that stall fill neither a node's memory nor its slots, whoever sends how many."""
+"""Payloads that stall fill neither a node's memory nor its slots, however many peers send however many."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,9 @@ from peer.wire import expert_pb2
 
 MEMORY = 512 * 10**6
 MOST = MEMORY // 8 + 256 * 2**20
-"""Of `memory`, the part for calls under way; and beyond it, freed memory that the process keeps. It was 1,900 MiB."""
+"""The part of `memory` for calls under way, and freed memory that the process keeps. It was 1,900 MiB before
+the limit.
+"""
 WIDTH = 512
 TOML = MANIFEST_TOML.replace("hidden = 16", f"hidden = {WIDTH}")
 STRANGERS, STREAMS, SECONDS, CALLS = 5, 11, 3.0, 12
@@ -41,7 +43,7 @@ def header(swarm_id: str, payload_bytes: int) -> bytes:
 
 
 async def stall(caller: HostileCaller, payload_bytes: int, asked: list[int]) -> None:
-    """Sends a call but for its last chunk, and begins again as soon as the call is broken off."""
+    """Sends a call without its last chunk, and begins again as soon as the call is broken off."""
     chunk = expert_pb2.CallRequest(chunk=bytes(CHUNK_BYTES)).SerializeToString()
     channel = caller.new_channel()
     while True:
@@ -56,7 +58,7 @@ async def stall(caller: HostileCaller, payload_bytes: int, asked: list[int]) -> 
 
 
 async def besiege(node: NodeVictim) -> tuple[float, int]:
-    """Returns the share of honest calls that succeeded, and the most bytes the node had."""
+    """Returns the share of honest calls that succeeded, and the largest memory of the node in bytes."""
     most, asked = node.rss_bytes, list[int]()
     async with (
         Stranger.joined(node.invite, serves_dht=False) as stranger,

@@ -1,4 +1,6 @@
-"""Strangers offer states that nobody trained: nothing ends, no trained state is lost, and none of it is believed."""
+"""Strangers offer states that nobody trained: no process ends, no trained state is lost, and no such state
+is believed.
+"""
 
 import hashlib
 import json
@@ -35,14 +37,14 @@ def play(loop: LoopThread, tmp_path: Path) -> Play:
 
 
 def eighty_bytes() -> bytes:
-    """A shape of no numbers, which overflows where torch computes with it."""
+    """A state with a shape of no numbers, for which torch's arithmetic overflows."""
     text = json.dumps({"x": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def changed(state: State, change: Callable[[Tensor], Tensor]) -> State:
-    """Only the weights: moments stay as they are."""
+    """Changes only the weights; the moments stay as they are."""
     return {name: change(tensor) if name.startswith(BLOCK) else tensor for name, tensor in state.items()}
 
 
@@ -51,7 +53,7 @@ def huge(state: State) -> State:
 
 
 def exploding(state: State) -> State:
-    """Of ordinary size, with moments that throw the weights away at the next step."""
+    """Weights of ordinary size, with moments that make the next step huge."""
     return {
         name: torch.zeros_like(tensor) if name.endswith(".exp_avg_sq") else tensor
         for name, tensor in state.items()
@@ -59,7 +61,7 @@ def exploding(state: State) -> State:
 
 
 def noise(state: State) -> State:
-    """Of ordinary size, so that only training it shows what it is."""
+    """Random weights of ordinary size, so that only training reveals them."""
     generator = torch.Generator().manual_seed(1)
     return changed(state, lambda t: 0.1 * torch.randn(t.shape, generator=generator))
 
@@ -77,11 +79,11 @@ def drifted(state: State) -> State:
 
 
 LIES = (noise, flipped, doubled)
-"""Of ordinary size."""
+"""Lies of ordinary size."""
 
 
 class HostileHost:
-    """A stranger that says it serves experts, and gives out whatever bytes a test wants."""
+    """A stranger that announces experts, and sends any bytes that a test wants as their states."""
 
     def __init__(self, stranger: Stranger) -> None:
         self.given: list[UID] = []
@@ -89,7 +91,7 @@ class HostileHost:
         self._states: Mapping[UID, bytes] = {}
 
     async def offer(self, states: Mapping[UID, bytes]) -> None:
-        """Announces these experts, with more updates than anybody has."""
+        """Announces these experts with more updates than any peer has."""
         self._states, self.given = states, []
         if not self._stranger.address:
             await self._stranger.serve({"talkoot.v1.StateService/Fetch": self._fetch})
@@ -123,7 +125,7 @@ class HostileHost:
 
 
 async def trained(node: Node, updates: int) -> dict[UID, State]:
-    """Its experts' states after so many more updates of each."""
+    """Takes this many more updates with each of the node's experts. Returns their states."""
     for expert in node.runtime.experts.values():
         await node.runtime.run(partial(step, expert, updates))
     return {uid: await node.runtime.run(expert.export_state) for uid, expert in node.runtime.experts.items()}
@@ -158,7 +160,7 @@ def test_a_hostile_replica_is_averaged_with_by_nobody(play: Play, caplog: pytest
 
 
 def test_states_that_outlived_their_host_are_not_lost_to_a_stranger_that_claims_more(play: Play) -> None:
-    """The stranger comes when the host has died, and is the only one to host its experts."""
+    """The stranger comes when the host has died, and is then the only host of its experts."""
 
     async def scenario(village: Village) -> None:
         keeper = await village.found(experts=0, spare=8)
@@ -196,7 +198,7 @@ def test_states_that_outlived_their_host_are_not_lost_to_a_stranger_that_claims_
 
 
 def rushing(state: State) -> State:
-    """The parameters of an honest state, with first moments that lead far away from them in the next steps."""
+    """The parameters of an honest state, with first moments that move them far away in the next steps."""
     return {
         name: 10 * state[f"{name}_sq"].sqrt() if name.endswith(".exp_avg") else tensor
         for name, tensor in state.items()
@@ -207,7 +209,7 @@ HARMFUL = (*LIES, drifted, rushing)
 
 
 async def assert_honest(node: Node, honest: Sequence[Mapping[UID, State]]) -> None:
-    """The node has the parameters of one of the honest states of each expert, and moments between theirs."""
+    """Checks that the node has the parameters of an honest state for each expert, and moments between theirs."""
     for uid, state in (await trained(node, 0)).items():
         of_weights = [
             all(torch.equal(state[name], one[uid][name]) for name in state if name.startswith(BLOCK))
@@ -221,7 +223,7 @@ async def assert_honest(node: Node, honest: Sequence[Mapping[UID, State]]) -> No
 
 
 def test_of_three_hosts_none_that_is_hostile_gives_its_state_to_who_adopts_or_is_idle(play: Play) -> None:
-    """It claims the most updates, and its state is as large as others."""
+    """The hostile host claims the most updates, and its state is as large as others."""
 
     async def scenario(village: Village) -> None:
         one = await village.found(experts=8)

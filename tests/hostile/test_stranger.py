@@ -1,4 +1,4 @@
-"""The stranger itself: what it sends arrives, so that a test of a fault that is mended can still fail."""
+"""Tests of the stranger itself: what it sends arrives. Otherwise tests of fixed faults could not fail any more."""
 
 import asyncio
 import time

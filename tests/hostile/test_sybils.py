@@ -1,4 +1,4 @@
-"""One person runs many times as many peers as all others together. What is lost, in a swarm of simulated peers.
+"""What is lost when one person runs many times as many peers as all others together, in a swarm of simulated peers.
 
 The strangers are known to everybody before most of the honest peers are. They answer, store nothing and name only each
 other. `-m slow` measures 200 of them among 50 honest nodes; docs/security.md has the figures.
@@ -29,32 +29,34 @@ from peer.wire import dht_pb2
 
 LIFETIME_S = 300.0
 _TRIED = 40
-"""Key pairs made for each stranger that wants a place beside a key."""
+"""The number of key pairs made for each stranger that wants a place next to a key."""
 
 
 @dataclass
 class Seen:
-    """Shares of what is to be seen, from 0 to 1."""
+    """Shares of what should be seen, from 0 to 1."""
 
     cold: float
-    """Experts that a look-up finds for a trainer that knows nobody but its bootstrap peer."""
+    """Experts that a look-up finds, for a trainer that knows only its bootstrap peer."""
     settled: float
     """Experts in the view of a trainer after its second refresh."""
     nodes: float
-    """Experts of others that an honest node sees, on average."""
+    """Other nodes' experts that an honest node sees, on average."""
     together: float
-    """Experts that any honest node but the host sees."""
+    """Experts that any honest node except the host sees."""
     stored: float
-    """Experts whose record lies at an honest node other than the host."""
+    """Experts whose record is stored at an honest node other than the host."""
     made_up: int
-    """Experts for which anybody was seen but the host."""
+    """Experts for which somebody saw a host that was not one."""
 
 
 class Strangers:
-    """Peers of one person. They name each other, and nobody else."""
+    """Peers of one person. They name only each other."""
 
     def __init__(self, swarm: SimulatedSwarm, number: int, machines: int, beside: str | None) -> None:
-        """`machines`: that they run on. `beside`: the key that they are nearest to; None: their places are random."""
+        """`machines`: how many they run on. `beside`: the key that they are nearest to; None: their places
+        are random.
+        """
         self._swarm = swarm
         tried: list[Any] = [SimulatedIdentity(10**6 + n) for n in range(number * (_TRIED if beside else 1))]
         if beside is not None:
@@ -73,7 +75,7 @@ class Strangers:
             }
 
     async def meet(self, peer: SimulatedPeer) -> None:
-        """All of them call the peer, and it calls them back."""
+        """All strangers call the peer, and it calls them back."""
         for peer_id in self.peer_ids:
             assert isinstance(peer.transport, SimulatedTransport)
             peer.transport.contacts.learn(contact_of(peer_id), (peer_id,))
@@ -121,7 +123,7 @@ async def village(
     experts: int,
     beside: Callable[[SimulatedSwarm], str] | None = None,
 ) -> SimulatedSwarm:
-    """A third of the honest peers, then all strangers, then the others."""
+    """First a third of the honest peers joins, then all strangers, then the other honest peers."""
     manifest = Manifest.model_validate(
         {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
     )
@@ -222,7 +224,7 @@ def check_all_is_found(seen: Seen) -> None:
 
 
 def test_eight_times_as_many_peers_on_a_few_machines_hide_nothing() -> None:
-    """They would hide most if each counted, whatever its address."""
+    """They would hide most if each counted regardless of its address."""
     check_all_is_found(among(12, 96, machines=2, looks=1, experts=4))
 
 
@@ -246,7 +248,7 @@ def test_50_peers_beside_a_layers_prefix_among_50_hide_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_200_peers_on_as_many_machines_hide_much_and_make_nothing_up() -> None:
-    """What is known to be possible."""
+    """This attack is known to be possible."""
     seen = among(50, 200, machines=200)
     assert seen.made_up == 0
     assert seen.cold < 0.9, "this is better than docs/security.md says"

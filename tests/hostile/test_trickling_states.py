@@ -1,4 +1,4 @@
-"""A giver whose states trickle holds up neither the states of others nor itself for ever."""
+"""A peer that sends states very slowly delays neither other states nor itself for ever."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

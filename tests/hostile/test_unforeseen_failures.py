@@ -1,4 +1,4 @@
-"""Exceptions that nobody foresaw, where the words of strangers are read: each costs its own step, and nothing ends."""
+"""Unexpected exceptions where strangers' data is read: each costs only its own step, and nothing ends."""
 
 import asyncio
 from pathlib import Path
@@ -26,7 +26,7 @@ def breaking(*arguments: Any, **named: Any) -> Any:
 def test_a_node_starts_serves_and_leaves_whatever_a_strangers_bytes_raise(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its looks at the swarm, its averaging and its handover all fail, and it still announces, serves and saves."""
+    """Its looks at the swarm, its averaging and its handover all fail, but it still announces, serves and saves."""
 
     async def scenario(village: Village) -> None:
         founder = await village.found(experts=4, announce_every_s=0.5)

@@ -1,4 +1,4 @@
-"""Callers that take neither replies nor the end of their calls, and lines that are slow."""
+"""Callers that read neither replies nor the end of their calls, and connections that are slow."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ REPLY = bytes(512 * 1024)
 
 
 async def pour(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-    """Replies without end."""
+    """Sends replies without end."""
     async for _ in requests:
         while True:
             yield REPLY
 
 
 class Served:
-    """A server that pours, and who calls it."""
+    """A server that sends replies without end, and its callers."""
 
     def __init__(self, server: RpcServer, identity: Identity, certificate: bytes, port: int) -> None:
         self.server = server
@@ -85,7 +85,7 @@ def play(
 
 
 def test_replies_that_nobody_reads_are_not_kept(play: Any) -> None:
-    """gRPC would keep them, each with its stream, for as long as the connection stands."""
+    """gRPC would keep them, each with its stream, as long as the connection is open."""
 
     async def scenario(served: Served) -> None:
         stranger, honest = (served.caller(identity) for identity in new_identities(2))
@@ -147,7 +147,9 @@ async def copy(
 
 
 def test_a_slow_line_that_may_go_on_is_never_too_slow_for_the_gate() -> None:
-    """Whoever reads or sends a payload allows for the slowest honest line; the gate sees whole messages alone."""
+    """Code that reads or sends a payload allows for the slowest honest connection. The gate sees only whole
+    messages.
+    """
     call_s = serving._GRACE_S + CHUNK_BYTES / serving._LEAST_BYTES_PER_S
     transfer_s = transfer.GRACE_S + CHUNK_BYTES / transfer.LEAST_BYTES_PER_S
     assert max(call_s, transfer_s) <= min(gate._NEXT_MESSAGE_S, gate._UNREAD_S)

@@ -1,4 +1,4 @@
-"""The only other peer of a young swarm answers, and says that it knows nothing."""
+"""The only other peer of a young swarm answers, but says that it knows nothing."""
 
 import asyncio
 from pathlib import Path

@@ -57,12 +57,12 @@ top_k = 2
 _START_S = 120.0
 _STOP_S = 30.0
 _PATIENCE_S = 30.0
-"""Longest that an honest call is waited for, whether it was in time or not."""
+"""How long an honest call is waited for, whether or not it is still in time."""
 
 
 @dataclass(frozen=True)
 class Victim:
-    """A `talkoot` command in a process of its own. With one thread of torch."""
+    """A `talkoot` command in a process of its own, with one torch thread."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -75,17 +75,17 @@ class Victim:
 
     @property
     def log_lines(self) -> list[str]:
-        """What it wrote to its terminal, in bytes that may be no text."""
+        """What it wrote to its terminal, as bytes, since it may not be text."""
         return self.log.read_text(errors="backslashreplace").split("\n")
 
     @property
     def rss_bytes(self) -> int:
-        """Of the process itself, without p2pd."""
+        """The memory of the process itself, without p2pd."""
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
     @property
     def p2pd(self) -> psutil.Process:
-        """Its libp2p daemon."""
+        """The process of its p2pd."""
         (child,) = (
             c for c in psutil.Process(self.process.pid).children(recursive=True) if c.name() == "p2pd"
         )
@@ -97,13 +97,13 @@ class Victim:
             return text
 
     def metric(self, name: str) -> float:
-        """`name`: with its labels, as in the text of /metrics."""
+        """`name`: the metric with its labels, as in the text of /metrics."""
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.metrics(), re.MULTILINE)
         assert found is not None, name
         return float(found[1])
 
     def status(self) -> ControlStatus:
-        """Of a node, by its control socket."""
+        """The status of a node, through its control socket."""
         with ControlClient(self.state) as client:
             return client.ask("status")
 
@@ -120,14 +120,14 @@ class NodeVictim(Victim):
     """A `talkoot node`."""
 
     invite: Invite = field(kw_only=True)
-    """By which others join through it."""
+    """The invite with which others join through it."""
 
 
 @contextlib.contextmanager
 def founder(folder: Path, manifest: str = MANIFEST_TOML, **settings: object) -> Iterator[NodeVictim]:
-    """A node that founds a swarm and hosts its experts; with the same folder it comes back.
+    """A node that founds a swarm and hosts its experts. With the same folder it comes back.
 
-    `settings`: of the node, without `TALKOOT_NODE_`.
+    `settings`: the node's settings, without the prefix `TALKOOT_NODE_`.
     """
     toml = folder / "swarm.toml"
     toml.write_text(manifest)
@@ -144,7 +144,7 @@ def member(folder: Path, invite: Invite, name: str = "member", **settings: objec
 
 @contextlib.contextmanager
 def trainer(folder: Path, invite: Invite, **settings: object) -> Iterator[Victim]:
-    """A trainer that trains for ever. Yields once it has taken a step."""
+    """A trainer that trains for ever. Yields it once it has taken a step."""
     (port,) = free_ports(LOCAL, 1)
     endless: dict[str, object] = {"steps": 10**7, "threads": 1, "seed": 0, "metrics_port": port}
     arguments = ["train", "--join", str(invite), "--log-format", "json"]
@@ -175,7 +175,7 @@ def _node(
 def _running(
     folder: Path, name: str, arguments: Sequence[str], prefix: str, settings: dict[str, object]
 ) -> Iterator[tuple["subprocess.Popen[bytes]", Path, Path]]:
-    """Afterwards, there may be no traceback in its log."""
+    """Runs a command. At the end, checks that there is no traceback in its log."""
     log, state = folder / f"{name}.log", folder / name
     environment = {f"TALKOOT_{prefix}_{key.upper()}": str(value) for key, value in settings.items()}
     with log.open("wb") as output:
@@ -202,7 +202,7 @@ def _running(
 
 @dataclass
 class HonestCaller:
-    """A right client of a node, which calls its experts again and again."""
+    """A valid client of a node, which calls its experts again and again."""
 
     caller: GrpcCaller
     node: NodeInfo
@@ -210,20 +210,20 @@ class HonestCaller:
     width: int
     bystander: Bystander
     limit_s: float = 5.0
-    """For a call, on a core of its own."""
+    """The time limit of a call, on a core of its own."""
     calls: int = 0
     failed: int = 0
     last_error: str = ""
     longest_s: float = 0.0
-    """Of a call that succeeded."""
+    """The longest time of a successful call."""
 
     @property
     def share(self) -> float:
-        """Of the calls, those that succeeded in time."""
+        """The share of the calls that succeeded in time."""
         return 1 - self.failed / self.calls if self.calls else 0.0
 
     async def call(self, direction: Direction = "forward") -> bool:
-        """Whether one call succeeds."""
+        """Makes a call. Returns whether it succeeds."""
         inputs = np.ones((4, self.width), dtype=np.float32)
         uid = self.uids[self.calls % len(self.uids)]
         request = Request(uid, [4], range(4), inputs, inputs)
@@ -244,7 +244,9 @@ class HonestCaller:
         return True
 
     async def call_for(self, seconds: float, pause_s: float = 0.02, least: int = 1) -> None:
-        """One call after another, and on a slow machine for longer: until there are `least`."""
+        """Makes calls one after another for `seconds`. On a slow machine it takes longer, until there are `least`
+        calls.
+        """
         ends, calls = time.monotonic() + seconds, self.calls + least
         while time.monotonic() < ends or self.calls < calls:
             await self.call()
@@ -259,7 +261,7 @@ async def honest_caller(
     uids: Sequence[UID] = (),
     identity: Identity | None = None,
 ) -> AsyncIterator[HonestCaller]:
-    """`uids`: experts that the node hosts; by default all of the manifest."""
+    """`uids`: experts that the node hosts; by default all of the manifest's."""
     sessions = SessionClient(identity or new_identity(), swarm_id, ALL_RIGHTS)
     channels = ChannelPool()
     width = manifest.width

@@ -1,4 +1,4 @@
-"""A swarm over real NAT: nodes in homes whose routers let nobody in, in network namespaces of the kernel."""
+"""A swarm over real NAT: nodes in homes whose routers admit no connections, in network namespaces of the kernel."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from benchmarks.namespaces import why_not
 
 STEPS = 4
 SLOW = ("--upload-mbit", 1)
-"""Or the trainers would take all of the machine while others wait."""
+"""Without this limit the trainers would use the whole machine while others wait."""
 NOT_HERE = why_not()
 pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
 
@@ -24,7 +24,7 @@ def village(tmp_path: Path) -> Iterator[Village]:
 
 
 def found(village: Village, folder: Path, experts: int = 0) -> str:
-    """Founds the swarm on a public node; gives its invite."""
+    """Founds the swarm on a public node. Returns the invite."""
     manifest = manifest_in(folder)
     founder = village.node(village.net.public(), "--new", manifest, "--experts", experts, "--spare", 0, *SLOW)
     founder.wait_for("an invite", lambda: founder.events("invite"))
@@ -32,7 +32,7 @@ def found(village: Village, folder: Path, experts: int = 0) -> str:
 
 
 def trainer(village: Village, invite: str, text: Path, *arguments: object) -> Program:
-    """A trainer at a home, which goes on until the end of the test."""
+    """A trainer in a home, which runs until the end of the test."""
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
     return village.run(
         village.net.home(), "train", "--join", invite, "--data", text, "--steps", 100_000,

@@ -61,7 +61,7 @@ asyncio.Runner(loop_factory=new_loop).run(main())
 
 @contextmanager
 def peer(machine: Machine, folder: Path, kind: str, *given: str) -> Iterator[IO[str]]:
-    """Runs one there, and gives what it prints."""
+    """Runs a peer on the machine, and yields its output."""
     arguments = [str(folder / f"{machine.namespace}.key"), machine.address, kind, *given]
     process = subprocess.Popen(
         machine.command([sys.executable, "-W", "ignore", "-c", PEER, *arguments]),
@@ -78,7 +78,7 @@ def peer(machine: Machine, folder: Path, kind: str, *given: str) -> Iterator[IO[
 
 
 def test_a_peer_behind_a_router_is_reached_through_a_relay(tmp_path: Path) -> None:
-    """No p2pd of the three runs a DHT that would know where another is."""
+    """None of the three p2pds runs a DHT that would know where another is."""
     with internet() as net, ExitStack() as stack:
         relay = stack.enter_context(peer(net.public(), tmp_path, "public")).readline().strip()
         home = stack.enter_context(peer(net.home(), tmp_path, "home", relay)).readline().strip()

@@ -1,4 +1,4 @@
-"""A swarm falls into two halves and becomes one again: real processes, with a link between every two of them."""
+"""A swarm splits into two halves and becomes one again: real processes, with a link between every two of them."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,9 @@ PLAN = Plan(nodes=2, trainers=2, layers=1, replicas=1.0, adopts=False, announce_
 HALF = PLAN.experts // 2
 LIFETIME_S = 3 * PLAN.announce_every_s
 DEADLINE_S = 120.0
-"""For a busy machine. That the first look after the cut joins the halves again, test_rejoining.py says."""
+"""The deadline for a busy machine. That the first look after the cut already joins the halves is tested in
+test_rejoining.py.
+"""
 
 
 @pytest.mark.timeout(600)  # four processes start and end, on a machine that may be busy
@@ -21,7 +23,9 @@ DEADLINE_S = 120.0
 def test_two_halves_train_on_and_find_each_other_again(
     loop: LoopThread, tmp_path: Path, cut_s: float
 ) -> None:
-    """`cut_s`: how long, after the halves have forgotten each other. Connections die of a minute's silence."""
+    """`cut_s`: how long the cut lasts after the halves have forgotten each other. Connections die after a minute's
+    silence.
+    """
 
     async def scenario() -> None:
         swarm = ChaosSwarm(PLAN, tmp_path)

@@ -1,4 +1,4 @@
-"""Relays over gRPC die, in network namespaces of the kernel: whom they lead to stays reachable, without p2pd."""
+"""Relays over gRPC die, in network namespaces of the kernel: the nodes behind them stay reachable, without p2pd."""
 
 import contextlib
 import subprocess
@@ -44,7 +44,7 @@ async def main():
 
 asyncio.Runner(loop_factory=new_loop).run(main())
 """
-"""Writes down again and again at which hosts a node says that its relays are."""
+"""Writes down again and again the hosts at which a node says its relays are."""
 
 NOT_HERE = why_not()
 pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
@@ -58,7 +58,7 @@ def village(tmp_path: Path) -> Iterator[Village]:
 
 @contextlib.contextmanager
 def watching(machine: Machine, folder: Path, invite: str, node: Program) -> Iterator[Callable[[], set[str]]]:
-    """Gives the hosts of the relays that the node announces now."""
+    """Yields a function that returns the hosts of the relays that the node announces now."""
     name = Identity.load_or_create(node.folder / "state" / "identity.key").peer_id.to_base58()
     arguments = ["-W", "ignore", "-c", WATCHER, str(folder), invite, machine.address, name]
     process = subprocess.Popen(machine.command([sys.executable, *arguments]))
@@ -76,7 +76,7 @@ def watching(machine: Machine, folder: Path, invite: str, node: Program) -> Iter
 
 
 def until(condition: Callable[[], object], within_s: float) -> float:
-    """How long it took."""
+    """Waits for the condition. Returns how long it took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() < began + within_s
@@ -87,7 +87,7 @@ def until(condition: Callable[[], object], within_s: float) -> float:
 def test_training_goes_on_when_the_relays_of_a_home_die_one_after_the_other(
     village: Village, tmp_path: Path
 ) -> None:
-    """The home has no p2pd, and all experts. The trainer, in another home, has one."""
+    """The home with all experts has no p2pd. The trainer, in another home, has one."""
     machines = [village.net.public() for _ in range(PUBLIC)]
     founder = village.node(machines[0], "--new", manifest_in(tmp_path), "--experts", 0, "--spare", 0)
     founder.wait_for("an invite", lambda: founder.events("invite"))
@@ -97,7 +97,7 @@ def test_training_goes_on_when_the_relays_of_a_home_die_one_after_the_other(
     public = dict(zip((machine.address for machine in machines), (founder, *others), strict=True))
     for node in others:
         node.wait_until_reached("direct")
-    # with its upload bounded, or the trainer would take all of the machine while others wait
+    # Its upload is limited, since it would otherwise use the whole machine while others wait.
     home = village.node(village.net.home(), *joining, "--experts", 4, "--upload-mbit", 1)
     home.wait_until_reached("relayed by 2 relays")
     text = tmp_path / "text.txt"

@@ -45,7 +45,7 @@ def test_a_node_is_public_as_long_as_its_router_forwards_the_port(village: Villa
 
         again = village.node(*start)
         again.wait_until_reached("direct: the router")
-        # in another home, with nobody but the founder and this node to lead the way
+        # In another home, where only the founder and this node can be asked for a way to others.
         text = tmp_path / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
         trainer = village.run(

@@ -1,4 +1,4 @@
-"""Files of arrays: what is written is read, and what a stranger made up is refused."""
+"""Files of arrays: what was written can be read, and files invented by a stranger are refused."""
 
 import struct
 from typing import Any

@@ -1,4 +1,4 @@
-"""A bounded dictionary remembers what was set last."""
+"""A bounded dictionary keeps the items that were set last."""
 
 from hypothesis import given
 from hypothesis import strategies as st

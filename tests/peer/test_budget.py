@@ -1,4 +1,6 @@
-"""One budget for strangers: never exceeded, always back to nothing, and nobody within its share loses by others."""
+"""One budget for all strangers: never exceeded, always released, and no peer within its share loses because
+of others.
+"""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ OWNERS = ["QmA", "QmB", "QmC", "QmD"]
 
 @dataclass(eq=False)
 class Use:
-    """One use of the budget: what a call would be."""
+    """One use of the budget, such as by a call."""
 
     owner: str
     lost: bool = False
@@ -75,7 +77,7 @@ class Budgeting(RuleBasedStateMachine):
 
 
 class Judge:
-    """Checks that one request was treated fairly."""
+    """Checks that a request was treated fairly."""
 
     def __init__(self, machine: Budgeting, owner: str, size: int, had: int) -> None:
         self.machine, self.owner, self.size, self.had = machine, owner, size, had

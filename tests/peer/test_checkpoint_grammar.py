@@ -1,4 +1,4 @@
-"""A checkpoint that a stranger made up is refused, whatever it says, and nothing is made of it before."""
+"""A checkpoint that a stranger invented is refused, whatever it contains, before anything is built from it."""
 
 import json
 import struct
@@ -119,7 +119,7 @@ def test_what_the_grammar_does_not_have_is_refused(data: bytes) -> None:
 
 
 def test_nothing_is_made_of_what_is_not_expected() -> None:
-    """The outline is compared before any tensor is made, and before the checksum is computed."""
+    """Shapes and types are compared before any tensor is made, and before the checksum is computed."""
     size = 2**24
     data = to_state_with("U8", [size], bytes(size))
     tracemalloc.start()
@@ -144,7 +144,7 @@ def test_an_outline_larger_than_the_expert_needs_is_not_parsed() -> None:
         from_bytes(with_outline(outline_of(STATE) | many, b""), SWARM, AN_UID, 3, FORM)
 
 
-# Mutation that knows the structure: valid JSON and frames around values that are wrong
+# Structure-aware mutation: valid JSON and frames with wrong values
 
 ODD: st.SearchStrategy[Any] = st.sampled_from([
     0, -1, 1, 2, 7, 2**31, 2**53, 2**63, 2**64, 10**30, 10**400, True, None, 0.5, 1e308, "", "F64", "I8",
@@ -153,7 +153,7 @@ ODD: st.SearchStrategy[Any] = st.sampled_from([
 
 
 def paths_in(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Of every value within."""
+    """The paths of every value inside."""
     found = [before]
     if isinstance(value, dict):
         found += [path for key in value for path in paths_in(value[key], (*before, key))]

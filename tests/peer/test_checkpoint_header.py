@@ -1,4 +1,6 @@
-"""Files of tensors between releases: one that adds a key, and one that does not know it, read each other's."""
+"""Files of tensors across releases: a release that adds a key and one that does not know it can read each other's
+files.
+"""
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_no_key_can_be_changed_unseen(kind: type[Header]) -> None:
     "odd", ['"\\ud800"', "[" * 900 + "]" * 900, "9" * 5000], ids=["half", "deep", "long"]
 )
 def test_a_header_that_nobody_can_have_written_is_refused(odd: str) -> None:
-    """JSON takes what can't be written again, and whoever fetches a state must not end by it."""
+    """JSON accepts values that cannot be written again, and a peer that fetches such a state must not fail."""
     text = f'{{"format_version": 1, "sha256": "", "uid": "0.1", "odd": {odd}}}'
     with pytest.raises(StateError):
         decode_checkpoint(to_safetensors(TENSORS, {"talkoot": text}), Header, accept)

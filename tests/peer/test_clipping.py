@@ -1,4 +1,6 @@
-"""Another's copy moves one's own no further than one's own updates do, whoever it is and however many they are."""
+"""Another peer's copy moves one's own no further than one's own updates do, whatever the copy and however many there
+are.
+"""
 
 from math import hypot, log
 from statistics import median
@@ -185,9 +187,9 @@ def test_a_count_grows_by_believed_updates_alone(
 def test_replicas_of_unequal_speed_stay_together(
     faster: int, noisiness: float, most: float, refusals: int
 ) -> None:
-    """Both descend one slope by noisy gradients and meet after each round. Distances are in moves of the slower one.
+    """Both descend one slope with noisy gradients and meet after each round. Distances are in moves of the slower one.
 
-    On a steep slope of little noise, the one that is eight times as slow falls behind.
+    On a steep slope with little noise, a replica that is eight times as slow falls behind.
     """
     generator = torch.Generator().manual_seed(faster)
     size, rounds = 2000, 60
@@ -220,9 +222,11 @@ def test_replicas_of_unequal_speed_stay_together(
 
 @pytest.mark.parametrize("noisiness", [0.3, 3])
 def test_a_steady_push_does_not_make_the_radius_grow_for_long(noisiness: float) -> None:
-    """After each round of own updates the only partner, hostile, is as far away as it may be, in one direction.
+    """After each round of own updates, the only partner is hostile and as far away as permitted, always in one
+    direction.
 
-    Own updates pull back, which are moves too. Of two hosts, that is no minority: it costs half a radius each time.
+    Own updates pull back, and those are moves too. One of two hosts is not a minority: it costs half a radius each
+    time.
     """
     generator = torch.Generator().manual_seed(5)
     size, moves = 2000, OwnMoves()

@@ -1,4 +1,6 @@
-"""The clock that records go by: it does not jump, and others only choose between what this machine's own clock said."""
+"""The clock for records: it does not jump, and other peers can only choose among times that this machine's clock
+showed.
+"""
 
 import math
 
@@ -13,7 +15,7 @@ NOON = 1_700_000_000.0
 
 
 class Machine:
-    """Its clock is what it should be, plus `set_by`."""
+    """A machine whose clock is off by `set_by`."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -25,7 +27,7 @@ class Machine:
         return NOON + self.passed
 
     def asked(self, *errors: float) -> None:
-        """Peers answer; each one's clock is wrong by so much."""
+        """Peers answer. Each one's clock is wrong by the given time."""
         for number, error in enumerate(errors):
             self.clock.note(f"peer {number}", self.right + error)
 

@@ -1,6 +1,6 @@
-"""Tensors as bytes: no more is lost than a codec says, and nothing that is not finite comes in.
+"""Tensors as bytes: no more is lost than a codec permits, and no value that is not finite is accepted.
 
-What int4 loses is in `test_codec_int4.py`.
+`test_codec_int4.py` tests what int4 loses.
 """
 
 import tracemalloc
@@ -95,7 +95,7 @@ def test_neither_way_copies() -> None:
 
 
 def largest_error(tensor_RD: Floats, codec: "expert_pb2.Codec") -> npt.NDArray[np.float64]:
-    """[R, D]: half a unit in the last place of what the codec can say there, or what it clips."""
+    """[R, D]: half a unit in the last place of what the codec can represent there, or the amount that it clips."""
     size_RD: npt.NDArray[np.float64] = np.abs(tensor_RD.astype(np.float64))
     error_RD: npt.NDArray[np.float64] = np.zeros_like(size_RD)
     if codec == expert_pb2.CODEC_BF16:  # 8 bits of precision; its largest and smallest numbers are fp32's

@@ -19,13 +19,15 @@ shapes = st.tuples(st.integers(1, 9), widths)
 
 
 def tensors(largest: float) -> st.SearchStrategy[Floats]:
-    """Of numbers of all sizes up to it."""
+    """Tensors with numbers of all sizes up to `largest`."""
     numbers = st.floats(-largest, largest, width=32)
     return arrays.arrays(np.float32, shapes, elements=numbers)
 
 
 def rotated(tensor_RD: Floats) -> Doubles:
-    """[R, G, B], by the definition: entry i, j of the matrix is negative if i and j share an odd number of bits."""
+    """[R, G, B], by the definition: entry i, j of the matrix is negative if i and j have an odd number of
+    common bits.
+    """
     rows, width = tensor_RD.shape
     size = block_of_int4(width)
     signs = np.array([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)])
@@ -60,7 +62,7 @@ def test_a_rotated_number_is_off_by_at_most_half_a_step_or_a_whole_one_at_random
 ) -> None:
     exact_RGB, found_RGB = rotated(tensor_RD), rotated(sent(tensor_RD, seed))
     largest_RG1 = np.abs(exact_RGB).max(2, keepdims=True)
-    # a step is the largest magnitude / 7.5, rounded up to the 8 bits of bfloat16
+    # A step is the largest magnitude / 7.5, rounded up to the 8 bits of bfloat16.
     step_RG1 = largest_RG1 / 7.5 * (1 + 2**-7)
     most_RG1 = step_RG1 * (0.5001 if seed is None else 1.0001)
     assert (np.abs(found_RGB - exact_RGB) <= np.maximum(most_RG1, 2.0**-120)).all()
@@ -79,7 +81,7 @@ def test_the_mean_of_random_roundings_is_exact(rng_seed: int, width: int, size: 
     times = 4000
     errors_RGB = rotated(sent(np.tile(row_D, (times, 1)), b"%d" % rng_seed)) - rotated(row_D[None])
     step = np.abs(rotated(row_D[None])).max(2, keepdims=True) / 7.5
-    # the standard deviation of one is at most half a step, and a 512th is lost to noise of eight bits
+    # The standard deviation of one number's error is at most half a step, and a 512th is lost to the eight-bit noise.
     assert (np.abs(errors_RGB.mean(0)) <= step * (6 * 0.5 / np.sqrt(times) + 1 / 512)).all()
     rounded_RGB = rotated(sent(row_D[None])) - rotated(row_D[None])
     assert np.abs(errors_RGB.mean(0)).mean() < np.abs(rounded_RGB).mean() / 5
@@ -133,7 +135,7 @@ def test_bytes_are_as_the_protocol_says() -> None:
     data = bytes(encode(row_D[None].astype(np.float32), INT4))
     assert data[:2].hex() == "803f", "1.0, little-endian"
     codes = np.frombuffer(data[2:], np.uint8)
-    # zeros become half a step, up or down
+    # Zeros become half a step, up or down.
     assert (codes[0] & 15, codes[3] & 15, codes[0] >> 4) == (15, 0, 10)
     assert set(np.delete(codes & 15, [0, 3])) | set(np.delete(codes >> 4, 0)) <= {7, 8}
     step = np.frombuffer(bytes([0, 0x40]) + bytes(8), np.uint8)  # a scale of 2

@@ -1,4 +1,4 @@
-"""Which decoded numbers a codec may have rounded from one's own."""
+"""Which decoded numbers may be roundings of one's own numbers by a codec."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_most_rows_that_are_off_by_a_hundredth_are_not_explained(codec: CodecNam
 
 @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4"])
 def test_a_sender_that_always_rounds_up_is_not_explained(codec: CodecName) -> None:
-    """Though every number is within a step of the right one."""
+    """It is noticed although every number is within a step of the right one."""
     own = a_tensor(3, 1.0, rows=100)
     step = {"bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 127 / 2, "int4": 1 / 15}[codec]
     nudged = own * (1 + step) if codec in ("bf16", "fp16") else own + step * np.abs(own).max(axis=1)[:, None]

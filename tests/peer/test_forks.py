@@ -1,4 +1,4 @@
-"""A process that calls by gRPC, and starts others meanwhile, as a node starts p2pd."""
+"""A process that makes gRPC calls and starts other processes meanwhile, as a node starts p2pd."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Counts as people read them, and what other peers wrote."""
+"""Counts in a readable form, and text from other peers."""
 
 import pytest
 from hypothesis import given

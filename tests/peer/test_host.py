@@ -1,4 +1,4 @@
-"""A peer's host starts, joins and stops, and leaves nothing behind, however it ends."""
+"""A peer's host starts, joins and stops, and leaves nothing behind however it ends."""
 
 import asyncio
 import socket
@@ -45,7 +45,7 @@ def first(loop: LoopThread, identities: list[Identity]) -> Iterator[Host]:
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """Accepts connections, and never says a word."""
+    """A server that accepts connections but sends nothing."""
     with socket.create_server((LOCAL, 0)) as server:
         yield server
 
@@ -111,7 +111,7 @@ def test_joining_works_when_only_one_of_several_addresses_answers(
 
 
 def held() -> tuple[int, int]:
-    """Descriptors and tasks."""
+    """The numbers of open file descriptors and tasks."""
     return psutil.Process().num_fds(), len(asyncio.all_tasks())
 
 
@@ -141,7 +141,7 @@ def test_stopping_twice_is_harmless(loop: LoopThread, identities: list[Identity]
 def test_a_cancelled_start_leaves_nothing(
     loop: LoopThread, identities: list[Identity], closed_port: int, delay_s: float
 ) -> None:
-    """It joins nobody: a peer that it had met would keep what it needs to call it again."""
+    """The host joins nobody: for a peer that it had met, it would keep what it needs to call that peer again."""
 
     async def scenario() -> None:
         before = held()

@@ -1,4 +1,4 @@
-"""A peer's key: what follows from it, and what is refused."""
+"""A peer's key: what is derived from it, and what is refused."""
 
 import stat
 from pathlib import Path
@@ -202,7 +202,7 @@ def test_a_changed_certificate_raises_nothing_but_record_error(
         pem = certificate_pem(bytes(certificate), identity.peer_id)
     except RecordError:
         return
-    # a change elsewhere than in the key: the pinned certificate still has this peer's key
+    # A change outside the key: the pinned certificate still has this peer's key.
     assert x509.load_pem_x509_certificate(pem).public_key() == identity.key.public_key()
 
 

@@ -47,13 +47,13 @@ def random_rows(rows: int, seed: int) -> Tensor:
 
 
 def rising_positions(lengths: list[int], seed: int) -> Tensor:
-    """Positions with gaps, as routing per token leaves them."""
+    """Positions with gaps, as routing of single tokens leaves them."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([torch.randint(1, 5, (n,), generator=generator).cumsum(0) for n in lengths])
 
 
 def attention_by_the_book(layer: TransformerLayer, x: Tensor, positions: Tensor) -> Tensor:
-    """One segment, head by head, with complex rotations."""
+    """Attention of one segment, head by head, with complex rotations."""
     width = layer.attention_output.in_features // HEADS
     qkv = layer.attention_input(layer.attention_norm(x)).view(-1, 3, HEADS, width)
     turns = torch.polar(torch.ones(1), positions[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width))
@@ -198,7 +198,7 @@ def test_gradients_of_rows_near_zero_stay_small(norm: Norm) -> None:
 def test_parameters_are_as_many_as_stated(
     norm: Norm, activation: Activation, heads: int, inner: int, head_size: int | None
 ) -> None:
-    """With `head_size` attention has heads * head_size columns inside, whatever the hidden size."""
+    """With `head_size`, attention has heads * head_size inner columns, whatever the hidden size."""
     hidden = 4 * heads
     layer = TransformerLayer(hidden, heads, inner, norm, activation, head_size)
     x_RD = torch.zeros(3, hidden)

@@ -1,4 +1,4 @@
-"""The lag of a loop: what is late is noticed, and quantiles are weighted by time."""
+"""The lag of a loop: delays are noticed, and quantiles are weighted by time."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""A loop ends and says nothing, whatever was open in it."""
+"""A loop ends and logs nothing, whatever was still open in it."""
 
 import asyncio
 import ctypes
@@ -21,7 +21,7 @@ def thread() -> LoopThread:
 
 
 def descriptor_of(pid: int, number: int) -> int:
-    """Another process's descriptor, by the kernel's pidfd_getfd."""
+    """Copies another process's file descriptor, by the kernel's pidfd_getfd."""
     process = os.pidfd_open(pid)
     try:
         found = ctypes.CDLL(None, use_errno=True).syscall(438, process, number, 0)
@@ -75,7 +75,7 @@ def test_a_streams_handler_that_is_cancelled_is_no_error(
 
 
 def test_what_was_cancelled_before_it_closes_cleans_up_whole(thread: LoopThread) -> None:
-    """Such as a join, with its p2pd and the folder of its sockets."""
+    """For example a join, with its p2pd and the folder of its sockets."""
     begun, said = threading.Event(), []
 
     async def work() -> None:

@@ -1,4 +1,4 @@
-"""Of up to three states one is taken that a hostile minority cannot bend."""
+"""Of up to three states, one is chosen that a hostile minority cannot distort."""
 
 import random
 
@@ -19,7 +19,7 @@ SHAPES = {"weight": (4, 6), "bias": (6,), "scale": ()}
 
 
 def trained(seed: int, move: float = 0.01) -> State:
-    """States of different seeds began alike, and were trained apart."""
+    """A state. Those with different seeds began alike, and were trained separately."""
     begin, apart = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=begin) + move * torch.randn(shape, generator=apart)
@@ -29,7 +29,7 @@ def trained(seed: int, move: float = 0.01) -> State:
 
 @st.composite
 def anything(draw: st.DrawFn) -> State:
-    """Noise, constants, flipped or scaled parameters, or one wrong tensor."""
+    """A hostile state: noise, constants, flipped or scaled parameters, or one wrong tensor."""
     honest = trained(draw(seeds))
     made: dict[str, State] = {
         "noise": {name: torch.randn_like(tensor) for name, tensor in honest.items()},
@@ -45,7 +45,9 @@ def anything(draw: st.DrawFn) -> State:
 def test_of_three_an_honest_one_is_taken_or_one_as_near(
     first: int, second: int, hostile: State, order: list[int]
 ) -> None:
-    """Where the honest ones are the nearest pair, one of them; and never one further from either than they are."""
+    """If the honest states are the nearest pair, one of them is chosen. The chosen state is never further from an
+    honest one than the two honest ones are from each other.
+    """
     states = [[trained(first), trained(second), hostile][n] for n in order]
     one, other, lie = (order.index(n) for n in range(3))
     apart = _squared_distances(states)
@@ -65,7 +67,9 @@ def test_of_two_the_nearer_to_what_is_known_is_taken(seed: int, hostile: State, 
 
 
 def test_a_large_tensor_decides_no_more_than_a_small_one() -> None:
-    """Two of three differ a little in a tensor of many numbers, the third is flipped in one of few."""
+    """Two of three states differ a little in a tensor with many numbers. In the third, a tensor with few numbers is
+    flipped.
+    """
     large = torch.ones(10_000)
     states = [
         {"large": 1.00 * large, "small": torch.ones(2)},
@@ -76,7 +80,7 @@ def test_a_large_tensor_decides_no_more_than_a_small_one() -> None:
 
 
 def test_no_scale_is_set_by_the_hostile_one() -> None:
-    """Huge numbers in one tensor do not hide what is wrong with another."""
+    """Huge numbers in one tensor do not hide errors in another."""
     honest = [trained(1), trained(2)]
     hostile = honest[0] | {"bias": torch.full((6,), 1e30), "weight": -honest[0]["weight"]}
     assert medoid([hostile, *honest], {}, RNG) != 0
@@ -90,7 +94,7 @@ def test_equal_states_are_drawn_and_one_is_taken_as_it_is() -> None:
 
 @given(st.lists(numbers, min_size=3, max_size=3), st.permutations(range(3)))
 def test_the_median_lies_between_the_honest_numbers(values: list[float], order: list[int]) -> None:
-    """Whichever of the three is hostile."""
+    """This holds whichever of the three is hostile."""
     (found,) = elementwise_median([{"m": torch.tensor([values[n]])} for n in order], ["m"])["m"].tolist()
     for hostile in range(3):
         honest = [torch.tensor(v).item() for n, v in enumerate(values) if n != hostile]

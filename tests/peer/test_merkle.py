@@ -1,4 +1,4 @@
-"""Merkle trees: against the recursive definition of RFC 9162, and against forgers."""
+"""Merkle trees, compared with the recursive definition of RFC 9162, and attacked by forgers."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ from peer.merkle import MerkleTree, leaf_hash, proves
 
 
 def defined_root(leaves: list[bytes]) -> bytes:
-    """Section 2.1.1: split at the largest power of two below the number of leaves."""
+    """The definition in section 2.1.1: split at the largest power of two below the number of leaves."""
     if len(leaves) == 1:
         return leaves[0]
     k = 1 << (len(leaves) - 1).bit_length() - 1

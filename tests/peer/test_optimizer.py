@@ -1,4 +1,4 @@
-"""Steps are those of torch's optimizers, number for number."""
+"""Steps equal those of torch's optimizers, number by number."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A parser that fails on a stranger's message: it counts as not said, once in the log, and in a metric."""
+"""When a parser fails on a stranger's message, the message counts as absent; one log line and a metric report it."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Child processes die with their parent; a state folder has one user at a time."""
+"""Child processes die with their parent; a state folder has only one user at a time."""
 
 import contextlib
 import os
@@ -75,7 +75,7 @@ child.terminate()
 print(child.wait(), flush=True)
 sys.stdin.readline()
 """
-"""The way of macOS, with a stand-in for its kernel queue."""
+"""The way that macOS uses, with a stand-in for its kernel queue."""
 
 HOLDER = """
 import sys, time
@@ -171,7 +171,7 @@ def test_exit_status_and_output_are_those_of_the_command(status: int) -> None:
 def test_a_child_whose_parent_is_gone_already_never_starts_the_command(tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     arguments = die_with_parent(["/bin/sh", "-c", f"touch {touched}"])
-    # the shell stands between, so the child's parent is not the process that made the arguments
+    # The shell is in between, so the child's parent is not the process that made the arguments.
     result = subprocess.run(["/bin/sh", "-c", '"$@"; exit $?', "sh", *arguments])
     assert result.returncode == 1
     assert not touched.exists()
@@ -301,7 +301,7 @@ def test_unix_sockets_have_room_for_their_paths(
 
 @pytest.fixture
 def dead_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """As a process with this process id, which has ended, would have left it."""
+    """A folder as a process with this process id, which has ended, would have left it."""
     with subprocess.Popen(["true"]) as ended:
         ended.wait()
     with monkeypatch.context() as patched:
@@ -322,7 +322,7 @@ def test_folders_of_ended_processes_are_swept_with_their_sockets(dead_folder: Pa
 
 
 def test_sockets_of_living_programs_are_not_touched(dead_folder: Path) -> None:
-    """Its process id may be that of a process in another container."""
+    """The process id may be that of a process in another container."""
     with socket.socket(socket.AF_UNIX) as living:
         living.bind(str(dead_folder / "socket"))  # not listening yet: a connection is refused
         sweep_socket_folders()

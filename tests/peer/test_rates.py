@@ -1,4 +1,6 @@
-"""Bandwidth: never more than rate × time + burst, all of it when there is enough to send, and every caller in turn."""
+"""Bandwidth: never more than rate × time + burst, all of it when there is enough to send, and each caller gets its
+turn.
+"""
 
 import asyncio
 import random
@@ -27,7 +29,7 @@ STEPS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 1.0)), min_size=
 
 
 def play(rate: float, steps: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """When how many bytes pass; who takes waits before the next takes, as in `RateLimit`."""
+    """When how many bytes pass. Each take waits before the next one, as in `RateLimit`."""
     burst = rate * BURST_S
     bucket, now = TokenBucket(rate, burst, 0.0), 0.0
     passed: list[tuple[float, float]] = []
@@ -101,7 +103,7 @@ def test_without_a_rate_nothing_is_counted() -> None:
     assert (len(buckets), buckets.wait_s("a", 0.0)) == (0, 0.0)
 
 
-# Callers on a loop
+# Callers on an event loop
 
 
 def test_without_a_limit_nobody_waits_and_bytes_are_counted(loop: LoopThread) -> None:
@@ -163,7 +165,9 @@ def test_who_gives_up_leaves_its_turn_and_its_bytes(loop: LoopThread) -> None:
 
 
 def test_turns_beyond_the_rate_are_given_in_a_fair_order(loop: LoopThread) -> None:
-    """A flood from one place and many sources does not delay a single caller elsewhere, or a second source there."""
+    """A flood from many sources in one place delays neither a single caller elsewhere nor a second source in that
+    place.
+    """
     served: list[str] = []
 
     async def scenario() -> None:
@@ -186,7 +190,7 @@ def test_turns_beyond_the_rate_are_given_in_a_fair_order(loop: LoopThread) -> No
 
 
 async def use_up(turns: FairTurns) -> None:
-    """Takes all turns that need no waiting."""
+    """Takes all turns that are free at once."""
     while not turns._bucket.take(0, time.monotonic()):
         await turns.turn("here", "first")
 

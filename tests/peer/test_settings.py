@@ -1,4 +1,4 @@
-"""Settings: which source wins, and how a wrong one is named."""
+"""Settings: which source wins, and what the error for a wrong one says."""
 
 from collections.abc import Mapping
 from pathlib import Path

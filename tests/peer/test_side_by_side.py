@@ -1,4 +1,4 @@
-"""Work that waits for many peers goes on a few at a time."""
+"""Work that waits for many peers is done for a few peers at a time."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""A supervised task logs that it failed, and is started again."""
+"""A supervised task that fails is logged and started again."""
 
 import asyncio
 import logging
@@ -40,7 +40,7 @@ def test_a_task_that_fails_is_logged_counted_and_started_again(caplog: pytest.Lo
 def test_a_task_that_something_else_was_cancelled_for_is_started_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As gRPC cancels the calls of a channel that is closed, and those who wait for them."""
+    """For example, gRPC cancels the calls of a channel that is closed, and so the tasks that wait for them."""
 
     async def scenario() -> None:
         tasks, begun = TaskSet(first_pause_s=0.001), asyncio.Queue[asyncio.Future[None]]()

@@ -1,4 +1,4 @@
-"""Tasks are held until they are done, end with their owner, and fail aloud."""
+"""Tasks are held until they are done, end with their owner, and report their failures."""
 
 import asyncio
 import logging

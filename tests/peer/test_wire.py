@@ -1,4 +1,4 @@
-"""The generated code is that of proto/, and every field there says what it means."""
+"""The generated code matches proto/, and every field there has a comment that says what it means."""
 
 import re
 import runpy
@@ -48,7 +48,7 @@ COMMITTED = {
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make proto` would write now, and the compiler's own description of it."""
+    """What `make proto` would generate now, and the compiler's own description of it."""
     folder = tmp_path_factory.mktemp("generated")
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-Ipeer/wire={ROOT / 'proto'}"]
     command += [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]

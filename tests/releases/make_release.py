@@ -24,7 +24,7 @@ def recorded_wheels() -> list[Path]:
 
 
 def recorded_samples(part: str) -> list[Path]:
-    """The folders of one part, `node` or `run`, of every recorded release."""
+    """The folders of one part, `node` or `run`, from every recorded release."""
     return sorted(FOLDER.glob(f"*/{part}"))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.10.0"
-"""The last release on PyPI whose wheel for arm64 brings no CUDA."""
+"""The last release on PyPI whose wheel for arm64 does not contain CUDA."""
 _DEBS = ("python3", "libstdc++6", "libgomp1")
 _INSTALL_DEADLINE_S = 900.0
 
@@ -25,7 +25,7 @@ class EmulatedMachine:
 
     @classmethod
     def set_up(cls, folder: Path) -> "EmulatedMachine":
-        """Skips the test where something is missing or no index answers."""
+        """Downloads and unpacks everything. Skips the test if a tool is missing or no package index answers."""
         for program in ("qemu-aarch64", "apt-get", "dpkg-deb"):
             if shutil.which(program) is None:
                 pytest.skip(f"no {program} here")
@@ -43,7 +43,7 @@ class EmulatedMachine:
         return machine
 
     def python(self, *arguments: str) -> list[str]:
-        """A command line. The root's programs are found by qemu, which needs no rights for it."""
+        """The command line of Python. qemu itself finds the programs of this root, so no root rights are needed."""
         root = self.folder / "root"
         return ["qemu-aarch64", "-L", str(root), str(root / "usr" / "bin" / "python3"), *arguments]
 
@@ -56,7 +56,7 @@ class EmulatedMachine:
         return {**os.environ, "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": str(self.folder / "compiled")}
 
     def _download(self) -> list[Path]:
-        """Debian's packages, by an apt of its own that knows nothing of this machine's."""
+        """Downloads Debian's packages, with an apt configuration that ignores this machine's."""
         apt = self.folder / "apt"
         for name in ("lists/partial", "archives/partial"):
             (apt / name).mkdir(parents=True)

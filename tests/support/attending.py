@@ -1,4 +1,6 @@
-"""Transformer experts as after some training: at first their attention adds nothing, and a test would not see it."""
+"""Transformer experts as after some training: untrained, their attention adds nothing, and tests would not notice
+it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from expert_server.blocks import OWN_KINDS
 
 
 def attend(block: nn.Module) -> nn.Module:
-    """Draws the matrix that starts at zero."""
+    """Gives the matrix that starts at zero random values."""
     for name, parameter in block.named_parameters():
         if name == "attention_output.weight":
             nn.init.xavier_uniform_(parameter)
@@ -19,7 +21,7 @@ def attend(block: nn.Module) -> nn.Module:
 
 @contextmanager
 def attending_experts() -> Iterator[None]:
-    """Experts that are built in this process meanwhile attend from the start."""
+    """Experts that are built in this process until the block ends have attention from the start."""
     build = OWN_KINDS["transformer"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OWN_KINDS, "transformer", lambda model, **changes: attend(build(model, **changes)))

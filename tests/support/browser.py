@@ -34,7 +34,7 @@ needs_chromium = pytest.mark.skipif(
 
 @dataclass
 class Visit:
-    """A page that somebody looks at, and what it complained about."""
+    """An open page, and the errors that it reported."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Visit:
         return self.page.locator(selector).inner_text()
 
     def until(self, condition: str | Callable[[], bool], limit_s: float = WAIT_MS / 1000) -> None:
-        """Waits until an expression in JavaScript, or a function here, is true.
+        """Waits until an expression in JavaScript, or a Python function, is true.
 
         Playwright's own wait needs eval, which the page forbids.
         """
@@ -53,7 +53,7 @@ class Visit:
             self.page.wait_for_timeout(50)
 
     def overflow(self) -> int:
-        """Pixels by which the page is wider than its window."""
+        """By how many pixels the page is wider than its window."""
         root = "document.documentElement"
         width = self.page.evaluate(f"{root}.scrollWidth - {root}.clientWidth")
         assert isinstance(width, int)
@@ -81,9 +81,10 @@ def visit(
     ready: str = "document.querySelector('#age').textContent.startsWith('read ')"
     " && !document.body.classList.contains('unread')",
 ) -> Iterator[Visit]:
-    """A fresh profile. `ready`: is true once the page shows what it is about; by default the dashboard's.
+    """Opens the page with a new browser profile. `ready`: is true once the page shows its contents; by default the
+    dashboard's.
 
-    Afterwards the page must not have written an error to its console.
+    Afterwards, checks that the page has not written an error to its console.
     """
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
@@ -105,7 +106,7 @@ def visit(
 
 @contextmanager
 def served(app: ASGIApp) -> Iterator[str]:
-    """The application's address; it runs on a thread of its own."""
+    """Runs the application on a thread of its own, and yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)

@@ -1,4 +1,4 @@
-"""Peers that call servers, and show who they are, for tests."""
+"""Peers that call servers and prove their identity, for tests."""
 
 import functools
 import tempfile
@@ -19,18 +19,18 @@ RIGHTS: tuple[Right, ...] = (
 
 
 _CALLER = 100
-"""The number of the identity with which most calls are made; servers and hosts have the small ones."""
+"""The number of the identity that makes most calls. Servers and hosts have the small numbers."""
 
 
 @functools.cache
 def _keys() -> "tempfile.TemporaryDirectory[str]":
-    """Gone when this process ends."""
+    """A folder that is removed when this process ends."""
     return tempfile.TemporaryDirectory()
 
 
 @functools.cache
 def numbered_identity(number: int) -> Identity:
-    """The same for all tests of this process: making an RSA key and loading it takes 90 ms."""
+    """The same identity for all tests of this process: making and loading an RSA key takes 90 ms."""
     return Identity.load_or_create(Path(_keys().name) / f"{number}.key")
 
 
@@ -39,7 +39,7 @@ def numbered_identities(count: int) -> list[Identity]:
 
 
 def new_identity() -> Identity:
-    """Of a peer that nobody has met."""
+    """The identity of a peer that nobody has met."""
     with tempfile.TemporaryDirectory() as folder:
         return Identity.load_or_create(Path(folder) / "peer.key")
 
@@ -47,7 +47,7 @@ def new_identity() -> Identity:
 def a_caller(
     swarm_id: str, identity: Identity | None = None, rights: Sequence[Right] = RIGHTS
 ) -> SessionClient:
-    """`identity`: always the same unless given, and that of no server."""
+    """`identity`: by default always the same one, which no server has."""
     return SessionClient(identity or numbered_identity(_CALLER), swarm_id, rights)
 
 
@@ -70,6 +70,8 @@ class InSession:
 def opened(
     sessions: Sessions, server: Identity, swarm_id: str, identity: Identity | None = None, near: str = ""
 ) -> Metadata:
-    """What a caller's calls carry, without a round trip. `near`: the neighbourhood that it comes from."""
+    """Opens a session without a round trip. Returns the metadata of the caller's calls. `near`: the neighbourhood that
+    the caller comes from.
+    """
     request = a_caller(swarm_id, identity).statement(server.peer_id, sessions.challenges.new())
     return (("talkoot-session-bin", sessions.open(request, near).session),)

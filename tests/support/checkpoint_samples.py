@@ -35,12 +35,12 @@ def make_store(
 
 
 def update_counts(store: CheckpointStore, uid: UID) -> list[int]:
-    """Of an expert's checkpoints, newest first."""
+    """The update counts of an expert's checkpoints, newest first."""
     return [entry.update_count for entry in store.entries(uid)]
 
 
 def step(expert: Expert, steps: int = 1) -> Expert:
-    """Takes optimizer steps that depend on the update count alone."""
+    """Takes optimizer steps that depend only on the update count."""
     for _ in range(steps):
         generator = torch.Generator().manual_seed(expert.update_count)
         inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
@@ -90,11 +90,11 @@ WEIGHT, MOMENT = "block.attention_input.weight", "optimizer.attention_input.weig
 LARGER = MANIFEST.model_copy(
     update={"model": MANIFEST.model.model_copy(update={"hidden": 32, "feed_forward": 128})}
 )
-"""Its states have about 150 kB."""
+"""The states of its experts have about 150 kB."""
 
 
 def filled_with(number: int) -> Checkpoint:
-    """A state of an expert of `LARGER`."""
+    """A state of an expert of `LARGER` in which all numbers are the same."""
     form = StateForm.of(LARGER)
     outline = dict(form.block)
     for name, like in form.parameters.items():

@@ -1,4 +1,4 @@
-"""Reads command lines as `talkoot` does, and runs nothing."""
+"""Parses command lines as `talkoot` does, without running them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from talkoot.cli import app
 
 
 def require_parses(words: Sequence[str]) -> None:
-    """Raises an exception that says what is wrong when there is no such command, option or value."""
+    """Raises an exception that says what is wrong if there is no such command, option or value."""
     command: Any = typer.main.get_command(app)
     node = command.commands["node"]
     rest = list(words)

@@ -1,4 +1,4 @@
-"""The command as people use it: in a process of its own, or here, where all is imported already."""
+"""Runs the `talkoot` command: in a process of its own, or in this process, which has imported everything already."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def run_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In this process: for commands that end before they start or join anything."""
+    """Runs the command in this process: for commands that end before they start or join anything."""
     with _as_before():
         ended = CliRunner().invoke(app, arguments, env=environment)
     if ended.exception is not None and not isinstance(ended.exception, SystemExit):
@@ -43,7 +43,7 @@ def run_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """Takes back what a command changes in its process."""
+    """Undoes what a command changes in its process."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     handlers = {number: signal.getsignal(number) for number in numbers}
     root = logging.getLogger()
@@ -76,7 +76,7 @@ def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *said: str) -
 
 
 def sockets_of(processes: Iterable[psutil.Process]) -> set[Path]:
-    """The sockets of those that are p2pd, the one for each client too."""
+    """The sockets of the p2pd processes among these, including the one for each client."""
     folders = set()
     for process in processes:
         with suppress(psutil.Error):

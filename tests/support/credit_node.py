@@ -1,4 +1,4 @@
-"""A node's server with nothing but receipts behind it, on a real socket, and trainers that give them."""
+"""A node's server that only takes receipts, on a real socket, and trainers that give them."""
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
@@ -28,7 +28,7 @@ KEYS = SwarmKeys("sauna", numbered_identity(0).peer_id)
 SWARM = KEYS.swarm_id
 FORWARD = (session_pb2.RIGHT_FORWARD,)
 SERVED = Work(pairs=10_000, queries=100)
-"""What a test may say that a trainer had answered."""
+"""The work that a test may say was done for a trainer."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class CreditNode:
         return a_caller(SWARM, trainer, rights)
 
     async def stub(self, trainer: Identity | None = None, rights: Sequence[Right] = FORWARD) -> Any:
-        """Of a caller in a session; without a trainer, of a stranger in none."""
+        """A stub for a caller in a session; without a trainer, for a stranger without a session."""
         channel = await self.channels.reach(self.info)
         stub = make_stub(credit_pb2_grpc.CreditServiceStub, channel)
         if trainer is None:
@@ -53,7 +53,7 @@ class CreditNode:
 
 @asynccontextmanager
 async def credit_node(*, knows_receipts: bool = True) -> AsyncIterator[CreditNode]:
-    """`knows_receipts`: False for a release that does not."""
+    """`knows_receipts`: False for a release that does not know receipts."""
     sessions, book = Sessions(SWARM, NODE.peer_id), ReceiptBook(SWARM, NODE.peer_id)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)

@@ -1,4 +1,4 @@
-"""A square of trainers on real sockets, and a board of their records in place of a DHT. For tests."""
+"""Trainers on real sockets, and a board with their records in place of a DHT. For tests."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Board:
-    """What the DHT would hold of the trainers."""
+    """The trainers' records that the DHT would hold."""
 
     def __init__(self) -> None:
         self.records: dict[PeerID, records_pb2.TrainerRecord] = {}
@@ -90,7 +90,9 @@ class Square:
         return averaging
 
     def meeting(self, averaging: Averaging) -> Restarts:
-        """Lets it search for others and average with them until the scenario ends. Returns what failed unexpectedly."""
+        """Lets a trainer search for others and average with them until the scenario ends. Returns what failed
+        unexpectedly.
+        """
         restarts = Restarts()
         tasks = TaskSet(restarts, first_pause_s=0.01)
         self.stack.push_async_callback(tasks.aclose)
@@ -110,7 +112,7 @@ class Square:
         return self.board.info(averaging.peer_id)
 
     async def stepping(self, done: Awaitable[T], *parts: SharedParameters) -> T:
-        """The result of what waits for steps of these."""
+        """Waits for `done` while the trainers take steps. Returns its result."""
         task = asyncio.ensure_future(done)
         async with asyncio.timeout(LIMIT_S):
             while not task.done():
@@ -149,7 +151,7 @@ def play(loop: LoopThread, identities: list[Identity], monkeypatch: pytest.Monke
 
 
 def ended(averaging: Averaging, how: str) -> float:
-    """How many of its exchanges ended so."""
+    """How many of its exchanges had this outcome."""
     return total(averaging.metrics.ends, end=how)
 
 

@@ -26,7 +26,7 @@ SWARM = "sauna-abcdefghijkl"
 
 @dataclass
 class DHTPeer:
-    """A peer that listens on a port of its own. Close it when done."""
+    """A DHT peer that listens on a port of its own. Close it when done."""
 
     identity: Identity
     own: OwnContact
@@ -50,7 +50,7 @@ class DHTPeer:
         certificate: bytes | None = None,
         key_of: int | None = None,
     ) -> "DHTPeer":
-        """`key_of`: the number of the peer whose key its server has; unset: its own."""
+        """`key_of`: the number of the peer whose key its server uses; None: its own."""
         identity = numbered_identity(number)
         own = OwnContact(identity, identity.make_certificate())
         book = ContactBook()
@@ -93,7 +93,7 @@ class DHTPeer:
 
 @contextlib.asynccontextmanager
 async def dht_peers(count: int, first: int = 0) -> AsyncIterator[list[DHTPeer]]:
-    """Each joins by the first one."""
+    """Starts peers, each of which joins through the first one."""
     async with contextlib.AsyncExitStack() as stack:
         peers: list[DHTPeer] = []
         for number in range(first, first + count):

@@ -1,4 +1,4 @@
-"""A dispatcher and its swarm of fakes, in virtual time: expert i of a one-dimensional grid lives alone on peer i."""
+"""A dispatcher and a fake swarm, in virtual time: expert i of a one-dimensional grid is only at peer i."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -40,7 +40,7 @@ def make_dispatcher(
     breakers: CircuitBreakers | None = None,
     most_hedged: float = 0.1,
 ) -> Dispatcher:
-    """Inside the loop: its clock is the dispatcher's."""
+    """Call it inside the loop, whose clock the dispatcher uses."""
     return Dispatcher(
         directory or swarm.directory(),
         swarm,
@@ -55,7 +55,7 @@ def make_swarm(experts: int, peers: int | None = None) -> FakeSwarm:
 
 
 def ranked(rows: int, experts: int, *first: int) -> list[Floats]:
-    """Scores by which every row wants the experts `first`, best first, and then the others by number."""
+    """Scores by which every row prefers the experts `first`, best first, and then the others by number."""
     order = [*first, *(i for i in range(experts) if i not in first)]
     scores = np.empty((rows, experts), np.float32)
     scores[:, order] = -np.arange(experts, dtype=np.float32)
@@ -68,7 +68,7 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
 
 
 def answered_by(result: ForwardPass, row: int) -> list[int]:
-    """The experts that a row has answers of."""
+    """The experts whose answers are in a row's result."""
     return sorted(result.coordinates[row, result.answered[row], 0].tolist())
 
 
@@ -79,7 +79,7 @@ def answered_by_all_rows(result: ForwardPass) -> list[int]:
 
 
 def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
-    """No row has an expert twice, and every answer stands where it belongs: it is the mean over its experts."""
+    """Checks that no row has an expert twice, and that every row's answer is the mean over its experts."""
     for row, slots in enumerate(result.answered):
         experts = result.coordinates[row, slots].tolist()
         assert len(set(map(tuple, experts))) == len(experts)
@@ -105,7 +105,7 @@ def check_outputs(swarm: FakeSwarm, result: ForwardPass) -> None:
 
 
 async def settle() -> None:
-    """Lets every call that is under way come to its end."""
+    """Waits until every call under way has ended."""
     await asyncio.sleep(3 * DEADLINE)
 
 

@@ -1,4 +1,4 @@
-"""A TCP server that sends back what it gets, and a client of it through an emulated link, for tests."""
+"""A TCP server that sends back what it receives, and a client that reaches it through an emulated link, for tests."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass
 class Echo:
-    """A server, and a proxy before it."""
+    """An echo server with a proxy in front of it."""
 
     wire: Wire
     proxy: Proxy
@@ -33,7 +33,7 @@ class Echo:
 
 @contextlib.asynccontextmanager
 async def echo_behind(link: Link, *, seed: int = 0, answers: bool = True) -> AsyncIterator[Echo]:
-    """`answers=False`: it takes in everything and sends nothing back."""
+    """`answers=False`: the server reads everything and sends nothing back."""
     found: list[Echo] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

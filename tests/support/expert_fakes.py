@@ -1,4 +1,4 @@
-"""A swarm without a network: real blocks behind an `ExpertCaller` that fails when told, and a clock that jumps."""
+"""A swarm without a network: real blocks behind an `ExpertCaller` that can be made to fail, and a clock that jumps."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class _Selector(selectors.DefaultSelector):
-    """Instead of waiting, it lets time pass."""
+    """Does not wait, but moves the clock forward."""
 
     now = 0.0
 
@@ -60,7 +60,9 @@ class _Selector(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Runs timers in order and at once: `time()` jumps to the next one when there is nothing else to do."""
+    """A loop that runs timers in order without waiting: when nothing else is to do, its time jumps to the next
+    timer.
+    """
 
     def __init__(self) -> None:
         self._virtual = _Selector()
@@ -71,10 +73,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class VirtualRunner:
-    """Runs coroutines one after the other on one loop.
+    """Runs coroutines one after another on one loop.
 
-    Not an `asyncio.Runner`: at the end of each run on the main thread, that makes an error of its SIGINT handler,
-    and with it a text of the task's result. For arrays this takes longer than the tests themselves.
+    `asyncio.Runner` is not used: after each run on the main thread it turns its SIGINT handler's state into an error,
+    which includes the task's result as text. For arrays that takes longer than the tests themselves.
     """
 
     def __init__(self) -> None:
@@ -111,7 +113,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How an expert or a peer answers: with which error, if any, and how many seconds late."""
+    """How an expert or a peer answers: with which error, if any, and after how many seconds."""
 
     status: StatusCode | None = None
     after_s: float = 0.0
@@ -132,7 +134,7 @@ def fails(status: StatusCode = StatusCode.UNAVAILABLE, after_s: float = 0.0) -> 
 
 @dataclass(frozen=True)
 class Call:
-    """One call to one node, as the node saw it."""
+    """One call as the node received it."""
 
     made: NodeCall
     began: float
@@ -167,7 +169,7 @@ async def send_to_best(
     keep: bool = False,
     held: Sequence[HeldSequence] | None = None,
 ) -> ForwardPass:
-    """A forward pass of layer 0 in which each row is sent to its best live experts."""
+    """Makes a forward pass of layer 0 in which each row is sent to its best live experts."""
     live = await dispatcher.find(0, scores, k)
     segments = Segments.whole(len(inputs) // sequence_length, sequence_length)
     rows = RoutedRows(0, inputs, scores, k, segments, keep, held=held)
@@ -176,7 +178,7 @@ async def send_to_best(
 
 @dataclass(frozen=True, eq=False)
 class ExpertWork:
-    """What one expert of a node computes of a call."""
+    """The part of a call that one expert of a node computes."""
 
     uid: UID
     inputs: Floats  # [m, W]
@@ -187,7 +189,7 @@ class ExpertWork:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What one expert is asked, for rows that no other is asked for."""
+    """Rows that are for one expert only."""
 
     uid: UID
     lengths: Sequence[int]
@@ -205,7 +207,7 @@ def make_call(
     keep: bool = False,
     kept: bytes | None = None,
 ) -> NodeCall:
-    """One in which each expert has rows of its own, one request after another."""
+    """A call in which each expert has its own rows, in the order of the requests."""
     counts = [len(request.inputs) for request in requests]
     experts = np.repeat(np.arange(len(requests)), counts)[:, None]
     batch = NodeBatch(
@@ -234,7 +236,7 @@ def make_call(
 
 @dataclass(eq=False)
 class Collected:
-    """What came of a call."""
+    """The results of a call."""
 
     call: NodeCall
     replies: list[CallReply] = field(default_factory=list)
@@ -251,7 +253,7 @@ class Collected:
 
     @property
     def answered(self) -> list[UID]:
-        """The experts whose rows were answered, each when its last one was."""
+        """The experts that have answered all their rows, in the order of their last answers."""
         left, found = {part.uid: set(part.places.tolist()) for part in self.call.batch.parts()}, []
         for reply in self.replies:
             if isinstance(reply, AnsweredRows):
@@ -272,7 +274,7 @@ class Collected:
         return {r.uid: r.update_count for r in self.replies if isinstance(r, ExpertReply) and r.error is None}
 
     def tensor(self, uid: UID) -> Floats:
-        """What one expert answered that has its rows for itself."""
+        """The answers of an expert whose rows are its own."""
         (places,) = [part.places for part in self.call.batch.parts() if part.uid == uid]
         found = np.full_like(self.call.inputs, np.nan)
         for reply in self.replies:
@@ -302,7 +304,7 @@ async def ask(
     keep: bool = False,
     kept: bytes | None = None,
 ) -> Collected:
-    """Raises ExpertError."""
+    """Makes a call and collects the answers. Raises ExpertError."""
     collected = await collect(caller, make_call(node, direction, requests, deadline_s, keep=keep, kept=kept))
     if collected.error is not None:
         raise collected.error
@@ -310,7 +312,7 @@ async def ask(
 
 
 def works_of(call: NodeCall) -> list[tuple[ExpertPart, ExpertWork]]:
-    """What the node computes, expert by expert."""
+    """What the node computes for a call, expert by expert."""
     batch, works = call.batch, []
     share = shares(call.weights, batch.asked)
     for part in batch.parts():
@@ -324,7 +326,7 @@ def works_of(call: NodeCall) -> list[tuple[ExpertPart, ExpertWork]]:
 
 
 class FakeDirectory(Directory):
-    """Knows what it is told."""
+    """A directory with fixed contents."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -335,9 +337,9 @@ class FakeDirectory(Directory):
 
 
 class FakeSwarm:
-    """All experts of a manifest, expert i hosted by peer i modulo `peers`. The `ExpertCaller` of its trainers.
+    """All experts of a manifest, with expert i at peer i modulo `peers`. It is its trainers' `ExpertCaller`.
 
-    Its blocks take no optimizer steps. A call without an answer ends `overshoot_s` after its deadline, as real ones do.
+    Its blocks take no optimizer steps. A call without an answer ends `overshoot_s` after its deadline, like a real one.
     """
 
     overshoot_s = 0.01
@@ -355,7 +357,7 @@ class FakeSwarm:
     def directory(
         self, live: Iterable[UID] | None = None, more_hosts: Iterable[PeerID] = ()
     ) -> FakeDirectory:
-        """`more_hosts` have a replica of every expert."""
+        """`more_hosts`: peers that have a replica of every expert."""
         uids = self.manifest.uids() if live is None else list(live)
         replicas = {
             uid: tuple(make_replica(uid, peer_id) for peer_id in (self.peer_of[uid], *more_hosts))
@@ -384,7 +386,7 @@ class FakeSwarm:
         )
 
     async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
-        """Answers each row when all of its experts are over, or with what is there at 80% of the deadline."""
+        """Answers each row when all of its experts have ended, or at 80% of the deadline with the answers so far."""
         began, peer_id, batch = now(), call.node.peer_id, call.batch
         self.calls.append(Call(call, began))
         try:
@@ -442,7 +444,7 @@ class FakeSwarm:
         return 0
 
     def compute(self, direction: Direction, work: ExpertWork) -> Floats:
-        """What the expert answers."""
+        """What the expert computes for these rows."""
         inputs = torch.from_numpy(work.inputs.copy())
         with torch.enable_grad():
             inputs.requires_grad_(direction == "backward")
@@ -460,7 +462,7 @@ class FakeSwarm:
         return self.behaviours.get(of, WELL)
 
     async def _wait_until(self, due: float, ends: float) -> None:
-        """Raises DEADLINE_EXCEEDED when `due` is not before the end."""
+        """Waits until `due`. Raises DEADLINE_EXCEEDED if the deadline comes first."""
         left = (due if due < ends else ends + self.overshoot_s) - now()
         if left > 0:
             await asyncio.sleep(left)

@@ -1,4 +1,4 @@
-"""One small expert, its rows and its steps, for tests."""
+"""A small expert, its rows and its steps, for tests."""
 
 from typing import Literal
 
@@ -59,7 +59,9 @@ def parameters_of(expert: Expert) -> list[Tensor]:
 
 
 def gradients_that_overflow_when_summed() -> Tensor:
-    """Each is finite, and so is the input's gradient; that of a bias, the sum over the rows, is not."""
+    """Each gradient is finite, and so is that of the input. The gradient of a bias, which is the sum over the rows, is
+    not.
+    """
     gradients = torch.zeros(ROWS, HIDDEN)
     gradients[:, 0] = 5e37
     return gradients

@@ -1,7 +1,7 @@
 """A stand-in for uv, for installations without downloads: `python fake_uv.py tool install … SOURCE`.
 
-It makes a real environment, in which Talkoot is the one under test. In FAKE_UV_CALLS it notes its command lines. With
-FAKE_UV_BREAKS it leaves half an environment behind and fails.
+It makes a real environment that contains the Talkoot under test. It records its command lines in FAKE_UV_CALLS. If
+FAKE_UV_BREAKS is set, it leaves half an environment behind and fails.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A server that answers every call with bytes that are no message, for tests."""
+"""A server that answers every call with bytes that are not a message, for tests."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ async def _answer(requests: Any, context: Any) -> AsyncIterator[bytes]:
 
 @contextlib.asynccontextmanager
 async def garbage_server(identity: Identity, certificate: bytes, port: int = 0) -> AsyncIterator[int]:
-    """Gives its port at 127.0.0.1. `port` 0: one that is free."""
+    """Yields its port on 127.0.0.1. `port`: 0 for a free one."""
     server = grpc.aio.server(handlers=[_Garbage()], options=SERVER_OPTIONS)
     port = server.add_secure_port(f"127.0.0.1:{port}", server_credentials(identity, certificate))
     await server.start()

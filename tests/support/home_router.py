@@ -1,4 +1,4 @@
-"""A router on loopback that speaks UPnP over real sockets, as far as miniupnpc asks, and as badly as a test wants."""
+"""A router on the loopback interface that speaks as much UPnP as miniupnpc needs, as wrongly as a test wants."""
 
 import asyncio
 import contextlib
@@ -30,18 +30,18 @@ class Fault(Exception):
 
 @dataclass
 class HomeRouter:
-    """What it answers. `entries`: external port → (client, port, lease in seconds)."""
+    """A router. `entries`: external port → (client, port, lease in seconds)."""
 
     entries: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     address: str = "44.1.2.3"
     only_permanent: bool = False
     conflicts: frozenset[int] = frozenset()
     answers: Iterable[tuple[bytes, float]] | None = None
-    """Sent instead of all else, with seconds to wait after each."""
+    """Sent instead of all other answers, each with the seconds to wait after it."""
     calls: TaskSet = field(default_factory=TaskSet)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One HTTP request."""
+        """Answers one HTTP request."""
         with self.calls.including_current(), contextlib.closing(writer), contextlib.suppress(*_GONE):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             length = re.search(r"(?i)content-length: *([0-9]+)", head)
@@ -70,7 +70,7 @@ class HomeRouter:
         )
 
     def act(self, action: str, asked: dict[str, str]) -> str:
-        """The elements of the answer. Raises Fault."""
+        """Does an action. Returns the elements of the answer. Raises Fault."""
         if action == "GetStatusInfo":
             return "<NewConnectionStatus>Connected</NewConnectionStatus><NewUptime>1</NewUptime>"
         if action == "GetExternalIPAddress":
@@ -101,7 +101,7 @@ class HomeRouter:
 
 @asynccontextmanager
 async def serving(router: HomeRouter, host: str) -> AsyncIterator[None]:
-    """It answers whoever searches from this loopback address, and nobody else."""
+    """Answers searches that come from this loopback address, and no others."""
     web = await asyncio.start_server(router.serve, host)
     location = f"http://{host}:{web.sockets[0].getsockname()[1]}/description.xml"
     search = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

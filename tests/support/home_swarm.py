@@ -22,7 +22,7 @@ kind = "ffn"
 [routing]
 top_k = 4
 """
-"""Four experts, and each token goes to all of them: no step is whole without all nodes that host one."""
+"""There are four experts, and each token goes to all of them: a step is complete only with all nodes that host one."""
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def village_in(folder: Path) -> Iterator[Village]:
 
 
 def manifest_in(folder: Path) -> Path:
-    """Of a new swarm."""
+    """Writes the manifest of a new swarm."""
     path = folder / "swarm.toml"
     path.write_text(MANIFEST)
     return path

@@ -1,4 +1,4 @@
-"""Callers that do everything wrong, again and again, to a node in a process of its own."""
+"""Callers that do everything wrong, again and again, to a node in another process."""
 
 import asyncio
 import contextlib
@@ -23,16 +23,16 @@ from peer.wire import expert_pb2, expert_pb2_grpc
 
 WRONG = (StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION)
 BROKEN_OFF = StatusCode.INTERNAL
-"""What grpc.aio makes of any status that comes while it writes."""
+"""What grpc.aio reports for any status that arrives while it writes."""
 
 
 class Troublemakers:
-    """Each method is one way to misbehave, once. They agree on nothing but the node and its manifest."""
+    """Each method misbehaves once, in one way. They share only the node and its manifest."""
 
     def __init__(
         self, node: NodeInfo, manifest: Manifest, swarm_id: str, uids: Sequence[UID], seed: int = 0
     ) -> None:
-        """`uids`: of experts that may be spoilt. `seed`: not to be used twice with a node, which remembers ids."""
+        """`uids`: experts that may be spoilt. `seed`: use each only once with a node, which remembers ids."""
         self.made: Counter[str] = Counter()
         """Misdeeds by name."""
         self._address, self._pem = node.addresses[0], node.certificate_pem
@@ -45,7 +45,7 @@ class Troublemakers:
         self._session: Metadata = ()
 
     async def trouble(self, seconds: float, callers: int, misdeeds: Sequence[str] = ()) -> None:
-        """All misdeeds, or those named, in turn, from so many callers at once."""
+        """Does all misdeeds, or those named, in turn, from `callers` callers at once."""
         ways: dict[str, Callable[[], Awaitable[None]]] = {
             "give too little time": self.give_too_little_time,
             "cancel while sending": self.cancel_while_sending,
@@ -155,7 +155,7 @@ class Troublemakers:
         return getattr(stub, method)(timeout=timeout, metadata=self._session)  # grpc's plugin writes no types
 
     async def _exchange(self, stream: Any, requests: Sequence[expert_pb2.CallRequest]) -> StatusCode:
-        """Sends all, reads all, and gives the status."""
+        """Sends all requests, reads all answers, and returns the status."""
         try:
             for request in requests:
                 await stream.write(request)
@@ -168,7 +168,7 @@ class Troublemakers:
         return code
 
     def _requests(self, direction: str, rows: int) -> list[expert_pb2.CallRequest]:
-        """A right call of one expert: its header, and its payload in one message unless it is too long."""
+        """A valid call of one expert: its header, and its payload in one message unless it is too long."""
         width = self._manifest.width
         numbers = torch.randn(rows * (2 if direction == "backward" else 1), width, generator=self._generator)
         header = expert_pb2.CallHeader(

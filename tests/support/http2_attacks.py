@@ -30,7 +30,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 def header_block(path: str, **more: str) -> bytes:
-    """HPACK: literals that are not indexed, without Huffman codes."""
+    """A header block in HPACK: literals that are not indexed, without Huffman codes."""
     fields = {
         ":method": "POST",
         ":scheme": "https",
@@ -55,13 +55,15 @@ def grpc_message(data: bytes = b"") -> bytes:
 
 
 def connect(address: str) -> socket.socket:
-    """From a neighbourhood of the attackers' own: those of one neighbourhood share its turns, honest ones too."""
+    """Connects from the attackers' own neighbourhood: a neighbourhood shares its turns among all its callers, including
+    honest ones.
+    """
     host, port = address.rsplit(":", 1)
     return socket.create_connection((host, int(port)), timeout=5, source_address=(_NEIGHBOURHOOD, 0))
 
 
 class Connection:
-    """A TLS connection that speaks HTTP/2 and reads nothing but to make room."""
+    """A TLS connection that speaks HTTP/2 and reads only to make room."""
 
     def __init__(self, address: str) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -89,7 +91,7 @@ class Connection:
         self.drain()
 
     def drain(self) -> None:
-        """Reads what is there. Raises ConnectionError when the server has closed."""
+        """Reads what has arrived. Raises ConnectionError if the server has closed the connection."""
         self._socket.setblocking(False)
         try:
             while True:
@@ -118,7 +120,7 @@ def small_call(connection: Connection, path: str) -> bytes:
 
 
 def cancelled_call(connection: Connection, path: str) -> bytes:
-    """A call that is cancelled once its first message is there."""
+    """The frames of a call that is cancelled after its first message."""
     stream = connection.next_stream()
     return (
         frame(_HEADERS, _END_HEADERS, stream, header_block(path))
@@ -140,7 +142,7 @@ def settings(connection: Connection, path: str) -> bytes:
 
 
 def continuation(connection: Connection, path: str) -> bytes:
-    """Headers that never end."""
+    """The frames of headers that never end."""
     if connection._stream < 0:
         return frame(_HEADERS, 0, connection.next_stream(), header_block(path))
     return frame(_CONTINUATION, 0, connection._stream, header_block("/x", **{"x-more": "y" * 100}))
@@ -168,7 +170,7 @@ IDLE: dict[str, Callable[[str], socket.socket | Connection]] = {
     ),
     "idle-tls": Connection,
 }
-"""Connections that are opened, 1,100 of them, and left alone."""
+"""Connections of which 1,100 are opened and left idle."""
 _CONNECTIONS = 1100
 
 
@@ -180,7 +182,7 @@ def _plain(address: str, data: bytes = b"") -> socket.socket:
 
 
 def _paced(seconds: float, rate: float, batch: int) -> Iterator[int]:
-    """So many to send now, until time is up; on a slow machine, until it is an attack."""
+    """Yields how many to send now, until the time is up; on a slow machine, until there were enough for an attack."""
     begin, sent = time.monotonic(), 0
     while (spent := time.monotonic() - begin) < seconds or (sent < _LEAST and spent < 60):
         due = min(batch, int(spent * rate) - sent)
@@ -227,7 +229,7 @@ def idle(address: str, name: str, seconds: float, rate: float) -> Counter[str]:
 
 
 def connects(address: str, seconds: float, rate: float) -> Counter[str]:
-    """Connections that are closed as soon as they are open."""
+    """Opens connections and closes them at once."""
     done: Counter[str] = Counter()
     for due in _paced(seconds, rate, 16):
         for _ in range(due):

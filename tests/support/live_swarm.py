@@ -18,9 +18,9 @@ from peer.platform.sockets import sweep_socket_folders
 
 HOST = "127.0.0.1"
 ANNOUNCE_EVERY_S = 60.0
-"""So seldom that a busy machine is not late, by which a peer would seem to be gone."""
+"""So rarely that a busy machine is never late with one; otherwise a peer would seem to be gone."""
 DOOMED_EVERY_S = 4.0
-"""Of the node that a test kills: that it has gone is seen after one and a half times as long."""
+"""The announcement period of the node that a test kills: its absence is noticed after one and a half periods."""
 DOOMED = "doomed"
 HOSTILE_NAME = "<img src=x onerror=pwned=1>"
 MANIFEST = """
@@ -47,7 +47,7 @@ class LiveSwarm:
 
     address: str
     nodes: dict[str, subprocess.Popen[bytes]]
-    """By the name that each gave itself."""
+    """The nodes by their display names."""
     dashboard: subprocess.Popen[bytes]
 
     def api(self, path: str) -> Any:
@@ -61,7 +61,7 @@ class _Processes:
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     def start(self, name: str, *arguments: str, **settings: object) -> subprocess.Popen[bytes]:
-        """`settings`: those that have no flag."""
+        """`settings`: those that have no command-line flag."""
         log = (self._folder / f"{name}.log").open("wb")
         state = ("--state", str(self._folder / name))
         with log:
@@ -98,7 +98,7 @@ class _Processes:
 
 @contextlib.contextmanager
 def live_swarm(folder: Path) -> Iterator[LiveSwarm]:
-    """Yields when all nodes serve and the trainer trains, as the dashboard tells it."""
+    """Yields when all nodes serve and the trainer trains, according to the dashboard."""
     processes = _Processes(folder)
     try:
         yield _start(processes, folder)
@@ -134,7 +134,7 @@ def _start_node(processes: _Processes, number: int, name: str, *origin: str) -> 
         f"node-{number}",
         *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--name", name),
         *("--experts", "12", "--spare", "12", "--announce-every-s", str(every_s)),
-        # or the trainer would take all of the machine while the page is looked at
+        # Otherwise the trainer would use the whole machine while the page is tested.
         *("--upload-mbit", "0.5", "--drain-timeout", "0"),
     )
 

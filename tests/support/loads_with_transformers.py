@@ -49,7 +49,7 @@ def choices_of(model: Any) -> Iterator[list[Tensor]]:
 
 
 def check_cached(model: Any, tokens: Tensor, logits: Tensor, least: int) -> None:
-    """A text in pieces gives the logits of the text as a whole."""
+    """Checks that a text in pieces gives the same logits as the whole text."""
     cache, length = DynamicCache(config=model.config), tokens.shape[1]
     ends = [least + 1, least + 2, least + 5, *range(least + 6, length + 1)]
     for start, end in zip([0, *ends], ends, strict=False):
@@ -59,7 +59,7 @@ def check_cached(model: Any, tokens: Tensor, logits: Tensor, least: int) -> None
 
 
 def check_padded(model: Any, tokens: Tensor, logits: Tensor, least: int) -> None:
-    """A shorter text gives the same logits beside a longer one."""
+    """Checks that a shorter text gives the same logits in a batch with a longer one."""
     short, length = least + 3, tokens.shape[1]
     mask = torch.ones_like(tokens)
     mask[0, : length - short] = 0
@@ -76,7 +76,7 @@ def check_padded(model: Any, tokens: Tensor, logits: Tensor, least: int) -> None
 
 
 def check_generation(model: Any, tokens: Tensor, least: int) -> Tensor:
-    """Greedy tokens after the first ones; with beams, cached and uncached agree too."""
+    """Greedy tokens after the first ones. Checks that cached and uncached results agree, also with beam search."""
     prompt = tokens[:2, : least + 2]
     given = {
         "do_sample": False,
@@ -119,7 +119,7 @@ def check_half_precision(folder: Path, tokens: Tensor, logits: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
     found = model(tokens).logits
     assert found.dtype is torch.bfloat16
-    # some tokens go to other experts
+    # Some tokens go to other experts.
     assert (found - logits).abs().median() < 0.1 * logits.abs().median()
     model.generate(tokens[:2], attention_mask=None, max_new_tokens=1, pad_token_id=0)
 

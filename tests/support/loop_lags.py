@@ -1,4 +1,4 @@
-"""How late a loop ran under attack, by the metric that a node, trainer or dashboard exposes, for tests."""
+"""How late a loop runs under attack, from the metric that nodes, trainers and dashboards expose. For tests."""
 
 import asyncio
 import gc
@@ -14,14 +14,14 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 LONGEST_STALL_S, P99_S = 0.5, 0.1
-"""What a loop must keep to, whatever strangers do."""
+"""The limits that a loop must meet, whatever strangers do."""
 _BYSTANDER_S = 0.05
 
 Read = Callable[[], Iterable[Metric]]
 
 
 def exposed_at(address: str) -> Read:
-    """Reads the metrics of another process. Blocks."""
+    """Returns a function that reads the metrics of another process. That function blocks."""
 
     def read() -> Iterable[Metric]:
         with urllib.request.urlopen(address, timeout=60) as answer:
@@ -31,25 +31,25 @@ def exposed_at(address: str) -> Read:
 
 
 class Bystander(threading.Thread):
-    """Sleeps and computes again and again, to see what the machine makes everybody wait."""
+    """Sleeps and computes again and again, to measure how long the machine keeps any process waiting."""
 
     def __init__(self) -> None:
         super().__init__(name="bystander", daemon=True)
         self.longest_s = 0.0
-        """By which it woke too late."""
+        """The longest time by which it woke up too late."""
         self.over = threading.Event()
         self._spent_s = self._computed_s = 0.0
 
     @property
     def slowdown(self) -> float:
-        """How many times longer than on a core of its own a computation took."""
+        """How many times as long as on an idle core a computation took."""
         return self._spent_s / self._computed_s if self._computed_s else 1.0
 
     def allows(self, limit_s: float) -> float:
-        """In how many seconds must be done what a core of its own does within the limit.
+        """How long something may take here that must take at most `limit_s` on an idle core.
 
-        Others compute as much more slowly as this, and where it waited, they may have waited as long: twice, as most of
-        it has two sides, and buckets are wide.
+        Other processes compute as much more slowly as this one, and may have waited as long as this one did: twice,
+        since most operations involve two processes, and the metric's buckets are wide.
         """
         return limit_s * self.slowdown + 2 * self.longest_s
 
@@ -73,7 +73,7 @@ class Bystander(threading.Thread):
 
 
 class LoopLags:
-    """The lags since this was made. `read`: of another process, which is to be checked."""
+    """The lags since this was made. `read`: reads the metrics of another process that is checked."""
 
     def __init__(self, read: Read | CollectorRegistry) -> None:
         self._read = read.collect if isinstance(read, CollectorRegistry) else read
@@ -83,7 +83,7 @@ class LoopLags:
             self._bystander.start()
 
     def quantile(self, share: float) -> float:
-        """The upper bound of the bucket that holds this share of the time, in seconds; 1.0: the longest stall."""
+        """The upper bound in seconds of the bucket that contains this share of the time; for 1.0, the longest stall."""
         now = self._buckets()
         since = {bound: count - self._before[bound] for bound, count in now.items()}
         ticks = since[float("inf")]
@@ -91,7 +91,7 @@ class LoopLags:
         return min(bound for bound, count in since.items() if count >= share * ticks)
 
     def check(self) -> None:
-        """Checks the longest stall, which holds on a machine that other tests keep busy, too."""
+        """Checks the longest stall. This limit also holds on a machine that other tests keep busy."""
         self._bystander.over.set()
         stall_s, bystander = self.quantile(1.0), self._bystander
         assert stall_s <= bystander.allows(LONGEST_STALL_S), (
@@ -100,7 +100,9 @@ class LoopLags:
         )
 
     def check_when_quiet(self) -> None:
-        """Checks p99 as well, for slow tests: beside others, a process waits for a processor more often than that."""
+        """Checks the 99th percentile as well, in slow tests: while other tests run, processes wait for a core more
+        often.
+        """
         self.check()
         assert self.quantile(0.99) <= P99_S, f"the loop's p99 is up to {self.quantile(0.99)} s"
 
@@ -114,9 +116,9 @@ class LoopLags:
 
 
 async def longest_slice(work: Callable[[], Awaitable[object]]) -> float:
-    """The most CPU time, in seconds, that the loop spends on the work between two turns of another task.
+    """The most CPU time in seconds that the loop spends on the work between two turns of another task.
 
-    The least of three tries: one that the machine disturbs says nothing about the work.
+    It is the smallest of three tries, since a try that the machine disturbs says nothing about the work.
     """
     return min([await _longest_slice(work()) for _ in range(3)])
 
@@ -141,7 +143,7 @@ async def _longest_slice(work: Awaitable[object]) -> float:
 
 
 def least_cpu_s(work: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> float:
-    """The least CPU time, in seconds, of five tries. `clock`: `time.process_time` for work on several threads."""
+    """The least CPU time in seconds of five tries. `clock`: `time.process_time` for work on several threads."""
     taken_s = []
     with no_collection():
         for _ in range(5):
@@ -153,7 +155,9 @@ def least_cpu_s(work: Callable[[], object], clock: Callable[[], float] = time.th
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """For what is timed: a collection goes through all that earlier tests left, which takes up to 0.3 s."""
+    """No garbage collection until the block ends, for measurements: one visits all objects of earlier tests, which
+    takes up to 0.3 s.
+    """
     gc.disable()
     try:
         yield

@@ -27,7 +27,7 @@ def some_passages(count: int, seed: int = 0, dimensions: int = DIMENSIONS) -> tu
 
 
 def passages_in(store: MemoryStore, root: bytes) -> list[Passage | None]:
-    """Of a primary shard; None for those that were revoked."""
+    """The passages of a primary shard; None for revoked ones."""
     shard = store.shards[root]
     assert isinstance(shard, PrimaryShard)
     return list(shard.passages())
@@ -42,11 +42,11 @@ def shard_info(
 
 @dataclass(frozen=True)
 class SampleMemory:
-    """A memory, of one primary shard for each cell, and perhaps a secondary one."""
+    """A memory with a primary shard for each cell, and optionally a secondary one."""
 
     manifest: MemoryManifest
     files: dict[bytes, bytes]
-    """Of the shards, by root."""
+    """The file of each shard, by root."""
     passages: dict[bytes, tuple[list[Passage], Vectors]]
     encoder: bytes
     codebook: bytes
@@ -62,7 +62,7 @@ class SampleMemory:
         *,
         is_twofold: bool = False,
     ) -> "SampleMemory":
-        """`each`: passages in a cell. `is_twofold`: the next cell has them, too, in a secondary shard."""
+        """`each`: passages in a cell. `is_twofold`: whether the next cell has them too, in a secondary shard."""
         encoder, codebook = b"encoder %d" % seed, json.dumps(grid).encode()
         files, passages, shards = {}, {}, []
         for number in range(int(np.prod(grid))):
@@ -102,7 +102,7 @@ class SampleMemory:
         return passages[position].leaf(vectors[position].tobytes())
 
     def revoking(self, *places: tuple[bytes, int]) -> "SampleMemory":
-        """The next revision, without the passages there."""
+        """The next revision, without the passages at these positions."""
         manifest = replace(
             self.manifest,
             revision=self.manifest.revision + 1,
@@ -111,7 +111,7 @@ class SampleMemory:
         return replace(self, manifest=manifest)
 
     def write(self, folder: Path, wanted: Callable[[bytes], bool] = lambda root: True) -> MemoryStore:
-        """A folder as `talkoot memory build` makes it, with the shards that are wanted; they are served."""
+        """Writes a folder as `talkoot memory build` makes it, with the wanted shards, which are then served."""
         store = MemoryStore.create(folder, self.manifest.serialize())
         store.save_part(self.manifest.encoder, self.encoder)
         store.save_part(self.manifest.codebook, self.codebook)

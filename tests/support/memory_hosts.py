@@ -1,4 +1,4 @@
-"""Peers of a swarm that take a memory from whoever serves it, whole, and serve and announce it themselves."""
+"""Peers of a swarm that fetch a whole memory from another host, and then serve and announce it themselves."""
 
 import contextlib
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ LIFETIME_S = 60.0
 
 @dataclass
 class SimpleHost:
-    """Takes all shards of a memory, and its later revisions when told to."""
+    """Fetches all shards of a memory, and its later revisions when told to."""
 
     swarm: Swarm
     folder: Path
@@ -47,7 +47,7 @@ class SimpleHost:
         return next((entry for entries in libraries.values() for entry in entries), None)
 
     async def take(self) -> None:
-        """From one that serves it."""
+        """Fetches the memory from a host."""
         entry = await self.entry()
         assert entry is not None
         some = await self.memories.some_hosts(entry.memory, entry.grid)
@@ -63,7 +63,7 @@ class SimpleHost:
         await serving(self.stack, self.swarm, entry.memory, self.store)
 
     async def follow(self) -> bool:
-        """Takes over the newest revision; returns whether there is another than the one here."""
+        """Fetches the newest revision. Returns whether it is another than the present one."""
         entry = await self.entry()
         assert entry is not None
         assert self.store is not None
@@ -85,7 +85,7 @@ class SimpleHost:
 async def serving(
     stack: contextlib.AsyncExitStack, swarm: Swarm, memory: MemoryID, store: MemoryStore
 ) -> None:
-    """Lets a peer serve and announce what is in the store."""
+    """Makes a peer serve and announce what is in the store."""
     servicer = MemoryServicer(
         {str(memory): store}, swarm.keys.swarm_id, swarm.host.sessions, swarm.host.upload, MemoryMetrics(), 1
     )

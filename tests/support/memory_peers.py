@@ -32,7 +32,7 @@ MEMORY_RIGHTS = (session_pb2.RIGHT_MEMORY,)
 
 @dataclass
 class Library:
-    """Hosts of memories, each at an address of its own, and those who call them."""
+    """Hosts of memories, each at its own address, and their callers."""
 
     stack: contextlib.AsyncExitStack
     folder: Path
@@ -40,7 +40,7 @@ class Library:
     certificates: dict[Identity, bytes] = field(default_factory=dict)
 
     async def host(self, number: int, *memories: SampleMemory, threads: int = 2) -> MemoryServicer:
-        """Serves all shards of the memories."""
+        """Starts a host that serves all shards of the memories."""
         identity = numbered_identity(number)
         stores = {
             str(self.memory_id(memory)): memory.write(self.folder / f"{number}" / memory.manifest.name)
@@ -68,7 +68,7 @@ class Library:
         self.stack.push_async_callback(server.stop, None)
 
     def memory_id(self, memory: SampleMemory) -> MemoryID:
-        """All are of one publisher."""
+        """The id of a memory. All memories have one publisher."""
         return MemoryID.of(memory.manifest.name, numbered_identity(0).peer_id)
 
     def node(self, number: int) -> NodeInfo:
@@ -83,7 +83,7 @@ class Library:
         return client
 
     async def stub(self, number: int, identity: Identity | None = None) -> InSession:
-        """`identity`: who calls; a stranger unless given."""
+        """`identity`: the caller's; by default a stranger's."""
         service = self.client(identity or new_identity()).service(2**24)
         return InSession(*await service.stub(self.node(number)))
 

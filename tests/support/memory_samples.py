@@ -1,4 +1,4 @@
-"""A small memory, its hosts, and hosts that lie, for tests of who searches it."""
+"""A small memory, its hosts, and hosts that lie, for tests of searches."""
 
 import asyncio
 import hashlib
@@ -41,19 +41,19 @@ HONEST = None
 
 @dataclass(frozen=True)
 class SampleMemory:
-    """A memory, whole."""
+    """A whole memory."""
 
     manifest: MemoryManifest
     files: Mapping[bytes, bytes]
-    """Of its shards, by root."""
+    """The file of each shard, by root."""
     shards: Mapping[bytes, Shard]
-    """By root."""
+    """The shards, by root."""
     encoder: bytes
     codebook: Codebook
     passages: Sequence[Passage]
     vectors_ND: Vectors
     places: Mapping[int, Place]
-    """Where the text of each passage lies, by its number."""
+    """Where the text of each passage is, by the passage's number."""
 
     @classmethod
     def make(
@@ -65,9 +65,9 @@ class SampleMemory:
         *,
         revoked: int = 0,
     ) -> "SampleMemory":
-        """With random vectors, and no encoder. `in_shard`: passages in a shard, at most.
+        """A memory with random vectors and no encoder. `in_shard`: the largest number of passages in a shard.
 
-        `revoked`: how many are, in the manifest alone.
+        `revoked`: how many passages are revoked, only in the manifest.
         """
         rng = np.random.default_rng(seed)
         vectors_ND = rng.integers(-127, 128, (passages, DIMENSIONS)).astype(np.int8)
@@ -84,9 +84,10 @@ class SampleMemory:
         passage: Passage | None = None,
         is_dual: bool = False,
     ) -> "SampleMemory":
-        """With texts of twenty random words, and an encoder that knows them. `passage`: in place of all these.
+        """A memory of texts with twenty random words, and an encoder that knows the words. `passage`: used instead of
+        each of these.
 
-        `is_dual`: the word with number n in a question means what the one with number 59 - n means in a passage.
+        `is_dual`: word number n in a question means the same as word number 59 - n in a passage.
         """
         rng = np.random.default_rng(seed)
         words = [f"word{n}" for n in range(60)]
@@ -153,7 +154,7 @@ class SampleMemory:
         )
 
     def write(self, folder: Path, roots: Collection[bytes] | None = None) -> MemoryStore:
-        """A folder as a host has it. `roots`: of the shards that it has; None: all."""
+        """Writes a folder as a host has it. `roots`: the shards that the host has; None: all."""
         store = MemoryStore.create(folder, self.manifest.serialize())
         store.save_part(self.manifest.encoder, self.encoder)
         store.save_part(self.manifest.codebook, self.codebook.to_bytes())
@@ -179,7 +180,7 @@ class SampleMemory:
 class _Candidate(NamedTuple):
     score: int
     number: int
-    """Of its shard in the request."""
+    """The number of the passage's shard in the request."""
     position: int
     text: Place
 
@@ -298,18 +299,18 @@ def node_info(peer_id: PeerID, port: int = 1, pem: bytes = b"") -> NodeInfo:
 
 
 def peer_ids(count: int) -> list[PeerID]:
-    """Of peers without keys."""
+    """PeerIDs that have no keys."""
     return [PeerID(b"\x12\x20" + number.to_bytes(32, "big")) for number in range(count)]
 
 
 @dataclass
 class SampleSwarm:
-    """Hosts of one memory, what is known of them, and how they are called."""
+    """Hosts of one memory, the searcher's knowledge of them, and the calls to them."""
 
     memory_here: SampleMemory
     hosts: dict[PeerID, SampleHost]
     newest: MemoryManifest | None = None
-    """What `follow` finds; None: the memory's own."""
+    """The manifest that `follow` finds; None: the memory's own."""
 
     @property
     def memory(self) -> MemoryID:

@@ -27,11 +27,11 @@ from trainer_client.memory.memories import Memories
 
 _LIFETIME_S = 300.0
 _SEARCHER = 50
-"""The number of the identity that searches first."""
+"""The number of the first searcher's identity."""
 
 
 class LyingServicer(memory_pb2_grpc.MemoryServiceServicer):
-    """Serves a `SampleHost`, and the memory's other parts as they are."""
+    """Answers searches as a `SampleHost`, and serves the memory's other parts truthfully."""
 
     def __init__(self, host: SampleHost, honest: MemoryServicer, sessions: Sessions) -> None:
         self.host = host
@@ -71,7 +71,7 @@ class MemoryHost:
 
 @dataclass
 class MemorySwarm:
-    """The founder, who publishes a memory and hosts none of it, and its hosts."""
+    """The founder, which publishes a memory but hosts none of it, and the memory's hosts."""
 
     memory: SampleMemory
     folder: Path
@@ -112,7 +112,7 @@ class MemorySwarm:
         lies: bool = False,
         memory: SampleMemory | None = None,
     ) -> MemoryHost:
-        """A new peer with these shards; `roots` None: all. `lies`: it answers as its `liar` does."""
+        """Adds a peer with these shards; `roots` None: all. `lies`: whether it answers as its `liar` does."""
         memory = memory or self.memory
         number = len(self.hosts) + 1
         swarm = await join_swarm(numbered_identity(number), await self.invite(), NetworkConfig(LOCAL))
@@ -150,7 +150,7 @@ class MemorySwarm:
         await MemoryRegistry(host.swarm.registry).announce(self.memory_id, cells, _LIFETIME_S)
 
     async def searcher(self, number: int = 0) -> Memories:
-        """A new peer that searches."""
+        """Adds a peer that searches."""
         identity, invite = numbered_identity(_SEARCHER + number), await self.invite()
         swarm = await join_swarm(identity, invite, NetworkConfig(LOCAL, serves_dht=False))
         self.stack.push_async_callback(swarm.stop)

@@ -1,4 +1,4 @@
-"""A real TLS server that misbehaves as told, and calls of it, for tests."""
+"""A real TLS server that misbehaves as it is told, and calls to it, for tests."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ Behaviour: TypeAlias = Callable[["Server", Context], Awaitable[None]]
 
 @dataclass
 class Server:
-    """One node: what it was sent, and how it answers."""
+    """One node: the messages it received, and how it answers."""
 
     info: NodeInfo
     behave: Behaviour
@@ -54,7 +54,7 @@ class Server:
             self.running -= 1
 
     async def read(self, context: Context, messages: float = math.inf) -> None:
-        """Takes in the next messages, or all."""
+        """Reads the next messages, or all."""
         while messages > 0 and isinstance(request := await context.read(), CallRequest):
             messages -= 1
             assert request.HasField("header") == (self.header is None)
@@ -100,7 +100,7 @@ def running_server(loop: LoopThread, identity: Identity) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def left_as_it_was(loop: LoopThread, server: Server) -> Iterator[Server]:
-    """Afterwards nothing may run that did not run before."""
+    """Checks at the end that nothing runs that did not run before."""
     server.behave = answer_all
     server.calls = 0
     tasks_before = loop.run(count_tasks())
@@ -134,14 +134,14 @@ async def ask_in_vain(
     deadline_s: float = LONG,
     direction: Direction = "forward",
 ) -> Collected:
-    """Whatever comes of it."""
+    """Makes a call that may fail in any way."""
     return await collect(caller, make_call(node, direction, requests, deadline_s))
 
 
 def requests_for(
     *experts: int, rows: int = 3, gradients: Floats | None = None, width: int = WIDTH
 ) -> list[Request]:
-    """Expert i's inputs come from seed i."""
+    """Requests for rows. The inputs for expert i come from seed i."""
     return [
         Request(UID(0, (i,)), [rows], range(rows), random_rows(rows, width, seed=i), gradients)
         for i in experts
@@ -149,7 +149,7 @@ def requests_for(
 
 
 def answer(expert: int, size: int = BYTES, rows: int = 3) -> CallReply:
-    """What comes before the tensor of an expert's rows, where each has so many for itself."""
+    """The message before the tensor of an expert's rows, if each expert has `rows` rows of its own."""
     places = range(rows * expert, rows * (expert + 1))
     return CallReply(
         experts=[ExpertReply(index=expert)], rows=[AnsweredRows(rows=places, payload_bytes=size)]
@@ -157,7 +157,7 @@ def answer(expert: int, size: int = BYTES, rows: int = 3) -> CallReply:
 
 
 def both() -> CallReply:
-    """Of two experts, in one block."""
+    """The message of two experts, in one block."""
     return CallReply(
         experts=[ExpertReply(index=0), ExpertReply(index=1)], rows=[AnsweredRows(payload_bytes=2 * BYTES)]
     )
@@ -168,7 +168,7 @@ def chunk(size: int = BYTES, number: float = 1.0) -> CallReply:
 
 
 def sends(*messages: CallReply | bytes) -> Behaviour:
-    """Reads all, sends these, and ends the call with OK."""
+    """Reads all messages, sends these, and ends the call with OK."""
 
     async def behave(server: Server, context: Context) -> None:
         await server.read(context)
@@ -179,7 +179,9 @@ def sends(*messages: CallReply | bytes) -> Behaviour:
 
 
 async def answer_all(server: Server, context: Context) -> None:
-    """A correct node, whose experts double. Answers expert by expert in reverse order, each having rows of its own."""
+    """A correct node, whose experts double their rows. It answers expert by expert in reverse order; each has its own
+    rows.
+    """
     await server.read(context)
     header = server.header
     assert header is not None

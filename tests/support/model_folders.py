@@ -1,4 +1,4 @@
-"""Models with random weights, and the folders that hold them."""
+"""Models with random weights, and folders that contain them."""
 
 import json
 from collections.abc import Collection
@@ -20,7 +20,7 @@ from trainer_client.settings import TrainerSettings
 
 
 class RandomModel:
-    """A model of which no number is zero, unlike before training, with its experts."""
+    """A model with its experts in which no parameter is zero, as some are before training."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class RandomModel:
         blocks = [expert.block for expert in self.swarm.dispatcher.experts.values()]
         for module in (self.model, *blocks):
             for name, tensor in module.state_dict().items():
-                # routing that hangs on a rounding error would tell nothing
+                # If routing depended on rounding errors, a comparison would say nothing.
                 size = 2.0 if ".gate." in name else 0.3
                 tensor += size * tensor.abs().mean().clamp_min(0.1) * torch.randn_like(tensor)
         return self.model

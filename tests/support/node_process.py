@@ -46,9 +46,9 @@ main()
 def started(
     folder: Path, manifest: str, timing: NodeTiming | None = None, **settings: object
 ) -> Iterator[NodeVictim]:
-    """Founds a swarm; with the same folder it comes back. Afterwards nothing may be in its log that is a fault.
+    """Founds a swarm; with the same folder the node comes back. Afterwards, checks that its log has no faults.
 
-    As long as there is a file `full` in the folder, no file can be written, as on a full disk.
+    While there is a file `full` in the folder, no file can be written, as on a full disk.
     """
     toml, invite, log = folder / "swarm.toml", folder / "invite", folder / "log"
     toml.write_text(manifest)
@@ -83,7 +83,7 @@ def started(
 
 @contextlib.asynccontextmanager
 async def found_by_a_trainer(node: NodeVictim, folder: Path) -> AsyncIterator[tuple[NodeInfo, Manifest, str]]:
-    """The node, the manifest and the swarm's id, as the DHT gives them."""
+    """The node, the manifest and the swarm's id, as read from the DHT."""
     swarm = await join_swarm(
         Identity.load_or_create(folder / "trainer.key"), node.invite, NetworkConfig(LOCAL, serves_dht=False)
     )

@@ -1,4 +1,4 @@
-"""What tests ask of processes that may end while they are asked."""
+"""Questions about processes that may end at any time."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import psutil
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether it still runs; a process that nobody has collected yet does not."""
+    """Whether the process still runs. A process that has ended but was not waited for does not."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:  # it ended between the two
@@ -18,7 +18,7 @@ def gone(processes: Iterable[psutil.Process]) -> bool:
 
 
 def name_of(process: psutil.Process) -> str:
-    """Empty if it has gone."""
+    """The process's name. Empty if it has gone."""
     try:
         return str(process.name())
     except psutil.Error:
@@ -26,7 +26,7 @@ def name_of(process: psutil.Process) -> str:
 
 
 def children_with(word: str) -> list[psutil.Process]:
-    """This process's children that have it in their command line."""
+    """This process's children that have the word in their command line."""
     return [child for child in psutil.Process().children() if word in _command_line(child)]
 
 

@@ -18,12 +18,12 @@ HOST: dict[str, Any] = {"experts": 0, "announce_every_s": 0.5, "memory_disk": "1
 
 
 def memory_id(village: Village, memory: SampleMemory) -> MemoryID:
-    """The founder publishes them."""
+    """The id of a memory that the founder publishes."""
     return MemoryID.of(memory.manifest.name, village.identities[0].peer_id)
 
 
 def folder(village: Village, number: int, memory: SampleMemory) -> Path:
-    """Where that node keeps the memory."""
+    """The folder in which that node keeps the memory."""
     state = village.folder / village.identities[number].peer_id.to_base58()
     return state / "memory" / str(memory_id(village, memory))
 
@@ -59,7 +59,7 @@ async def publish_library(founder: Swarm, *memories: Described) -> None:
 
 
 async def replicas(swarm: Swarm, memory: MemoryID, sample: Described) -> Counter[bytes]:
-    """How many serve each shard, by the DHT."""
+    """How many hosts serve each shard, as read from the DHT."""
     cells = {shard.cell for shard in sample.manifest.shards}
     found = await MemoryRegistry(swarm.registry).cell_hosts(memory, cells)
     hosts = [host for some in found.values() for host in some if host.state is ReplicaState.SERVING]

@@ -1,4 +1,4 @@
-"""What a peer stores and reads past the registry, and one that takes whatever it is given."""
+"""Storing and reading without the registry, and a peer that accepts anything."""
 
 import contextlib
 from typing import Any
@@ -16,13 +16,13 @@ class Gullible:
 
 
 async def store_raw(host: Host, key: str, subkey: Any, value: Any, expires_at: float) -> bool:
-    """Whether any peer took it; the host keeps it as well, if it is to and can."""
+    """Stores an entry at other peers, and at the host if it belongs there. Returns whether any peer accepted it."""
     with contextlib.suppress(WireError):
         return bool(await Lookups(host.dht).store([Item(key, subkey, value, expires_at)]))
     return False
 
 
 async def read_raw(host: Host, key: str) -> Entries:
-    """What any holder has."""
+    """The entries that any holder has."""
     key_id = key_id_of(key)
     return (await Lookups(host.dht).find([key_id]))[key_id].entries

@@ -1,4 +1,4 @@
-"""A real node of two experts on a socket, and calls of it, for tests."""
+"""A real node with two experts on a socket, and calls to it, for tests."""
 
 import time
 import zlib
@@ -48,7 +48,7 @@ def request(uid: UID, gradients: Floats | None = None) -> Request:
 
 
 class LyingRuntime(Runtime):
-    """Alters the updates of some rows by a hundredth: about one row in `one_in`, whichever expert computes it."""
+    """Alters the updates of about one row in `one_in` by a hundredth, whichever expert computes the row."""
 
     one_in = 100
 

@@ -1,4 +1,4 @@
-"""Several nodes of one real swarm on one loop, for tests."""
+"""Several nodes of a real swarm on one loop, for tests."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ from peer.loop import LoopThread
 
 LOCAL = "127.0.0.1"
 DEADLINE_S = 120.0
-"""For what comes soon, on a machine that may be busy."""
+"""The deadline for things that happen soon, on a machine that may be busy."""
 _PLAY_S = 240.0
 MANIFEST = Manifest.model_validate(
     {
@@ -44,7 +44,7 @@ Play = Callable[[Scenario], None]
 
 @dataclass
 class Village:
-    """Makes peers, and stops what a test leaves running."""
+    """Creates peers, and stops those that a test leaves running."""
 
     identities: list[Identity]
     stack: contextlib.AsyncExitStack
@@ -64,19 +64,19 @@ class Village:
         )
 
     async def observe(self, number: int, invite: Invite) -> Swarm:
-        """A peer that hosts nothing, and sees what trainers see."""
+        """Adds a peer that hosts nothing, and sees what trainers see."""
         swarm = await join_swarm(self.identities[number], invite, NetworkConfig(LOCAL, serves_dht=False))
         self.stack.push_async_callback(swarm.stop)
         return swarm
 
     async def run(self, node: Node) -> "asyncio.Task[None]":
-        """Lets the node announce and adopt, until the end of the test or until the task is cancelled."""
+        """Lets the node announce and adopt, until the test ends or the task is cancelled."""
         task = asyncio.create_task(node.run())
         self.stack.push_async_callback(end, task)
         return task
 
     def state(self, swarm: Swarm) -> Path:
-        """The state folder of one peer, the same when it comes back."""
+        """The state folder of a peer, which is the same when the peer comes back."""
         name: str = swarm.host.peer_id.to_base58()
         return self.folder / name
 
@@ -89,7 +89,7 @@ class Village:
 
 
 def playing(loop: LoopThread, identities: list[Identity], folder: Path) -> Play:
-    """Gives the function that plays a scenario in a village of its own, which is gone afterwards."""
+    """Yields a function that runs a scenario in a village of its own, which is stopped afterwards."""
 
     def play(scenario: Scenario) -> None:
         async def with_village() -> None:
@@ -107,13 +107,13 @@ async def end(task: "asyncio.Task[None]") -> None:
 
 
 def node_settings(**changes: Any) -> NodeSettings:
-    """One replica of each expert and no handing over, unless asked for."""
+    """Settings with one replica of each expert and no handing over, unless a test asks for them."""
     alone = {"replicas": 1, "average_every_s": 0, "drain_timeout_s": 0}
     return NodeSettings.load(**{"threads": 1, **alone, **changes})
 
 
 async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
-    """Waits until it is so. That no peer answers in time, on a busy machine, is not the end."""
+    """Waits until the check succeeds. On a busy machine no peer may answer in time, so that is not a failure."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             with contextlib.suppress(UnreachableError):
@@ -123,7 +123,7 @@ async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def serving(swarm: Swarm) -> Counter[UID]:
-    """How many nodes serve each expert, by the DHT."""
+    """How many nodes serve each expert, as read from the DHT."""
     found = await swarm.registry.replicas(UIDS)
     return Counter(
         {
@@ -142,5 +142,5 @@ ONCE_EACH = Counter(UIDS)
 
 
 def children() -> set[int]:
-    """The process ids of all that this process has started."""
+    """The process ids of all processes that this one has started."""
     return {child.pid for child in psutil.Process().children(recursive=True)}

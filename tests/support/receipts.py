@@ -1,4 +1,4 @@
-"""Receipts for tests, without a signature where none is checked."""
+"""Receipts for tests; they have signatures only where these are checked."""
 
 from hypothesis import strategies as st
 
@@ -12,7 +12,7 @@ def peer(number: int) -> PeerID:
 
 
 def receipt(trainer: int, work: Work, all_pairs: int | None = None) -> Receipt:
-    """As if it had been checked."""
+    """A receipt as if it had been checked."""
     pairs = work.pairs if all_pairs is None else all_pairs
     return Receipt(peer(trainer), work, pairs, None, credit_pb2.SignedReceipt(receipt=bytes([trainer])))
 
@@ -30,7 +30,7 @@ def works(draw: st.DrawFn, most: int = 1000) -> Work:
 
 @st.composite
 def histories(draw: st.DrawFn, most: int = 5) -> list[Work]:
-    """The totals of one trainer for one node, as they grow."""
+    """The growing totals of one trainer for one node."""
     found = [draw(works())]
     for step in draw(st.lists(works(), max_size=most - 1)):
         found.append(found[-1] + step)

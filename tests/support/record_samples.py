@@ -1,4 +1,4 @@
-"""A record as hivemind hands it to the validator, whose clock stands still; and a swarm's keys."""
+"""A record as hivemind passes it to the validator, whose clock stands still; and a swarm's keys."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def keys(identity: Identity) -> SwarmKeys:
 
 
 def stored(key: str, subkey: object, value: object, expires_at: float = EXPIRES_AT) -> Record:
-    """What hivemind hands to the validator."""
+    """What hivemind passes to the validator."""
     return Record(
         id_bytes(key_id_of(key)),
         pack(subkey),

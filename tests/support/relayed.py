@@ -35,7 +35,7 @@ class Known:
 
 
 class Served:
-    """A server of one peer, with whatever services it has."""
+    """The server of one peer, with any services."""
 
     def __init__(self, identity: Identity, server: RpcServer, port: int, sessions: Sessions) -> None:
         self.identity = identity
@@ -67,7 +67,7 @@ async def serve(
     most_calls: int = 8,
     admission: Admission | None = None,
 ) -> Served:
-    """`relay_mbit`: None: it does not even refuse to relay."""
+    """`relay_mbit`: None: it has no relay service at all, not even to refuse."""
     sessions = Sessions(SWARM, identity.peer_id, admission)
     server = RpcServer(sessions, most_calls)
     relay = None
@@ -91,7 +91,7 @@ async def serve(
 
 @dataclass
 class Hidden:
-    """A peer that is reached through relays only."""
+    """A peer that is reached only through relays."""
 
     served: Served
     client: RelayClient
@@ -112,7 +112,7 @@ class Hidden:
 
 
 async def hide(identity: Identity, relays: Sequence[Served], reservations: int = 1) -> Hidden:
-    """A peer with so many reservations at these relays."""
+    """A peer with `reservations` reservations at these relays."""
     served = await serve(identity)
     client = RelayClient(identity, SWARM)
     hidden = Hidden(served, client, Reservations(client), [relay.as_relay for relay in relays])
@@ -126,7 +126,7 @@ class Caller:
     """A peer that calls others through relays."""
 
     def __init__(self, identity: Identity, own: Served | None = None) -> None:
-        """`own`: its server, if it has one."""
+        """`own`: the caller's server, if it has one."""
         self.client = RelayClient(identity, SWARM, own_endpoint=lambda: None if own is None else own.endpoint)
         self.dialler = RelayDialler(self.client)
         self.pool = ChannelPool(relays=self.dialler)
@@ -138,7 +138,7 @@ class Caller:
         return answer
 
     async def ask_until_answered(self, contact: Any, payload: bytes) -> bytes:
-        """As whoever calls does, after the connection of before has broken."""
+        """Calls again if the old connection has broken, as callers do."""
         async with asyncio.timeout(60):
             while True:
                 with contextlib.suppress(grpc.aio.AioRpcError):
@@ -153,7 +153,7 @@ class Caller:
 
 @contextlib.asynccontextmanager
 async def closing(*things: Any) -> AsyncIterator[None]:
-    """Closes or stops them, the last first."""
+    """Closes or stops what it is given when the block ends, the last first."""
     try:
         yield
     finally:

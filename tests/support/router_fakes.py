@@ -25,7 +25,7 @@ every_kind = pytest.mark.parametrize("kind", ["transformer", "ffn"])
 
 
 class LearningSwarm(FakeSwarm):
-    """Its experts take optimizer steps."""
+    """A swarm whose experts take optimizer steps."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest, peers=4)
@@ -59,7 +59,7 @@ def mixtures(
     routing_prefix: int = 0,
     **routing: Any,
 ) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
-    """Makes the layers of a trainer that calls this swarm in virtual time."""
+    """A function that makes the layers of a trainer, which calls this swarm in virtual time."""
     how = Routing(name, k_of(name), choose_by, routing_prefix, **routing)
     with virtual_time() as runner:
         dispatcher = Dispatcher(

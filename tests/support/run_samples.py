@@ -1,4 +1,4 @@
-"""Runs of training on a swarm without a network, saved in a real folder."""
+"""Training runs on a swarm without a network, saved in a real folder."""
 
 import threading
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ MANIFEST = make_manifest((2, 3), hidden=16, feed_forward=32)
 
 @dataclass(frozen=True)
 class Ran:
-    """What a run did."""
+    """The results of a run."""
 
     summary: Summary
     losses: list[float]
@@ -49,7 +49,7 @@ def start(state: Path, settings: TrainerSettings, resume: bool = False) -> RunSt
 
 
 def train_from(began: RunStart, model: LanguageModel, stop_after: int | None = None) -> Ran:
-    """Saves at the end, as the command does."""
+    """Trains, and saves at the end, as the command does."""
     settings, stop = began.settings, threading.Event()
     seed = settings.seed or 0
     dataset = Dataset(began.corpus.tokens, 16, seed, settings.validation_share, began.tokenizer.token_bytes)
@@ -71,7 +71,7 @@ def train_from(began: RunStart, model: LanguageModel, stop_after: int | None = N
 
 
 def train_dense(began: RunStart, stop_after: int | None = None) -> Ran:
-    """Without experts."""
+    """Trains without experts."""
     model = LanguageModel(MANIFEST, lambda layer: nn.Identity(), len(began.tokenizer.token_bytes))
     return train_from(began, model, stop_after)
 

@@ -1,4 +1,4 @@
-"""Runtimes with tiny experts, work for them, and experts that can be held."""
+"""Runtimes with tiny experts, work for them, and experts that can be paused."""
 
 import asyncio
 import threading
@@ -99,7 +99,7 @@ class HeldThread:
 
 
 class HeldExpert(Expert):
-    """Computes forward passes when it is let go, and by itself."""
+    """An expert whose forward passes wait until they are let go, and which is not computed together with others."""
 
     grouped_block = None
 
@@ -107,7 +107,7 @@ class HeldExpert(Expert):
         super().__init__(uid, MANIFEST)
         self._reached, self._release = threading.Event(), threading.Event()
         self.threads: list[int] = []
-        """Of torch, in each forward pass."""
+        """The number of torch threads in each forward pass."""
 
     def forward(self, rows: Rows) -> Tensor:
         self.threads.append(torch.get_num_threads())
@@ -123,7 +123,7 @@ class HeldExpert(Expert):
 
 
 async def submit(runtime: Runtime, work: WorkItem) -> Result:
-    """Waits for the result."""
+    """Submits work, and waits for the result."""
     return await runtime.enqueue(work).future
 
 

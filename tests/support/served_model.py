@@ -1,4 +1,4 @@
-"""A small model with all its experts in this process, and servers of it on real sockets."""
+"""A small model with all its experts in this process, and servers for it on real sockets."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ def answering(model: RagModel, shelf: Shelf) -> ServedModel:
 
 @contextmanager
 def served(loop: LoopThread, model: ServedModel, **settings: Any) -> Iterator[str]:
-    """The server's address, which ends with a slash."""
+    """The server's address, with a slash at the end."""
     with listen("127.0.0.1", 0) as listener:
         running = server(model, ServeSettings.load(**settings), listener)
         loop.run(running.__aenter__(), LIMIT_S)

@@ -1,4 +1,4 @@
-"""Shards of any passages, for tests."""
+"""Shards of arbitrary passages, for tests."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -28,7 +28,7 @@ def opened(data: bytes, passages: list[Passage], vectors: Vectors) -> PrimarySha
 @st.composite
 def shards(draw: st.DrawFn) -> tuple[list[Passage], Vectors]:
     passages = draw(st.lists(PASSAGES, min_size=1, max_size=5))
-    # several blocks, the last of any size
+    # There are several blocks; the last may have any size.
     passages = passages * draw(st.integers(1, 30))
     dimensions = draw(st.integers(1, 9))
     return passages, draw(arrays.arrays(np.int8, (len(passages), dimensions)))

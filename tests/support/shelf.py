@@ -34,12 +34,12 @@ MANIFEST = Manifest.model_validate(
 PAIRS = MANIFEST.model_copy(
     update={"model": MANIFEST.model.model_copy(update={"layers": 2, "causal": (False, True)})}
 )
-"""An encoder reads the passage and the question, and a decoder writes the answer."""
+"""A model with an encoder for the passage and the question, and a decoder for the answer."""
 COLOURS = {"kiuas": "red", "vihta": "green", "loyly": "white", "kauha": "blue", "laude": "brown"}
 
 
 class Shelf:
-    """A memory in this process, with a vector drawn for each word."""
+    """A memory in this process, with a random vector for each word."""
 
     id = MemoryID.of("shelf", HOST)
     encoder = Part(bytes(32), 1)
@@ -97,7 +97,7 @@ def settings(**more: object) -> TrainerSettings:
 
 
 class Unmixed(nn.Module):
-    """A mixture without experts, for either kind of model."""
+    """Takes the place of a mixture, without experts, in either kind of model."""
 
     def forward(self, x: Tensor, segments: object = None) -> Tensor:
         return x

@@ -1,4 +1,4 @@
-"""A swarm of any size that is not there, as a reading would look; and how to ask the dashboard without a socket."""
+"""Invented swarms of any size, as a dashboard would read them; and a way to ask the dashboard without a socket."""
 
 import asyncio
 import functools
@@ -83,7 +83,7 @@ def replica(uid: Any, number: int, **changes: Any) -> Replica:
 def memory(
     name: str = "python-docs", replicas: Sequence[int] = (2, 2), shards: int = 2, **changes: Any
 ) -> Survey:
-    """Of a memory whose first shards have so many replicas. `changes`: of its entry."""
+    """The survey of a memory. Its first shards have `replicas` replicas each. `changes`: changes to its entry."""
     values: dict[str, Any] = {
         "memory": MemoryID.of(name, peer(-1)), "publisher": peer(-1), "manifest": Part(bytes(32), 1),
         "revision": 3, "passages": 295_000, "total_bytes": 2**28, "licenses": ("PSF-2.0",),
@@ -110,9 +110,9 @@ def picture_of(
     credit: Mapping[PeerID, Credit] = MappingProxyType({}),
     checks: Mapping[MemoryID, HostChecks] = MappingProxyType({}),
 ) -> Picture:
-    """What the dashboard shows after one reading; `gone` were seen for the last time long before.
+    """What the dashboard shows after one reading. Peers in `gone` were last seen long before.
 
-    `left` and `ended`: nodes and trainers that were there, and have just left in order.
+    `left` and `ended`: nodes and trainers that were there and have just left in an orderly way.
     """
     seen: Census[NodeInfo] = Census(20_000)
     training: Census[TrainerInfo] = Census(1000)
@@ -131,7 +131,7 @@ def picture_of(
 
 
 def large_swarm(nodes: int, trainers: int = 20, grid: Sequence[int] = (64, 64)) -> Picture:
-    """Every expert has two replicas, at hosts drawn."""
+    """A swarm in which every expert has two replicas, at random hosts."""
     rng = random.Random(0)
     model = manifest(grid, layers=1)
     replicas = [replica(uid, rng.randrange(nodes)) for uid in model.uids() for _ in range(2)]
@@ -154,7 +154,7 @@ class Answer:
 
 
 class Asked:
-    """A dashboard's application with a picture, asked directly."""
+    """A dashboard's application with a picture, which is called directly."""
 
     def __init__(
         self, folder: Path, picture: Picture | None, host: str = "127.0.0.1", max_streams: int = MAX_STREAMS

@@ -1,4 +1,4 @@
-"""A node and who fetches states from it, on real sockets."""
+"""A node and a peer that fetches states from it, on real sockets."""
 
 import contextlib
 import hashlib
@@ -37,7 +37,7 @@ Replies = AsyncIterator[state_pb2.FetchReply]
 
 @dataclass
 class Street:
-    """Two houses: servers come and go at one address, and a client fetches from there."""
+    """Servers come and go at one address, and a client fetches from there."""
 
     identity: Identity
     stack: contextlib.AsyncExitStack
@@ -66,7 +66,7 @@ class Street:
         up: RateLimit | None = None,
         **met: int,
     ) -> Runtime:
-        """A server of these experts as a node has it."""
+        """Starts a server of these experts, as a node has it."""
         runtime = Runtime(
             {expert.uid: expert for expert in experts}, max_queued_rows=9, max_batch_rows=9, threads=1
         )
@@ -105,7 +105,7 @@ Scenario = Callable[[Street], Coroutine[Any, Any, None]]
 def playing(
     loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Scenario], None]:
-    """Plays a scenario in a street of its own, with small chunks and short waits."""
+    """Runs a scenario on a street of its own, with small chunks and short waits."""
     monkeypatch.setattr("peer.rpc.transfer.CHUNK_BYTES", CHUNK)
     monkeypatch.setattr("peer.rpc.transfer._BACKOFF_S", 0.01)
 

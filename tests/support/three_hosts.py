@@ -58,7 +58,7 @@ def three_hosts(loop: LoopThread) -> Iterator[list[Host]]:
 
 @dataclass
 class Swarm:
-    """Three peers' access to a swarm of its own."""
+    """A swarm of its own, as seen by three peers."""
 
     hosts: list[Host]
     keys: SwarmKeys
@@ -66,19 +66,19 @@ class Swarm:
     _registries: dict[int, Registry] = field(default_factory=dict)
 
     def registry(self, n: int, now: Callable[[], float] | None = None) -> Registry:
-        """A peer's own; with another clock, a new one."""
+        """A peer's registry; with another clock, a new one."""
         if now is None and n in self._registries:
             return self._registries[n]
         made = Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now or time.time)
         return self._registries.setdefault(n, made) if now is None else made
 
     async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
-        """Past the registry."""
+        """Stores an entry without the registry."""
         return await store_raw(self.hosts[n], key, subkey, value, expires_at)
 
 
 def swarm_for(loop: LoopThread, hosts: list[Host], request: pytest.FixtureRequest) -> Swarm:
-    """A swarm for this test alone."""
+    """A swarm for one test."""
     name = f"swarm-{zlib.crc32(request.node.name.encode()):x}"
     return Swarm(hosts, SwarmKeys(name, hosts[0].peer_id), lambda coroutine: loop.run(coroutine, 60))
 

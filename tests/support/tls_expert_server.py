@@ -1,4 +1,4 @@
-"""A server of experts over real TLS, right calls to be spoilt, and what came of them, for tests."""
+"""A server of experts over real TLS, valid calls that tests corrupt, and the results, for tests."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
 @dataclass
 class Outcome:
-    """How a call ended, and what came before."""
+    """How a call ended, and what it returned before that."""
 
     code: StatusCode
     details: str
@@ -83,7 +83,7 @@ class Edge:
     identity: Identity
     sessions: Sessions
     session: Metadata
-    """What calls of the client carry."""
+    """The session that the client's calls carry."""
 
     @property
     def stub(self) -> Any:
@@ -93,13 +93,13 @@ class Edge:
         return InSession(expert_pb2_grpc.ExpertServiceStub(channel), self.session)
 
     def as_another(self, number: int = _ANOTHER, near: str = "") -> "Edge":
-        """The same server, called by another peer, from this neighbourhood."""
+        """The same server with a client that is another peer, in the neighbourhood `near`."""
         caller = numbered_identity(number)
         return replace(self, session=opened(self.sessions, self.identity, SWARM, caller, near))
 
     @property
     def caller(self) -> str:
-        """The name under which the server knows the client."""
+        """The name by which the server knows the client."""
         return self.sessions.find(self.session[0][1], session_pb2.RIGHT_FORWARD).name
 
     def updates(self) -> int:
@@ -191,7 +191,7 @@ class Runner:
 
 @contextlib.contextmanager
 def running(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    """Fails the test when the server logs an error: a wrong call is not one."""
+    """Fails the test if the server logs an error: a wrong call is not a reason for one."""
     yield Runner(loop, identity)
     errors = [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     assert errors == []
@@ -199,7 +199,9 @@ def running(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixtu
 
 @dataclass
 class Call:
-    """A right call, to be spoilt. Each expert has all rows, or those of `rows_of` with the weights of `weights_of`."""
+    """A valid call that tests corrupt. Each expert has all rows, or those in `rows_of` with the weights in
+    `weights_of`.
+    """
 
     direction: Direction = "forward"
     uids: Sequence[UID] = (FIRST,)
@@ -209,10 +211,10 @@ class Call:
     rows_of: Sequence[Sequence[int]] = ()
     weights_of: Sequence[Sequence[float]] = ()
     inputs: Tensor | None = None
-    """Of a kept call, which does not send them."""
+    """Inputs of a call whose forward call was kept; they are not sent."""
     header: expert_pb2.CallHeader = field(init=False)
     tensors: list[Tensor] = field(init=False)
-    """Inputs, and in backward gradients: what is sent."""
+    """The tensors that are sent: inputs and, in a backward call, gradients."""
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -245,19 +247,19 @@ class Call:
         return [expert_pb2.CallRequest(header=self.header), *chunked(self.payload)]
 
     def holding(self, *numbers: int, held: Sequence[Sequence[int]] = ()) -> "Call":
-        """The same, of sequences of these numbers. `held`: the rows that each expert has of them."""
+        """The same call for sequences with these numbers. `held`: how many of their rows each expert already has."""
         self.header.sequences[:] = numbers
         for expert, counts in zip(self.header.experts, held, strict=False):
             expert.held[:] = counts
         return self
 
     def keeping(self) -> "Call":
-        """The same, to be kept."""
+        """The same call, which asks the node to keep it."""
         self.header.keep = True
         return self
 
     def kept(self, seed: int = 1) -> "Call":
-        """The backward call for it, which was kept."""
+        """The backward call for this call, which the node has kept."""
         backward = Call(
             "backward",
             self.uids,
@@ -276,7 +278,7 @@ class Call:
         return backward
 
     def rows(self, index: int) -> list[int]:
-        """Of one of its experts."""
+        """The rows for one of its experts."""
         rows = self.rows_of[index] if self.rows_of else ()
         return list(rows) or list(range(len(self.positions)))
 
@@ -285,16 +287,16 @@ class Call:
         return list(weights) or [1.0] * len(self.rows(index))
 
     def segments(self, index: int) -> tuple[Tensor, Tensor]:
-        """The lengths and positions of an expert's rows, row by row."""
+        """The lengths and positions of an expert's segments, computed row by row."""
         ends = [sum(self.lengths[: n + 1]) for n in range(len(self.lengths))]
         owners = [next(n for n, end in enumerate(ends) if row < end) for row in self.rows(index)]
         lengths = [owners.count(n) for n in sorted(set(owners))]
         return torch.tensor(lengths), torch.tensor([self.positions[row] for row in self.rows(index)])
 
     def expected(self, *experts: Expert | None) -> Tensor:
-        """What its rows are answered [R, D], if its experts are these, and None stands for one that fails.
+        """The expected answers [R, D] if the server has these experts. None stands for one that fails.
 
-        By the formulas of proto/expert.proto, row by row.
+        Computed row by row, by the formulas of proto/expert.proto.
         """
         return dense_answer(self, list(experts))[0]
 
@@ -351,7 +353,8 @@ async def exchange(
 ) -> Outcome:
     """Sends the requests, and reads until the server ends the call.
 
-    With grpc's blocking client: its asyncio client reports INTERNAL when the server ends a call while it still sends.
+    It uses grpc's blocking client: the asyncio client reports INTERNAL if the server ends a call while the client still
+    sends.
     """
     return await asyncio.to_thread(exchange_now, edge, direction, requests, ends, timeout_s)
 
@@ -391,10 +394,10 @@ async def make(edge: Edge, call: Call, **options: Any) -> Outcome:
 
 @dataclass
 class Answers:
-    """What a call was answered, once the stream is known to have the right form."""
+    """The answers to a call, after the form of the stream has been checked."""
 
     experts: dict[int, expert_pb2.ExpertReply]
-    """By index."""
+    """The experts' replies, by the expert's index in the call."""
     rows: dict[int, Tensor]
     """[D]"""
     masks: dict[int, int]
@@ -403,7 +406,7 @@ class Answers:
 
     @property
     def tensor(self) -> Tensor:
-        """[R, D], of all rows up to the last."""
+        """The answers [R, D] for all rows up to the last one answered."""
         return torch.stack([self.rows[row] for row in range(len(self.rows))])
 
     @property

@@ -1,4 +1,4 @@
-"""A founder's node and the trainer's commands in one process: what people type, without the start of an interpreter."""
+"""A founder's node and the trainer's commands in one process: what users type, without starting an interpreter."""
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +64,7 @@ class Ended:
 
 @contextmanager
 def signals_restored() -> Iterator[None]:
-    """A command takes the signals of its process, and pytest needs them."""
+    """A command changes the signal handlers of its process. This puts back pytest's."""
     numbers = [*stop_signals(), signal.SIGALRM]
     before = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -88,7 +88,7 @@ class Founder:
     loop: LoopThread
 
     def pause(self) -> None:
-        """All experts of the swarm are gone."""
+        """Takes all experts of the swarm away."""
         self.loop.run(self.node.pause(), 120)
 
     def resume(self) -> None:
@@ -110,8 +110,8 @@ def founded(
     memories: Sequence[SampleMemory] = (),
     **changes: Any,
 ) -> Iterator[Founder]:
-    """`parts`: of the manifest, in place of the usual ones. `memories`: that the node publishes, and hosts whole.
-    `changes`: of the node's settings.
+    """`parts`: replace the usual ones in the manifest. `memories`: the node publishes these, and hosts them whole.
+    `changes`: changes to the node's settings.
     """
     identity = Identity.load_or_create(folder / "founder.key")
     for memory in memories:

@@ -1,4 +1,4 @@
-"""A home folder with a fake uv, for the installers and for what they installed."""
+"""A home folder with a fake uv, for testing the installers and what they installed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ DEADLINE_S = 120.0
 
 @dataclass(frozen=True)
 class UvHome:
-    """`programs` comes first in PATH; a test may put others there."""
+    """The folder `programs` comes first in PATH; tests may put other programs there."""
 
     home: Path
     programs: Path
@@ -29,7 +29,7 @@ class UvHome:
         return home
 
     def program(self, name: str, script: str, folder: Path | None = None) -> Path:
-        """A shell script there, or in another folder."""
+        """Writes a shell script to that folder, or to another one."""
         path = (folder or self.programs) / name
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
@@ -39,7 +39,7 @@ class UvHome:
         return self.program("uv", f'exec "{sys.executable}" "{fake_uv.__file__}" "$@"', folder)
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Without a terminal, and without what the tests' own environment would change."""
+        """Runs a command without a terminal, and without variables of the tests' environment that would affect it."""
         environment = {
             "HOME": str(self.home),
             "PATH": f"{self.programs}:{os.defpath}",
@@ -65,6 +65,6 @@ class UvHome:
         return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
 
     def files(self) -> set[str]:
-        """All that is in the home folder but folders."""
+        """All files in the home folder."""
         found = (path for path in self.home.rglob("*") if path.is_symlink() or not path.is_dir())
         return {str(path.relative_to(self.home)) for path in found}

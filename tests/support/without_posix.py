@@ -47,7 +47,7 @@ ABSENT = {
         "poll",
     ),
 }  # fmt: skip
-"""What Python has on Linux alone, or on Linux and macOS."""
+"""What Python has only on Linux, or only on Linux and macOS."""
 ABSENT_MODULES = ("fcntl", "grp", "hivemind", "pwd", "resource", "syslog", "termios", "tty", "uvloop")
 _IMPORTED_BEFORE = (
     "grpc.aio",
@@ -59,11 +59,11 @@ _IMPORTED_BEFORE = (
     "typer.testing",
     "uvicorn",
 )
-"""Of others, who see the machine as it is."""
+"""Modules of other packages that must see the machine as it is."""
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Windows' default loop lacks these."""
+    """A loop without the methods that Windows' default loop lacks."""
 
     def _absent(self, *_: object, **__: object) -> Any:
         raise NotImplementedError
@@ -74,7 +74,7 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class _WindowsBranches(importlib.machinery.SourceFileLoader):
-    """Compiles a module with `sys.platform` replaced by what it is on Windows."""
+    """Compiles a module with `sys.platform` replaced by its value on Windows."""
 
     def get_code(self, fullname: str) -> CodeType:
         tree = _Constants().visit(ast.parse(self.get_data(self.path)))
@@ -110,7 +110,9 @@ class _Finder:
 
 
 def pretend(before: Sequence[str] = _IMPORTED_BEFORE) -> None:
-    """From now on. Nothing of Talkoot may be imported before; `before`: what else must be."""
+    """Pretends from now on. No module of Talkoot may have been imported; `before`: other modules that must be imported
+    first.
+    """
     assert not any(name.partition(".")[0] in {"peer", "talkoot"} for name in sys.modules)
     for name in before:
         importlib.import_module(name)
@@ -151,7 +153,7 @@ def _stand_in_for_windows() -> None:
 
 
 class _Kernel:
-    """kernel32.dll: all calls succeed."""
+    """Stands for kernel32.dll: all calls succeed."""
 
     def __getattr__(self, name: str) -> Any:
         def succeed(*_: object) -> int:

@@ -1,4 +1,4 @@
-"""The command as people use it: in processes of its own, judged by what it prints and how it ends."""
+"""The command as users run it: in processes of its own, judged by what it prints and how it ends."""
 
 import os
 import re
@@ -38,7 +38,7 @@ class Founder:
 
 @contextmanager
 def founding(folder: Path, *options: str) -> Iterator[Founder]:
-    """A founder's node, once it serves. Options are added to its command line."""
+    """Starts a founder's node, and yields once it serves. Options are added to its command line."""
     manifest, invite, state = folder / "swarm.toml", folder / "invite", folder / "state"
     manifest.write_text('name = "taken"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
     log = (folder / "log").open("w+")
@@ -72,24 +72,24 @@ def founder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
 
 @contextmanager
 def listening() -> Iterator[int]:
-    """A port at which somebody else listens, who says nothing."""
+    """A port at which something else listens and sends nothing."""
     with socket.create_server((HOST, 0)) as server:
         yield server.getsockname()[1]
 
 
 def silent_invite(founder: Founder, port: int) -> str:
-    """The founder's invite, with the port of another address."""
+    """The founder's invite, with a port at which nobody answers."""
     invite = Invite.parse(founder.invite)
     return str(Invite(invite.keys, (Multiaddress.of(Endpoint.of(HOST, port), invite.keys.author),)))
 
 
-# What everybody types first
+# The commands that everybody types first
 
 COMMANDS = ("node", "train", "generate", "evaluate", "status", "dashboard", "doctor", "demo", "invite")
 
 
 def processor_s() -> float:
-    """What the children that have ended took."""
+    """Processor seconds of the child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -168,7 +168,7 @@ def test_version_names_software_and_protocol() -> None:
 
 
 def test_a_command_ends_without_the_interpreters_own_end() -> None:
-    """In which threads of gRPC run on."""
+    """During the interpreter's own shutdown, threads of gRPC would still run."""
     start = "import atexit, sys; from talkoot.cli import main; atexit.register(print, 'too late'); main()"
     ended = subprocess.run(
         [sys.executable, "-c", start, "--version"], capture_output=True, text=True, timeout=240, check=True

@@ -1,4 +1,4 @@
-"""The notebook for Colab: its cells, run as they stand, with a form that somebody filled in, up to the join."""
+"""The notebook for Colab: its cells run as they are, with a filled-in form, up to the join."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NOTEBOOK: dict[str, Any] = json.loads((ROOT / "deploy" / "colab" / "talkoot.ipyn
 
 
 def cells(**form: str) -> list[str]:
-    """The code of all cells, with the fields of the form as given."""
+    """The code of all cells, with these values in the fields of the form."""
     code = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
     for name, value in form.items():
         code[0], count = re.subn(rf'^{name} = ".*?"', f'{name} = "{value}"', code[0], flags=re.MULTILINE)
@@ -37,7 +37,7 @@ def founder(loop: LoopThread, tmp_path: Path) -> Iterator[Founder]:
 
 
 def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Talkoot needs is there already, as on Colab torch is."""
+    """Talkoot's requirements are installed already, as torch is on Colab."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_NO_DEPS", "1")
     there = [path for path in sys.path if path.endswith("-packages")] or site.getsitepackages()
@@ -82,7 +82,7 @@ def test_notebook_joins_as_a_volunteer(
 
 
 def hosted_by(founder: Founder, name: str) -> int:
-    """How many experts the node of that name hosts, as the swarm sees it."""
+    """How many experts the node with that name hosts, as the swarm sees it."""
 
     async def look() -> int:
         registry = founder.node.swarm.registry

@@ -21,7 +21,7 @@ SWARM = "sauna-QmFounder"
 
 
 class Signed:
-    """Receipts of trainers, each under some token, whose signatures are good if nobody changed them."""
+    """Receipts of trainers, each with some token. Their signatures are valid if nobody has changed them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, is_open: bool = False) -> None:
         self.ledger = CreditLedger(SWARM, lambda receipt: None if is_open else receipt.signed.badge.grant[0])
@@ -91,7 +91,7 @@ def test_repeating_reordering_and_rolling_back_change_nothing(
 def test_a_coalition_moves_no_more_votes_than_it_has(
     patch: pytest.MonkeyPatch, honest: int, colluding: int, data: st.DataObject
 ) -> None:
-    """Whatever colluding tokens sign, with however many keys, for however many nodes."""
+    """This holds whatever the colluding tokens sign, with however many keys, for however many nodes."""
     signed = Signed(patch)
     for token in range(honest):
         pairs = data.draw(st.lists(st.integers(1, 1000), min_size=3, max_size=3))
@@ -108,7 +108,7 @@ def test_a_coalition_moves_no_more_votes_than_it_has(
     counted = signed.ledger.count()
     assert share(counted, *accomplices) <= colluding / (honest + colluding) + 1e-9
     assert share(counted, *accomplices, *range(3)) <= 1 + 1e-9
-    # and once the founder has revoked their tokens, nothing
+    # Once the founder has revoked their tokens, they move nothing.
     honest_alone = signed.ledger.count(range(honest, honest + colluding))
     assert not honest_alone.keys() & {peer(node) for node in accomplices}
     assert share(honest_alone, *range(3)) == pytest.approx(1.0)
@@ -118,7 +118,7 @@ def test_a_coalition_moves_no_more_votes_than_it_has(
 def test_splitting_into_keys_gains_nothing(
     patch: pytest.MonkeyPatch, pairs: int, parts: int, splits_node: bool
 ) -> None:
-    """One token's trainer works for one node, beside an honest pair."""
+    """A trainer with one token works for one node, next to an honest pair."""
 
     def total(parts: int) -> float:
         signed = Signed(patch)
@@ -168,13 +168,13 @@ def test_memory_is_bounded_whatever_nodes_give(patch: pytest.MonkeyPatch) -> Non
     counted = signed.ledger.count()
     assert counted.keys() == {peer(2), peer(3)}  # those read longest ago have gone
     assert counted[peer(3)].work.pairs == sum(range(201 - MAX_OF_NODE, 201))
-    # and a node that was forgotten is counted when it is read again
+    # A node that was forgotten is counted again when it is read again.
     signed.ledger.take(peer(0), [Signed.of(1, 0, Work(5))])
     assert signed.ledger.count()[peer(0)].work.pairs == 5
 
 
 def test_a_node_of_which_no_receipt_counts_takes_no_memory(patch: pytest.MonkeyPatch) -> None:
-    """A stranger may come with ever new ones."""
+    """A stranger may come with new nodes again and again."""
     signed = Signed(patch)
     for node in range(100):
         signed.ledger.take(peer(node), [Signed.of(1, node + 1, Work(5))] if node % 2 else [])

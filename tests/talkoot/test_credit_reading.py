@@ -1,4 +1,4 @@
-"""Receipts are read from nodes over real connections: each once, however wrong or slow others are."""
+"""Receipts are read from nodes over real connections: each once, however wrong or slow other nodes are."""
 
 import asyncio
 from collections.abc import Callable
@@ -111,7 +111,7 @@ def test_nodes_without_receipts_are_not_asked_and_of_many_some(loop: LoopThread)
 
 
 class Liar(credit_pb2_grpc.CreditServiceServicer):
-    """A node that answers whatever it likes."""
+    """A node that answers as it likes."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         self._answer = answer

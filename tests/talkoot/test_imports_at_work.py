@@ -1,4 +1,4 @@
-"""What nodes and trainers do imports neither torch's compiler nor hivemind's training."""
+"""Working nodes and trainers import neither torch's compiler nor hivemind's training code."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is imported to last is passed over by garbage collection."""
+"""Objects from imports are exempt from garbage collection."""
 
 import gc
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ def home(tmp_path: Path) -> UvHome:
 
 @pytest.fixture
 def states(home: UvHome) -> Path:
-    """Where peers keep what they know; there are a node and a trainer."""
+    """The state folders of a node and a trainer."""
     states = home.home / ".local" / "state" / "talkoot"
     for name in ("node", "trainer"):
         (states / name / "checkpoints").mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_update_takes_the_source_and_the_build_of_torch_that_were_chosen(home: U
 
 @pytest.fixture
 def with_service(home: UvHome, tmp_path: Path) -> UvHome:
-    """A service is installed; a stand-in for systemctl notes its calls in `systemctl` in the home folder."""
+    """An installation with a service. A stand-in for systemctl records its calls in `systemctl` in the home folder."""
     home.program("systemctl", f'echo "$*" >> "{home.home}/systemctl"')
     home.program("systemd-run", "exit 1")
     peer_id = Identity.load_or_create(tmp_path / "key").peer_id

@@ -1,4 +1,4 @@
-"""Log lines: what strangers wrote forges none, and one line that is provoked again and again displaces no others."""
+"""Log lines: strangers' text cannot forge any, and a line that is provoked again and again does not displace others."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Options and the settings that they are made from."""
+"""Options, and the settings that they are generated from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ ROLES: list[tuple[str, type[RoleSettings]]] = [
     ("serve", ServeSettings),
 ]
 _SCREEN = 72
-"""Lines at 80 columns. On a terminal of 110 columns there are a quarter fewer."""
+"""The most lines at 80 columns. At 110 columns there are a quarter fewer."""
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The README and docs/by-hand.md, played: as they stand there, with an invite for INVITE and a folder for /tmp.
+"""The commands in the README and docs/by-hand.md, run as printed, with an invite for INVITE and a folder for /tmp.
 
-Small numbers come through the environment, as anybody's could.
+Small numbers are set through environment variables, as any user could.
 """
 
 import os
@@ -69,19 +69,19 @@ def test_the_readme_is_a_page() -> None:
 
 @dataclass
 class Reader:
-    """Somebody who types what the README says, in a clone of the project."""
+    """A user who types what the README says, in a clone of the project."""
 
     folder: Path
     invite: str = ""
 
     home: str = "home"
-    """Each home has states of its own."""
+    """The home folder of the user. Each home has its own state folders."""
 
     def line(self, written: str) -> str:
         return written.replace("INVITE", self.invite).replace("/tmp/", f"{self.folder}/tmp/")
 
     def types(self, written: str, limit_s: float = 240.0) -> str:
-        """Waits until the command ends, and gives what it printed."""
+        """Types a command, waits until it ends, and returns its output."""
         ended = subprocess.run(
             self._shell(written),
             capture_output=True,
@@ -94,14 +94,14 @@ class Reader:
         return ended.stdout + ended.stderr
 
     def types_here(self, written: str, statuses: Sequence[int] = (0,)) -> Ended:
-        """The same without the start of an interpreter, which takes seconds."""
+        """Does the same in this process, without the seconds that an interpreter takes to start."""
         ended = talkoot(*shlex.split(self.line(written))[1:])
         assert ended.status in statuses, f"{written}: {ended.err}"
         return ended
 
     @contextmanager
     def terminal(self, written: str, name: str) -> Iterator[Path]:
-        """A terminal in which the command goes on. Gives the file that has what it prints."""
+        """Runs a command in a terminal until the block ends. Yields the file with its output."""
         log = self.folder / name
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -153,7 +153,7 @@ def test_a_swarm_by_hand_in_four_terminals(reader: Reader) -> None:
             assert "128 of 128 experts live" in said, said
         assert "128 of 128" in (said := reader.types_here(STATUS).out), said
 
-        # what the README has for those who were invited
+        # The README's commands for invited people.
         doctor = reader.types_here(DOCTOR, statuses=(0, 1))
         assert "swarm" in doctor.out
         for written in (TRAIN_ON_TEXT, *USE):
@@ -163,7 +163,7 @@ def test_a_swarm_by_hand_in_four_terminals(reader: Reader) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_tutorial(reader: Reader) -> None:
-    """As it stands there, steps and all: by three people, each with a home of their own."""
+    """It is run exactly as printed, by three users with separate home folders."""
     text = (ROOT / "docs" / "tutorial.md").read_text()
     (manifest,) = (block for language, block in _BLOCK.findall(text) if language == "toml")
     (reader.folder / "sauna.toml").write_text(manifest)

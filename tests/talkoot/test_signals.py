@@ -1,6 +1,6 @@
-"""The first signal stops a command politely, the second one hurries it, and its clean-up is always done.
+"""The first signal stops a command politely, the second makes it hurry, and the clean-up always runs.
 
-While a command imports what it runs there is nothing to clean up, and it ends at once.
+While a command imports its modules there is nothing to clean up, and it ends at once.
 """
 
 import signal

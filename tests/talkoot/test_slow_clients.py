@@ -1,4 +1,6 @@
-"""Connections that ask for nothing, or don't take what they asked for, don't stay: they would keep others out."""
+"""Connections that request nothing, or don't read what they requested, are closed, so that they don't keep
+others out.
+"""
 
 import asyncio
 import socket
@@ -16,7 +18,7 @@ Wrote = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with more than sockets hold, unless it is asked for a stream, which ends by itself."""
+    """Answers with more than sockets can hold, or with a stream that ends by itself."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     if scope["path"] == "/events":
         web.ends_by_itself(scope)
@@ -49,7 +51,7 @@ async def until(condition: Callable[[], bool], limit_s: float) -> None:
 def is_let_go(
     wrote: Wrote, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int = 5, within_s: float = 60.0
 ) -> bool:
-    """Whether the server ends the connection in time. Nobody reads from it."""
+    """Whether the server closes the connection in time if nobody reads from it."""
     monkeypatch.setattr(web, "_PATIENCE_S", 0.4)
     monkeypatch.setattr(web, "_LOOK_EVERY_S", 0.1)
 

@@ -1,4 +1,4 @@
-"""How a swarm is read, again and again, at a cost that strangers can't raise; and what `talkoot status` shows of it."""
+"""How a swarm is read again and again, at a cost that strangers can't raise; and what `talkoot status` shows."""
 
 import asyncio
 import io
@@ -28,7 +28,7 @@ MODEL = manifest((2, 2), layers=1)
 
 
 class FakeRegistry:
-    """Knows some nodes; counts what it is asked."""
+    """A registry that knows some nodes and counts requests."""
 
     def __init__(self, nodes: Collection[NodeInfo], listed: Collection[PeerID]) -> None:
         self.known = {info.peer_id: info for info in nodes}
@@ -36,7 +36,7 @@ class FakeRegistry:
         self.asked: list[int] = []
         self.lists = 0
         self.expires_at = NOW + LIFETIME_S
-        """Of the manifest."""
+        """When the manifest's record expires."""
 
     keys = SwarmKeys("sauna", peer(-1))
 

@@ -1,6 +1,7 @@
-"""The present code and the recorded release in one swarm: of one protocol version they train together, else they don't.
+"""The present code and the recorded release in one swarm: with the same protocol version they train together.
 
-While no release of this protocol version is recorded, the present code packed under another version stands in for it.
+With different protocol versions they do not. While no release of this protocol version is recorded, the present code
+packed under another version takes its place.
 """
 
 import json
@@ -29,19 +30,19 @@ pytestmark = [
     pytest.mark.timeout(3 * LIMIT_S),
 ]
 LIVELY: dict[str, Any] = {"replicas": 2, "average_every_s": 0.5, "announce_every_s": 3}
-"""Settings with which a node soon replicates what another hosts, and averages with it."""
+"""With these settings a node soon replicates what another hosts, and averages with it."""
 NEW: dict[str, Any] = {"experts": 4, "spare": 0}
 OLD: dict[str, Any] = {"experts": 6}
-"""So each is the only host of some of the 8 experts, and both have 2."""
+"""So each node is the only host of some of the 8 experts, and both host some."""
 
 STEPS = 16
 FAST = ("--learning-rate", 1e-2, "--threads", 1, "--call-deadline-s", 60)
-"""So that the loss falls by far more than one batch's differs from another's."""
+"""So the loss falls by far more than it differs between batches."""
 
 
 @pytest.fixture(scope="module")
 def release(release_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packages of the release, to be put first on the path of a new interpreter."""
+    """The release's packages, which come first on the path of a new interpreter."""
     folder = tmp_path_factory.mktemp("release")
     with zipfile.ZipFile(release_wheel) as archive:
         archive.extractall(folder)
@@ -50,7 +51,7 @@ def release(release_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def founder(loop: LoopThread, tmp_path: Path) -> Iterator[Founder]:
-    """Of this release."""
+    """A founder that runs the present code."""
     with founded(loop, tmp_path, **LIVELY, **NEW) as found:
         yield found
 
@@ -72,7 +73,7 @@ def run_of(release: Path, *arguments: object) -> subprocess.CompletedProcess[str
 
 
 class OldNode:
-    """A node of the release, in a process of its own."""
+    """A node that runs the release, in a process of its own."""
 
     def __init__(self, log: Path) -> None:
         self._log = log

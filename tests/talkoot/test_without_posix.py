@@ -56,14 +56,14 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareNode]:
 
 
 def answer_to(state: Path, sent: bytes) -> bytes:
-    """On the node's port."""
+    """Sends bytes to the node's control port, and returns the answer."""
     port = json.loads((state / TOKEN_FILE).read_bytes())["port"]
     with socket.create_connection((HOST, port), DEADLINE_S) as client:
         client.sendall(sent)
         return client.makefile("rb").readline()
 
 
-# The order matters: one node is used for all of its life
+# The order matters: all tests use one node
 
 
 def test_a_trainer_trains(node: BareNode, tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_a_running_node_is_paused_resumed_and_stopped(node: BareNode) -> None:
     StateFolder(node.state).close()
 
 
-# What needs no node
+# Tests that need no node
 
 
 def test_names_of_files_are_good_on_windows(node: BareNode) -> None:
-    """It refuses some characters, and ignores dots and spaces at the end."""
+    """Windows refuses some characters in file names, and ignores dots and spaces at the end."""
     names = [path.name for path in node.state.parent.rglob("*")]
     assert len(names) > 10
     assert [name for name in names if set(name) & set('<>:"|?*\\') or name[-1] in ". "] == []
@@ -170,7 +170,7 @@ print(hasattr(os, "geteuid"), hasattr(signal, "SIGHUP"), files.user_id(), type(l
 
 
 def test_names_are_absent_in_the_process() -> None:
-    """So that the other tests can't pass because nothing was taken away."""
+    """So the other tests can't pass merely because nothing was removed."""
     with run_bare(_NAMES) as process:
         assert process.communicate(timeout=DEADLINE_S)[0] == "False False None Loop\n"
 

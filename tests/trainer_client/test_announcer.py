@@ -1,4 +1,4 @@
-"""A trainer's record says what was measured, and nothing of what was not."""
+"""A trainer's record has what was measured, and no figure for what was not."""
 
 import math
 from typing import Any

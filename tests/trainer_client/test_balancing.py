@@ -1,6 +1,6 @@
-"""The balancing loss against its formula and worked numbers, the figures of the load, and balanced assignment.
+"""The balancing loss compared with its formula and worked examples, the load figures, and balanced assignment.
 
-The last against the plain linear assignment problem (BASE, arXiv 2103.16716, section 3.1).
+Balanced assignment is compared with the plain linear assignment problem (BASE, arXiv 2103.16716, section 3.1).
 """
 
 import numpy as np
@@ -32,11 +32,11 @@ def chosen(*rows: list[tuple[int, ...]]) -> Selection:
 
 
 def gate_of(*rows: list[float]) -> Tensor:
-    """Scores whose softmax these rows are."""
+    """Scores whose softmax gives these rows."""
     return torch.tensor(rows).log().requires_grad_()
 
 
-# x1 and x2 of the worked example: four experts, top-2
+# x1 and x2 of the worked example: four experts, top-2.
 WORKED = ([0.2, 0.6, 0.1, 0.1], [0.1, 0.6, 0.2, 0.1])
 
 
@@ -72,7 +72,7 @@ def test_worked_example_pushes_the_second_expert_down_and_the_others_up() -> Non
 
 
 def test_equation_4_of_the_switch_transformer() -> None:
-    """alpha N sum f_i P_i, without alpha: f the part of rows sent to expert i, P the mean of its probability."""
+    """alpha N sum f_i P_i, without alpha: f_i is the share of rows sent to expert i, P_i its mean probability."""
     scores = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     selection = best([scores.numpy()], all_live(6), 1)
     f = torch.bincount(scores.argmax(dim=1), minlength=6) / 50
@@ -87,7 +87,7 @@ def test_an_even_load_costs_1_in_every_grid_with_any_experts_live(seed: int, gri
     live = rng.random(grid) < 0.6
     live[(0,) * len(grid)] = True
     under = [live.sum(axis=tuple(a for a in range(live.ndim) if a != d)) for d in range(live.ndim)]
-    # each live expert is chosen once, and a coordinate is as probable as it has live experts
+    # Each live expert is chosen once, and a coordinate's probability is proportional to its number of live experts.
     scores = [torch.from_numpy(n.astype(np.float32)).log().expand(3, -1) for n in under]
     selection = chosen(*[[tuple(expert)] for expert in np.argwhere(live).tolist()])
     assert balancing_loss(scores, selection, prefix_tables(live)).item() == pytest.approx(1)
@@ -190,7 +190,7 @@ def total(scores: Floats, chosen: Integers) -> float:
 
 
 def best_total(scores: Floats) -> float:
-    """Of all assignments with R / E rows for each expert: each expert stands in R / E columns."""
+    """The best total of all assignments with R / E rows for each expert: each expert is in R / E columns."""
     rows, experts = scores.shape
     assert rows % experts == 0
     columns = np.repeat(scores.astype(np.float64), rows // experts, axis=1)
@@ -221,7 +221,7 @@ def test_few_rows_get_the_highest_total(each: int, experts: int, seed: int, kind
 def test_prices_leave_the_highest_total_where_they_decide(
     each: int, experts: int, seed: int, kind: str
 ) -> None:
-    """Up to 0.1% of what the choice is worth: where more than 512 rows tie, they are not solved as one."""
+    """Up to 0.1% of the value may be lost: where more than 512 rows tie, they are not solved together."""
     scores = random_scores(each * experts, experts, seed, kind)
     chosen = balanced_assignment(scores)
     assert (np.bincount(chosen, minlength=experts) == each).all()

@@ -1,4 +1,4 @@
-"""What a trainer does when nobody answers."""
+"""What a trainer does if nobody answers."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +11,7 @@ from trainer_client.client import SwarmClient
 
 
 def make_client(live: list[int]) -> tuple[SwarmClient, list[float]]:
-    """A client that sees these numbers of live experts, one look after the other; and its waits."""
+    """A client that sees these numbers of live experts, one in each look, and a list of its waits."""
     waits: list[float] = []
     made: Any = SimpleNamespace(
         dispatcher=SimpleNamespace(live_experts=lambda: live.pop(0)),

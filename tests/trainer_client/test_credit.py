@@ -1,4 +1,4 @@
-"""A trainer signs for what nodes have done: all of it, once a period, over all its runs."""
+"""A trainer signs for what nodes have done: all of it, once a period, across all its runs."""
 
 import asyncio
 from pathlib import Path
@@ -150,7 +150,9 @@ def test_accounts_outlive_the_run(loop: LoopThread, tmp_path: Path) -> None:
 
 
 def test_what_could_not_be_saved_is_not_signed(loop: LoopThread, tmp_path: Path) -> None:
-    """Else a trainer that is killed counts on from less than it has signed, and its receipts are old ones."""
+    """Otherwise a trainer that is killed would continue below what it has signed, and its receipts would be out of
+    date.
+    """
     folder = tmp_path / "credit"
     folder.write_text("in the way")
 

@@ -1,4 +1,4 @@
-"""Continuing sequences: what is kept of them changes nothing, and each comes out as if it were alone."""
+"""Continuing sequences: caching changes nothing, and each sequence comes out as if it were alone."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ PROMPTS = st.lists(st.lists(st.integers(0, 255), min_size=4, max_size=20), min_s
 
 
 class Watched(LanguageModel):
-    """Notes the lengths of the sequences of each computation."""
+    """A model that records the lengths of the sequences in each computation."""
 
     def __init__(self, manifest: Manifest, make_mixture: Callable[[int], nn.Module]) -> None:
         super().__init__(manifest, make_mixture)
@@ -35,7 +35,7 @@ class Watched(LanguageModel):
 
 
 def make_model(manifest: Manifest, router: RouterName = "product-key") -> Watched:
-    """With experts in this process, the attention of which is not the zero that it starts as."""
+    """A model with experts in this process, whose attention does not have the zeros that it starts with."""
     swarm = LocalSwarm(manifest, TrainerSettings(router=router, top_k=manifest.routing.top_k))
     for expert in swarm.dispatcher.experts.values():
         for name, parameter in expert.block.named_parameters():
@@ -45,7 +45,7 @@ def make_model(manifest: Manifest, router: RouterName = "product-key") -> Watche
 
 
 def uncached(model: LanguageModel, sequence: Decoding) -> Tensor:
-    """The logits of the token after it, computed from all of its tokens."""
+    """The logits of the next token, computed from all tokens."""
     with torch.no_grad():
         logits_V: Tensor = model(torch.tensor([sequence.tokens]))[0, -1]
         return logits_V

@@ -1,4 +1,4 @@
-"""Continuing sequences with experts on nodes, over real sockets: nodes hold rows, forget them, change and die."""
+"""Continuing sequences with experts on nodes, over real sockets: nodes keep rows, forget them, change and die."""
 
 import math
 from collections.abc import AsyncGenerator, Iterator
@@ -65,11 +65,11 @@ class OnNodes:
     runtimes: list[Runtime]
 
     def rows(self) -> int:
-        """That the nodes have computed so far, of all experts together."""
+        """Rows that the nodes have computed so far, over all experts."""
         return sum(int(total(runtime.metrics.rows)) for runtime in self.runtimes)
 
     def change_experts(self) -> None:
-        """Those of the first node, as an optimizer step does."""
+        """Changes the first node's experts, as an optimizer step does."""
 
         def change() -> None:
             for expert in self.runtimes[0].experts.values():
@@ -86,7 +86,9 @@ class OnNodes:
             return logits_V
 
     def check(self, decoder: TextDecoder, sequences: list[Decoding], token: int) -> int:
-        """One more token of each, as if nothing had been kept. Returns the rows that the nodes computed."""
+        """Checks that one more token of each sequence is as without caching. Returns the rows that the
+        nodes computed.
+        """
         before = self.rows()
         logits_SV = decoder.logits(sequences)
         computed = self.rows() - before
@@ -100,7 +102,7 @@ class OnNodes:
 def on_nodes(
     loop: LoopThread, path: Path, manifest: Manifest, count: int = 2, max_kept_bytes: int = 2**24
 ) -> Iterator[OnNodes]:
-    """Every node has every second expert, if there are two; four nodes are two of each kind."""
+    """With two nodes, each has every second expert; with four, there are two of each kind."""
     stack, channels = AsyncExitStack(), ChannelPool()
 
     async def start() -> tuple[list[NodeInfo], list[Runtime]]:
@@ -147,7 +149,7 @@ def test_nodes_compute_each_row_once(loop: LoopThread, tmp_path: Path, kind: str
         rows = 2 * 2  # layers and experts of each
         assert counts[0] == rows * 13
         assert counts[1:] == [rows * 3] * 8
-        # the first has 15 tokens now: two more, and half of the context is left out
+        # The first has 15 tokens now. After two more, half of the context is dropped.
         assert [swarm.check(decoder, sequences, token) for token in range(3)] == [
             rows * 3,
             rows * 3,

@@ -1,4 +1,4 @@
-"""The encoder-decoder, with experts in this process: who sees what, and what keeping rows leaves as it is."""
+"""The encoder-decoder with experts in this process: which tokens affect which, and that caching changes nothing."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ locals_ = st.sampled_from(["layer", "attention"])
 
 
 def two_layers(kind: str = "transformer", width: int | None = None, **model: Any) -> Manifest:
-    """An encoder's layer and a decoder's."""
+    """An encoder layer and a decoder layer."""
     sizes: dict[str, Any] = {"hidden": 16, "layers": 2, "local": "attention", "local_layers": 0}
     return make_manifest((2, 3), k=2, kind=kind, width=width, causal=(False, True), **(sizes | model))
 
@@ -67,7 +67,7 @@ def test_a_changed_token_changes_no_logit_before_it_and_none_of_another_pair(
     for other in range(len(pairs)):
         if other != number:
             torch.testing.assert_close(after[other], before[other], rtol=0, atol=1e-5)
-    # the logits at a token's place predict it
+    # The logits at a token's place predict that token.
     torch.testing.assert_close(after[number][: at + 1], before[number][: at + 1], rtol=0, atol=1e-5)
     assert not torch.allclose(after[number][at + 1], before[number][at + 1])
 
@@ -96,7 +96,7 @@ def test_a_changed_token_of_a_source_changes_all_of_its_own_target_and_no_other(
 
 @pytest.mark.parametrize("local_layers", [0, 1])
 def test_experts_show_an_encoder_later_tokens_and_a_decoder_none(local_layers: int) -> None:
-    """Through the experts' own attention: with no local part nothing else mixes tokens."""
+    """The experts' own attention does this: without a local part, nothing else mixes tokens."""
     model = make(two_layers(local="layer", local_layers=local_layers))
     x_RD = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     changed_RD = x_RD.clone()

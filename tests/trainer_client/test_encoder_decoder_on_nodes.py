@@ -1,4 +1,4 @@
-"""An encoder-decoder learns on nodes, over real sockets, while one of them dies."""
+"""An encoder-decoder is trained on nodes, over real sockets, while one of them dies."""
 
 import statistics
 import threading
@@ -71,7 +71,7 @@ def test_the_loss_falls_also_after_one_of_two_nodes_has_died(loop: LoopThread, t
         middle = statistics.fmean(losses[STEPS // 2 - 5 : STEPS // 2])
         assert middle < losses[0] - 0.5
         assert statistics.fmean(losses[-5:]) < middle
-        # the encoder's experts learn by the gradients that come back through the decoder's attention
+        # The encoder's experts get their gradients through the decoder's attention.
         experts = [*first.experts.items(), *second.experts.items()]
         assert {uid.layer for uid, expert in experts if expert.update_count} == {0, 1}
         written = list(generate(model, list(b"In the sauna"), Sampling(temperature=0, max_tokens=4)))

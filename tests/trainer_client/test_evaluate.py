@@ -1,4 +1,4 @@
-"""How well a model knows a text."""
+"""How well a model predicts a text."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The gate's scores, logits and weights against their formulas (the paper, section 3.1)."""
+"""The gate's scores, logits and weights, compared with their formulas (the paper, section 3.1)."""
 
 import math
 from itertools import product

@@ -1,4 +1,4 @@
-"""Drawing tokens, and text from them."""
+"""Drawing tokens, and text from tokens."""
 
 import math
 from collections import Counter
@@ -156,7 +156,7 @@ def test_past_the_context_the_older_half_is_dropped() -> None:
 
 
 def test_a_prompt_shorter_than_the_routing_prefix_is_refused() -> None:
-    """The model never learned to predict what follows fewer tokens."""
+    """The model has never learned to predict what follows fewer tokens."""
     with pytest.raises(
         DataError, match="has 3 tokens, but this swarm's models need 4 or more: give a longer"
     ):

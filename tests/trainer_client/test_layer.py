@@ -1,4 +1,4 @@
-"""The mixture layer in somebody's own model: shapes, precision, threads, and what it refuses."""
+"""The mixture layer in a user's own model: shapes, precision, threads, and what it refuses."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +50,7 @@ def test_dimensions_before_the_positions_are_sequences(shape: list[int], seed: i
 
 
 def test_rows_know_their_positions_and_their_sequences() -> None:
-    """Four sequences of two rows each, whatever dimensions they stand in."""
+    """Four sequences of two rows each, whatever dimensions they are in."""
     swarm = FakeSwarm(make_manifest((1,)))
     with mixtures(swarm, "switch") as make_mixture:
         make_mixture(0)(random_input(2, 2, 2))
@@ -96,7 +96,7 @@ def test_a_sequence_longer_than_the_context_is_told_so() -> None:
 @both_halves
 @every_router
 def test_under_autocast_the_layer_gives_what_it_gives_without(name: RouterName, dtype: torch.dtype) -> None:
-    """Gate and mixture compute in float32; only what comes in may be rounded, and what goes out."""
+    """Gate and mixture compute in float32; only inputs and outputs may be rounded."""
     torch.manual_seed(0)  # with another gate, rounding might change which expert is best
     x = random_input(2, 4).detach()
     with mixtures(make_swarm(), name) as make_mixture:
@@ -128,7 +128,7 @@ def test_gradients_flow_through_a_model_under_autocast(dtype: torch.dtype) -> No
 
 def test_experts_get_gradients_without_the_scalers_factor() -> None:
     def train(scale: float) -> tuple[Tensor, float]:
-        """The gradient of the input, and the sum of all that experts were sent."""
+        """The gradient of the input, and the sum of all gradients that experts received."""
         swarm, x = make_swarm(), random_input(2, 4)
         with mixtures(swarm, "product-key", gradient_scale=lambda: scale) as make_mixture:
             torch.manual_seed(0)

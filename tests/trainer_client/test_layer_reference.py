@@ -1,7 +1,7 @@
-"""Outputs and gradients of the layer against plain torch: every router, both kinds, any subset answering.
+"""Outputs and gradients of the layer compared with plain torch: every router, both kinds, any subset answering.
 
-The reference computes every expert on its rows by loops, under autograd, and weighs their outputs by each router's own
-formula: it knows nothing of updates. Narrow experts are computed on the projected rows, and what they add is projected
+The reference computes every expert on its rows with loops, under autograd, and weights their outputs by each router's
+own formula. It does not use updates. Narrow experts are computed on the projected rows, and what they add is projected
 back.
 """
 
@@ -33,7 +33,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def scores_of(gate: Gate, x_RD: Tensor, noise: np.random.Generator | None) -> list[Tensor]:
-    """As Shazeer et al. 2017, equation 4, where there is noise."""
+    """The gate's scores. Noise is added as in Shazeer et al. 2017, equation 4."""
     tables = [x_RD @ w_GD.T + b_G for w_GD, b_G in _parts(gate)]
     if noise is None or gate.noise is None:
         return tables
@@ -58,7 +58,9 @@ def logit(scores: list[Tensor], row: int, uid: UID) -> Tensor:
 def experts_of(
     name: RouterName, selection: Selection, missing: Set[UID], again: Selection
 ) -> list[list[UID]]:
-    """Who answers each row: those chosen that are there, or if none is, those chosen among the others."""
+    """The experts that answer each row: the chosen ones that are available; if none is, those chosen among
+    the others.
+    """
     answering = []
     for row in range(len(selection.valid)):
         chosen = _uids(selection, row)
@@ -74,7 +76,7 @@ def _uids(selection: Selection, row: int) -> list[UID]:
 def outputs_of(
     swarm: FakeSwarm, x_RD: Tensor, length: int, answering: list[list[UID]], first: list[list[UID]]
 ) -> dict[tuple[int, UID], Tensor]:
-    """Rows that come to an expert later, because another failed, are a segment of their own."""
+    """Rows that come to an expert later, because another failed, are a separate segment."""
     outputs: dict[tuple[int, UID], Tensor] = {}
     for uid in swarm.manifest.uids():
         for rows in (
@@ -98,7 +100,7 @@ def mixed(
     x_D: Tensor,
     outputs: dict[UID, Tensor],
 ) -> Tensor:
-    """One row by its router's formula."""
+    """The output for one row, by its router's formula."""
     if not outputs:
         return x_D
     logits = torch.stack([logit(scores, row, uid) for uid in outputs])
@@ -143,7 +145,7 @@ def reference(
 
 
 def narrowed(mixture: RemoteMixtureOfExperts, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """What the gate reads [R, D], and what is sent [R, W]."""
+    """What the gate reads [R, D], and what is sent to experts [R, W]."""
     if mixture.projections is None:
         return x_RD, x_RD
     norm = mixture.projections.norm
@@ -192,8 +194,8 @@ def test_with_all_experts_answering_gradients_are_those_of_local_ones(
 def test_with_any_subset_answering_gradients_are_those_of_the_rest(
     name: RouterName, kind: str, data: st.DataObject, grid: tuple[int, ...], seed: int, peers: int
 ) -> None:
-    """Fewer than k fail, so that no row is sent elsewhere; or one where each row has one expert, and those rows go to
-    their next best, in one further call.
+    """Fewer than k experts fail, so that no row is sent elsewhere. Or, where each row has one expert, one fails, and
+    its rows go to their next best in one further call.
     """
     swarm = FakeSwarm(make_manifest(grid, kind=kind), peers)
     uids = swarm.manifest.uids()
@@ -226,7 +228,7 @@ def test_narrow_experts_are_projected_to_and_back(
     fail: bool,
     training: bool,
 ) -> None:
-    """Gradients of norm, projections, gate and shared expert too, with all or any subset answering."""
+    """The gradients of norm, projections, gate and shared expert are compared too, with all or any subset answering."""
     sizes: dict[str, Any] = NARROW | {"norm": norm, "shared_feed_forward": shared}
     swarm = FakeSwarm(make_manifest(grid, kind=kind, **sizes), peers=data.draw(st.sampled_from([2, 9])))
     missing = frozenset[UID]()
@@ -242,8 +244,8 @@ def test_narrow_experts_are_projected_to_and_back(
 def test_what_fails_in_backward_is_left_out_of_the_gradients_and_nothing_else(
     data: st.DataObject, peers: int, seed: int, of_node: bool
 ) -> None:
-    """Experts one by one, or nodes. A node's answer S and its weight are there, so that the gate learns from them; how
-    the node's experts share in S it learns only from those that answered.
+    """Single experts or whole nodes fail. A failed node's answer S and its weight are known, so the gate learns from
+    them; how the node's experts share in S it learns only from those that answered.
     """
     swarm = FakeSwarm(make_manifest((6,), kind="ffn"), peers)
     uids = swarm.manifest.uids()

@@ -146,7 +146,7 @@ def test_loads_of_several_threads_add_up() -> None:
 
 
 def gate_that_drifts(steps: int, side: int, rows: int, seed: int) -> Iterator[list[Floats]]:
-    """Scores of a gate that prefers some experts, more and more of other ones."""
+    """Scores of a gate that prefers some experts, and gradually others."""
     rng = np.random.default_rng(seed)
     liked = [rng.standard_normal(side), rng.standard_normal(side)]
     for _ in range(steps):
@@ -161,7 +161,7 @@ def gate_that_drifts(steps: int, side: int, rows: int, seed: int) -> Iterator[li
 
 @pytest.mark.parametrize("in_flight", [1, 9])
 def test_an_uneven_gate_comes_to_fill_all_experts_evenly(in_flight: int) -> None:
-    """Also where each step chooses by biases that are 8 steps old."""
+    """This holds even if each step chooses with biases that are 8 steps old."""
     bias, alive = LoadBias((8, 8)), prefix_tables(np.ones((8, 8), np.bool_))
     running: deque[Load] = deque()
     loads = []
@@ -181,7 +181,9 @@ def test_an_uneven_gate_comes_to_fill_all_experts_evenly(in_flight: int) -> None
 
 
 def test_chance_goes_by_the_weights_and_not_by_the_bias() -> None:
-    """The bias makes the worse expert the first choice; the better one is kept as its weight of 0.9 says."""
+    """The bias makes the worse expert the first choice, but the better one is still kept with the probability that its
+    weight of 0.9 gives.
+    """
     rows = 10_000
     scores = [np.tile(np.log(np.array([[0.9, 0.1]], np.float32)), (rows, 1))]
     alive, bias = prefix_tables(np.ones(2, np.bool_)), np.array([0, 5], np.float32)
@@ -249,7 +251,7 @@ def test_rows_that_choose_again_go_by_the_bias_too() -> None:
     swarm.behaviours[uids[0]] = fails(StatusCode.NOT_FOUND)
     with mixtures(swarm, "glam", balance="bias") as make_mixture:
         biased(make_mixture(0), 9e3, 8e3, 0, 0, 7e3)(torch.randn(2, 4, 8))
-    # glam's two are 0 and 1; a row needs one answer, and has it of 1
+    # glam's two are 0 and 1. A row needs one answer, and gets it from 1.
     assert [swarm.rows_sent("forward", uid) for uid in uids] == [8, 8, 0, 0, 0]
     swarm = FakeSwarm(make_manifest((5,)))
     swarm.behaviours[uids[0]] = fails(StatusCode.NOT_FOUND)
@@ -296,7 +298,7 @@ def test_a_copy_that_computes_a_step_moves_the_biases_of_the_original() -> None:
         assert torch.equal(original.balance.bias, alone.balance.bias)
 
 
-# Training, and what becomes of the biases
+# Biases during training, and afterwards
 
 
 TEXT = b"In the sauna one must behave as in church. " * 60
@@ -358,7 +360,7 @@ def test_biases_are_averaged_with_the_dense_part() -> None:
 
 @given(st.lists(st.floats(-1e9, 1e9, width=32), min_size=16, max_size=16))
 def test_another_trainers_biases_move_ones_own_no_further_than_own_steps_do(theirs: list[float]) -> None:
-    """Or biases of 1e9 would send all rows to the experts of one node."""
+    """Otherwise biases of 1e9 would send all rows to the experts of one node."""
     balance = LoadBias((4, 4))
     part = SharedParameters(balance)
     with part.stepping():
@@ -374,7 +376,7 @@ def test_another_trainers_biases_move_ones_own_no_further_than_own_steps_do(thei
 
 @given(seeds)
 def test_whatever_a_new_trainer_took_over_is_within_bounds_after_a_step(seed: int) -> None:
-    """Numbers of 1e9 in averages over ten steps would last for two hundred."""
+    """In averages over ten steps, numbers of 1e9 would otherwise last for two hundred."""
     rng, balance = np.random.default_rng(seed), LoadBias((2, 4))
     for buffer in balance.buffers():
         buffer.copy_(torch.from_numpy(rng.uniform(-1e9, 1e9, 8)))
@@ -385,7 +387,7 @@ def test_whatever_a_new_trainer_took_over_is_within_bounds_after_a_step(seed: in
 
 
 def test_a_dense_part_with_large_biases_is_no_stranger_to_one_that_begins() -> None:
-    """A new trainer takes over what others have: their biases have grown from nothing."""
+    """A new trainer takes over the dense part of others, whose biases started at zero and have grown."""
     with training() as (_, model):
         part = SharedParameters(model)
         form = DenseForm.of(model, "sauna-QmFounder")

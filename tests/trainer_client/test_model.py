@@ -1,4 +1,4 @@
-"""The language model, with mixtures that compute at home."""
+"""The language model, with mixtures that are computed in this process."""
 
 import math
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from trainer_client.retrieval.attention import RetrievalSpec
 
 
 class DenseMixture(nn.Module):
-    """What every token would get from one expert without attention."""
+    """Computes what a single expert without attention would give each token."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -121,7 +121,9 @@ def test_the_manifest_chooses_norm_and_activation_of_the_dense_part() -> None:
 
 @pytest.mark.parametrize("local_layers", [0, 2])
 def test_with_local_attention_the_mixture_takes_the_place_of_a_feed_forward_block(local_layers: int) -> None:
-    """Switch Transformer (arXiv 2101.03961), figure 2: attention, then the mixture; no feed-forward block between."""
+    """Switch Transformer (arXiv 2101.03961), figure 2: attention, then the mixture, with no feed-forward block in
+    between.
+    """
     model = make_model(local_layers=local_layers, local="attention")
     names = set(model.local[0].state_dict())
     last = f"layers.{local_layers}."

@@ -1,4 +1,6 @@
-"""The mixture layer against a plain local one, with real blocks (the paper, section 3.1); a whole model is causal."""
+"""The mixture layer compared with a plain local one, with real blocks (the paper, section 3.1); whole models are
+causal.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +41,7 @@ seeds = st.integers(0, 2**32 - 1)
 def mixtures(
     swarm: FakeSwarm, k: int, *, k_min: int = 1, grace_s: float = 0.0, live: Sequence[UID] | None = None
 ) -> Iterator[Callable[[int], RemoteMixtureOfExperts]]:
-    """Makes the layers of a trainer that calls this swarm in virtual time."""
+    """A function that makes the layers of a trainer, which calls this swarm in virtual time."""
     with virtual_time() as runner:
         dispatcher = Dispatcher(
             swarm.directory(live), swarm, WaitPolicy(10.0, grace_s, k_min), clock=runner.get_loop().time
@@ -53,7 +55,7 @@ def mixtures(
 def local_mixture(
     swarm: FakeSwarm, gate: Gate, x_BTD: Tensor, k: int, answers: Callable[[UID], bool] = lambda uid: True
 ) -> Tensor:
-    """What the layer should compute, by loops over rows and experts, all of it under autograd."""
+    """What the layer should compute, by loops over rows and experts, under autograd."""
     length = x_BTD.shape[1]
     x_RD = x_BTD.reshape(-1, x_BTD.shape[2])
     scores = gate(x_RD)
@@ -133,9 +135,10 @@ def test_output_and_gradients_are_those_of_a_local_mixture(
 def test_with_any_subset_answering_the_weights_of_the_rest_are_renormalised(
     data: st.DataObject, grid: tuple[int, ...], peers: int, seed: int
 ) -> None:
-    """Where all experts are asked, any of them may fail; else fewer than k, so that no row is sent elsewhere.
+    """If all experts are asked, any of them may fail; otherwise fewer than k, so that no row is sent elsewhere.
 
-    Some are late, where none shares its node: a node answers a row when all of its experts are over.
+    Some are late, if none shares its node with another: a node answers a row only when all of the row's experts have
+    ended.
     """
     swarm = FakeSwarm(make_manifest(grid), peers)
     uids = swarm.manifest.uids()
@@ -182,7 +185,7 @@ def test_expert_that_fails_only_in_backward_leaves_the_rest_of_the_gradient() ->
 
 
 def test_row_by_row_some_answered_and_some_did_not() -> None:
-    """Top-1 of two experts of which one is dead, and no second choice: the other's rows alone are changed."""
+    """Top-1 of two experts, one of which is dead, with no second choice: only the other's rows are changed."""
     swarm = FakeSwarm(make_manifest((2,)))
     swarm.behaviours[UID(0, (0,))] = fails(StatusCode.NOT_FOUND)
     swarm.behaviours[UID(0, (1,))] = Behaviour(after_s=1.0)
@@ -193,7 +196,7 @@ def test_row_by_row_some_answered_and_some_did_not() -> None:
         assert 0 < best_BT.sum() < best_BT.numel()
         y_BTD = mixture(x_BTD)
         torch.autograd.backward(y_BTD, gradient_BTD)
-    # rows of the dead expert were sent to the live one instead, in a call of their own
+    # Rows of the dead expert were sent to the live one instead, in a separate call.
     assert [call.uids[0].coordinate for call in swarm.called("forward")] == [(0,), (1,), (1,)]
     assert not torch.isclose(y_BTD, x_BTD).all(dim=-1).any()
     assert x_BTD.grad is not None
@@ -304,9 +307,10 @@ def make_model(swarm: FakeSwarm, make_mixture: Callable[[int], nn.Module]) -> La
 def test_a_changed_token_changes_no_logit_before_it(
     data: st.DataObject, grid: tuple[int, ...], peers: int, seed: int
 ) -> None:
-    """Also when experts fail, here fewer than k: each row keeps k_min of its own experts.
+    """This holds even if experts fail, here fewer than k: each row keeps k_min of its own experts.
 
-    Where rows are sent elsewhere, who is known to be dead counts too, and a later token may have found that out.
+    If rows were sent elsewhere, the choice would depend on which experts are known to be dead, and a later token may
+    have revealed that.
     """
     length, k = 12, 3
     swarm = FakeSwarm(make_manifest(grid, layers=2), peers)
@@ -332,7 +336,7 @@ def test_a_changed_token_changes_no_logit_before_it(
 def test_no_logit_before_a_token_has_a_gradient_to_its_embedding(
     grid: tuple[int, ...], at: int, seed: int
 ) -> None:
-    """The same seen from backward: what experts send back reaches no later position either."""
+    """The same, seen in the backward pass: gradients from experts do not reach later positions either."""
     swarm = FakeSwarm(make_manifest(grid, layers=2))
     tokens_BT = torch.arange(12).view(1, 12)  # each position has an embedding of its own
     torch.manual_seed(seed % 2**31)
@@ -346,7 +350,9 @@ def test_no_logit_before_a_token_has_a_gradient_to_its_embedding(
 
 
 def test_a_later_position_sees_an_earlier_token_through_an_expert() -> None:
-    """The blocks do attend: without a local layer, only an expert can carry a token to a later position."""
+    """The blocks do attend: without a local layer, only an expert can carry information from a token to a later
+    position.
+    """
     swarm = FakeSwarm(make_manifest((2,), layers=1, local_layers=0))
     tokens_BT = torch.zeros(1, 8, dtype=torch.int64)
     changed_BT = tokens_BT.clone()

@@ -1,4 +1,4 @@
-"""Presets: they complete a founder's file, go with what was measured, and are weaker than whatever a person sets."""
+"""Presets: they complete a founder's file, match what was measured, and are overridden by what a user sets."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -43,7 +43,9 @@ def test_a_preset_fits_its_manifest(name: PresetName) -> None:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_preset_is_what_the_benchmark_trains(name: PresetName) -> None:
-    """So the figures that recommend it are its own. The benchmark has another hidden size, and no wire."""
+    """So the figures that recommend a preset are its own. Only the hidden size differs in the benchmark, and it uses no
+    network.
+    """
     trained = next(c for c in CONFIGURATIONS if c.name == MEASURED[name])
     model = {"layers": trained.layers, "hidden": Size().hidden}
     optimizer = {"decay_updates": Size().steps}

@@ -40,13 +40,13 @@ def random_rows(sequences: int, length: int, seed: int = 0) -> Tensor:
 
 
 def sharpen(mixture: RemoteMixtureOfExperts) -> RemoteMixtureOfExperts:
-    """Tokens go to different experts, by a wide margin."""
+    """Makes tokens go to different experts, by a wide margin."""
     nn.init.normal_(mixture.gate.linear.weight, std=1.0)
     return mixture
 
 
 def outputs_of_all(swarm: FakeSwarm, x_D: Tensor) -> Tensor:
-    """Of every expert of a one-dimensional grid, for a sequence of one token. (experts, D)"""
+    """The outputs of all experts of a one-dimensional grid for a sequence of one token. (experts, D)"""
     one = torch.ones(1, dtype=torch.int64)
     return torch.cat(
         [swarm.block(uid)(x_D[None], one, torch.zeros_like(one)) for uid in swarm.manifest.uids()]
@@ -57,7 +57,9 @@ def outputs_of_all(swarm: FakeSwarm, x_D: Tensor) -> Tensor:
 
 
 def one_token(name: RouterName, training: bool, **routing: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For 12 sequences of one token: what the layer gives [12, D], the gate's logits [12, 5], all outputs, inputs."""
+    """For 12 sequences of one token: the layer's outputs [12, D], the gate's logits [12, 5], all experts' outputs, and
+    the inputs.
+    """
     swarm = FakeSwarm(make_manifest((5,)))
     x_BTD = random_rows(12, 1)
     with mixtures(swarm, name, **routing) as make_mixture:
@@ -69,7 +71,7 @@ def one_token(name: RouterName, training: bool, **routing: Any) -> tuple[Tensor,
 
 
 def test_switch_adds_the_best_experts_part_weighed_by_its_probability() -> None:
-    """y = x + p_i(x) (E_i(x) - x): experts carry their own residual connection. In evaluation nothing is dropped."""
+    """y = x + p_i(x) (E_i(x) - x): experts include the residual connection. In evaluation no row is dropped."""
     y, logits, outputs, x = one_token("switch", training=False)
     p, best = logits.softmax(dim=1).max(dim=1)
     expected = x + p[:, None] * (outputs[torch.arange(12), best] - x)
@@ -133,7 +135,7 @@ def test_training_follows_from_the_seed(name: RouterName) -> None:
 
 
 def test_noise_weighs_the_experts_by_the_scores_that_chose_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise that overrules the gate: expert 4 gets nearly all of the weight, not only a place among the two."""
+    """The noise overrules the gate here: expert 4 gets nearly all of the weight, not only a place among the two."""
     monkeypatch.setattr(
         "trainer_client.moe.noisy_scores",
         lambda scores, spreads, rng: (scores[0] + 50 * F.one_hot(torch.tensor(4), 5),),
@@ -163,7 +165,7 @@ def test_gate_of_switch_starts_smaller() -> None:
     hidden = 4096
     with mixtures(FakeSwarm(make_manifest((4, 4), hidden=hidden)), "switch", gate_scale=0.1) as make_mixture:
         weight, bias = (p.detach() for p in make_mixture(0).gate.linear.parameters())
-    # a normal distribution cut off at two standard deviations has 0.88 of its spread
+    # A normal distribution that is cut off at two standard deviations has 0.88 of the spread.
     assert weight.std().item() == pytest.approx(0.88 * (0.1 / hidden) ** 0.5, rel=0.02)
     assert weight.abs().max() <= 2 * (0.1 / hidden) ** 0.5
     assert not bias.any()
@@ -199,7 +201,7 @@ def test_the_state_is_the_gates_and_the_biases(name: RouterName) -> None:
 
 @every_router
 def test_narrow_experts_leave_the_gate_as_it_starts(name: RouterName) -> None:
-    """And all trainers' projections start equal."""
+    """All trainers' projections start with equal parameters, too."""
     states = []
     for width in (None, 8, 8):
         swarm = FakeSwarm(make_manifest((2, 3), hidden=16, width=width))
@@ -307,10 +309,10 @@ def test_a_changed_token_changes_no_logit_that_is_scored_before_it(
     local: str,
     local_layers: int,
 ) -> None:
-    """Per token, and per sequence by a prefix; with wide and narrow experts, after every local part.
+    """Tested per token, and per sequence by a prefix, with wide and narrow experts, and after every kind of local part.
 
-    In evaluation, where losses are scored. In training `base` is not causal: one row's expert depends on all rows'
-    scores, later ones' too, for that is what balancing them together means.
+    It holds in evaluation, where losses are scored. In training `base` is not causal: the expert of a row depends on
+    all rows' scores, including later ones, since that is what balancing them together means.
     """
     length = 12
     sizes: dict[str, Any] = {"hidden": 16, "layers": 2, "local": local, "local_layers": local_layers}
@@ -327,7 +329,7 @@ def test_a_changed_token_changes_no_logit_that_is_scored_before_it(
     with mixtures(swarm, name, choose_by, routing_prefix=prefix) as make_mixture, torch.no_grad():
         model = LanguageModel(swarm.manifest, lambda layer: sharpen(make_mixture(layer))).eval()
         before_BTV, after_BTV = model(tokens_BT), model(changed_BT)
-    # the logit of a position predicts the token after it
+    # The logit of a position predicts the next token.
     scored = slice(model.first_scored - 1, at)
     torch.testing.assert_close(after_BTV[0, scored], before_BTV[0, scored], rtol=0, atol=1e-5)
     torch.testing.assert_close(after_BTV[1], before_BTV[1], rtol=0, atol=1e-5)
@@ -336,7 +338,7 @@ def test_a_changed_token_changes_no_logit_that_is_scored_before_it(
 
 @every_router
 def test_within_its_prefix_and_by_the_whole_a_sequence_does_tell_of_later_tokens(name: RouterName) -> None:
-    """What the test above leaves out is real."""
+    """The exceptions of the test above are real."""
     swarm = FakeSwarm(make_manifest((5,)))
     x_BTD = random_rows(1, 8).detach()
     for prefix, seen in ((4, 3), (0, 7)):
@@ -349,7 +351,7 @@ def test_within_its_prefix_and_by_the_whole_a_sequence_does_tell_of_later_tokens
 
 @pytest.mark.parametrize("name", ["product-key", "switch", "glam"])
 def test_choices_in_training_are_causal_too(name: RouterName) -> None:
-    """noisy-top-k is so as well, but there the noise of two passes differs."""
+    """noisy-top-k is causal as well, but its noise differs between two passes."""
     swarm = FakeSwarm(make_manifest((2, 3)))
     x_BTD = random_rows(1, 8).detach()
     changed_BTD = x_BTD.clone()
@@ -360,7 +362,7 @@ def test_choices_in_training_are_causal_too(name: RouterName) -> None:
 
 
 def test_base_does_see_other_rows_in_training() -> None:
-    """What the test above leaves out is real: the rows of one batch compete."""
+    """The exception of the test above is real: the rows of one batch compete."""
     swarm = FakeSwarm(make_manifest((3,)))
     x_BTD = random_rows(1, 9).detach()
     torch.manual_seed(0)
@@ -379,7 +381,7 @@ def test_base_does_see_other_rows_in_training() -> None:
 def test_under_a_limit_tokens_go_to_few_nodes_and_the_model_stays_causal(
     grid: tuple[int, ...], peers: int, seed: int, at: int, replicated: bool
 ) -> None:
-    """Whatever replicas there are: the one to be called is chosen before experts are."""
+    """This holds for any replicas, since the replica to be called is chosen before the experts are."""
     swarm = FakeSwarm(make_manifest(grid, hidden=16, layers=2), peers)
     tokens_BT = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(seed))
     changed_BT = tokens_BT.clone()
@@ -419,7 +421,7 @@ def limited_mixtures(
 
 
 class GuardedSwarm(FakeSwarm):
-    """Whose second expert skips its update, and whose third goes back to its last good state besides."""
+    """A swarm whose second expert skips its update, and whose third also returns to its last good state."""
 
     async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         async for reply in super().call(call):

@@ -1,4 +1,4 @@
-"""Each router against its formula, over live experts."""
+"""Each router compared with its formula, over live experts."""
 
 from itertools import pairwise
 from typing import get_args
@@ -61,7 +61,7 @@ def arrays(scores: list[Tensor]) -> list[Floats]:
 
 
 def live_logits(scores: list[Tensor], alive: PrefixTables) -> tuple[Tensor, Tensor]:
-    """Of all live experts: logits [R, E], and coordinates [E, dims]."""
+    """The logits [R, E] and the coordinates [E, dims] of all live experts."""
     live = torch.from_numpy(np.argwhere(alive[-1]))
     coordinates = live.expand(len(scores[0]), -1, -1)
     return Gate.logits(tuple(scores), coordinates), live
@@ -75,7 +75,7 @@ def answered(logits: Tensor) -> Tensor:
 
 
 def worked(gate: list[list[float]], k: int, router: RouterName) -> list[list[float]]:
-    """The weights of all experts, where the gate's softmax is `gate`."""
+    """The weights of all experts if the gate's softmax is `gate`."""
     scores = [torch.tensor(gate).log()]
     alive = all_live(len(gate[0]))
     selection = ROUTERS[router].choose(arrays(scores), alive, k, None, None)
@@ -195,7 +195,7 @@ def test_where_no_expert_is_live_none_is_chosen(name: RouterName, rng: np.random
 def of_best_nodes_one_by_one(
     logits: Floats, nodes: Integers, k: int, most: int
 ) -> tuple[set[int], list[float]]:
-    """Of one row: the nodes that it may go to, and the scores of its experts, best first."""
+    """For one row: the nodes that it may go to, and the scores of its experts, best first."""
     sizes = {
         node: np.logaddexp.reduce(sorted(logits[nodes == node].astype(np.float64))[-k:])
         for node in set(nodes.tolist()) - {-1}
@@ -243,7 +243,7 @@ def test_under_a_limit_rows_take_the_best_experts_of_their_best_nodes(
 def test_under_a_limit_a_row_chooses_by_its_own_scores(
     seed: int, grid: tuple[int, ...], most: int, changed: int
 ) -> None:
-    """So that routing stays causal."""
+    """This keeps routing causal."""
     rng, alive, scores = make_rng(seed), some_live(grid, seed), arrays(random_scores(6, grid, seed))
     limit = NodeLimit(np.where(alive[-1], rng.integers(0, 4, grid), -1), most)
     before = limited(scores, alive, 4, None, limit)
@@ -261,7 +261,7 @@ def test_a_row_takes_its_best_experts_elsewhere_where_its_nodes_have_fewer_than_
     one_each = limited(scores, all_live(5), 4, None, NodeLimit(np.arange(5), 2))
     assert one_each.valid.all()
     assert one_each.coordinates[0, :, 0].tolist() == [0, 1, 2, 3]
-    # two of its best node come before a better one elsewhere
+    # Two experts at its best node come before a better one elsewhere.
     found = limited(scores, all_live(5), 3, None, NodeLimit(np.array([0, 1, 2, 0, -1]), 1))
     assert found.coordinates[0, :, 0].tolist() == [0, 3, 1]
     nobody = limited(scores, all_live(5), 4, None, NodeLimit(np.array([0, -1, -1, -1, -1]), 2))
@@ -286,7 +286,7 @@ def test_a_gate_that_diverged_still_chooses_within_the_limit() -> None:
     assert found.valid.any(axis=1).all()
 
 
-# Weighing
+# Weights
 
 
 @settings(max_examples=30, deadline=None)
@@ -294,7 +294,7 @@ def test_a_gate_that_diverged_still_chooses_within_the_limit() -> None:
 def test_a_rows_experts_weigh_in_the_ratios_in_which_a_node_mixes_them(
     name: RouterName, seed: int, grid: tuple[int, ...], k: int
 ) -> None:
-    """The contract of all routers, with any subset answering."""
+    """All routers must guarantee this, with any subset of the experts answering."""
     alive, scores = some_live(grid, seed), random_scores(5, grid, seed)
     k = min(ROUTERS[name].k or k, int(alive[-1].sum()))
     selection = ROUTERS[name].choose(arrays(scores), alive, k, None, None)

@@ -1,4 +1,4 @@
-"""One step of a layer goes by one snapshot of the live experts: on grids too large to know whole, too."""
+"""Each step of a layer uses one snapshot of the live experts, even on grids that are too large to know completely."""
 
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -30,11 +30,11 @@ from trainer_client.settings import RouterName
 HIDDEN = 8
 LARGE = make_manifest((80, 80))
 MANY_LAYERS = make_manifest((16, 16), layers=17)
-"""More experts than a directory knows whole, and few enough in a layer for `base` to balance."""
+"""More experts than a directory keeps in full, but few enough in a layer for `base` to balance."""
 
 
 class SwarmRegistry:
-    """The DHT of a swarm whose experts are all served."""
+    """The DHT of a swarm in which every expert is served."""
 
     def __init__(self, swarm: FakeSwarm) -> None:
         self._swarm = swarm
@@ -57,7 +57,7 @@ class SwarmRegistry:
 
 
 class Watched:
-    """A mixture of a large swarm, and the tables and the choice of each of its steps."""
+    """A mixture of a large swarm, and the tables and choices of each of its steps."""
 
     def __init__(
         self, mixture: RemoteMixtureOfExperts, directory: Directory, registry: SwarmRegistry
@@ -113,7 +113,7 @@ def random_input(seed: int, sequences: int = 4, length: int = 8) -> Tensor:
 
 
 def sent_to(swarm: FakeSwarm) -> set[tuple[int, tuple[int, ...]]]:
-    """The rows that were sent, and to which experts."""
+    """Which rows were sent to which experts."""
     return {
         (row, part.uid.coordinate)
         for call in swarm.called("forward")
@@ -173,7 +173,7 @@ def test_choice_balance_spread_and_weights_come_from_one_snapshot(
 
 
 def test_a_refresh_between_choice_and_weights_changes_neither() -> None:
-    """The snapshot is the step's own: the swarm that is read meanwhile serves the next one."""
+    """A step has its own snapshot. What is read from the swarm meanwhile is for the next step."""
     swarm = FakeSwarm(make_manifest((6,)))
     directory = swarm.directory()
 

@@ -1,4 +1,4 @@
-"""Steps of enough rows: gradients accumulate over calls, and none is lost or counts twice."""
+"""Steps of enough rows: gradients accumulate over calls, and none is lost or counted twice."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -54,7 +54,7 @@ def joined(parts: list[Rows]) -> Rows:
 
 
 def change(expert: Expert, parts: list[Rows]) -> Tensor:
-    """What these calls do to its parameters, in one step or several."""
+    """How these calls change the expert's parameters, in one step or several."""
     before = torch.cat([each.flatten() for each in parameters_of(expert)])
     for part in parts:
         expert.backward([part])
@@ -157,7 +157,8 @@ def test_a_call_that_overflows_takes_nothing_from_what_others_accumulated(
 def test_a_sum_that_overflows_is_dropped_and_its_step_skipped() -> None:
     expert = make_expert(2 * ROWS)
     before = parameters_of(expert)
-    # a norm whose square float32 holds, and four times that square, which it does not
+    # A gradient whose norm has a square that float32 can hold, and one that is four times as large, which it cannot
+    # hold.
     gradients = random_rows(100) * 1e19 / gradient_norm(call(0))
     rows = Rows(random_rows(0), LENGTHS, POSITIONS, gradients)
     assert expert.backward([rows])[1] is StepOutcome.NONE

@@ -1,4 +1,4 @@
-"""No caller causes more than its share of an expert's steps, and no minority sets how large gradients may be."""
+"""No caller causes more than its share of an expert's steps, and no minority decides how large gradients may be."""
 
 import random
 from collections import Counter, deque
@@ -19,14 +19,14 @@ batches = st.lists(
 
 
 class Window:
-    """The last steps and what was sent before each of them, counted anew."""
+    """The latest steps and the rows sent before each, counted in another way."""
 
     def __init__(self) -> None:
         self.sent: deque[Counter[str]] = deque([Counter()], maxlen=WINDOW)
         self.steps: deque[dict[str, float]] = deque(maxlen=WINDOW)
 
     def most(self, caller: str) -> float:
-        """Steps that the caller may have caused in the window that ends with the next step."""
+        """The most steps that the caller may have caused in the window that ends with the next step."""
         rows = sum(self.sent, Counter())
         share = max(MOST_OF_ROWS * rows[caller] / rows.total(), 1 / len(rows))
         return share * min(len(self.steps) + 1, WINDOW) + 1
@@ -39,7 +39,7 @@ class Window:
 
 
 def send(callers: Callers, window: Window, batch: dict[str, int]) -> list[str]:
-    """One batch, with a step of all callers that may take part. Returns those that may not."""
+    """Sends one batch, and takes a step with the rows of all callers that may take part. Returns those that may not."""
     for caller, rows in batch.items():
         callers.note_rows(caller, rows, 1.0)
         window.sent[-1][caller] += rows
@@ -89,7 +89,7 @@ def test_a_minority_that_sends_many_tiny_batches_gets_no_more_steps_than_its_hea
 def test_one_person_with_many_keys_causes_no_more_steps_than_one_group_may(
     honest: int, keys: int, seed: int
 ) -> None:
-    """However few rows it sends with each of them."""
+    """This holds however few rows the person sends with each key."""
     rng = random.Random(seed)
     callers, caused = Callers(WINDOW), Counter[bool]()
     for turn in range(200):
@@ -108,7 +108,7 @@ def test_one_person_with_many_keys_causes_no_more_steps_than_one_group_may(
 def test_in_groups_the_shares_of_all_still_come_to_all_steps(
     sent: list[dict[str, int]], groups: list[str]
 ) -> None:
-    """So that somebody may always take the next one."""
+    """So there is always somebody who may take the next step."""
     callers = Callers(WINDOW)
     for batch in sent:
         for caller, rows in batch.items():
@@ -135,7 +135,7 @@ def test_a_caller_alone_or_with_half_of_the_rows_is_never_held_back(sent: list[t
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 20), st.integers(0, 1000))
 def test_callers_with_batches_alike_are_never_held_back(count: int, seed: int) -> None:
-    """However unequal their speed."""
+    """This holds however different their speeds are."""
     rng = random.Random(seed)
     names = [str(number) for number in range(count)]
     speeds = [rng.uniform(0.1, 1.0) for _ in names]
@@ -232,7 +232,7 @@ def test_a_caller_alone_is_not_scaled_and_one_that_sends_nothing_but_zeros_does_
 
 
 def test_the_size_follows_training() -> None:
-    """It falls and rises by much more than `MOST_SIZE`, and nobody is scaled."""
+    """The size falls and rises by much more than `MOST_SIZE`, and no gradient is scaled."""
     callers = Callers()
     for step in range(300):
         size = 10.0 ** (abs(step - 150) / 30)
@@ -260,7 +260,7 @@ def test_callers_that_left_do_not_count() -> None:
 
 
 def test_keys_without_end_that_cause_no_step_take_no_memory_without_end() -> None:
-    """Such as by gradients that overflow."""
+    """Such as by gradients that overflow, which cause no step."""
     callers = Callers()
     for number in range(20_000):
         callers.note_rows(str(number), 1, 0.0)

@@ -1,4 +1,4 @@
-"""The optimizer step that is left until after the answer."""
+"""The optimizer step, which is taken after the answer has been sent."""
 
 import asyncio
 import threading
@@ -80,7 +80,7 @@ def test_a_skipped_update_leaves_nothing_due() -> None:
 
 
 class SlowStepper(Expert):
-    """Takes its step when it is let go, and computes by itself."""
+    """An expert that waits for permission before it takes its step, and is not computed together with others."""
 
     grouped_block = None
 

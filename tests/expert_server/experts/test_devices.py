@@ -1,4 +1,4 @@
-"""Which devices a node computes on, in what precision, and that rows come back whole."""
+"""Which devices a node computes on and with what precision, and that rows come back whole."""
 
 from collections import Counter
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_experts_are_spread_in_proportion_to_memory(memory: list[int], experts: 
     hosted: Counter[ComputeDevice] = Counter()
     for _ in range(experts):
         hosted[roomiest(places, hosted)] += 1
-    # nobody would be less crowded by handing one over
+    # Handing an expert over would leave no device less crowded.
     crowding = max(hosted[place] / place.memory_bytes for place in places)
     assert all((hosted[place] + 1) / place.memory_bytes >= crowding for place in places)
 

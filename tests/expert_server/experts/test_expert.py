@@ -64,7 +64,9 @@ def test_forward_gives_what_the_block_adds_to_its_input_without_a_graph() -> Non
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_backward_gives_the_gradient_of_the_inputs_before_the_step(kept: bool) -> None:
-    """Of the update: the block's is larger by the gradient itself, which its residual connection passes on."""
+    """It is the gradient of the update. The gradient of the block adds the incoming gradient, which the residual
+    connection passes on.
+    """
     expert = Expert(AN_UID, make_manifest())
     x = random_rows(0).requires_grad_()
     output = build_block(make_manifest(), AN_UID)(x, LENGTHS, POSITIONS)

@@ -1,4 +1,6 @@
-"""An expert on each device and in each precision: near what the CPU computes in float32, and made of the same state."""
+"""An expert on each device and with each precision: its results are close to the CPU's in float32, from the
+same state.
+"""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +52,7 @@ MakeDevice = Callable[[], ComputeDevice]
 
 
 def train(expert: Expert, steps: int) -> list[float]:
-    """Fits fixed updates; the loss before each step."""
+    """Trains on fixed targets. Returns the loss before each step."""
     losses = []
     for _ in range(steps):
         error = expert.forward(Rows(random_rows(0), LENGTHS, POSITIONS)) - random_rows(1)
@@ -60,7 +62,7 @@ def train(expert: Expert, steps: int) -> list[float]:
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """Within what bfloat16, of 8 bits, makes of sums of 16 numbers."""
+    """Checks that the difference is within the rounding of bfloat16 (8 bits) for sums of 16 numbers."""
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
@@ -182,7 +184,9 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 @pytest.fixture
 def live_bytes() -> Iterator[Callable[[], int]]:
-    """The memory of all tensors that were made since the test began, and of their gradients."""
+    """A function that returns the memory of all tensors, and of their gradients, that were made since the test
+    began.
+    """
 
     def measure() -> int:
         tensors = [found for found in gc.get_objects(generation=0) if isinstance(found, Tensor)]

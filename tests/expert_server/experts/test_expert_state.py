@@ -1,4 +1,4 @@
-"""The state of an expert: it travels whole, and nothing else is taken for it."""
+"""The state of an expert: it is transferred whole, and nothing else is accepted in its place."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from peer.errors import StateError
 
 
 def train(expert: Expert, steps: int) -> None:
-    """Takes optimizer steps that depend on the update count alone."""
+    """Takes optimizer steps that depend only on the update count."""
     for _ in range(steps):
         seed = 2 * expert.update_count
         backward(expert, random_rows(seed), random_rows(seed + 1))

@@ -1,4 +1,4 @@
-"""Narrow experts computed at once give what each gives alone."""
+"""Narrow experts that are computed together give the same as each alone."""
 
 from dataclasses import replace
 from typing import Any, Literal
@@ -78,7 +78,7 @@ def assert_alike(some: list[Expert], others: list[Expert]) -> None:
 def test_what_is_computed_together_is_what_each_expert_computes_alone(
     kind: str, norm: Any, activation: Any, lengths: list[list[int]], keeps_graph: bool, order: Any
 ) -> None:
-    # steps of plain gradients, which the rounding of tiny ones does not change by much
+    # With plain gradient steps, the rounding of tiny gradients changes little.
     manifest = make_manifest(kind, norm, activation, name="sgd", momentum=0.0)
     together, alone = (make_experts(manifest, len(lengths)) for _ in range(2))
     for step in range(2):
@@ -105,7 +105,7 @@ def test_what_is_computed_together_is_what_each_expert_computes_alone(
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_experts_of_encoder_and_decoder_are_not_computed_as_one(direction: Direction) -> None:
-    """A trainer's calls are of one layer each; a stranger's may name any."""
+    """Each call of a trainer is for one layer, but a stranger's call may name any experts."""
     plain = make_manifest()
     model = plain.model.model_copy(update={"layers": 2, "causal": (False, True)})
     manifest = plain.model_copy(update={"model": model})
@@ -145,7 +145,7 @@ def shared_forward(experts: list[Expert], seeds: list[int]) -> list[SharedGraph]
 
 
 def gradients_of(expert: Expert, seed: int) -> Tensor:
-    """Of the inputs, with the parameters as they are."""
+    """The gradient of the inputs with the present parameters."""
     rows = work(expert.uid, [4, 2], seed, "backward").rows
     x_RD = rows.inputs.requires_grad_()
     updates_RD = expert.block(x_RD, rows.lengths, rows.positions) - x_RD

@@ -1,4 +1,6 @@
-"""A state that another peer gives is refused if no training can have made it, and is on probation if one can have."""
+"""A state from another peer is refused if no training can have produced it, and is on probation if training can
+have.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -42,7 +44,7 @@ def trained_state(updates: int) -> State:
 
 
 def all_of(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
-    """Changes every tensor whose name starts or ends so."""
+    """Changes every tensor whose name starts or ends with `part`."""
     return lambda state: {
         name: change(tensor) if name.startswith(part) or name.endswith(part) else tensor
         for name, tensor in state.items()
@@ -199,7 +201,7 @@ def test_the_own_state_returns_whole_where_a_stranger_gave_no_moments() -> None:
 
 
 def test_the_state_just_before_the_strangers_is_the_one_that_returns() -> None:
-    """Not the one that was kept some updates earlier."""
+    """It is not the state that was saved some updates earlier."""
     expert = an_expert(20)
     expert.import_state(state_of(an_expert(UPDATES)), 20, STRANGER)
     assert expert._own_count == 20

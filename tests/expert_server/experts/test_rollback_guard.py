@@ -40,7 +40,7 @@ def random_rows(seed: int) -> Tensor:
 
 
 def train(expert: Expert, updates: int, seed: int = 0) -> list[float]:
-    """Fits fixed updates; the loss before each update."""
+    """Trains on fixed targets. Returns the loss before each update."""
     losses = []
     for _ in range(updates):
         output = expert.forward(Rows(random_rows(seed), LENGTHS, POSITIONS))

@@ -1,4 +1,4 @@
-"""The version of an expert's parameters, which answers name."""
+"""The version of an expert's parameters, which each answer names."""
 
 import pytest
 import torch

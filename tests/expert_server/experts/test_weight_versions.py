@@ -1,4 +1,4 @@
-"""Graphs of forward passes that outlive optimizer steps: their gradients are of the parameters they were made with."""
+"""Graphs of forward passes that outlive optimizer steps: their gradients are for the parameters of the forward pass."""
 
 import copy
 import gc
@@ -40,7 +40,7 @@ def part(seed: int, graph: ForwardGraph | None) -> Rows:
 
 
 class Reference:
-    """Steps an expert by gradients that are taken on whole copies of its block."""
+    """Steps an expert with gradients that are computed on whole copies of its block."""
 
     def __init__(self) -> None:
         self.expert = Expert(AN_UID, make_manifest())

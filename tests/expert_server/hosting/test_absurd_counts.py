@@ -1,4 +1,4 @@
-"""Who claims that its expert took more updates than can be does not get its way for ever."""
+"""A peer that claims more updates for its expert than are possible does not get its way for ever."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 
 MOST = 10 * 3 + 30_000
-"""Where the other node's experts have taken 3."""
+"""The largest claim that is believed where the other node's experts have taken 3 updates."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def honest_and_liar(village: Village, replicas: int) -> tuple[Node, Node, UID]:
-    """And the expert that the liar hosts alone."""
+    """Two nodes, and the expert that only the liar hosts."""
     liar = await village.found(experts=1)
     (uid,) = liar.runtime.experts
     honest = await village.join(
@@ -45,7 +45,7 @@ async def honest_and_liar(village: Village, replicas: int) -> tuple[Node, Node, 
 
 
 async def claim(node: Node, uid: UID, update_count: int) -> State:
-    """After one more update: so many. Gives its state."""
+    """Takes one update and then claims `update_count` of them. Returns the state."""
     state = (await train(node, {uid: 1}))[uid]
     await node.runtime.run(partial(node.runtime.experts[uid].import_state, state, update_count))
     await node.hosting.announce()

@@ -1,4 +1,6 @@
-"""Two replicas that meet come together, no update of either is lost, and none counts for more than it can be."""
+"""Two replicas that meet become equal, no update of either is lost, and no replica gets more weight than
+is plausible.
+"""
 
 import asyncio
 import random
@@ -120,7 +122,7 @@ def test_a_meeting_is_dated_by_what_each_went_on_with() -> None:
 
 
 def merged(current: State, base: State, theirs: State, share: float) -> State:
-    """Where nothing is clipped."""
+    """The average if nothing is clipped."""
     return averaged(current, base, theirs, dict.fromkeys(current, 1e12), share, MAX_UPDATE_COUNT)[0]
 
 

@@ -1,4 +1,4 @@
-"""Replicas of an expert that train and meet: what hostile ones do to an honest one, and what clipping costs."""
+"""Replicas of an expert that train and average: what hostile ones do to an honest one, and what clipping costs."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +27,7 @@ FAST = MANIFEST.model_copy(
 
 
 class Task:
-    """A linear map that replicas learn, each from batches of its own."""
+    """A linear map that replicas learn, each from its own batches."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ def trained_alone(seed: int, meetings: int) -> tuple[Task, Expert]:
 
 
 def loss_of_replicas(seed: int, replicas: int, meet: Callable[[Expert, Checkpoint], None]) -> float:
-    """Mean loss at the end. After each round of updates two of them meet, in turns."""
+    """The mean loss at the end. After each round of updates two replicas meet, in turns."""
     task = Task(seed)
     experts = [Expert(AN_UID, FAST) for _ in range(replicas)]
     for meeting in range(MEETINGS):
@@ -94,7 +94,9 @@ def test_without_hostile_replicas_clipping_costs_nothing(replicas: int) -> None:
 
 @cache
 def loss_beside_a_liar(lie: str | None, meet: Callable[[Expert, Checkpoint], None]) -> float:
-    """Mean loss of two honest replicas in the end, which meet each other and a third one. None: it is honest too."""
+    """The mean final loss of two honest replicas that meet each other and a third one, which lies. None: the third is
+    honest.
+    """
     task, (*honest, liar) = Task(3), [Expert(AN_UID, FAST) for _ in range(3)]
     for meeting in range(24):
         for expert in (*honest, liar):

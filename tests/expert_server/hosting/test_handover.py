@@ -1,4 +1,6 @@
-"""No expert is lost that another node can still reach: who leaves hands over, who is killed leaves replicas behind."""
+"""No expert is lost that another node can still get: a node that leaves hands over, and one that is killed leaves
+replicas.
+"""
 
 import asyncio
 import logging
@@ -41,7 +43,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def assert_hosted(nodes: list[Node], states: Mapping[UID, State], updates: Mapping[UID, int]) -> None:
-    """The nodes have these experts once, in these states."""
+    """Checks that exactly one of the nodes has each of these experts, with these states."""
     found = {uid: (node, expert) for node in nodes for uid, expert in node.runtime.experts.items()}
     assert sum(len(node.runtime.experts) for node in nodes) == len(found)
     assert {uid: found[uid][1].update_count for uid in updates} == updates
@@ -106,7 +108,7 @@ def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
 
 
 def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: Play) -> None:
-    """It is announced, and it has room, but it does not follow hints."""
+    """That peer is announced and has room, but does not react to requests to adopt."""
 
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
@@ -120,7 +122,7 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
 
 
 def test_an_heir_adopts_also_while_it_looks_for_what_to_host(play: Play) -> None:
-    """Looks are made one at a time, and the states that one fetches may come slowly."""
+    """A node makes one look at a time, and the states that a look fetches may arrive slowly."""
 
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)

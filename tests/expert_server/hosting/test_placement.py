@@ -1,4 +1,4 @@
-"""Who takes which expert: all peers must come to the same answer, each by itself."""
+"""Which node takes which expert: all nodes must independently come to the same answer."""
 
 import random
 from collections import Counter
@@ -119,7 +119,7 @@ def test_peers_that_choose_at_once_mostly_choose_differently() -> None:
     peers = seeded_peers(16)
     choices = [rank_vacancies(GRID, 8, peer_id) for peer_id in peers]
     distinct = {uid for chosen in choices for uid in chosen}
-    # 128 draws of 512 experts at random give 113 distinct ones on average
+    # 128 random draws from 512 experts give 113 different ones on average.
     assert len(distinct) > 100
 
 
@@ -335,7 +335,7 @@ def test_replicas_far_behind_are_fetched_last(
 
 @given(uids, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(-1, 9))
 def test_a_state_is_fresher_only_if_most_are(uid: UID, counts: list[int], own: int) -> None:
-    """A minority that claims more has no say."""
+    """A minority that claims more updates has no influence."""
     peers = seeded_peers(len(counts))
     hosts = [replica(uid, peer, SERVING, count) for peer, count in zip(peers, counts, strict=True)]
     more = [r for r in hosts if r.update_count > own]

@@ -1,4 +1,4 @@
-"""Exchanges of replicas: they pay, they come to an end, and no expert is left without a host."""
+"""Exchanges of replicas: they are worthwhile, they come to an end, and no expert is left without a host."""
 
 import random
 from dataclasses import replace

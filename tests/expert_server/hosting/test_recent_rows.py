@@ -1,4 +1,4 @@
-"""How many rows each expert computed lately, as nodes announce it."""
+"""How many rows each expert computed recently, as nodes announce it."""
 
 from hypothesis import given
 from hypothesis import strategies as st

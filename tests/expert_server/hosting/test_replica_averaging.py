@@ -1,4 +1,4 @@
-"""Replicas of one expert on real nodes: they take different updates, meet, and are one state again."""
+"""Replicas of one expert on real nodes: they take different updates, meet, and have the same state again."""
 
 import random
 from pathlib import Path
@@ -31,7 +31,7 @@ NAME = "block.attention_input.weight"
 
 
 def fetched(node: Node) -> int:
-    """How many states it has fetched from other nodes."""
+    """How many states the node has fetched from others."""
     return int(total(node.replicas.states.metrics.fetches, outcome="fetched"))
 
 
@@ -48,7 +48,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 async def couple(
     village: Village, updates: int, manifest: Manifest = MANIFEST, **settings: Any
 ) -> tuple[Node, Node]:
-    """Two nodes that host the same experts, which took updates before the second came."""
+    """Two nodes that host the same experts, which took updates before the second node came."""
     first = await village.found(manifest=manifest, **TWICE, **settings)
     await train(first, dict.fromkeys(UIDS, updates))
     await first.hosting.announce()
@@ -72,7 +72,7 @@ async def different_step(node: Node, uid: UID, move: float = 0.01) -> None:
 
 
 def way_gone(before: State, theirs: State, after: State) -> float:
-    """How much of the way from one weight to another's it has gone."""
+    """How far weights moved from `before` towards `theirs`, as a share of the distance."""
     way, gone = (state[NAME].double() - before[NAME].double() for state in (theirs, after))
     share = float((gone * way).sum() / way.square().sum())
     torch.testing.assert_close(gone, share * way, atol=1e-6, rtol=1e-4)
@@ -133,7 +133,8 @@ def test_two_replicas_that_took_different_updates_meet_and_come_together(play: P
 
         await eventually(averaged)
         after = await state_of(first, AN_UID), await state_of(second, AN_UID)
-        # 3 updates and 1 since the second fetched; nobody is more than half of another's average
+        # Since the second node fetched the state, they took 3 updates and 1. No replica has more than half of the
+        # weight in an average.
         assert way_gone(before[0], before[1], after[0]) == pytest.approx(0.25, rel=1e-3)
         assert 0 < way_gone(before[1], before[0], after[1]) < 0.5, (
             "3 steps away is further than 1 step reaches"
@@ -190,7 +191,7 @@ def test_what_a_leaving_node_has_accumulated_is_in_the_last_average(play: Play) 
         await first.stop()
 
         async def averaged() -> bool:
-            """The other took one more update."""
+            """Whether the other node has taken one more update."""
             return not torch.equal((await state_of(second, AN_UID))[NAME], before[NAME])
 
         await eventually(averaged)
@@ -246,7 +247,7 @@ def test_updates_taken_while_two_meet_are_not_lost(play: Play) -> None:
         for _ in range(4):
             step(alone)
         found, stepped = await state_of(first, AN_UID), alone.export_state()
-        # the other alone took an update since they met, so it is half of the average
+        # Only the other has taken an update since they met, so it has half of the weight in the average.
         torch.testing.assert_close(found[NAME], stepped[NAME] + (theirs[NAME] - begun[NAME]) / 2)
 
     play(scenario)
@@ -271,7 +272,7 @@ def test_a_replica_that_was_rolled_back_meanwhile_is_not_averaged(play: Play) ->
 
 
 def test_a_hint_that_the_dht_does_not_confirm_moves_nothing(play: Play) -> None:
-    """A stranger asks in its own name, and in that of a node that does not leave."""
+    """A stranger sends requests under its own identity, and in the name of a node that is not leaving."""
 
     async def scenario(village: Village) -> None:
         first = await village.found(experts=3, replicas=2, average_every_s=60)

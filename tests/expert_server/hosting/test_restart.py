@@ -1,4 +1,4 @@
-"""A node that comes back goes on with the experts it had, whether it stopped politely or was killed."""
+"""A node that comes back continues with the experts it had, whether it was stopped politely or killed."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -32,14 +32,14 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 def step(expert: Expert) -> None:
-    """An optimizer step that depends on the expert and its update count alone."""
+    """Takes an optimizer step that depends only on the expert and its update count."""
     generator = torch.Generator().manual_seed(expert.update_count)
     inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
     expert.backward([Rows(inputs, torch.tensor([5]), torch.arange(5), gradients)])
 
 
 async def train(node: Node, updates: Mapping[UID, int]) -> dict[UID, State]:
-    """Gives the states after so many updates of each expert."""
+    """Takes this many updates with each expert. Returns their states."""
     states = {}
     for uid, count in updates.items():
         expert = node.runtime.experts[uid]
@@ -50,7 +50,7 @@ async def train(node: Node, updates: Mapping[UID, int]) -> dict[UID, State]:
 
 
 async def announced(node: Node, uids: Collection[UID]) -> dict[UID, int]:
-    """The update counts that this node announces, by the DHT."""
+    """The update counts that this node announces in the DHT."""
     found = await node.swarm.registry.replicas(uids)
     me = node.swarm.host.peer_id
     return {uid: r.update_count for uid, hosts in found.items() for r in hosts if r.peer_id == me}

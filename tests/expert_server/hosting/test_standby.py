@@ -1,4 +1,4 @@
-"""An expert with one host lives on from another node's disk when that host dies for good."""
+"""An expert with one host survives on another node's disk when that host dies for good."""
 
 import time
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def copied(node: Node, standby: StandbyCopies | None = None) -> int:
-    """Looks, and copies; gives the copies since the start."""
+    """Looks at the swarm, and makes copies. Returns the number of copies since the start."""
     standby = standby or node._standby
     await node.hosting.announce()
     await node.hosting.look()
@@ -80,7 +80,7 @@ async def copied(node: Node, standby: StandbyCopies | None = None) -> int:
 
 
 def limited(node: Node, limit: int, clock: Callable[[], float] = time.monotonic) -> StandbyCopies:
-    """Of another limit than the node's own."""
+    """The node's standby copies with another limit."""
     return StandbyCopies(NodeSettings(), node.swarm, node.replicas, lambda: node.hosting.seen, limit, clock)
 
 

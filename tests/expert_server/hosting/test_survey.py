@@ -1,4 +1,4 @@
-"""What a node reads of its swarm: all of layers that have not split, and a little of others."""
+"""What a node reads about its swarm: everything about layers that have not split, and a little about the others."""
 
 import asyncio
 import random
@@ -27,7 +27,7 @@ ME, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
 
 
 class FakeRegistry:
-    """Knows which experts OTHER hosts, and counts what is read."""
+    """A registry in which OTHER hosts some experts. It counts what is read."""
 
     def __init__(self, hosted: Collection[UID]) -> None:
         self.hosted = set(hosted)
@@ -41,7 +41,7 @@ class FakeRegistry:
         return self.time
 
     def split(self, *layers: int) -> None:
-        """As a node that has read the layers' keys knows it."""
+        """Splits the layers. The node knows this once it has read their keys."""
         for layer in layers:
             self.regions.note((layer, ()), [0], Region({}, frozenset({0, 1}), 0, 0))
 
@@ -206,7 +206,7 @@ def test_a_huge_grid_costs_no_more_and_what_is_vacant_is_seen_twice() -> None:
 
 
 def test_a_manifest_of_millions_of_rows_costs_no_list_of_them() -> None:
-    """A list of the rows alone would be of 16 MB here, and of 512 MB on the largest grid."""
+    """A list of the rows alone would take 16 MB here, and 512 MB for the largest grid."""
     registry = FakeRegistry([])
     survey = make_survey((1024, 1024, 1), registry)
     tracemalloc.start()

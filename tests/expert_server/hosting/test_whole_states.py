@@ -1,4 +1,4 @@
-"""Of the states that several hosts give, an expert goes on from one that a hostile minority cannot bend."""
+"""If several hosts give a state, an expert continues with one that a hostile minority cannot distort."""
 
 import random
 from functools import cache
@@ -26,7 +26,7 @@ FRESH, OLDER, ONE, OTHER = (after(updates) for updates in (0, 2, 4, 6))
 
 
 def hostile(seed: int, count: int, copies_weights: bool) -> Checkpoint:
-    """The parameters of an honest state, or ones drawn at random; moments are random."""
+    """A hostile state: parameters of an honest state, or random ones, with random moments."""
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: tensor
@@ -78,7 +78,7 @@ def test_gradients_that_others_accumulated_stay_with_them() -> None:
 
 @pytest.mark.parametrize("trained", [0, 1, 2, 3])
 def test_hosts_that_have_not_trained_are_heard_too(trained: int) -> None:
-    """The expert has moments only if its update count says so."""
+    """An expert has moments only if its update count is above 0."""
     states = [*[ONE] * trained, *[FRESH] * (3 - trained)]
     _, chosen = choose(states, FRESH, RNG)
     assert chosen.update_count == (4 if trained >= 2 else 0)

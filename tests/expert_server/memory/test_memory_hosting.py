@@ -1,4 +1,4 @@
-"""Nodes that host memories, on a real swarm: they take shards, verify them, follow revisions, and hand over."""
+"""Nodes that host memories in a real swarm: they take shards, verify them, follow revisions, and hand over."""
 
 import asyncio
 import errno
@@ -83,15 +83,15 @@ def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play)
         second, third = await village.join(1, invite, **HOST), await village.join(2, invite, **HOST)
         for node in (second, third):
             await village.run(node)
-        # two replicas are enough, so the two share the work
+        # Two replicas are enough, so the two nodes divide the shards.
         await until_hosted(second.swarm, memory, 2, MEMORY)
         await until(lambda: second.state.name == "SERVING")
         await until(lambda: second.status().memory_shards + third.status().memory_shards >= 4)
-        # killed: it withdraws nothing
+        # The node is killed, so it withdraws nothing.
         await end(first_task)
         await founder.swarm.host.stop()
         await until(lambda: second.memories.hosted.shards == third.memories.hosted.shards == 4)
-        # both have all now, with the encoder and the codebook
+        # Both now have all shards, with the encoder and the codebook.
         for number in (1, 2):
             store = MemoryStore.open(folder(village, number, MEMORY))
             assert store.missing_parts() == []
@@ -162,7 +162,7 @@ def test_what_is_revoked_goes_from_all_hosts(play: Play) -> None:
         await until_hosted(founder.swarm, memory, 2, MEMORY)
         root = MEMORY.roots[2]
         later = MEMORY.revoking((root, 9))
-        # the founder's node follows its own store, too: from whoever serves the new manifest
+        # The founder's node follows revisions as well: it fetches from any node that serves the new manifest.
         await asyncio.to_thread(
             founder.memories.hosted.served[str(memory)].follow, later.manifest.serialize()
         )
@@ -213,7 +213,7 @@ def test_a_node_that_restarts_serves_what_is_on_its_disk_and_fetches_what_was_da
 def test_wrong_bytes_are_refused_and_come_from_another_host(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three hosts, one gives the wrong shard whenever it is asked."""
+    """One of three hosts gives the wrong shard whenever it is asked."""
 
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
@@ -271,7 +271,7 @@ def test_refused_memories_and_licences_are_not_hosted(play: Play) -> None:
 def test_a_licence_that_only_the_manifest_names_is_refused_once(
     play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A list has room for eight."""
+    """The list of refusals has room for eight."""
     caplog.set_level(logging.INFO)
     many = SampleMemory.make("many-licences", seed=3, licenses=(*(f"L-{n}" for n in range(8)), "secret"))
     fetched, fetch = Counter[bytes](), PartClient.fetch
@@ -568,7 +568,7 @@ def test_a_revision_that_is_not_what_its_publisher_lists_is_fetched_once(
 
 
 def test_a_host_that_starts_again_knows_the_newest_lists_that_it_saw(play: Play) -> None:
-    """Or whoever stores an older one again would take memories from it."""
+    """Otherwise a peer that stores an older list again could remove memories from the host."""
 
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
@@ -644,7 +644,7 @@ def test_without_disk_nothing_is_hosted_or_asked_for(play: Play) -> None:
 def test_a_memory_that_nobody_lists_any_more_makes_room_for_others(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as that of a librarian whose token was revoked."""
+    """For example the memory of a librarian whose token was revoked."""
     monkeypatch.setattr("expert_server.memory.following._UNLISTED_S", 0.0)
 
     async def scenario(village: Village) -> None:

@@ -1,4 +1,6 @@
-"""Which nodes host which shards: they choose differently, all shards get enough replicas, and none loses its last."""
+"""Which nodes host which shards: they choose differently, all shards get enough replicas, and none loses its
+last one.
+"""
 
 import random
 from collections import Counter
@@ -28,7 +30,7 @@ def shard(number: int, size: int = 100) -> ShardInfo:
 class Node:
     peer_id: PeerID
     room: int
-    """Shards."""
+    """The number of shards that the node has room for."""
     mine: set[ShardKey] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -36,7 +38,7 @@ class Node:
 
 
 class Town:
-    """Nodes that look one after the other, in a random order. Each sees what all others host."""
+    """Nodes that look one after another, in a random order. Each sees what all others host."""
 
     def __init__(self, nodes: int, shards: int, room: int, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -46,7 +48,7 @@ class Town:
         self.dropped = 0
 
     def round(self, estimate: int | None = None) -> None:
-        """Everybody looks once. `estimate`: of the number of nodes."""
+        """Lets every node look once. `estimate`: how many nodes they think there are."""
         self.rng.shuffle(self.nodes)
         for node in self.nodes:
             self.look(node, estimate or len(self.nodes))
@@ -96,7 +98,7 @@ def test_all_shards_get_enough_replicas_and_then_nothing_moves(
 @given(st.integers(0, 2**32))
 @settings(deadline=None, max_examples=20)
 def test_room_for_just_enough_is_used_up_and_nothing_is_lost(seed: int) -> None:
-    """Twelve nodes for twenty shards, two replicas of each."""
+    """There are twelve nodes for twenty shards with two replicas each."""
     town = Town(12, 20, room=5, seed=seed % 1000)
     had: set[ShardKey] = set()
     for _ in range(60):

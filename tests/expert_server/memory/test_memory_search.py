@@ -55,7 +55,7 @@ def test_search_is_exact_and_never_finds_what_was_revoked(
 def test_shards_are_searched_together_as_one(
     built: list[tuple[list[Passage], Vectors]], k: int, has_instructions: bool
 ) -> None:
-    """With and without the processor's products of bytes."""
+    """Tested with and without the processor's instructions for products of bytes."""
     dimensions = 18  # enough for the processor's products of bytes
     some, every = [], []
     for number, (passages, vectors) in enumerate(built):
@@ -113,7 +113,7 @@ def on_disk(folder: Path, seed: int) -> PrimaryShard:
 
 
 def stretches(cache: VectorCache, some: list[PrimaryShard], *numbers: int) -> list[list[int]]:
-    """Which of these shards came together. Each is checked."""
+    """Which of these shards are read together. The content of each is checked."""
     found = []
     for rows_ND, together in cache.stretches([some[number] for number in numbers]):
         found.append([numbers[each] for each in together])

@@ -1,4 +1,6 @@
-"""MemoryService over real connections: answers are exact and proven, too much is refused, callers take turns."""
+"""MemoryService over real connections: answers are exact and proven, too large requests are refused, callers take
+turns.
+"""
 
 import asyncio
 import threading
@@ -34,7 +36,7 @@ QUERIES = np.random.default_rng(5).integers(-127, 128, (3, DIMENSIONS), np.int8)
 
 
 def exact(query: Vectors, roots: list[bytes], k: int) -> list[tuple[int, int, int]]:
-    """Score, shard and position of the best, by exhaustive search."""
+    """The score, shard and position of the best passages, by exhaustive search."""
     found = []
     for number, root in enumerate(roots):
         _, vectors = MEMORY.passages[root]
@@ -134,7 +136,7 @@ def test_a_shard_that_the_disk_does_not_give_is_no_longer_served(loop: LoopThrea
         path = tmp_path / "m" / "shards" / first.hex()
         data = path.read_bytes()
         path.write_bytes(data[:-9])
-        # as when something in it was revoked at this moment
+        # As if something in the shard had been revoked at this moment.
         with pytest.raises(grpc.aio.AioRpcError) as changed:
             await stub.Search(search_request(memory, 9, QUERIES.tobytes(), first))
         assert changed.value.code() is StatusCode.UNAVAILABLE
@@ -285,7 +287,7 @@ def test_a_fetch_goes_on_where_it_was_cut_off(
         data = await library.client().fetch(library.node(1), str(library.memory_id(MEMORY)), root, 2**20)
         assert data == MEMORY.files[root]
         assert cut == [0]
-        # what had come did not come again
+        # What had arrived before was not sent again.
         assert sum(sent) < len(data) + 2000
 
     in_library(loop, tmp_path, scenario)
@@ -482,7 +484,7 @@ def test_a_search_that_nobody_waits_for_stops(
         call.cancel()
         await until(lambda: total(servicer.metrics.calls, outcome="refused") >= 1)
         go.set()
-        # the thread is free again for the next call
+        # The thread is free for the next call.
         await stub.Read(read_request(library.memory_id(MEMORY), (MEMORY.roots[0], [0])))
         assert len(searched) == 1
 

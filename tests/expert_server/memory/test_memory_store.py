@@ -1,4 +1,4 @@
-"""Memories on disk: what is read is verified, what is revoked goes, and a full disk loses nothing."""
+"""Memories on disk: what is read is verified, revoked passages are removed, and a full disk loses nothing."""
 
 import errno
 import hashlib
@@ -92,7 +92,7 @@ def test_what_is_revoked_goes_from_memory_and_disk(tmp_path: Path) -> None:
     assert again.manifest.revision == 2
     again.load(root)
     assert again.shards[root].read([7])[0].passage is None
-    # and from a whole copy of somebody who does not know yet
+    # Also from a host with a whole copy, which has not heard of the revocation yet.
     store.drop(root)
     store.save(root, store.verified(root, MEMORY.files[root]))
     assert store.shards[root].read([7])[0].passage is None
@@ -129,7 +129,9 @@ def test_shards_of_an_older_revision_go(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_left_the_manifest_while_it_came_leaves_no_file(tmp_path: Path) -> None:
-    """Else a publisher who changes its list again and again would fill disks with what no limit counts."""
+    """Otherwise a publisher that changes its list again and again could fill disks with files that count towards no
+    limit.
+    """
     store = MEMORY.write(tmp_path / "m", lambda root: False)
     first = MEMORY.roots[0]
     data = store.verified(first, MEMORY.files[first])
@@ -219,7 +221,9 @@ def test_a_revision_reads_only_the_shards_of_which_something_is_revoked(
 def test_the_checksum_is_that_of_the_file_that_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if something is revoked while the first checksum is computed: on other threads than each other."""
+    """This holds even if something is revoked while the checksum is computed, since the two run on different
+    threads.
+    """
     store, root = MEMORY.write(tmp_path / "m"), MEMORY.roots[2]
     sha256, changes = hashlib.sha256, [MEMORY.revoking((root, 7)).manifest.serialize()]
 
@@ -238,7 +242,9 @@ def test_the_checksum_is_that_of_the_file_that_is_given(
 
 
 def test_a_shard_that_grows_beyond_its_size_when_something_is_revoked_is_refused(tmp_path: Path) -> None:
-    """What is repeated is stored once, as long as it is near enough. Otherwise hosts would take it again and again."""
+    """A repeated passage is stored once if the first one is near enough. So a shard may grow when something is revoked,
+    and hosts would fetch it again and again if they accepted that.
+    """
     rng = random.Random(1)
     repeated, *others = ("".join(rng.choices("0123456789abcdef", k=7800)) for _ in range(11))
     texts = [repeated, *others[:3], repeated, *others[3:6], repeated]

@@ -1,4 +1,4 @@
-"""Shards of memories: what is built is found and proven, what was changed is refused, and what was revoked is gone."""
+"""Shards of memories: built passages are found and proven, changed ones are refused, and revoked ones are gone."""
 
 import io
 import zlib
@@ -57,7 +57,7 @@ def test_revoked_passages_leave_their_leaf_alone() -> None:
     inflated = b"".join(zlib.decompress(shard._block(block)) for block in range(4))
     assert all(passages[position].text.encode() not in inflated for position in gone)
     assert passages[1].text.encode() in inflated
-    # a host can't use a revocation that there was not to keep a passage from others
+    # A host cannot invent a revocation to keep a passage from others.
     with pytest.raises(WireError, match="not revoked"):
         shard.check({whole.root: gone[1:]})
 
@@ -85,7 +85,7 @@ def test_a_secondary_shard_proves_where_each_text_lies_or_what_stands_for_it(
         assert proof.text == texts[entry.place.position]
         assert proof.is_revoked == (proof.text in gone)
         assert proof.vector == (b"" if proof.is_revoked else vectors[entry.place.position].tobytes())
-        # nobody can say that it is another passage's
+        # Nobody can claim that the vector belongs to another passage.
         spoilt = entry.message(0)
         spoilt.text_position += 1
         with pytest.raises(WireError, match="forged"):

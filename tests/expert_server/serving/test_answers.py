@@ -1,4 +1,4 @@
-"""Answers to rows, by the formulas of proto/expert.proto and with any experts failing or late."""
+"""Answers to rows, by the formulas of proto/expert.proto, when any experts fail or are late."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def make_assignment(
 
 @st.composite
 def assignments(draw: st.DrawFn) -> Assignment:
-    """Up to six experts; each row has one to all of them."""
+    """Up to six experts. Each row is for between one and all of them."""
     experts = draw(st.integers(1, 6))
     experts_of_row = draw(st.lists(st.sets(st.integers(0, experts - 1), min_size=1), min_size=1, max_size=12))
     rows_of = [[row for row, own in enumerate(experts_of_row) if e in own] for e in range(experts)]
@@ -61,7 +61,7 @@ def place_of(assignment: Assignment, expert: int, row: int) -> int:
 def answer_of(
     assignment: Assignment, tensors: list[Tensor], row: int, own: list[int], weighs: bool
 ) -> Tensor:
-    """The formula for one row: the experts of `own` are in its answer."""
+    """The formula for one row, with the answers of the experts `own`."""
     weights = [
         float(assignment.weights[assignment.pairs_of(e)][place_of(assignment, e, row)]) if weighs else 1.0
         for e in own
@@ -76,7 +76,7 @@ def answer_of(
 def test_each_row_is_answered_once_with_what_the_formula_says(
     assignment: Assignment, data: st.DataObject, weighs: bool, seed: int
 ) -> None:
-    """Experts are over in any order and together, some fail, and the flush comes at any time."""
+    """Experts finish in any order or together, some fail, and the flush comes at any time."""
     count, experts = len(assignment), len(assignment.uids)
     tensors = tensors_of(assignment, seed)
     order = data.draw(st.permutations(range(experts)))

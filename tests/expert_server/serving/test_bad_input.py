@@ -70,7 +70,7 @@ def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) 
 
 
 def claim_kept(rows: int) -> Call:
-    """A backward call for one that was never made."""
+    """A backward call that names a forward call which was never made."""
     call = Call(lengths=[1] * ROWS, positions=[0] * ROWS).kept()
     call.header.kept_rows = rows
     return call
@@ -184,7 +184,7 @@ def test_weights_at_both_ends_of_float32_give_finite_sums(run: Runner, direction
 
 
 def test_products_that_overflow_stay_finite(run: Runner) -> None:
-    """As does the sum of two experts' gradients."""
+    """The sum of two experts' gradients stays finite as well."""
     call = Call(uids=[FIRST, SECOND]).keeping()
     backward = call.kept()
     backward.tensors[0].fill_(3e38)
@@ -218,7 +218,7 @@ def test_a_stream_without_end_is_cut_off_where_the_payload_should_end(run: Runne
 
 
 def test_slow_callers_in_every_place_are_let_go_and_the_node_serves(run: Runner) -> None:
-    """The edge serves 64 calls at the same time. Each caller sends one byte, and then no more."""
+    """The server handles 64 calls at the same time. Each caller sends one byte and then stops."""
 
     async def scenario(edge: Edge) -> None:
         async def send_one_byte(number: int) -> StatusCode:
@@ -247,7 +247,7 @@ def test_a_trickle_is_no_way_to_stay_longer(run: Runner) -> None:
             for at in range(len(call.payload)):
                 await stream.write(piece(call.payload[at : at + 1]))
                 await asyncio.sleep(0.01)
-        # grpc.aio makes INTERNAL of a status that comes while it writes
+        # grpc.aio reports INTERNAL if a status arrives while it writes.
         assert await stream.code() in (StatusCode.DEADLINE_EXCEEDED, StatusCode.INTERNAL)
         assert total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
@@ -255,7 +255,7 @@ def test_a_trickle_is_no_way_to_stay_longer(run: Runner) -> None:
     run(scenario, max_call_s=0.5)
 
 
-# Whatever bytes come as messages
+# Arbitrary bytes as messages
 
 
 def messages(seed: int, direction: Direction) -> list[bytes]:
@@ -280,7 +280,7 @@ def spoil(data: bytes, way: str, at: int, byte: int) -> bytes:
             return bytes([byte]) * at
 
 
-# mostly in the header: the payload's bytes are any bytes
+# Mostly in the header, since the payload may be any bytes.
 changes = st.lists(
     st.tuples(
         st.sampled_from([0, 0, 0, 1, 2]),
@@ -299,10 +299,10 @@ class Fuzzed:
     edge: Edge
     channel: grpc.Channel
     tasks: int
-    """On the loop, while nobody calls."""
+    """The number of tasks on the loop while nobody calls."""
 
     async def quiet(self) -> None:
-        """Waits until no call goes on: grpc answers bytes that are no message before the call's handler is done."""
+        """Waits until no call is running: gRPC answers malformed bytes before the call's handler has ended."""
         await wait_until(lambda: len(asyncio.all_tasks()) <= self.tasks)
         await self.edge.runtime.settle()
         await self.edge.runtime.run(lambda: None)  # also what is computed for a caller that has gone

@@ -44,18 +44,18 @@ LOOP.close()
 
 
 def add(queue: BatchQueue, work: WorkItem) -> Entry:
-    """With a future that nobody waits for."""
+    """Adds work with a future that nobody waits for."""
     return queue.push(work, asyncio.Future(loop=LOOP), queue.discard)
 
 
 def push(queue: BatchQueue, work: WorkItem) -> tuple[Entry, list[Entry]]:
-    """As the runtime does; and what had to make room."""
+    """Adds work as the runtime does. Returns the entry, and the entries that had to make room for it."""
     displaced = queue.make_room(work)
     return add(queue, work), displaced
 
 
 class ModelQueue:
-    """What BatchQueue should do, by full scans."""
+    """What BatchQueue should do, computed by full scans."""
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
         self.max_queued_rows, self.max_batch_rows = max_queued_rows, max_batch_rows
@@ -223,7 +223,7 @@ def test_expired_work_is_never_in_a_batch() -> None:
 
 @st.composite
 def arrivals(draw: st.DrawFn) -> dict[str, list[tuple[int, UID, Direction, float]]]:
-    """For each caller a cycle of works, of which it always has some waiting."""
+    """For each caller, a cycle of works. Some of its work is always waiting."""
     work = st.tuples(st.integers(1, MAX_WORK_ROWS), uids, directions, st.floats(1, 1e6))
     return {name: draw(st.lists(work, min_size=1, max_size=5)) for name in "abcd"[: draw(st.integers(2, 4))]}
 
@@ -233,7 +233,7 @@ def arrivals(draw: st.DrawFn) -> dict[str, list[tuple[int, UID, Direction, float
 def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
     cycles: dict[str, list[tuple[int, UID, Direction, float]]], late: int, depth: int, head_start: int
 ) -> None:
-    """`late` callers come after `head_start` batches; from then on all have `depth` rows waiting."""
+    """The `late` callers come after `head_start` batches. From then on all callers have `depth` rows waiting."""
     queue, names = BatchQueue(10**6, MAX_BATCH_ROWS), list(cycles)
     waiting: Counter[str] = Counter()
     served: Counter[str] = Counter()
@@ -257,7 +257,8 @@ def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
             waiting[entry.work.caller] -= len(entry.work.rows)
             served[entry.work.caller] += len(entry.work.rows)
         if batch_number >= head_start:
-            # at most BOUND from equal virtual times; those that came earlier may have been BOUND ahead or behind
+            # They differ by at most BOUND from equal virtual times; earlier callers may already have been BOUND ahead
+            # or behind.
             most = BOUND if head_start == 0 else 2 * BOUND
             assert all(abs(served[a] - served[b]) <= most for a, b in combinations(names, 2))
 
@@ -373,7 +374,9 @@ def test_who_comes_to_a_full_queue_gets_room_from_the_one_that_filled_it() -> No
 
 @pytest.mark.parametrize("caller", ["a newcomer", "a stranger"])
 def test_what_comes_to_a_full_queue_costs_about_as_little_however_much_waits(caller: str) -> None:
-    """Be it taken or refused: the loop sees to it, for each expert of a call."""
+    """This holds for work that is accepted and for work that is refused. The event loop does it for each expert of a
+    call.
+    """
 
     def cpu_s(rows: int) -> float:
         queue, works = (

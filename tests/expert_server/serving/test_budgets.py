@@ -1,4 +1,4 @@
-"""Budgets: over any time, a caller gets its rate and one burst, and no other caller's budget is touched."""
+"""Budgets: over any time, a caller gets at most its rate and one burst, and no other caller's budget is affected."""
 
 import contextlib
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def test_when_to_come_back_is_told() -> None:
     assert retry_after_s(None, 1.0) == 1.0
 
 
-# Over a socket
+# Over a real socket
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def work(caller: str, size: float, seed: int = 0) -> WorkItem:
 
 
 def change(batch: list[WorkItem]) -> torch.Tensor:
-    """What a batch does to the first expert's parameters."""
+    """How a batch changes the first expert's parameters."""
     expert = Expert(FIRST, MANIFEST)
     before = torch.cat([p.detach().clone().flatten() for p in expert.block.parameters()])
     assert all(isinstance(result, Result) for result in compute(expert, batch))
@@ -141,7 +141,7 @@ def test_one_callers_huge_gradients_do_not_drown_anothers() -> None:
     assert [[w.caller for w in group] for group in by_size([huge, honest])] == [["honest"], ["huge"]]
     alone, together, drowned = change([honest]), change([huge, honest]), change([huge])
     cosine = torch.nn.functional.cosine_similarity
-    # what the two do together holds the honest caller's whole step, beside the other's
+    # The step for both contains the honest caller's whole step, in addition to the other's.
     assert cosine(together - drowned, alone, dim=0) > 0.7
     assert together.norm() < 3 * alone.norm()
 

@@ -1,4 +1,6 @@
-"""Whatever one caller sends, it has its share of an expert's steps, and its gradients drown nobody's."""
+"""Whatever one caller sends, it gets only its share of an expert's steps, and its gradients do not drown out
+others'.
+"""
 
 from dataclasses import replace
 
@@ -51,7 +53,7 @@ def state_of(expert: Expert) -> torch.Tensor:
 
 
 def expert_with_one_over(caller: str = "tiny", rows_per_update: int = 1) -> Expert:
-    """Of three callers, one has caused most of the steps with few rows."""
+    """An expert with three callers, one of which has caused most of the steps with few rows."""
     expert = Expert(FIRST, make_manifest(rows_per_update=rows_per_update))
     for name in ("a", "b"):
         expert.callers.note_rows(name, 100, 4.0)
@@ -72,7 +74,9 @@ class _NoRule(Callers):
 
 
 def test_an_expert_learns_beside_a_caller_that_floods_it_with_flipped_gradients() -> None:
-    """Fifty tiny batches for each honest one, a thousand times as large; four of the five callers are honest."""
+    """That caller sends fifty tiny batches for each honest one, a thousand times as large. Four of the five callers are
+    honest.
+    """
     manifest = make_manifest("ffn", learning_rate=1e-2)
     unprotected = Expert(FIRST, manifest)
     unprotected.callers = _NoRule()
@@ -168,7 +172,7 @@ def test_others_take_their_step_beside_one_that_is_over() -> None:
 
 @pytest.mark.parametrize("rows_per_update", [1, 6])
 def test_what_was_withheld_is_in_no_later_step(rows_per_update: int) -> None:
-    """One who floods an expert would turn round the steps of others with all that was withheld from it."""
+    """Otherwise a caller that floods an expert could reverse others' steps with all that was withheld from it."""
     expert = expert_with_one_over(rows_per_update=rows_per_update)
     plain = Expert(FIRST, make_manifest(rows_per_update=rows_per_update))
     size = expert.state_bytes
@@ -185,7 +189,7 @@ def test_what_was_withheld_is_in_no_later_step(rows_per_update: int) -> None:
 
 
 def test_a_caller_does_not_end_what_others_accumulate_more_often_than_its_share() -> None:
-    """By gradients of another size, which need a step of their own."""
+    """It could do so with gradients of another size, which need a step of their own."""
     counts = []
     for callers in (Callers(), _NoRule()):
         expert = Expert(FIRST, make_manifest(rows_per_update=32))
@@ -200,7 +204,7 @@ def test_a_caller_does_not_end_what_others_accumulate_more_often_than_its_share(
 
 
 def test_a_batch_that_fails_buys_its_caller_no_steps() -> None:
-    """Each work is computed by itself then."""
+    """After a failed batch, each work is computed by itself."""
     expert = Expert(FIRST, MANIFEST)
     for name in "abc":
         compute(expert, [work(name, 50)])
@@ -233,7 +237,7 @@ def test_narrow_experts_computed_together_hold_the_caller_back_as_well() -> None
 
 @pytest.mark.parametrize("size", [1e3, 1e30])
 def test_the_answer_to_gradients_that_were_scaled_down_is_that_to_what_was_sent(size: float) -> None:
-    """Also where attention mixes the rows: all of a call's are scaled alike."""
+    """This holds where attention mixes the rows, too: all rows of a call are scaled alike."""
     expert, plain = Expert(FIRST, MANIFEST), Expert(FIRST, MANIFEST)
     for name in "ab":
         expert.callers.note_rows(name, 4, 1.0)

@@ -1,4 +1,4 @@
-"""Forward calls kept for their backward call: the budget holds, and what is oldest goes first."""
+"""Forward calls that are kept for their backward call: the memory budget holds, and the oldest are dropped first."""
 
 import sys
 import threading
@@ -25,11 +25,11 @@ ASSIGNMENT = Assignment(
     weights=np.ones(3, np.float32),
 )
 BARE = ROW.nbytes + 3 * ROW.nbytes + 3 + ASSIGNMENT.nbytes + 2048 + 3 * 128
-"""Bytes of `a_forward`: its inputs, the updates, which of them are answered, and the rest."""
+"""Bytes of `a_forward`: its inputs, the updates, which of them are answered, and the overhead."""
 
 
 def a_version(size: int = 0) -> WeightVersion:
-    """Of so many bytes, which are held for its graphs alone once it is stashed."""
+    """A version of `size` bytes. Once it is stashed, only its graphs keep it alive."""
     return WeightVersion([nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False)], None)
 
 
@@ -54,7 +54,7 @@ def key(number: int, caller: str = "QmA") -> tuple[str, bytes]:
 
 
 def put(store: ForwardCache, key: tuple[str, bytes], *graphs: Graph) -> bool:
-    """Whether a new call is kept."""
+    """Adds a new call. Returns whether it is kept."""
     forward = a_forward()
     if not store.put(key, forward, now=0.0):
         return False
@@ -64,7 +64,7 @@ def put(store: ForwardCache, key: tuple[str, bytes], *graphs: Graph) -> bool:
 
 
 def graphs_of(store: ForwardCache, *keys: tuple[str, bytes]) -> list[list[int] | None]:
-    """Takes calls, and says of which experts they have graphs; None if they are gone."""
+    """Takes the calls. Returns for which experts each has graphs; None if the call is gone."""
     taken = [store.take(key) for key in keys]
     return [None if forward is None else list(forward.graphs) for forward in taken]
 

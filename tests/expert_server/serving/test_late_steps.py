@@ -1,4 +1,6 @@
-"""What an expert has accumulated leads to a step after a while, and a node counts the steps that were taken."""
+"""Gradients that an expert has accumulated lead to a step after a while, and a node counts the steps that were
+taken.
+"""
 
 import asyncio
 import time
@@ -17,7 +19,7 @@ PATIENT = MANIFEST.model_copy(update={"optimizer": OPTIMIZER})
 
 
 async def stepped(runtime: Runtime, uid: UID = FIRST, updates: int = 1, counted: int = 1) -> None:
-    """Returns once the expert has taken so many steps and the node has counted so many, of all experts."""
+    """Waits until the expert has taken `updates` steps, and the node has counted `counted` steps of all experts."""
     while True:
         if runtime.experts[uid].update_count == updates and total(runtime.metrics.updates) >= counted:
             return

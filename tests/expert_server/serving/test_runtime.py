@@ -1,4 +1,4 @@
-"""Work of many callers: merged, bounded, and each gets what it would get alone."""
+"""Work of many callers: it is merged and bounded, and each caller gets what it would get alone."""
 
 import asyncio
 

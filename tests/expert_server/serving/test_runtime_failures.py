@@ -1,4 +1,4 @@
-"""What fails, is taken away or is given up in a runtime harms nobody else."""
+"""Work that fails, is removed or is given up in a runtime harms nobody else."""
 
 import asyncio
 import threading
@@ -46,7 +46,7 @@ def test_a_caller_that_leaves_during_its_batch_harms_nobody() -> None:
 
 
 class BrokenExpert(Expert):
-    """Fails as torch may: out of memory, a wrong kernel."""
+    """An expert that fails as torch may: out of memory, or in a kernel."""
 
     def forward(self, rows: Rows) -> Tensor:
         raise RuntimeError("no kernel image is available")
@@ -191,7 +191,7 @@ def test_rollbacks_are_counted_also_when_the_batch_fails() -> None:
 
 
 def test_a_rollback_to_an_earlier_update_count_is_no_failure_of_the_node() -> None:
-    """The count goes down when a state that another peer gave turns bad."""
+    """The count goes down when a state from another peer turns out to be bad."""
     expert, given = Expert(FIRST, MANIFEST), Expert(FIRST, MANIFEST)
     for seed in range(2 * CHECK_EVERY_UPDATES):
         given.backward([make_work(direction="backward", seed=seed).rows])

@@ -37,19 +37,21 @@ UIDS = MANIFEST.uids()
 ALWAYS_THERE, BROKEN = UIDS[:3], UIDS[2]
 CALLERS, CALLS = 24, 40
 LEAST_DONE = CALLERS * CALLS // 10
-"""Fewer were no test. A slow machine refuses most calls, so there are more of them."""
+"""The smallest number of successful calls for a valid test. A slow machine refuses most calls, so then there are more
+calls.
+"""
 MAX_ROWS = 9
 
 
 @dataclass
 class Witness:
-    """Sees what the compute threads do, and what must never be."""
+    """Records what the compute threads do, and notices what must never happen."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     under_way: Counter[UID | None] = field(default_factory=Counter)
-    """Batches by expert, and functions that were run (None)."""
+    """Batches under way, by expert; for functions that are run, by None."""
     computed: Counter[int] = field(default_factory=Counter)
-    """Rows by work."""
+    """How many rows of each work were computed."""
     batches: int = 0
     steps: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Witness:
 
 
 class WatchedExpert(Expert):
-    """Gives back what it gets, some of it twice as large, after a while, and by itself."""
+    """An expert that returns its inputs after a while, some doubled, and is not computed together with others."""
 
     grouped_block = None
 
@@ -99,14 +101,14 @@ class WatchedExpert(Expert):
 
 
 class Stress:
-    """Callers, and somebody who adds, removes and runs things, all by one seed."""
+    """Callers, and a task that adds, removes and runs things, all from one seed."""
 
     def __init__(self, seed: int, threads: int) -> None:
         self.witness = Witness()
         self.ends: dict[int, StatusCode | str] = {}
         """How each work ended: a status, or "cancelled"."""
         self.done = 0
-        """How many ended well."""
+        """How many works succeeded."""
         self.rows: dict[int, int] = {}
         self._one_more = asyncio.Event()
         self.ran: Counter[str] = Counter()
@@ -115,9 +117,9 @@ class Stress:
         self.runtime = Runtime(experts, max_queued_rows=60, max_batch_rows=20, threads=threads)
 
     async def all_at_once(self) -> None:
-        """Until every caller has made its calls, and enough ended well.
+        """Runs everything until every caller has made its calls, and enough calls have succeeded.
 
-        Raises TimeoutError when one of them never ends.
+        Raises TimeoutError if a call never ends.
         """
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             callers = [

@@ -1,4 +1,4 @@
-"""A runtime computes work for several experts of one caller in one batch, and each gets what it would get alone."""
+"""A runtime computes work for several experts of one caller in one batch, with the same results as for each alone."""
 
 import asyncio
 from dataclasses import replace
@@ -25,7 +25,7 @@ UIDS = MANIFEST.uids()
 
 
 def works_of(results: list[Result] | None = None, seed: int = 0) -> list[WorkItem]:
-    """Forward, or what follows on those results."""
+    """Forward works, or the backward works for those results."""
     if results is None:
         works = [make_work(3 + n, uid, seed=seed + n) for n, uid in enumerate(UIDS)]
         return [replace(work, keep=True) for work in works]
@@ -143,7 +143,7 @@ def test_backward_work_does_not_wait_for_what_never_comes() -> None:
 
 
 def test_others_do_not_wait_for_the_rest_of_a_callers_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a caller that never sends the rest would keep an expert from all others."""
+    """Otherwise a caller that never sends the rest would block an expert for all others."""
     runtime = make_runtime(*make_experts())
     monkeypatch.setattr(runtime_module, "_GATHER_S", 60.0)
 

@@ -1,4 +1,4 @@
-"""Rows of sequences kept for the next call: the room is kept to, and nobody gets or loses what is another's."""
+"""Rows of sequences that are kept for the next call: the limit holds, and no caller gets or loses another's rows."""
 
 import time
 
@@ -29,7 +29,7 @@ def put(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, 
 
 
 def has(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, count: int = 16) -> bool:
-    """Takes it, too."""
+    """Whether the cache has the sequence. Also takes it out."""
     try:
         (taken,) = cache.take(caller, uid, [number], [count])
     except ExpertError:
@@ -127,7 +127,7 @@ def test_it_keeps_to_its_room_and_takes_nothing_from_those_within_their_share(
 
 
 def test_a_flood_takes_as_long_however_many_keep_something() -> None:
-    """The event loop waits meanwhile. It took minutes to look at all entries and all callers each time."""
+    """The event loop is blocked meanwhile. Looking at all entries and callers each time took minutes."""
     others, entries = 4096, 2**13
     cache = SequenceCache(lambda: (others + entries) * ENTRY_BYTES)
     for number in range(others):

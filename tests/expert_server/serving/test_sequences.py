@@ -1,4 +1,6 @@
-"""Sequences that calls go on with, over real TLS: the same answers as to all rows at once, and wrong calls refused."""
+"""Calls that continue sequences, over real TLS: the same answers as for all rows at once, and wrong calls
+are refused.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +46,7 @@ WHOLE = Call(
     positions=[0, 1, 3, 8, 2, 5, 6],
     rows_of=[[0, 2, 3, 4, 5, 6], [0, 1, 3, 5]],
 )
-"""Of two sequences: all of their rows at once."""
+"""All rows of two sequences at once."""
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def part(
     rows_of: Sequence[Sequence[int]],
     held: Sequence[Sequence[int]] = (),
 ) -> Call:
-    """Some rows of `WHOLE`, as a call of their own."""
+    """Some rows of `WHOLE`, as a separate call."""
     call = Call(
         uids=[FIRST, SECOND],
         lengths=lengths,

@@ -1,4 +1,4 @@
-"""The gRPC edge, over real TLS: right calls get right answers."""
+"""The gRPC server, over real TLS: valid calls get correct answers."""
 
 import asyncio
 import threading
@@ -53,7 +53,7 @@ def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) 
 
 
 def fresh(*uids: UID) -> list[Expert | None]:
-    """As the server's are before any call."""
+    """Experts like those of the server before any call."""
     return [None if uid == ABSENT else Expert(uid, MANIFEST) for uid in uids]
 
 
@@ -68,7 +68,7 @@ SPREAD: dict[str, Any] = {
     "rows_of": [[0, 1, 3], [2, 3], [1, 2, 4], [3, 4]],
     "weights_of": [[1.0, 0.25, 1e-6], [3.0, 0.5], [2.0, 1.0, 1e-30], [1.0, 0.5]],
 }
-"""Several experts, each with rows of its own. The second is not hosted."""
+"""A call for several experts, each with its own rows. The second is not hosted."""
 
 
 @both_directions
@@ -223,7 +223,7 @@ def test_an_expert_that_is_late_for_all_of_its_rows_is_given_up(
 
 
 def hold(edge: Edge, uid: UID, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Makes an expert's forward passes wait for this event, and every expert compute by itself."""
+    """Makes an expert's forward passes wait for the returned event, and keeps experts from being computed together."""
     let_go, held = threading.Event(), edge.runtime.experts[uid]
     for expert in edge.runtime.experts.values():
         monkeypatch.setattr(expert, "grouped_block", None)

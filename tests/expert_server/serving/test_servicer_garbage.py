@@ -1,4 +1,4 @@
-"""Whatever else may come to the port: it does not stop the server."""
+"""Arbitrary bytes that arrive at the port do not stop the server."""
 
 import asyncio
 import random

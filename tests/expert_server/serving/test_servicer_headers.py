@@ -1,4 +1,4 @@
-"""Wrong headers, over real TLS and without a network: each is refused, saying what is wrong."""
+"""Wrong headers, over real TLS and without a network: each is refused with a message that says what is wrong."""
 
 from collections.abc import Callable, Iterator, Sequence
 from math import inf, nan
@@ -67,7 +67,7 @@ def set_rows(lengths: Sequence[int], positions: Sequence[int] = POSITIONS) -> Ca
 
 
 def set_experts(*rows: Sequence[int], weights: Sequence[float] = ()) -> Callable[[Call], None]:
-    """Rows of the first experts, and the weights of the first."""
+    """Sets the rows of the first experts, and the weights of the first."""
 
     def change(call: Call) -> None:
         del call.header.experts[:]
@@ -268,7 +268,7 @@ floats = st.one_of(st.floats(0.25, 4.0, width=32), st.floats(width=32))
 
 
 def packed(segments: list[list[int]]) -> dict[str, list[int]]:
-    """Rows whose positions rise by the given steps; right unless one passes the context."""
+    """Rows whose positions rise by the given steps. They are valid unless one exceeds the context."""
     positions = [sum(rises[: n + 1]) for rises in segments for n in range(len(rises))]
     return {"segment_lengths": list(map(len, segments)), "positions": positions}
 
@@ -301,7 +301,7 @@ def weights_of(expert: expert_pb2.ExpertRows, codec: "expert_pb2.Codec") -> list
 
 
 def is_right(header: expert_pb2.CallHeader) -> bool:
-    """By the words of proto/expert.proto, row by row."""
+    """Whether the header is valid by the rules in proto/expert.proto, checked row by row."""
     positions, rows = list(header.positions), len(header.positions)
     for length in header.segment_lengths:
         if not 1 <= length <= len(positions):

@@ -247,7 +247,7 @@ def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) ->
                 stream = edge.stub_on(channel).Backward(timeout=60)
                 for request in Call("backward", [FIRST, SECOND, THIRD]).requests:
                     await stream.write(request)
-                # the first may be on its way to the compute thread, the others wait
+                # The first may be on its way to the compute thread; the others wait.
                 await wait_until(lambda: edge.runtime.queued_rows >= 2 * ROWS)
                 if way == "cancelled":
                     assert stream.cancel()
@@ -265,7 +265,7 @@ def test_a_call_that_is_given_up_leaves_nothing_queued(run: Runner, way: str) ->
 
 
 class LateFuture(asyncio.Future[Any]):
-    """Tells its result after a while."""
+    """A future that returns its result after a while."""
 
     def set_result(self, result: Any) -> None:
         self.get_loop().call_later(0.1, super().set_result, result)
@@ -276,7 +276,7 @@ class LateFuture(asyncio.Future[Any]):
 def test_a_caller_who_goes_while_its_status_is_sent_is_no_error(
     run: Runner, loop: LoopThread, monkeypatch: pytest.MonkeyPatch, way: str, direction: Direction
 ) -> None:
-    """gRPC may be told that a call has ended after it was told that the status could not be sent."""
+    """gRPC may first report that the status could not be sent, and then that the call has ended."""
     make_future = loop.loop.create_future
 
     def create_future() -> asyncio.Future[Any]:

@@ -1,4 +1,4 @@
-"""Wrong streams of requests, over real TLS: each is refused, and nothing of it is computed."""
+"""Wrong streams of requests, over real TLS: each is refused, and none of it is computed."""
 
 import math
 import struct
@@ -156,7 +156,7 @@ def test_numbers_that_are_not_finite_are_refused(
     ],
 )
 def test_scales_of_int4_are_in_bounds_or_refused(run: Runner, scale: int, said: str) -> None:
-    """The last two are minus zero, and the smallest subnormal number."""
+    """The last two are minus zero and the smallest subnormal number."""
     call = Call("backward")
     call.header.codec = expert_pb2.CODEC_INT4
     right, wrong = (struct.pack("<H", number) + bytes(range(HIDDEN // 2)) for number in (0x3F80, scale))
@@ -180,7 +180,7 @@ def test_scales_of_int4_are_in_bounds_or_refused(run: Runner, scale: int, said: 
 def test_large_tensors_are_converted_off_the_loop(
     run: Runner, direction: Direction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 MiB take int4 a quarter of a second, in which the loop would serve nobody."""
+    """Converting 64 MiB takes int4 a quarter of a second, in which the loop would serve nobody."""
     threads: list[int] = []
 
     def noting(convert: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from peer.metrics import total
 
 OPTIMIZER = MANIFEST.optimizer.model_copy(update={"rows_per_update": 12})
 PATIENT = MANIFEST.model_copy(update={"optimizer": OPTIMIZER})
-"""Takes a step for every third call of `step`, which has 5 rows."""
+"""An expert that takes a step for every third call of `step`, which has 5 rows."""
 
 
 def make_expert(calls: int) -> Expert:
@@ -88,5 +88,5 @@ def test_gradients_that_led_to_a_step_during_an_average_do_not_come_back(loop: L
         await runtime.stop()
 
     loop.run(scenario(), 60)
-    # both began alike, so that the average is what the step made
+    # Both started with the same parameters, so the average comes from the steps.
     torch.testing.assert_close(one.export_state(), make_expert(3).export_state())

@@ -1,4 +1,4 @@
-"""Checkpoints that are broken or foreign are passed over for the one before, and push out no good one."""
+"""Checkpoints that are broken or foreign are skipped for an earlier one, and do not push out good ones."""
 
 import json
 import os
@@ -37,7 +37,7 @@ from peer.loop import LoopThread
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Changes fields of the header, and leaves the rest as it is."""
+    """Changes fields of the header, and nothing else."""
     with safetensors.safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["talkoot"]) | changes
     state = safetensors.torch.load_file(path)
@@ -51,13 +51,13 @@ def flip(path: Path, offset: int) -> None:
 
 
 def replace_state(path: Path, change: Callable[[State], State]) -> None:
-    """A checkpoint whose checksum is right, and whose tensors are not."""
+    """Writes a checkpoint with wrong tensors but a correct checksum."""
     store = make_store(path.parent.parent.parent)
     store.save(AN_UID, Checkpoint(change(make_expert(3).export_state()), 3))
 
 
 def link_from(path: Path, swarm_id: str, uid: UID) -> None:
-    """Puts a good checkpoint of another swarm or expert in the file's place."""
+    """Replaces the file by a good checkpoint of another swarm or expert."""
     path.write_bytes(
         save(make_store(path.parents[2] / "elsewhere", 2, swarm_id), make_expert(3, uid)).read_bytes()
     )

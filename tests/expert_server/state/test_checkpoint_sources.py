@@ -1,4 +1,4 @@
-"""What others gave takes no place on disk of what this node trained, or of what yet another gave."""
+"""States from other peers do not push what this node trained off the disk, nor states from yet another peer."""
 
 import os
 from collections.abc import Callable, Coroutine
@@ -33,7 +33,7 @@ PEERS = ["QmA", "QmB", "QmC", "QmD", "QmE"]
 
 
 def given(source: str, update_count: int, steps: int = 3) -> Checkpoint:
-    """What another peer gave, by which it has taken so many updates."""
+    """A state from another peer with this update count, after which the expert took `steps` steps."""
     return replace(make_expert(steps).checkpoint(), update_count=update_count, source=source)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what was saved comes back, whoever is killed meanwhile and however full the disk is."""
+"""Checkpoints on disk: what was saved can be loaded, even if a writer is killed or the disk is full."""
 
 import errno
 import itertools
@@ -140,7 +140,7 @@ while sys.stdin.readline():
         store.save(AN_UID, filled_with(update_count))
         os.write(1, b"%d\\n" % update_count)  # in one piece, unlike print
 """
-"""Starts a writer for each line it reads, one after another."""
+"""Starts a writer process for each line that it reads, one after another."""
 
 
 def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Pa
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the program runs after it."""
+    """Stands for SIGKILL: no code of the program runs after it."""
 
 
 def test_a_save_that_ends_before_any_of_its_system_calls_leaves_a_good_checkpoint(
@@ -223,7 +223,7 @@ Scenario = Callable[[Checkpoints, Expert], Coroutine[Any, Any, None]]
 
 @pytest.fixture
 def play(loop: LoopThread, tmp_path: Path) -> Callable[[Scenario], None]:
-    """Plays a scenario with one expert in service, saved once, that has taken another update since."""
+    """Runs a scenario with one expert in service, which was saved once and has taken another update since."""
 
     def run(scenario: Scenario) -> None:
         async def with_runtime() -> None:

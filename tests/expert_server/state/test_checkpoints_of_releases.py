@@ -1,4 +1,4 @@
-"""A node loads the checkpoints of every recorded release, and those that it writes itself."""
+"""A node loads the checkpoints of every recorded release, and those that it writes now."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What others ask for is bounded, and no stranger keeps the others from being heard."""
+"""Requests from other peers are bounded, and no stranger keeps others' requests from being heard."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,7 +82,7 @@ def test_however_many_strangers_ask_a_newcomer_has_its_share_and_its_turn(
 
 
 def test_a_replica_that_always_asks_for_averages_gets_one_in_each_interval() -> None:
-    """Others ask about every second interval, with much spread, and once more when they leave."""
+    """Others ask about once in every second interval, irregularly, and once more when they leave."""
     queue = HintQueue(64, 60.0)
     followed = 0
     for second in range(0, 3600, 2):

@@ -1,4 +1,4 @@
-"""Parameters alone, as those fetch them who check answers, or export the model."""
+"""Parameters without the rest of a state, as peers fetch them that check answers or export the model."""
 
 import asyncio
 import itertools
@@ -95,7 +95,7 @@ def a_peer(number: int) -> PeerID:
 
 
 def test_many_that_check_answers_keep_no_node_from_a_state(play: Callable[[Scenario], None]) -> None:
-    """Keys cost nothing. Here all that is made takes seconds."""
+    """Keys cost nothing, so one person may send many requests. Here every copy takes seconds to make."""
 
     async def scenario(street: Street) -> None:
         expert, ticks = make_expert(3), itertools.count()

@@ -1,4 +1,4 @@
-"""States of experts travel over real sockets, whole and at the pace that is allowed."""
+"""States of experts are transferred over real sockets, whole and at the permitted rate."""
 
 import asyncio
 import time

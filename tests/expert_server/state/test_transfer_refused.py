@@ -1,4 +1,4 @@
-"""Whatever the other side of a transfer says, only that expert's whole state is taken."""
+"""Whatever the other side of a transfer sends, only the whole state of that expert is accepted."""
 
 import asyncio
 import hashlib
@@ -33,7 +33,7 @@ def play(loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Liar(state_pb2_grpc.StateServiceServicer):
-    """Answers as it is told, and counts."""
+    """A server that answers as it is told, and counts."""
 
     def __init__(self, *answers: Callable[[state_pb2.FetchRequest], Replies]) -> None:
         self.requests: list[state_pb2.FetchRequest] = []
@@ -49,7 +49,7 @@ class Liar(state_pb2_grpc.StateServiceServicer):
 def sends(
     data: bytes, stop_at: int | None = None, error: bool = False, **changes: Any
 ) -> Callable[[state_pb2.FetchRequest], Replies]:
-    """Sends the bytes from the offset on, up to `stop_at`, with a header that is changed."""
+    """Sends the bytes from the offset on, up to `stop_at`, with a changed header."""
 
     async def answer(request: state_pb2.FetchRequest) -> Replies:
         yield header_of(data, **changes)

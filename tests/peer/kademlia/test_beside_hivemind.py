@@ -1,7 +1,7 @@
-"""hivemind's own `DHTNode` and ours in one network, each way: the messages are the same, and so is what they mean.
+"""hivemind's own `DHTNode` and ours in one network, in both directions: messages have the same form and meaning.
 
-hivemind's IDs are passed in as ours are derived. It checks nothing and bounds nothing, and it keeps values without
-subkeys, which ours refuse.
+hivemind's nodes get IDs derived as ours are. hivemind checks and bounds nothing, and keeps values without subkeys,
+which our nodes refuse.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ LIFETIME_S = 60.0
 
 
 class Mixed:
-    """A network of both."""
+    """A network of both kinds of nodes."""
 
     def __init__(self) -> None:
         self.network = Network(Link(rtt_s=0.0), seed=1)
@@ -43,7 +43,7 @@ class Mixed:
         self.theirs: list[Any] = []
 
     async def grow(self, ours: int, theirs: int) -> "Mixed":
-        """By turns; each joins by a random one that is there."""
+        """Adds nodes of both kinds in turns. Each joins through a random node of the network."""
         kinds = ["ours"] * ours + ["theirs"] * theirs
         random.Random(1).shuffle(kinds)
         for kind in kinds:
@@ -88,7 +88,7 @@ async def store(node: KademliaNode, *items: Item) -> set[tuple[str, int | bytes]
 
 
 async def found(node: KademliaNode, key: str) -> dict[int | bytes, tuple[Any, float]]:
-    """What others say, and it itself."""
+    """What other nodes answer, and what it holds itself."""
     entries = (await Lookups(node).find([key_id_of(key)]))[key_id_of(key)].entries
     return {subkey: (unpack(entry.value), entry.expires_at) for subkey, entry in entries.items()}
 
@@ -126,7 +126,7 @@ def test_a_ping_tells_the_time_and_whether_the_other_dials_back() -> None:
 
 
 def theirs_id(node: KademliaNode) -> Any:
-    """Their name for one of ours."""
+    """hivemind's ID object for one of our nodes."""
     return PeerID(node.peer_id.to_bytes())
 
 
@@ -280,7 +280,7 @@ def test_a_peer_that_is_gone_gives_no_answer() -> None:
 ENTRIES = st.builds(Entry, st.binary(max_size=200), st.floats(0, 2**33))
 
 
-# of one type: hivemind's heap fails at two subkeys of different types that expire at the same time
+# All subkeys have one type: hivemind's heap fails at two of different types that expire at the same time.
 @given(
     st.dictionaries(st.integers(0, 2**31 - 1), ENTRIES, max_size=20)
     | st.dictionaries(st.binary(max_size=64), ENTRIES, max_size=20),

@@ -1,4 +1,4 @@
-"""A contact book holds the newest contact of each peer. Made-up ones push out no real ones."""
+"""A contact book holds the newest contact of each peer. Invented contacts push out no real ones."""
 
 import functools
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ LIMIT = 8
 
 @functools.cache
 def named(number: int) -> Identity:
-    """Of a peer."""
+    """The identity of a peer."""
     return new_identities(1)[0]
 
 
@@ -47,7 +47,7 @@ def contact(
     lasts_s: float = LIFETIME_S,
     before: Sequence[str] = (),
 ) -> contact_pb2.Contact:
-    """`before`: addresses that it names before its own."""
+    """`before`: addresses that the contact names before its own."""
     named = [*before, at(host)]
     statement = contact_pb2.ContactStatement(
         peer_id=identity.peer_id.to_bytes(),

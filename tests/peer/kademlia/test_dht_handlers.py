@@ -94,7 +94,7 @@ def nested(depth: int, inner: bytes = b"\x01") -> bytes:
 
 
 def answering(swarm: SimulatedSwarm, peer_id: PeerID) -> None:
-    """Lets a stranger answer pings, without which it enters no table."""
+    """Lets a stranger answer pings; otherwise no peer adds it to a routing table."""
 
     async def answer(caller: PeerID, request: bytes) -> bytes:
         return dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=bytes(20))).SerializeToString()
@@ -290,7 +290,7 @@ def test_a_peer_that_makes_others_work_without_end_gets_empty_answers(world: Vir
 
 
 def test_entries_under_a_full_key_count_as_the_work_that_they_make(world: VirtualLoop) -> None:
-    """All entries of a key are unpacked to store one more."""
+    """To store one more entry, all entries of its key are unpacked."""
 
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         handlers, key, until = peer.server, swarm.keys.prefix(HOME.layer), world.unix_time() + 60
@@ -377,7 +377,7 @@ def test_a_trainer_that_gets_to_know_a_large_swarm_is_served_within_its_share(wo
 
 
 def test_calls_under_way_are_bounded_for_each_peer_and_in_all(world: VirtualLoop) -> None:
-    """Nobody answers the pings that were asked for."""
+    """Nobody answers the pings that were requested."""
 
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         handlers = peer.server
@@ -469,7 +469,7 @@ def test_a_caller_that_does_not_answer_enters_no_table_and_few_are_called_back(w
 
 
 def test_strangers_that_ask_to_be_dialled_back_wait_for_turns(world: VirtualLoop) -> None:
-    """Each time a caller can name other addresses, and each of them may be somebody's."""
+    """A caller can name other addresses each time, and each may be somebody's."""
 
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         dialled = swarm.network.traffic.by_method

@@ -1,4 +1,4 @@
-"""The good parts of a DHT peer's answer are used, and the bad parts harm nobody."""
+"""The good parts of a DHT peer's answer are used, and the bad parts do no harm."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ KEY, OTHER = key_id_of("key"), key_id_of("other")
 SOMEBODY = PeerID(b"\x12\x20" + bytes(32))
 NAME = b"\x12\x20" + bytes([7]) * 32
 NODE = bytes(range(20))
-"""What a peer claims as its node ID, which counts for nothing."""
+"""What a peer claims as its node ID. The claim is ignored."""
 
 
 class OnlyGood:
@@ -28,7 +28,7 @@ class OnlyGood:
 
 
 class Canned:
-    """A transport with one answer for all."""
+    """A transport that gives one answer to every call."""
 
     peer_id = PeerID(b"\x12\x20" + bytes([1]) * 32)
 
@@ -48,7 +48,7 @@ class Canned:
 
 
 def asking(answer: Message | bytes | None) -> KademliaNode:
-    """A node that gets this answer."""
+    """A node that gets this answer to every call."""
     data = answer.SerializeToString() if isinstance(answer, Message) else answer
     return KademliaNode(Canned(data), OnlyGood())
 
@@ -107,7 +107,7 @@ def test_fewer_answers_than_keys_are_for_the_first_keys_and_more_are_none() -> N
 
 
 def test_a_full_answer_of_forged_records_does_not_hold_the_loop() -> None:
-    """Nor do many at once."""
+    """Several such answers at once do not block it either."""
     entries = {n: (b"bad", time.time() + 600) for n in range(MAX_ENTRIES)}
     node = asking(response(type=dht_pb2.RESULT_TYPE_DICTIONARY, value=dictionary(entries)))
     checker = EntryChecker()

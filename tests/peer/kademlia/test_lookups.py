@@ -73,7 +73,7 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
 def test_late_answers_for_the_first_keys_alone_do_not_hold_a_look_up_up(
     world: VirtualLoop, nodes: int
 ) -> None:
-    """Peers are slower than usual, and their messages are full after one key."""
+    """Peers are slower than usual, and one key fills their messages."""
 
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader = swarm.peers[0]
@@ -91,7 +91,7 @@ def test_late_answers_for_the_first_keys_alone_do_not_hold_a_look_up_up(
 
 
 def cut_off(peer: SimulatedPeer) -> None:
-    """Its answers have room for one key."""
+    """The peer's answers have room for only one key."""
     answer = peer.transport.handlers["find"]
 
     async def answers_one(sender: PeerID, request: bytes) -> bytes:
@@ -103,7 +103,7 @@ def cut_off(peer: SimulatedPeer) -> None:
 
 
 def silence(peer: SimulatedPeer, *calls: str) -> None:
-    """It never answers these calls."""
+    """The peer never answers these calls."""
 
     async def waits(sender: PeerID, request: bytes) -> bytes:
         await asyncio.get_running_loop().create_future()
@@ -147,7 +147,7 @@ def test_a_silent_peer_does_not_hold_announcements_up(
 
 
 def test_a_slow_peer_holds_announcements_up_for_a_second_at_most(world: VirtualLoop) -> None:
-    """However often it shows that it takes long, and though its answers count as others' do."""
+    """This holds however often it shows that it is slow, and though its answers count as others' do."""
 
     async def scenario(swarm: SimulatedSwarm) -> None:
         peer, liar = swarm.peers[:2]
@@ -167,7 +167,7 @@ def test_a_slow_peer_holds_announcements_up_for_a_second_at_most(world: VirtualL
 
 
 async def know_one(swarm: SimulatedSwarm, bootstrap: SimulatedPeer) -> SimulatedPeer:
-    """A client that has pinged one peer and knows no other."""
+    """A client that has pinged one peer and knows no others."""
     client = await swarm.make_peer(serves_dht=False)
     await client.dht.ping(bootstrap.peer_id)
     return client
@@ -208,7 +208,7 @@ def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoo
 
 
 def test_peers_that_claim_the_places_beside_a_key_are_not_found_there(world: VirtualLoop) -> None:
-    """Otherwise a liar could put itself, or honest peers who don't store the key, in place of its holders."""
+    """Otherwise a liar could put itself, or honest peers that don't store the key, in place of its holders."""
 
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader, key = swarm.peers[0], key_id_of(swarm.keys.prefix(HOME.layer))

@@ -1,4 +1,4 @@
-"""The routing table, against brute force; and who is handed what."""
+"""The routing table, compared with brute force; and which peer gets which items."""
 
 import heapq
 import random
@@ -43,17 +43,17 @@ def drawn(count: int, seed: int = 1) -> list[int]:
 
 
 def live(table: RoutingTable) -> list[int]:
-    """Without spare nodes."""
+    """The nodes in the table, without spare nodes."""
     return [node for node, _ in table.nearest(0, 10**6)]
 
 
 def elsewhere(count: int) -> list[int]:
-    """In the half of the IDs that `far` is not in."""
+    """Nodes in the half of the IDs that does not contain those of `far`."""
     return [node >> 1 for node in drawn(count)]
 
 
 def far(count: int) -> list[int]:
-    """Nodes that share a bucket whatever comes: of one depth-5 range that does not hold `OWN`."""
+    """Nodes that always share a bucket: all are in one depth-5 range that does not contain `OWN`."""
     return [(1 << ID_BITS) - 1 - n for n in range(count)]
 
 
@@ -107,7 +107,7 @@ def test_a_hundred_nodes_need_few_buckets_and_all_are_known() -> None:
 
 
 def test_ten_thousand_nodes_make_about_a_thousand_places() -> None:
-    """As with hivemind's: 45 to 65 buckets, 800 to 1,100 nodes, and as many spare ones at most."""
+    """This is like hivemind's table: 45 to 65 buckets, 800 to 1,100 nodes, and at most as many spare nodes."""
     nodes = drawn(10_000)
     table = filled(nodes)
     assert 45 <= table.buckets <= 65

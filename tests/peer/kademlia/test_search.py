@@ -1,4 +1,4 @@
-"""Kademlia's iterative search (section 2.3), as a state machine over made-up networks."""
+"""Kademlia's iterative search (section 2.3), as a state machine over invented networks."""
 
 import random
 from collections.abc import Iterable
@@ -146,7 +146,7 @@ def test_a_liar_who_names_nearer_nodes_forever_is_given_up() -> None:
 
 
 def test_a_newcomer_that_overrates_the_reach_asks_the_holders_all_the_same() -> None:
-    """It knows few nodes, so those within reach seem to be all that there are. Each names ones near to itself."""
+    """A newcomer knows few nodes, so those within its reach seem to be all that exist. Each names nodes near itself."""
     rng = random.Random(1)
     ordered = sorted(rng.getrandbits(ID_BITS) for _ in range(4000))
     for _ in range(8):
@@ -195,7 +195,7 @@ def test_a_node_is_not_asked_again_when_another_has_the_value() -> None:
     assert search.ask() == []
 
 
-# Nodes that crowd beside a key and say that they have nothing.
+# Nodes that crowd around a key and say that they store nothing
 
 
 def test_if_the_nearest_have_nothing_as_many_more_are_asked() -> None:
@@ -322,7 +322,7 @@ def test_a_liar_that_names_nodes_which_do_not_exist_costs_three_questions() -> N
 
 @given(st.integers(0, 2**32), st.integers(1, 8))
 def test_liars_on_their_own_paths_do_not_keep_a_search_from_the_others(seed: int, liars: int) -> None:
-    """Each names 20 nodes that don't exist, nearer than all others."""
+    """Each liar names 20 nodes that don't exist and are nearer than all others."""
     rng = random.Random(seed)
     nodes = rng.sample(range(2**20, 2**21), 40)
     lying, truthful = nodes[:liars], nodes[liars:]
@@ -365,7 +365,7 @@ def test_about_five_nodes_are_within_the_usual_reach(seed: int, count: int) -> N
 
 @given(st.integers(0, 2**32), st.integers(4, 40))
 def test_a_crowd_at_one_place_hardly_changes_the_usual_reach(seed: int, count: int) -> None:
-    """As many liars as there are honest nodes, or eight."""
+    """There are as many liars as honest nodes, or eight."""
     rng, usual = random.Random(seed), UsualReach()
     place = rng.getrandbits(160)
     nodes = [rng.getrandbits(160) for _ in range(count)]

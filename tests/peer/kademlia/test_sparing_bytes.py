@@ -1,4 +1,4 @@
-"""Look-ups bring what whoever asks lacks, and not more."""
+"""Look-ups transfer what the reader lacks, and no more."""
 
 import asyncio
 import math
@@ -27,7 +27,7 @@ WRITERS = 8
 def play(
     scenario: Callable[[SimulatedSwarm], Coroutine[Any, Any, None]], nodes: int = 14, contacts: bool = False
 ) -> None:
-    """`contacts`: the nodes know many others from the start, and name them in contacts as real ones do."""
+    """`contacts`: whether nodes know many others from the start, and name them in contacts as real ones do."""
     with simulated_world() as loop:
 
         async def run() -> None:
@@ -136,7 +136,7 @@ def test_liars_that_take_their_time_do_not_delay_a_frugal_look_up_one_after_the_
 
 
 async def answer_late(own: dht_pb2.NodeInfo, sender: PeerID, data: bytes) -> bytes:
-    """That it has nothing and knows nobody, after two seconds."""
+    """Answers after two seconds that it has nothing and knows nobody."""
     count = len(dht_pb2.FindRequest.FromString(data).keys)
     await asyncio.sleep(2.0)
     return dht_pb2.FindResponse(peer=own, results=[dht_pb2.FindResult()] * count).SerializeToString()

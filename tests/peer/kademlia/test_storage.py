@@ -1,4 +1,4 @@
-"""The store is bounded, and an older record replaces nothing."""
+"""The store is bounded, and an older record never replaces a newer one."""
 
 import random
 import subprocess
@@ -88,7 +88,8 @@ def test_a_few_writers_of_large_entries_displace_each_other_rather_than_small_on
         for n in (*small, *large):
             put(stored, KEY, n, bytes(200 if n in small else 8_300), NOW + 100 + period)
         kept += len(set(small) & set(stored.get(KEY)))
-    # of 174 KB that are written, 96 KB fit under the key; by numbers alone, half of the small ones would be gone
+    # Of 174 KB that are written, 96 KB fit under the key. If only the number counted, half of the small ones would be
+    # gone.
     assert kept > 0.9 * 30 * len(small)
 
 
@@ -169,7 +170,9 @@ print((resident() - before) / stored.bytes, stored.bytes / most)
 
 @pytest.mark.parametrize("size", [60, 800])
 def test_the_store_takes_the_memory_that_it_says(size: int) -> None:
-    """Index entries take 60 bytes, records 800. Measured in a process of its own, after many were evicted."""
+    """Index entries take 60 bytes, and records 800. This is measured in a process of its own, after many
+    were evicted.
+    """
     ran = subprocess.run([sys.executable, "-c", FILL, str(size)], capture_output=True, text=True, check=True)
     really, share_of_bound = map(float, ran.stdout.split())
     assert 0.8 < really < 1.2

@@ -1,4 +1,4 @@
-"""The DHT over gRPC, on real sockets and TLS: impostors are refused, and nothing takes longer than it may."""
+"""The DHT over gRPC, on real sockets and TLS: impostors are refused, and nothing takes longer than allowed."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 async def found(peer: DHTPeer, key: str) -> set[int | bytes]:
-    """By others."""
+    """What other peers return for the key."""
     key_id = key_id_of(key)
     return set((await lookups(peer).find([key_id], besides_self=True))[key_id].entries)
 
@@ -53,7 +53,7 @@ def lookups(peer: DHTPeer) -> Lookups:
 
 
 def introduce(other: DHTPeer, peer: DHTPeer) -> bool:
-    """Whether the peer takes the other's contact."""
+    """Whether the peer accepts the other's contact."""
     contact = other.own.message()
     return contact is not None and peer.book.learn(contact, (other.peer_id,)) == other.peer_id
 
@@ -64,7 +64,7 @@ def knows(peer: DHTPeer, other: DHTPeer) -> bool:
 
 @contextlib.asynccontextmanager
 async def silent_server(host: str = LOCAL) -> Any:
-    """It accepts connections and says nothing."""
+    """A server that accepts connections and sends nothing."""
     accepted: list[asyncio.StreamWriter] = []
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -272,7 +272,7 @@ def test_a_peer_that_lost_its_sessions_is_called_in_a_new_one() -> None:
 
 
 def test_a_call_is_made_again_whose_channel_was_closed_before_it_began() -> None:
-    """To make room for those of other peers."""
+    """Channels are closed to make room for those to other peers."""
 
     async def scenario() -> None:
         async with dht_peers(2) as (one, other):
@@ -380,7 +380,7 @@ def test_many_calls_at_once_share_one_session_and_connection() -> None:
 
 
 def test_a_liar_that_names_made_up_peers_fills_no_table_and_pushes_out_nobody() -> None:
-    """Their contacts are signed with real keys, and lead to where nobody is."""
+    """Their contacts are signed with real keys, but nobody is at their addresses."""
 
     async def scenario() -> None:
         async with dht_peers(4) as peers:
@@ -422,7 +422,7 @@ def test_a_liar_that_names_made_up_peers_fills_no_table_and_pushes_out_nobody() 
 
 
 def contact_of(identity: Identity) -> contact_pb2.Contact:
-    """It leads to where nobody listens."""
+    """A contact at whose address nobody listens."""
     own = OwnContact(identity, identity.make_certificate())
     own.set(addresses=[Endpoint("127.0.0.1:1")])
     contact = own.message()
@@ -466,7 +466,7 @@ def test_callers_of_one_machine_take_few_call_backs_wherever_they_say_they_are()
 
 
 def test_strangers_that_name_the_endpoint_of_a_newcomer_do_not_keep_it_out() -> None:
-    """Each of them uses up one of the few dials of that endpoint."""
+    """Each stranger uses up one of the few dials of that endpoint."""
 
     async def scenario() -> None:
         async with contextlib.AsyncExitStack() as stack:

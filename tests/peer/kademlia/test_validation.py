@@ -54,7 +54,7 @@ class OnlyGood:
 
 
 def wrapped(inner: bytes) -> bytes:
-    """As dictionaries are marked."""
+    """Adds the marker of dictionaries."""
     packed: bytes = msgpack.packb(msgpack.ExtType(0x50, inner))
     return packed
 
@@ -176,7 +176,9 @@ def test_other_types_and_impossible_lengths_are_refused_by_all(data: bytes) -> N
 
 
 def test_messages_of_many_tiny_objects_are_parsed_at_once() -> None:
-    """In 4 MB there were 105,000 entries, which held the loop for 10 s. A message of 128 KiB has room for these."""
+    """A message of 4 MB used to have 105,000 entries, which blocked the loop for 10 s. A message of 128 KiB has room
+    for these.
+    """
     tiny = dictionary([[n % 128, b"", 1.0] for n in range(9000)])
     nothing = wrapped(b"\x93\xc0\xc0\xdd" + (120_000).to_bytes(4, "big") + b"\xc0" * 120_000)
     entries = dictionary([[n, b"", 1.0] for n in range(MAX_ENTRIES)])
@@ -189,7 +191,7 @@ def test_messages_of_many_tiny_objects_are_parsed_at_once() -> None:
 
 
 class Slow:
-    """Takes half a millisecond for each, as if it checked five signatures."""
+    """A validator that takes half a millisecond for each record, as if it checked five signatures."""
 
     def validate(self, record: Record) -> bool:
         ends = time.thread_time() + 0.0005

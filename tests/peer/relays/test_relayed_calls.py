@@ -165,7 +165,7 @@ def test_a_peer_renews_its_reservation_where_its_neighbourhood_has_no_place_left
 
 
 class Members(AllowAll):
-    """A relay's rules, and a member's badge."""
+    """A relay's admission rules, and a member's badge."""
 
     badge: Any = None
     is_revoked = False

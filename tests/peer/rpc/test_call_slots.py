@@ -1,4 +1,6 @@
-"""Places for calls are shared fairly: by neighbourhood, by caller, and against those who keep a server waiting."""
+"""Slots for calls are shared fairly by neighbourhood and caller, and callers cannot hold them by keeping a server
+waiting.
+"""
 
 import asyncio
 import time
@@ -84,7 +86,7 @@ def test_a_place_that_was_lost_is_released_only_once() -> None:
 
 
 def test_a_read_that_has_begun_is_not_cancelled_with_its_call() -> None:
-    """gRPC would not free what it reads then (issue 43360)."""
+    """Otherwise gRPC would not free what it has read (issue 43360)."""
 
     async def scenario() -> None:
         arrives, ended = asyncio.Event(), asyncio.Event()

@@ -1,4 +1,4 @@
-"""The certificate of whoever is at an endpoint is taken only if its key is the peer's."""
+"""The certificate found at an endpoint is accepted only if its key is the peer's."""
 
 import asyncio
 import contextlib
@@ -89,7 +89,7 @@ def test_what_is_no_tls_server_or_silent_or_gone_is_refused_in_time() -> None:
 def test_who_is_cancelled_as_tls_stands_leaves_no_connection(
     loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Closed in order, it waited for the server's end of TLS, and the loop could not be closed meanwhile."""
+    """An orderly close waited for the server's end of TLS, and the loop could not be closed meanwhile."""
     identity, made = numbered_identity(0), list[asyncio.BaseTransport]()
 
     async def scenario(endpoint: Endpoint) -> None:

@@ -1,5 +1,7 @@
-"""A pool of channels dials no victim: not again and again, not for many records, and nothing that is near. It leaves
-ways that lead nowhere."""
+"""A pool of channels dials no victim: not again and again, not for many records, and nothing nearby.
+
+It also abandons addresses that lead nowhere.
+"""
 
 import asyncio
 import contextlib
@@ -25,7 +27,7 @@ LOCAL = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Named:
-    """What a record says."""
+    """A peer as a record names it."""
 
     peer_id: PeerID
     addresses: tuple[Endpoint, ...]
@@ -42,7 +44,7 @@ class Victim:
 
 @contextlib.asynccontextmanager
 async def victim(is_silent: bool = False) -> AsyncIterator[Victim]:
-    """Speaks no TLS, and counts who connects."""
+    """A server that does not speak TLS, and counts connections."""
     accepted: list[asyncio.StreamWriter] = []
 
     async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -129,7 +131,7 @@ def test_a_closed_pool_calls_nobody_any_more(pem: bytes) -> None:
 
 
 def way_to(served: Served, cut_after: float) -> Listeners:
-    """A detour that leads to the server, and cuts each connection after so many bytes to it."""
+    """A proxy in front of the server. It cuts each connection after `cut_after` bytes to the server."""
 
     async def lead(peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
         carried = 0
@@ -150,7 +152,7 @@ def way_to(served: Served, cut_after: float) -> Listeners:
 def test_a_tunnel_whose_connections_are_cut_again_and_again_gives_way_to_the_relay(
     identity: Identity,
 ) -> None:
-    """As libp2p's relays do after 128 KiB, unless they have other limits."""
+    """libp2p's relays cut connections after 128 KiB, unless they are configured otherwise."""
 
     async def scenario() -> None:
         served = await serve(identity)

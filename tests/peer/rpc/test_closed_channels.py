@@ -1,4 +1,6 @@
-"""A pool closes channels to make room, also those of calls under way: these end with an error, and no task ends."""
+"""A pool closes channels to make room, even those with calls under way: the calls end with an error, and no
+task ends.
+"""
 
 import asyncio
 import contextlib
@@ -23,7 +25,7 @@ HEADER = state_pb2.StateHeader(total_bytes=len(STATE), sha256=hashlib.sha256(STA
 
 
 class StallingServicer(state_pb2_grpc.StateServiceServicer):
-    """Gives half of a state, and the rest to whoever comes back for it."""
+    """Sends half of a state, and the rest when the caller comes back for it."""
 
     def __init__(self) -> None:
         self.offsets: list[int] = []
@@ -44,7 +46,7 @@ class StallingServicer(state_pb2_grpc.StateServiceServicer):
 async def a_peer_that_stalls(
     identities: tuple[Identity, Identity],
 ) -> AsyncIterator[tuple[StallingServicer, ChannelPool, SessionClient, Known]]:
-    """It, and what calls it: a pool with room for one channel."""
+    """Such a peer, and what is needed to call it, with a pool that has room for one channel."""
     served, service, pool = await serve(identities[0]), StallingServicer(), ChannelPool(1)
     state_pb2_grpc.add_StateServiceServicer_to_server(service, served.server.services)
     sessions = SessionClient(identities[1], SWARM, (session_pb2.RIGHT_FETCH,))

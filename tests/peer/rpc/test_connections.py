@@ -1,4 +1,4 @@
-"""Which connections a server keeps when there are too many, and how long one may stay unproven."""
+"""Which connections a server keeps when there are too many, and how long one may remain unproven."""
 
 import socket
 from dataclasses import replace

@@ -29,7 +29,7 @@ async def answers(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator
 
 
 def absent(request: bytes, context: Any) -> None:
-    """As generated base classes have it."""
+    """A missing method, as in generated base classes."""
     context.set_code(StatusCode.UNIMPLEMENTED)
     raise NotImplementedError("Method not implemented!")
 

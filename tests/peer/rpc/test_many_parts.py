@@ -1,4 +1,4 @@
-"""Messages of so many parts that parsing them would hold the loop count as empty. Honest ones are parsed."""
+"""Messages with so many parts that parsing would block the loop are treated as empty. Honest ones are parsed."""
 
 import pytest
 from google.protobuf.message import DecodeError, Message
@@ -75,7 +75,7 @@ def test_a_message_of_very_many_parts_counts_as_empty(kind: type[Message], data:
 @given(st.binary(max_size=200))
 @example(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
 def test_whatever_the_bytes_are_counting_their_parts_ends(data: bytes) -> None:
-    """And what can be parsed has few, if it is short."""
+    """If the bytes can be parsed and are short, they have few parts."""
     try:
         is_message = CallRequest.FromString(data).ByteSize() >= 0
     except DecodeError:

@@ -1,4 +1,4 @@
-"""Sessions: whoever opens one has proved who it is, to this server, now, and once."""
+"""Sessions: a caller that opens one has proved its identity, to this server, now, and once."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ def make_sessions(server: Identity, **options: Any) -> Sessions:
 def statement_of(
     caller: Identity, server: Identity, sessions: Sessions, rights: tuple[Right, ...] = RIGHTS
 ) -> session_pb2.OpenRequest:
-    """`sessions`: those that give the challenge."""
+    """`sessions`: where the challenge comes from."""
     challenge = sessions.challenges.new()
     return SessionClient(caller, SWARM, rights).statement(server.peer_id, challenge)
 
@@ -157,7 +157,7 @@ def test_no_changed_byte_makes_another_caller(
     with contextlib.suppress(ExpertError, DecodeError):
         parsed = session_pb2.OpenRequest.FromString(bytes(spoilt))
         key = sessions.open(parsed).session
-        # the change fell on what is not looked at: the same caller said the same
+        # The change was in a part that is not checked: the same caller said the same.
         assert sessions.find(key, FORWARD).caller == alice.peer_id
         assert parsed.statement == request.statement
 
@@ -225,7 +225,7 @@ def test_a_session_ends_at_its_time(server: Identity, alice: Identity) -> None:
 
 
 class Gate:
-    """Admits until it is shut."""
+    """An access rule that admits callers until it is shut."""
 
     open = True
     badge = None
@@ -278,7 +278,7 @@ def test_no_challenge_is_taken_twice_and_few_are_remembered(steps: list[tuple[st
     assert len(challenges) <= sum(at >= times[-1] - 30.0 for at in times) if times else True
 
 
-# Over a socket
+# Over a real socket
 
 
 @contextlib.asynccontextmanager

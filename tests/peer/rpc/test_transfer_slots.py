@@ -1,4 +1,4 @@
-"""Transfers at the same time: peers share the slots fairly, and slow ones make way for those who wait."""
+"""Concurrent transfers: peers share the slots fairly, and slow transfers make way for waiting ones."""
 
 import asyncio
 from collections import Counter
@@ -15,11 +15,11 @@ from peer.rpc.transfer import GRACE_S, LEAST_BYTES_PER_S, TransferPace, Transfer
 
 PEERS = [PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(6)]
 ENOUGH_S = 20.0
-"""More than a transfer of no bytes may take while others wait."""
+"""Longer than a transfer without any bytes may take while others wait."""
 
 
 class Hall:
-    """Transfers that go on until they are ended."""
+    """Transfers that last until they are ended."""
 
     def __init__(self, most: int) -> None:
         self.now = 0.0

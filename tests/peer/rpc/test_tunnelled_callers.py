@@ -1,4 +1,4 @@
-"""Callers that come through tunnels count apart: what one of them does costs the others nothing."""
+"""Callers that come through tunnels are counted separately: what one of them uses up does not affect the others."""
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +22,7 @@ from peer.wire import session_pb2, session_pb2_grpc
 
 @contextlib.asynccontextmanager
 async def channel_of(caller: Identity, server: RpcServer, identity: Identity) -> AsyncIterator[Any]:
-    """A channel to the server as through a tunnel of this caller, whom libp2p has proved."""
+    """A channel to the server that looks like a tunnel of this caller, whose identity libp2p has verified."""
 
     async def open_stream(*arguments: Any) -> Pipe:
         return await server.open_for(caller.peer_id)
@@ -37,7 +37,7 @@ async def channel_of(caller: Identity, server: RpcServer, identity: Identity) ->
 
 
 async def flood(channel: Any, requests: Sequence[session_pb2.OpenRequest]) -> int:
-    """How many of many calls without a session were refused for coming too often."""
+    """Makes many calls without a session. Returns how many were refused for coming too often."""
     refused = 0
     stub = session_pb2_grpc.SessionServiceStub(channel)
     for request in requests:
@@ -76,7 +76,7 @@ def test_a_stranger_in_a_tunnel_that_calls_too_often_keeps_no_newcomer_in_anothe
 def test_a_statement_waits_for_its_turn_under_the_name_that_its_connection_proved(
     loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not under the one in the statement, which a stranger may make up: that of a newcomer it wants to keep out."""
+    """The name in the statement does not count: a stranger may write that of a newcomer which it wants to keep out."""
     identity, stranger, newcomer = numbered_identities(3)
 
     async def scenario() -> None:

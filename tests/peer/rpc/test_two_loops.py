@@ -1,4 +1,4 @@
-"""Several asyncio loops in a process, such as those of two trainers one after the other, share gRPC's one queue."""
+"""Several asyncio loops in a process, such as those of two trainers one after another, share gRPC's only queue."""
 
 import asyncio
 from collections.abc import Iterator

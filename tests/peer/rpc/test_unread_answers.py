@@ -1,4 +1,4 @@
-"""Callers that ask for answers and don't read them hold no memory, whatever their windows allow."""
+"""Callers that ask for answers but don't read them occupy no memory, whatever their flow-control windows allow."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ async def echo(request: bytes, context: Any) -> bytes:
 
 @asynccontextmanager
 async def deaf_way(port: int) -> AsyncIterator[int]:
-    """A proxy that passes on what a caller sends, and stops reading what comes back after a while."""
+    """A proxy that forwards what a caller sends, and after a while stops reading the answers."""
     tasks: list[asyncio.Task[None]] = []
     pipes: list[asyncio.StreamWriter] = []
 

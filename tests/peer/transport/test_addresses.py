@@ -1,4 +1,4 @@
-"""The grammar of addresses: what is in it means the same to p2pd and to hivemind, and nothing else gets in."""
+"""The grammar of addresses: p2pd and hivemind understand every accepted address alike, and all others are refused."""
 
 import copy
 import ipaddress

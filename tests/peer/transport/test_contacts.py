@@ -1,4 +1,6 @@
-"""A contact is what its peer said, and is refused if anybody changed it, or if it says too much or for too long."""
+"""A contact is signed by its peer. It is refused if anybody has changed it, or if it says too much or is valid too
+long.
+"""
 
 import math
 from collections.abc import Sequence

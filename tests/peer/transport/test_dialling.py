@@ -1,4 +1,6 @@
-"""Which addresses of strangers are dialled, and how often: not what is near, and nobody is made a victim."""
+"""Which addresses from strangers are dialled, and how often: nothing nearby, and never so often that it
+harms somebody.
+"""
 
 import asyncio
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What Talkoot relies on in hivemind beyond its documentation.
 
-hivemind is pinned. Before the pin moves, these tests show what to look at: which private names are gone, which methods
-that we replace have changed, and which calls no longer fit. The scans keep the lists complete.
+The version of hivemind is pinned. Before the pin moves, these tests show what to look at: which private names are gone,
+which methods that we replace have changed, and which calls no longer fit. The scans keep the lists complete.
 """
 
 import ast
@@ -23,19 +23,19 @@ PRODUCT = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 BESIDE = ("benchmarks", "deploy", "docs", "examples", "tests", "tools")
 PINNED = "1.1.12"
 FENCE = ("peer/transport/p2pd.py",)
-"""The modules that import hivemind."""
+"""The product's modules that import hivemind."""
 ALSO_IMPORT = {
-    # benchmarks that measure hivemind.moe beside Talkoot
+    # Benchmarks that measure hivemind.moe as well as Talkoot.
     "benchmarks/discovery_real.py",
     "benchmarks/moe_contenders.py",
     "benchmarks/node.py",
     "benchmarks/rival_blocks.py",
     "benchmarks/rival_search.py",
     "benchmarks/wan_contenders.py",
-    # hivemind's DHT beside ours
+    # hivemind's DHT together with ours.
     "benchmarks/hivemind_nodes.py",
     "tests/peer/kademlia/test_beside_hivemind.py",
-    # files that p2pd reads
+    # Files that p2pd reads.
     "tests/peer/test_identity.py",
     # compares our grammar with hivemind's
     "tests/peer/transport/test_addresses.py",
@@ -55,7 +55,7 @@ IMPORTED = {
 }
 
 PRIVATE = {
-    # of p2pd's process, as hivemind starts it
+    # Attributes of p2pd's process, as hivemind starts it.
     "asyncio.subprocess.Process": {"_transport"},
     "hivemind.p2p.P2P": {
         "_UNIX_SOCKET_PREFIX",
@@ -101,7 +101,7 @@ PARAMETERS = {
     "hivemind.p2p.p2p_daemon_bindings.utils.write_pbmsg": "stream, pbmsg",
     "hivemind.utils.logging.use_hivemind_log_handler": "where",
 }
-"""Of what we call; `=` marks those with a default."""
+"""The parameters of what we call; `=` marks those with a default."""
 
 KEYWORDS = {
     "hivemind.p2p.P2P.create": {
@@ -120,14 +120,14 @@ KEYWORDS = {
         "use_relay",
     },
 }
-"""Of what takes many, those that we pass."""
+"""The keywords that we pass to functions with many parameters."""
 
 MESSAGES = {
     "hivemind.proto.p2pd_pb2.ConnectRequest": {"addrs", "peer", "timeout"},
     "hivemind.proto.p2pd_pb2.Request": {"connect", "streamOpen", "type"},
     "hivemind.proto.p2pd_pb2.StreamOpenRequest": {"peer", "proto", "timeout"},
 }
-"""Fields that we fill in or read."""
+"""Message fields that we set or read."""
 
 
 def test_installed_hivemind_is_the_pinned_one() -> None:
@@ -155,7 +155,7 @@ def test_attributes_that_we_use_are_there(names: Mapping[str, set[str]]) -> None
 
 
 def test_hivemind_has_what_it_defines_for_those_who_ask_for_it() -> None:
-    """Though its package is not run for its parts."""
+    """This holds although the package's own code is not run when its parts are imported."""
     assert pkgutil.resolve_name("hivemind:DHT") is pkgutil.resolve_name("hivemind.dht:DHT")
     with pytest.raises(AttributeError, match="nothing"):
         pkgutil.resolve_name("hivemind:nothing")
@@ -205,7 +205,7 @@ def test_hivemind_is_imported_where_it_is_listed_and_nowhere_else() -> None:
 
 
 def test_no_name_is_patched_in_tests() -> None:
-    """Such as `patch("hivemind…")`: no import shows them."""
+    """Such as `patch("hivemind…")`, which no import reveals."""
     found = set()
     for path, tree in _files(*PRODUCT, *BESIDE, with_one_of=("hivemind",)):
         if path != _here():
@@ -229,7 +229,7 @@ def test_private_names_are_used_where_they_are_listed_and_nowhere_else() -> None
 
 
 def _expect_none(what: str, found: Iterable[str]) -> None:
-    """Shows all of them, where pytest would cut the list short."""
+    """Fails if anything was found. Shows all of it, where pytest would shorten the list."""
     lines = [f"{what}: {name}" for name in sorted(found)]
     assert not lines, "\n".join(["", *lines])
 
@@ -239,7 +239,7 @@ def _here() -> str:
 
 
 def _exists(owner: str, name: str) -> bool:
-    """Also of an attribute that only instances have."""
+    """Whether the attribute exists, including those that only instances have."""
     try:
         found = pkgutil.resolve_name(owner)
     except (ImportError, AttributeError):
@@ -273,7 +273,7 @@ def _name(found: type) -> str:
 
 
 def _canonical(name: str) -> str:
-    """Where it is defined: `hivemind.p2p.P2P` comes from a module below."""
+    """The place of the definition: `hivemind.p2p.P2P` comes from a module below."""
     owner, _, last = name.rpartition(".")
     found = pkgutil.resolve_name(owner)
     return f"{_name(found)}.{last}" if isinstance(found, type) else name
@@ -324,7 +324,7 @@ def _defined(node: ast.ClassDef) -> set[str]:
 
 
 def _files(*folders: str, with_one_of: Sequence[str] = ("",)) -> Iterator[tuple[str, ast.Module]]:
-    """Those that contain one of these words: it takes half a minute to parse them all."""
+    """The files that contain one of these words. Parsing all files would take half a minute."""
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             text = path.read_text()
@@ -353,7 +353,7 @@ def _texts(tree: ast.Module) -> Iterator[str]:
 
 
 def _foreign(tree: ast.Module) -> set[str]:
-    """Attributes with an underscore that no class of the module defines, in its body or its `__init__`."""
+    """Attributes with a leading underscore that no class of the module defines, in its body or its `__init__`."""
     own: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):

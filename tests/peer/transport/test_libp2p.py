@@ -1,4 +1,4 @@
-"""p2pd opens streams, is started again when it dies, and leaves nothing behind, however it ends."""
+"""p2pd opens streams, is started again when it dies, and leaves nothing behind however it ends."""
 
 import asyncio
 import gc
@@ -85,7 +85,7 @@ def identities() -> list[Identity]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No process, folder of sockets or task is left, and asyncio has heard no complaint."""
+    """Checks that no process, socket folder or task is left, and that asyncio has reported no error."""
     folders: list[Path] = []
     complaints: list[dict[str, Any]] = []
 
@@ -153,7 +153,7 @@ async def echo(caller: PeerID, is_relayed: bool, pipe: Pipe) -> None:
 
 
 async def ask(caller: Libp2p, callee: Libp2p, text: bytes) -> bytes:
-    """Sends the text to the peer's echo, wherever it is by now."""
+    """Sends the text to the peer's echo service, wherever the peer is by now."""
     address = (await callee.addresses())[0]
     reader, writer = await caller.open_stream(address.peer_id, [address], ECHO, 10.0)
     try:
@@ -394,7 +394,7 @@ def test_stopping_twice_while_p2pd_is_dead_or_starts_again_is_harmless(
             await asyncio.sleep(delay_s)  # somewhere within the restart
             await peer.stop()
             await peer.stop()
-            # one that was just being spawned is ended, and not waited for
+            # A p2pd that was just being started is ended, without waiting for it.
             await until(lambda: daemons() == before)
 
     play(loop, scenario())

@@ -1,4 +1,4 @@
-"""Forwarding a port by UPnP: what is asked of routers, good and hostile ones, and what of their answers is believed."""
+"""Forwarding a port by UPnP: what routers are asked, good and hostile ones, and which of their answers are believed."""
 
 import asyncio
 import itertools
@@ -24,7 +24,7 @@ FORWARDS = RouterAnswer(router=ROUTER, address=PUBLIC, port=31337)
 
 
 class Router:
-    """Answers in turn, and then as the last time."""
+    """A router that gives these answers in turn, and then the last one again and again."""
 
     def __init__(self, *answers: RouterAnswer) -> None:
         self._answers = itertools.chain(answers, itertools.repeat(answers[-1]))
@@ -50,7 +50,7 @@ async def asked(mapping: PortMapping, router: Router, times: int) -> None:
 
 
 async def ask_all(routers: Sequence[HomeRouter], port: int, external: Sequence[int]) -> list[RouterAnswer]:
-    """Each at a loopback address of its own."""
+    """Asks routers, each of which is at its own loopback address."""
 
     async def one(number: int, router: HomeRouter) -> RouterAnswer:
         host = f"127.{port % 251}.{external[0] % 251}.{number + 1}"
@@ -182,7 +182,7 @@ def test_only_a_machine_with_a_private_address_asks(host: str, helps: bool) -> N
 
 
 def test_python_without_miniupnpc_asks_no_router() -> None:
-    """As 3.14 is. -S hides what was installed."""
+    """miniupnpc is missing for Python 3.14, for example. Here -S hides the installed package."""
     program = [sys.executable, "-I", "-S", str(port_mapping._PROGRAM), "look", HOST, "31337"]
     ended = subprocess.run(program, capture_output=True, timeout=240, check=True)
     answer = RouterAnswer.model_validate_json(ended.stdout)

@@ -44,7 +44,7 @@ class Known:
 
 
 class Peer:
-    """A peer's p2pd, and its tunnels. Stop it when done."""
+    """A peer's p2pd and its tunnels. Stop it when done."""
 
     def __init__(self, identity: Identity, *, public: bool) -> None:
         self.peer_id = identity.peer_id
@@ -80,7 +80,7 @@ async def echo(request: bytes, context: Any) -> bytes:
 
 @asynccontextmanager
 async def echo_server(identity: Identity, path: Path) -> AsyncIterator[bytes]:
-    """Listens on a unix socket only; returns its certificate, DER."""
+    """A server that listens only on a unix socket. Yields its certificate (DER)."""
     certificate = identity.make_certificate()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     handler: Any = grpc.unary_unary_rpc_method_handler(echo)

@@ -1,4 +1,4 @@
-"""Who is live, who has gone, and how fast things happen; by this machine's clock alone."""
+"""Which peers are live, which have gone, and how fast things happen, by this machine's clock only."""
 
 import math
 from dataclasses import replace
@@ -25,7 +25,7 @@ def test_a_node_is_live_while_it_renews_its_record() -> None:
 
 
 def test_a_killed_node_has_gone_within_two_periods() -> None:
-    """Its record is in the DHT for three."""
+    """Its record stays in the DHT for three periods."""
     seen, record = census(), node(1, expires_at=NOW + 30, renew_every_s=10.0)
     gone_at = math.nan
     for tick in range(15):

@@ -1,4 +1,4 @@
-"""What the interface for programs answers, at any size of the swarm and to any question."""
+"""Answers of the dashboard's API, for swarms of any size and for any request."""
 
 import contextlib
 import json
@@ -37,9 +37,9 @@ from talkoot.dashboard.watcher import samples_of
 
 API_S = 0.1
 PICTURE_S = 0.2
-"""What the interface has for one page, and for a new picture, in a swarm of 10,000 nodes."""
+"""The longest time for one page and for a new picture, in a swarm of 10,000 nodes."""
 _SLOW = 10
-"""A machine that does much else may be so many times slower."""
+"""A busy machine may be this many times slower."""
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_memories_are_listed_and_those_that_need_hosts_most_come_first() -> None
     shown = {
         row["name"]: (row["below_two"], row["replicas_min"], row["replicas_mean"]) for row in page["memories"]
     }
-    # anybody may announce a third shard of a memory that has two
+    # Anybody may announce a third shard of a memory that has two.
     assert shown == {
         "huge": (None, None, None),
         "lost": (1, 0, 1.0),

@@ -1,4 +1,4 @@
-"""The web application: what it answers is what its OpenAPI file says, and a browser is safe with it."""
+"""The web application: its answers match its OpenAPI file, and browsers can use it safely."""
 
 import asyncio
 import contextlib
@@ -76,7 +76,7 @@ ASKED = [
 
 
 def check_described(described: str, answer: Answer) -> None:
-    """Raises when the answer is not as the file says."""
+    """Raises if the answer is not as the file describes."""
     response = DESCRIBED["paths"][described]["get"]["responses"][str(answer.status)]
     if "$ref" in response:
         response = DESCRIBED["components"]["responses"][response["$ref"].rpartition("/")[2]]
@@ -123,7 +123,7 @@ def test_the_openapi_file_is_served(asked: Asked) -> None:
     assert asked.get("/api/v1/openapi.json").json() == DESCRIBED
 
 
-# A browser is safe
+# Safety of browsers
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_nothing_beside_the_static_files_is_served(asked: Asked, path: str) -> N
 
 
 async def stream(asked: Asked, events: int, take: bool = True) -> list[dict[str, Any]]:
-    """The first events that a page gets; None of them is taken by a page that is stuck."""
+    """The first events that a page receives. None: the page is stuck and takes none."""
     got: list[dict[str, Any]] = []
     enough = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""The command as people use it: where it listens, what it says when it can't, and how it ends."""
+"""The command as users run it: where it listens, what it says if it can't, and how it ends."""
 
 import json
 import os
@@ -29,7 +29,7 @@ LIMIT_S = 90.0
 
 @pytest.fixture
 def dead_invite(closed_port: int) -> str:
-    """Of a swarm whose only known peer has gone."""
+    """The invite of a swarm whose only known peer has gone."""
     author = peer(1)
     address = f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/{author.to_base58()}"
     return str(Invite(SwarmKeys("sauna", author), (Multiaddress(address),)))

@@ -1,4 +1,4 @@
-"""The history is bounded, survives a restart, and a broken file is set aside and said aloud."""
+"""The history is bounded and survives a restart; a broken file is set aside with a warning."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""The dashboard asks two hosts of a memory for the same passages, now and then, and shows who leaves some out."""
+"""The dashboard now and then asks two hosts of a memory for the same passages, and shows hosts that leave some out."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ def fetch(url: str) -> str:
 
 
 async def until(url: str, condition: Callable[[Any], bool]) -> Any:
-    """The only memory's row, once it is so."""
+    """Waits for the condition. Returns the row of the only memory."""
     ends = time.monotonic() + LIMIT_S / 2
     while True:
         rows = json.loads(await asyncio.to_thread(fetch, url + "api/v1/memories"))["memories"]

@@ -28,7 +28,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the screenshots are; pass --basetemp to choose the place."""
+    """The folder of the screenshots. Choose another with --basetemp."""
     return tmp_path_factory.mktemp("screenshots")
 
 
@@ -43,7 +43,7 @@ def figure(seen: Visit, tile: str) -> str:
 
 
 def until_figures(seen: Visit, **expected: str) -> None:
-    """By tile. What the page shows follows the swarm, in which a node may be late for a moment."""
+    """Waits until tiles show these figures. The page follows the swarm, in which a node may be late for a moment."""
 
     def are_shown() -> bool:
         return {tile: figure(seen, tile) for tile in expected} == expected
@@ -156,7 +156,9 @@ def test_nothing_is_wider_than_the_window(
 
 
 def test_figures_that_differ_by_a_rounding_error_are_drawn(seen: Visit) -> None:
-    """As the means of equal ones do. The chart looked for ticks between them until its memory was full."""
+    """The means of equal figures differ like that. The chart used to look for ticks between them until its memory was
+    full.
+    """
     seen.page.evaluate(
         """async () => {
           const { Plot } = await import(new URL("plot.js", document.querySelector("script[type=module]").src));
@@ -172,8 +174,8 @@ def test_figures_that_differ_by_a_rounding_error_are_drawn(seen: Visit) -> None:
 
 
 def test_killed_node_turns_red(swarm: LiveSwarm, seen: Visit, pictures: Path) -> None:
-    """After one and a half of its announcements, as `test_census` measures by a clock of its own."""
-    # in one go: rows are made anew with every picture, and one that has just gone has no colour
+    """It turns red after one and a half announcement periods, which `test_census` measures with its own clock."""
+    # In one step: rows are recreated with every picture, and a removed row has no colour.
     row = (
         f"[...document.querySelectorAll('#nodes-table tr')].find(row => row.textContent.includes('{DOOMED}'))"
     )

@@ -1,4 +1,4 @@
-"""The page as judges see it: axe, how much it jumps while it loads, and where the system forces its colours."""
+"""The page as checked by tools: axe, layout shifts while it loads, and forced colours."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +37,7 @@ SHOWN = (
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A dashboard that has watched a swarm of everything for a quarter of an hour."""
+    """A dashboard that has watched for a quarter of an hour a swarm that has everything."""
     asked = Asked(tmp_path_factory.mktemp("judged"), PICTURE)
     for minute in range(15):
         samples = [*samples_of(PICTURE), *expert_samples_of(PICTURE)]
@@ -55,7 +55,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def seen(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """The page once it is complete. The parameter: the browser's options."""
+    """The page once it is complete. The fixture's parameter has the browser's options."""
     options: dict[str, Any] = dict(request.param)
     width, height = options.pop("size", DESKTOP)
     with browser.new_context(

@@ -1,4 +1,4 @@
-"""The page in a real browser, of a swarm of 10,000 nodes that is not there: how fast it is, and how much it keeps."""
+"""The page in a real browser, with an invented swarm of 10,000 nodes: how fast it is, and how much memory it keeps."""
 
 import asyncio
 import threading
@@ -19,7 +19,7 @@ _HEAP_BYTES = 48 * 2**20
 
 @pytest.fixture(scope="module")
 def may_answer() -> threading.Event:
-    """While it is not set, the server sends the page alone, and nothing to show on it."""
+    """Until it is set, the server sends only the page, without data."""
     event = threading.Event()
     event.set()
     return event
@@ -74,7 +74,7 @@ def test_the_page_paints_before_the_server_says_what_it_shows(
 
 
 def test_the_figures_need_few_bytes(seen: Visit) -> None:
-    """And so little time: they do not come with all the nodes and experts."""
+    """So they take little time: they are not sent together with all nodes and experts."""
     entries = "performance.getEntriesByType('resource').map(entry => [entry.name, entry.decodedBodySize])"
     sizes: Counter[str] = Counter()
     for name, size in seen.page.evaluate(entries):

@@ -1,4 +1,4 @@
-"""The page in a real browser, of swarms that do badly or can't be seen."""
+"""The page in a real browser, for swarms that do badly or cannot be read."""
 
 from collections.abc import Iterator
 from pathlib import Path

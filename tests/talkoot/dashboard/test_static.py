@@ -1,4 +1,4 @@
-"""The page's files: they need no other server, and give a peer's text no way to become markup or code."""
+"""The page's files: they need no other server, and a peer's text cannot become markup or code."""
 
 import re
 from pathlib import Path

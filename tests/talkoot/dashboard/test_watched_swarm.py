@@ -93,7 +93,7 @@ class Watched:
         self.url = await self.watch(self.stack, self.folder / "dashboard")
 
     async def watch(self, stack: contextlib.AsyncExitStack, folder: Path) -> str:
-        """Starts a dashboard; gives its address."""
+        """Starts a dashboard. Returns its address."""
         assert self.invite is not None
         await asyncio.to_thread(folder.mkdir, exist_ok=True)
         settings = DashboardSettings.load(refresh_s=0.3)
@@ -108,7 +108,7 @@ class Watched:
         return json.loads(fetch(self.url + path))
 
     def until(self, condition: Callable[[Any], bool], path: str = "api/v1/swarm") -> Any:
-        """The first answer of which the condition is true."""
+        """Returns the first answer for which the condition is true."""
         deadline = time.monotonic() + LIMIT_S
         while True:
             with contextlib.suppress(urllib.error.HTTPError):
@@ -130,7 +130,7 @@ def fetch(url: str) -> str:
 
 @contextlib.contextmanager
 def training(invite: Invite, folder: Path) -> Iterator[None]:
-    """A trainer on a thread of its own."""
+    """Runs a trainer on a thread of its own."""
     settings = TrainerSettings.load(
         batch_size=2,
         validate_every=5,
@@ -322,7 +322,7 @@ def test_rules_are_as_promtool_wants_them() -> None:
 
 @contextlib.contextmanager
 def prometheus(watched: Watched, folder: Path) -> Iterator[str]:
-    """As it is in deploy/, but faster and at this dashboard; gives its address."""
+    """Starts Prometheus with the configuration of deploy/, but faster and for this dashboard. Yields its address."""
     config = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
     config = config.replace("127.0.0.1:8080", urllib.parse.urlsplit(watched.url).netloc).replace(
         ": 15s", ": 1s"
@@ -365,7 +365,7 @@ def test_prometheus_finds_all_and_its_rules_evaluate(watched: Watched, tmp_path:
         while missing:
             assert time.monotonic() < deadline, missing
             threading.Event().wait(0.2)
-            # no call has failed here, so there is nothing of failures to be summed
+            # No call has failed here, so failures have no values to sum.
             missing = [name for name in recorded if not value(name) and "failures" not in name]
             updates = value("talkoot:updates:rate5m")
             if not updates or float(updates[0]) <= 0:  # no step between the first two looks
@@ -379,7 +379,7 @@ def test_prometheus_finds_all_and_its_rules_evaluate(watched: Watched, tmp_path:
 
 
 def missing_metrics(value: Callable[[str], list[str]]) -> list[str]:
-    """Those that the Grafana dashboard or an alert names, and nobody serves."""
+    """The metrics that the Grafana dashboard or an alert uses but nobody serves."""
     text = (DEPLOY / "grafana" / "swarm.json").read_text() + (DEPLOY / "prometheus" / "rules.yml").read_text()
     named = set(re.findall(r"\b(?:talkoot_\w+|process_\w+)\b", text)) - {"talkoot_trainer_failures_total"}
     assert len(named) > 25
@@ -389,7 +389,7 @@ def missing_metrics(value: Callable[[str], list[str]]) -> list[str]:
 def test_a_run_that_has_ended_is_shown_with_its_result(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # it may take longer here than the two seconds that a farewell has
+    # Here it may take longer than the two seconds that a leaving node has.
     monkeypatch.setattr("trainer_client.announcer._WITHDRAW_S", 60.0)
 
     def row_of(page: Any) -> Any:
@@ -404,7 +404,7 @@ def test_a_run_that_has_ended_is_shown_with_its_result(
     assert (row_of(page)["step"], row_of(page)["loss"], row_of(page)["validation_loss"]) == (2, 2.25, 2.0)
 
 
-# What ends: these tests take the swarm apart, in this order
+# How things end. These tests take the swarm apart, in this order.
 
 
 def test_a_node_that_falls_silent_is_shown_as_gone(watched: Watched) -> None:

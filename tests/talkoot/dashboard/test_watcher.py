@@ -1,4 +1,4 @@
-"""What the watcher does when it can't join: it gives up on a wrong invite, and waits for a swarm that it knows."""
+"""What the watcher does if it cannot join: it gives up with a wrong invite, and waits for a swarm that it knows."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 async def until_told(watcher: Watcher) -> None:
-    """Runs it until there is news."""
+    """Runs the watcher until there is news."""
     running = asyncio.create_task(watcher.run())
     told = asyncio.create_task(watcher.news())
     try:

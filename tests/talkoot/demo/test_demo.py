@@ -1,6 +1,6 @@
-"""The demo as people run it: a swarm of real processes on loopback, on the smallest number of steps that learns.
+"""The demo as users run it: a swarm of real processes on the loopback interface, with just enough steps to learn.
 
-Once from the wheel, installed in an environment of its own.
+One test runs it from the wheel, installed in an environment of its own.
 """
 
 import json
@@ -28,9 +28,9 @@ LIMIT_S = 200
 ROOT = Path(__file__).parents[3]
 FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 SMALLEST = ("--nodes", "1", "--no-kill")
-"""Of which two have a p2pd: the node and the trainer."""
+"""Two of its processes have a p2pd: the node and the trainer."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-"""Without a path of whoever runs the tests, which would come before the wheel."""
+"""Without the tests' own PYTHONPATH, which would come before the wheel."""
 
 
 pytestmark = pytest.mark.timeout(LIMIT_S + 60)
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(LIMIT_S + 60)
 
 @dataclass(frozen=True)
 class Running:
-    """A demo, and all processes that it started: the environment marks them."""
+    """A demo and all processes that it started, which have a mark in their environment."""
 
     process: subprocess.Popen[bytes]
     mark: str
@@ -82,7 +82,7 @@ def running_demo(tmp_path: Path, *options: str, python: str | Path = sys.executa
 
 
 def wait_until(condition: Callable[[], bool], log: Path) -> None:
-    """Looks seldom: to look at every process of the machine would slow the demo down."""
+    """Looks rarely, since looking at every process of the machine would slow the demo down."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < deadline, log.read_text()
@@ -91,7 +91,7 @@ def wait_until(condition: Callable[[], bool], log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that has this wheel, and of everything else what is here."""
+    """The Python of an environment with this wheel; everything else comes from the tests' own environment."""
     folder = tmp_path_factory.mktemp("installed")
     source, environment = folder / "source", folder / "environment"
     for name in FLOORS:
@@ -105,7 +105,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps", str(wheel))
     (packages,) = environment.glob("lib/python*/site-packages")
     there = [path for path in sys.path if path.endswith("-packages")]
-    # files that lead to the sources, as those of editable installs, are not followed from here
+    # Path files for sources, such as those of editable installs, are not followed here.
     (packages / "others.pth").write_text("".join(f"{path}\n" for path in there))
     return python
 

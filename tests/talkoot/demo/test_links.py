@@ -21,7 +21,7 @@ def run(scenario: Coroutine[Any, Any, None], limit_s: float = 60.0) -> None:
     asyncio.run(asyncio.wait_for(scenario, limit_s))
 
 
-# Its text
+# The text form of a link
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_what_is_no_link_is_refused_with_an_example_or_its_bounds(text: str) -> 
         Link.parse(text)
 
 
-# Its numbers
+# The numbers of a link
 
 
 sizes = st.lists(st.tuples(st.integers(1, 16384), st.floats(0, 0.1)), min_size=1, max_size=30)
@@ -94,7 +94,7 @@ def test_chance_follows_from_the_seed_and_the_connections_number_alone() -> None
     run(scenario())
 
 
-# Its proxy
+# The proxy of a link
 
 
 def test_all_bytes_arrive_in_order_through_jitter_and_loss() -> None:
@@ -123,7 +123,7 @@ def test_a_full_link_carries_its_rate_both_ways() -> None:
             received = await read.readexactly(size)
             seconds = time.monotonic() - began
             assert received == bytes(size)
-            # never faster than the link; how much slower is up to what else this machine does
+            # It is never faster than the link. How much slower it is depends on the machine's other work.
             assert 8e-6 * size / 100.0 - 0.005 < seconds
 
     run(scenario())
@@ -161,7 +161,7 @@ def test_nothing_comes_back_sooner_than_the_round_trip() -> None:
 
 
 def test_a_receiver_who_does_not_read_stops_the_sender() -> None:
-    """What the link holds is bounded; the rest waits in the kernel's buffers and with the sender."""
+    """What the link holds is bounded. The rest waits in the kernel's buffers and at the sender."""
 
     async def scenario() -> None:
         link = Link(800.0, 0.01)

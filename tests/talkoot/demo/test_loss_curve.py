@@ -15,7 +15,7 @@ def lines(curve: LossCurve) -> list[str]:
 
 
 def columns(curve: LossCurve) -> list[str]:
-    """Each column from the bottom up."""
+    """The columns of the curve, each from the bottom up."""
     return [
         "".join(column)
         for column in zip(*(line[6:66].ljust(60) for line in reversed(lines(curve)[:6])), strict=True)

@@ -1,4 +1,4 @@
-"""What a check of the machine finds, and what it makes of that."""
+"""What a check of the machine finds, and what it concludes."""
 
 import random
 import socket
@@ -173,7 +173,7 @@ def test_what_nobody_said_is_not_checked() -> None:
 
 
 class Swarm:
-    """A node that answers probes, as the registry of a swarm lists it."""
+    """A node that answers probes, and a registry that lists it."""
 
     def __init__(self, folder: Path) -> None:
         self.identity = Identity.load_or_create(folder / "key")
@@ -280,7 +280,7 @@ def test_speed_is_measured_with_one_expert(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_expert_that_does_not_fit_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a manifest with 2^26 experts of 190 GB each."""
+    """The manifest has 2^26 experts of 190 GB each."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**36))
     huge = {"layers": 64, "hidden": 16384, "heads": 256, "feed_forward": 65536}
     experts = {"grid": [4096, 256], "heads": 256, "head_size": 512}

@@ -1,4 +1,4 @@
-"""A machine on which something is broken: `talkoot doctor` names each fault, and checks all the rest."""
+"""A machine on which something is broken: `talkoot doctor` names each fault, and still checks everything else."""
 
 import ctypes
 import os
@@ -43,7 +43,7 @@ Doctor = Callable[..., dict[str, Finding]]
 
 @pytest.fixture
 def doctor(loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Doctor:
-    """Checks this machine with these settings, and gives what was found by its name."""
+    """Checks this machine with these settings. Returns the findings by name."""
     monkeypatch.setattr(checks, "_MEASURE_S", 0.01)
     monkeypatch.setattr(checks, "_SLOW_ROWS_PER_S", 0.0)
 
@@ -224,7 +224,7 @@ def test_doctor_takes_the_options_of_a_node(tmp_path: Path) -> None:
     assert (wrong.returncode, "--colour" in wrong.stderr) == (2, True)
 
 
-# Codes of errors
+# Error codes
 
 
 def user_errors(base: type[UserError] = UserError) -> list[type[UserError]]:

@@ -1,4 +1,4 @@
-"""What a trainer moves, computed, against bytes counted on real connections."""
+"""The computed traffic of a trainer, compared with bytes counted on real connections."""
 
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -44,9 +44,9 @@ def make_manifest(
 
 
 async def counted(path: Path, manifest: Manifest, experts: float) -> tuple[float, float]:
-    """Bytes that connections carried to the node and back for a row, forward and backward.
+    """Bytes carried to the node and back for each row, forward and backward.
 
-    Rows are for so many of the node's two experts on average.
+    On average, a row is for `experts` of the node's two experts.
     """
     pool, wire, rng = ChannelPool(), Wire(Link()), np.random.default_rng(0)
     codec = codec_of(manifest.wire.codec)
@@ -97,7 +97,7 @@ def test_it_is_what_real_calls_move(
 ) -> None:
     manifest = make_manifest(width, codec)
     there, back = loop.run(counted(tmp_path, manifest, experts), 60)
-    # 52 bytes of headers in each packet, and an acknowledgement for every second one
+    # There are 52 bytes of headers in each packet, and an acknowledgement for every second packet.
     upload = there * 1500 / 1448 + back * 52 / 2 / 1448
     download = back * 1500 / 1448 + there * 52 / 2 / 1448
     expected = row_traffic(manifest, 1e6 / 8, experts)
@@ -159,7 +159,7 @@ def test_the_uploads_in_the_documentation(
 
 
 def test_the_default_moves_a_32nd_of_whole_rows_to_each_expert() -> None:
-    """Payload, framing and headers of packets, forward and backward, against the numbers of such rows in float32."""
+    """Payload, framing and packet headers, forward and backward, compared with the numbers of such rows in float32."""
     manifest = Manifest.founded({"name": "kept", "model": {"hidden": 1024}})
     most = PRESETS["transformer"]["nodes_per_token"]
     traffic = trainer_traffic(manifest, 1000.0, 10, most)

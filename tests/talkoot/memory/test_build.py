@@ -1,4 +1,6 @@
-"""Memories built from text: nothing is lost, everything is named by its hash, and a folder is whole or not there."""
+"""Memories built from text: nothing is lost, everything is named by its hash, and a folder is either complete or
+absent.
+"""
 
 import errno
 import hashlib
@@ -52,7 +54,7 @@ def write_texts(path: Path, count: int, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the texts and a memory of them. Not to be changed."""
+    """A folder with the texts and a memory built from them. Tests must not change it."""
     folder = tmp_path_factory.mktemp("memory")
     write_texts(folder / "texts.jsonl", 150)
     build_memory(BuildPlan((str(folder / "texts.jsonl"),), folder / "trees", about="Of trees\n and bread"))
@@ -69,7 +71,7 @@ def opened(path: Path) -> MemoryStore:
 
 
 def places(store: MemoryStore) -> dict[Passage, list[int]]:
-    """The cells of each passage, that with its text first."""
+    """The cells of each passage. The cell that has its text comes first."""
     found: dict[Place, list[int]] = {}
     for is_secondary in (False, True):
         for info in store.manifest.shards:

@@ -1,4 +1,4 @@
-"""Cells: k-means finds groups, prefixes hold near cells, and a passage lies in two."""
+"""Cells: k-means finds groups, near cells share a prefix, and each passage is in two cells."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from trainer_client.memory.encoder import to_vectors
 
 
 def groups(count: int, each: int, dimensions: int = 16, spread: float = 0.1, seed: int = 0) -> Vectors:
-    """Vectors around some directions, one group after another."""
+    """Vectors around several directions, one group after another."""
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(count, dimensions)) / np.sqrt(dimensions)
     members = centers.repeat(each, 0) + spread * rng.normal(size=(count * each, dimensions)) / np.sqrt(
@@ -57,7 +57,9 @@ def test_the_same_vectors_and_seed_give_the_same_codebook() -> None:
 
 
 def test_the_second_cell_errs_in_another_direction_than_the_first() -> None:
-    """Sun et al. 2023, section 3: not the next nearest, if another one's error is orthogonal to the first one's."""
+    """Sun et al. 2023, section 3: the second cell is not the next nearest if another one's error is orthogonal to the
+    first one's.
+    """
     codebook = Codebook(np.array([[1, 0.2, 0], [1, 0.3, 0], [1, 0, 0.32], [-1, 0, 0]], np.float16))
     assert two_cells(codebook, np.array([[100, 0, 0]], np.int8)).tolist() == [[0, 2]]
 

@@ -1,4 +1,4 @@
-"""What `talkoot memory list` and `inspect` show of a swarm's memories, whoever wrote it."""
+"""What `talkoot memory list` and `inspect` show of a swarm's memories, whatever their publishers wrote."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""A memory's whole life by its commands: built, published, listed, searched, and taken back."""
+"""The whole life of a memory, by commands: it is built, published, listed, searched, and withdrawn."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ SUBJECTS = {
 
 
 def written(folder: Path) -> Path:
-    """A file on each subject, of a few passages."""
+    """Writes a file for each subject, with a few passages."""
     folder.mkdir()
     for name, sentence in SUBJECTS.items():
         paragraphs = [f"Part {number} about {name}. {sentence} " * 4 for number in range(4)]
@@ -34,14 +34,14 @@ def written(folder: Path) -> Path:
 
 
 def events(*arguments: str) -> list[dict[str, Any]]:
-    """What a command says. It runs in this process, as an interpreter takes seconds to start."""
+    """The events that a command prints. It runs in this process, as an interpreter takes seconds to start."""
     ended = talkoot(*arguments)
     assert ended.status == 0, ended.err
     return [json.loads(line) for line in ended.out.splitlines()]
 
 
 def read(node: NodeVictim, *arguments: str) -> Any:
-    """What a command that only reads prints."""
+    """The output of a command that only reads."""
     ended = talkoot(*arguments, "--join", node.invite, "--json")
     assert ended.status == 0, ended.err
     return json.loads(ended.out)

@@ -1,4 +1,4 @@
-"""How many replicas the shards of a memory have, as far as the DHT tells."""
+"""How many replicas the shards of a memory have, according to the DHT."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -25,7 +25,7 @@ def swarm(loop: LoopThread, request: pytest.FixtureRequest) -> Iterator[Swarm]:
 
 
 def test_replicas_are_counted_by_shard(swarm: Swarm) -> None:
-    """One host leaves, and one shard is announced by nobody."""
+    """One host leaves, and nobody announces one of the shards."""
     entry = replace(memory(shards=4).entry, grid=(2, 2))
     announced: tuple[Cells, ...] = (
         {(0, 1): (ReplicaState.SERVING, [A, B]), (1, 0): (ReplicaState.SERVING, [C])},

@@ -1,4 +1,4 @@
-"""Pairs of questions and passages: read strictly, split by title, and negatives that don't answer."""
+"""Pairs of questions and passages: read strictly, split by title, with negatives that don't answer the question."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Publishing memories and taking passages back: by whom, from which folders, and until when."""
+"""Publishing memories and revoking passages: who may do it, from which folders, and until when."""
 
 import asyncio
 import contextlib
@@ -122,7 +122,7 @@ def test_a_folder_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def founded(folder: Path) -> Invite:
-    """What a founder's node leaves in its state folder."""
+    """Makes a state folder as a founder's node leaves it."""
     folder.mkdir(parents=True)
     identity = Identity.load_or_create(folder / "identity.key")
     invite = Invite(SwarmKeys("sauna", identity.peer_id), (_address(identity),))

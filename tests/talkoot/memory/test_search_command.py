@@ -1,4 +1,4 @@
-"""`talkoot search`, as people and programs call it."""
+"""`talkoot search`, as users and programs call it."""
 
 import contextlib
 import json

@@ -22,7 +22,7 @@ TOPICS = 60
 
 
 def write_samples(folder: Path) -> TrainEncoderPlan:
-    """Passages about topics, each in words of its own, and questions that ask for a topic in other words."""
+    """Passages about topics, each with its own words, and questions that ask about a topic in other words."""
     rng = np.random.default_rng(0)
     texts, pairs = [], []
     for number in range(600):
@@ -51,7 +51,7 @@ def test_questions_find_passages_that_share_no_word_with_them(
     passages = [f"p{topic}x2 p{topic}x3" for topic in range(TOPICS)]
     scores = encoder.encode_questions(questions).astype(np.float32) @ encoder.encode(passages).T
     assert (scores.argmax(axis=1) == np.arange(TOPICS)).mean() > 0.9
-    # what is learned is the difference between the two: as passages, questions would find nothing
+    # Training teaches the difference between the two: encoded as passages, questions would find nothing.
     assert report.pairs + (report.validation.questions if report.validation else 0) == 600
     assert report.bytes == plan.out.stat().st_size
 
@@ -115,7 +115,7 @@ def test_the_command_says_what_it_learned_and_refuses_too_few_pairs(
 
 
 def test_the_weight_of_words_is_the_one_that_finds_most() -> None:
-    """Vectors that say nothing, and words that say all."""
+    """Here vectors carry no information, and words carry all of it."""
     rng = np.random.default_rng(0)
     words = [f"w{n}" for n in range(200)]
     ones = np.ones(200, np.float32)
@@ -155,7 +155,7 @@ def test_a_step_follows_the_gradient_with_negatives_too() -> None:
     assert table.grad is not None
     gradient = table.grad.numpy()
     used = np.linalg.norm(gradient, axis=1) > 0
-    # Adagrad's first step is as long for each word, against its gradient
+    # Adagrad's first step has the same length for each word, against its gradient.
     step = (before - vectors)[used]
     lengths = np.linalg.norm(gradient[used], axis=1, keepdims=True)
     np.testing.assert_allclose(step, 0.1 * 6**0.5 * gradient[used] / lengths, rtol=2e-3, atol=1e-5)

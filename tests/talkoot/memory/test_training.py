@@ -1,4 +1,4 @@
-"""Word vectors learned from passages: related words come together, the same way each time."""
+"""Word vectors learned from passages: related words come close to each other, with the same result each time."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def counted(texts: list[str]) -> PassageWords:
 
 
 def topical_texts(count: int, seed: int = 0) -> list[str]:
-    """With words that come together, and some that are everywhere."""
+    """Texts in which some words occur together, and some are everywhere."""
     rng = np.random.default_rng(seed)
     return [
         " ".join([*rng.choice(TOPICS[n % 30], 8), *rng.choice(["the", "a", "of"], 4)]) for n in range(count)

@@ -1,4 +1,4 @@
-"""The model card says what is known, and nothing that somebody else put into it."""
+"""The model card says what is known, and nothing that a stranger put into it."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ def a_source(updates: int, *replicas: int) -> ExpertSource:
 FACTS = CardFacts(
     "village-Qm",
     MANIFEST,
-    # a card says nothing of the tensors
+    # A card does not depend on the tensors.
     ExportedDense(
         cast(LanguageModel, None), ByteTokenizer(), Routing(), "a trainer's run of 7 steps", 9, 1.5
     ),

@@ -1,4 +1,4 @@
-"""Exporting a model as people do it: a folder that holds what the swarm's nodes and trainers have."""
+"""Exporting a model as users do it: the folder contains what the swarm's nodes and trainers have."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def state(founder: Founder, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a trainer that has done two steps."""
+    """The state folder of a trainer that has done two steps."""
     state = tmp_path_factory.mktemp("trained")
     train = ("train", "--join", founder.invite, "--state", state, "--batch-size", 2, "--threads", 1)
     ended = talkoot(*train, "--call-deadline-s", 60, "--data", text, "--steps", 2)
@@ -119,7 +119,7 @@ def test_a_folder_has_the_experts_of_the_nodes_and_the_dense_part_of_a_run(
 
 @contextlib.contextmanager
 def training(founder: Founder, state: Path, **options: Any) -> Iterator[Training]:
-    """A trainer that has done three steps, and shows its dense part."""
+    """A trainer that has done three steps and serves its dense part."""
     settings = TrainerSettings.load(
         steps=3,
         batch_size=2,
@@ -191,7 +191,7 @@ def test_an_export_that_was_stopped_goes_on_and_fetches_no_layer_again(
     again = talkoot(*export(founder, out, *given))
     assert again.status == 0, again.err
     assert not partial_folder.exists()
-    # headers say when it was saved, and so differ in length
+    # Headers contain the time of saving, and so differ in length.
     assert json.loads(again.out.splitlines()[-1])["bytes"] == pytest.approx(whole["bytes"] / 2, rel=0.05)
     assert_has_the_experts_of(founder, ModelFolder.open(out), frozenset(MANIFEST.uids()))
     assert len(json.loads((out / "replicas.json").read_text())) == 8
@@ -223,7 +223,7 @@ def test_the_experts_that_a_text_uses_most_are_kept(
 
 @contextlib.contextmanager
 def killed_node(founder: Founder, folder: Path, experts: int, **changes: Any) -> Iterator[None]:
-    """Inside, a second node has died a moment ago, and its records say that it serves."""
+    """In this block, a second node has just died, and its records still say that it serves."""
 
     async def begin() -> Node:
         identity = Identity.load_or_create(folder / "second.key")
@@ -249,7 +249,7 @@ def killed_node(founder: Founder, folder: Path, experts: int, **changes: Any) ->
 
 
 async def _hosts(founder: Founder) -> set[PeerID]:
-    """Those that serve an expert, by the DHT."""
+    """The nodes that serve an expert, as read from the DHT."""
     registry = founder.node.swarm.registry
     replicas = chain.from_iterable((await registry.replicas(MANIFEST.uids())).values())
     serving = {replica.peer_id for replica in replicas if replica.state is ReplicaState.SERVING}
@@ -315,7 +315,7 @@ def _token(founder: Founder, role: Role) -> str:
 def test_a_folder_computes_what_the_swarm_computes_once_training_has_stopped(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On 10,000 tokens, without rounding on the wire."""
+    """Tested on 10,000 tokens, without rounding on the wire."""
     parts = {"wire": WireSpec(codec="fp32")}
     seed = torch.Generator().manual_seed(0)
     tokens = torch.randint(256, (625, MANIFEST.model.context), generator=seed)

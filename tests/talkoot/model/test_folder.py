@@ -1,4 +1,4 @@
-"""The standard model folder: what is written is read again, and nothing else is."""
+"""The standard model folder: what was written can be read again, and nothing else is accepted."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def written(model: RandomModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """One to change."""
+    """A copy that tests may change."""
     return Path(shutil.copytree(written, tmp_path / "model"))
 
 
@@ -83,7 +83,7 @@ def test_opened_model_predicts_what_the_swarm_does(model: RandomModel, written: 
 
 
 def test_missing_experts_are_named_and_get_no_tokens(tmp_path: Path) -> None:
-    # only three of layer 1 are left, so that each token goes to these
+    # Only three experts of layer 1 are left, so that each token goes to these.
     missing = ["0.0.1", "1.0.0", "1.0.1", "1.1.2"]
     model = RandomModel(MANIFEST, missing=missing)
     folder = model.write(tmp_path / "model")

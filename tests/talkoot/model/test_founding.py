@@ -42,7 +42,7 @@ def imported(folder: Path, work: Path, **given: Any) -> dict[str, Any]:
 
 
 def as_started(values: dict[str, Any]) -> tuple[LanguageModel, Tokenizer]:
-    """The model of a trainer and a node that start from what was written."""
+    """The model and tokenizer of a trainer and a node that start from what was written."""
     manifest = Manifest.from_toml(Path(values["manifest"]))
     state = Path(values["node_state"])
     keys = SwarmKeys(manifest.name, Identity.load_or_create(state / "identity.key").peer_id)
@@ -247,7 +247,7 @@ def test_new_experts_get_tokens_and_train(tmp_path: Path) -> None:
         assert mixture.routed is not None
         assert mixture.routed.spread is not None
         chosen.add(round(mixture.routed.spread.cv, 3))
-    # half of the experts get nothing at first: then the coefficient of variation is at least 1
+    # At first half of the experts get no rows: then the coefficient of variation is at least 1.
     assert max(chosen) >= 1
     assert min(chosen) < 0.9
     assert losses[-1] < losses[0] - 1

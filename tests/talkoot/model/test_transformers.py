@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[Manifest, dict[str, Any]]] = {
 
 
 class Recorded:
-    """What a model of ours computes, with the experts that it chooses."""
+    """A model of Talkoot's that records which experts it chooses."""
 
     def __init__(self, opened: OpenedModel, tokens: Tensor) -> None:
         self.choices: list[Integers] = []
@@ -80,7 +80,9 @@ def tokens_of(manifest: Manifest, vocabulary: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder NAME, its tokens NAME.in.safetensors, and what `transformers` made of them, NAME.out.safetensors."""
+    """A folder with, for each NAME: a model folder, its tokens NAME.in.safetensors, and the results of `transformers`,
+    NAME.out.safetensors.
+    """
     work = tmp_path_factory.mktemp("work")
     pairs = BytePairTokenizer.learn([SENTENCE] * 9, 9 * len(SENTENCE), 290)
     for name, (manifest, given) in MODELS.items():
@@ -117,7 +119,7 @@ def test_same_experts_and_the_same_logits_as_ours(name: str, work: Path) -> None
     assert same_R.mean() >= 0.9999
     if name == "large":
         assert tokens.numel() >= 10_000
-    # a token sees those before it: a sequence counts up to the first that chose otherwise
+    # A token attends to those before it, so a sequence counts up to the first token with another choice.
     same_BT = np.logical_and.accumulate(same_R.reshape(tokens.shape), axis=1)
     difference = (found["logits"] - expected.logits).abs()[same_BT]
     assert (difference <= 1e-4 * (1 + expected.logits[same_BT].abs())).all()

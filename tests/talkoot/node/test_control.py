@@ -1,4 +1,4 @@
-"""The control socket, over a real unix socket: good clients, bad ones, and what killed ones leave."""
+"""The control socket, over a real unix socket: good clients, bad ones, and sockets that killed processes leave."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ DEADLINE_S = 60.0
 
 
 class FakeNode:
-    """Remembers what it was told."""
+    """A node that records the commands it gets."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -62,7 +62,7 @@ class FakeNode:
 
 
 class Running:
-    """A server of the fake node on the tests' loop."""
+    """A server for the fake node, on the tests' loop."""
 
     def __init__(self, loop: LoopThread, state: Path) -> None:
         self.loop, self.state, self.node = loop, state, FakeNode()
@@ -360,7 +360,7 @@ def test_server_that_closes_waits_for_nobody(loop: LoopThread, tmp_path: Path) -
 
 
 def test_a_token_that_a_killed_node_left_leads_nobody_to_its_port(tmp_path: Path) -> None:
-    """By now, the port may be another user's."""
+    """By then, another user may have the port."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -1,4 +1,6 @@
-"""What a volunteer types while a node runs: one real node in a process of its own, steered and checked from outside."""
+"""What a volunteer types while a node runs: one real node in a process of its own, controlled and checked
+from outside.
+"""
 
 import json
 import os
@@ -54,7 +56,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
         process.wait()
 
 
-# The order matters: one node is used for all of its life
+# The order matters: all tests use one node
 
 
 def test_running_node_is_paused_and_resumed(node: RunningNode) -> None:

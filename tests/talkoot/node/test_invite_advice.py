@@ -1,4 +1,4 @@
-"""A founder learns whether others can join by its invite."""
+"""A founder is told whether others can join with its invite."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`talkoot invite`: makes, lists and revokes, with the founder's folder alone."""
+"""`talkoot invite` makes, lists and revokes invites, with only the founder's folder."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from talkoot.node.invites import FoundedSwarm
 
 
 def founded(folder: Path, mode: Mode = "token", author: Identity | None = None) -> Invite:
-    """What a founder's node leaves behind."""
+    """Makes a folder as a founder's node leaves it."""
     identity = Identity.load_or_create(folder / "identity.key")
     keys = SwarmKeys("sauna", (author or identity).peer_id)
     invite = Invite(keys, (Multiaddress.of(Endpoint("192.0.2.7:31337"), identity.peer_id),))

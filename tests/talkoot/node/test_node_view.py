@@ -1,4 +1,4 @@
-"""What `talkoot node` shows: at one glance, in few lines, true to the numbers; and what its flags do."""
+"""What `talkoot node` shows: readable at a glance, in few lines, with correct numbers; and what its flags do."""
 
 import io
 import json
@@ -91,7 +91,7 @@ statuses = st.builds(
 
 
 def terminal(file: io.StringIO, width: int = WIDTH) -> Console:
-    """As the command makes it, but recorded."""
+    """A console like the command's that records its output."""
     return Console(
         file=file,
         width=width,
@@ -218,7 +218,7 @@ def test_no_word_is_broken() -> None:
 
 
 def test_the_panel_stays_in_its_place_between_looks() -> None:
-    """Each refresh moves the cursor up and overwrites: nothing is cleared before, so nothing flickers."""
+    """Each refresh moves the cursor up and overwrites. Nothing is cleared first, so nothing flickers."""
     file = io.StringIO()
     with Live(console=terminal(file), auto_refresh=False) as live:
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""A node comes back to the port that it had."""
+"""A restarted node uses the port that it had before."""
 
 import socket
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The service of a node, in a home of its own, with stand-ins for the systems' tools that note calls."""
+"""The service of a node, in a separate home folder, with stand-ins for the systems' tools that record calls."""
 
 import configparser
 import os
@@ -43,7 +43,7 @@ if [ -e "{folder}/says" ]; then cat "{folder}/says"; fi
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine with systemd, as far as the command can see."""
+    """A machine that seems to the command to have systemd."""
 
     folder: Path
     invite: str
@@ -104,7 +104,7 @@ def parsed(text: str) -> configparser.ConfigParser:
 
 
 def words_of(unit: configparser.ConfigParser) -> list[str]:
-    """The command line as systemd would see it, of a unit without $ and % in it."""
+    """The words of the command line as systemd reads them, for a unit without $ and %."""
     return shlex.split(unit["Service"]["ExecStart"])
 
 
@@ -328,7 +328,7 @@ def test_unit_of_another_maker_is_left_alone(machine: Machine) -> None:
 def other(
     request: pytest.FixtureRequest, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> ServiceManager:
-    """The manager of another system than this one."""
+    """The service manager of another operating system."""
     manager: ServiceManager = request.param
     monkeypatch.setattr(service_module, "service_manager", lambda: manager)
     return manager
@@ -361,7 +361,7 @@ def test_launch_agent_is_what_launchd_reads() -> None:
 
 
 def test_task_is_what_the_scheduler_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its schema wants these elements, in this order at the top."""
+    """Its schema requires these elements, in this order at the top level."""
     monkeypatch.setenv("USERDOMAIN", "HOME-PC")
     text = task_scheduler.definition(_STRANGE, sandboxed=False)
     assert text.startswith('<?xml version="1.0" encoding="UTF-16"?>')

@@ -1,4 +1,4 @@
-"""Once a week a node's owner reads what it did, and what others signed."""
+"""Once a week a node's owner is told what the node did, and what others signed for."""
 
 from dataclasses import replace
 from pathlib import Path

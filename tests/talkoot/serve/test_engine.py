@@ -1,4 +1,4 @@
-"""The engine: streams share batches and are as if alone, come and go, and fail alone."""
+"""The engine: streams share batches as if each were alone, start and stop at any time, and fail alone."""
 
 import asyncio
 import threading
@@ -28,7 +28,7 @@ def model() -> ServedModel:
 
 
 class CountedDecoder(TextDecoder):
-    """Tells how many sequences it has begun and not ended, and may be made to fail or wait."""
+    """Counts sequences that have begun and not ended. It can be made to fail or wait."""
 
     def __init__(self, model: ServedModel) -> None:
         assert isinstance(model.model, LanguageModel)
@@ -107,7 +107,7 @@ def test_streams_share_batches_and_are_as_if_alone(model: ServedModel) -> None:
 
 
 def test_a_stream_that_lost_its_place_goes_on_where_it_was(model: ServedModel) -> None:
-    """Past the context, too."""
+    """This holds beyond the context length, too."""
     long = [job("In the sauna", 150, seed=n) for n in range(3)]
     short = [job("one must behave", 20, seed=n) for n in range(4)]
 
@@ -249,7 +249,7 @@ def test_closing_does_not_wait_for_experts_and_what_breaks_then_is_no_news(
 def test_a_fault_in_the_choice_of_one_token_breaks_off_no_other_answer(model: ServedModel) -> None:
     async def scenario(engine: Engine, decoder: CountedDecoder) -> Piece:
         broken = job("In the sauna", 20)
-        # what no request can ask for
+        # Something that no request can ask for.
         object.__setattr__(broken.sampling, "temperature", "hot")
         streams = [engine.begin(job("In the sauna", 20), "A"), engine.begin(broken, "B")]
         with pytest.raises(EngineError, match="an internal error"):

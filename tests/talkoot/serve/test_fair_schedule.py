@@ -1,4 +1,4 @@
-"""Who gets the places when there are more streams than places."""
+"""Which streams get places when there are more streams than places."""
 
 from collections import Counter
 

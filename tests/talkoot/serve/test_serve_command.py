@@ -1,4 +1,4 @@
-"""The command as people use it: with a swarm, with a folder, and how it ends."""
+"""The command as users run it: with a swarm, with a folder, and how it ends."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def run(founder: Founder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The state folder of a run of two steps."""
+    """The state folder of a run with two steps."""
     state = tmp_path_factory.mktemp("trained")
     text = state / "sauna.txt"
     text.write_text(TEXT[:900])

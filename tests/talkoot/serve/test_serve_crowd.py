@@ -26,7 +26,7 @@ def model() -> ServedModel:
 
 
 async def tokens_of(answer: httpx.Response, most: int) -> int:
-    """Tokens in a stream, which is left after `most`."""
+    """How many tokens a stream has. It is abandoned after `most`."""
     count = 0
     async for line in answer.aiter_lines():
         if line.startswith("data: {"):
@@ -40,7 +40,7 @@ async def tokens_of(answer: httpx.Response, most: int) -> int:
 
 
 def test_many_clients_are_answered_alike_and_leave_nothing(loop: LoopThread, model: ServedModel) -> None:
-    """Half of them hang up in mid-stream, each time."""
+    """Each time, half of them disconnect in the middle of a stream."""
 
     async def client(http: httpx.AsyncClient, url: str, number: int) -> None:
         leaves = bool(number % 2)

@@ -1,4 +1,4 @@
-"""What the server does with requests as other programs send them, good and bad, over real sockets."""
+"""What the server does with requests from other programs, good and bad, over real sockets."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def http() -> Iterator[httpx.Client]:
 
 
 def refused(answer: httpx.Response, status: int, code: str | None = None) -> str:
-    """The message of an error object."""
+    """Checks that this is an error object. Returns its message."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -198,7 +198,7 @@ def test_every_answer_keeps_a_browser_safe(http: httpx.Client, address: str, pat
 def test_a_stream_has_no_line_ends_but_its_own(
     loop: LoopThread, model: ServedModel, http: httpx.Client
 ) -> None:
-    """httpx, among others, takes U+2028 and U+0085 for line ends."""
+    """httpx, for example, treats U+2028 and U+0085 as line ends."""
     tokenizer = ByteTokenizer()
     tokenizer.token_bytes = ["\u2028".encode(), "\x85".encode()] * 128
     with (
@@ -286,7 +286,7 @@ def test_a_missing_or_wrong_key_is_refused(
 
 @pytest.mark.parametrize("text", ["", "\n\n", "two words\n", "sauna-ä\n", None])
 def test_a_file_without_keys_is_refused(tmp_path: Path, text: str | None) -> None:
-    """Otherwise a slip would open the server to everybody."""
+    """Otherwise a mistake in the file would open the server to everybody."""
     if text is not None:
         (tmp_path / "keys").write_text(text)
     with pytest.raises(DataError, match="keys"):

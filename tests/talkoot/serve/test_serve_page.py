@@ -1,4 +1,4 @@
-"""The page to try a model, in a real browser."""
+"""The page for trying a model, in a real browser."""
 
 import re
 from collections.abc import Iterator

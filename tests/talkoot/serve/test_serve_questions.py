@@ -70,7 +70,7 @@ def test_many_questions_at_once_are_each_answered_as_if_alone(client: OpenAI) ->
 
 
 class HeldUp(Shelf):
-    """Its answers to one question wait until they are let go."""
+    """A model whose answers to one question wait until they are let go."""
 
     def __init__(self, question: str) -> None:
         super().__init__([passage(name, colour) for name, colour in COLOURS.items()])

@@ -1,4 +1,4 @@
-"""Text from tokens: the same however the bytes are cut into tokens, and only what is certain."""
+"""Text from tokens: the same however the bytes are split into tokens, and only what is certain."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ LETTERS = "ab€"
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Letter by letter: the text before the longest stop sequence that is complete first."""
+    """The text before the first complete stop sequence, found letter by letter, and whether there was one."""
     for end in range(1, len(text) + 1):
         ended = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if ended:

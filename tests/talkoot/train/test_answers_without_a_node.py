@@ -1,4 +1,4 @@
-"""Questions to a swarm of real node processes, of which one is killed half-way."""
+"""Questions to a swarm of real node processes, one of which is killed half-way."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ NODE = (
 
 @dataclass(frozen=True)
 class Founded:
-    """A founder who hosts nothing, and two nodes that host all experts and the whole memory each."""
+    """A founder that hosts nothing, and two nodes that each host all experts and the whole memory."""
 
     folder: Path
     swarm: Swarm
@@ -119,7 +119,7 @@ def check_same(after: Answered, before: Answered) -> None:
 def test_the_answers_are_the_same_with_a_node_killed_half_way(
     loop: LoopThread, tmp_path: Path, causal: tuple[bool, ...], objective: str
 ) -> None:
-    """It hosted half of the replicas of experts, and of the memory's shards."""
+    """That node hosted half of the replicas of experts and of the memory's shards."""
     model = MANIFEST.model.model_copy(update={"context": 32 if causal else 64, "causal": causal})
     settings = TrainerSettings.load(
         objective=objective,

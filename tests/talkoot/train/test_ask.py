@@ -1,4 +1,4 @@
-"""Models that answer questions from a memory of their swarm: trained, resumed and asked as people do it."""
+"""Models that answer questions from a memory of their swarm: trained, resumed and asked with commands."""
 
 import json
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ QUICK = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 60, "--validati
 
 @pytest.fixture(scope="module")
 def founder(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Founder]:
-    """A node that hosts all experts and three memories. One has only passages that were taken back."""
+    """A node that hosts all experts and three memories. One memory has only revoked passages."""
     folder, parts = tmp_path_factory.mktemp("founder"), {"model": MODEL}
     with founded(loop, folder, experts=8, parts=parts, memories=MEMORIES) as running:
         yield running

@@ -1,4 +1,4 @@
-"""An encoder-decoder by the commands: trained on a node's experts, resumed, and asked to fill gaps."""
+"""An encoder-decoder with commands: trained on a node's experts, resumed, and asked to fill gaps."""
 
 import json
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def state(founder: Founder, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of three steps."""
+    """The state folder of a run with three steps."""
     state = tmp_path_factory.mktemp("state")
     quick = ("--batch-size", 2, "--threads", 1, "--call-deadline-s", 60, "--data", text, "--steps", 3)
     ended = talkoot(

@@ -1,4 +1,4 @@
-"""Local mode against a swarm of the same experts, and what it does on its own."""
+"""Local mode compared with a swarm of the same experts, and what it does without any swarm."""
 
 import threading
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_a_manifest_with_a_prefix_routes_whole_sequences_by_it() -> None:
     found = losses(here.mixture, manifest)
     assert found == pytest.approx(expected, rel=1e-4)
     assert found[-1] < found[0] - 0.5
-    # all 16 tokens of a sequence go to the same experts
+    # All 16 tokens of a sequence go to the same experts.
     assert {n for call in swarm.called("forward") for n in call.batch.lengths.tolist()} == {16}
 
 
@@ -90,7 +90,7 @@ def test_what_would_travel_is_rounded_by_the_codec_of_the_manifest(codec: CodecN
     torch.autograd.backward([found.square().sum(), expected.square().sum()])
     assert x.grad is not None
     assert exact.grad is not None
-    # a row and its gradient go past the experts too, where nothing is rounded
+    # A row and its gradient also flow around the experts, where nothing is rounded.
     updates = (found - x, expected - exact)
     gradients = (x.grad - 2 * found, exact.grad - 2 * expected)
     for one, other in (updates, gradients):

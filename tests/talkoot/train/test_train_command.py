@@ -1,4 +1,4 @@
-"""Training, evaluating and generating as people do it."""
+"""Training, evaluating and generating with commands."""
 
 import errno
 import io
@@ -29,7 +29,7 @@ from trainer_client.settings import PRESETS
 from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
 
 SHORT = TEXT[: len(TEXT) // 3]
-"""It is evaluated again and again, a window at a time."""
+"""A short text, since it is evaluated again and again, one window at a time."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -246,7 +246,7 @@ def test_when_all_experts_stay_away_training_ends_with_what_it_has(
 
 
 def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer knows it at once."""
+    """Takes the experts away after a step. The trainer learns it at once."""
     steps = 0
 
     def swarm_now(client: SwarmClient) -> dict[str, Any]:
@@ -365,13 +365,13 @@ def test_a_loss_that_stays_not_finite_is_one_clear_line(
     )
 
 
-# Bad input, known before anything is dialled
+# Bad input, which is noticed before any connection is opened
 
 
 BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
     "binary": ("x.bin", b"\x7fELF\0\0", "is not text: byte 4 is 0"),
     "empty": ("x.txt", b"", "x.txt is empty: give"),
-    # the founder's model has a context of 16: this is said before the manifest is read
+    # The founder's model has a context of 16. The error comes before the manifest is read.
     "too short for any model": ("x.txt", b"Moi!", "4 bytes, but a model with a context of 2 needs 6 or more"),
     "a wrong field": (
         "x.jsonl",

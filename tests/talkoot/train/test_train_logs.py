@@ -1,4 +1,4 @@
-"""What training writes for other tools."""
+"""Log files of training for other tools."""
 
 import io
 import json

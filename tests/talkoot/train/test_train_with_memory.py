@@ -1,4 +1,4 @@
-"""Models that read a memory of their swarm: trained, resumed, evaluated and used as people do it."""
+"""Models that read a memory of their swarm: trained, resumed, evaluated and used with commands."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def trained(founder: Founder, text: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_run_reads_and_says_what_it_read(trained: Path) -> None:
     first = json.loads((trained / "first.json").read_text())
-    # two batches of validation and three of training, of two sequences with two chunks each, and some ahead
+    # Two batches of validation and three of training, each with two sequences of two chunks, and some looked up ahead.
     assert first["memory_chunks"] >= 5 * 4
     assert first["memory_failed_lookups"] == first["memory_late_batches"] == 0
     checkpoint = load_checkpoint(Path(first["checkpoint"]), Path(first["checkpoint"]).parent.name)

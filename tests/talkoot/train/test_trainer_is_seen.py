@@ -1,4 +1,4 @@
-"""What a swarm hears of a trainer while it trains."""
+"""What a swarm sees of a trainer while it trains."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_a_validation_is_heard_of_before_the_first_step(founder: Founder, tmp_pa
 def test_a_loop_of_ones_own_reports_and_leaves_its_result(
     founder: Founder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # it may take longer here than the two seconds that a farewell has
+    # Here it may take longer than the two seconds that a leaving trainer has.
     monkeypatch.setattr("trainer_client.announcer._WITHDRAW_S", 60.0)
 
     registry = founder.node.swarm.registry

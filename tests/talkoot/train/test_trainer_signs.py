@@ -23,12 +23,12 @@ ROWS = 24
 
 @pytest.fixture(autouse=True)
 def patient_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer that leaves gives its receipts in two seconds, or not at all."""
+    """A leaving trainer usually delivers its receipts within two seconds, or not at all; here it may take longer."""
     monkeypatch.setattr("trainer_client.credit._FAREWELL_S", 60.0)
 
 
 def train(invite: str, state: Path) -> None:
-    """One step of one mixture, forward and backward."""
+    """Does one step of one mixture, forward and backward."""
     with SwarmClient(Invite.parse(invite), TrainerSettings.load(top_k=2), state) as client:
         client.wait_for_experts(60, lambda text: None)
         mixture = client.mixture(0)
@@ -63,7 +63,7 @@ def test_what_a_trainer_signs_is_kept_announced_and_grows_over_its_runs(
         wait_until(lambda: loop.run(announced(), 120) == signed(), "what it announces")
 
         async def read() -> Credit | None:
-            """As `talkoot status` and the dashboard do."""
+            """Reads as `talkoot status` and the dashboard do."""
             reader = CreditReader.of(node.swarm)
             found = await node.swarm.registry.nodes([me])
             await reader.read(found.values(), 8, 60.0)

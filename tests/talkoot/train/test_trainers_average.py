@@ -1,4 +1,4 @@
-"""Trainers of a real swarm come to one dense part, and one that joins goes on from there."""
+"""Trainers of a real swarm arrive at one dense part, and a trainer that joins continues from there."""
 
 import contextlib
 import random
@@ -39,7 +39,7 @@ QUESTIONS = [Question(f"what is word{n}?", (f"word{n + 1}",)) for n in range(40)
 
 @dataclass
 class Trainer:
-    """As `talkoot train` makes one."""
+    """A trainer as `talkoot train` makes one."""
 
     client: SwarmClient
     training: Training
@@ -62,7 +62,7 @@ def trainer(invite: str, state: Path, seed: int, in_flight: int = 1) -> Iterator
 
 @contextlib.contextmanager
 def asking_trainer(invite: str, state: Path, seed: int) -> Iterator[Trainer]:
-    """As `talkoot train --objective rag-token` makes one."""
+    """A trainer as `talkoot train --objective rag-token` makes one."""
     settings = TrainerSettings.load(
         seed=seed, objective="rag-token", memory=NAME, memory_length=16, batch_size=2, steps=2000,
         validation_batches=1, warmup_steps=2, average_every=2, announce_every_s=0.5, check_share=0,
@@ -84,13 +84,13 @@ def asking_trainer(invite: str, state: Path, seed: int) -> Iterator[Trainer]:
 
 
 def distance(one: Trainer, other: Trainer, but: str = "nothing") -> float:
-    """Of all tensors, except those with `but` in their names."""
+    """The distance over all tensors, except those with `but` in their names."""
     mine, theirs = one.training.part.read().tensors, other.training.part.read().tensors
     return max(float((mine[name] - theirs[name]).abs().max()) for name in mine if but not in name)
 
 
 def wait_for_ages(watcher: Trainer, *others: Trainer) -> None:
-    """Until the DHT tells how old the others' dense parts are now."""
+    """Waits until the DHT says how many steps are in the others' dense parts now."""
     ages = {other.averaging.peer_id: other.training.part.age for other in others}
     deadline = time.monotonic() + LIMIT_S
     while {partner.peer_id: partner.dense_age for partner in watcher.averaging.partners} != ages:
@@ -99,7 +99,7 @@ def wait_for_ages(watcher: Trainer, *others: Trainer) -> None:
 
 
 def train_together(*trainers: Trainer, meetings: int) -> None:
-    """Until each has met so often. Each trains on a thread of its own."""
+    """Trains with each trainer on its own thread, until each has averaged `meetings` times."""
     enough = threading.Event()
     short = set(range(len(trainers)))
 
@@ -134,7 +134,7 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
         train_together(first, second, meetings=6)
         for each in (first, second):
             assert not total(each.averaging.metrics.ends, end="refused")
-        # of the same meetings, but for a last one that only one side has finished
+        # They had the same meetings, apart from a last one that only one side has finished.
         merges = zip(first.training.part.take_merges(), second.training.part.take_merges(), strict=False)
         shares = [(ours.share, theirs.share) for ours, theirs in merges]
         assert len(shares) >= 2
@@ -160,7 +160,7 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
 def test_a_third_asks_as_two_have_learned_to_together(
     loop: LoopThread, tmp_path: Path, long_lives: None
 ) -> None:
-    """An encoder-decoder and its query encoder are averaged, and come whole to one that joins."""
+    """An encoder-decoder and its query encoder are averaged, and a trainer that joins gets both whole."""
     parts = {"model": MANIFEST.model.model_copy(update={"context": 64, "causal": (False, True)})}
     with (
         founded(loop, tmp_path, experts=8, parts=parts, memories=[WORDS]) as founder,

@@ -34,7 +34,7 @@ def changed(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def test_one_call_brings_both_together(play: Play) -> None:
-    """By the steps since they last met: 30 against 10 at first, half of which counts at most."""
+    """Weights follow the steps since the last meeting: 30 and 10 at first, of which at most half counts."""
 
     async def scenario(square: Square) -> None:
         one = await square.trainer(trained(make_model(), 1), 30, every=1)
@@ -60,7 +60,7 @@ def test_who_nobody_reaches_calls_others(play: Play) -> None:
         public = await square.trainer(trained(make_model(), 2), 10, every=2)
         for averaging in (hidden, public):
             square.meeting(averaging)
-        # each meeting brings them nearer, the more the fewer steps they take while it goes on
+        # Each meeting brings them nearer, more so if they take fewer steps meanwhile.
         await square.until(
             lambda: (
                 min(ended(hidden, "averaged"), ended(public, "averaged")) >= 3
@@ -115,7 +115,7 @@ def test_one_meeting_at_a_time(play: Play) -> None:
 def test_a_hostile_partner_moves_no_tensor_further_than_own_steps_did(
     play: Play, change: Callable[[nn.Module], nn.Module]
 ) -> None:
-    """Or it is refused: either way its claim of many steps ages nobody as far."""
+    """Or the partner is refused. Either way its claim of many steps makes nobody's age grow that much."""
 
     async def scenario(square: Square) -> None:
         victim = await square.trainer(trained(make_model(), 1), 10)
@@ -153,7 +153,7 @@ def test_who_joins_takes_what_the_only_other_gives(play: Play) -> None:
         assert joiner.part.age == 70
         assert are_same(joiner, old)
         assert ended(old, "given") == 1
-        # nobody is older now
+        # Nobody's age has grown.
         assert await joiner.take_whole() is None
 
     play(scenario)
@@ -164,7 +164,7 @@ def test_who_joins_takes_what_the_only_other_gives(play: Play) -> None:
 def test_who_joins_takes_no_hostile_dense_part_whatever_age_it_claims(
     play: Play, change: Callable[[nn.Module], nn.Module], honest: int
 ) -> None:
-    """Of three, two are nearer to each other; of two, one is nearer to what all begin with."""
+    """Of three dense parts, two are nearer to each other; of two, one is nearer to the common initial parameters."""
 
     async def scenario(square: Square) -> None:
         others = [await square.trainer(trained(make_model(), n), 70 + n) for n in range(honest)]
@@ -209,7 +209,7 @@ def test_who_resumes_takes_anothers_only_if_it_is_far_behind(play: Play, age: in
 
 
 def are_same(one: Averaging, other: Averaging) -> bool:
-    """To the bit."""
+    """Whether all bits are the same."""
     theirs = other.part.read().tensors
     return all(torch.equal(tensor, theirs[name]) for name, tensor in one.part.read().tensors.items())
 

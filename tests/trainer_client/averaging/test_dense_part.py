@@ -1,4 +1,4 @@
-"""What of another trainer's dense part is taken, and what becomes of one's own then."""
+"""What a trainer accepts of another's dense part, and how its own changes."""
 
 import math
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def take_step(part: SharedParameters, move: float = 0.0) -> None:
 
 
 def meet(one: SharedParameters, other: SharedParameters) -> None:
-    """Both sides of a first meeting, as the wire would have it."""
+    """Both sides of a first meeting, as over the network."""
     mine, theirs = one.read(), other.read()
     merge(one, mine, theirs)
     merge(other, theirs, mine)
@@ -70,7 +70,7 @@ def part_of(seed: int, age: int) -> SharedParameters:
 
 
 def led_from_the_beginning(part: SharedParameters) -> None:
-    """As if own steps had led to its parameters from those that all begin with."""
+    """Makes it seem that own steps led from the common initial parameters to the present ones."""
     width = len(part.read().tensors["1.bias"])
     part._own_moves.start(tensors_of(make_model(width=width)))
 
@@ -100,7 +100,7 @@ def test_two_that_met_are_nearer_and_each_moved_no_further_than_by_own_steps(
 def test_whatever_others_give_they_move_a_tensor_no_further_than_own_steps_do(
     seed: int, number: float, claimed: int, meetings: int
 ) -> None:
-    """However many they are, and the age grows by nothing where nothing was believed."""
+    """This holds however many they are. The age does not grow where nothing was accepted."""
     part = part_of(seed, 10)
     before, start = part.read().tensors, tensors_of(make_model())
     lie = {name: torch.full_like(tensor, number) for name, tensor in before.items()}
@@ -136,9 +136,9 @@ def test_what_is_further_than_own_steps_explain_is_out_of_reach_until_they_expla
 
 
 def regression_loss(seed: int, radius: float | None = None) -> float:
-    """The mean loss of two trainers that average every 5 of 150 steps, each with batches of its own.
+    """The mean loss of two trainers that average every 5 of 150 steps, each with its own batches.
 
-    `radius`: of every tensor, in place of those of `OwnMoves`.
+    `radius`: used for every tensor in place of the radii of `OwnMoves`.
     """
     parts = [SharedParameters(make_model(seed, 4)) for _ in range(2)]
     if radius is not None:
@@ -199,7 +199,7 @@ def test_steps_taken_meanwhile_are_kept() -> None:
 
 
 def test_nothing_changes_while_a_step_is_computed() -> None:
-    """A forward pass may be under way: only the end of an optimizer step merges."""
+    """A forward pass may be under way, so averages are merged only at the end of an optimizer step."""
     one, other = part_of(1, 10), part_of(2, 10)
     before = one.read().tensors
     meet(one, other)

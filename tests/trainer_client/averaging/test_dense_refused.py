@@ -1,4 +1,4 @@
-"""Trainers that break off, hang or lie cost the others nothing, over real sockets."""
+"""Trainers that break off, hang or lie do no harm to others, over real sockets."""
 
 import asyncio
 import hashlib
@@ -73,7 +73,7 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
 
 
 def test_a_dense_part_out_of_reach_of_own_steps_is_refused_and_its_trainer_left_alone(play: Play) -> None:
-    """It is of the same magnitude, and of a direction that training may lead to."""
+    """The dense part has the same magnitude, and a direction that training might take."""
 
     async def scenario(square: Square) -> None:
         victim = await square.trainer(trained(make_model(), 2, scale=0.01), 10)
@@ -89,7 +89,7 @@ def test_a_dense_part_out_of_reach_of_own_steps_is_refused_and_its_trainer_left_
 
 
 def shape_that_overflows() -> bytes:
-    """80 bytes, with a shape of no numbers."""
+    """A message of 80 bytes, with a shape of no numbers."""
     text = b'{"x":{"dtype":"F32","shape":[9223372036854775808,0],"data_offsets":[0,0]}}'
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -122,7 +122,7 @@ def test_bytes_that_are_no_dense_part_are_refused_whoever_calls(
 
 
 class Liar(dense_pb2_grpc.DenseServiceServicer):
-    """Answers an offer with what it was given, and hears out who goes on then."""
+    """Answers an offer with what it was given, and then receives everything from a caller that continues."""
 
     def __init__(self, replies: list[state_pb2.FetchReply], hangs: bool = False) -> None:
         self.replies = replies
@@ -151,7 +151,7 @@ LIES: dict[str, tuple[list[state_pb2.FetchReply], str]] = {
 
 
 async def lying(square: Square, liar: Liar) -> TrainerInfo:
-    """A trainer's record that leads to the liar."""
+    """A trainer record with the liar's address."""
     honest = await square.trainer(make_model(), 10)
     assert honest._server is not None
     await honest._server.stop(None)
@@ -209,7 +209,7 @@ def test_who_hangs_is_waited_for_so_long_and_no_longer(play: Play) -> None:
 
 
 def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
-    """And the other is free for the next."""
+    """The other trainer is free for the next caller."""
 
     async def scenario(square: Square) -> None:
         one = await square.trainer(trained(make_model(), 1), 10)
@@ -236,7 +236,7 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
 
 
 def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or it would keep others from meeting this trainer."""
+    """Otherwise it would keep others from meeting this trainer."""
     monkeypatch.setattr("peer.rpc.transfer.GRACE_S", 0.2)
     monkeypatch.setattr("peer.rpc.transfer.LEAST_BYTES_PER_S", 10**8)
 
@@ -283,7 +283,9 @@ def test_who_begins_exchanges_and_breaks_them_off_does_not_put_off_those_of_othe
 
 
 def test_two_that_each_called_the_other_in_vain_still_meet(play: Play) -> None:
-    """Behind routers both may call before their relays are known. Neither may then turn away the other, for ever."""
+    """Behind routers, both may call before their relays are known. Afterwards they must not refuse each other
+    for ever.
+    """
 
     async def scenario(square: Square) -> None:
         one, other = [await square.trainer(make_model(), 10) for _ in range(2)]
@@ -365,7 +367,7 @@ async def refused(stub: Any, session: Metadata, request: dense_pb2.ExchangeReque
 
 
 def test_no_caller_averages_more_often_than_own_steps_allow(play: Play) -> None:
-    """Or many small meetings would lead further than few, and leave no reach for others."""
+    """Otherwise many small meetings would lead further than a few, and leave no reach for others."""
 
     async def scenario(square: Square) -> None:
         victim = await square.trainer(trained(make_model(), 1), 10, every=400)

@@ -1,4 +1,6 @@
-"""A trainer behind a router is reached by relays; those are looked after, and others average with it by its tunnel."""
+"""A trainer behind a router is reached through relays. It maintains them, and others average with it through its
+tunnel.
+"""
 
 import asyncio
 import itertools
@@ -50,7 +52,7 @@ def test_who_has_no_public_address_is_hidden(host: str, hidden: bool) -> None:
 
 
 class KnownRelays(RelayKeeper):
-    """Reached at one address, whoever asks."""
+    """Relays that are always reached at the same address."""
 
     def __init__(self, address: str) -> None:
         self.tunnel_addresses = (Multiaddress(address),)
@@ -113,7 +115,7 @@ def test_a_record_names_eight_addresses_of_a_tunnel_at_most_and_its_own_alone(pl
 
 
 class FakeSwarm:
-    """A host whose tunnel is reached at the second look after a move, as long as it is told so."""
+    """A host whose tunnel is reachable from the second look after a move, if `finds` is set."""
 
     def __init__(self, nodes: list[NodeInfo]) -> None:
         self.host = self.reservations = self
@@ -193,7 +195,7 @@ def test_nodes_that_others_may_reach_are_relays(
 
 
 def ten_seconds_apart() -> Iterator[float]:
-    """When looks are."""
+    """The times of looks."""
     return itertools.count(0.0, 10.0)
 
 

@@ -1,4 +1,4 @@
-"""Which sequences a step learns from."""
+"""Which sequences each step is trained on."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_a_batch_may_span_several_epochs() -> None:
 
 
 def test_the_order_is_the_same_everywhere() -> None:
-    """A checkpoint is resumed on another machine, with other versions of the libraries."""
+    """A checkpoint may be resumed on another machine, with other versions of the libraries."""
     dataset = Dataset(np.arange(1000, dtype=np.uint16), context=16, seed=3, token_bytes=[b"x"] * 1000)
     assert dataset.batch(2, 4)[:, 0].tolist() == [277, 741, 517, 453]
 

@@ -1,4 +1,4 @@
-"""What encoder-decoders learn to restore: the examples of T5's and BART's papers and of the lecture, and all texts."""
+"""What encoder-decoders learn to restore: the examples in T5's and BART's papers and in the lecture, and any texts."""
 
 from itertools import pairwise
 from random import Random
@@ -28,7 +28,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def numbered(text: str) -> list[int]:
-    """The words' numbers, 1 and up; a full stop is `STOP`, and a letter in angle brackets a sentinel."""
+    """The numbers of the words, from 1; a full stop is `STOP`, and a letter in angle brackets is a sentinel."""
     special = {".": STOP, "_": MASK, "<X>": SENTINELS[0], "<Y>": SENTINELS[1], "<Z>": SENTINELS[2]}
     return [
         special.get(word, sum(256**n * byte for n, byte in enumerate(word.encode()))) for word in text.split()
@@ -40,7 +40,7 @@ def test_the_example_of_t5_and_of_the_lecture() -> None:
     inputs, targets = corrupt_spans(tokens, [Span(2, 4), Span(8, 9)], SENTINELS)
     assert inputs == numbered("Thank you <X> me to your party <Y> week .")
     assert targets == numbered("<X> for inviting <Y> last <Z>")
-    # the lecture leaves the sentinels out
+    # The lecture leaves out the sentinels.
     bare = [[token for token in side if token not in SENTINELS] for side in (inputs, targets)]
     assert bare == [numbered("Thank you me to your party week ."), numbered("for inviting last")]
 

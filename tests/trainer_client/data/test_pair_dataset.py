@@ -1,4 +1,4 @@
-"""What encoder-decoders read and write, made of a text; and the tokens that stand for no text."""
+"""What encoder-decoders read and write, made from a text; and the tokens that represent no text."""
 
 from collections import Counter
 

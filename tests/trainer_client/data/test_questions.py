@@ -51,7 +51,7 @@ def test_a_line_that_is_no_question_is_named(line: str, tmp_path: Path) -> None:
 
 
 def test_halves_of_surrogate_pairs_become_text(tmp_path: Path) -> None:
-    """They are valid JSON, and no tokenizer can encode them."""
+    """They are valid JSON, but no tokenizer can encode them."""
     row = {"question": "what \ud800?", "answers": ["a\udfff"]}
     (found,) = read_questions([write(tmp_path / "questions.jsonl", row)])
     assert found == Question("what ??", ("a?",))

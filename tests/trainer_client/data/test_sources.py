@@ -1,4 +1,4 @@
-"""Text of files, folders and globs: plain, JSON lines and Parquet."""
+"""Text from files, folders and globs: plain, JSON lines and Parquet."""
 
 import json
 import os
@@ -224,7 +224,7 @@ def test_a_line_without_an_end_is_refused_before_memory_is_full(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux")
 def test_what_cannot_be_read_is_named() -> None:
-    # unreadable even to root
+    # Not even root can read it.
     with pytest.raises(DataError, match=r"can't read /proc/self/mem: "):
         text_of(Path("/proc/self/mem"))
 

@@ -1,4 +1,4 @@
-"""Answers that no honest expert gives are seen, and honest ones are let through, whatever codec they came by."""
+"""Answers that no honest expert gives are noticed, and honest ones are accepted, whatever codec they came with."""
 
 import asyncio
 from typing import get_args
@@ -63,7 +63,9 @@ def test_what_honest_experts_answer_is_let_through(
 def test_rows_that_point_the_same_way_may_have_the_same_answer(
     rows: int, seed: int, codec: CodecName, factor: float, noise: float
 ) -> None:
-    """Experts normalize rows, so of a row and its double int4 makes one answer. Honest nodes were banned for that."""
+    """Experts normalize rows, so with int4 a row and its double get the same answer. Honest nodes used to be banned for
+    that.
+    """
     manifest = make_manifest((2, 2), k=2, hidden=16)
     test, block = AnswerScreening(), build_block(manifest, manifest.uids()[0])
     factors = np.float32(factor) ** np.arange(rows, dtype=np.float32)[:, None]
@@ -104,7 +106,7 @@ def test_the_same_answer_for_all_rows_is_seen() -> None:
 
 
 def test_an_expert_that_adds_nothing_is_honest() -> None:
-    """A block whose last matrix starts at zero."""
+    """The last matrix of a block starts at zero."""
     test = AnswerScreening()
     for seed in range(3):
         inputs = random_rows(4, seed=seed)
@@ -140,7 +142,7 @@ def test_a_ban_grows_with_each_offence_and_good_answers_do_not_end_it() -> None:
 
 
 class PoisonedSwarm(FakeSwarm):
-    """The first peer's experts answer the same whatever they are asked."""
+    """A swarm in which the first peer's experts answer the same whatever they are asked."""
 
     def compute(self, direction: Direction, work: ExpertWork) -> Floats:
         answer = super().compute(direction, work)

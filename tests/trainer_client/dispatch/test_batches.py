@@ -1,4 +1,4 @@
-"""Batches, answers and refilling, against what a loop over rows and slots would do."""
+"""Batches, answers and replacing lost rows, compared with loops over rows and slots."""
 
 from collections import defaultdict
 from itertools import product
@@ -38,25 +38,25 @@ def coordinates_of(rng: np.random.Generator, shape: tuple[int, ...], grid: tuple
 
 
 def distinct_coordinates(rng: np.random.Generator, rows: int, k: int, grid: tuple[int, ...]) -> Integers:
-    """[rows, k, dims], in each row k different experts."""
+    """[rows, k, dims]: k different experts in each row."""
     chosen = [rng.choice(int(np.prod(grid)), size=k, replace=False) for _ in range(rows)]
     return np.stack(np.unravel_index(np.array(chosen, dtype=np.int64).reshape(rows, k), grid), axis=-1)
 
 
 def cut(rows: int, length: int) -> Segments:
-    """The last may be shorter."""
+    """Segments of this length. The last one may be shorter."""
     lengths = np.array([min(length, rows - begin) for begin in range(0, rows, length)], np.int64)
     return Segments.after(np.zeros_like(lengths), lengths)
 
 
 def distinct_batch(rng: np.random.Generator, rows: int, k: int, length: int, density: float) -> NodeBatch:
-    """Of experts of a grid of 2 x 3, in each row k different ones of which some are wanted."""
+    """A batch for experts of a 2 x 3 grid. Each row has k different ones, some of which are asked."""
     coordinates = distinct_coordinates(rng, rows, k, (2, 3))
     return NodeBatch.of(3, coordinates, rng.random((rows, k)) < density, (2, 3), cut(rows, length))
 
 
 def pairs_of(batch: NodeBatch) -> dict[UID, list[tuple[int, int]]]:
-    """The rows and slots of each expert, by its parts."""
+    """The rows and slots of each expert, according to the batch's parts."""
     return {
         part.uid: list(zip(batch.rows[part.places].tolist(), part.slots.tolist(), strict=True))
         for part in batch.parts()
@@ -183,7 +183,7 @@ def test_relative_weights_of_a_gate_that_diverged_are_still_weights() -> None:
 
 
 def random_answer(rng: np.random.Generator, batch: NodeBatch) -> AnsweredRows:
-    """To some rows of a batch, of some of their experts."""
+    """Answers to some rows of a batch, from some of their experts."""
     answered = batch.asked & (rng.random(batch.asked.shape) < 0.7)
     places = np.flatnonzero(answered.any(axis=1) & (rng.random(len(batch.rows)) < 0.7))
     tensor = rng.standard_normal((len(places), 8), dtype=np.float32)

@@ -14,7 +14,7 @@ ANNA, BERT, CARL = map(make_peer_id, range(3))
 
 
 def opened_for(breakers: CircuitBreakers, now: float) -> float:
-    """How long Anna is still avoided, to a millisecond."""
+    """For how long Anna is still avoided, to a millisecond."""
     return next(ms / 1000 for ms in range(10**6) if ANNA not in breakers.open_at(now + ms / 1000))
 
 

@@ -1,4 +1,6 @@
-"""A trainer's calls show who makes them, and a session that has ended costs one more try and nothing else."""
+"""A trainer's calls prove who makes them. If a session has ended, the call is tried once more, and nothing else
+happens.
+"""
 
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def test_a_session_that_has_ended_is_opened_again_and_the_call_repeated(
 
 
 class CrowdedPool(ChannelPool):
-    """Closes each channel that it gives out at once, as if others needed the room."""
+    """Closes each channel as soon as it is given out, as if others needed the room."""
 
     async def reach(self, peer: Contact) -> grpc.aio.Channel:
         channel = await super().reach(peer)

@@ -22,13 +22,15 @@ from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 CLOSE = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.003, "int8": 0.04, "int4": 0.5}
-"""Of the largest number: both ways' rounding together, as a network of one layer carries it on."""
+"""The permitted error as a share of the largest number: rounding both ways, as it passes through a network of one
+layer.
+"""
 
 
 async def out_and_back(
     path: Path, codec: CodecName, uids: Sequence[UID] = tuple(UIDS)
 ) -> tuple[list[Floats], float]:
-    """What experts answer, forward and backward, and the bytes that went both ways."""
+    """What experts answer, forward and backward, and the bytes sent both ways."""
     channels = ChannelPool()
     async with a_node(path, GENEROUS) as (node, runtime):
         caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec), a_caller("kept-swarm"))
@@ -59,9 +61,9 @@ def test_answers_are_close_to_those_of_fp32_and_as_small_as_the_codec_makes_them
 def test_int4_rounds_gradients_at_random_and_alike_for_the_same_request(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ways: what a step of the node and its answer depend on, and the answer itself.
+    """This concerns gradients, which decide a node's step and its answer, and the answer itself.
 
-    Of one expert: rows of several are rounded in the blocks in which they become ready.
+    Tested with one expert: rows of several experts are rounded in the blocks in which they become ready.
     """
 
     def answers(name: str, first_id: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Nodes that died just now and are still announced: others are asked in their place. Time is virtual."""
+"""Nodes that have just died and are still announced: others are asked in their place. Time is virtual."""
 
 import asyncio
 from collections.abc import Callable
@@ -134,7 +134,7 @@ def test_a_refused_connection_is_forgotten_at_once_and_a_call_that_broke_off_is_
 
 
 def test_who_was_let_down_twice_chooses_among_those_that_answered_lately() -> None:
-    """Experts 0 to 7 are dead, 8 to 11 would answer, and 12 to 15 did so before."""
+    """Experts 0 to 7 are dead, 8 to 11 would answer, and 12 to 15 have answered before."""
     swarm, scores = FakeSwarm(make_manifest((16,))), by_number(16)
     swarm.behaviours |= {make_peer_id(number): fails() for number in range(8)}
 

@@ -1,4 +1,4 @@
-"""Fan-out with experts that fail, are late or never answer. Time is virtual: what is asserted of it is exact."""
+"""Fan-out to experts that fail, are late or never answer. Time is virtual, so assertions about it are exact."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -1,4 +1,6 @@
-"""Rows whose experts fail or are late are given to others, once. Time is virtual: what is asserted of it is exact."""
+"""Rows whose experts fail or are late are sent to other experts once. Time is virtual, so assertions about it are
+exact.
+"""
 
 import asyncio
 
@@ -79,7 +81,7 @@ def test_only_rows_that_lack_answers_are_sent_to_others() -> None:
 
 
 def test_rows_of_peers_that_fail_one_after_another_are_all_chosen_again() -> None:
-    """What counts is how often a row was chosen for, not how many failures came before."""
+    """What counts is how often experts were chosen for a row, not how many failures came before."""
 
     async def scenario() -> None:
         experts, dead = 12, 6

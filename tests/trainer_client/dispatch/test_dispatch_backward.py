@@ -1,4 +1,4 @@
-"""Gradients go to the experts whose answers count, and come back summed. Time is virtual."""
+"""Gradients are sent to the experts whose answers count, and the results are summed. Time is virtual."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,9 @@ def late_gradients(dispatcher: Dispatcher) -> float:
 
 
 def gradients_of(swarm: FakeSwarm, result: ForwardPass, gradients: Floats, without: Sequence[int]) -> Floats:
-    """By autograd over whole batches: what the experts that answered contribute, row by row."""
+    """The expected gradients, by autograd over whole batches: the contributions of the experts that answered, row by
+    row.
+    """
     inputs = result.rows.inputs
     total = np.zeros_like(inputs)
     for sent in result.answers:
@@ -151,11 +153,11 @@ def test_late_expert_whose_slots_have_all_been_answered_by_others_gets_no_gradie
 
 
 def test_expert_that_lost_some_of_its_slots_is_sent_zero_gradients_for_them() -> None:
-    """Its outputs for the other rows have looked back at these, so they are part of its gradient."""
+    """Its outputs for other rows attended to these rows, which are therefore part of its gradient."""
 
     async def scenario() -> None:
         swarm = make_swarm(4)
-        # rows 0, 2, 4, 6 want experts 0 and 1; the odd ones 0 and 2, which is slower than half of the deadline
+        # Rows 0, 2, 4, 6 want experts 0 and 1; the odd ones want 0 and 2, which takes longer than half of the deadline.
         scores = ranked(8, 4, 0, 1)
         scores[0][1::2] = ranked(4, 4, 0, 2)[0]
         swarm.behaviours[uid(0)] = Behaviour(after_s=6.0)

@@ -1,4 +1,4 @@
-"""Peers that fail are left alone, as long as it is their fault. Time is virtual."""
+"""Peers that fail are avoided, as long as the failures are their fault. Time is virtual."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""GrpcCaller against a real TLS server: what is sent, right answers, and who is at the other end."""
+"""GrpcCaller against a real TLS server: what is sent, correct answers, and the server's identity."""
 
 import asyncio
 import socket
@@ -64,11 +64,11 @@ def pool(loop: LoopThread) -> Iterator[ChannelPool]:
 
 @pytest.fixture
 def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
-    """Its channels are closed before the server looks at what is left."""
+    """Its channels are closed before the server checks what is left."""
     return GrpcCaller(pool, "sauna-1234", WIDTH)
 
 
-# What is sent, and right answers
+# What is sent, and correct answers
 
 
 def test_every_expert_is_answered_with_its_own_tensor(
@@ -114,7 +114,9 @@ def test_the_header_says_what_follows_and_each_call_has_an_id_of_its_own(
 def test_a_row_travels_once_whatever_number_of_experts_it_is_for(
     loop: LoopThread, server: Server, caller: GrpcCaller
 ) -> None:
-    """With the weights that its experts have among each other. What all have is left out."""
+    """The row is sent with the weights that its experts have relative to each other. For an expert that has all rows,
+    their numbers are left out, and so are weights that are all 1.
+    """
     uids = (UID(0, (0,)), UID(0, (1,)), UID(0, (2,)))
     experts = np.array([[1, 0, 2], [2, -1, -1], [0, 2, -1]])
     batch = NodeBatch(np.arange(3), np.array([3]), np.arange(3), uids, experts)
@@ -159,7 +161,7 @@ def test_tensors_of_many_chunks_go_both_ways(loop: LoopThread, server: Server, p
 def test_a_call_that_went_well_is_not_cancelled_at_the_server(
     loop: LoopThread, server: Server, caller: GrpcCaller
 ) -> None:
-    """Cancelled calls leak (grpc issue 43360), so that no call is cut off behind its last answer."""
+    """Cancelled calls leak memory (grpc issue 43360), so no call is cancelled after its last answer."""
     ended: list[str] = []
 
     async def behave(server: Server, context: Context) -> None:
@@ -177,7 +179,7 @@ def test_a_call_that_went_well_is_not_cancelled_at_the_server(
     assert ended == ["well"]
 
 
-# Who is at the other end
+# The server's identity
 
 
 def test_node_with_another_certificate_than_the_pinned_is_unavailable_and_sent_nothing(

@@ -1,4 +1,4 @@
-"""A second replica is asked where the first is slow, and deadlines follow what calls took. Time is virtual."""
+"""A second replica is asked if the first is slow, and deadlines follow recent call times. Time is virtual."""
 
 import asyncio
 import random
@@ -54,7 +54,7 @@ def make_dispatcher(
 
 
 async def forward(dispatcher: Dispatcher, k: int = 3) -> Floats:
-    """The mean over the experts of each row, which all weigh the same."""
+    """The mean over the experts of each row, all with the same weight."""
     result = await send_to_best(dispatcher, random_rows(ROWS), SCORES, k, LENGTH)
     assert result.answered.all()
     return mean_of(result)
@@ -66,7 +66,7 @@ def mean_of(result: ForwardPass) -> Floats:
 
 
 def test_another_replica_answers_for_one_that_is_silent() -> None:
-    """At a third of the deadline; no row is sent to another expert, and nobody is late."""
+    """It is asked at a third of the deadline. No row is sent to another expert, and no expert is late."""
     swarm = make_swarm()
 
     async def scenario() -> None:
@@ -87,7 +87,7 @@ def test_another_replica_answers_for_one_that_is_silent() -> None:
 
 
 def test_the_first_answer_counts_and_gradients_go_only_to_its_giver() -> None:
-    """The slow one answers first after all; the hedge's answer comes when nobody waits for it."""
+    """The slow replica answers first after all. The hedge's answer comes when nobody waits for it."""
     swarm = make_swarm()
 
     async def scenario() -> None:
@@ -107,7 +107,7 @@ def test_the_first_answer_counts_and_gradients_go_only_to_its_giver() -> None:
 
 
 def test_an_expert_whose_first_replica_fails_is_still_waited_for_at_the_second() -> None:
-    """The first fails at 3.5 s, the second was asked at 3 s and answers at 4 s."""
+    """The first replica fails at 3.5 s. The second was asked at 3 s and answers at 4 s."""
     swarm = make_swarm()
 
     async def scenario() -> None:
@@ -215,7 +215,7 @@ class UnsteadySwarm(FakeSwarm):
 
 
 def history(seed: int, schedule: int) -> tuple[list[object], dict[str, Any]]:
-    """Every call of 25 passes, forward and backward, with what came of them and what was counted."""
+    """Every call of 25 passes, forward and backward, with their results and counts."""
     swarm = UnsteadySwarm(schedule)
     seen: list[object] = []
     scores = np.random.default_rng(0).standard_normal((ROWS, 4), dtype=np.float32)
@@ -265,7 +265,7 @@ def test_with_faults_all_kinds_of_counters_move() -> None:
 
 
 def test_a_hedge_for_one_expert_of_a_slow_node_does_not_cost_the_row_the_others() -> None:
-    """The node's answer, which has all three, takes the hedge's place, and backward goes to that node alone."""
+    """The node's answer has all three experts, so it replaces the hedge's answer, and backward calls only that node."""
 
     async def scenario() -> None:
         swarm = FakeSwarm(make_manifest((3,)), peers=1)

@@ -1,4 +1,4 @@
-"""Inputs that the node has kept since the forward call are not sent again, over real sockets."""
+"""Inputs that the node has kept from the forward call are not sent again, over real sockets."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ async def forward_and_backward(path: Path, keep: bool, max_kept_bytes: int) -> t
 
 ONE_TENSOR = ROWS * HIDDEN * 4
 ENOUGH_FOR_ONE = 3 * ONE_TENSOR + 3072
-"""Inputs, what the expert answered, and what is less than another tensor beside them; and what any call takes."""
+"""Bytes for the inputs and answers of one call and its overhead, but not for another tensor."""
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_goes_in_one_message_or_in_several_is_answered_alike(
 
 
 def test_a_node_that_gave_up_what_it_kept_is_sent_the_inputs(loop: LoopThread, tmp_path: Path) -> None:
-    """The memory is enough for one of two calls."""
+    """The memory is enough for only one of two calls."""
 
     async def scenario() -> None:
         channels = ChannelPool()

@@ -1,4 +1,4 @@
-"""Quantiles are of the last calls, and nothing grows with their number."""
+"""Quantiles are those of the latest calls, and memory does not grow with the number of calls."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A forward call that is lost is made once more: it changes nothing at the node. Time is virtual."""
+"""A forward call that is lost is made once more, since it changes nothing at the node. Time is virtual."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -23,7 +23,7 @@ FAILING = 0.1
 
 
 class LossySwarm(FakeSwarm):
-    """Expert i on peer i modulo `peers`. Loses the first `lost` calls of all, each after some seconds and so many rows'
+    """Expert i is at peer i modulo `peers`. Loses the first `lost` calls, each after some seconds and some rows'
     answers.
     """
 
@@ -152,7 +152,7 @@ def test_a_peer_to_which_no_connection_stands_is_not_asked_again() -> None:
 
 
 def outcome_of_passes(seed: int) -> tuple[float, list[object], dict[str, Any]]:
-    """Of 50 passes in which calls take 1 s and one in ten fails: the part answered, all that was, and counts."""
+    """50 passes in which calls take 1 s and one in ten fails: the share that was answered, all answers, and counts."""
     swarm = FakeSwarm(make_manifest((4,)))
     seen: list[object] = []
     answered = []

@@ -1,4 +1,4 @@
-"""The products that nodes return in backward: those of honest nodes fit, whatever the codec, and lies do not."""
+"""The products that nodes return in backward calls: those of honest nodes fit with any codec, and false ones do not."""
 
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -37,7 +37,7 @@ def sent(rows: Floats, codec: CodecName, seed: bytes | None = None) -> Floats:
 def test_products_of_an_honest_node_fit(
     seed: int, codec: CodecName, of_gradients: float, of_updates: float, spiky: bool
 ) -> None:
-    """Gradients of all sizes, and rows with nearly all in one number, which int4 rounds worst."""
+    """The gradients have any size, including rows in which nearly all is in one number, which int4 rounds worst."""
     rng = np.random.default_rng(seed)
     f_RKD = (of_updates * rng.standard_normal((ROWS, K, WIDTH))).astype(np.float32)
     g_RD = (of_gradients * rng.standard_normal((ROWS, WIDTH))).astype(np.float32)
@@ -56,7 +56,7 @@ def test_products_of_an_honest_node_fit(
 
 
 def test_the_product_of_rows_that_are_nearly_orthogonal_fits() -> None:
-    """Its float32 sum is off by more than a thousandth of it. Of one expert: others' products would hide that."""
+    """The float32 sum is off by more than a thousandth. There is one expert, since others' products would hide that."""
     rng, width = np.random.default_rng(1), 256
     g_RD, s_RD = (rng.standard_normal((20_000, width), dtype=np.float32) for _ in range(2))
     products_RK = np.einsum("rd,rd->r", g_RD, s_RD)[:, None]
@@ -78,7 +78,7 @@ def test_products_that_are_far_from_the_answers_do_not_fit(seed: int, codec: Cod
 
 
 def test_products_that_fit_and_are_huge_are_not_bounded() -> None:
-    """One as large as the other, so that their mean is right."""
+    """Both are equally large, so that their mean is right."""
     g_RD = random_rows(2, WIDTH)
     products_RK = np.array([[1e9, -1e9], [1, -1]], np.float32)
     assert are_bounded(products_RK, g_RD, g_RD).tolist() == [False, True]
@@ -119,7 +119,7 @@ class LyingSwarm(FakeSwarm):
 
 
 async def gradients_of(swarm: FakeSwarm) -> tuple[tuple[Floats, Floats], float, int]:
-    """Of inputs and logits, the wrong answers that were counted, and the peers that are left alone."""
+    """The gradients of inputs and logits, the number of wrong answers counted, and the number of peers avoided."""
     dispatcher = make_dispatcher(swarm)
     scores = [ranked(8, 4)[0] / np.float32(4)]
     result = await send_to_best(dispatcher, random_rows(8), scores, 4, LENGTH, keep=True)
@@ -138,7 +138,7 @@ def one_more(products: Floats) -> Floats:
 
 
 def far_apart(products: Floats) -> Floats:
-    """The mean by equal shares is right."""
+    """Changes the products so that their mean with equal weights stays right."""
     lied = products.copy()
     lied[:, np.flatnonzero(products.any(axis=0))] += np.array([1e9, -1e9], np.float32)
     return lied
@@ -170,7 +170,7 @@ def test_a_node_whose_products_do_not_fit_its_answers_is_banned_and_teaches_the_
 
 
 def test_products_of_experts_that_have_moved_on_are_only_bounded() -> None:
-    """A node that has kept nothing computes them anew, after other steps."""
+    """A node that has kept nothing computes them again, after other steps."""
 
     async def scenario() -> None:
         (_, logits), wrong, _ = await gradients_of(LyingSwarm(one_more, keeps=False))

@@ -1,4 +1,4 @@
-"""A backward call that broke off is made once more, with its id, and changes nothing twice. Over real sockets."""
+"""A backward call that broke off is repeated with the same id, and takes effect only once. Over real sockets."""
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -24,7 +24,7 @@ UNAVAILABLE = ExpertError(StatusCode.UNAVAILABLE, "cut off")
 
 
 class FaultyLine(GrpcCaller):
-    """Loses its first `lost` calls: before the node sees them, or after it has answered."""
+    """Loses its first `lost` calls: before the node receives them, or after it has answered."""
 
     def __init__(self, channels: ChannelPool, lost: int, *, arrives: bool) -> None:
         super().__init__(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
@@ -83,7 +83,7 @@ def test_a_call_that_never_arrived_is_made_again(
 def test_what_was_applied_is_not_applied_again_when_its_answer_is_lost(
     run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path
 ) -> None:
-    """The node remembers the id over a new connection too. What the caller learns is that the call broke off."""
+    """The node remembers the id over a new connection too. The caller learns that the call broke off."""
 
     async def scenario() -> None:
         async with a_line(tmp_path, 1, arrives=True) as (line, node, runtime):

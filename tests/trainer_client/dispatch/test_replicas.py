@@ -1,4 +1,4 @@
-"""Which replica of each expert is called: rows find their experts at few nodes, and no node is overloaded."""
+"""Which replica of each expert is called: rows go to few nodes, and no node is overloaded."""
 
 import random
 from collections import Counter
@@ -62,14 +62,14 @@ def test_no_peer_is_given_more_than_one_and_a_half_times_its_share_but_what_only
     alone = Counter(some[0] for some in hosts.values() if len(some) == 1)
     for peer, carried in Counter(found.values()).items():
         others = carried - alone[peer]
-        # beyond it only where all other replicas have theirs
+        # A peer gets more than that only if all other replicas have as many.
         assert carried <= max(most, alone[peer]) or others <= sum(
             peer in some and len(some) > 1 for some in hosts.values()
         )
 
 
 def test_experts_that_every_peer_has_are_at_two_thirds_of_the_peers_and_rows_at_fewer_nodes() -> None:
-    """Of top-4 rows. Drawn one by one, four experts would be at 3.4 of ten nodes."""
+    """The rows are top-4. If each expert's replica were drawn by itself, four experts would be at 3.4 of ten nodes."""
     hosts, rng = dict.fromkeys(UIDS, PEERS), np.random.default_rng(0)
     view, nodes, loads = make_view(hosts), [], Counter[PeerID]()
     for seed in range(100):
@@ -132,8 +132,8 @@ def test_of_many_replicas_some_are_drawn_and_if_none_of_them_can_be_called_other
 
 
 def learn(true_s: dict[PeerID, float], passes: int) -> tuple[Counter[PeerID], Latencies]:
-    """Calls one expert's replicas by what earlier calls took, once a second; how often each was called in the second
-    half.
+    """Calls one expert's replicas once a second, by the times of earlier calls. Returns how often each was called in
+    the second half.
     """
     (uid, *_), rng, latencies = UIDS, random.Random(0), Latencies()
     hosts = {uid: list(true_s)}
@@ -148,7 +148,7 @@ def learn(true_s: dict[PeerID, float], passes: int) -> tuple[Counter[PeerID], La
 
 @pytest.mark.parametrize("replicas", [8, 60])
 def test_a_trainer_learns_which_of_many_replicas_are_quick_and_seldom_tries_others(replicas: int) -> None:
-    """Drawn evenly, a third of the calls would be slow."""
+    """If replicas were drawn evenly, a third of the calls would be slow."""
     peers = [make_peer_id(number) for number in range(replicas)]
     true_s = {peer: 2.0 if number % 3 == 0 else 0.2 for number, peer in enumerate(peers)}
     called, _ = learn(true_s, 2000)

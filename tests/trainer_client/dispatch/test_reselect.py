@@ -1,4 +1,4 @@
-"""Rows that lack answers choose again, and no others: properties over random choices and failures."""
+"""Only rows that lack answers choose again: properties over random choices and failures."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ GRID, ROWS, PEERS = (3, 3), 8, 5
 
 @dataclass
 class Case:
-    """What a pass was given, and what became of it."""
+    """The input of a pass, and its outcome."""
 
     swarm: FakeSwarm
     selection: Selection
@@ -38,7 +38,7 @@ class Case:
     result: ForwardPass
 
     def asked(self, row: int) -> list[UID]:
-        """The experts that a row was sent to, each call of its own."""
+        """The experts that a row was sent to, in order of the calls."""
         return [
             part.uid
             for call in self.swarm.called("forward")
@@ -92,7 +92,7 @@ def passes(draw: st.DrawFn, behaviours: list[Behaviour]) -> Case:
 
 @st.composite
 def with_refusals(draw: st.DrawFn) -> Case:
-    """Experts that fail say so: nothing is lost on the way, late or asked for twice."""
+    """Cases in which experts that fail report it: no call is lost, late or repeated."""
     return passes(draw, [fails(StatusCode.NOT_FOUND), fails(StatusCode.INTERNAL, after_s=0.3)])
 
 

@@ -1,4 +1,4 @@
-"""Nodes that have several of a row's experts: each row travels once, and is answered as a whole. Time is virtual."""
+"""Nodes that have several of a row's experts: each row is sent once, and answered as a whole. Time is virtual."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -94,7 +94,7 @@ def test_rows_that_lack_answers_without_it_go_to_another_node() -> None:
 
 
 class LeavingOutSwarm(FakeSwarm):
-    """Says that all experts have computed, and leaves number 4 out of all answers."""
+    """Says that all experts have computed, but leaves number 4 out of all answers."""
 
     async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         async for reply in super().call(call):
@@ -119,7 +119,7 @@ def test_an_expert_that_its_node_leaves_out_of_a_row_is_not_asked_again() -> Non
 
 
 class RowByRowSwarm(FakeSwarm):
-    """Answers each row by itself, with an update of zero."""
+    """Answers each row separately, with an update of zero."""
 
     async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
         for each in call.batch.uids:
@@ -130,7 +130,7 @@ class RowByRowSwarm(FakeSwarm):
 
 
 def test_answers_of_one_row_each_cost_the_loop_no_more_in_a_large_call() -> None:
-    """They would if each cost as much as all rows of its call: 7 s here, where it is 1 s."""
+    """If each answer cost as much as all rows of its call, this would take 7 s instead of 1 s."""
 
     async def scenario() -> None:
         swarm = RowByRowSwarm(make_manifest((4,)), peers=1)

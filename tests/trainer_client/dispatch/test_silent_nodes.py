@@ -64,7 +64,7 @@ def pool(loop: LoopThread) -> Iterator[ChannelPool]:
 
 @pytest.fixture
 def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
-    """Its channels are closed before the server looks at what is left."""
+    """Its channels are closed before the server checks what is left."""
     return GrpcCaller(pool, "sauna-1234", WIDTH)
 
 

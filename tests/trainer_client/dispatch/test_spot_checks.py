@@ -1,4 +1,4 @@
-"""Nodes that alter a few of their answers a little, found by computing some rows again."""
+"""Nodes that alter a few of their answers a little are found by computing some rows again."""
 
 import asyncio
 import random
@@ -71,8 +71,8 @@ def wrong(answers: Floats, own: Floats, precision: Precision, codec: CodecName) 
 
 
 def honest_errors(precision: Precision, own: Floats, rng: np.random.Generator) -> Floats:
-    """As large as the largest that were measured, in every number; of bf16 a rounding to the other side in every
-    200th, and what that changes elsewhere.
+    """Errors in every number as large as the largest that were measured. With bf16, every 200th number is rounded the
+    other way, with its effects elsewhere.
     """
     scale = sizes(own)[:, None]
     errors = rng.uniform(-1, 1, own.shape) * 1e-5 * scale
@@ -147,7 +147,7 @@ def test_parameters_that_overflow_or_cancel_out_explain_nothing() -> None:
     assert are_wrong(1.01 * answers, answers, huge, sizes(answers), "fp32", codec_of("fp32")).all()
 
 
-# Other devices, as far as a CPU is one
+# Other devices, as far as a CPU can imitate them
 
 
 def updates_of(block: torch.nn.Module, inputs: Floats, precision: Precision, dtype: torch.dtype) -> Floats:
@@ -162,7 +162,7 @@ def updates_of(block: torch.nn.Module, inputs: Floats, precision: Precision, dty
 
 
 def in_another_order(block: torch.nn.Module) -> torch.nn.Module:
-    """Equal but for the order in which the feed-forward part adds up."""
+    """The same block, except for the order in which the feed-forward part adds up."""
     linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
     up, down = linears[-2:]
     order = torch.randperm(up.out_features, generator=torch.Generator().manual_seed(1))
@@ -192,7 +192,7 @@ def test_another_order_of_additions_is_no_lie(precision: Precision, kind: str, c
 
 
 def test_attention_that_turns_on_one_rounding_bans_no_node_that_computes_in_bf16() -> None:
-    """As many rows are wrong as of blocks with sharp attention that other kernels computed. A liar has more."""
+    """As many rows are wrong as were found for blocks with sharp attention on other kernels. A liar has more."""
 
     def banned(precision: Precision, share: float, rows: int, seed: int) -> bool:
         calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
@@ -240,7 +240,7 @@ def test_experts_that_compute_together_answer_as_each_alone() -> None:
             assert wrong(arrived(result.tensor.numpy(), codec), own, "fp32", codec) == 0
 
 
-# What is drawn
+# Which answers are drawn
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Scaled:
 
 
 def answered(seed: int, experts: int, missing: float) -> tuple[SentBatch, AnsweredRows, Floats]:
-    """What a node with some experts answers to some rows, without those experts that are `missing`."""
+    """A node's answers to some rows, without those of the experts that are `missing`."""
     rng = np.random.default_rng(seed)
     rows, k = 5 * LENGTH, 3
     coordinates = rng.permuted(np.tile(np.arange(experts), (rows, 1)), axis=1)[:, :k, None]
@@ -301,12 +301,12 @@ def test_whatever_is_drawn_an_honest_answer_passes_and_a_lie_in_a_checked_row_fa
 
 @pytest.fixture
 def any_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each answer that is drawn is checked, however large the parameters."""
+    """Every answer that is drawn is checked, however large the parameters are."""
     monkeypatch.setattr("trainer_client.dispatch.spot_checks._TRAFFIC_SHARE", 1e9)
 
 
 class Reluctant:
-    """Gives no parameters, for a reason."""
+    """Gives no parameters, and a reason."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -319,7 +319,7 @@ class Reluctant:
 
 @dataclass
 class Checked:
-    """What has come of it."""
+    """The results of the checks."""
 
     banned: set[object]
     outcomes: Mapping[str, float]
@@ -336,7 +336,7 @@ async def check_nodes(
     source: Reluctant | None = None,
     rights: Sequence["session_pb2.Right"] = (session_pb2.RIGHT_FORWARD,),
 ) -> tuple[Checked, list[NodeInfo]]:
-    """Forward passes, and backward passes if it `trains`, to nodes of these kinds with one expert each."""
+    """Forward passes, and backward passes if it `trains`, to one node of each kind with one expert each."""
     manifest = MANIFEST.model_copy(update={"wire": WireSpec(codec=codec)})
     loader, channels = BlockLoader(manifest, SWARM), ChannelPool()
     async with AsyncExitStack() as stack:
@@ -394,7 +394,7 @@ def test_a_node_that_alters_one_row_in_a_hundred_is_banned_and_an_honest_one_is_
 
 
 def test_a_lone_host_is_checked_while_it_trains(loop: LoopThread, tmp_path: Path, any_traffic: None) -> None:
-    """Each step makes another version, which is fetched for the answers it has given."""
+    """Each step makes a new version, which is fetched to check the answers it has given."""
     checked, _ = loop.run(check_nodes(tmp_path, Runtime, steps=12, trains=True), 60)
     assert checked.outcomes["passed"] == 12
     assert checked.outcomes["failed"] == 0
@@ -408,7 +408,9 @@ def test_bytes_of_parameters_are_a_small_share_of_those_of_answers(loop: LoopThr
 def test_what_was_fetched_before_tells_a_node_nothing_of_when_it_is_asked_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As many answers are checked as the share of the traffic pays for, and after each the next one as likely."""
+    """The number of checks follows from their share of the traffic, and after each check the next answer is as likely
+    to be checked.
+    """
 
     async def scenario() -> None:
         calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
@@ -431,7 +433,7 @@ def test_what_was_fetched_before_tells_a_node_nothing_of_when_it_is_asked_again(
 
 
 class Stalling:
-    """Gives nothing until it is let go, and counts who was asked."""
+    """Gives nothing until it is let go, and counts requests by node."""
 
     def __init__(self) -> None:
         self.asked: list[PeerID] = []
@@ -443,7 +445,7 @@ class Stalling:
 
 
 def test_a_node_that_holds_up_the_checks_of_its_answers_holds_up_no_others(any_traffic: None) -> None:
-    """Neither those of other nodes nor those of its own next answers."""
+    """It delays neither those of other nodes nor those of its own next answers."""
 
     async def scenario() -> None:
         calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
@@ -524,7 +526,7 @@ def test_whoever_may_not_fetch_checks_nothing(loop: LoopThread, tmp_path: Path, 
 
 
 def test_after_a_failure_a_node_is_checked_until_so_many_answers_were_right() -> None:
-    """Whatever chance says. It can't sit that out by giving no parameters."""
+    """This does not depend on chance. The node can't avoid it by giving no parameters."""
 
     async def scenario() -> None:
         calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
@@ -550,7 +552,9 @@ def test_after_a_failure_a_node_is_checked_until_so_many_answers_were_right() ->
 
 @pytest.mark.parametrize(("rows_between", "banned"), [(100_000, 0), (99_000, 1)])
 def test_failures_with_very_many_right_rows_between_them_ban_nobody(rows_between: int, banned: int) -> None:
-    """Or a node that is honest for months would be banned for what one rounding in a million rows looks like."""
+    """Otherwise a node that is honest for months would be banned for something that looks like one rounding in a
+    million rows.
+    """
 
     async def scenario() -> None:
         calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called

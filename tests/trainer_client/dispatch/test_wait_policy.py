@@ -1,4 +1,4 @@
-"""Deadlines and hedging times, as functions of how long calls took."""
+"""Deadlines and hedging times, as functions of past call times."""
 
 import pytest
 from hypothesis import given
@@ -60,7 +60,7 @@ def test_another_replica_is_asked_before_rows_are_sent_elsewhere(
 
 @given(st.floats(0.01, 2), st.floats(2, 50))
 def test_a_deadline_follows_a_network_that_became_slower(quick: float, slow: float) -> None:
-    """No call is quick enough for the old deadline, so all that is known is that each took longer."""
+    """No call meets the old deadline, so it is only known that each took longer."""
     policy = WaitPolicy(60.0, 0.5, 1)
     call_times = known([quick] * 256)
     for _ in range(2000):

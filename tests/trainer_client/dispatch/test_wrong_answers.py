@@ -1,4 +1,4 @@
-"""GrpcCaller against a real TLS server that answers wrongly or refuses: answers or an ExpertError."""
+"""GrpcCaller against a real TLS server that answers wrongly or refuses: it gives answers or an ExpertError."""
 
 import asyncio
 import math
@@ -69,7 +69,7 @@ def pool(loop: LoopThread) -> Iterator[ChannelPool]:
 
 @pytest.fixture
 def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
-    """Its channels are closed before the server looks at what is left."""
+    """Its channels are closed before the server checks what is left."""
     return GrpcCaller(pool, "sauna-1234", WIDTH)
 
 
@@ -170,7 +170,7 @@ def test_wrong_answer_is_data_loss_and_earlier_answers_count(
 
 
 def test_rows_of_several_experts_are_answered_in_blocks_with_masks_and_products() -> None:
-    """A row's bits are its own experts in the order of the header, whatever slots they are in."""
+    """A row's bits stand for its own experts in the order of the header, whatever slots they are in."""
     uids = (UID(0, (0,)), UID(0, (1,)), UID(0, (2,)))
     experts = np.array([[1, 0, 2], [2, -1, -1], [0, 2, -1]])
     batch = NodeBatch(np.arange(3), np.array([3]), np.arange(3), uids, experts)
@@ -195,7 +195,7 @@ def test_rows_of_several_experts_are_answered_in_blocks_with_masks_and_products(
 
 
 def test_a_node_answers_in_backward_for_no_slot_that_does_not_count() -> None:
-    """Another node has answered it, and it would be told to have given wrong products."""
+    """Otherwise the node would seem to have given wrong products, when in fact another node answered that slot."""
     uids = (UID(0, (0,)), UID(0, (1,)))
     batch = NodeBatch(np.arange(2), np.array([2]), np.arange(2), uids, np.array([[0, 1], [0, 1]]))
     counts = np.array([[True, False], [False, False]])
@@ -241,7 +241,7 @@ def test_products_that_are_too_few_too_many_or_not_finite_are_refused(products: 
 def test_a_node_that_answers_row_by_row_leaves_the_loop_to_others(
     loop: LoopThread, server: Server, caller: GrpcCaller
 ) -> None:
-    """A message of some KB may bring thousands of answers. Reading them takes a while."""
+    """A message of a few KB may have thousands of answers, which take a while to read."""
     rows = 2000
     blocks = [AnsweredRows(rows=[row], payload_bytes=BYTES // 3) for row in range(rows)]
     tensor = random_rows(rows).tobytes()
@@ -390,7 +390,7 @@ def test_node_that_breaks_down_is_no_error_of_ours(
 def test_call_that_ends_while_we_still_send_is_an_error_at_once(
     loop: LoopThread, server: Server, pool: ChannelPool, messages_read: int, ends_with: StatusCode
 ) -> None:
-    """grpc.aio then raises one of several errors, and mostly hides the node's status: hence the repetitions."""
+    """grpc.aio then raises one of several errors, and mostly hides the node's status, so the test is repeated."""
 
     async def behave(server: Server, context: Context) -> None:
         await server.read(context, messages_read)

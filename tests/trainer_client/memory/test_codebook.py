@@ -1,4 +1,4 @@
-"""Codebooks: which cells are nearest, and files that strangers made up."""
+"""Codebooks: which cells are nearest, and files that strangers invented."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Static encoders: which text gets which vector, and files that strangers made up."""
+"""Static encoders: which text gets which vector, and files that strangers invented."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def make_dual(dimensions: int = 8) -> DualEncoder:
 
 
 def changed_dual(**arrays: object) -> bytes:
-    """A dot in an array's name is written as two underscores."""
+    """A dot in an array's name is given as two underscores."""
     new = {name.replace("__", "."): np.asarray(array) for name, array in arrays.items()}
     return encode_arrays(decode_arrays(make_dual().to_bytes()) | new)
 

@@ -1,4 +1,4 @@
-"""What is read of hosts' answers, and what of it is believed."""
+"""How hosts' answers are read, and what is believed of them."""
 
 import random
 
@@ -29,7 +29,7 @@ K = 4
 
 
 def an_ask(numbers: list[int], queries: int, k: int = K) -> Ask:
-    """Asks for all queries in some of the shards, by number."""
+    """A request for all queries in some of the shards, which are given by number."""
     infos = MEMORY_HERE.manifest.shards
     shards = tuple(infos[number % len(infos)] for number in dict.fromkeys(n % len(infos) for n in numbers))
     return Ask(shards, (tuple(range(queries)),) * len(shards), k)
@@ -164,7 +164,7 @@ def test_a_passage_comes_once_and_only_if_it_was_asked_for() -> None:
 def test_honest_hosts_omit_nothing_and_whatever_is_found_omitted_was_left_out(
     one: list[int], other: list[int], number: int, seed: int
 ) -> None:
-    """They may be asked for different shards."""
+    """The two hosts may be asked for different shards."""
     asks = an_ask(one, 1), an_ask(other, 1, k=3)
     answers = [ask.parse(answered(ask, [number]), host) for ask, host in zip(asks, (ONE, OTHER), strict=True)]
     assert not omitted(0, *answers)

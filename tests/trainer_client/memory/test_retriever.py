@@ -30,13 +30,15 @@ from trainer_client.memory.retriever import (
 
 K, CELLS = 5, 3
 MOST = 3
-"""Queries at once: what more of them find is parsed on a thread, for which virtual time does not wait."""
+"""The largest number of queries at once: more results would be parsed on a thread, for which virtual time does not
+wait.
+"""
 MEMORIES = [SampleMemory.make(seed, revoked=3) for seed in range(4)]
 FOUND_OUT: tuple[Lie, ...] = (
     "forged text", "wrong vectors", "inflated scores", "wrong texts", "wrong positions", "says missing",
     "reads nothing", "all revoked", "junk", "stalls", "stalls at reading", "fails", "busy", "too many", "other order",
 )  # fmt: skip
-"""Lies and failures after which the right passages are found all the same."""
+"""Lies and failures despite which the right passages are found."""
 OMISSIONS: tuple[Lie, ...] = ("omits", "omits best", "deflated scores")
 DISHONEST: tuple[Lie, ...] = (
     "forged text", "wrong vectors", "inflated scores", "wrong texts", "wrong positions", "junk", "too many",
@@ -52,7 +54,7 @@ def retriever_of(swarm: SampleSwarm, checked_share: float = 0.0, seed: int = 0) 
 
 
 def swarm_of(memory: SampleMemory, *lies: Lie | None, after_s: float = 0.01) -> SampleSwarm:
-    """A host of everything for each lie."""
+    """For each lie, a host of all shards."""
     hosts = [SampleHost(memory, memory.manifest.by_root, lie, after_s) for lie in lies]
     return SampleSwarm(memory, dict(zip(peer_ids(len(lies)), hosts, strict=True)))
 
@@ -60,7 +62,7 @@ def swarm_of(memory: SampleMemory, *lies: Lie | None, after_s: float = 0.01) -> 
 def searched(
     runner: VirtualRunner, retriever: Retriever, numbers: list[int], k: int = K
 ) -> list[SearchResult]:
-    """The results for queries that are passages of the memory; also waits for the checks after it."""
+    """The results for queries that are passages of the memory. Also waits for the checks that follow."""
     vectors_QD, scores_QC = retriever.directory.encode([str(number) for number in numbers])
 
     async def search() -> list[SearchResult]:
@@ -72,7 +74,7 @@ def searched(
 
 
 def check_sound(memory: SampleMemory, numbers: list[int], results: list[SearchResult]) -> None:
-    """Whatever hosts say, what is returned is in the memory, is not revoked, and has its own score and place."""
+    """Checks that all results are in the memory, are not revoked, and have their own scores and places."""
     for number, result in zip(numbers, results, strict=True):
         query_D = memory.vectors_ND[number].astype(int)
         scores = []
@@ -110,7 +112,7 @@ def texts_of(result: SearchResult) -> list[str]:
 def test_passages_of_honest_replicas_are_found_beside_any_liars(
     seed_of_memory: int, lies: list[Lie], numbers: list[int], seed: int
 ) -> None:
-    """Each shard has one honest host beside all the liars; which one is drawn."""
+    """Each shard has all the liars and one random honest host."""
     memory = MEMORIES[seed_of_memory]
     rng = random.Random(seed)
     swarm = swarm_of(memory, None, None, *lies)
@@ -237,13 +239,13 @@ def test_a_query_takes_one_call_for_scores_and_one_for_text() -> None:
         searched(runner, retriever, [7])
         assert runner.get_loop().time() == pytest.approx(0.2)
         assert next(iter(swarm.hosts.values())).calls == ["Search", "Read"]
-        # what was read lately is not read again
+        # What was read recently is not read again.
         searched(runner, retriever, [7])
         assert runner.get_loop().time() == pytest.approx(0.3)
 
 
 def test_texts_are_read_from_hosts_of_cells_that_were_not_asked() -> None:
-    """One host has the secondary shards of the cells that are asked, and another one all primary ones."""
+    """One host has the secondary shards of the cells that are asked, and another has all primary shards."""
     memory = MEMORIES[0]
     swarm = swarm_of(memory, None, None)
     for host, is_secondary in zip(swarm.hosts.values(), (True, False), strict=True):
@@ -326,7 +328,7 @@ def test_a_host_that_a_liar_outran_is_asked_again() -> None:
         for number in range(40):
             retriever._kept.clear()
             searched(runner, retriever, [number])
-        # late enough that the other is asked too, and still quicker than that one
+        # So late that the other host is asked too, but still earlier than that one's answer.
         liar.lie, liar.after_s, honest.after_s = "inflated scores", 0.1, 0.5
         for number in range(40):
             retriever._kept.clear()

@@ -52,7 +52,7 @@ def play(loop: LoopThread, tmp_path: Path, memory: SampleMemory) -> Play:
 
 
 def expected(memory: SampleMemory, number: int, k: int) -> list[int]:
-    """The scores of a whole search for a passage of the memory."""
+    """The scores of an exhaustive search for a passage of the memory."""
     query_D = memory.vectors_ND[number]
     return [score for score, _ in memory.best(query_D, memory.manifest.by_cell, k)]
 
@@ -77,7 +77,7 @@ def test_a_memory_is_searched_where_its_shards_are(play: Play) -> None:
         for number, result in zip(numbers, results, strict=False):
             check_whole(WORDS, number, result)
         assert results[-1] == SearchResult((), is_understood=False)
-        # one call to each host for all queries, and one to read
+        # One call to each host for all queries, and one to fetch texts.
         assert total(retriever.calls.metrics.calls, method="Search") == 2
 
     play(scenario)
@@ -230,7 +230,7 @@ def test_a_new_revision_is_followed_and_what_it_revokes_is_never_returned(play: 
         assert result.hits[0].passage == WORDS.passages[7]
         newer = WORDS.revoking(7)
         await swarm.publish(newer)
-        # nobody has the new manifest yet: the old revision stays
+        # Nobody has the new manifest yet, so the old revision stays.
         with pytest.raises(UnreachableError, match="revision 2"):
             await retriever.directory.follow()
         (store,) = host.servicer._stores.values()
@@ -263,11 +263,11 @@ def test_an_index_is_fetched_once_and_kept_on_disk(play: Play, tmp_path: Path) -
         kept = sorted(path.name for path in (tmp_path / "searcher0").iterdir())
         assert len(kept) == 3
         await host.stop()
-        # the same folder, another peer: everything is there, though nobody could give it
+        # With the same folder, another peer has everything, though no host could give it.
         again = await swarm.searcher(0 + 1)
         again._cache = memories._cache
         await again.open()
-        # a file that was changed is not believed
+        # A file that was changed is not trusted.
         (tmp_path / "searcher0" / kept[0]).write_bytes(b"changed")
         third = await swarm.searcher(2)
         third._cache = memories._cache
@@ -278,7 +278,7 @@ def test_an_index_is_fetched_once_and_kept_on_disk(play: Play, tmp_path: Path) -
 
 
 def test_two_processes_share_one_cache(tmp_path: Path) -> None:
-    """Each has its own object, and whatever the other one drops, what is read is whole or not there."""
+    """Each has its own object. Whatever the other one evicts, an entry is read whole or not at all."""
     files = [bytes([n]) * 1000 for n in range(12)]
     parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in files]
 

@@ -1,4 +1,4 @@
-"""Models that answer from passages: what is learned, what is found with it, and what is honest to say."""
+"""Models that answer from passages: what they learn, what they find with it, and which answers they give."""
 
 import math
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def test_generator_and_query_encoder_learn_and_answers_name_their_sources(
 
 @generators
 def test_the_loss_is_the_papers_sum_over_what_was_found(manifest: Manifest) -> None:
-    """By the generator alone, one passage after the other."""
+    """Computed with the generator alone, one passage after another."""
     for objective in ("rag-sequence", "rag-token"):
         model = model_of(settings(objective=objective), manifest).eval()
         found, _ = PassageLookup(SHELF, model.questions, 2).search([each.text for each in QUESTIONS[:2]])
@@ -111,7 +111,7 @@ def _by_whole_sequences(
 def next_logits(
     generator: LanguageModel | EncoderDecoder, source: Sequence[int], written: Sequence[int]
 ) -> Tensor:
-    """Of the token after what is written, [V], with nothing kept of anything."""
+    """The logits [V] of the token after what is written, computed from scratch."""
     if isinstance(generator, EncoderDecoder):
         logits_RV = generator([source], [[*written, generator.end]])
     else:
@@ -179,7 +179,7 @@ def test_a_question_without_a_known_word_finds_nothing() -> None:
 
 
 def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
-    """With equal passages but for the colour, both are as likely, and each names its own source."""
+    """The passages differ only in a colour, so both answers are as likely, and each names its own source."""
     shelf = Shelf([passage("kiuas", "red"), passage("kiuas", "blue")])
     model = model_of(settings())
     found, _ = PassageLookup(shelf, model.questions, 2).search(["what colour is kiuas?"])
@@ -189,7 +189,7 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
         return "red" if b"is red" in bytes(source) else "blue"
 
     class Copying(nn.Module):
-        """Writes the colour that it has read."""
+        """A model that writes the colour it has read."""
 
         context, first_scored, can_extend, retrieval = 64, 1, False, None
 
@@ -224,7 +224,7 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
 @pytest.mark.parametrize("name", ["questions.log_sharpness", "generator.head.weight"])
 @generators
 def test_predictions_that_are_not_finite_are_no_answer(objective: str, name: str, manifest: Manifest) -> None:
-    """Broken experts and checkpoints of strangers give such, although each number in them is finite."""
+    """Broken experts and strangers' checkpoints can cause this although each of their numbers is finite."""
     chosen = settings(objective=objective)
     model = model_of(chosen, manifest)
     found, _ = PassageLookup(SHELF, model.questions, 2).search([QUESTIONS[0].text])
@@ -288,7 +288,7 @@ def test_another_encoder_is_refused() -> None:
 
 @generators
 def test_decoding_goes_on_from_what_experts_have_computed_as_whole_sequences_do(manifest: Manifest) -> None:
-    """With real experts in this process, of prefixes that part and go on."""
+    """With real experts in this process, and with prefixes that branch and continue."""
     swarm = LocalSwarm(manifest, settings())
     model = make_rag_model(manifest, swarm.mixture, TOKENIZER, DIMENSIONS, swarm.settings).eval()
     sources = [[*b"kiuas is red\nwhat?\n"], [*b"vihta is green, and so is a leaf\nwhat?\n"]]

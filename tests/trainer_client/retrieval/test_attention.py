@@ -1,4 +1,4 @@
-"""Chunked cross-attention against a loop over rows, and what may depend on what."""
+"""Chunked cross-attention compared with a loop over rows, and which outputs may depend on which inputs."""
 
 import math
 
@@ -21,7 +21,7 @@ SMALL = Manifest.model_validate(
 
 
 def found_by(tokens_BT: Tensor, spec: RetrievalSpec) -> Tensor:
-    """Neighbours that depend on all tokens of their chunk and on nothing else; some chunks have fewer."""
+    """Neighbours that depend only on all tokens of their chunk. Some chunks have fewer."""
     chunks = spec.chunks(tokens_BT.shape[1])
     neighbours = spec.nothing(len(tokens_BT), chunks)
     for row, tokens_T in enumerate(tokens_BT):
@@ -35,7 +35,7 @@ def found_by(tokens_BT: Tensor, spec: RetrievalSpec) -> Tensor:
 
 
 def awakened(model: LanguageModel) -> LanguageModel:
-    """With cross-attention that is not the zero that it starts as."""
+    """Gives cross-attention random parameters in place of the zeros that it starts with."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.startswith("retrieval.attention") and "output" in name:
@@ -48,7 +48,9 @@ def make_model() -> LanguageModel:
 
 
 def naive(layer: ChunkedCrossAttention, x_TD: Tensor, encoded_UNLD: Tensor, present_UNL: Tensor) -> Tensor:
-    """Row by row and head by head, as in the paper's algorithm 1, with smeared keys and a choice that adds nothing."""
+    """Row by row and head by head, as in algorithm 1 of the paper, with smeared keys and an option that adds
+    nothing.
+    """
     rows = []
     size = layer.query.out_features // layer.heads
 
@@ -128,7 +130,7 @@ def test_neighbours_change_the_rows_from_the_end_of_their_chunk_to_that_of_the_n
     none, some = SPEC.nothing(1, 3), SPEC.nothing(1, 3)
     some[0, 0, 0, :3] = 7
     with torch.no_grad():
-        # behind the last layer nothing mixes rows any more
+        # After the last layer, rows no longer affect each other.
         differs_T = (model(tokens, some) - model(tokens, none))[0].abs().amax(dim=1) > 1e-6
     assert differs_T.tolist() == [False] * 3 + [True] * 4 + [False] * 5
 

@@ -1,4 +1,4 @@
-"""What was found stays on disk, within its bytes and for the newest revision alone."""
+"""Search results stay on disk, within a limit of bytes and only for the newest revision."""
 
 import json
 import sqlite3
@@ -70,7 +70,7 @@ def test_it_stays_within_its_bytes_and_keeps_the_newest(tmp_path: Path) -> None:
     cache = NeighbourCache(path, limit)
     texts = [f"chunk {number}" for number in range(400)]
     for number, text in enumerate(texts):
-        # what does not compress well
+        # Data that does not compress well.
         words = " ".join(f"{hash((number, word)):x}" for word in range(120))
         cache.put("docs", 1, {text: [passage(words)]})
     assert path.stat().st_size <= limit
@@ -102,7 +102,7 @@ def test_a_file_that_breaks_in_use_or_has_another_form_begins_anew(tmp_path: Pat
     cache.put("docs", 1, {text: [passage(text * 50)] for text in texts})
     cache.close()
     data = bytearray(path.read_bytes())
-    # its header and its list of tables are whole
+    # The file's header and its list of tables are intact.
     data[2 * 4096 :] = bytes(len(data) - 2 * 4096)
     path.write_bytes(data)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Text that is written chunk by chunk reads what the same text would when it is computed at once."""
+"""Text that is written chunk by chunk reads the same passages as the same text computed at once."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ SPEC = RetrievalSpec(chunk=4, neighbours=2, length=6, layers=(0, 1))
 
 
 class Library:
-    """Has a passage for each chunk that tells its tokens backwards, and notes what it is asked."""
+    """Has for each chunk a passage with its tokens in reverse, and records requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""Neighbours of batches: looked up ahead, given nothing away, and left out where nobody answers."""
+"""Neighbours of batches: looked up ahead, without giving anything away, and left out if no host answers."""
 
 import threading
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ LIMIT_S = 60.0
 
 
 class Echo:
-    """A memory that has, for each text, passages that begin with it; and counts what it is asked."""
+    """A memory that has, for each text, passages that begin with it. It counts requests."""
 
     id = MemoryID.of("echo", HOST)
 
@@ -66,7 +66,7 @@ def test_each_whole_chunk_gets_the_tokens_of_its_neighbours() -> None:
     memory = Echo()
     given = lookup(memory).learned(tokens("aaaa bbbcccc dddeee"))
     assert given.shape == (1, 2, 2, 16)
-    # a passage with all of a chunk's words is of the text's own document
+    # A passage with all words of a chunk comes from the text's own document.
     assert memory.asked == ["aaaa bbb", "cccc ddd"]
     assert (given == NOTHING).all()
     written = lookup(memory).written([list(b"aaaa bbb")])

@@ -34,7 +34,7 @@ def test_passages_come_from_the_hosts_that_are_left_and_none_from_none(
             known = {passage.text for passage in WORDS.passages}
             found = []
             for stopped in (first, second, None):
-                # a look-up each time that remembers nothing
+                # A new look-up each time, without anything in memory.
                 lookup = NeighbourLookup(memory, ByteTokenizer(), SPEC)
                 found.append(await asyncio.to_thread(lookup.written, chunks))
                 if stopped is not None:

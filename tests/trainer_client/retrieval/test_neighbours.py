@@ -1,4 +1,4 @@
-"""Which passages a model may be given for a chunk: none that give away what it is to predict."""
+"""Which passages a model may get for a chunk: none that contain what it is to predict."""
 
 from hypothesis import given
 from hypothesis import strategies as st

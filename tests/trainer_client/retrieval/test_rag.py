@@ -1,4 +1,4 @@
-"""RAG's formulas against sums over all passages and answers, and its decoding against all answers."""
+"""RAG's formulas compared with sums over all passages and answers, and its decoding compared with all answers."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ SEEDS = st.integers(0, 2**31)
 
 
 def all_answers() -> list[Tokens]:
-    """Those that end, and those that are as long as they may be."""
+    """All answers that end, and all that have the greatest length."""
     inner = range(1, VOCABULARY)
     ended = [(*some, END) for n in range(LONGEST) for some in itertools.product(inner, repeat=n)]
     return [*ended, *itertools.product(inner, repeat=LONGEST)]
@@ -38,7 +38,7 @@ def prefixes() -> list[Tokens]:
 
 
 class Tables:
-    """A generator that has drawn a distribution for each prefix and passage."""
+    """A generator with a random distribution for each prefix and passage."""
 
     def __init__(self, seed: int, passages: int) -> None:
         drawn = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ class Tables:
         return lambda some: self.following(some)[:, k]
 
     def decode_sequence(self, beam: int) -> list[Hypothesis]:
-        """Of all passages."""
+        """Decodes RAG-Sequence with beam search for each passage."""
         count = len(self.passages_K)
 
         def score(answers: Sequence[Tokens]) -> Tensor:
@@ -147,7 +147,7 @@ def test_passages_that_were_not_found_have_no_part() -> None:
 
 @pytest.mark.parametrize("likelihood", [sequence_log_likelihood, token_log_likelihood])
 def test_gradients_reach_the_encoder_of_questions_and_the_generator(likelihood: "object") -> None:
-    """Both learn which passage answers, and what to say then. The passages' vectors stay."""
+    """Both are trained: which passage answers, and what to say then. The passages' vectors do not change."""
     assert callable(likelihood)
     torch.manual_seed(0)
     questions, passages_PD = nn.Embedding(2, 8), torch.randn(4, 8)
@@ -219,7 +219,7 @@ def test_a_narrow_beam_scores_what_it_meets_exactly(seed: int, passages: int, be
 
 
 def test_an_answer_that_no_passage_likes_best_may_be_the_best() -> None:
-    """With each passage alone another answer is first; over both, the second of each is."""
+    """For each passage alone, another answer is first. The answer that is second for each is the best over both."""
     tables = Tables(0, 2)
     tables.passages_K = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
     begin = torch.tensor([[0.0, 0.55, 0.45], [0.55, 0.0, 0.45]], dtype=torch.float64).log()

@@ -1,4 +1,4 @@
-"""A training run gives its model the neighbours of each batch, and of the text that it validates on."""
+"""A training run gives its model the neighbours of each batch, and of the validation text."""
 
 import threading
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ MANIFEST = Manifest.model_validate(
 
 
 class Oracle:
-    """Gives away the chunk that comes next."""
+    """A source that gives away the next chunk."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset

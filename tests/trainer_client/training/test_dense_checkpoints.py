@@ -1,4 +1,4 @@
-"""Checkpoints of the dense part on disk: whole, this swarm's, or passed over."""
+"""Checkpoints of the dense part on disk: those that are complete and this swarm's are loaded, others are skipped."""
 
 import json
 import logging
@@ -64,7 +64,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 class Balanced(nn.Module):
-    """With a parameter and a bias."""
+    """A module with a parameter and a bias."""
 
     def __init__(self) -> None:
         super().__init__()

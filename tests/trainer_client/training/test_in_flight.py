@@ -17,9 +17,10 @@ from trainer_client.training.in_flight import InFlight, InFlightController, stal
 def simulate(
     limit: int, link_s: Callable[[float], float], busy_s: float, steps: int
 ) -> tuple[list[float], list[int]]:
-    """Steps that take a link's time, in which others may be under way too, and one device's, where they queue.
+    """Simulates steps that first use a link, where others may be under way too, and then one device, where they queue.
 
-    `link_s` of the time. Gives when each step ended, and how many were to be in flight then.
+    `link_s`: how long the link takes for a step that begins at a given time. Returns when each step ended, and how many
+    steps were wanted in flight then.
     """
     enough = InFlightController(limit)
     now, device_free_at = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on exactly as it would have done."""
+"""A run that was stopped continues exactly as if it had not been."""
 
 import logging
 import os
@@ -36,12 +36,12 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
     return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= level)
 
 
-# one draws noise and chance, one dropout, and one has biases
+# One of them draws noise and chance, one uses dropout, and one has biases.
 @pytest.mark.parametrize(("name", "accumulate"), [("noisy-top-k", 2), ("switch", 1), ("product-key", 2)])
 def test_five_steps_and_five_resumed_are_ten_straight(
     tmp_path: Path, name: RouterName, accumulate: int
 ) -> None:
-    """Losses, parameters and experts are equal bit for bit."""
+    """Losses, parameters and experts are equal bit by bit."""
     text = str(write_text(tmp_path))
     settings = make_settings(
         data=text,
@@ -73,7 +73,7 @@ def test_a_resume_needs_nothing_said_again(tmp_path: Path, monkeypatch: pytest.M
     first = train_dense(start(tmp_path / "state", make_settings(data="sauna.txt", seed=7, batch_size=3)), 4)
     monkeypatch.chdir("/")
     again = start(tmp_path / "state", make_settings(), resume=True)
-    # make_settings names its own figures: those are stronger
+    # make_settings sets figures of its own, which take precedence.
     assert (again.settings.seed, again.settings.batch_size) == (7, 4)
     assert again.settings.data == (str(tmp_path / "sauna.txt"),)
     assert again.writer.folder == first.folder
@@ -216,7 +216,7 @@ def test_a_folder_that_can_not_be_one_is_named(tmp_path: Path) -> None:
     holder.close()
 
 
-# When
+# When to save
 
 
 def test_checkpoints_come_every_so_many_steps_and_the_newest_stay(tmp_path: Path) -> None:

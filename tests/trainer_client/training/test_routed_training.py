@@ -1,4 +1,4 @@
-"""Training with each router: real experts that learn, and no network."""
+"""Training with each router: real experts that are trained, and no network."""
 
 import threading
 
@@ -18,7 +18,7 @@ TEXT = b"In the sauna one must behave as in church. " * 60
 
 
 def train_with(name: RouterName) -> tuple[Summary, LearningSwarm, list[Progress], set[str]]:
-    """Also gives the names of the gates' parameters that training has moved."""
+    """Also returns the names of the gates' parameters that training has changed."""
     swarm = LearningSwarm(make_manifest((2, 3), hidden=16, feed_forward=32))
     values = TrainerSettings.load(
         steps=30, batch_size=4, warmup_steps=2, learning_rate=1e-2, validation_batches=2
@@ -92,7 +92,7 @@ def test_the_weighted_balancing_losses_of_all_layers_are_added() -> None:
         model(torch.randint(256, (2, 8)))
     total = model.balancing_loss()
     assert total is not None
-    # each is about 1 where experts are chosen about evenly
+    # Each figure is about 1 if experts are chosen about evenly.
     assert total.item() == pytest.approx(3 * 0.5, rel=0.3)
 
 

@@ -1,4 +1,4 @@
-"""A run resumes from the checkpoints of every recorded release, and from those that it writes itself."""
+"""A run resumes from the checkpoints of every recorded release, and from those that it writes now."""
 
 import logging
 import shutil

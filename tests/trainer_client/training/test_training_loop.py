@@ -24,7 +24,7 @@ TEXT = b"In the sauna one must behave as in church. " * 60
 
 
 class FailingModel(LanguageModel):
-    """Its training losses are not finite in the steps named."""
+    """A model whose training losses are not finite in the given steps."""
 
     def __init__(self, bad_steps: range | set[int], value: float = math.nan) -> None:
         super().__init__(make_manifest(), lambda layer: nn.Identity())
@@ -41,7 +41,7 @@ class FailingModel(LanguageModel):
 
 
 class BadStepsModel(LanguageModel):
-    """Its losses are not finite in the steps of these numbers, whichever copy computes them."""
+    """A model whose losses are not finite in steps with these numbers, whichever copy computes them."""
 
     def __init__(self, bad_steps: set[int]) -> None:
         super().__init__(make_manifest(), lambda layer: nn.Identity())
@@ -57,14 +57,14 @@ class BadStepsModel(LanguageModel):
 
 
 class SteepModel(LanguageModel):
-    """Its loss is finite and its gradient is not: a square root at 0."""
+    """A model whose loss is finite but whose gradient is not: a square root at 0."""
 
     def loss(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
         return super().loss(tokens_BT) + (0 * self.head.weight.sum()).square().sqrt()
 
 
 class Meeting(nn.Module):
-    """In training it lets nobody on before so many threads have come: as experts far away do, all wait at once."""
+    """In training, each call waits until this many threads are in it, as all would wait at once for distant experts."""
 
     def __init__(self, gate: threading.Barrier) -> None:
         super().__init__()
