@@ -5,8 +5,9 @@ Shapes: Q queries, N passages of a shard, D numbers in a vector.
 
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
@@ -61,13 +62,14 @@ class VectorCache:
         self._open: dict[int, _Block] = {}
         """The block that has room, for each number of dimensions."""
         self.nbytes: int = 0
-        # the collector may forget a shard in the middle of all this
-        self._lock = threading.RLock()
+        self._gone = deque[weakref.ref[Shard]]()
+        """Shards that no longer exist, whose vectors are still here."""
+        self._lock = threading.Lock()
 
     def stretches(self, shards: Sequence[Shard]) -> Iterator[Stretch]:
         """Those that lie together come together. Raises OSError if one is not here and can't be read."""
         missing, here = list[int](), list[tuple[int, int, int, _Block]]()
-        with self._lock:
+        with self._locked():
             for number, shard in enumerate(shards):
                 block = self._block_of.get(key := weakref.ref(shard))
                 if block is None:
@@ -92,7 +94,7 @@ class VectorCache:
 
     def _keep(self, shard: Shard, rows_ND: Vectors) -> None:
         count, dimensions = rows_ND.shape
-        with self._lock:
+        with self._locked():
             if weakref.ref(shard) in self._block_of:  # another thread has read it, too
                 return
             block = self._open.get(dimensions)
@@ -109,13 +111,30 @@ class VectorCache:
             while self.nbytes > self._most_bytes:
                 self._drop(next(iter(self._blocks)))
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._lock:
+            yield
+        self._clear_gone()
+
     def _forget(self, key: weakref.ref[Shard]) -> None:
         """What was revoked goes with its shard, which another one replaces."""
-        with self._lock:
-            if (block := self._block_of.pop(key, None)) is not None:
-                block.rows_ND[block.shards.pop(key)] = 0
-                if not block.shards:
-                    self._drop(block)
+        # Python may call this at any moment, even in a thread that holds the lock
+        self._gone.append(key)
+        self._clear_gone()
+
+    def _clear_gone(self) -> None:
+        """If another thread, or a caller of this, holds the lock, it does this afterwards."""
+        while self._gone and self._lock.acquire(blocking=False):
+            try:
+                while self._gone:
+                    key = self._gone.popleft()
+                    if (block := self._block_of.pop(key, None)) is not None:
+                        block.rows_ND[block.shards.pop(key)] = 0
+                        if not block.shards:
+                            self._drop(block)
+            finally:
+                self._lock.release()
 
     def _drop(self, block: _Block) -> None:
         del self._blocks[block]

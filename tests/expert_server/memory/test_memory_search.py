@@ -1,7 +1,11 @@
 """What a search of shards finds, and which vectors stay in memory for the next one."""
 
+import sys
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,3 +160,41 @@ def test_vectors_go_from_memory_with_their_shard(tmp_path: Path) -> None:
     assert cache.nbytes == 2 * BYTES
     assert kept[:50].any()
     assert not kept[50:].any()
+
+
+def search_until(moment: int, cache: VectorCache, some: list[PrimaryShard], going: list[PrimaryShard]) -> int:
+    """Searches for these shards, and ends the others before the search executes this line. Returns its lines."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        lines += frame.f_code.co_filename == search.__file__ and event == "line"
+        if lines > moment:
+            going.clear()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for shard in some:
+            list(cache.stretches([shard]))
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_a_shard_may_go_at_any_moment_of_a_search(tmp_path: Path) -> None:
+    samples = [on_disk(tmp_path, seed) for seed in range(5)]
+    moment, lines = 0, 1
+    while moment < lines:
+        some, going = [copy(shard) for shard in samples[2:]], [copy(shard) for shard in samples[:2]]
+        cache = VectorCache(2 * BYTES, BYTES)
+        assert stretches(cache, going, 0, 1) == [[0], [1]]
+        lines = search_until(moment, cache, some, going)
+        going.clear()
+        assert len(list(cache.stretches(some))) == 3
+        assert cache.nbytes == 2 * BYTES
+        some.clear()
+        assert cache.nbytes == 0
+        moment += 1
+    assert moment > 50
