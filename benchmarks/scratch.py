@@ -1,4 +1,4 @@
-"""A folder for a benchmark's temporary files, which goes with the benchmark, however it ends."""
+"""A folder for a benchmark's temporary files. It is removed when the benchmark ends, however it ends."""
 
 import os
 import shutil

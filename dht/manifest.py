@@ -30,7 +30,7 @@ License = Annotated[str, AfterValidator(_spdx)]
 
 
 LEAST_CONTEXT = 2
-"""In tokens."""
+"""The smallest context, in tokens."""
 _LEAST_ENCODER_CONTEXT = 16
 """In tokens. A corrupted text needs room for its marks."""
 

@@ -180,7 +180,7 @@ class Membership:
         return True
 
     async def _meet(self) -> None:
-        """Records the addresses of some DHT peers that were not met lately."""
+        """Records the addresses of some DHT peers that were not met recently."""
         due = [
             peer for peer in self._host.peers() if self._peer_store.met_at(peer) < self._now() - _MEET_AGAIN_S
         ]

@@ -36,7 +36,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_SHARD_BYTES = 8 * 2**20
 MAX_SHARDS = 131_072
 MAX_SHARDS_OF_CELL = 1024
-"""As many as one host can announce."""
+"""The most shards of a cell: as many as one host can announce."""
 MAX_LEAVES = 65_536
 """The most passages in one shard."""
 MAX_CELLS = 65_536
@@ -175,7 +175,7 @@ class Part:
 
     sha256: bytes
     size: int
-    """In bytes."""
+    """The size in bytes."""
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,9 @@ class Registry:
         return self.manifest_record(value)
 
     def manifest_record(self, value: object) -> tuple[bytes, float] | None:
-        """The same for any value; None if it is not that record or has expired."""
+        """Reads the author's record of the manifest from any value. Returns it with its expiration time; None if the
+        value is not that record or has expired.
+        """
         key, author = self.keys.manifest, self.keys.author
         payload = self.guard.read("manifest", author, lambda: open_record(value, key, author, self.now()))
         return (value, payload.expires_at) if isinstance(value, bytes) and payload is not None else None

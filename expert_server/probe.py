@@ -58,7 +58,7 @@ class ProbeLimits:
     """Calls that one caller may make in a row; after that, one every `every_s`."""
     every_s: float = 10.0
     all_burst: int = 16
-    """The same for all callers together."""
+    """Calls that all callers together may make in a row; after that, one every `all_every_s`."""
     all_every_s: float = 2.0
 
 

@@ -79,7 +79,7 @@ class NodeStatus:
     reachability_advice: str = ""
     """What would let them connect directly; empty if they already do."""
     unsteady: tuple[str, ...] = ()
-    """Its tasks that failed and restarted too often lately, such as `announce`."""
+    """Its tasks that failed and restarted too often recently, such as `announce`."""
     memory_shards: int = 0
     """Served shards of memories."""
     memory_disk_bytes: int = 0

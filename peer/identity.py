@@ -25,7 +25,9 @@ TLS_NAME = "talkoot.peer"
 """The name in every certificate. It identifies nobody, because whole certificates are pinned."""
 
 _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
-"""What cryptography raises for bytes that are no key, or a key of another kind; TypeError if it needs a password."""
+"""What cryptography raises for bytes that are not a key, or are a key of another kind; TypeError if it needs a
+password.
+"""
 _RSA_MESSAGE = b"\x08\x00\x12"
 """How libp2p's message of an RSA key begins: field 1, the type, is 0; field 2, the key, follows with its length."""
 _KEY_BITS = 2048

@@ -260,7 +260,7 @@ def _attend(qkv_R3HC: Tensor, segments: int, causal: bool, present_SL: Tensor | 
 
 
 def _attend_cached(qkv_R3HC: Tensor, lengths: list[int], caches: Sequence[KeyValueCache | None]) -> Tensor:
-    """Like `_attend_segments`, for segments that continue what is in their caches."""
+    """Like `_attend_segments`, for segments that continue the rows in their caches."""
     outputs = []
     for qkv_L3HC, cache in zip(torch.split(qkv_R3HC, lengths), caches, strict=True):
         if cache is None or (not cache.length and len(qkv_L3HC) > 1):

@@ -37,7 +37,7 @@ class _Gathered:
     moved: list[Tensor]
     moments: dict[str, list[Tensor]]
     counts: Tensor | None
-    """The steps of all of them, in one tensor, of which those in `moments` are views. None: they are not counted."""
+    """The step counts of all parameters in one tensor; `moments` contains views of it. None: steps are not counted."""
 
 
 class Optimizer:

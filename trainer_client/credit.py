@@ -51,7 +51,7 @@ class _Saved(BaseModel):
 
     all_pairs: _Total
     nodes: Annotated[dict[str, tuple[_Total, _Total, _Total, _Total, _Total]], Field(max_length=MAX_NODES)]
-    """By PeerID, the totals in the order of `Work`."""
+    """For each node's PeerID, its totals in the order of `Work`."""
 
 
 @dataclass

@@ -314,7 +314,7 @@ class SequenceState:
         has. `source`: what each of a decoder's layers attends to, from its encoder.
         """
         self.length = 0
-        """In tokens."""
+        """The number of tokens so far."""
         self.caches: list[list[KeyValueCache]] = [[KeyValueCache() for _ in local.layers] for local in parts]
         self.routed: list[RoutedSequence] = [
             RoutedSequence(held=HeldSequence(avoided=avoided)) for _ in parts

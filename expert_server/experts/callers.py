@@ -39,7 +39,7 @@ class _Step(NamedTuple):
     parts: Mapping[str, float]
     """The share of the step that each caller caused: its share of the rows whose gradients were in it."""
     group_parts: Mapping[str, float]
-    """The same for each group."""
+    """The share of the step that each group of callers caused."""
 
 
 @dataclass

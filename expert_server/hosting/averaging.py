@@ -90,7 +90,7 @@ class ReplicaAveraging:
         restarts: Restarts | None = None,
     ) -> None:
         """`adopt`: takes over experts from a peer that leaves. `seen`: returns the replicas that this node has read
-        lately. `restarts`: counts unexpected failures.
+        recently. `restarts`: counts unexpected failures.
         """
         self.averagings: Counter = Counter(
             "talkoot_averagings", "Replicas averaged with another node's.", registry=metrics
@@ -289,7 +289,7 @@ class ReplicaAveraging:
 
     def _is_worth_meeting(self, replica: Replica) -> bool:
         """Whether the replica is worth meeting: not if neither side took an update since the last average, or if it was
-        out of reach lately.
+        unreachable recently.
         """
         if self._is_refused(replica.uid, replica.peer_id):
             return False

@@ -101,7 +101,7 @@ class WholeStates:
 
 
 class WholeParameters:
-    """Fetches the parameters of experts by the same rules, for a peer that hosts none."""
+    """Fetches the parameters of experts, for a peer that hosts none, by the same rules as `WholeStates`."""
 
     def __init__(self, manifest: Manifest, states: StateClient, rng: random.Random) -> None:
         self._manifest = manifest

@@ -37,8 +37,8 @@ _TRIES = 3
 _DOUBTED_S = 300.0
 """How long all announcements of a host are ignored after it failed to prove a claim."""
 _MISSED_S = 15.0
-"""The same for a host whose node record was not found, which may only have been renewed late. Doubles each further
-time.
+"""How long the announcements of a host are ignored if its node record was not found, which may only have been renewed
+late. The time doubles with each further failure.
 """
 _REMEMBERED = 4096
 

@@ -41,7 +41,7 @@ class _Block:
 
     rows_ND: Vectors
     used: int = 0
-    """Rows."""
+    """Rows that are in use."""
     shards: dict[weakref.ref[Shard], slice] = field(default_factory=dict)
 
 
@@ -67,7 +67,9 @@ class VectorCache:
         self._lock = threading.Lock()
 
     def stretches(self, shards: Sequence[Shard]) -> Iterator[Stretch]:
-        """Those that lie together come together. Raises OSError if one is not here and can't be read."""
+        """The shards' vectors. Shards whose vectors are next to each other are returned together. Raises OSError if a
+        shard must be read and can't be.
+        """
         missing, here = list[int](), list[tuple[int, int, int, _Block]]()
         with self._locked():
             for number, shard in enumerate(shards):
@@ -157,7 +159,7 @@ class ShardGroup:
     shards: list[Shard] = field(default_factory=list)
 
     def parts(self) -> Iterator["ShardGroup"]:
-        """The same in groups of some shards each."""
+        """Splits the group into smaller ones."""
         part, rows = ShardGroup(self.queries), 0
         for number, shard in zip(self.numbers, self.shards, strict=True):
             size = len(shard)

@@ -232,7 +232,7 @@ class Call:
         self._caller = caller
         self._group = group
         self._computing: dict[int, Entry] = {}
-        """By expert."""
+        """The work that is waiting or being computed, by the expert's index in the call."""
         self._done: list[tuple[int, Outcome]] = []
         """Experts that have computed or failed, and whose answers have not been sent."""
         self._is_done = asyncio.Event()

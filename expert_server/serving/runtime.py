@@ -41,8 +41,9 @@ T = TypeVar("T")
 _MOST_AT_ONCE = 4
 """The most batches at once: more would keep more tensors in memory and gain little."""
 _GATHER_S = 0.005
-"""How long results wait for others while more is computed: waking the loop for each would take the cores from the
-threads. Also how long backward work waits for the work of other experts that shares its forward pass.
+"""How long results wait, while more is computed, to be reported together: waking the loop for each result would take
+the cores from the compute threads. Backward work waits as long for the work of other experts that shares its forward
+pass.
 """
 _LONGEST_ACCUMULATION_S = 30.0
 """This long after its first gradients, an expert takes a step, even if it has fewer rows than a step should have."""

@@ -174,7 +174,7 @@ class SnapshotTaker:
         return await self._take(uid, None)
 
     async def take_for(self, peer_id: PeerID, uid: UID) -> Snapshot:
-        """The same for a peer that asked. If it asks for new ones too often, it gets the newest existing one.
+        """A snapshot for a peer that asked. If it asks for new ones too often, it gets the newest existing one.
 
         Raises ExpertError (RESOURCE_EXHAUSTED) if there is none. A node that is giving up its experts makes as many as
         it is asked for: it serves nobody, and none of its updates may be lost.

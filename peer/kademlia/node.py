@@ -216,7 +216,7 @@ class KademliaNode:
         return dht_pb2.NodeInfo(node_id=id_bytes(self.node_id) if self.serves_dht else b"")
 
     def introduction(self, with_contact: bool = True) -> dht_pb2.NodeInfo:
-        """The same, with this peer's contact if others can reach this peer."""
+        """What this peer says about itself, with its contact if others can reach it."""
         info, contact = self.info, self.transport.own_contact() if with_contact else None
         if contact is not None:
             info.contact.CopyFrom(contact)
@@ -360,7 +360,7 @@ class KademliaNode:
         self.table.remove(node_id_of(peer_id.to_bytes()))
 
     def _introduction_to(self, peer_id: PeerID) -> dht_pb2.NodeInfo:
-        """Introduces this peer, with its contact if the other was not told of it lately."""
+        """Introduces this peer, with its contact unless the other was told of it recently."""
         contact = self.transport.own_contact() if self.serves_dht else None
         if contact is None:
             return self.info

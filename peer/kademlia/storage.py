@@ -112,7 +112,7 @@ class BoundedStorage:
         self._rng = rng or random.SystemRandom()
         self._stored: dict[int, _Stored] = {}
         self._order: list[int] = []
-        """The same keys, as a list to draw from."""
+        """The keys of `_stored`, as a list to draw from."""
         self._report()
 
     def put(self, key: int, entries: Entries) -> set[Subkey]:
@@ -145,7 +145,7 @@ class BoundedStorage:
         return {subkey: entry for subkey, entry in entries.items() if entry.expires_at > now}
 
     def packed(self, key: int) -> bytes:
-        """The same, packed by `pack_entries`. Empty if there are none."""
+        """The entries that have not expired, packed by `pack_entries`. Empty if there are none."""
         now, stored = self._now(), self._stored.get(key)
         if stored is None or stored.last_expiry <= now:
             return b""

@@ -138,7 +138,7 @@ def known(kind: type[Address], texts: Iterable[str], most: int) -> tuple[Address
 
 
 def known_bytes(encoded: Iterable[bytes], peer_id: PeerID) -> list[Multiaddress]:
-    """The same for a peer's own addresses, from p2pd's bytes."""
+    """A peer's own addresses, from p2pd's bytes. Those that are not understood are left out."""
     found = []
     for data in encoded:
         with contextlib.suppress(AddressError):

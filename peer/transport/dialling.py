@@ -23,7 +23,9 @@ ENDPOINT_BURST = 4
 """How often one IP address and port may be dialled in vain, without the named peer being there."""
 ENDPOINT_EVERY_S = 15.0
 MACHINE_BURST = 16
-"""How often one IP address may be dialled in vain, over all its ports. For IPv6, over the 2^64 addresses of a line."""
+"""How many failed dials of one IP address are allowed in a row, over all its ports. For IPv6, this counts all 2^64
+addresses of a line.
+"""
 MACHINE_EVERY_S = 6.0
 _REMEMBERED = 16_384
 _RESOLVE_S = 5.0

@@ -101,7 +101,7 @@ def run_train_encoder(terminal: Terminal, plan: TrainEncoderPlan) -> None:
 
 
 def train_encoder(plan: TrainEncoderPlan, show: Show = lambda what, detail: None) -> TrainEncoderReport:
-    """Raises UserError."""
+    """Trains an encoder, and writes it. Raises UserError."""
     began = time.monotonic()
     if plan.out.exists():
         raise SettingsError(f"{plan.out} exists: pass the path of a new file with --out")

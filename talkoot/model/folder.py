@@ -55,7 +55,7 @@ PYTHON_FILES = ("configuration_talkoot.py", "modeling_talkoot.py")
 _MOST_BYTES = {CONFIG: 2**20, TOKENIZER: 2**24, INDEX: 2**25, CHAT_FORMAT: 2**16}
 """The limit for each JSON file. Parsed, it takes up to 40 times as much memory."""
 _MOST_HEADERS = 2**26
-"""The limit for the headers of all weight files together, in bytes, for the same reason."""
+"""The limit for the headers of all weight files together, in bytes: parsed, they take much more memory, too."""
 _SOURCE = "source.json"
 """The file in an unfinished folder that says which model it is of."""
 _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")

@@ -86,7 +86,7 @@ class ControlStatus(BaseModel):
     alone: int = 0
     """Experts that no other node serves."""
     alone_uids: tuple[str, ...] = ()
-    """Some of these."""
+    """Some of the experts that no other node serves."""
 
 
 class ControlReply(BaseModel):

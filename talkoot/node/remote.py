@@ -155,7 +155,7 @@ class Follower:
 
 
 def _handle(pid: int, folder: Path) -> psutil.Process:
-    """It keeps naming this process even if another process gets its number."""
+    """A handle that keeps naming this process even if another process gets its number."""
     try:
         return psutil.Process(pid)
     except psutil.Error as error:

@@ -100,7 +100,7 @@ def summary(status: NodeStatus) -> str:
 
 
 def line(status: NodeStatus, rates: NodeRates) -> str:
-    """The same as one line for a log."""
+    """The same figures in one line, for a log."""
     return ", ".join(_parts(status, rates))
 
 

@@ -384,7 +384,9 @@ class TokenNames:
         self._token_bytes = token_bytes
 
     def text(self, token: int) -> str:
-        """Its text, or `bytes:\\xe2\\x82`, as OpenAI's API writes a token that is no whole text."""
+        """The token's text. If its bytes are not whole characters, they are written like `bytes:\\xe2\\x82`, as in
+        OpenAI's API.
+        """
         value = self._token_bytes[token]
         try:
             return value.decode()

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 _OWN_SEED = 0
 _NO_KEY = b"\x12\x20"
-"""The prefix of a made-up PeerID."""
+"""The prefix of an invented PeerID."""
 
 
 class LocalSwarm:
@@ -140,7 +140,7 @@ class LocalExperts:
         return result
 
     def _compute(self, batch: NodeBatch, result: LocalForward) -> None:
-        """Each slot's answer is that of its expert alone."""
+        """Computes the answers. Here each slot's answer comes from one expert."""
         asked = []
         for part in batch.parts():
             with self._noting_failures():

@@ -18,9 +18,9 @@ from trainer_client.data.sources import as_text, read_json_lines, unreadable
 
 MOST_QUESTIONS = 1_000_000
 MOST_QUESTION = 10_000
-"""In characters."""
+"""The longest question, in characters."""
 _MOST_LINE = 2**17
-"""In bytes."""
+"""The longest line of a file, in bytes."""
 _MOST_ANSWERS, _MOST_ANSWER = 64, 256
 
 

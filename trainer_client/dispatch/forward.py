@@ -130,7 +130,7 @@ class ForwardRun:
     # Choosing and sending
 
     def _send_chosen(self, selection: Selection) -> None:
-        """Sends each row to the experts selected for it. An expert that has gone since is replaced, for that
+        """Sends each row to the experts selected for it. An expert that has disappeared meanwhile is replaced, for that
         row only.
         """
         now = self._live_now()

@@ -78,7 +78,7 @@ once.
 _REMEMBERED_ROWS = 20_000
 """How many checked rows of a node are remembered, so that a longer good record does not excuse more lies."""
 _MOST_ROWS = 512
-"""Each expert computes at most this many rows in a check, and the rest of the last segment."""
+"""A check computes whole segments with at most this many rows in all, but at least one segment."""
 _MOST_AT_ONCE = 4
 _DEADLINE_S = 20.0
 """The deadline for fetching the parameters."""

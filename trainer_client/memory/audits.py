@@ -36,7 +36,7 @@ from trainer_client.memory.retriever import Retriever
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PASSAGES, _CELLS = 30, 8
-"""As in a search for ten passages."""
+"""How many passages and cells a check asks for: as many as a search for ten passages."""
 _QUERIES = 16
 """Queries of one memory in a row: once its hosts are known, they cost the DHT little."""
 _LIMIT_S = 60.0

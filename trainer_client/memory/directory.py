@@ -120,7 +120,7 @@ class Opened:
     """Cells that have shards."""
     codebook: Codebook
     encoder: Encoder | None
-    """None: there are no queries in words."""
+    """None if searches need no queries in words."""
 
 
 class MemoryParts:

@@ -49,7 +49,7 @@ _DUAL_FORMS: _Forms = {
     **{f"{side}.{name}": form for side in ("question", "passage") for name, form in _VECTORS.items()},
     "word_weight": (_FLOATS, 1),
 }
-"""The same for a `DualEncoder`."""
+"""The arrays in the file of a `DualEncoder`, with their numbers of dimensions."""
 
 
 class Encoder(Protocol):
@@ -65,7 +65,7 @@ class Encoder(Protocol):
         """A vector of signed bytes for each passage, [B, D]. Zeros for a text without any known word."""
 
     def encode_questions(self, texts: Sequence[str]) -> Vectors:
-        """The same for questions. Their inner products with the vectors of passages rank the passages."""
+        """Encodes questions. The inner products of their vectors with those of passages rank the passages."""
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word of `words_of` is in the memory: its inverse document frequency, at least 0."""

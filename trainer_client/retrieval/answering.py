@@ -46,7 +46,7 @@ from trainer_client.settings import Marginal, TrainerSettings
 
 BEAM = 4
 LONGEST_ANSWER = 64
-"""In tokens."""
+"""The longest answer, in tokens."""
 _CELLS = 8
 _SHARPNESS = 12.0
 """The initial sharpness of the softmax over passages, whose scores are cosines."""

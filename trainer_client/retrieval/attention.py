@@ -153,8 +153,8 @@ class Retrieval(nn.Module):
         }
 
     def read_chunks(self, neighbours_UNL: Tensor, first: int, embedding: nn.Module) -> ReadChunks:
-        """The same for chunks of one sequence, the first of which is number `first`. Chunks without neighbours are left
-        out.
+        """Like `read`, for chunks of one sequence, the first of which is number `first`. Chunks without neighbours are
+        left out.
         """
         found = self.read(neighbours_UNL, embedding)
         if found is None:

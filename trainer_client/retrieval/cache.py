@@ -19,7 +19,7 @@ _PAGE_BYTES = 4096
 _DROPPED = 16
 """A full cache drops one in this many of its entries, the oldest first."""
 _LARGEST_ENTRY = 2**20
-"""In bytes, decompressed."""
+"""The largest entry in bytes, decompressed."""
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS found (key BLOB PRIMARY KEY, memory TEXT, revision INTEGER, passages BLOB)"
 )

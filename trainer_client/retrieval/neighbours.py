@@ -17,7 +17,7 @@ Words: TypeAlias = Callable[[str], Sequence[str]]
 """`words_of`, or a function that caches its results."""
 
 _RUN = 8
-"""In words."""
+"""The length of a run, in words."""
 _OWN = 0.5
 """A passage with this share of a chunk is from the chunk's own document, or from a copy of it."""
 

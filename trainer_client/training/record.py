@@ -43,7 +43,7 @@ class Validation:
     loss: float
     """The loss in nats per token."""
     perplexity: float
-    """Per token."""
+    """The perplexity per token."""
     bits_per_byte: float
 
 

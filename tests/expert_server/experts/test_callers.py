@@ -260,7 +260,7 @@ def test_callers_that_left_do_not_count() -> None:
 
 
 def test_keys_without_end_that_cause_no_step_take_no_memory_without_end() -> None:
-    """Such as by gradients that overflow, which cause no step."""
+    """For example, gradients that overflow cause no step."""
     callers = Callers()
     for number in range(20_000):
         callers.note_rows(str(number), 1, 0.0)

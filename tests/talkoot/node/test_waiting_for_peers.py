@@ -1,4 +1,4 @@
-"""A node that was in a swarm before waits until a peer of it answers; a newcomer is told at once if none does."""
+"""A node that was in a swarm before waits until one of its peers answers; a newcomer is told at once if none does."""
 
 import asyncio
 import signal
