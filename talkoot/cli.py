@@ -546,6 +546,10 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
     *,
     join: Join = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Ask a folder of `talkoot export`, with the swarm's memory."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a question from a memory, and name the passages behind the answer.
@@ -561,7 +565,7 @@ def ask(
         with signals.importing():
             from talkoot.train.ask import run_ask
 
-        run_ask(terminal, signals, join, question, settings)
+        run_ask(terminal, signals, join, question, settings, model)
 
 
 @app.command(cls=PlainCommand)

@@ -463,7 +463,7 @@ class GenerateCommand(TrainedModelCommand):
 class AskCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Question": ("question", "objective", "memory_passages"),
-        "Model": _TRAINED_MODEL_SHOWN,
+        "Model": ("join", "model", *_TRAINED_MODEL_SHOWN[1:]),
         "Output": ("as_json",),
     }
 

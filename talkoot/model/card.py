@@ -18,7 +18,7 @@ from dht.uid import UID
 from peer import SOFTWARE_VERSION
 from peer.errors import WireError
 from peer.files import write_atomically
-from peer.formatting import printable
+from peer.formatting import counted, printable
 from talkoot.model.dense import ExportedDense
 from talkoot.model.folder import PYTHON_FILES, python_file
 from talkoot.partial import naming_failures
@@ -113,6 +113,7 @@ def model_card(facts: CardFacts) -> str:
         f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(facts.exported_at))}.\n",
         f"## Use it\n\n{_USE}",
         _code(),
+        _reading(facts),
         _data(facts),
         _figures(facts),
         _experts(facts),
@@ -142,6 +143,31 @@ def _code() -> str:
         "`trust_remote_code=True` runs two Python files of this folder. They are copies of the release's, and must "
         f"have these checksums:\n\n| file | SHA-256 |\n|---|---|\n{hashes}\n"
     )
+
+
+def _reading(facts: CardFacts) -> str:
+    """What the folder lacks of a model that reads a memory."""
+    memory = facts.dense.memory
+    if memory is None:
+        return ""
+    named = (
+        f"It learned to read the memory `{_plain(memory.memory)}` of its swarm, which is not in this folder."
+    )
+    if memory.settings.answers_questions:
+        how = (
+            'It answers questions. With an invite to the swarm, `talkoot ask --model DIR --join INVITE "…"` finds the '
+            "passages, computes here, and names its sources. `transformers` has the generator alone. It continues a "
+            "text of four lines: a passage's title, its text, the question, and the answer, which begins with a space "
+            f"and ends with a line's end. It has learned with {counted(memory.settings.passages_read, 'passage')} for "
+            f"each question, of at most {memory.memory_length} tokens each."
+        )
+    else:
+        how = (
+            f"It read {counted(memory.settings.passages_read, 'passage')} for each {memory.memory_chunk} tokens. "
+            "`transformers` and `talkoot serve --model` write without them, and worse. In Python, "
+            "`talkoot.model.opened.open_model(DIR).model` takes tokens and the tokens of their passages."
+        )
+    return f"## Memory\n\n{named} {how}\n"
 
 
 def _data(facts: CardFacts) -> str:

@@ -20,14 +20,22 @@ class TalkootConfig(PretrainedConfig):
         vocab_size: int = 256,
         missing_experts: list[str] | None = None,
         format_version: int = 1,
+        memory: dict[str, Any] | None = None,
+        beside: dict[str, list[int]] | None = None,
         **others: Any,
     ) -> None:
-        """`routing`: router, top_k, balance. `missing_experts`: `layer.i.j` of experts that are not in the folder."""
+        """`routing`: router, top_k, balance. `missing_experts`: `layer.i.j` of experts that are not in the folder.
+
+        `memory`: how Talkoot reads passages for the model, and `beside` the shapes of the tensors for that.
+        """
         self.manifest: dict[str, Any] = manifest or {}
         self.routing: dict[str, Any] = routing or {}
         self.vocab_size = vocab_size
         self.missing_experts: list[str] = missing_experts or []
         self.format_version = format_version
+        if memory is not None:
+            self.memory: dict[str, Any] = memory
+            self.beside: dict[str, list[int]] = beside or {}
         super().__init__(**{"tie_word_embeddings": False} | others)
 
     @property

@@ -1,18 +1,21 @@
 """The dense part of a model that is exported: from a run on this machine, or from live trainers."""
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from dht.admission import EXPORT
 from dht.announcements import TrainerInfo
 from dht.manifest import Manifest
 from dht.swarm import Swarm
-from peer.errors import ModelError, SettingsError, SwarmError
+from peer.errors import SettingsError, SwarmError
 from peer.formatting import counted
 from peer.medoid import COMPARED
 from talkoot.model.folder import FolderRouting, dense_forms
+from talkoot.model.reading import QUESTIONS, FolderMemory
 from trainer_client.averaging.averager import Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters, fingerprint_of
 from trainer_client.averaging.exchange import DenseExchange
@@ -42,30 +45,32 @@ class ExportedDense:
     """Steps that have gone into it."""
     validation_loss: float | None
     """The loss in nats per token; None: not known."""
+    memory: FolderMemory | None = None
+    """How it reads a memory; None: it reads none."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors of a model that answers questions, beside its generator's."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.model.state_dict(), **self.beside}
 
 
 def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) -> ExportedDense:
     """`checkpoint`: of a run in this swarm, with the client's settings. Raises UserError if it does not fit."""
     checkpoint.check_manifest(client.manifest)
     header = checkpoint.header
-    if header.settings.get("memory") is not None:
-        used = "`talkoot generate` or `talkoot serve`"
-        if str(header.settings.get("objective")).startswith("rag"):
-            used = "`talkoot ask`"
-        raise ModelError(
-            f"this run's model reads the memory {header.settings['memory']}, and model folders can't hold models that "
-            f"read a memory: use it with {used}, or train a model without --memory"
-        )
     tokenizer = load_tokenizer(header.tokenizer)
     routing = _anywhere(Routing.of(client.settings, client.manifest, 0))
-    model = _model(client, routing, tokenizer, experts)
-    checkpoint.load_into(model)
+    memory = FolderMemory.of(client.settings, header.encoder, checkpoint.tensors)
+    model = _model(client, routing, tokenizer, experts, memory)
+    answering = None if memory is None else memory.answering(model, client.manifest, tokenizer)
+    checkpoint.load_into(answering or model)
     losses = checkpoint.tensors.get("history.validation_losses")
     loss = float(losses[-1]) if losses is not None and losses.numel() else None
     steps = header.step if header.age is None else header.age
-    return ExportedDense(
-        model, tokenizer, routing, f"a trainer's run of {counted(header.step, 'step')}", steps, loss
-    )
+    origin = f"a trainer's run of {counted(header.step, 'step')}"
+    beside = {} if answering is None else answering.questions.state_dict(prefix=QUESTIONS)
+    return ExportedDense(model, tokenizer, routing, origin, steps, loss, memory, beside)
 
 
 def dense_of_trainers(
@@ -161,11 +166,18 @@ async def _take(swarm: Swarm, model: LanguageModel, form: DenseForm) -> int | No
         await averaging.close()
 
 
-def _model(client: SwarmClient, routing: Routing, tokenizer: Tokenizer, experts: Experts) -> LanguageModel:
+def _model(
+    client: SwarmClient,
+    routing: Routing,
+    tokenizer: Tokenizer,
+    experts: Experts,
+    memory: FolderMemory | None = None,
+) -> LanguageModel:
     manifest, vocabulary = client.manifest, len(tokenizer.token_bytes)
+    spec = None if memory is None else memory.retrieval(manifest)
 
     def mixture(layer: int) -> RemoteMixtureOfExperts:
         return RemoteMixtureOfExperts(layer, manifest, experts, client.run, routing)
 
-    require_memory(manifest, mixture, vocabulary, 1)
-    return LanguageModel(manifest, mixture, vocabulary)
+    require_memory(manifest, mixture, vocabulary, 1, spec)
+    return LanguageModel(manifest, mixture, vocabulary, spec)

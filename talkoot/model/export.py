@@ -168,8 +168,8 @@ class _Export:
                 stage(f"looking which experts {plan.keep_by} uses")
                 wanted = self._most_used(dense, watched, plan.keep, plan.keep_by)
         routing = FolderRouting.of(dense.routing)
-        with FolderWriter(plan.out, client.manifest, routing, dense.tokenizer) as writer:
-            writer.write_dense(dense.model.state_dict())
+        with FolderWriter(plan.out, client.manifest, routing, dense.tokenizer, dense.memory) as writer:
+            writer.write_dense(dense.tensors)
             file = SourcesFile(writer.partial)
             self._write_layers(writer, file, wanted)
             self._sources = file.experts

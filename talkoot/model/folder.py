@@ -34,6 +34,7 @@ from peer.formatting import printable
 from peer.layers import make_norm
 from peer.platform.files import open_plainly, sync_folder
 from peer.settings import describe_validation_error
+from talkoot.model.reading import FolderMemory
 from talkoot.model.tokenizer import parse_tokenizer, tokenizer_json
 from talkoot.partial import LOCK, PARTIAL, PartialFolder, naming_failures, open_for_writing
 from talkoot.train.local import run_at_once
@@ -90,6 +91,7 @@ class _Config(BaseModel):
     manifest: dict[str, Any]
     routing: FolderRouting
     vocab_size: Annotated[int, Field(ge=1, le=2**16)]
+    memory: FolderMemory | None = None
     missing_experts: Annotated[tuple[str, ...], FailFast()]
 
 
@@ -100,8 +102,13 @@ def _forms(prefix: str, module: nn.Module) -> dict[str, Form]:
     return {prefix + name: form_of(tensor) for name, tensor in module.state_dict().items()}
 
 
-def dense_forms(manifest: Manifest, routing: FolderRouting, vocabulary: int) -> dict[str, Form]:
-    """The tensors of a `LanguageModel`, in its order. Allocates nothing. Raises SettingsError if it has an encoder."""
+def dense_forms(
+    manifest: Manifest, routing: FolderRouting, vocabulary: int, memory: FolderMemory | None = None
+) -> dict[str, Form]:
+    """The tensors of a `LanguageModel`, in its order, and of what reads a memory. Allocates nothing.
+
+    Raises UserError if the model has an encoder, or can't read so.
+    """
     require_no_encoder(manifest)
     spec, how = manifest.model, routing.routing(manifest)
     table = ((vocabulary, spec.hidden), torch.float32)
@@ -116,7 +123,14 @@ def dense_forms(manifest: Manifest, routing: FolderRouting, vocabulary: int) -> 
     forms |= _forms("norm.", norm) | {"head.weight": table}
     for layer in range(spec.layers):
         forms |= _forms(f"mixtures.{layer}.", mixture)
-    return forms
+    return forms if memory is None else forms | memory_forms(manifest, memory)
+
+
+def memory_forms(manifest: Manifest, memory: FolderMemory) -> dict[str, Form]:
+    """The tensors of what reads a memory. Allocates nothing. Raises UserError."""
+    with torch.device("meta"):
+        modules = memory.modules(manifest)
+    return {name: form for prefix, module in modules.items() for name, form in _forms(prefix, module).items()}
 
 
 def expert_forms(manifest: Manifest) -> dict[str, Form]:
@@ -143,10 +157,17 @@ class FolderWriter:
     with them.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, routing: FolderRouting, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        routing: FolderRouting,
+        tokenizer: Tokenizer,
+        memory: FolderMemory | None = None,
+    ) -> None:
         """Raises UserError if the path is in use, or the kind of experts can't be in a folder."""
-        self._manifest, self._routing, self._tokenizer = manifest, routing, tokenizer
-        self._dense = dense_forms(manifest, routing, len(tokenizer.token_bytes))
+        self._manifest, self._routing, self._tokenizer, self._memory = manifest, routing, tokenizer, memory
+        self._dense = dense_forms(manifest, routing, len(tokenizer.token_bytes), memory)
         self._expert = expert_forms(manifest)
         self._folder = PartialFolder(path)
         self.path, self.partial = path, self._folder.partial
@@ -213,6 +234,7 @@ class FolderWriter:
             "manifest": self._manifest.model_dump(mode="json"),
             "routing": self._routing.model_dump(mode="json"),
             "tokenizer": hashlib.sha256(self._tokenizer.to_json().encode()).hexdigest(),
+            "memory": None if self._memory is None else self._memory.model_dump(mode="json"),
         }
         data = json.dumps(source, indent=1).encode()
         file = self.partial / _SOURCE
@@ -277,6 +299,16 @@ class FolderWriter:
             "manifest": self._manifest.model_dump(mode="json"),
             "routing": self._routing.model_dump(mode="json"),
             "missing_experts": missing,
+        } | self._reading()
+
+    def _reading(self) -> dict[str, Any]:
+        """What `config.json` says of a memory. `beside`: the shapes of the tensors that read it, for `transformers`."""
+        if self._memory is None:
+            return {}
+        forms = memory_forms(self._manifest, self._memory)
+        return {
+            "memory": self._memory.model_dump(mode="json"),
+            "beside": {name: list(shape) for name, (shape, _) in forms.items()},
         }
 
     def _tokenizer_config(self) -> dict[str, Any]:
@@ -384,6 +416,7 @@ class ModelFolder:
         tokenizer: Tokenizer,
         live: frozenset[UID],
         places: Mapping[str, Path],
+        memory: FolderMemory | None = None,
     ) -> None:
         """See `open`. `places`: the file of each tensor."""
         self.path = path
@@ -392,6 +425,8 @@ class ModelFolder:
         self.tokenizer = tokenizer
         self.live = live
         """The experts in the folder."""
+        self.memory = memory
+        """How the model reads a memory; None: it reads none."""
         self._places = places
         self._files: dict[Path, Any] = {}
 
@@ -440,7 +475,7 @@ class ModelFolder:
                 f"{path} lacks experts: it has {len(places)} tensors, and should have {there} experts"
             )
         live = frozenset(manifest.uids()) - missing
-        folder = cls(path, manifest, config.routing, tokenizer, live, places)
+        folder = cls(path, manifest, config.routing, tokenizer, live, places, config.memory)
         folder._check_forms()
         return folder
 
@@ -449,7 +484,7 @@ class ModelFolder:
 
     @cached_property
     def _dense_forms(self) -> dict[str, Form]:
-        return dense_forms(self.manifest, self.routing, len(self.tokenizer.token_bytes))
+        return dense_forms(self.manifest, self.routing, len(self.tokenizer.token_bytes), self.memory)
 
     @cached_property
     def _expert_forms(self) -> dict[str, Form]:

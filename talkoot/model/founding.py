@@ -86,6 +86,11 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
             f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}, which a swarm would start "
             "from scratch. Export the model again with all experts"
         )
+    if folder.memory is not None:
+        raise ModelError(
+            f"the model in {folder.path} reads the memory {folder.memory.memory}, and a swarm starts only from a model "
+            "that reads none: train one without --memory"
+        )
     grown = folder.manifest if plan.grid is None else grown_manifest(folder.manifest, plan.grid)
     manifest = _manifest(grown, plan.name)
     if plan.manifest_file.exists():

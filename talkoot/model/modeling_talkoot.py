@@ -439,7 +439,19 @@ class TalkootForCausalLM(PreTrainedModel, GenerationMixin):
             nn.ModuleDict({mixture.names[number]: self._expert() for number in mixture.live.tolist()})
             for mixture in mixtures
         )
+        for name, shape in getattr(config, "beside", {}).items():
+            self._keep(name, shape)
         self.post_init()
+
+    def _keep(self, name: str, shape: list[int]) -> None:
+        """Adds a parameter that has no part in `forward`: by it, Talkoot reads passages of a memory for the model."""
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(torch.zeros(shape)))
 
     def _expert(self) -> nn.Module:
         config = self.config

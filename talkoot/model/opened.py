@@ -18,11 +18,13 @@ from peer.codec import Floats
 from peer.errors import ModelError
 from peer.formatting import bytes_in_words
 from talkoot.model.folder import ModelFolder
+from talkoot.model.reading import QUESTIONS, FolderMemory
 from talkoot.train.local import run_at_once
 from trainer_client.data.tokenizer import Tokenizer
 from trainer_client.dispatch.batches import ForwardPass, NodeBatch, RoutedRows
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.retrieval.answering import RagModel
 
 
 class OpenedExperts:
@@ -75,6 +77,10 @@ class OpenedModel:
     tokenizer: Tokenizer
     manifest: Manifest
     experts: OpenedExperts
+    memory: FolderMemory | None = None
+    """How it reads a memory; None: it reads none."""
+    answering: RagModel | None = None
+    """Answers questions, with `model` as its generator; None: the model has not learned to."""
 
 
 def open_model(path: Path) -> OpenedModel:
@@ -93,10 +99,21 @@ def open_model(path: Path) -> OpenedModel:
     def mixture(layer: int) -> RemoteMixtureOfExperts:
         return RemoteMixtureOfExperts(layer, manifest, experts, run_at_once, routing)
 
-    model = LanguageModel(manifest, mixture, len(tokenizer.token_bytes))
-    model.load_state_dict(folder.dense())
+    memory, tensors = folder.memory, folder.dense()
+    spec = None if memory is None else memory.retrieval(manifest)
+    model = LanguageModel(manifest, mixture, len(tokenizer.token_bytes), spec)
+    answering = None if memory is None else memory.answering(model, manifest, tokenizer)
+    if answering is not None:
+        own = {
+            name.removeprefix(QUESTIONS): tensors.pop(name)
+            for name in [*tensors]
+            if name.startswith(QUESTIONS)
+        }
+        answering.questions.load_state_dict(own)
+        answering.eval().requires_grad_(False)
+    model.load_state_dict(tensors)
     folder.close()
-    return OpenedModel(model.eval().requires_grad_(False), tokenizer, manifest, experts)
+    return OpenedModel(model.eval().requires_grad_(False), tokenizer, manifest, experts, memory, answering)
 
 
 def _block(folder: ModelFolder, uid: UID) -> nn.Module:

@@ -1,6 +1,7 @@
 """The model that is served: from a swarm or from a folder."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from dht.announcements import NodeInfo
+from peer.errors import ModelError
 from talkoot.model.opened import open_model
 from talkoot.serve.chat import ChatFormat
 from talkoot.signals import StopSignals
@@ -21,6 +23,8 @@ from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.model import LanguageModel
 from trainer_client.retrieval.lookup import Find
 from trainer_client.settings import TrainerSettings
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 _WAIT_S = 10.0
 """How long a stream waits if no expert is live."""
@@ -127,6 +131,17 @@ def model_of_folder(path: Path) -> ServedModel:
     """A folder from `talkoot export`, with its experts in this process. Raises UserError."""
     chat = ChatFormat.read(path)
     opened = open_model(path)
+    if opened.memory is not None:
+        name = opened.memory.memory
+        if opened.answering is not None:
+            raise ModelError(
+                f"the model in {path} answers questions from the memory {name} of its swarm: use `talkoot ask "
+                f'--model {path} --join INVITE "…"`'
+            )
+        logger.warning(
+            "the model learned to read the memory %s, which is not in the folder: it writes without it, and worse",
+            name,
+        )
     live = len(opened.experts.blocks)
     return ServedModel(
         opened.manifest.name,

@@ -1,17 +1,24 @@
 """`talkoot ask`: answers a question from passages of a memory, and names them."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from dht.invites import invite_of
 from dht.memory import MemoryID, Passage
-from peer.errors import DataError, SettingsError
+from peer.errors import DataError, ModelError, SettingsError
 from peer.formatting import counted, printable
 from peer.metrics import total
 from talkoot.memory.search import check_found, check_hosts, citation, hit_dict, why_nothing
+from talkoot.model.opened import open_model
+from talkoot.model.reading import FolderMemory
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, to_json
 from talkoot.train.trained import JoinedRun, joined_run
+from trainer_client.client import SwarmClient
 from trainer_client.data.sources import as_text
 from trainer_client.memory.retriever import SearchResult, check_query
 from trainer_client.retrieval.answering import (
@@ -62,12 +69,17 @@ class QuestionAnswerer:
     """Answers questions with a trained model from a memory of its swarm. For any thread."""
 
     def __init__(
-        self, model: RagModel, memory: AskedMemory, marginal: Marginal, is_usable: Callable[[], bool]
+        self,
+        model: RagModel,
+        memory: AskedMemory,
+        marginal: Marginal,
+        is_usable: Callable[[], bool],
+        passages: int | None = None,
     ) -> None:
-        """`is_usable`: as for `Decoder`."""
+        """`is_usable`: as for `Decoder`. `passages`: read for a question; None: as many as the model learned with."""
         self.model = model
         self._memory, self._marginal = memory, marginal
-        self._lookup = PassageLookup(memory, model.questions, model.passages)
+        self._lookup = PassageLookup(memory, model.questions, passages or model.passages)
         self._answerer = Answerer(model, is_usable)
 
     @classmethod
@@ -112,11 +124,22 @@ def _check(question: str) -> None:
 
 
 def run_ask(
-    terminal: Terminal, signals: StopSignals, join: str | None, question: str, settings: TrainerSettings
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    question: str,
+    settings: TrainerSettings,
+    folder: Path | None,
 ) -> None:
-    """Raises UserError if it fails, and Stopped after a signal."""
+    """`folder`: a model's; None: a run's model, with the swarm's experts. Raises UserError if it fails, and Stopped
+    after a signal.
+    """
     question = as_text(question)
     _check(question)
+    if folder is not None:
+        with _answerer_of_folder(terminal, signals, join, settings, folder) as answerer:
+            _answer(terminal, answerer, question, lambda: 0)
+        return
 
     def require_questions(tokenizer: object, settings: TrainerSettings, folder: object) -> None:
         if not settings.answers_questions:
@@ -131,11 +154,47 @@ def run_ask(
 
 def answer_question(terminal: Terminal, run: JoinedRun, question: str) -> None:
     """Shows the answer and its sources. Raises UserError."""
+    metrics = run.client.dispatcher.metrics
     answerer = QuestionAnswerer.open(terminal, run, run.client.has_experts)
+    _answer(terminal, answerer, question, lambda: int(total(metrics.unanswered_rows)))
+
+
+@contextmanager
+def _answerer_of_folder(
+    terminal: Terminal, signals: StopSignals, join: str | None, settings: TrainerSettings, path: Path
+) -> Iterator[QuestionAnswerer]:
+    """A model in this process, with a memory of the swarm. Raises UserError."""
+    with terminal.stages(f"reading {path}"):
+        opened = open_model(path)
+    learned = opened.memory
+    if learned is None or opened.answering is None:
+        raise ModelError(
+            f"the model in {path} has not learned to answer questions: use `talkoot serve --model {path}`"
+        )
+    settings = settings.resumed(learned.settings.model_dump(include=set(FolderMemory.model_fields)))
+    with tempfile.TemporaryDirectory(prefix="talkoot-model-") as name:
+        with terminal.stages("making ready") as stage:
+            client = SwarmClient(
+                invite_of(join), settings, Path(name) / "state", stage=stage, reads_only=True
+            )
+        try:
+            with terminal.stages("opening the memory"):
+                memory = client.memory(settings.memory)
+            check_encoder(memory, learned.encoder)
+            passages = settings.passages_read
+            yield QuestionAnswerer(opened.answering, memory, settings.marginal, lambda: True, passages)
+        finally:
+            signals.ignore()
+            client.close()
+
+
+def _answer(
+    terminal: Terminal, answerer: QuestionAnswerer, question: str, unanswered_rows: Callable[[], int]
+) -> None:
     with terminal.stages("looking for passages") as stage:
         answered = answerer.answer(question, stage)
     check_found(answered.memory, answered.result)
-    unanswered = int(total(run.client.dispatcher.metrics.unanswered_rows))
+    unanswered = unanswered_rows()
     if terminal.json:
         terminal.line(to_json(_to_dict(question, answered, unanswered)))
     else:

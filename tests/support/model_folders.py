@@ -12,11 +12,25 @@ from dht.uid import UID
 from expert_server.experts.format import block_tensors
 from peer.layers import seeded
 from talkoot.model.folder import FolderRouting, FolderWriter
+from talkoot.model.reading import QUESTIONS, FolderMemory
 from talkoot.train.local import LocalSwarm
 from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer
 from trainer_client.model import LanguageModel
 from trainer_client.routers import Routing
 from trainer_client.settings import TrainerSettings
+
+
+def reads(objective: str, **changes: Any) -> FolderMemory:
+    """How a model reads that answers questions, or writes, by its objective."""
+    values: dict[str, Any] = {
+        "memory_chunk": 4,
+        "memory_passages": None,
+        "memory_length": 8,
+        "memory_layers": (),
+    }
+    if objective != "causal":
+        values |= {"encoder": "ab" * 32, "dimensions": 16}
+    return FolderMemory.model_validate({"memory": "sauna-lore", "objective": objective} | values | changes)
 
 
 class RandomModel:
@@ -27,6 +41,7 @@ class RandomModel:
         manifest: Manifest,
         tokenizer: Tokenizer | None = None,
         missing: Collection[str] = (),
+        memory: FolderMemory | None = None,
         **settings: Any,
     ) -> None:
         self.manifest = manifest
@@ -34,12 +49,17 @@ class RandomModel:
         self.swarm = LocalSwarm(manifest, TrainerSettings(**settings))
         self.routing = FolderRouting.of(Routing.of(self.swarm.settings, manifest, 0))
         self.missing = {UID.parse(text) for text in missing}
-        self.model = LanguageModel(manifest, self.swarm.mixture, len(self.tokenizer.token_bytes)).eval()
+        self.memory = memory
+        spec = None if memory is None else memory.retrieval(manifest)
+        vocabulary = len(self.tokenizer.token_bytes)
+        self.model = LanguageModel(manifest, self.swarm.mixture, vocabulary, spec).eval()
+        self.answering = None if memory is None else memory.answering(self.model, manifest, self.tokenizer)
         seeded(1, self._disturb)
 
     def _disturb(self) -> torch.nn.Module:
         blocks = [expert.block for expert in self.swarm.dispatcher.experts.values()]
-        for module in (self.model, *blocks):
+        questions = () if self.answering is None else (self.answering.questions,)
+        for module in (self.model, *questions, *blocks):
             for name, tensor in module.state_dict().items():
                 # If routing depended on rounding errors, a comparison would say nothing.
                 size = 2.0 if ".gate." in name else 0.3
@@ -47,8 +67,9 @@ class RandomModel:
         return self.model
 
     def write(self, path: Path, card: str = "A test.\n") -> Path:
-        with FolderWriter(path, self.manifest, self.routing, self.tokenizer) as writer:
-            writer.write_dense(self.model.state_dict())
+        with FolderWriter(path, self.manifest, self.routing, self.tokenizer, self.memory) as writer:
+            beside = {} if self.answering is None else self.answering.questions.state_dict(prefix=QUESTIONS)
+            writer.write_dense({**self.model.state_dict(), **beside})
             for layer in range(self.manifest.model.layers):
                 self.write_layer(writer, layer)
             writer.finish(card)

@@ -5,11 +5,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from expert_fakes import make_manifest
-from model_folders import RandomModel, change_json
+from model_folders import RandomModel, change_json, reads
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -219,6 +220,11 @@ def _set(name: str, value: float) -> Callable[[Path], None]:
     return _with(lambda tensors: tensors[name].view(-1)[:1].fill_(value))
 
 
+def _reading(objective: str, **changes: Any) -> Callable[[Path], None]:
+    memory = reads(objective).model_dump(mode="json") | changes
+    return lambda folder: change_json(folder / CONFIG, memory=memory)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no model folder"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "has no config.json: pass a folder"),
@@ -247,6 +253,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another shape": (_with(lambda tensors: tensors.update({"norm.weight": torch.zeros(3)})), "norm.weight"),
     "integers": (_with(lambda t: t.update({"norm.weight": torch.zeros(16, dtype=torch.int64)})), "norm.weight"),
     "not finite": (_set("norm.weight", float("nan")), "norm.weight"),
+    "a memory that it does not read": (_reading("causal"), "lacks retrieval"),
+    "questions that it does not answer": (_reading("rag-token"), "lacks questions.change.weight"),
+    "a layer that reads and is not there": (_reading("causal", memory_layers=[2]), "there is no layer 2"),
+    "passages of no length": (_reading("causal", memory_length=0), "memory.*memory_length"),
+    "questions without an encoder": (_reading("rag-token", encoder=None), "encoder and dimensions say"),
+    "a long name": (_reading("causal", memory="x" * 201), "memory.*200 characters"),
     "a bias beyond bounds": (_set("mixtures.0.balance.bias", 1e30), "balance.bias"),
 }  # fmt: skip
 

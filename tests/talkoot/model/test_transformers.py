@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from expert_fakes import make_manifest
-from model_folders import RandomModel
+from model_folders import RandomModel, reads
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,6 +49,8 @@ MODELS: dict[str, tuple[Manifest, dict[str, Any]]] = {
     "prefix-ffn": (make_manifest((3, 3), k=2, layers=2, kind="ffn", prefix=3, local_layers=0), {}),
     "heads": (with_experts(make_manifest((3, 3), k=2), heads=3, head_size=4, feed_forward=24), {}),
     "missing": (make_manifest((2, 3), k=3, layers=2), {"missing": ["0.0.1", "1.0.0", "1.0.1", "1.1.0", "1.1.2"]}),
+    "reads": (make_manifest((3, 3), k=2, layers=3), {"memory": reads("causal", memory_layers=(0, 2))}),
+    "answers": (make_manifest((3, 3), k=2, layers=2), {"memory": reads("rag-token")}),
     "empty-layer": (make_manifest((3,), layers=2), {"router": "switch", "missing": ["0.1", "1.0", "1.1", "1.2"]}),
 }  # fmt: skip
 
@@ -152,3 +154,7 @@ def test_what_transformers_saved_is_the_same_model(name: str, work: Path) -> Non
     torch.testing.assert_close(found.model(tokens), expected.model(tokens))
     assert found.tokenizer.token_bytes == expected.tokenizer.token_bytes
     assert found.manifest == expected.manifest
+    assert found.memory == expected.memory
+    for mine, its in ((found.answering, expected.answering), (found.model, expected.model)):
+        if mine is not None and its is not None:
+            torch.testing.assert_close(mine.state_dict(), its.state_dict())

@@ -116,6 +116,29 @@ def test_an_answer_has_its_sources(founder: Founder, trained: Path) -> None:
         assert "(words.txt, CC0-1.0)" in told.out
 
 
+def test_a_model_that_answers_can_be_kept_and_asked_without_the_swarms_experts(
+    founder: Founder, trained: Path, tmp_path: Path
+) -> None:
+    used, out = ("--join", founder.invite, "--state", trained), tmp_path / "model"
+    ended = talkoot("export", "-o", out, "--resume", "--wait-for-experts", 0, *used)
+    assert ended.status == 0, ended.err
+    card = (out / "README.md").read_text()
+    assert f"the memory `{NAME}` of its swarm" in card
+    asked = ("ask", "what is word7?", "--json")
+    there, here = (json.loads(talkoot(*asked, *used, *more).out) for more in ((), ("--model", out)))
+    assert here["answer"] == there["answer"]
+    assert here["probability"] == pytest.approx(there["probability"], rel=0.05)
+    assert [source["text"] for source in here["sources"]] == [source["text"] for source in there["sources"]]
+    more = json.loads(talkoot(*asked, *used, "--model", out, "--memory-passages", 3).out)
+    assert len(more["sources"]) == 3
+    talkoot(*asked, *used, "--model", out, "--memory", "other").is_one_clear_line(
+        "by the encoder of another memory"
+    )
+    talkoot("serve", "--model", out, "--port", 0).is_one_clear_line("talkoot ask --model")
+    importing = ("import", out, "--state", tmp_path / "node", "--trainer-state", tmp_path / "trainer")
+    talkoot(*importing, "--out", tmp_path / "swarm.toml").is_one_clear_line("reads the memory")
+
+
 def test_questions_to_a_server_are_answered_with_their_sources(
     loop: LoopThread, founder: Founder, trained: Path
 ) -> None:
