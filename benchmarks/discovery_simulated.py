@@ -61,7 +61,9 @@ class Effort:
 
     lookups: int = 100
     trainers: int = 8
-    """Those that choose for one row. Fewer choose for a batch, which takes six times as long to compute."""
+    """The number of trainers that choose experts for one row. Fewer choose for a batch, which takes six times as long
+    to compute.
+    """
     upkeep_nodes: int = 10
 
 

@@ -108,7 +108,7 @@ class NodeInfo:
     memory_shards: int = 0
     """How many shards of memories it hosts."""
     memory_bytes: int = 0
-    """The size of these shards on its disk."""
+    """The size of its memory shards on its disk."""
     memory_queries: int = 0
     """Queries answered since it started."""
     memory_queries_per_s: float = 0.0

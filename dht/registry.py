@@ -172,7 +172,7 @@ class Registry:
         """What this peer announces about its replicas, and until when."""
         self._announcing = asyncio.Lock()
         self.home_of: dict[UID, Prefix] = {}
-        """The region in which it has announced each of them."""
+        """The region in which this peer has announced each of its replicas."""
         self._begun: dict[Prefix, tuple[frozenset[int], asyncio.Task[dict[Prefix, Region]]]] = {}
         """Regions that an urgent read has begun to read, with the pieces of their indices."""
         self.unread: BoundedDict[UID, int] = BoundedDict(_MOST_CROWDED)
@@ -182,8 +182,8 @@ class Registry:
         self._earlier_until: float | None = None
         """About when everything expires that this peer wrote before its restart; None: not read yet."""
         self._own_shards: dict[int, tuple[str, float]] = {}
-        """The shard in which this peer is listed, and until when that is not checked again; by the fewest digits, which
-        differ for nodes and trainers.
+        """The shard in which this peer is listed, and until when that is not checked again. The key is the fewest
+        digits of such shards: one number for nodes, another for trainers.
         """
 
     @property
@@ -231,7 +231,9 @@ class Registry:
         return self.revocations_record(value)
 
     def revocations_record(self, value: object) -> tuple[tuple[int, ...], bytes, float] | None:
-        """The same for any value; None if it is not that record or has expired."""
+        """Reads the author's record of revocations from any value. Returns the serials, the record and its expiration
+        time; None if the value is not that record or has expired.
+        """
         key, author = self.keys.revocations, self.keys.author
         payload = self.guard.read("revocations", author, lambda: open_record(value, key, author, self.now()))
         if payload is None or not isinstance(value, bytes):
@@ -390,8 +392,8 @@ class Registry:
     async def active_coordinates(
         self, prefixes: Mapping[P, Callable[[int], str]], size: int
     ) -> dict[P, frozenset[int]]:
-        """The same for prefixes of any kind. `prefixes`: for each one, a function that returns the key for a
-        coordinate.
+        """The active coordinates below prefixes of any kind. `prefixes`: for each one, a function that returns the key
+        for a coordinate.
         """
         keys = {
             key_of(first): prefix
@@ -644,7 +646,7 @@ class Registry:
         return await self._ids(self.keys.node_shard, FEWEST_DIGITS, most)
 
     async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
-        """The same for trainers."""
+        """The peers listed in the trainer shards; at most `most` of them, drawn at random."""
         return await self._ids(self.keys.trainer_shard, FEWEST_TRAINER_DIGITS, most)
 
     async def _ids(self, key_of: Callable[[str], str], fewest: int, most: int) -> frozenset[PeerID]:

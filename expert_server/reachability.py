@@ -27,7 +27,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _ASKED = 3
 """How many nodes are asked to dial back."""
 _ASK_S = 20.0
-"""The longest time for asking all of them."""
+"""The longest time for asking all nodes."""
 _ASK_AGAIN_S = 600.0
 """Time until other nodes are asked again."""
 _UNANSWERED = 2

@@ -64,7 +64,7 @@ class Optimizer:
             groups.setdefault((parameter.dim() > 1, parameter.dtype), []).append(parameter)
         self._groups = [(weight_decay if decays else 0.0, ps) for (decays, _), ps in groups.items()]
         self._gathered: dict[int, _Gathered] = {}
-        """By group number."""
+        """The gathered tensors of each group, by the group's number."""
 
     @property
     def state(self) -> Mapping[Tensor, Mapping[str, Tensor]]:

@@ -103,7 +103,7 @@ class SwarmReader:
         self._hosts: frozenset[PeerID] = frozenset()
         """Nodes that hosted experts at the last reading."""
         self._idle: set[PeerID] = set()
-        """Nodes that hosted nothing at that time."""
+        """Nodes that hosted nothing at the last reading."""
         self._missing: dict[PeerID, float] = {}
         """When to look again for listed peers that had no record."""
 

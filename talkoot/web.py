@@ -19,7 +19,7 @@ _MAX_CONNECTIONS = 1000
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
 """How long a connection may last without a complete request, or with an answer that is not taken."""
 _LEAST_TAKEN = 2**16
-"""Bytes of an answer that a client must take in that time."""
+"""An answer counts as stalled if its unsent bytes change by less than about this many for that long."""
 _CLOSE_S = 2.0
 """The longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128

@@ -64,7 +64,7 @@ class Extent:
     nodes: Sequence[int]
     """The sizes of the simulated swarms."""
     searchers: int
-    """Peers that make their first search in each of them. How long it takes depends on the query."""
+    """The number of peers that make their first search in each of the swarms: the time depends on the query."""
 
 
 FULL = Extent(

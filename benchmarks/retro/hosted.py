@@ -48,7 +48,7 @@ from trainer_client.training.record import Progress
 Say: TypeAlias = Callable[[str], None]
 """Called with each measurement in words."""
 FAULTS = ("honest", "half of them die", "forged text", "omits the best", "malformed answers")
-"""The faults that are tested. A quarter of the hosts has each fault; of those that die, it is half."""
+"""The faults that are tested. In each run a quarter of the hosts has the fault; if hosts die, half of them do."""
 _DYING = "half of them die"
 _DIE_AFTER = 10
 """Hosts die after this many calls to all hosts together."""

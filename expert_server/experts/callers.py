@@ -83,7 +83,7 @@ class Callers:
         self._sizes: dict[str, deque[float]] = {}
         """The sizes of each caller's last calls. Callers with no rows in the window are forgotten."""
         self._usual_sizes: dict[str, float] = {}
-        """The median of these sizes, for each caller."""
+        """For each caller, the median of its sizes."""
         self._usual_size = inf
         """The median of the usual sizes, in which each group counts once."""
         self._sizes_since = 0

@@ -64,7 +64,7 @@ from peer.layers import KeyValueCache, step_size
 from peer.optimizer import Optimizer
 
 _ROWS_WORTH_A_COPY = 64
-"""From this many rows on, computing their updates again takes longer than copying the parameters."""
+"""From this many rows on, computing the rows' updates again takes longer than copying the parameters."""
 _UNKNOWN: Mapping[str, int] = MappingProxyType({})
 
 

@@ -24,7 +24,9 @@ BLOCK, OPTIMIZER = "block.", "optimizer."
 ACCUMULATED = "accumulated."
 """Prefix of gradients that have not led to a step yet: one for each parameter, and two more tensors."""
 ACCUMULATED_ROWS, ACCUMULATED_SIZES = ACCUMULATED + "rows", ACCUMULATED + "sizes"
-"""The number of rows of these gradients, int64 [], and their sizes, float64 [2] (`AccumulatedGradients.sizes`)."""
+"""The number of rows whose gradients have accumulated, int64 [], and the gradients' sizes, float64 [2]
+(`AccumulatedGradients.sizes`).
+"""
 FIRST_MOMENT, SECOND_MOMENT, STEP = ".exp_avg", ".exp_avg_sq", ".step"
 """The suffixes of the names of Adam's moments."""
 AVERAGED = "averaged"

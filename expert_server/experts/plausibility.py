@@ -49,7 +49,7 @@ class Scale:
     """How large the parameters of a block are, as root mean squares."""
 
     tensors: Mapping[str, float]
-    """By name in the block."""
+    """For each tensor of the block, by name."""
     whole: float
 
     @classmethod

@@ -61,7 +61,9 @@ _AT_ONCE = 4
 _REFUSED = 4096
 """Other nodes' replicas that are remembered as out of reach."""
 _LONGEST_REFUSED = 32
-"""The longest time that such a replica is avoided, as a multiple of `average_every_s`. It starts at one and doubles."""
+"""The longest time that a replica out of reach is avoided, as a multiple of `average_every_s`. The time starts at one
+and doubles.
+"""
 _MOST_SCALE = 4.0
 """How many times as large another replica's second moments may be."""
 _MOST_SHRINKING = 1.5

@@ -48,8 +48,9 @@ _CLAIM_ROUNDS = 5
 _LOOKS = 2
 """How many looks in a row, at half periods, must find an expert vacant before it is adopted."""
 _LOOKS_WITHOUT = 4
-"""The same for a node that has no checkpoint of an expert that was hosted before, and so would have to restart it. All
-nodes with a checkpoint come first, because each looks once in a period and again half a period later.
+"""How many looks in a row must find an expert vacant, if it was hosted before and this node has no checkpoint of it,
+and so would have to restart it. All nodes with a checkpoint come first, because each looks once in a period and again
+half a period later.
 """
 _FIRM_LOOKS = 4
 """How many looks in a row must find that the same replica can be spared. Announcements live for three periods."""

@@ -46,7 +46,7 @@ _FREE_MEMORY_SHARE = 0.25
 _QUEUE_S = 2.0
 """How long a node that gives up its experts waits for the work in its queue."""
 _WITHDRAW_S = 2.0
-"""How long such a node tries to withdraw its announcements."""
+"""How long a node that gives up its experts tries to withdraw its announcements."""
 _FETCHES = 3
 """States that are fetched at the same time, so that a slow one does not hold up the others."""
 _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0

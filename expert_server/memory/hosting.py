@@ -125,7 +125,7 @@ class MemoryHosting:
         await self._take_some(seen)
 
     async def look_again(self) -> None:
-        """Between two looks, does the same for shards that had too few replicas. Raises UnreachableError."""
+        """Between two looks, takes more of those shards that had too few replicas. Raises UnreachableError."""
         if not self._takes:
             return
         lacking = await asyncio.to_thread(self._placement.lacking)

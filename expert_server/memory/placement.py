@@ -181,7 +181,7 @@ class MemorySurvey:
     async def read_again(
         self, manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]
     ) -> dict[ShardKey, SeenShard]:
-        """The same for these shards alone, or for some of them if there are very many. Raises UnreachableError."""
+        """Reads the hosts of these shards again, or of some of them if there are very many. Raises UnreachableError."""
         drawn = self._rng.sample(list(keys), min(SAMPLED, len(keys)))
         wanted: dict[MemoryID, set[Cell]] = {}
         for key in drawn:

@@ -410,5 +410,5 @@ class _Caller:
     virtual_time: int
     line: _Line
     latest: _Line
-    """The same entries, reversed."""
+    """The caller's entries in reverse order."""
     rows: int = 0

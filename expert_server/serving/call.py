@@ -451,7 +451,7 @@ class _Holding:
         self._uids = uids
         self._held = held
         self._rows: dict[int, list[KeyValueCache]] = {}
-        """By expert, while they are computed."""
+        """For each expert, the sequences' cached rows, while they are computed."""
         self._kept = 0
         """How many experts' rows are kept."""
 

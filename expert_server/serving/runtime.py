@@ -156,7 +156,7 @@ class Runtime:
         self._accumulating: dict[UID, tuple[int, float]] = {}
         """Experts with accumulated gradients, oldest first: the update count at that time, and when to take a step."""
         self._timer: asyncio.TimerHandle | None = None
-        """Wakes the loop for the first of these steps."""
+        """Wakes the loop when the first of the accumulated gradients must lead to a step."""
         self._running = self._computing = 0
         """Jobs in progress, and how many of them are not steps."""
         self._done: list[tuple[Sequence[Entry], Sequence[Result | ExpertError]]] = []

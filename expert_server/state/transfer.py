@@ -304,7 +304,7 @@ class SnapshotTaker:
         return self._snapshots.find(uid, sha256, self._clock())
 
     def find_parameters(self, uid: UID, sha256: bytes) -> Block | None:
-        """The same for parameters alone."""
+        """The kept parameters with this checksum."""
         return self._exported.find(uid, sha256, self._clock())
 
     def _current(self, expert: Expert, met: Mapping[PeerID, Meeting]) -> Snapshot | None:

@@ -58,8 +58,8 @@ _WIDE = 3
 _SAMPLE_EVERY_S, _LONGEST_SAMPLE_PAUSE_S = 300.0, 900.0
 """How often a look-up of a random key shows how far from a key its holders usually are."""
 _SAMPLE_BYTES_PER_S = 60.0
-"""The average traffic of these look-ups. In a swarm of 10,000 each costs 120 KB, and the distance to holders changes
-only with the size of the swarm.
+"""The average traffic of look-ups of random keys. In a swarm of 10,000 each costs 120 KB, and the distance to holders
+changes only with the size of the swarm.
 """
 _NAMES_ASKED = 0.25
 """The share of calls, among those for keys that were looked up before, that ask for the names of other nodes nearby."""
@@ -323,7 +323,9 @@ class _Writing:
             self._missing[key] = max(len(holders), REPLICAS)
 
     async def until_finished(self) -> None:
-        """Late calls continue in the background. They are awaited only if no other node takes a key."""
+        """Sends until every key has enough holders or no nodes are left. Late calls continue in the background, and are
+        awaited only if no other node takes a key.
+        """
         self._send()
         while self._in_time or self._needs_late():
             late_at = min((at for at, _ in self._in_time.values()), default=None)

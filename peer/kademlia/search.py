@@ -66,8 +66,8 @@ class SearchLimits:
     most: int = 128
     """Nodes asked in total: a liar could name nearer ones forever."""
     spared: int = 32
-    """How many of those are reserved for nodes of the front. A peer that has just joined overestimates the reach, and
-    would otherwise ask only nodes on the way.
+    """How many of the `most` nodes are reserved for nodes of the front. A peer that has just joined overestimates the
+    reach, and would otherwise ask only nodes on the way.
     """
     tries: int = 3
     """How often a node is asked while nobody has answered. If few nodes are known, all requests may get lost."""

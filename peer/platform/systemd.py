@@ -16,7 +16,7 @@ WAITS_FOR_THE_END = True
 ENCODING = "utf-8"
 _INSTEAD = "start `talkoot node --join INVITE` from your own start-up scripts, tmux or cron's @reboot instead"
 _SANDBOX = ("PrivateUsers=yes", "ProtectSystem=full", "ProtectHome=read-only")
-"""They need user namespaces, which some distributions deny to user services."""
+"""Sandbox options that need user namespaces, which some distributions deny to user services."""
 _TEMPLATE = """\
 [Unit]
 Description=Talkoot node: hosts experts of a swarm

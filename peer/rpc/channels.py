@@ -57,7 +57,9 @@ CLIENT_OPTIONS: Options = [
 ]
 _TUNNEL: Literal["tunnel"] = "tunnel"
 _RELAY: Literal["relay"] = "relay"
-"""These stand for the tunnel and the relays among a peer's addresses. No real address looks like them."""
+"""`_TUNNEL` and `_RELAY` stand for the tunnel and the relays among a peer's addresses. No real address looks
+like them.
+"""
 _HEAD_START_S = 1.0
 """How long one way is tried alone before the next is tried in parallel."""
 _TRY_S = 20.0

@@ -31,7 +31,7 @@ _RENEW_S = 1800.0
 _AGAIN_S = 600.0
 """How long to wait before asking a router again that did not answer or agree."""
 _DOUBT_S = 30.0
-"""The same for a router that agreed before, because an answer may get lost."""
+"""How long to wait before asking a router again that has agreed before, since its answer may have been lost."""
 _OTHER_PORTS = 3
 _LOWEST_PORT = 1024
 """Other peers do not dial lower ports."""

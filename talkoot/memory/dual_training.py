@@ -35,7 +35,7 @@ K = 20
 """An answer counts as found if it is among this many passages."""
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 CANDIDATES = 3
-"""Passages that are ranked by words, too, for each of the `K`, as in searches."""
+"""How many passages are also ranked by their words, as a multiple of `K`, as in searches."""
 _EPOCHS, _FEWEST_STEPS = 4, 60
 _BATCH, _CLOZE_BATCH = 256, 512
 _TEMPERATURE = 0.1

@@ -144,7 +144,7 @@ def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manif
 
 
 def _anywhere(routing: Routing) -> Routing:
-    """The same without a limit of nodes: in a folder, all experts are in one place."""
+    """The routing without a limit of nodes: in a folder, all experts are in one place."""
     return replace(routing, nodes_per_token=None)
 
 

@@ -31,7 +31,9 @@ _LISTED = 4096
 _MOST_AT_ONCE, _AT_ONCE_AT_A_NODE = 16, 2
 """Experts that are fetched at the same time, from all nodes, and from each on average."""
 _LAYER_SHARE = 4
-"""Each of these may take the memory of three experts. Together they take less than this share of a layer."""
+"""Each expert being fetched may take the memory of three experts. Together they take less than this share of a
+layer.
+"""
 _RETRY_S = 2.0
 _TICK_S = 0.2
 

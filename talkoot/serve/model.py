@@ -41,7 +41,7 @@ class ServedModel:
     tokenizer: Tokenizer
     experts_total: int
     live_experts: Callable[[], int]
-    """How many of them can be used now."""
+    """Returns how many experts can be used now."""
     chat: ChatFormat = field(default_factory=ChatFormat)
     is_usable: Callable[[], bool] = lambda: True
     """Asked after each computation whether its result is valid. May wait, and may raise UserError."""

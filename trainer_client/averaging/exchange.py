@@ -82,7 +82,7 @@ class Snapshot:
     """The fingerprint of its form."""
     part: DensePart
     met: Mapping[PeerID, Meeting]
-    """For each trainer that this one had averaged with by then, the ages of both after that."""
+    """For each trainer with which this one had averaged before, the ages of both after that."""
     data: bytes
     sha256: bytes
     expires_at: float

@@ -147,7 +147,7 @@ class Dispatcher:
         return result
 
     def _with_others(self, live: LiveExperts, avoided: frozenset[PeerID]) -> LiveExperts:
-        """The same experts, with other hosts in place of these where there are any."""
+        """The same experts, with other hosts in place of the avoided ones if there are any."""
         uids = [uid for uid, peer_id in live.hosts.items() if peer_id in avoided]
         others = choose_replicas(
             uids, live.view, self._rng, live.avoided | avoided, self.latencies.nodes_lately(self._calls.now())

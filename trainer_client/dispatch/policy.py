@@ -45,7 +45,9 @@ _TIMES_HOLD_S = 60.0
 MOST_GROWTH = 1000.0
 """How many times as large an answer's largest number may be as the largest it was computed from, or as one."""
 MOST_GRADIENT_GROWTH = 1e6
-"""The same for gradients: for a row whose numbers are nearly equal, the norm makes them large, by 1/√ε at most."""
+"""How many times as large a gradient's largest number may be as the largest it was computed from, or as one. For a row
+whose numbers are nearly equal, the norm makes gradients large, by 1/√ε at most.
+"""
 _LEAST_PRODUCT = 1e-9
 """Smaller products may have any value: they make no difference."""
 _SUMMED = 1e-5

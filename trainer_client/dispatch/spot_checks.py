@@ -250,7 +250,7 @@ class _Record:
     failed: int = 0
     rows: float = 0.0
     wrong_rows: float = 0.0
-    """How many of these were wrong. Both counts are halved now and then."""
+    """How many of the checked rows were wrong. Both counts are halved now and then."""
     right_rows: int = 0
     """Right rows since the last failure."""
     owed: int = 0

@@ -166,7 +166,7 @@ class Directory(Protocol):
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
-        """The same, with the hosts of these shards outside `avoided`. Raises UnreachableError."""
+        """`located`, with the hosts of these shards outside `avoided` added. Raises UnreachableError."""
 
     async def follow(self) -> MemoryManifest:
         """Looks for the newest manifest that the publisher has signed, and returns it. Raises UnreachableError."""
@@ -233,7 +233,7 @@ class Retriever:
     async def search_vectors(
         self, vectors_QD: Vectors, scores_QC: Floats, k: int, cells: int, deadline_s: float = _DEADLINE_S
     ) -> list[SearchResult]:
-        """The same for at most 256 vectors. `scores_QC`: their scores for each cell."""
+        """The k best passages for each of at most 256 vectors. `scores_QC`: the vectors' scores for each cell."""
         began = loop_time()
         self.calls.metrics.queries.inc(len(vectors_QD))
         results = [SearchResult((), is_understood=False)] * len(vectors_QD)
