@@ -6,7 +6,7 @@ cuts them off and reconnects them, restarts them, and kills the founder.
 
     python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
         [--strangers]
-    python -m benchmarks.chaos --hostile 0.2 [--seeds N] [--jobs N] [--only KIND...] [--placement random]
+    python -m benchmarks.chaos --hostile 0.2 [--seed S] [--seeds N] [--jobs N] [--only KIND...] [--placement random]
         [--without RULE...] [--steps N] [--json FILE] [--quick]
     python -m benchmarks.chaos --overhead [--only RULE...] [--check-share S] [--json FILE] [--quick]
 
@@ -181,7 +181,9 @@ async def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long each part is measured")
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the schedule")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the seed of the schedule; with --hostile, the first"
+    )
     parser.add_argument("--quick", action="store_true", help="4 nodes, for seconds, both parts at once")
     parser.add_argument(
         "--at-once",
@@ -281,7 +283,8 @@ def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: C
     if options.json and options.json.exists():
         saved = json.loads(options.json.read_text())
         results["runs"] = saved["runs"] if saved.get("plan") == results["plan"] else {}
-    uvloop.run(run_all(plan, options.seeds, kinds, options.jobs, console, results, options.json))
+    seeds = range(options.seed, options.seed + options.seeds)
+    uvloop.run(run_all(plan, seeds, kinds, options.jobs, console, results, options.json))
     show_attacks(results, console)
 
 

@@ -57,10 +57,10 @@ _TINY_SCALE = np.float32(100.0)
 _REMEMBERED = 64
 
 ATTACKS: Mapping[str, Role] = {
+    "gradients-flipped": "trainer",
     **{f"replicas-{lie}": "node" for lie in LIES},
     **{f"dense-{lie}": "trainer" for lie in LIES},
     **dict.fromkeys(_WRONG, "node"),
-    "gradients-flipped": "trainer",
 }
 """Whether a node or a trainer does each kind of attack."""
 RULES = ("checks", "averages", "steps")
@@ -360,7 +360,7 @@ def leave_out(rules: Collection[str], start: Start) -> None:
             replaced("averages", module, "at_base", lambda *_: {})
     if "steps" in rules:
         replaced("steps", Callers, "note_step", lambda *_: None)
-        replaced("steps", Callers, "is_over", lambda *_: False)
+        replaced("steps", Callers, "is_held_back", lambda *_: False)
         replaced("steps", compute, "_clipped", lambda _, work: (work, 1.0))
 
 

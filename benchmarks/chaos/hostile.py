@@ -212,6 +212,7 @@ class HostileSwarm:
         self._children = DemoProcesses(folder, self._hear)
         self.begins = folder / "attack"
         self._pids: dict[int, float] = {}
+        self._may_begin = False
         self.began_at = 0
         """The number of steps that each judged trainer had taken when the attack began."""
 
@@ -268,17 +269,12 @@ class HostileSwarm:
         await self._start_trainer(self.trainers[-1], len(self.trainers) - 1)
 
     async def train(self) -> None:
-        """Lets the trainers train, and returns when the judged ones have ended."""
+        """Lets the trainers train and hostile peers attack, and returns when the judged trainers have ended."""
+        self._may_begin = True
         await self.start_trainers()
         ends = time.monotonic() + _RUN_LIMIT_S
         while not all(t.has_ended for t in self.judged) and time.monotonic() < ends:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if not self.began_at and (done := min(len(t.steps) for t in self.judged)) >= _BEGINS_AFTER:
-                self.began_at = done
-                self.begins.touch()
-            if any(len(t.steps) >= self._plan.steps for t in self.judged):
-                # Beside the last judged trainer alone, it would no longer be in the minority.
-                attacks.Start(self.begins).end()
             await asyncio.to_thread(self._scrape)
 
     def result(self, hosts: Mapping[UID, frozenset[PeerID]]) -> dict[str, Any]:
@@ -392,8 +388,21 @@ class HostileSwarm:
             case "step":
                 peer.steps.append(event["step_s"])
                 peer.ended_at.append(time.monotonic())
+                self._begin_or_end()
             case "summary":
                 peer.summary = event
+
+    def _begin_or_end(self) -> None:
+        """The attack. Called after each step, since on a busy machine it takes long to look at all peers."""
+        if not self._may_begin:
+            return
+        done = [len(trainer.steps) for trainer in self.judged]
+        if not self.began_at and min(done) >= _BEGINS_AFTER:
+            self.began_at = min(done)
+            self.begins.touch()
+        if max(done) >= self._plan.steps:
+            # beside the last of them it would no longer be a minority
+            attacks.Start(self.begins).end()
 
     def _scrape(self) -> None:
         for peer in [*self.nodes, *self.trainers]:
@@ -488,7 +497,7 @@ async def run(plan: HostilePlan, seed: int, attack: str | None, keys: Path) -> d
 
 async def run_all(
     plan: HostilePlan,
-    seeds: int,
+    seeds: Iterable[int],
     kinds: Sequence[str],
     jobs: int,
     console: Console,
@@ -518,7 +527,7 @@ async def run_all(
 
     with scratch_folder() as keys:
         async with asyncio.TaskGroup() as group:
-            for seed, kind in ((seed, kind) for seed in range(seeds) for kind in (CALM, *kinds)):
+            for seed, kind in ((seed, kind) for seed in seeds for kind in (CALM, *kinds)):
                 if kind not in runs.get(str(seed), {}):
                     group.create_task(add(seed, kind, keys))
 

@@ -1,7 +1,9 @@
-"""How much one caller may move an expert: its share of the optimizer steps, and the size of its gradients. Pure.
+"""How much one caller may move an expert: its share of the optimizer steps, and the size and the direction of its
+gradients. Pure.
 
 A step is as long however few rows it has and, with Adam, however small its gradient. So a caller with many tiny batches
-would cause most of the steps, and one with large gradients would drown those of others in a common step.
+would cause most of the steps, and one with large gradients would drown those of others in a common step. One with
+gradients of the wrong sign would undo what others have learnt.
 """
 
 import time
@@ -10,7 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 from operator import itemgetter
+from statistics import median_high
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 WINDOW_STEPS = 256
 """Shares are counted over this many last steps of an expert, unless they took longer than `LONGEST_S`."""
@@ -22,8 +28,12 @@ MOST_OF_ROWS = 2.0
 """The share of the steps that a caller may cause, as a multiple of its share of the rows."""
 MOST_SIZE = 4.0
 """How large a caller's gradients may be, as a multiple of the median of all callers'."""
+MOST_PULL = 2.0
+"""How much one group's gradients count in the sum of all, as a multiple of the median."""
 _RECENT_CALLS = 8
 """How many calls of a caller determine its usual size."""
+_MOST_DIRECTIONS = 64
+"""How many callers' directions are kept. A new one displaces one of the group with the most."""
 _MOST_ENTRIES = 4096
 """The most numbers kept for the steps of one window. If many callers share each step, the window has fewer steps."""
 _NOTHING = 1e-9
@@ -59,9 +69,16 @@ class Callers:
     Take any window that ends with a step in which a group of callers takes part. In that window, the group has caused
     at most one step more than its limit. The limit is `MOST_OF_ROWS` times its share of the rows, or one nth of the
     steps if n groups sent rows, whichever is larger: a group may take part in a step only if what it caused before is
-    within the limit (`is_over`). Within the group, the same holds for each caller, and the nth is split evenly. A
-    caller alone, or with half of the rows, is never over its limit. Nor can all callers be over for long: in the end,
-    all rows in the window are from those who still call, and their shares then add up to twice the steps.
+    within the limit. Within the group, the same holds for each caller, and the nth is split evenly. A caller alone, or
+    with half of the rows, is never over its limit. Nor can all callers be over for long: in the end, all rows in the
+    window are from those who still call, and their shares then add up to twice the steps.
+
+    A caller is also held back while its gradients point against those of most other groups, and against the sum of all.
+    As long as liars are not the majority of the other groups, no caller is held back unless an honest one opposes it.
+    Honest callers with other inputs pass: unrelated gradients are as likely to agree as not, and where an expert can't
+    suit everybody, training ends where all gradients together come to nothing. Callers that are held back have no vote,
+    so all of them never are.
+
 
     Keys cost nothing, so what counts is the group: the callers with one token, or those in one neighbourhood.
     """
@@ -88,6 +105,10 @@ class Callers:
         """The median of the usual sizes, in which each group counts once."""
         self._sizes_since = 0
         """How many sizes were recorded since that median was computed."""
+        self._directions: dict[str, NDArray[np.float64]] = {}
+        """The mean direction of each caller's rows in the window, times their number, roughly."""
+        self._contrary: set[str] = set()
+        """Callers held back for their directions."""
         self._groups: dict[str, _Group] = {}
         """Groups with rows in the window, by name."""
         self._group_of: dict[str, _Group] = {}
@@ -126,10 +147,31 @@ class Callers:
             self._usual_size, self._sizes_since = self._take_usual_size(), 0
         return min(1.0, MOST_SIZE * self._usual_size / size)
 
-    def is_over(self, caller: str) -> bool:
-        """Whether the caller has caused more than its share of the steps in the window."""
+    def note_direction(self, caller: str, rows: int, direction: NDArray[np.float64]) -> None:
+        """Records which way these rows would move the expert (`direction_of`), after `note_rows`.
+
+        A direction that is not finite is ignored, since no step follows from such gradients either.
+        """
+        if not np.isfinite(direction).all():
+            return
+        before = self._directions.pop(caller, None)
+        if before is not None:
+            direction = direction + (1 - rows / self._rows[caller]) * before
+        elif len(self._directions) == _MOST_DIRECTIONS:
+            names = Counter(self._group_of[name].name for name in self._directions)
+            ((crowd, _),) = names.most_common(1)
+            del self._directions[next(n for n in self._directions if self._group_of[n].name == crowd)]
+        self._directions[caller] = direction
+        self._contrary.discard(caller)
+        if self._opposes_most(caller):
+            self._contrary.add(caller)
+
+    def is_held_back(self, caller: str) -> bool:
+        """Whether the caller has caused more than its share of the steps in the window, or opposes the others."""
         if caller not in self._rows:
             return False
+        if caller in self._contrary:
+            return True
         group = self._group_of[caller]
         even = 1 / len(self._groups)
         most = max(MOST_OF_ROWS * self._rows[caller] / self._all_rows, even / group.members)
@@ -153,6 +195,29 @@ class Callers:
         self._entries += len(step.rows) + len(step.parts)
         while len(self._steps) > self._most_steps or (self._entries > _MOST_ENTRIES and len(self._steps) > 1):
             self._forget_first()
+
+    def _opposes_most(self, caller: str) -> bool:
+        groups = {name: self._group_of[name].name for name in self._directions}
+        if len(set(groups.values())) == 1:  # they share a line, as in a school
+            groups = {name: name for name in groups}
+        pulls: dict[str, NDArray[np.float64]] = {}
+        votes: dict[str, NDArray[np.float64]] = {}
+        for name, direction in self._directions.items():
+            group = groups[name]
+            pulls[group] = pulls.get(group, 0.0) + direction
+            if name not in self._contrary and group != groups[caller]:
+                votes[group] = votes.get(group, 0.0) + direction
+        own = self._directions[caller]
+        against = sum(vote @ own < 0 for vote in votes.values())
+        if len(pulls) < 3 or against <= (len(pulls) - 1) / 2:
+            return False
+        # at the end of training, those of honest callers come to nothing
+        sizes = [float(np.linalg.norm(pull)) for pull in pulls.values()]
+        most = MOST_PULL * median_high(sizes)
+        together = sum(
+            min(1.0, most / size) * pull for pull, size in zip(pulls.values(), sizes, strict=True) if size
+        )
+        return bool(together @ own < 0)
 
     def _take_usual_size(self) -> float:
         """The upper median."""
@@ -183,6 +248,8 @@ class Callers:
                     del self._groups[its.name]
                 self._sizes.pop(caller, None)
                 self._usual_sizes.pop(caller, None)
+                self._directions.pop(caller, None)
+                self._contrary.discard(caller)
 
 
 def _add(steps: dict[str, float], name: str, part: float) -> None:

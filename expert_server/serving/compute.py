@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expert_server.experts.accumulation import MOST_APART, size_of
+from expert_server.experts.direction import direction_of
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows, SharedGraph, SharedPass
 from expert_server.experts.grouped import LEAST_EXPERTS, backward
@@ -28,19 +29,19 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
 
     If the batch fails, each work item is computed by itself, so that one caller's numbers can't spoil another's. For
     the same reason, callers whose gradients differ greatly in size take separate steps, each clipped by itself, and
-    those over their share of the steps take none (`Callers`). The last step may be left for `Expert.settle`.
+    those that are held back take none (`Callers`). The last step may be left for `Expert.settle`.
     """
     if batch[0].direction == "forward":
         return _computed(expert, batch)
     clipped = [_clipped(expert, work) for work in batch]
-    over = {work: expert.callers.is_over(work.caller) for work, _ in clipped}
+    held = {work: expert.callers.is_held_back(work.caller) for work, _ in clipped}
     results: dict[WorkItem, Result | ExpertError] = {}
-    for group in by_size([work for work, is_over in over.items() if not is_over]):
+    for group in by_size([work for work, is_held in held.items() if not is_held]):
         # the steps of earlier groups may have been those of the same person's other keys
-        over |= {work: expert.callers.is_over(work.caller) for work in group}
-        if on_time := [work for work in group if not over[work]]:
+        held |= {work: expert.callers.is_held_back(work.caller) for work in group}
+        if on_time := [work for work in group if not held[work]]:
             results |= zip(on_time, _computed(expert, on_time), strict=True)
-    for group in by_size([work for work in over if work not in results]):
+    for group in by_size([work for work in held if work not in results]):
         results |= zip(group, _computed(expert, group, withhold=True), strict=True)
     return [_unclipped(results[work], factor) for work, factor in clipped]
 
@@ -123,7 +124,7 @@ def _backward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> 
                 own,
                 others,
                 callers=rows_by_caller([work]),
-                withhold=expert.callers.is_over(work.caller),
+                withhold=expert.callers.is_held_back(work.caller),
             )
             results[work] = Result(gradient, expert.update_count, step=outcome, updates=updates)
         except ExpertError as error:
@@ -144,15 +145,16 @@ def _graph_of(work: WorkItem) -> SharedGraph:
 
 
 def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
-    """Records the work's rows, and scales its gradients down if they are large compared with other callers'.
+    """Records the work's rows and their direction, and scales gradients down that are large beside other callers'.
 
     Also returns the factor, at most 1.
     """
     factor = expert.callers.note_rows(work.caller, len(work.rows), size_of([work.rows]), work.group)
-    if factor == 1.0:
-        return work, factor
-    assert work.rows.gradients is not None, "only backward has gradients"
-    return replace(work, rows=replace(work.rows, gradients=work.rows.gradients * factor)), factor
+    if factor != 1.0:
+        assert work.rows.gradients is not None, "only backward has gradients"
+        work = replace(work, rows=replace(work.rows, gradients=work.rows.gradients * factor))
+    expert.callers.note_direction(work.caller, len(work.rows), direction_of(work.rows))
+    return work, factor
 
 
 def _unclipped(result: Result | ExpertError, factor: float) -> Result | ExpertError:
@@ -205,7 +207,7 @@ def _computed(
     return [
         result
         for work in alone
-        for result in _computed(expert, [work], not is_forward and expert.callers.is_over(work.caller))
+        for result in _computed(expert, [work], not is_forward and expert.callers.is_held_back(work.caller))
     ]
 
 

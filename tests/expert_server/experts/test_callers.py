@@ -4,11 +4,19 @@ import random
 from collections import Counter, deque
 from statistics import median_low
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from expert_server.experts.callers import LONGEST_S, MOST_OF_ROWS, MOST_SIZE, Callers
+from expert_server.experts.callers import (
+    _MOST_DIRECTIONS,
+    LONGEST_S,
+    MOST_OF_ROWS,
+    MOST_SIZE,
+    Callers,
+)
 
 WINDOW = 16
 
@@ -43,7 +51,7 @@ def send(callers: Callers, window: Window, batch: dict[str, int]) -> list[str]:
     for caller, rows in batch.items():
         callers.note_rows(caller, rows, 1.0)
         window.sent[-1][caller] += rows
-    over = [caller for caller in batch if callers.is_over(caller)]
+    over = [caller for caller in batch if callers.is_held_back(caller)]
     part = {caller: rows for caller, rows in batch.items() if caller not in over}
     if part:
         most = {caller: window.most(caller) for caller in part}
@@ -78,7 +86,7 @@ def test_a_minority_that_sends_many_tiny_batches_gets_no_more_steps_than_its_hea
         batches = [(f"hostile {n % hostile}", 1) for n in range(flood)] + [(sender, rows)]
         for caller, size in batches:
             callers.note_rows(caller, size, 1.0)
-            if not callers.is_over(caller):
+            if not callers.is_held_back(caller):
                 callers.note_step({caller: size})
                 window[caller.startswith("hostile")] += turn >= 100  # once the window is full
     assert window[True] <= hostile * (1 + window.total() * (1 / (honest + hostile) + 1 / 64))
@@ -97,7 +105,7 @@ def test_one_person_with_many_keys_causes_no_more_steps_than_one_group_may(
         batches = [(f"key {n}", 1, "one line") for n in range(keys)] + [(sender, rng.randint(200, 600), "")]
         for caller, rows, group in batches:
             callers.note_rows(caller, rows, 1.0, group)
-            if not callers.is_over(caller):
+            if not callers.is_held_back(caller):
                 callers.note_step({caller: rows})
                 caused[caller.startswith("key")] += turn >= 100
     share = max(1 / (1 + honest), MOST_OF_ROWS * keys / (keys + 200))
@@ -114,7 +122,7 @@ def test_in_groups_the_shares_of_all_still_come_to_all_steps(
         for caller, rows in batch.items():
             callers.note_rows(caller, rows, 1.0, groups["abcdef".index(caller)])
         callers.note_step(batch)
-        assert not all(map(callers.is_over, callers._rows))
+        assert not all(map(callers.is_held_back, callers._rows))
         assert sum(group.members for group in callers._groups.values()) == len(callers._rows)
 
 
@@ -142,7 +150,7 @@ def test_callers_with_batches_alike_are_never_held_back(count: int, seed: int) -
     callers = Callers()
     for (caller,) in (rng.choices(names, speeds) for _ in range(600)):
         callers.note_rows(caller, 64, 1.0)
-        assert not callers.is_over(caller)
+        assert not callers.is_held_back(caller)
         callers.note_step({caller: 64})
 
 
@@ -273,7 +281,7 @@ def test_those_who_stay_take_steps_again_soon_after_one_with_large_batches_left(
 
     def call(caller: str, rows: int) -> bool:
         callers.note_rows(caller, rows, 1.0)
-        if callers.is_over(caller):
+        if callers.is_held_back(caller):
             return False
         callers.note_step({caller: rows})
         return True
@@ -288,3 +296,143 @@ def test_those_who_stay_take_steps_again_soon_after_one_with_large_batches_left(
         now += 1
         taken += call("a", 16) + call("b", 16)
     assert taken == 600
+
+
+# Which way gradients may lead
+
+
+def note(
+    callers: Callers, caller: str, direction: NDArray[np.float64], group: str = "", rows: int = 64
+) -> bool:
+    """Returns whether the caller is held back. Nobody is for its steps, as there are none."""
+    callers.note_rows(caller, rows, 1.0, group)
+    callers.note_direction(caller, rows, direction)
+    return callers.is_held_back(caller)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 7),
+    st.integers(0, 6),
+    st.integers(1, 3),
+    st.sampled_from(["flipped", "alike", "random", "huge"]),
+    st.integers(0, 10**6),
+)
+def test_no_minority_holds_back_a_caller_whom_no_honest_one_opposes(
+    honest: int, liars: int, keys: int, lie: str, seed: int
+) -> None:
+    """Whatever they send, and under however many keys each."""
+    rng = np.random.default_rng(seed)
+    liars = min(liars, honest - 1)
+    own = rng.standard_normal((honest, 8))
+    own[:, 0] = 4 * np.abs(own[:, 0]) + 2
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    callers = Callers()
+    for n, mine in enumerate(own):  # else liars would be most of those that have called
+        note(callers, f"honest {n}", mine)
+    for _ in range(4):
+        turns = [(f"honest {n}", "") for n in range(honest)]
+        turns += [(f"key {key} of {n}", f"liar {n}") for n in range(liars) for key in range(keys)]
+        rng.shuffle(turns)
+        for caller, group in turns:
+            if not group:
+                mine = own[int(caller.split()[1])]
+                are_opposed = [mine @ other < 0 for other in own]
+                assert not note(callers, caller, mine) or any(are_opposed)
+            else:
+                said = {
+                    "flipped": -own.sum(axis=0),
+                    "alike": -own[0],
+                    "random": rng.standard_normal(8),
+                    "huge": -1e30 * own.sum(axis=0),
+                }[lie]
+                note(callers, caller, said, group)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 6), st.integers(1, 4), st.sampled_from([1.0, 2.0, 1e9]), st.integers(0, 10**6))
+def test_a_minority_that_flips_signs_is_held_back(honest: int, keys: int, size: float, seed: int) -> None:
+    """However large its gradients. Each call has as much noise, and tiny calls hide nothing."""
+    rng = np.random.default_rng(seed)
+    true = rng.standard_normal(256)
+    callers, held, withheld = Callers(), 0, 0
+    for turn in range(12):
+        for n in range(honest):
+            withheld += note(callers, f"honest {n}", true + rng.standard_normal(256), f"group {n}")
+        for key in range(keys):
+            note(callers, f"key {key}", 0.1 * size * rng.standard_normal(256), "liar", 1)
+            held += note(callers, f"key {key}", size * (rng.standard_normal(256) - true), "liar") and turn > 3
+    assert not withheld
+    assert held == 8 * keys
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(2, 4), st.integers(0, 10**6))
+def test_never_are_all_callers_held_back(count: int, dimensions: int, seed: int) -> None:
+    """Not even if each opposes most others, as three may in a plane."""
+    rng = np.random.default_rng(seed)
+    callers, held = Callers(), {}
+    for _ in range(8):
+        for n in range(count):
+            held[n] = note(callers, str(n), rng.standard_normal(dimensions))
+            assert len(held) < count or not all(map(callers.is_held_back, map(str, range(count))))
+
+
+@pytest.mark.parametrize(("count", "others"), [(5, 2), (7, 3)])
+def test_an_expert_learns_as_much_from_callers_of_another_domain_as_without_the_rule(
+    count: int, others: int
+) -> None:
+    """Fewer than half want something else, so that they oppose most others at the end of training."""
+    rng = np.random.default_rng(0)
+    wanted = np.zeros((count, 64))
+    wanted[:others, 0] = 1.0
+    ends = []
+    for has_rule in (True, False):
+        callers, state = Callers(), np.zeros(64)
+        for _ in range(300):
+            for n, own in enumerate(wanted):
+                pull = own - state + 0.3 * rng.standard_normal(64)
+                if not (note(callers, str(n), pull) and has_rule):
+                    state += 0.02 * pull
+        ends.append(state[0])
+    assert ends == pytest.approx([others / count] * 2, abs=0.1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20])
+def test_callers_with_unrelated_gradients_are_not_held_back(count: int) -> None:
+    rng = np.random.default_rng(count)
+    callers = Callers()
+    for _ in range(600 // count):
+        for n in range(count):
+            assert not note(callers, str(n), rng.standard_normal(256))
+
+
+def test_of_two_callers_none_is_held_back_and_one_that_turns_round_is_held_back_no_longer() -> None:
+    callers, true = Callers(), np.eye(8)[0]
+    for _ in range(10):
+        assert not note(callers, "a", true)
+        assert not note(callers, "b", -true)
+    assert [note(callers, "c", true), note(callers, "b", -true)] == [False, True]
+    for _ in range(10):
+        note(callers, "b", true)
+    assert not callers.is_held_back("b")
+
+
+def test_keys_of_one_group_push_out_the_directions_of_no_others() -> None:
+    callers, true = Callers(), np.eye(8)[0]
+    for n in range(5):
+        note(callers, f"honest {n}", true)
+    for n in range(3 * _MOST_DIRECTIONS):
+        assert note(callers, f"key {n}", -true, "one line")
+        assert len(callers._directions) <= _MOST_DIRECTIONS
+    assert {f"honest {n}" for n in range(5)} <= callers._directions.keys()
+
+
+def test_a_direction_that_is_not_finite_changes_nothing() -> None:
+    callers, true = Callers(), np.eye(8)[0]
+    for caller in "abc":
+        note(callers, caller, true)
+    assert not note(callers, "a", np.full(8, np.nan))
+    assert note(callers, "liar", -true)
+    assert note(callers, "liar", np.full(8, np.inf))
+    assert not note(callers, "a", true)

@@ -2,10 +2,13 @@
 others'.
 """
 
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from runtime_samples import FIRST, HIDDEN, NEVER, make_runtime, submit, with_runtime
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, OptimizerSpec
@@ -61,7 +64,7 @@ def expert_with_one_over(caller: str = "tiny", rows_per_update: int = 1) -> Expe
     for _ in range(3):
         expert.callers.note_rows(caller, 1, 4.0)
         expert.callers.note_step({caller: 1})
-    assert expert.callers.is_over(caller)
+    assert expert.callers.is_held_back(caller)
     return expert
 
 
@@ -69,7 +72,10 @@ class _NoRule(Callers):
     def note_rows(self, caller: str, rows: int, size: float, group: str = "") -> float:
         return 1.0
 
-    def is_over(self, caller: str) -> bool:
+    def note_direction(self, caller: str, rows: int, direction: NDArray[np.float64]) -> None:
+        pass
+
+    def is_held_back(self, caller: str) -> bool:
         return False
 
 
@@ -103,6 +109,36 @@ def test_many_keys_of_one_line_buy_no_steps_by_gradients_of_many_sizes_in_one_ba
     batch = [replace(work(f"key {n}", 1, 100.0 ** (n - 6), n), group="one line") for n in range(7)]
     steps = [result_of(result).step for result in compute(expert, batch)]
     assert steps.count(StepOutcome.TAKEN) <= 2
+
+
+@pytest.mark.parametrize("kind", ["ffn", "transformer"])
+def test_gradients_of_flipped_signs_are_dropped_and_all_honest_ones_count(kind: str) -> None:
+    """However large, in whole batches or in parts, from two callers of seven."""
+    expert = Expert(FIRST, make_manifest(kind))
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
+    withheld = Counter[str]()
+
+    def call(caller: str, rows: Rows) -> None:
+        sent = WorkItem(FIRST, "backward", rows, NEVER, caller)
+        withheld[caller[:4]] += result_of(compute(expert, [sent])[0]).withheld_update
+
+    for _ in range(12):
+        for number in range(7):
+            inputs = torch.randn(64, HIDDEN, generator=generator)
+            ones = torch.ones(64, dtype=torch.int64)
+            part = Rows(inputs, ones, torch.zeros_like(ones))
+            error = expert.forward(part) - inputs @ target
+            if number < 5:
+                call(f"honest {number}", replace(part, gradients=error))
+                continue
+            size = 64 if number == 5 else 16
+            for begin in range(0, 64, size):
+                rows = slice(begin, begin + size)
+                tensors = inputs[rows], ones[rows], part.positions[rows], -3 * error[rows]
+                call(f"flipping {number}", Rows(*tensors))
+    assert not withheld["hone"]
+    assert withheld["flip"] >= 11 * (1 + 4)
 
 
 def losses_beside_a_flood(runtime: Runtime, turns: int, keys: int = 1, group: str = "") -> list[float]:
@@ -182,7 +218,7 @@ def test_what_was_withheld_is_in_no_later_step(rows_per_update: int) -> None:
     for _ in range(10):
         expert.callers.note_rows("b", 10, 1.0)
         expert.callers.note_step({"b": 10})
-    assert not expert.callers.is_over("tiny")
+    assert not expert.callers.is_held_back("tiny")
     for each in (expert, plain):
         assert result_of(compute(each, [work("a", 8, seed=2)])[0]).step is StepOutcome.TAKEN
     assert torch.equal(state_of(expert), state_of(plain))

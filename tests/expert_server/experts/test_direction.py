@@ -1,0 +1,50 @@
+"""A direction says which way gradients lead, in few numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from expert_server.experts.direction import direction_of
+from expert_server.experts.graphs import Rows
+
+
+def make_rows(count: int, width: int, *, scale: float = 1.0, sign: float = 1.0, seed: int = 0) -> Rows:
+    """Their gradients follow from the inputs by one matrix, and have noise of the same size."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.randn(width, width, generator=torch.Generator().manual_seed(99)) / width**0.5
+    inputs, noise = torch.randn(2, count, width, generator=generator)
+    ones = torch.ones(count, dtype=torch.int64)
+    return Rows(scale * inputs, ones, torch.zeros_like(ones), sign * (inputs @ wanted + noise))
+
+
+def cosine(one: Rows, other: Rows) -> float:
+    a, b = direction_of(one), direction_of(other)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize(("count", "width"), [(64, 8), (100, 64), (1000, 256)])
+def test_gradients_of_one_task_agree_and_flipped_ones_oppose(count: int, width: int) -> None:
+    honest = [make_rows(count, width, seed=seed) for seed in range(2)]
+    agreement = cosine(*honest)
+    assert agreement > 0.05
+    assert cosine(honest[0], make_rows(count, width, sign=-1.0, seed=2)) < -0.05
+
+
+def test_the_size_of_inputs_does_not_matter() -> None:
+    """A block that begins with a norm does not see it either, so it must not hide what the gradients do."""
+    for scale in (1e-6, 1e6):
+        np.testing.assert_allclose(
+            direction_of(make_rows(20, 32)),
+            direction_of(make_rows(20, 32, scale=scale)),
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+def test_more_rows_weigh_more_and_only_some_are_looked_at() -> None:
+    few, many = (direction_of(make_rows(count, 16)) for count in (100, 1600))
+    assert 4 < np.linalg.norm(many) / np.linalg.norm(few) < 64
+
+
+def test_what_overflows_is_not_finite() -> None:
+    assert not np.isfinite(direction_of(make_rows(4, 32, scale=3e38))).all()
