@@ -45,7 +45,7 @@ class TrainingNews:
 
 
 class SwarmNews:
-    """Watches the swarm's trainers, and the nodes that no longer host what they did."""
+    """Watches the swarm's trainers, and notices nodes that no longer host the experts they did."""
 
     def __init__(
         self,

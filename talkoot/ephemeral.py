@@ -1,5 +1,5 @@
-"""A peer with a temporary identity, for commands that only read a swarm, so that they work beside a node or
-a trainer.
+"""A peer with a temporary identity, for commands that only read a swarm: they can run while a node or a trainer
+does.
 """
 
 import asyncio

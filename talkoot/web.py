@@ -54,7 +54,7 @@ def address_of(listener: socket.socket) -> str:
 
 @contextlib.asynccontextmanager
 async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["asyncio.Task[None]"]:
-    """Serves an application inside, and yields the task that does. Stops at once at the end."""
+    """Serves an application until the block ends, and yields the task that does. At the end it stops at once."""
     server = _Server(
         uvicorn.Config(
             app,

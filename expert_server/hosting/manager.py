@@ -107,7 +107,9 @@ class Handover:
             self._pass_over(await self._withdraw_served())
 
     async def _withdraw_served(self) -> dict[UID, tuple[Replica, ...]]:
-        """Returns all replicas of the experts that nobody else served before."""
+        """Withdraws the experts that another node serves by now. Returns all replicas of the experts that nobody else
+        served before.
+        """
         me = self._swarm.host.peer_id
         replicas = await self._swarm.registry.replicas(self.alone)
         served = [uid for uid, hosts in replicas.items() if serving_elsewhere(hosts, me)]

@@ -33,7 +33,7 @@ _CHECKED, _AT_ONCE = 8, 8
 _PROOF_S = 10.0
 """The longest time that a proof may take."""
 _TRIES = 3
-"""How many passages are asked for, because one may have been revoked without this node's knowledge."""
+"""How many passages a host is asked to prove, since one may have been revoked without this node's knowledge."""
 _DOUBTED_S = 300.0
 """How long all announcements of a host are ignored after it failed to prove a claim."""
 _MISSED_S = 15.0

@@ -452,7 +452,9 @@ class UsualReach:
             self._samples.append(self._estimate(key, nearest))
 
     def distance(self, own: int, neighbours: Sequence[int]) -> int:
-        """While there are too few samples, this peer's own neighbours are the only sample."""
+        """The usual distance within which the holders of a key are: the median of the samples. While there are too few,
+        it is estimated from this peer's own neighbours.
+        """
         if not self.missing:
             return statistics.median_low(self._samples)
         return self._estimate(own, neighbours)

@@ -14,7 +14,7 @@ _ELF, _MACH_O = b"\x7fELF", b"\xcf\xfa\xed\xfe"
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 """e_machine → what platform.machine() says."""
 _MACH_O_MACHINES = {0x0100_0007: "x86_64", 0x0100_000C: "arm64"}
-"""cputype → the same."""
+"""cputype → what platform.machine() says."""
 
 
 def why_unavailable() -> str:

@@ -147,5 +147,7 @@ async def _resolve(address: Address) -> Iterable[Address]:
 
 
 def _machine(endpoint: Endpoint) -> str | None:
-    """The machine that dials may be aimed at. None for loopback, where the dialling peer is on the same machine."""
+    """The part of the network whose dials are counted together: an IPv4 address, or the IPv6 addresses of one line.
+    None for loopback, where the dialling peer is on the same machine, and for names.
+    """
     return None if endpoint.ip is None or endpoint.ip.is_loopback else neighbourhood(endpoint.ip)

@@ -66,7 +66,7 @@ async def dashboard(
     listener: socket.socket,
     intervals: WatchIntervals | None = None,
 ) -> AsyncIterator[set["asyncio.Task[None]"]]:
-    """A dashboard that runs inside. Yields its tasks, none of which should end."""
+    """A dashboard that runs until the block ends. Yields its tasks, none of which should end."""
     metrics = new_registry()
     ProcessCollector(registry=metrics)
     history = await asyncio.to_thread(History, folder / f"history-{invite.keys.swarm_id}.sqlite")

@@ -74,7 +74,7 @@ class BuildPlan:
     field: str = "text"
     title_field: str = "title"
     base: Path | None = None
-    """The memory that this is the next revision of."""
+    """The memory of which this becomes the next revision."""
     encoder: Path | None = None
     """A file from `talkoot memory train-encoder`; None: word vectors are learned from the text."""
     seed: int = 0

@@ -89,7 +89,7 @@ async def _serve(
 async def server(
     served: ServedModel, settings: ServeSettings, listener: socket.socket
 ) -> AsyncIterator["asyncio.Task[None]"]:
-    """A server that runs inside. Yields its task, which should not end. Raises DataError."""
+    """A server that runs until the block ends. Yields its task, which should not end. Raises DataError."""
     metrics = new_registry()
     ProcessCollector(registry=metrics)
     Gauge(

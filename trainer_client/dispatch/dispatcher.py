@@ -243,7 +243,9 @@ class _Products:
     def of(
         cls, forward: ForwardPass, sent: SentBatch, gradients: Floats, came: Booleans, products: Floats
     ) -> Self:
-        """`came`, `products` [n, K]: for any of the slots."""
+        """`came`, `products` [n, K]: which products arrived, and their values. Those of slots that don't count are
+        dropped.
+        """
         here = sent.counts & came
         return cls(
             np.where(here, products, np.float32(0)),

@@ -372,8 +372,8 @@ class ForwardRun:
         self._give_up(self._pending)
 
     def _give_up(self, late: Booleans) -> None:
-        """Sends rows that lack answers to other experts in place of those in these slots [R, K]. Their answers still
-        count if they come.
+        """Gives up waiting for these slots [R, K] in rows that lack answers, and sends the rows to other experts. Late
+        answers still count.
         """
         lacking = self._lacking((self.result.answered | (self._pending & ~late)).sum(axis=1))
         if not len(lacking):

@@ -72,8 +72,8 @@ WITNESSES = 2
 _CHECKED_AFTER_FAILURE = 32
 """After a failed check, this many of the node's next answers are all checked."""
 _FORGIVEN_AFTER_ROWS = 100_000
-"""After this many right rows in a row, a node's failed checks no longer count: in so many, an honest node may fail
-once.
+"""After this many right rows in a row, a node's failed checks no longer count, since an honest node may fail once in so
+many rows.
 """
 _REMEMBERED_ROWS = 20_000
 """How many checked rows of a node are remembered, so that a longer good record does not excuse more lies."""

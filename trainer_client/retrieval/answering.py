@@ -314,7 +314,9 @@ class Answer:
 
 
 class Continuations:
-    """What follows prefixes of an answer with each source. Computes little more than the last token of each prefix."""
+    """Predicts the tokens that follow prefixes of an answer, for each source. Computes little more than the last token
+    of each prefix.
+    """
 
     def __init__(self, decoder: Decoder, sources: Sequence[Sequence[int]]) -> None:
         self._decoder, self._sources = decoder, sources

@@ -104,7 +104,8 @@ def decode_sequence(
     """RAG-Sequence's answers, best first: a beam search with each passage, whose answers are then scored with all of
     them.
 
-    `following`: with each passage. `score`: returns log p(y|x,z) of whole answers with each passage, [A, K].
+    `following`: for each passage, predicts the next tokens. `score`: returns log p(y|x,z) of whole answers with each
+    passage, [A, K].
     """
     answers = sorted(
         {
