@@ -174,11 +174,11 @@ def test_the_head_has_the_right_counts(watched: Watched) -> None:
         measured = ("bits_per_byte", "requests_per_s", "tokens_per_s", "bytes_per_s")
         is_steady = shown["trainers"] == 1 and not shown["nodes"]["unsteady"] and shown["nodes"]["live"] == 2
         is_healthy = shown["state"] == {"level": "ok", "words": "healthy"}
-        return is_steady and is_healthy and all(shown[figure] for figure in measured)
+        is_whole = (shown["experts"], shown["replicas"]) == ({"live": 8, "total": 8}, 8)
+        return is_steady and is_healthy and is_whole and all(shown[figure] for figure in measured)
 
     shown = watched.until(complete)
     assert shown["nodes"] == {"live": 2, "gone": 0, "unsteady": 0}
-    assert (shown["experts"], shown["replicas"]) == ({"live": 8, "total": 8}, 8)
     assert shown["layers"] == [{"layer": 0, "grid": [2, 2]}, {"layer": 1, "grid": [2, 2]}]
     assert shown["join"]["train"] == f"talkoot train --join {watched.invite}"
     assert shown["tokens_per_s"] > 0
@@ -188,24 +188,29 @@ def test_the_head_has_the_right_counts(watched: Watched) -> None:
 
 def test_nodes_and_trainers_say_what_they_do(watched: Watched) -> None:
     def all_worked(page: Any) -> bool:
-        return all(
+        return len(page["nodes"]) == 2 and all(
             row["state"] == "serving" and row["latency_ms"] and row["updates"] and row["rows"]
             for row in page["nodes"]
         )
 
+    def of_the_trainer(condition: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        """On a busy machine its record may expire before it is renewed."""
+        return lambda page: len(page["trainers"]) == 1 and condition(page["trainers"][0])
+
     nodes = watched.until(all_worked, "api/v1/nodes?sort=name")
     assert [row["name"] for row in nodes["nodes"]] == [HOSTILE, "kuusi"]
-    (trainer,) = watched.until(
-        lambda page: page["trainers"] and page["trainers"][0]["backward_p99_ms"], "api/v1/trainers"
-    )["trainers"]
+    (trainer,) = watched.until(of_the_trainer(lambda row: row["backward_p99_ms"]), "api/v1/trainers")[
+        "trainers"
+    ]
     assert (trainer["name"], trainer["state"], trainer["steps"]) == ("Aino", "training", 10**6)
-    watched.until(lambda page: page["trainers"][0]["step"] > trainer["step"], "api/v1/trainers")
-    watched.until(lambda page: page["trainers"][0]["validation_loss"], "api/v1/trainers")
+    watched.until(of_the_trainer(lambda row: row["step"] > trainer["step"]), "api/v1/trainers")
+    watched.until(of_the_trainer(lambda row: row["validation_loss"]), "api/v1/trainers")
 
 
 def test_what_trainers_sign_is_shown_beside_what_nodes_say_they_computed(watched: Watched) -> None:
     def all_signed(page: Any) -> bool:
-        return all(row["signed_pairs"] and row["signed_updates"] for row in page["nodes"])
+        signed = [row["signed_pairs"] and row["signed_updates"] for row in page["nodes"]]
+        return len(signed) == 2 and all(signed)
 
     page = watched.until(all_signed, "api/v1/leaderboard")
     assert (page["ranked"], [row["rank"] for row in page["nodes"]]) == (False, [None, None])
@@ -224,7 +229,7 @@ def test_memories_are_watched(watched: Watched) -> None:
     async def publish() -> None:
         await registries[0].publish_library([entry])
         for registry, roots in zip(registries, ([b"a" * 32, b"b" * 32], [b"a" * 32]), strict=True):
-            await registry.announce(entry.memory, {(0, 1): (ReplicaState.SERVING, roots)}, 60.0)
+            await registry.announce(entry.memory, {(0, 1): (ReplicaState.SERVING, roots)}, 300.0)
 
     watched.loop.run(publish(), LIMIT_S)
     page = watched.until(
@@ -241,7 +246,9 @@ def test_memories_are_watched(watched: Watched) -> None:
 
 
 def test_an_expert_tells_who_hosts_it_and_its_history(watched: Watched) -> None:
-    shown = watched.until(lambda e: e["series"] and e["series"][0]["points"], "api/v1/experts/0.1.0")
+    shown = watched.until(
+        lambda e: e["replicas"] and e["series"] and e["series"][0]["points"], "api/v1/experts/0.1.0"
+    )
     (replica,) = shown["replicas"]
     assert replica["state"] == "serving"
     assert replica["peer_id"] in {row["peer_id"] for row in watched.get("api/v1/nodes")["nodes"]}
@@ -400,7 +407,7 @@ def test_a_run_that_has_ended_is_shown_with_its_result(
         client.report(1, 2.5)
         watched.until(lambda page: (row := row_of(page)) and row["state"] == "own loop", "api/v1/trainers")
         client.report(2, 2.25, validation_loss=2.0)
-    page = watched.until(lambda page: row_of(page)["state"] == "finished", "api/v1/trainers")
+    page = watched.until(lambda page: (row := row_of(page)) and row["state"] == "finished", "api/v1/trainers")
     assert (row_of(page)["step"], row_of(page)["loss"], row_of(page)["validation_loss"]) == (2, 2.25, 2.0)
 
 
