@@ -172,7 +172,7 @@ def test_when_none_is_whole_that_is_said(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint in .* is whole: .* in another folder and without --res"
+        CheckpointError, match=r"all checkpoints in .* are broken: .* in another folder and without --res"
     ):
         load_checkpoint(tmp_path, SWARM)
     with pytest.raises(CheckpointError, match=r"3\.safetensors is not a whole checkpoint: it can't be read"):
