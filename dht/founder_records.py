@@ -97,7 +97,9 @@ class ManifestRecord:
 
 
 def _is_drawn(registry: Registry, rng: random.Random) -> bool:
-    """Every peer stores a founder's record now and then, so that the same few holders are not flooded all the time."""
+    """Whether it is this peer's turn to store a founder's record. Each peer does so now and then, so that the few
+    holders are not flooded.
+    """
     return rng.random() * registry.lookups.estimated_nodes < _KEPT_BY
 
 

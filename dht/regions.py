@@ -36,7 +36,8 @@ _SPLIT_FOR_S = 600.0
 prefix when it looks for one expert.
 """
 _READ_AGAIN_S = 3600.0
-"""How long hosts that a peer sees further down prolong that. Others may announce at the prefix again in the meantime.
+"""For this long after a peer has read that a prefix has split, hosts further down renew that knowledge. Then the prefix
+is read again, since others may announce there by now.
 """
 _WRITE_FOR_S = 300.0
 """How long a writer relies on having read that a region had not split. Others may crowd it in the meantime."""

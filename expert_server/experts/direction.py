@@ -16,7 +16,7 @@ from expert_server.experts.graphs import Rows
 
 _SIZE = 16
 _MOST_ROWS = 256
-"""Rows that are looked at."""
+"""The most rows of a call that a sketch is computed from."""
 _TINY = 1e-12
 
 
@@ -24,7 +24,7 @@ _TINY = 1e-12
 def _projections(width: int) -> Tensor:
     """Two random matrices [D, K] with orthonormal columns; K is at most D.
 
-    Only this process knows them: else gradients could be made that look harmless.
+    Only this process knows them. Otherwise a caller could make gradients that look harmless.
     """
     generator = torch.Generator().manual_seed(secrets.randbits(63))
     orthonormal: Tensor = torch.linalg.qr(torch.randn(2, width, _SIZE, generator=generator))[0]

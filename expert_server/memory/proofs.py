@@ -54,7 +54,7 @@ class ReplicaProofs:
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`revoked`: returns a memory's revoked passages. Of these a host has only a hash."""
+        """`revoked`: returns a memory's revoked passages. A host has only the hashes of those."""
         self._swarm = swarm
         self._revoked = revoked
         self._parts = parts

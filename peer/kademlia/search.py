@@ -134,7 +134,9 @@ class IterativeSearch:
         self._paths: dict[int, tuple[_Path, ...]] = {}
         """The paths on which each node may be asked."""
         self._charges: dict[int, tuple[_Path, int]] = {}
-        """What each asked node takes of the path on which it was asked. An answer returns it."""
+        """The path on which each node was asked, and how much of its budget that took. An answer gives the
+        budget back.
+        """
         self._asked: set[int] = set()
         self._answered: set[int] = set()
         self._awaited: set[int] = set()

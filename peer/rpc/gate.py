@@ -58,7 +58,9 @@ _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
 _STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
 """The rate of calls on one connection without a session."""
 _ABUSE_S = 1.0
-"""How far a caller may exceed its rate before it loses its connection: even refusing its calls would cost too much."""
+"""How many seconds' worth of calls a caller may exceed its rate by, before it loses its connection: even refusing its
+calls would cost too much.
+"""
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
 """How long the same fault is not logged again."""

@@ -369,7 +369,7 @@ def test_a_minority_that_flips_signs_is_held_back(honest: int, keys: int, size: 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(2, 4), st.integers(0, 10**6))
 def test_never_are_all_callers_held_back(count: int, dimensions: int, seed: int) -> None:
-    """Not even if each opposes most others, as three may in a plane."""
+    """This holds even if each caller opposes most others, as three may in a plane."""
     rng = np.random.default_rng(seed)
     callers, held = Callers(), {}
     for _ in range(8):
