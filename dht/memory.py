@@ -419,7 +419,7 @@ def _number(data: bytes, at: int) -> tuple[int, int]:
 
 def _part(sha256: bytes, size: int, most: int) -> Part:
     if not 0 < size <= most:
-        raise WireError(f"a part of a memory of {size} bytes; at most {most}")
+        raise WireError(f"a part of a memory has {size} bytes; at most {most} are allowed")
     return Part(_hash(sha256), size)
 
 
@@ -435,13 +435,13 @@ def _shard(entry: memory_pb2.ShardEntry, grid: tuple[int, ...]) -> ShardInfo:
         or not 1 <= entry.leaves <= MAX_LEAVES
         or not 0 < entry.size <= MAX_SHARD_BYTES
     ):
-        raise WireError("a shard that no memory can have")
+        raise WireError("the shard can't be in any memory")
     return ShardInfo(cell_of(entry.cell, grid), _hash(entry.root), entry.leaves, entry.size, entry.secondary)
 
 
 def _revoked(message: memory_pb2.RevokedPassages, shards: Sequence[ShardInfo]) -> Iterator[Place]:
     if message.shard >= len(shards) or shards[message.shard].is_secondary:
-        raise WireError("revoked passages of a shard that has no texts")
+        raise WireError("a shard without texts lists revoked passages")
     shard = shards[message.shard]
     for position in message.positions:
         if position >= shard.leaves:

@@ -548,7 +548,10 @@ def ask(
     join: Join = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Ask a folder of `talkoot export`, with the swarm's memory."),
+        typer.Option(
+            metavar="DIR",
+            help="Ask the model in a folder that `talkoot export` wrote, with the swarm's memory.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -304,7 +304,7 @@ class PrimaryShard(Shard):
             texts, vectors = self._texts(block), self._vectors_in(block)
             for number in np.flatnonzero(self._revoked[_block_rows(block)]).tolist():
                 if texts[number] or vectors[number].any() or block * BLOCK + number not in gone:
-                    raise WireError("a shard without a passage that was not revoked")
+                    raise WireError("the shard has no passage that is still valid")
 
     def text_at(self, position: int) -> Place:
         return Place(self.root, position)
@@ -425,7 +425,7 @@ class SecondaryShard(Shard):
         for position in np.flatnonzero(self._revoked):
             text = self.text_at(int(position))
             if vectors[position].any() or text.position not in revoked.get(text.root, ()):
-                raise WireError("a shard without a passage that was not revoked")
+                raise WireError("the shard has no passage that is still valid")
 
     def text_at(self, position: int) -> Place:
         number, there = self._references[position].tolist()

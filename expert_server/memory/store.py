@@ -255,7 +255,7 @@ def _read(path: Path, info: ShardInfo) -> tuple[PlainFile, bytes]:
     """A shard's file and its content. Raises WireError and OSError."""
     about = path.lstat()
     if not stat.S_ISREG(about.st_mode):
-        raise WireError("a shard that is no file")
+        raise WireError("the shard is not a file")
     if not 0 < about.st_size <= most_bytes(info):
         raise WireError(f"a shard of {about.st_size} bytes; at most {most_bytes(info)}")
     file = PlainFile(path)

@@ -58,7 +58,7 @@ def parse_tokenizer(text: str) -> Tokenizer:
     if not is_plain:
         raise DataError("this is not a tokenizer of byte pairs, or it has a dropout, a prefix or a suffix")
     if not is_bounded:
-        raise DataError("the steps of this tokenizer before byte pairs could take unlimited time or memory")
+        raise DataError("before it looks for byte pairs, this tokenizer could take unlimited time or memory")
     return ByteTokenizer() if is_bytes else load_tokenizer(text)
 
 

@@ -44,7 +44,7 @@ class Codebook:
         if centroids_CD.shape != (prod(grid), dimensions):
             raise WireError(f"a codebook of shape {centroids_CD.shape}; expected {(prod(grid), dimensions)}")
         if not (np.abs(centroids_CD) <= _LARGEST).all():
-            raise WireError("a codebook with numbers that are too large, or none")
+            raise WireError("the codebook has numbers that are too large, or values that are not numbers")
         return cls(centroids_CD)
 
     def to_bytes(self) -> bytes:

@@ -218,7 +218,7 @@ class DualEncoder:
         )
         weight = arrays["word_weight"]
         if weight.shape != (1,) or not 0 <= float(weight[0]) <= MAX_WORD_WEIGHT:
-            raise WireError("an encoder whose weight of words is no number from 0 to 4")
+            raise WireError("the encoder's weight of words is not a number from 0 to 4")
         if questions.dimensions != passages.dimensions:
             raise WireError("the vectors of the question encoder do not match those of the passage encoder")
         return cls(questions, passages, float(weight[0]))
@@ -260,20 +260,20 @@ def _parse_vocabulary(arrays: _Arrays, count: int) -> tuple[list[str], Floats]:
 
 def _check_numbers(numbers_V: Floats, words: int) -> None:
     if numbers_V.shape != (words,):
-        raise WireError(f"an encoder whose scales or rarities are not of its {words} words")
+        raise WireError(f"the encoder's scales or rarities do not fit its {words} words")
     if not ((numbers_V >= 0) & (numbers_V <= _LARGEST)).all():
-        raise WireError("an encoder with scales or rarities that are negative, too large or no numbers")
+        raise WireError("the encoder has scales or rarities that are negative, too large, or not numbers")
 
 
 def _parse_words(data: npt.NDArray[np.uint8], count: int) -> list[str]:
     if data.size > 4 * MAX_WORDS * MAX_WORD_CHARACTERS:
-        raise WireError("an encoder with too long a list of words")
+        raise WireError("the encoder's list of words is too long")
     try:
         words = data.tobytes().decode().split("\n")
     except UnicodeDecodeError as error:
-        raise WireError("an encoder whose words are no text") from error
+        raise WireError("the encoder's words are not text") from error
     if len(words) != count or len(set(words)) != count:
-        raise WireError(f"an encoder of {count} vectors, but not as many different words")
+        raise WireError(f"the encoder has {count} vectors, but not as many different words")
     for word in words:
         if len(word) > MAX_WORD_CHARACTERS or words_of(word) != [word]:
             raise WireError(f"an encoder with {printable(word, 40)!r} as a word")
