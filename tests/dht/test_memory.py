@@ -71,7 +71,7 @@ def test_what_moves_from_one_field_to_the_next_changes_the_leaf() -> None:
 
 
 def test_a_long_passage_is_refused() -> None:
-    with pytest.raises(WireError, match="longer"):
+    with pytest.raises(WireError, match="too long"):
         Passage.parse(memory_pb2.Passage(text="x" * (MAX_TEXT_CHARACTERS + 1)))
 
 

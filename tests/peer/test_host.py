@@ -199,7 +199,7 @@ def test_an_unreachable_bootstrap_is_said_at_once(
 ) -> None:
     monkeypatch.setattr("peer.host.DIAL_DEADLINE_S", 600.0)  # which is not waited for
     addresses = [tcp_address(closed_port, identities[n]) for n in (0, 2)]
-    with pytest.raises(UnreachableError, match="no bootstrap address answers") as caught:
+    with pytest.raises(UnreachableError, match="none of the bootstrap addresses answers") as caught:
         loop.run(start_and_stop(identities[1], addresses), 120)
     assert all(address in str(caught.value) for address in addresses)
 

@@ -100,7 +100,7 @@ def test_a_caller_beyond_its_budget_is_refused_and_another_is_served(run: Runner
         codes = [outcome.code for outcome in outcomes]
         assert codes[0] is StatusCode.OK
         assert codes[-1] is StatusCode.RESOURCE_EXHAUSTED
-        assert "come back in" in outcomes[-1].details
+        assert "try again in" in outcomes[-1].details
         updates = edge.updates()
         assert (await make(edge.as_another(), Call("backward", seed=9))).code is StatusCode.OK
         assert edge.updates() == updates + 1

@@ -172,7 +172,7 @@ def test_a_folder_without_the_founders_key_publishes_nothing(tmp_path: Path) -> 
     founded(tmp_path / "node")
     (tmp_path / "node" / "identity.key").unlink()
     with (
-        pytest.raises(SettingsError, match="does not have the key"),
+        pytest.raises(SettingsError, match="no longer has the key"),
         publisher_of(None, tmp_path / "node"),
     ):
         pass

@@ -99,11 +99,11 @@ def test_one_meeting_at_a_time(play: Play) -> None:
         one = await square.trainer(make_model(), 10)
         other = await square.trainer(make_model(), 10)
         one.exchange.begin()
-        with pytest.raises(ExpertError, match="averages with another"):
+        with pytest.raises(ExpertError, match="is averaging with another"):
             await other.average_with(square.info(one))
         one.exchange.end()
         other.exchange.begin()
-        with pytest.raises(ExpertError, match="averages with another"):
+        with pytest.raises(ExpertError, match="is averaging with another"):
             await other.average_with(square.info(one))
         other.exchange.end()
         await square.stepping(other.average_with(square.info(one)), one.part, other.part)

@@ -249,7 +249,7 @@ def test_what_the_context_can_not_hold_is_refused_and_passages_are_cut() -> None
     source = reader.source("why?", long)
     assert len(source) + reader.longest <= 64
     assert bytes(source).endswith(b"\nwhy?\n")
-    with pytest.raises(DataError, match="shorten it"):
+    with pytest.raises(DataError, match="shorten the question"):
         reader.source("w" * 60, long)
     with pytest.raises(DataError, match="another tokenizer"):
         reader.target(Question("why?", ("a" * 40,)))
@@ -262,7 +262,7 @@ def test_an_encoder_has_its_context_for_the_passage_and_the_question() -> None:
     source = reader.source("why?", Passage("x " * 400, "t", "s", 0, "MIT"))
     assert len(source) == 64
     assert bytes(source).endswith(b"\nwhy?\n")
-    with pytest.raises(DataError, match="shorten it"):
+    with pytest.raises(DataError, match="shorten the question"):
         reader.source("w" * 63, None)
     assert reader.target(Question("why?", ("a b",))) == (*b" a b", reader.end)
     assert reader.end == 256, "the model's own, which is no text"
