@@ -267,7 +267,7 @@ class Averaging:
             if error.code() is StatusCode.UNAUTHENTICATED:
                 self._service.sessions.ended(partner.peer_id, session)  # the next exchange opens another
             if error.code() is StatusCode.RESOURCE_EXHAUSTED:
-                said = f"{partner.peer_id} averages with another, or did so with this trainer a moment ago"
+                said = f"{partner.peer_id} is averaging with another trainer, or averaged with this one a moment ago"
                 raise ExpertError(error.code(), said) from error
             reason = f"{error.code().name}: {printable(error.details() or '')}"
             raise TransferError(f"{partner.peer_id} did not exchange: {reason}") from error
