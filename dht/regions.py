@@ -40,7 +40,9 @@ _READ_AGAIN_S = 3600.0
 is read again, since others may announce there by now.
 """
 _WRITE_FOR_S = 300.0
-"""How long a writer relies on having read that a region had not split. Others may crowd it in the meantime."""
+"""How long a writer relies on what it has read of a region: that it had not split, and how many announce there. Others
+may come and go in the meantime.
+"""
 _JUST_READ_S = 2.0
 _EMPTY_READS = 2
 """After this many empty reads in a row, a prefix counts as one where nobody announces."""
@@ -209,12 +211,17 @@ class RegionMap:
         `depth` coordinates.
 
         Of many hosts below an entry, a few renew it, chosen at random each time. Otherwise all would write to few keys.
+        The other hosts in its own region count for a while after the node has read it: they may be gone later.
         """
         hosts = 1
         for below in range(len(home[1]), depth, -1):
             seen = self._seen_above((home[0], (*home[1], 0)), below)
-            if seen is not None:
-                hosts *= max(1, seen.hosts if below == len(home[1]) else seen.active)
+            if seen is None:
+                continue
+            if below < len(home[1]):
+                hosts *= max(1, seen.active)
+            elif seen.read_at > self._now() - _WRITE_FOR_S:
+                hosts *= max(1, seen.hosts)
         return self._rng.random() * hosts < _RENEWED_BY
 
     def _seen_above(self, below: Prefix, depth: int) -> _Seen | None:

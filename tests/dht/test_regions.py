@@ -185,6 +185,8 @@ def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
     renewed = [sum(regions.renews_index(home, depth) for _ in range(6400)) for depth in (0, 1)]
     assert 40 < renewed[0] < 160
     assert 1000 < renewed[1] < 1600
+    clock.time += 301
+    assert all(regions.renews_index(home, 1) for _ in range(100)), "the others may be gone"
 
 
 def test_everybody_is_found_while_regions_split() -> None:
