@@ -308,10 +308,9 @@ class HostileSwarm:
         await until(lambda: all(c.exit_status is not None for c in children), _LEAVE_LIMIT_S)
         await self._children.stop()
         faults = [
-            f"{log.name}: {line[-_SHOWN:]}"
+            f"{log.name}: {fault}"
             for log in sorted(self._folder.glob("*.log"))
-            for line in log.read_text(errors="replace").splitlines()
-            if "Traceback" in line
+            for fault in tracebacks(log.read_text(errors="replace").splitlines())
         ]
         return faults + [f"process {pid} is left" for pid, began in self._pids.items() if _lives(pid, began)]
 
@@ -418,6 +417,16 @@ class HostileSwarm:
             text = log.read_text(errors="replace") if log.exists() else ""
             found |= set(_BANNED.findall(text))
         return found
+
+
+def tracebacks(lines: Sequence[str]) -> list[str]:
+    """The end of each line of a log that has a traceback in it, and of the exception below if the traceback is bare."""
+    found = []
+    for number, line in enumerate(lines):
+        if "Traceback" in line:
+            raised = next((below for below in lines[number + 1 :] if below[:1].strip()), "")
+            found.append(line[-_SHOWN:] + (f" {raised[-_SHOWN:]}" if not line.startswith("{") else ""))
+    return found
 
 
 def scraped(text: str) -> dict[tuple[str, str], float]:
@@ -545,7 +554,9 @@ def rows(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "seeds": len(pairs),
             "loss": statistics.fmean(mean_loss(run["losses"]) for run, _ in pairs),
             "of_calm": ratio,
-            "error": statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan,
+            "error": statistics.stdev(losses) / math.sqrt(len(losses))
+            if len(losses) > 1 and math.isfinite(ratio)
+            else math.nan,
             "speed": statistics.fmean(run["steps_per_s"] / calm["steps_per_s"] for run, calm in pairs),
             "experts_lost": statistics.fmean(run["experts_lost"] for run, _ in pairs),
             "hostile_banned": sum(len(run["hostile_banned"]) for run, _ in pairs),

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from operator import itemgetter
 from statistics import median_high
 from typing import NamedTuple
@@ -152,7 +152,7 @@ class Callers:
 
         A direction that is not finite is ignored, since no step follows from such gradients either.
         """
-        if not np.isfinite(direction).all():
+        if not isfinite(direction @ direction):
             return
         before = self._directions.pop(caller, None)
         if before is not None:
@@ -200,20 +200,19 @@ class Callers:
         groups = {name: self._group_of[name].name for name in self._directions}
         if len(set(groups.values())) == 1:  # they share a line, as in a school
             groups = {name: name for name in groups}
-        pulls: dict[str, NDArray[np.float64]] = {}
-        votes: dict[str, NDArray[np.float64]] = {}
+        own, others = self._directions[caller], set(groups.values()) - {groups[caller]}
+        votes: dict[str, float] = {}
         for name, direction in self._directions.items():
-            group = groups[name]
-            pulls[group] = pulls.get(group, 0.0) + direction
-            if name not in self._contrary and group != groups[caller]:
-                votes[group] = votes.get(group, 0.0) + direction
-        own = self._directions[caller]
-        against = sum(vote @ own < 0 for vote in votes.values())
-        if len(pulls) < 3 or against <= (len(pulls) - 1) / 2:
+            if name not in self._contrary and groups[name] in others:
+                votes[groups[name]] = votes.get(groups[name], 0.0) + float(direction @ own)
+        if len(others) < 2 or sum(vote < 0 for vote in votes.values()) <= len(others) / 2:
             return False
-        # at the end of training, those of honest callers come to nothing
+        pulls: dict[str, NDArray[np.float64]] = {}
+        for name, direction in self._directions.items():
+            pulls[groups[name]] = pulls.get(groups[name], 0.0) + direction
         sizes = [float(np.linalg.norm(pull)) for pull in pulls.values()]
         most = MOST_PULL * median_high(sizes)
+        # at the end of training, those of honest callers come to nothing
         together = sum(
             min(1.0, most / size) * pull for pull, size in zip(pulls.values(), sizes, strict=True) if size
         )

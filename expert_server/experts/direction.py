@@ -7,28 +7,25 @@ import secrets
 from functools import cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.linalg import vector_norm
 
 from expert_server.experts.graphs import Rows
 
 _SIZE = 16
 _MOST_ROWS = 256
 """The most rows of a call that a sketch is computed from."""
-_TINY = 1e-12
+_TINY = np.float32(1e-12)
 
 
 @cache
-def _projections(width: int) -> Tensor:
+def _projections(width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Two random matrices [D, K] with orthonormal columns; K is at most D.
 
     Only this process knows them. Otherwise a caller could make gradients that look harmless.
     """
-    generator = torch.Generator().manual_seed(secrets.randbits(63))
-    orthonormal: Tensor = torch.linalg.qr(torch.randn(2, width, _SIZE, generator=generator))[0]
-    return orthonormal
+    rng = np.random.default_rng(secrets.randbits(128))
+    of_inputs, of_gradients = np.linalg.qr(rng.standard_normal((2, width, _SIZE)))[0].astype(np.float32)
+    return of_inputs, of_gradients
 
 
 def direction_of(rows: Rows) -> NDArray[np.float64]:
@@ -40,8 +37,10 @@ def direction_of(rows: Rows) -> NDArray[np.float64]:
     step = -(-len(rows) // _MOST_ROWS)
     sample = slice(secrets.randbelow(step), None, step)
     of_inputs_DK, of_gradients_DK = _projections(rows.inputs.shape[1])
-    x_RK = rows.inputs[sample] @ of_inputs_DK
-    x_RK /= vector_norm(x_RK, dim=1, keepdim=True) + _TINY
-    g_RK = rows.gradients[sample] @ of_gradients_DK
-    sketch: NDArray[np.float64] = (g_RK.T @ x_RK).numpy().astype(np.float64).ravel()
-    return step * sketch
+    # of numpy, whose calls take a third as long as torch's: with narrow experts, this is most of the time
+    with np.errstate(over="ignore", invalid="ignore"):
+        x_RK = rows.inputs.numpy()[sample] @ of_inputs_DK
+        x_RK /= np.sqrt(np.einsum("rk,rk->r", x_RK, x_RK))[:, None] + _TINY
+        g_RK = rows.gradients.numpy()[sample] @ of_gradients_DK
+        sketch: NDArray[np.float64] = step * (g_RK.T @ x_RK).astype(np.float64).ravel()
+    return sketch

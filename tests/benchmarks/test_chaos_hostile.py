@@ -25,7 +25,16 @@ from benchmarks.chaos.attacks import (
     patches_of,
     tiny_calls,
 )
-from benchmarks.chaos.hostile import MOST_LOSS, HostilePlan, counts, hosts_of, lost_experts, rows, scraped
+from benchmarks.chaos.hostile import (
+    MOST_LOSS,
+    HostilePlan,
+    counts,
+    hosts_of,
+    lost_experts,
+    rows,
+    scraped,
+    tracebacks,
+)
 from benchmarks.chaos.overhead import Window, ratios, steps_in
 from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
@@ -196,6 +205,20 @@ def test_the_load_of_the_machine_cancels_out(loads: list[float], speed: float, c
     assert found["costs"]["checks"][0] == found["costs"]["steps"][0] == 0
 
 
+def test_a_fault_names_the_exception_of_a_bare_traceback() -> None:
+    lines = [
+        '{"event": "fine"}',
+        '{"exception": "Traceback ... ValueError: one"}',
+        '{"event": "other"}',
+        "Traceback (most recent call last):",
+        '  File "a.py", line 1',
+        "ValueError: two",
+    ]
+    one, two = tracebacks(lines)
+    assert one.endswith('ValueError: one"}')
+    assert two.endswith("ValueError: two")
+
+
 def test_counts_are_of_all_pages() -> None:
     page = """
 # TYPE talkoot_averagings_total counter
@@ -226,6 +249,7 @@ def test_the_report_compares_each_attack_with_the_calm_run_of_its_seed() -> None
         "0": {"calm": ran(2.0, 2.0), "dense-nan": ran(2.0, 2.1), "replicas-nan": ran(2.0, None)},
         "1": {"calm": ran(3.0, 3.0), "dense-nan": ran(3.3, 3.3)},
     }
+    runs["1"]["replicas-nan"] = ran(3.0, 3.0)
     found = rows(runs)
     assert found["dense-nan"]["of_calm"] == pytest.approx((1.025 + 1.1) / 2)
     assert found["dense-nan"]["reached"] is (found["dense-nan"]["of_calm"] <= MOST_LOSS)
