@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from memory_samples import SampleMemory
 from training_swarm import Founder, founded, talkoot
 
 from peer.loop import LoopThread
+from talkoot.model.opened import open_model
 from trainer_client.training.checkpoints import load_checkpoint
 
 WORDS = SampleMemory.with_words()
@@ -93,7 +95,20 @@ def test_what_can_not_be_is_one_clear_line(
 ) -> None:
     new = train(founder, tmp_path / "state", "--data", text)
     talkoot(*new, *READS, "--memory", "away").is_one_clear_line("away")
-    talkoot(*new, "--memory", NAME).is_one_clear_line("memory_chunk: 64 tokens", "see 16", "--memory-chunk 4")
+    talkoot(*new, "--memory", NAME).is_one_clear_line("memory_chunk: 64 tokens", "see only 16", "--memory-chunk 4")
     talkoot(*new, *READS, "--memory-layers", 2).is_one_clear_line("memory_layers: there is no layer 2")
-    export = ("export", "--join", founder.invite, "--state", trained, "--out", tmp_path / "model")
-    talkoot(*export, "--resume").is_one_clear_line("this run's model reads the memory", "talkoot serve")
+
+
+def test_a_model_that_reads_can_be_kept(founder: Founder, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    export = ("export", "--join", founder.invite, "--state", trained, "--out", out, "--wait-for-experts", 0)
+    ended = talkoot(*export, "--resume")
+    assert ended.status == 0, ended.err
+    assert f"the memory `{NAME}` of its swarm" in (out / "README.md").read_text()
+    opened = open_model(out)
+    assert opened.memory is not None
+    assert (opened.memory.memory, opened.answering) == (NAME, None)
+    run = max(trained.glob("runs/*/*"))
+    kept = load_checkpoint(run, run.parent.name).tensors
+    for name, tensor in opened.model.state_dict().items():
+        assert torch.equal(tensor, kept[f"model.{name}"]), name
