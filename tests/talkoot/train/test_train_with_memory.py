@@ -95,7 +95,9 @@ def test_what_can_not_be_is_one_clear_line(
 ) -> None:
     new = train(founder, tmp_path / "state", "--data", text)
     talkoot(*new, *READS, "--memory", "away").is_one_clear_line("away")
-    talkoot(*new, "--memory", NAME).is_one_clear_line("memory_chunk: 64 tokens", "see only 16", "--memory-chunk 4")
+    talkoot(*new, "--memory", NAME).is_one_clear_line(
+        "memory_chunk: 64 tokens", "see only 16", "--memory-chunk 4"
+    )
     talkoot(*new, *READS, "--memory-layers", 2).is_one_clear_line("memory_layers: there is no layer 2")
 
 
