@@ -79,7 +79,6 @@ class Callers:
     suit everybody, training ends where all gradients together come to nothing. Callers that are held back have no vote,
     so all of them never are.
 
-
     Keys cost nothing, so what counts is the group: the callers with one token, or those in one neighbourhood.
     """
 

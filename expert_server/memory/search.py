@@ -41,7 +41,7 @@ class _Block:
 
     rows_ND: Vectors
     used: int = 0
-    """Rows that are in use."""
+    """How many rows are taken, from the first on."""
     shards: dict[weakref.ref[Shard], slice] = field(default_factory=dict)
 
 

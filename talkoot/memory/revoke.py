@@ -60,7 +60,7 @@ class Selection:
 
     @classmethod
     def parse(cls, leaves: Sequence[str], text: str | None) -> Self:
-        """The selection from `--leaves` and `--text`. Raises SettingsError if it is not valid."""
+        """The selection from `--passage` and `--match`. Raises SettingsError if it is not valid."""
         if not leaves and not (text or "").strip():
             raise SettingsError(
                 "say which passages: --match TEXT, or --passage HASH as `talkoot search --json` prints it"
