@@ -144,7 +144,7 @@ def test_a_token_of_another_founder_or_swarm_lets_nobody_in(
     forged = make_badge(token_of(bob, swarm_id=keys_of(founder).swarm_id), alice.peer_id)
     denied(rules(founder), alice, forged, "signature is wrong")
     foreign = make_badge(token_of(founder, swarm_id="banya-123456789012"), alice.peer_id)
-    denied(rules(founder), alice, foreign, "of swarm 'banya")
+    denied(rules(founder), alice, foreign, "for swarm 'banya")
 
 
 def test_a_revoked_token_stays_revoked(founder: Identity, alice: Identity) -> None:

@@ -87,7 +87,7 @@ def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: st
         process.kill()
         process.communicate()
     assert process.returncode == 0, said
-    assert "cannot reach the swarm: no bootstrap address answers" in said
+    assert "cannot reach the swarm: none of the bootstrap addresses answers" in said
     assert "Traceback" not in said
     wait_until(lambda: gone(kin), "the end of its children")
 

@@ -157,7 +157,7 @@ def test_clock_that_is_off_is_named(doctor: Doctor, invite: Invite, monkeypatch:
 def test_swarm_that_does_not_answer_is_named(doctor: Doctor, invite: Invite) -> None:
     found = doctor(invite=invite)
     assert problems(found) == {"swarm"}
-    assert "no bootstrap address answers" in found["swarm"].fix
+    assert "none of the bootstrap addresses answers" in found["swarm"].fix
 
 
 def test_manifest_that_expires_soon_is_named(

@@ -245,7 +245,7 @@ def test_garbage_is_refused_in_words(running: Running, sent: bytes) -> None:
 
 def test_another_version_is_told_which_one_is_spoken(running: Running) -> None:
     answer = answer_to(running.state, b'{"version": 1, "command": "stop", "gently": true}\n')
-    assert "control version 1, the node 2" in answer["error"]
+    assert "control version 1, but the node speaks 2" in answer["error"]
     assert running.stops == 0
 
 

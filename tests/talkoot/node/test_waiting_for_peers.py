@@ -50,7 +50,7 @@ def test_a_newcomer_is_told_at_once(founder: Identity, tmp_path: Path) -> None:
     other = Invite(SwarmKeys("another", founder.peer_id), invite.bootstrap)
     remember(other, tmp_path)
     ended = run("node", "--join", str(invite), *STATED, str(tmp_path))
-    assert_one_clear_line(ended, "no bootstrap address answers", "network")
+    assert_one_clear_line(ended, "none of the bootstrap addresses answers", "network")
 
 
 def test_who_was_there_waits_and_leaves_at_once_when_told(founder: Identity, tmp_path: Path) -> None:

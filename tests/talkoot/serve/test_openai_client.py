@@ -149,8 +149,8 @@ def test_logprobs_of_a_chat_in_a_stream(client: OpenAI) -> None:
     ("request_", "status", "code", "said"),
     [
         ({"model": "town"}, 404, "model_not_found", "there is 'village'"),
-        ({"prompt": "x" * (CONTEXT + 1)}, 400, "context_length_exceeded", "context 64"),
-        ({"prompt": "x" * 100_000}, 400, "context_length_exceeded", "context 64"),
+        ({"prompt": "x" * (CONTEXT + 1)}, 400, "context_length_exceeded", "context is 64"),
+        ({"prompt": "x" * 100_000}, 400, "context_length_exceeded", "context is 64"),
         ({"prompt": ""}, 400, "invalid_value", "0 tokens"),
         ({"prompt": ["a", "b"]}, 400, "invalid_value", "prompt"),
         ({"prompt": [256]}, 400, "invalid_value", "from 0 to 255"),
