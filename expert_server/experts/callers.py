@@ -52,6 +52,15 @@ class _Step(NamedTuple):
     """The share of the step that each group of callers caused."""
 
 
+class _Pull(NamedTuple):
+    """Which way a caller's rows in the window move the expert."""
+
+    direction: NDArray[np.float64]
+    """The mean direction of the rows, times their number, roughly."""
+    weight: float
+    """The mean size of their gradients, times as many."""
+
+
 @dataclass
 class _Group:
     """Callers that may be one person."""
@@ -104,8 +113,7 @@ class Callers:
         """The median of the usual sizes, in which each group counts once."""
         self._sizes_since = 0
         """How many sizes were recorded since that median was computed."""
-        self._directions: dict[str, NDArray[np.float64]] = {}
-        """The mean direction of each caller's rows in the window, times their number, roughly."""
+        self._pulls: dict[str, _Pull] = {}
         self._contrary: set[str] = set()
         """Callers held back for their directions."""
         self._groups: dict[str, _Group] = {}
@@ -149,18 +157,26 @@ class Callers:
     def note_direction(self, caller: str, rows: int, direction: NDArray[np.float64]) -> None:
         """Records which way these rows would move the expert (`direction_of`), after `note_rows`.
 
-        A direction that is not finite is ignored, since no step follows from such gradients either.
+        A direction that is not finite is ignored, since no step follows from such gradients either. Earlier directions
+        count only as if their gradients had had at most `MOST_SIZE` times today's usual size: they may be from a time
+        when nobody else called, and nothing limited their size.
         """
         if not isfinite(direction @ direction):
             return
-        before = self._directions.pop(caller, None)
-        if before is not None:
-            direction = direction + (1 - rows / self._rows[caller]) * before
-        elif len(self._directions) == _MOST_DIRECTIONS:
-            names = Counter(self._group_of[name].name for name in self._directions)
+        most = MOST_SIZE * self._usual_size
+        weight = rows * min(most, self._sizes[caller][-1]) if caller in self._sizes else 0.0
+        if (before := self._pulls.pop(caller, None)) is not None:
+            earlier_rows = self._rows[caller] - rows
+            left = earlier_rows / self._rows[caller]
+            if earlier_rows and left * before.weight > most * earlier_rows:
+                left = most * earlier_rows / before.weight
+            direction = direction + left * before.direction
+            weight += left * before.weight
+        elif len(self._pulls) == _MOST_DIRECTIONS:
+            names = Counter(self._group_of[name].name for name in self._pulls)
             ((crowd, _),) = names.most_common(1)
-            del self._directions[next(n for n in self._directions if self._group_of[n].name == crowd)]
-        self._directions[caller] = direction
+            del self._pulls[next(n for n in self._pulls if self._group_of[n].name == crowd)]
+        self._pulls[caller] = _Pull(direction, weight)
         self._contrary.discard(caller)
         if self._opposes_most(caller):
             self._contrary.add(caller)
@@ -196,18 +212,18 @@ class Callers:
             self._forget_first()
 
     def _opposes_most(self, caller: str) -> bool:
-        groups = {name: self._group_of[name].name for name in self._directions}
+        groups = {name: self._group_of[name].name for name in self._pulls}
         if len(set(groups.values())) == 1:  # they share a line, as in a school
             groups = {name: name for name in groups}
-        own, others = self._directions[caller], set(groups.values()) - {groups[caller]}
+        own, others = self._pulls[caller].direction, set(groups.values()) - {groups[caller]}
         votes: dict[str, float] = {}
-        for name, direction in self._directions.items():
+        for name, (direction, _) in self._pulls.items():
             if name not in self._contrary and groups[name] in others:
                 votes[groups[name]] = votes.get(groups[name], 0.0) + float(direction @ own)
         if len(others) < 2 or sum(vote < 0 for vote in votes.values()) <= len(others) / 2:
             return False
         pulls: dict[str, NDArray[np.float64]] = {}
-        for name, direction in self._directions.items():
+        for name, (direction, _) in self._pulls.items():
             pulls[groups[name]] = pulls.get(groups[name], 0.0) + direction
         sizes = [float(np.linalg.norm(pull)) for pull in pulls.values()]
         most = MOST_PULL * median_high(sizes)
@@ -246,7 +262,7 @@ class Callers:
                     del self._groups[its.name]
                 self._sizes.pop(caller, None)
                 self._usual_sizes.pop(caller, None)
-                self._directions.pop(caller, None)
+                self._pulls.pop(caller, None)
                 self._contrary.discard(caller)
 
 

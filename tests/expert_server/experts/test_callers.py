@@ -424,8 +424,23 @@ def test_keys_of_one_group_push_out_the_directions_of_no_others() -> None:
         note(callers, f"honest {n}", true)
     for n in range(3 * _MOST_DIRECTIONS):
         assert note(callers, f"key {n}", -true, "one line")
-        assert len(callers._directions) <= _MOST_DIRECTIONS
-    assert {f"honest {n}" for n in range(5)} <= callers._directions.keys()
+        assert len(callers._pulls) <= _MOST_DIRECTIONS
+    assert {f"honest {n}" for n in range(5)} <= callers._pulls.keys()
+
+
+@pytest.mark.parametrize("keys", [1, 3])
+def test_nobody_earns_a_good_record_with_huge_gradients_while_no_others_call(keys: int) -> None:
+    """Their size is not limited then, and a record of that size would outweigh thousands of flipped calls."""
+    callers, true = Callers(), np.eye(8)[0]
+    for key in range(keys):
+        callers.note_rows(f"liar {key}", 64, 1e12, "liar")
+        callers.note_direction(f"liar {key}", 64, 1e12 * true)
+    held = 0
+    for _ in range(20):
+        for n in range(5):
+            assert not note(callers, f"honest {n}", true)
+        held += note(callers, "liar 0", -true, "liar")
+    assert held >= 15
 
 
 def test_a_direction_that_is_not_finite_changes_nothing() -> None:
