@@ -33,7 +33,7 @@ class StepOutcome(Flag):
     ROLLED_BACK = auto()
     """The parameters had turned bad, and the expert returned to its last good state."""
     WITHHELD = auto()
-    """Its callers had caused more than their share of the steps."""
+    """Its callers were held back (`Callers`)."""
 
 
 class Guard:

@@ -71,7 +71,7 @@ class RuntimeMetrics:
         )
         self.withheld_updates: Counter = Counter(
             "talkoot_withheld_updates",
-            "Backward work without a step, as its caller had caused more than its share of them.",
+            "Backward work without a step, as its caller was held back.",
             registry=metrics,
         )
         self.clipped_rows: Counter = Counter(
