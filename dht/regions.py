@@ -47,9 +47,11 @@ _JUST_READ_S = 2.0
 _EMPTY_READS = 2
 """After this many empty reads in a row, a prefix counts as one where nobody announces."""
 _RENEWED_BY = 8
-"""How many hosts renew an index entry in each period, on average, without those whose turn it is because they did not
-the last time. The entry lives for three periods.
-"""
+"""How many hosts renew an index entry in each period, on average."""
+INDEX_LIVES = 2
+"""How long an index entry lives, in lifetimes of an announcement, which are three periods each."""
+_LEFT_TO_OTHERS = 4
+"""How often in a row a host may leave an index entry to others, so that the entry outlives that."""
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
 
 
@@ -117,8 +119,8 @@ class RegionMap:
         self._rng = rng
         self._seen = BoundedDict[tuple[Prefix, int], _Seen](_REMEMBERED)
         self._just_read = BoundedDict[Prefix, tuple[float, frozenset[int], Region]](_REMEMBERED_JUST_READ)
-        self._passed_over = BoundedDict[Prefix, bool](_REMEMBERED)
-        """Index entries that this peer left to others the last time."""
+        self._left_to_others = BoundedDict[Prefix, int](_REMEMBERED)
+        """How many times in a row this peer has left an index entry to others."""
 
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
         """Records what this peer has just read, with these pieces of the index."""
@@ -214,12 +216,13 @@ class RegionMap:
         """Whether a node that announces in a region should now renew the index entry that leads there from the first
         `depth` coordinates.
 
-        Of many hosts below an entry, a few renew it, chosen at random each time, and those that did not the last time.
-        Otherwise all would write to few keys each time. The other hosts in its own region count for a while after the
-        node has read it: they may be gone later.
+        Of many hosts below an entry, a few renew it, chosen at random each time. Otherwise all would write to few keys.
+        But others only say that they are there, so no host leaves an entry to them for as long as it lives. The other
+        hosts in its own region count for a while after the node has read it: they may be gone later.
         """
         entry = prefix_of(home, depth + 1)
-        if self._passed_over.pop(entry, False):  # others only say that they are there
+        left = self._left_to_others.pop(entry, 0)
+        if left == _LEFT_TO_OTHERS:
             return True
         hosts = 1
         for below in range(len(home[1]), depth, -1):
@@ -230,10 +233,10 @@ class RegionMap:
                 hosts *= max(1, seen.active)
             elif seen.read_at > self._now() - _WRITE_FOR_S:
                 hosts *= max(1, seen.hosts)
-        renews = self._rng.random() * hosts < _RENEWED_BY
-        if not renews:
-            self._passed_over[entry] = True
-        return renews
+        if self._rng.random() * hosts < _RENEWED_BY:
+            return True
+        self._left_to_others[entry] = left + 1
+        return False
 
     def _seen_above(self, below: Prefix, depth: int) -> _Seen | None:
         """What was seen under the first `depth` coordinates of a longer prefix, for the piece with its

@@ -40,7 +40,7 @@ from dht.records import (
     shards_of,
     sign_record,
 )
-from dht.regions import CROWDED_BYTES, Prefix, Region, RegionMap, pieces_of, prefix_of
+from dht.regions import CROWDED_BYTES, INDEX_LIVES, Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.uid import UID
 from peer import clock
 from peer.bounded import BoundedDict
@@ -312,10 +312,12 @@ class Registry:
             (key, me): Item(key, me, self.seal(payload), expires_at)
         }
         if hosted:
+            now = self.now()
+            index_until = now + min(INDEX_LIVES * (expires_at - now), MAX_LIFETIME_S)
             for depth, following in enumerate(coordinate):
                 if self.regions.renews_index(home, depth):
                     index = self.keys.index(layer, coordinate[:depth], following)
-                    items[index, following] = Item(index, following, index, expires_at)
+                    items[index, following] = Item(index, following, index, index_until)
         return items
 
     def later(self, key: str, expires_at: float) -> float:

@@ -184,21 +184,22 @@ def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
     regions.note(home, [], Region({}, frozenset(), 40, 0))
     regions.note((0, (2,)), [0], Region({}, frozenset(range(16)), 0, 0))
     renewed = [sum(regions.renews_index(home, depth) for _ in range(6400)) for depth in (0, 1)]
-    assert 3200 < renewed[0] < 3300
-    assert 3500 < renewed[1] < 4000
+    assert 1280 <= renewed[0] < 1500
+    assert 1500 < renewed[1] < 2500
     clock.time += 301
     assert all(regions.renews_index(home, 1) for _ in range(100)), "the others may be gone"
 
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(depth: int) -> None:
-    """An entry lives for three periods."""
+    """An entry lives for six periods."""
     clock = Clock()
     regions, home = RegionMap(clock.now, random.Random(1)), (0, (2, 3))
     regions.note(home, [], Region({}, frozenset(), 4096, 0))
     regions.note((0, (2,)), [0], Region({}, frozenset(range(128)), 0, 0))
     renewed = [regions.renews_index(home, depth) for _ in range(1000)]
-    assert all(a or b for a, b in pairwise(renewed))
+    times = [time for time, renews in enumerate(renewed) if renews]
+    assert max(after - before for before, after in pairwise(times)) == 5
 
 
 def test_everybody_is_found_while_regions_split() -> None:
