@@ -21,7 +21,7 @@ AN_UID = UID(0, (1, 0))
 def files_of_the_guide() -> dict[str, str]:
     """Each code block, by the file name at the beginning of the paragraph before it."""
     found = re.findall(
-        r"`(\S+)` (?:says|holds)[^\n]*:\n\n```\w+\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL
+        r"`(\S+)` (?:gives|contains)[^\n]*:\n\n```\w+\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL
     )
     return dict(found)
 

@@ -311,7 +311,7 @@ def test_status_tells_what_the_page_shows(http: httpx.Client, address: str, mode
 def test_a_model_of_a_prefix_needs_so_many_tokens(loop: LoopThread, http: httpx.Client) -> None:
     with served(loop, small_model(prefix=4)) as address:
         answer = http.post(f"{address}v1/completions", json=ASKED | {"prompt": "abc"})
-        assert "from 4 or more" in refused(answer, 400, "invalid_value")
+        assert "needs 4 or more" in refused(answer, 400, "invalid_value")
         assert http.post(f"{address}v1/completions", json=ASKED).status_code == 200
 
 
