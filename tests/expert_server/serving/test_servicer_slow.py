@@ -146,7 +146,9 @@ def test_graphs_of_a_caller_that_reads_no_answer_are_the_caches_and_count_there(
             await wait_until(lambda: total(edge.runtime.metrics.rows) == count)
             await wait_until(lambda: [len(kept.graphs) for kept in edge.cache._cached.values()] == [3])
             stream.cancel()
-        await wait_until(lambda: edge.memory.used == edge.cache.bytes == 0)
+        await wait_until(lambda: edge.memory.used == 0)
+        # unless all three were computed before the answer began: then it counts as given
+        assert edge.cache.bytes == 0 or all(kept.is_complete for kept in edge.cache._cached.values())
 
     run(scenario, max_kept_bytes=2**28)
 
