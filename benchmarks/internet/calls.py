@@ -32,9 +32,9 @@ _QUEUES_EVERY_S = 0.1
 _FORWARD, _BACKWARD = 1 / 3, 2 / 3
 """How the computing for a row is shared between the forward and the backward call."""
 _HEADER_BYTES, _BYTES_OF_EXPERT = 180, 12
-_BYTES_OF_ROW, _BYTES_OF_SLOT, _BYTES_OF_PRODUCT = 2, 6, 4
-"""Bytes in messages, as in `expert.proto`: for the position of a row; for each row and weight of an expert; for each
-product.
+_BYTES_OF_ROW, _BYTES_OF_SLOT, _BYTES_OF_PRODUCT = 2, 4, 2
+"""Bytes in messages, as in `expert.proto` with codecs other than fp32: for the position of a row; for each row and
+weight of an expert; for each product.
 """
 _LONGEST_RETRY_S, _LEAST_RETRY_S = 30.0, 0.05
 _UPDATE = np.float32(0.1)
