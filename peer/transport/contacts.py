@@ -24,7 +24,7 @@ LIFETIME_S = 3600.0
 """The longest lifetime of a contact."""
 MAX_ADDRESSES = 8
 MAX_CONTACT_BYTES = 4096
-"""The limit for a contact, which fits the longest addresses. A usual one has 1,400 bytes."""
+"""The limit for a contact, which fits the longest addresses. A usual one has 1,100 bytes."""
 _MAX_SIGNATURE_BYTES = 512
 """The limit for a signature: that of a key of 4096 bits."""
 _OVERHEAD_BYTES = 16
