@@ -4,6 +4,7 @@ Shapes: Q queries, N passages of a shard, D numbers in a vector.
 """
 
 import threading
+import timeit
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ NO_SCORE = -(2**31)
 _CACHE_BYTES, _BLOCK_BYTES = 2**26, 2**21
 _FEWEST_DIMENSIONS = 16
 """The fewest dimensions for which torch's product of bytes is used: with a single one, its result is wrong."""
-_ROWS = 4096
+_ROWS = 2048
 """Vectors that are multiplied at a time, if they must be converted to floats first."""
 
 
@@ -238,7 +239,7 @@ def search_together(
         products, order, end = np.empty((len(some), count), np.int32), list[int](), 0
         for rows_ND, together in _one_by_one(shards) if vectors is None else vectors.stretches(shards):
             begin, end = end, end + len(rows_ND)
-            products[:, begin:end] = _inner_products(some, rows_ND)
+            _inner_products(some, rows_ND, products[:, begin:end])
             order += together
             for number in together:
                 shard = shards[number]
@@ -260,25 +261,36 @@ def _one_by_one(shards: Sequence[Shard]) -> Iterator[Stretch]:
     return ((shard.vectors(), [number]) for number, shard in enumerate(shards))
 
 
-def _inner_products(queries: torch.Tensor, rows_ND: Vectors) -> NDArray[np.int32]:
-    """The products of all pairs. (Q, N)"""
+def _inner_products(queries: torch.Tensor, rows_ND: Vectors, products_QN: NDArray[np.int32]) -> None:
+    """Writes the products of all pairs to `products_QN`."""
     # torch warns of arrays that are not writable, and takes an axis of one row for what numpy says of it
     own = rows_ND.flags.writeable and rows_ND.strides == (rows_ND.shape[1], 1)
-    columns = torch.from_numpy(rows_ND if own else rows_ND.copy()).T
-    if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes_exactly():
-        whole: NDArray[np.int32] = torch._int_mm(queries, columns).numpy()
-        return whole
-    # sums of up to 1024 products of signed bytes are whole numbers up to 2^24, which float32 holds exactly
-    left, count = queries.float(), columns.shape[1]
-    parts = [left @ columns[:, at : at + _ROWS].float() for at in range(0, count, _ROWS)]
-    return torch.cat(parts, 1).to(torch.int32).numpy()
+    rows, found = torch.from_numpy(rows_ND if own else rows_ND.copy()), torch.from_numpy(products_QN)
+    if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes():
+        found.copy_(torch._int_mm(queries, rows.T))
+    else:
+        _float_products(queries, rows, found)
+
+
+def _float_products(queries: torch.Tensor, rows: torch.Tensor, found: torch.Tensor) -> None:
+    """Sums of up to 1024 products of signed bytes are whole numbers up to 2^24, which float32 holds exactly."""
+    left, floats = queries.float(), torch.empty(min(len(rows), _ROWS), rows.shape[1])
+    for at in range(0, len(rows), _ROWS):
+        some = rows[at : at + _ROWS]
+        floats[: len(some)] = some
+        found[:, at : at + len(some)] = left @ floats[: len(some)].T
 
 
 @cache
-def _multiplies_bytes_exactly() -> bool:
-    """Whether torch's product of bytes is exact here, which is several times as fast. On some processors, sums
-    saturate.
+def _multiplies_bytes() -> bool:
+    """Whether torch's product of bytes is exact here, and faster than products of floats.
+
+    On some processors, its sums saturate. On those that have no instruction for it, it takes up to 20 times as long.
     """
+    return _is_exact() and _is_fast()
+
+
+def _is_exact() -> bool:
     rng = np.random.default_rng(0)
     for queries, dimensions in ((1, 256), (5, 1024), (64, 250)):
         rows = rng.integers(-128, 128, (queries + 66, dimensions), np.int8)
@@ -292,3 +304,11 @@ def _multiplies_bytes_exactly() -> bool:
         if not torch.equal(found.long(), left.long() @ right.long().T):
             return False
     return True
+
+
+def _is_fast() -> bool:
+    queries, rows = torch.ones(8, 256, dtype=torch.int8), torch.ones(_ROWS, 256, dtype=torch.int8)
+    found = torch.empty(len(queries), len(rows), dtype=torch.int32)
+    ways = (lambda: torch._int_mm(queries, rows.T)), (lambda: _float_products(queries, rows, found))
+    as_bytes, as_floats = (min(timeit.repeat(way, number=1, repeat=5)) for way in ways)
+    return as_bytes < as_floats

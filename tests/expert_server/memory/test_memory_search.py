@@ -54,13 +54,16 @@ def test_search_is_exact_and_never_finds_what_was_revoked(
         assert scores[row].tolist() == exact[row, best].tolist()
 
 
+EXACT_BYTES = search._is_exact()
+
+
 @given(st.lists(shards(), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
 @settings(deadline=None)
 def test_shards_are_searched_together_as_one(
     built: list[tuple[list[Passage], Vectors]], k: int, has_instructions: bool
 ) -> None:
-    """Tested with and without the processor's instructions for products of bytes."""
-    dimensions = 18  # enough for the processor's products of bytes
+    """Tested with torch's products of bytes, where they are exact, and with those of floats."""
+    dimensions = 18  # enough for products of bytes
     some, every = [], []
     for number, (passages, vectors) in enumerate(built):
         vectors = np.resize(vectors, (len(passages), dimensions))
@@ -68,8 +71,7 @@ def test_shards_are_searched_together_as_one(
         every += [(number, position, vector) for position, vector in enumerate(vectors.astype(int))]
     query = np.array([-128, 127, 5, -3, 0, 1, 77, -77, 2], np.int8).repeat(2)
     with pytest.MonkeyPatch.context() as patched:
-        if not has_instructions:
-            patched.setattr(search, "_multiplies_bytes_exactly", lambda: False)
+        patched.setattr(search, "_multiplies_bytes", lambda: has_instructions and EXACT_BYTES)
         found = search_together(some, query[None], k)
     ranked = sorted(
         (-int(query.astype(int) @ vector), number, position) for number, position, vector in every
