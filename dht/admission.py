@@ -1,8 +1,8 @@
 """Who may take part in a swarm: the founder's tokens, the badges that peers make from them, and each peer's denylist.
 
-A token has a key of its own, and the founder's signed grant names that key. A peer signs its PeerID with the key; grant
-and signature together are its badge. So anybody who holds a token can join with it, while a badge is of no use to
-anybody who sees it.
+A token has its own key, and the founder's signed grant names that key. A peer signs its PeerID with the key; grant and
+signature together are its badge. So anybody who holds a token can join with it, but nobody can use another peer's
+badge.
 """
 
 import logging
@@ -90,7 +90,7 @@ class Grant:
 
 
 class Denylist:
-    """The peers that this one neither calls nor answers: those named at the start, and those in a file.
+    """The peers that this one neither calls nor answers: those named in its settings, and those in a file.
 
     The file has one PeerID per line; text after a `#` is a comment. The owner can edit it at any time.
     """
@@ -270,7 +270,7 @@ class SwarmAdmission:
             raise RecordError(f"a {grant.role.word}'s token does not allow a record of kind {body!r}")
 
     def check_own(self, badge: admission_pb2.Badge, peer_id: PeerID) -> None:
-        """Raises RecordError if other peers don't accept this badge, or no longer do."""
+        """Raises RecordError if other peers would refuse this badge."""
         self._granted(badge, peer_id)
 
     def _granted(self, badge: admission_pb2.Badge | None, peer_id: PeerID) -> Grant:

@@ -169,7 +169,7 @@ class TrainerInfo:
     relay_addresses: tuple[Multiaddress, ...] = ()
     """Addresses of its gRPC server through relays over gRPC."""
     left: bool = False
-    """Whether it has left in an orderly way, with these figures."""
+    """Whether it has left in an orderly way. The record then has its last figures."""
 
     @property
     def is_own_loop(self) -> bool:
@@ -229,9 +229,8 @@ class ReplicaAnnouncement:
 
 
 class ClaimAges:
-    """Since when this peer has seen each claim. The claims give a time too, but may lie.
-
-    A node that claims an expert for ever and never serves it does not keep others from serving it.
+    """When this peer first saw each claim: a time in the claim itself could be a lie. So a node that claims an expert
+    for ever and never serves it does not keep others from serving it.
     """
 
     def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
@@ -332,8 +331,7 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
 def announced(
     replicas: Collection[ReplicaAnnouncement], depth: int, queued_rows: int
 ) -> records_pb2.RecordPayload:
-    """A record's announcement of a node's replicas that share their first `depth` coordinates.
-
+    """The body of a record that announces a node's replicas, which share their first `depth` coordinates.
     `queued_rows`: rows that wait at the node, over all its experts.
     """
     messages = [replica.message(depth) for replica in replicas]
@@ -407,9 +405,7 @@ def _relayed(peer_id: PeerID, texts: Iterable[str]) -> tuple[Multiaddress, ...]:
 
 
 def _is_numeric(endpoint: Endpoint) -> bool:
-    """Whether the endpoint is the IP address of a machine. A name would be looked up, and lead wherever its owner
-    likes.
-    """
+    """Whether the endpoint is an IP address. A name would be looked up, and its owner could let it lead anywhere."""
     return endpoint.scope not in {None, AddressScope.NONE}
 
 

@@ -37,7 +37,9 @@ class Selection:
 
 
 def default_beam_size(k: int) -> int:
-    """k prefixes are enough if all experts are live. If 1 in 10 is, 4 k prefixes find 98% (top-4 on 32 × 32)."""
+    """k prefixes are enough if all experts are live. If one in ten is live, 4 k prefixes find 98% of the best experts
+    (top-4 on 32 × 32).
+    """
     return max(16, 4 * k)
 
 
@@ -51,8 +53,8 @@ def select_experts(
     """The k live experts with the highest scores, for each row.
 
     `scores` has one float32 [R, G_d] per grid dimension. `alive[d]` is a bool array of shape `grid[: d + 1]`, True
-    where that prefix (in the last dimension: that expert) is live. Of equal scores the lower coordinate wins. If fewer
-    than k experts are found, the last slots of the row are invalid.
+    where that prefix (in the last dimension: that expert) is live. If scores are equal, the lower coordinate wins. If
+    fewer than k experts are found, the last slots of the row are invalid.
 
     The result is exact if `beam_size` is at least the number of live prefixes in every dimension but the last, or if it
     is at least k and every expert is live. Otherwise, a wider beam is never worse on a grid of one or two dimensions;
@@ -62,7 +64,7 @@ def select_experts(
     dead, as when records expire at different times, takes no slot of the beam. Nothing is found below a dead prefix.
 
     `bias`, float32 of the grid's shape and finite, is added to the scores of experts, and is part of the returned
-    scores. With a bias, up to 4,096 live experts are weighed one by one, so that the result is exact. Among more
+    scores. With a bias, up to 4,096 live experts are scored one by one, so that the result is exact. Among more
     experts, a prefix is ranked by its scores plus the largest bias of the live experts below it.
 
     A score beyond ±1e30 counts as ±1e30 and NaN as the lowest: a diverged gate still chooses live experts.
@@ -119,7 +121,7 @@ def _largest_biases(bias: Floats, tables: Sequence[Booleans]) -> list[Floats]:
 
 
 def _weighed(scores: Sequence[Floats], alive: Sequence[Booleans], k: int, bias: Floats) -> Integers:
-    """The keys of each row's best k experts, found by weighing all live ones: [R, k]."""
+    """The keys of each row's best k experts, found by scoring all live ones: [R, k]."""
     live = alive[-1]
     for d, marked in enumerate(alive[:-1]):
         live = live & marked.reshape(*marked.shape, *[1] * (live.ndim - 1 - d))
@@ -231,7 +233,7 @@ def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> 
 
 
 def _keys(scores: Floats, prefixes: Integers, live: Booleans) -> Integers:
-    """Integers that sort by (live, score, lower prefix), so that ties don't depend on the selection algorithm."""
+    """Integers that sort by (live, score, lower prefix), so that the choice between equal scores is deterministic."""
     bits = scores.view(np.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     return (np.where(live, order, _DEAD).astype(np.int64) << 32) + (_LOW_32 - prefixes)
@@ -284,8 +286,8 @@ class PrefixIndex:
         self.alive[-1][expert] = False
 
     def tables(self, passed_over: Booleans | None = None) -> list[Booleans]:
-        """`alive` without the experts in `passed_over`, a table of the grid, and without prefixes known to lead to no
-        expert.
+        """`alive` without the experts in `passed_over` (a bool array of the grid's shape), and without prefixes that
+        lead to no expert.
         """
         tables = [self.alive[-1] if passed_over is None else self.alive[-1] & ~passed_over]
         for active, is_known in zip(self.alive[-2::-1], self._known[:0:-1], strict=True):

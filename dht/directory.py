@@ -42,14 +42,14 @@ _SAMPLED = 64
 are alive.
 """
 _DOUBTED = 16
-"""How many experts without a prefix that leads to them a refresh still looks for, drawn at random."""
+"""How many experts a refresh looks for although no prefix leads to them. They are drawn at random."""
 _MOST_STRETCHED = 20
 """The longest time between two refreshes, as a multiple of the wanted time."""
 _SEARCH_ROUNDS = 4
 """How often a search continues after it has found experts that nobody hosts."""
 _GUESSED, _MOST_GUESSED = 3, 64
-"""Before a layer's first search knows which experts are active, it reads this many for each one wanted, and this many
-in all.
+"""A layer's first search guesses which experts are active. It reads this many for each one wanted, and at most this
+many.
 """
 
 NOBODY: frozenset[PeerID] = frozenset()
@@ -151,7 +151,9 @@ class Directory:
         self._rng = rng or random.SystemRandom()
         self._indices: dict[int, PrefixIndex] = {}
         self._hurried: set[UID] = set()
-        """Experts that may have more hosts than the view shows, announced further down. A refresh reads them all."""
+        """Experts that may have more hosts than the view shows, because some are announced under longer prefixes. A
+        refresh reads them all.
+        """
         self._gone: dict[PeerID, float] = {}
         """Peers that were found dead, and when the node record that they had expires."""
 
@@ -230,7 +232,7 @@ class Directory:
         experts. The search reads the prefixes on the way of a beam search by the scores alone, then the experts that
         are best with the bias. If all of that is known, it reads nothing. The first search for few rows also reads, in
         parallel, the experts that would be best if all were active: most of the right ones are among them, which saves
-        a round trip. Rows that found experts which can't be called continue, each time twice as far. Raises
+        a round trip. If a row found experts that can't be called, its search continues, each time twice as far. Raises
         UnreachableError.
         """
         index, room, width = self._index(layer), _MAX_READ, default_beam_size(k)
@@ -309,9 +311,7 @@ class Directory:
                     index.note(coordinate, active)
 
     async def _read_experts(self, uids: Collection[UID]) -> None:
-        """Adds the experts to the view, even those that nobody hosts. If there are too many, those are dropped first,
-        then the oldest.
-        """
+        """Adds the experts to the view. If there are too many, it drops those that nobody hosts, then the oldest."""
         if not uids:
             return
         is_hurried = len(uids) <= _MOST_GUESSED
@@ -321,8 +321,8 @@ class Directory:
             await self._read_hidden()
 
     async def _read_hidden(self, avoided: frozenset[PeerID] = NOBODY) -> None:
-        """Reads further down for experts whose known hosts can't be called or are avoided: others may announce them
-        there.
+        """Reads longer prefixes for experts whose known hosts can't be called or are avoided: other hosts may announce
+        them there.
         """
         hosted = [uid for uid in self._hurried if self.view.replicas.get(uid)]
         hidden = [uid for uid in hosted if not self.view.hosts(uid, avoided)]

@@ -2,7 +2,7 @@
 
 Every peer stores them again and again, so that they outlive the peers that held them. The founder signs each of them
 again when half of its lifetime has passed. A peer with a state folder saves both there too. So it can restart when
-nobody gives it the manifest, and knows from the start which tokens are revoked.
+nobody sends it the manifest, and knows from the start which tokens are revoked.
 """
 
 import logging
@@ -77,10 +77,8 @@ class ManifestRecord:
             await self._registry.republish(keys.manifest, self.data, self.expires_at)
 
     async def look(self) -> bool:
-        """Adopts a newer record if there is one. Returns whether it looked: once an hour, in the second half of the
-        lifetime.
-
-        Raises UnreachableError.
+        """Adopts a newer record if there is one. It looks once an hour, in the second half of the lifetime, and returns
+        whether it did. Raises UnreachableError.
         """
         now = self._now()
         if now < max(self.expires_at - _RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
@@ -97,8 +95,8 @@ class ManifestRecord:
 
 
 def _is_drawn(registry: Registry, rng: random.Random) -> bool:
-    """Whether it is this peer's turn to store a founder's record. Each peer does so now and then, so that the few
-    holders are not flooded.
+    """Whether it is this peer's turn to store a founder's record, decided at random. If all peers did so in each round,
+    they would flood the few holders.
     """
     return rng.random() * registry.lookups.estimated_nodes < _KEPT_BY
 

@@ -36,7 +36,7 @@ spaces.
 """
 _MAX_CHARACTERS = 4096
 _MOST_LINES = 256
-"""Over how many lines a mail program may have wrapped an invite."""
+"""The most lines over which a mail program may have wrapped an invite."""
 _MAX_ADDRESSES = 16
 _LONGEST_FILE = 8192
 """At most this many characters of a file are read."""
@@ -48,7 +48,7 @@ class Invite:
 
     keys: SwarmKeys
     bootstrap: tuple[Multiaddress, ...]
-    """All of them are tried at the same time."""
+    """Addresses, which are all tried at the same time."""
     token: bytes = field(default=b"", repr=False)
     """A serialized Token, which is a secret: in a swarm that admits by token, it admits its holder. May be empty."""
 
@@ -146,7 +146,7 @@ class IssuedInvite(BaseModel):
     serial: int = Field(gt=0, lt=2**32)
     role: Role
     name: str
-    """Whom it is for, in the founder's words."""
+    """The name that the founder gave to the invited person."""
     made_at: float
     expires_at: float
     revoked: bool = False

@@ -69,7 +69,7 @@ class LibraryEntry:
     manifest: Part
     revision: int
     passages: int
-    """Passages. Each counts once, although it lies in two cells."""
+    """The number of passages. Each counts once, although it lies in two cells."""
     total_bytes: int
     """The size of all shards, in bytes."""
     licenses: tuple[str, ...]
@@ -236,9 +236,8 @@ class MemoryRegistry:
         cells: Mapping[Cell, tuple[ReplicaState, Collection[bytes]]],
         lifetime_s: float,
     ) -> None:
-        """Announces which shards of each cell this peer hosts, by their roots or the first 8 bytes of those.
-
-        Marks every coordinate on the way there as active. Raises UnreachableError.
+        """Announces which shards of each cell this peer hosts, by their roots or the first 8 bytes of these. Marks
+        every coordinate on the way to the cells as active. Raises UnreachableError.
         """
         expires_at = self._registry.now() + lifetime_s
         items: dict[tuple[str, int | bytes], Item] = {}
@@ -384,7 +383,7 @@ def with_entry(library: Sequence[LibraryEntry], entry: LibraryEntry) -> tuple[Li
 
 
 def find_memory(libraries: Mapping[PeerID, Sequence[LibraryEntry]], name: str | None) -> LibraryEntry:
-    """The memory of that name or id; None: the only one. Raises LibraryError, which names those that there are."""
+    """The memory of that name or id; None: the only one. Raises LibraryError, which lists the memories."""
     listed = [entry for entries in libraries.values() for entry in entries]
     if not listed:
         raise LibraryError("no memory is published in this swarm: `talkoot memory publish` publishes one")

@@ -1,4 +1,4 @@
-"""Staying in a swarm: known peers on disk, and a watchdog that rejoins by them if this peer is isolated."""
+"""Staying in a swarm: known peers on disk, and a watchdog that rejoins through them if this peer is isolated."""
 
 import asyncio
 import json
@@ -111,10 +111,11 @@ class Membership:
         """Consecutive rejoins after which nobody returned this peer's announcement."""
 
     async def check(self, announced: bool) -> None:
-        """Checks whether other peers see this one, and rejoins by known peers if they don't.
+        """Checks whether other peers see this one, and rejoins through known peers if they don't.
 
         `announced`: whether its node record should be in the DHT. A trainer has none and only needs peers that answer.
-        Raises UnreachableError if nobody answers, and after a rejoin: then everything must be announced again.
+        Raises UnreachableError if nobody answers. It also does so after a rejoin, because everything must then be
+        announced again.
         """
         if await self._is_cut_off(announced):
             await self._join_again(announced)
@@ -125,7 +126,7 @@ class Membership:
             await self._dial_one()
 
     async def keep(self, every_s: float) -> None:
-        """Checks for ever. For a peer that announces nothing."""
+        """Checks for ever, for a peer that announces nothing."""
         while True:
             try:
                 await asyncio.sleep(every_s)
@@ -140,11 +141,9 @@ class Membership:
         return announced and await self._registry.is_seen_by_others() is False
 
     async def _join_again(self, announced: bool) -> None:
-        """Rejoins the swarm. Raises UnreachableError for the first few rounds without success.
-
-        After that, the last peer of a swarm carries on, and tries now and then. So does a peer among liars, who answer
-        and say that they know nothing of it. A peer that announces nothing is of no use alone and tries every time: a
-        trainer waits for its nodes.
+        """Rejoins the swarm. Raises UnreachableError for the first few rounds without success. After that, a node
+        continues alone, and tries now and then: it may be the last peer of its swarm, or all others may lie and say
+        that they don't know it. A peer that announces nothing tries every time, because it is of no use alone.
         """
         gave_up = max(self._lonely, self._in_vain) >= _LONELY_ROUNDS
         if announced and gave_up and not self._is_time_to_dial():

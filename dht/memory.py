@@ -70,7 +70,9 @@ _LEAF_DOMAIN, _REFERENCE_DOMAIN = b"talkoot passage v1\0", b"talkoot reference v
 
 @dataclass(frozen=True)
 class MemoryID:
-    """A memory's name and its publisher's suffix. Memories of the same name by two publishers have different ids."""
+    """A memory's name and its publisher's suffix. If two publishers use the same name, their memories have different
+    ids.
+    """
 
     name: str
     publisher: str
@@ -286,7 +288,7 @@ class MemoryManifest:
 
     @property
     def index(self) -> tuple[object, ...]:
-        """What must be equal in all revisions of a memory; otherwise its shards would not be found any more."""
+        """What must be equal in all revisions of a memory. If it changed, older shards could no longer be found."""
         return self.encoder_kind, self.encoder, self.dimensions, self.codebook, self.grid
 
     @cached_property
@@ -311,7 +313,7 @@ class MemoryManifest:
         return sum(shard.leaves for shard in self.shards if not shard.is_secondary) - len(self.revoked)
 
     def has_text_at(self, place: Place) -> bool:
-        """Whether a passage's text is at that place, or was until it was revoked."""
+        """Whether the place has, or had before it was revoked, a passage's text."""
         info = self.by_root.get(place.root)
         return info is not None and not info.is_secondary and place.position < info.leaves
 
@@ -329,7 +331,7 @@ class Proof:
     """What has been proven about one leaf of a shard."""
 
     text: Place
-    """Where the passage's text is: at that leaf, or elsewhere if the shard is a secondary one."""
+    """Where the passage's text is: at this leaf, or in another shard if this one is secondary."""
     passage: Passage | None
     """None if it was revoked, or if the shard is a secondary one."""
     vector: bytes

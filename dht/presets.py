@@ -26,8 +26,8 @@ class Preset:
     tables: Mapping[str, Values]
     """Tables that do not depend on the model's sizes."""
     feed_forward: float
-    """The inner size of feed-forward blocks, as a multiple of hidden; for narrow experts, what it would be at half
-    width.
+    """The inner size of feed-forward blocks, as a multiple of hidden. For narrow experts, it holds at half width, and
+    other widths compute as much.
     """
     is_narrow: bool = False
     """Whether experts are narrower than hidden."""
@@ -101,7 +101,7 @@ def default_preset(values: Values) -> PresetName:
 
 
 def completed(values: Values, more: Values) -> dict[str, Any]:
-    """The values, completed by those of `more` that they lack."""
+    """The values, and those of `more` for keys that they lack."""
     result = {**more, **values}
     for key, table in more.items():
         own = values.get(key)

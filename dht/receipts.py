@@ -1,10 +1,8 @@
-"""Receipts: what a trainer signs for the work that one node has done for it, and how anybody checks that.
-
-A receipt has totals that only grow, and names the swarm, the trainer and the node. So of two receipts the greater one
-is the newer one, whatever any clock says. An older receipt that is shown again adds nothing, and neither does one that
-is shown by another node, or twice, or in another order. A receipt proves who signed it, not that the work was done: two
-peers in league can sign what they like. How far to trust receipts is up to the program that counts them: see
-`talkoot.credit`.
+"""Receipts: what a trainer signs for the work that one node has done for it, and how anybody checks that. A receipt has
+totals that only grow, and names the swarm, the trainer and the node. So of two receipts, the greater one is the newer
+one, whatever any clock says. A node gains nothing if it shows an older receipt again, a receipt twice, or another
+node's. A receipt proves who signed it, not that the work was done: two peers that collude can sign anything. The
+program that counts receipts decides how far to trust them: see `talkoot.credit`.
 """
 
 from collections import Counter
@@ -55,7 +53,7 @@ class Work:
 
     @property
     def is_sane(self) -> bool:
-        """Whether it can be an honest trainer's total: each update and each check covers some pairs."""
+        """Whether it can be an honest trainer's total, in which each update and each check covers some pairs."""
         numbers = astuple(self)
         return (
             any(numbers)
@@ -92,7 +90,7 @@ class SignedWork:
 
     @classmethod
     def of(cls, message: credit_pb2.SignedWork) -> "SignedWork":
-        """What a node claims, which may be anything: numbers that are too large are cut."""
+        """What a node claims. Numbers that are too large are cut at the limit."""
         return cls(Work.of(message.work).capped(), message.trainers)
 
 
@@ -174,9 +172,8 @@ def total_of(receipts: Iterable[Receipt]) -> SignedWork:
 
 
 def largest_crowd(crowds: Mapping[PeerID, Hashable]) -> list[PeerID]:
-    """The trainers of the largest crowd, or of several if they are equally large.
-
-    A limit on trainers removes one of these: so somebody who comes with many keys only displaces their own.
+    """The trainers of the largest crowd, or of several if they are equally large. If there are too many trainers, one
+    of these is removed, so somebody with many keys only displaces their own.
     """
     sizes = Counter(crowds.values())
     most = max(sizes.values())

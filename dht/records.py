@@ -1,13 +1,13 @@
 """What a swarm stores in the DHT: the keys, the signed records and unsigned index entries, and who accepts them.
 
 A record is signed by the peer that writes it. Its key, its owner and its expiry are inside the signed bytes, so none of
-them can be changed. An index entry only says where to look (which coordinates are active, which peers a shard lists).
-It is small and unsigned, but the records that it leads to are signed.
+them can be changed. An index entry only says where to look: which coordinates are active, or which peers are listed. It
+is small and unsigned; the records that it leads to are signed.
 
 Nodes are listed in shards, which split as they fill up. A shard is named by two to four hex digits, and a node belongs
-to every shard whose digits are a prefix of its own. It is listed in the first of them that has room, and readers
-continue with the child shards of a shard that is well filled. So no key outgrows 32 KB, which is about 330 entries of
-95 bytes. Four digits hold 13 million nodes. Trainers are listed in the same way, in shards of one to four digits.
+to every shard whose digits are a prefix of its own. It is listed in the first of them that has room. If a shard is well
+filled, readers also read its child shards. So no key outgrows 32 KB, which is about 330 entries of 95 bytes. Four
+digits hold 13 million nodes. Trainers are listed in the same way, in shards of one to four digits.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 MAX_REPLICAS_OF_RECORD = 512
 """The most replicas that a node may announce in one record. They take 8 KB."""
 INDEX_PIECE = 128
-"""Coordinates under one key. This many index entries with the longest name stay below 32 KB."""
+"""The most coordinates that are marked under one key. So many index entries with the longest name stay below 32 KB."""
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
 FEWEST_TRAINER_DIGITS = 1
 FULL = 192
-"""Nodes or trainers in a full shard. New ones are then listed in its child shards; a few more may arrive at the same
-moment.
+"""A shard with this many nodes or trainers is full: new ones are listed in its child shards. A few more may be listed
+at the same moment.
 """
 _FOUNDERS = {"manifest_json", "revocations"}
 """Records that only the founder may write."""
@@ -129,10 +129,9 @@ class SwarmKeys:
 
 
 class RecordValidator:
-    """Which records this peer accepts, in its own DHT store and in the answers of other peers.
-
-    A validator gets the hash of the key and not the key itself, so every value names its key and the hashes are
-    compared. Expired records pass, because the store drops them itself.
+    """Decides which records this peer accepts, in its own DHT store and in the answers of other peers. A validator gets
+    only the hash of the key, so every value names its key and the hashes are compared. Expired records pass, because
+    the store drops them itself.
     """
 
     def __init__(
@@ -149,7 +148,7 @@ class RecordValidator:
         self._rule = rule
         self._prefix = "" if swarm_id is None else f"{swarm_id}."
         self._refused = BoundedDict[bytes, None](_REFUSED)
-        """Digests of records with wrong signatures, so that a flood of copies is not checked one by one."""
+        """Digests of records with wrong signatures, so that copies are not checked again."""
 
     def validate(self, record: Record) -> bool:
         try:
@@ -283,8 +282,8 @@ def child_shards(shard: str, listed: int) -> Iterator[str]:
 
 
 def choose_shard(shards: Sequence[str], others: Mapping[str, int]) -> str:
-    """The shard in which a peer is listed. `shards`: its `shards_of`. `others`: how many other peers each of them
-    lists.
+    """The shard in which a peer is listed. `shards`: the result of `shards_of`. `others`: how many other peers each of
+    them lists.
     """
     return next((shard for shard in shards if others.get(shard, 0) < FULL), shards[-1])
 
@@ -316,7 +315,7 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
 
 
 def _author_suffix(author: PeerID) -> str:
-    """The end of the ids of an author's swarms. It is infeasible to find a second key with the same 70 bits."""
+    """The author's part of a swarm's id. It is infeasible to find a second key with the same 70 bits."""
     return f"-{author.to_base58()[-12:]}"
 
 

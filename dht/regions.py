@@ -3,12 +3,10 @@
 For a node that hosts 256 experts, one signed record per expert would cost more than everything else it does. So a
 record covers a region: all experts below a prefix of the grid that its node hosts. In a small swarm the region is a
 layer, and a peer that reads one key knows all hosts of that layer. Regions split as they fill up, as shards of nodes
-do: when about 30 others announce at a prefix, further hosts announce one coordinate further down. Index entries at the
-prefix say so, and hosts that see them move down too. So no key outgrows what one peer can read, and in a large swarm
-nobody has to read the top regions.
-
-A node with several experts in a row stays at the row after it has split, because one record costs less than several.
-Readers read both.
+do: when about 30 others announce at a prefix, further hosts announce at prefixes that are one coordinate longer. Index
+entries at the short prefix say so, and hosts that see them move too. So no key outgrows what one peer can read, and in
+a large swarm nobody has to read the shortest prefixes. A node with several experts in a row of the grid stays at the
+row after it has split, because one record costs less than several. Readers read both.
 """
 
 import math
@@ -26,22 +24,21 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 CROWDED_BYTES = 24 * 1024
-"""The size of the announcements at a prefix from which on others announce further down: about 30 hosts of a few experts
-each.
+"""If the announcements at a prefix have this size, further hosts use longer prefixes. That is about 30 hosts of a few
+experts each.
 """
 STAYS_AT_ROW = 4
-"""A node with this many experts in a row that has split still announces them at the row."""
+"""A node with this many experts in a row of the grid announces them at the row, even if it has split."""
 _SPLIT_FOR_S = 600.0
 """How long a peer remembers, roughly, that a prefix has split and nobody announces there. Until then, it skips the
 prefix when it looks for one expert.
 """
 _READ_AGAIN_S = 3600.0
-"""For this long after a peer has read that a prefix has split, hosts further down renew that knowledge. Then the prefix
-is read again, since others may announce there by now.
+"""How long hosts at longer prefixes show that a prefix is still split. After that, the prefix is read again, because
+others may announce there by now.
 """
 _WRITE_FOR_S = 300.0
-"""How long a writer relies on what it has read of a region: that it had not split, and how many announce there. Others
-may come and go in the meantime.
+"""How long a writer relies on what it has read of a region: whether it had split, and how many announce there.
 """
 _JUST_READ_S = 2.0
 _EMPTY_READS = 2
@@ -51,7 +48,8 @@ _RENEWED_BY = 8
 INDEX_LIVES = 2
 """How long an index entry lives, in lifetimes of an announcement, which are three periods each."""
 _LEFT_TO_OTHERS = 4
-"""How often in a row a host may leave an index entry to others, so that the entry outlives that."""
+"""How many times in a row a host may leave the renewal of an index entry to others. The entry lives longer than that.
+"""
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
 
 
@@ -62,21 +60,21 @@ class Region:
     replicas: Mapping[UID, Sequence[Replica]]
     """The replicas announced there, including withdrawn ones."""
     active: frozenset[int]
-    """Next coordinates below which others announce, as far as the pieces of the index that were read say."""
+    """Next coordinates below which others announce, according to the pieces of the index that were read."""
     hosts: int
     """How many nodes announce there."""
     size: int
     """The size of their announcements, in bytes."""
     unread: int = 0
-    """About how many further nodes announce there, whose announcements were not read."""
+    """About how many more nodes announce there, beside those that were read."""
 
     def serves(self, uid: Prefix) -> bool:
         """Whether a node that announces there serves the expert."""
         return any(r.state is ReplicaState.SERVING for r in self.replicas.get(UID(*uid), ()))
 
     def leads_to(self, coordinate: int, only_active: bool) -> bool:
-        """Whether hosts may announce below this next coordinate: if the index marks it as active or, unless
-        `only_active`, marks any coordinate of its piece, because somebody may hide entries.
+        """Whether hosts may announce below this next coordinate, because the index marks it as active. Unless
+        `only_active`, any marked coordinate of the same piece is enough, because somebody may hide entries.
         """
         if only_active:
             return coordinate in self.active
@@ -93,7 +91,7 @@ class _Seen:
     """The number of active coordinates."""
     read_at: float
     split_until: float
-    """Until when the prefix counts as split, even if a later look does not show its index: somebody may hide it."""
+    """Until when the prefix counts as split. A later look may not show its index, because somebody hides it."""
     empty_reads: int
     """Consecutive reads that found nobody announcing there. A single one may be a lie."""
 
@@ -147,7 +145,7 @@ class RegionMap:
             )
 
     def _renew_splits_above(self, prefix: Prefix) -> None:
-        """A host below a prefix that has split shows that it still is. Nobody has to read the prefix for that."""
+        """A host at a longer prefix shows that the shorter ones are still split, so nobody has to read these."""
         now = self._now()
         for depth, following in enumerate(prefix[1]):
             seen = self._seen_above(prefix, depth)
@@ -170,9 +168,9 @@ class RegionMap:
         return any(seen is not None and seen.split_until > self._now() for seen in pieces)
 
     def depths(self, below: Prefix) -> list[int]:
-        """The depths, in coordinates, at which hosts of an expert, or of experts below a prefix, may announce.
-
-        These are all depths down to the first that is not known to have split, without those where nobody announces.
+        """The depths (numbers of coordinates) at which hosts of an expert, or of experts below a prefix, may announce.
+        These are all depths down to the first prefix that is not known to have split, without those where nobody
+        announces.
         """
         found = []
         for depth in range(len(below[1])):
@@ -185,7 +183,7 @@ class RegionMap:
         return [*found, len(below[1])]
 
     def unread(self, uids: Collection[UID], hosted: Collection[UID]) -> list[UID]:
-        """The experts whose region is not known yet to a node that hosts them and `hosted`."""
+        """Those experts for which `homes` can't tell the region yet. `hosted`: all experts of the node."""
         own = _counts_below({*uids, *hosted})
         return [uid for uid in uids if not self._home(uid, own)[1]]
 
@@ -195,8 +193,8 @@ class RegionMap:
         return {uid: self._home(uid, own)[0] for uid in uids}
 
     def _home(self, uid: UID, own: Mapping[Prefix, int]) -> tuple[Prefix, bool]:
-        """The region in which to announce an expert, and whether that is known. `own`: how many experts the node hosts
-        below each prefix.
+        """The region in which to announce an expert, and whether enough was read to be sure. `own`: how many experts
+        the node hosts below each prefix.
         """
         row = len(uid.coordinate) - 1
         for depth in range(row + 1):
@@ -214,11 +212,9 @@ class RegionMap:
 
     def renews_index(self, home: Prefix, depth: int) -> bool:
         """Whether a node that announces in a region should now renew the index entry that leads there from the first
-        `depth` coordinates.
-
-        Of many hosts below an entry, a few renew it, chosen at random each time. Otherwise all would write to few keys.
-        But others only say that they are there, so no host leaves an entry to them for as long as it lives. The other
-        hosts in its own region count for a while after the node has read it: they may be gone later.
+        `depth` coordinates. If an entry leads to many hosts, a few of them renew it, chosen at random each time.
+        Otherwise all would write to few keys. Since hosts may be made up, no host leaves an entry to others for as long
+        as it lives. Hosts in the node's own region count only for a while after it has read them.
         """
         entry = prefix_of(home, depth + 1)
         left = self._left_to_others.pop(entry, 0)

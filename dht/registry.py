@@ -174,13 +174,13 @@ class Registry:
         self.home_of: dict[UID, Prefix] = {}
         """The region in which this peer has announced each of its replicas."""
         self._begun: dict[Prefix, tuple[frozenset[int], asyncio.Task[dict[Prefix, Region]]]] = {}
-        """Regions that an urgent read has begun to read, with the pieces of their indices."""
+        """Regions that are being read ahead of need, with the pieces of their indices."""
         self.unread: BoundedDict[UID, int] = BoundedDict(_MOST_CROWDED)
         """About how many hosts of an expert the last `replicas` left out, because there are too many."""
         self._written = BoundedDict[str, float](_MAX_WRITTEN)
         """When this peer's last record under each key expires."""
         self._earlier_until: float | None = None
-        """About when everything expires that this peer wrote before its restart; None: not read yet."""
+        """By about this time, everything that this peer wrote before its restart has expired; None: not read yet."""
         self._own_shards: dict[int, tuple[str, float]] = {}
         """The shard in which this peer is listed, and until when that is not checked again. The key is the fewest
         digits of such shards: one number for nodes, another for trainers.
@@ -208,7 +208,7 @@ class Registry:
         await self.store_again([Item(key, self.keys.author.to_bytes(), record, expires_at)])
 
     async def store_again(self, items: Sequence[Item]) -> None:
-        """Stores records that others have signed. Peers that already have them refuse them, which does not count as a
+        """Stores records that others have signed. A peer that already has one refuses it, which does not count as a
         failure.
         """
         await self._in_time(self.lookups.store(items))
@@ -321,8 +321,8 @@ class Registry:
         return items
 
     def later(self, key: str, expires_at: float) -> float:
-        """The expiry of this peer's next record under the key: later than the last one's, because holders keep what
-        expires last.
+        """The expiry of this peer's next record under the key. It is later than that of the last one, because holders
+        keep the record that expires last.
         """
         expires_at = max(expires_at, min(self._earlier_until or 0.0, self.now() + MAX_LIFETIME_S))
         last = self._written.get(key, 0.0)
@@ -394,8 +394,8 @@ class Registry:
     async def active_coordinates(
         self, prefixes: Mapping[P, Callable[[int], str]], size: int
     ) -> dict[P, frozenset[int]]:
-        """The active coordinates below prefixes of any kind. `prefixes`: for each one, a function that returns the key
-        for a coordinate.
+        """The active next coordinates after each prefix, of experts or memories. `prefixes`: for each prefix, a
+        function that returns the key for a coordinate.
         """
         keys = {
             key_of(first): prefix
@@ -421,8 +421,7 @@ class Registry:
 
         `limits`: see `Lookups.find`. `only_active`: skips regions that no index entry leads to; for many experts.
         `just_read`: accepts what was read a moment ago. `at_once`: reads the layer, the row and the expert in parallel,
-        and does not wait for anything below a region that has not split, or that has a host of the expert; for few
-        experts, when time matters.
+        and returns as soon as a region has not split or has a host of the expert. For few experts, when time matters.
         """
         found: dict[UID, dict[PeerID, Replica]] = {uid: {} for uid in uids}
         unread = dict.fromkeys(found, 0.0)
@@ -616,8 +615,7 @@ class Registry:
         self, peer_ids: Collection[PeerID], *, with_left: bool = False, limits: SearchLimits = FRUGAL
     ) -> dict[PeerID, NodeInfo]:
         """The valid node records of these peers. `with_left`: includes nodes that have left in an orderly way.
-
-        `limits`: see `Lookups.find`. Frugal by default, because look-ups that are not urgent should be cheap.
+        `limits`: see `Lookups.find`; by default, the look-up is cheap rather than fast.
         """
         keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
         found = await self._own_records("node", keys, self._node_info, limits)
@@ -632,7 +630,7 @@ class Registry:
         return {peer_id: info for peer_id, info in found.items() if with_left or not info.left}
 
     async def is_seen_by_others(self) -> bool:
-        """Whether another peer returns this one's node record, as some should after it was published."""
+        """Whether another peer returns this one's node record. After it was published, some should."""
         peer_id = self._identity.peer_id
         return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
 
@@ -661,10 +659,9 @@ class Registry:
         return frozenset(some_of(listed, most))
 
     async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
-        """The peers in as few trainer shards as list `enough` of them, and about how many all shards list.
-
-        Frugal, so that long lists, which anybody can make, cost little. Below well-filled shards it reads a few shards,
-        and assumes that the others are like them.
+        """At least `enough` peers, from as few trainer shards as possible, and about how many all shards list. It reads
+        only a few child shards of well-filled ones, and assumes that the others are like them, so that long lists,
+        which anybody can make, cost little.
         """
         key_of, first = self.keys.trainer_shard, first_shards(FEWEST_TRAINER_DIGITS)
         shards, read = self._rng.sample(first, len(first)), 0
@@ -705,10 +702,9 @@ class Registry:
     async def _go_on_after(
         self, read: Callable[[Collection[PeerID]], Awaitable[Mapping[PeerID, NodeInfo | TrainerInfo]]]
     ) -> None:
-        """Reads how long this peer's records from an earlier run may live, unless that is known.
-
-        The earlier run may have published for longer periods than a new run, which starts with short ones. Holders keep
-        what expires last, so new records are given at least that lifetime.
+        """Reads when this peer's records from an earlier run expire, unless that is known. They may expire later than
+        the new run's, whose first periods are short. Holders keep the record that expires last, so new records are made
+        to expire after them.
         """
         if self._earlier_until is not None:
             return
@@ -764,7 +760,7 @@ class Registry:
         return read_trainer(self.unseal(value, key, peer_id), peer_id)
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
-        """A normal look-up can't tell, because it also returns what this peer stores itself."""
+        """Asks only others: a normal look-up also returns what this peer stores itself."""
         key_id = key_id_of(key)
         found = await self.lookups.find([key_id], FRUGAL, besides_self=True, room=MAX_KEY_BYTES)
         return subkey in found[key_id].entries

@@ -73,8 +73,8 @@ class RelayKeeper:
             await self._take_tunnel_relays()
 
     async def _candidates(self) -> list[NodeInfo]:
-        """Nodes that others reach directly, in random order, and then nodes that don't know: the only node has nobody
-        to tell it.
+        """Nodes that others reach directly, in random order, and then nodes that don't know whether they are. A swarm's
+        only node can't know, because nobody can test it.
         """
         nodes = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
         return [
@@ -108,8 +108,7 @@ class RelayKeeper:
 
 
 class RelayBackoff:
-    """When to replace relays through which no calls come. The pause doubles each time, because a change cuts all
-    tunnels.
+    """When to replace relays that bring no calls. The pause doubles each time, because a change cuts all tunnels.
 
     Pure: `now` is an argument, in seconds of a monotonic clock.
     """

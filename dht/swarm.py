@@ -136,10 +136,10 @@ async def join_swarm(
 ) -> Swarm:
     """Starts a peer, joins by the invite or by known peers, and reads the manifest that its author signed.
 
-    `state`: the folder for the manifest and the addresses of known peers. `roles`: in which of these roles it takes
-    part; if empty, it only looks. `store_bounds`: limits what others store here. Raises UnreachableError if nobody
-    answers, SwarmError if the manifest is missing or not for this software, and InviteError if the swarm admits by
-    token and the invite's token gives none of the roles.
+    `state`: the folder for the manifest and the addresses of known peers. `roles`: the roles in which it takes part; if
+    empty, it only reads. `store_bounds`: limits what others store here. Raises UnreachableError if nobody answers,
+    SwarmError if the manifest is missing or not for this software, and InviteError if the invite's token gives none of
+    the roles.
     """
     stage("joining the DHT")
     peer = _Peer(identity, invite.keys, state, denylist)
@@ -306,7 +306,7 @@ async def _find_manifest(registry: Registry, file: RecordFile) -> tuple[bytes, f
 
 
 async def _look_for_manifest(registry: Registry, looks: int) -> tuple[bytes, float] | None:
-    """Looks several times, because the first look-ups of a new peer can miss: its routing table is still filling."""
+    """Looks several times: a new peer's first look-ups may fail, because its routing table is still filling."""
     for look in range(looks):
         if look:
             await asyncio.sleep(_RETRY_S)

@@ -54,12 +54,12 @@ class UpkeepPeriod:
         return _LIFETIMES * self.seconds
 
     def drawn_s(self, part: float = 1.0) -> float:
-        """A pause of about this share of the period."""
+        """A pause of about this share of the period, drawn at random."""
         return part * self.seconds * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
 
     def note_round(self) -> None:
-        """Records the end of a period. Its cost affects the next ones, but a single one never by much, because others
-        may have made it expensive.
+        """Records the end of a period. Its cost affects the following periods, but only a little, because others may
+        have made it expensive.
         """
         spent = self._spent()
         cost = min(spent - self._before, self._most * ROUND_BYTES)

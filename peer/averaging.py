@@ -1,8 +1,8 @@
 """Pairwise averaging of two copies that train separately: the weights, and a history of the meetings. Pure.
 
 Each side computes its own average. The weights follow from the steps that each side took since the two last met, and
-nobody waits for a third peer (NoLoCo, arXiv 2506.10911). Nothing proves how many steps another peer took, so its claim
-counts within bounds only.
+nobody waits for a third peer (NoLoCo, arXiv 2506.10911). Nothing proves how many steps another peer took, so there are
+limits to what its claim can do.
 """
 
 import random
@@ -22,16 +22,16 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 _PEERS_REMEMBERED = 32
-"""Partners remembered for each copy. With more partners, each meets too seldom to be worth remembering."""
+"""Partners remembered for each copy. If there are more, each of them is met too rarely to be worth remembering."""
 _LARGEST_SHARE = 0.5
 _BEHIND = 0.9
 """A copy with less than this share of another's updates has been restarted: copies that average differ by less."""
 _FASTEST_PER_S = 100
 """No expert or dense part takes this many steps per second."""
 _LEAST_S = 10.0
-"""A claim may cover at least this much training, even if the last meeting was a moment ago."""
+"""Even if the last meeting was a moment ago, a claim may cover this many seconds of training."""
 _ANNOUNCED_S = 300.0
-"""An announcement lags behind the copy it announces by at most this long."""
+"""An announcement is at most this much older than the copy that it announces."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class AveragingHistory(Generic[K]):
         self._noted_at.pop(thing, None)
 
     def capped_claim(self, thing: K, update_count: int, claimed: int) -> int:
-        """Another peer's claim, capped at what it could have reached since this peer last met anyone.
-
+        """Another peer's claim, capped at what it could have reached since this peer last averaged with anybody.
         `update_count` is this peer's own.
         """
         since_s = max(self._clock() - self._noted_at.get(thing, self._began_at), _LEAST_S)
@@ -88,7 +87,7 @@ def partner_weight(update_count: int, their_update_count: int, met: Meeting) -> 
     """The other's weight in the average: its share of the updates since the meeting, but at most a half, whatever it
     claims.
 
-    It is a half if neither took an update. A copy that went back to an older state counts as having taken none.
+    It is a half if neither took an update. A copy that went back to an older state counts as if it had taken none.
     """
     mine, theirs = max(0, update_count - met.mine), max(0, their_update_count - met.theirs)
     return min(theirs / (mine + theirs), _LARGEST_SHARE) if mine + theirs else 0.5

@@ -1,8 +1,9 @@
 """One budget for the memory that strangers' messages take, shared fairly. Memory is reserved before anything is read.
 
-Longest queue drop (Wei, Coyle & Hsiao 1991), with bytes for packets: an owner may hold whatever is free. If nothing is
-free, the owner that holds the most gives up its latest reservation, unless that owner is the one who asks. So an owner
-that holds no more than its share (the limit divided by the number of owners) is never refused and never loses anything.
+Longest queue drop (Wei, Coyle & Hsiao 1991), with bytes in place of packets: an owner may hold whatever is free. If
+nothing is free, the owner that holds the most gives up its latest reservation, unless it is also the one that asks for
+more. So an owner that holds no more than its share (the limit divided by the number of owners) is never refused and
+never loses anything.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ class Reservation:
         self._budget._add(self, size)
 
     def release(self) -> None:
-        """Releasing it twice is harmless."""
+        """A second call does nothing."""
         self._budget._remove(self)
 
     def revoke(self) -> None:
@@ -52,7 +53,7 @@ class FairBudget:
         self.limit = limit
         self.used: int = 0
         self.revoked: int = 0
-        """How often a reservation was taken back."""
+        """How many reservations were taken back."""
         self._held: dict[Hashable, dict[Reservation, None]] = {}
         """Reservations by owner, the latest last. An owner without reservations has no entry."""
         self._sums: dict[Hashable, int] = {}

@@ -1,8 +1,8 @@
 """Checkpoints: their format, and a folder that keeps the newest few.
 
 A checkpoint is a safetensors file with a header, and with a checksum over the header and the tensors. The same bytes
-are stored on disk and sent to other peers, so a stranger may have made up any of them. They are parsed only here: a
-file that does not match the grammar, or what its reader expects, is refused before any tensor is made.
+are stored on disk and sent to other peers, so a stranger may have written them. They are parsed only here: a file that
+does not match the grammar, or what its reader expects, is refused before any tensor is made.
 """
 
 import hashlib
@@ -52,21 +52,21 @@ _TEMPORARY = ".*.new"
 Form: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 Outline: TypeAlias = Mapping[str, Form]
-"""The tensors that a file says it holds, by name."""
+"""The tensors that a file claims to hold, by name."""
 
 
 class CheckpointHeader(BaseModel):
     """Describes the tensors of a file. Subclasses add the fields of one kind of state.
 
-    A later release may add keys with defaults at the end of a subclass; this release ignores them. A change that this
-    release could not ignore needs another `FORMAT_VERSION`.
+    A later release may add keys with defaults at the end of a subclass; this release ignores them. Any other change
+    needs another `FORMAT_VERSION`.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", frozen=True, strict=True)
 
     format_version: int = FORMAT_VERSION
     sha256: str = ""
-    """Over the rest of the header and all tensors."""
+    """The checksum of the rest of the header and all tensors."""
 
 
 H = TypeVar("H", bound=CheckpointHeader)

@@ -1,9 +1,9 @@
 """Self-centred clipping: another peer's copy moves one's own no further than one's own updates do. Pure.
 
 After ClippedGossip (He, Karimireddy & Jaggi, arXiv 2202.01545, section 4): each tensor x becomes
-x + s · min(1, τ/‖d‖) · d, where d leads from one's own copy to the other's. The paper's τ needs to know how honest
-peers differ. Here it is twice the median distance that this peer's own updates moved the tensor from one meeting to the
-next. Nothing that another peer says enters it.
+x + s · min(1, τ/‖d‖) · d, where d leads from one's own copy to the other's. The paper derives τ from how far honest
+peers differ, which is not known here. Instead, τ is twice the median distance that this peer's own updates moved the
+tensor from one meeting to the next. So no other peer can influence it.
 """
 
 from collections import deque
@@ -24,18 +24,18 @@ Distances: TypeAlias = Mapping[str, float]
 MEETINGS = 16
 """How many of its own moves are remembered for each tensor."""
 _RADIUS = 2.0
-"""τ, in units of this peer's own moves. An equally fast replica moves as far, so 2 covers both moves even in opposite
-directions.
+"""τ, in units of this peer's own moves. An equally fast replica moves as far, so 2 is enough even if both move in
+opposite directions.
 """
 _REACH = 8.0
-"""The reach, in radii. A copy that is further away is refused."""
+"""In radii: a copy that is further away than this is refused."""
 _BUCKETS = 1021
 """Numbers in a sketch. A prime, so that the numbers in a column of a matrix do not share one bucket."""
 _SKETCHED_AT_ONCE = 64 * _BUCKETS
 """Numbers that are sketched at once: they and their copies stay in the processor's cache."""
 _SIGNS = 16 * _SKETCHED_AT_ONCE
 _SHIFT = 65_537
-"""How far the signs are shifted for each further `_SIGNS` numbers. Below 10⁹ numbers, no sign comes twice in a bucket.
+"""How far the signs are shifted after each `_SIGNS` numbers. Below 10⁹ numbers, no sign is used twice in a bucket.
 """
 
 
@@ -50,19 +50,19 @@ class OwnMoves:
         self._start: dict[str, Tensor] = {}
         self._moves: dict[str, deque[float]] = {}
         self._idle_meetings = 0
-        """Meetings since the last one with own updates before it."""
+        """Meetings since this peer's last own update."""
         self.start(start or {})
 
     def are_none(self, present: Distances) -> bool:
-        """Whether the copy is known not to have moved by own updates yet."""
+        """Whether the copy is known to have taken no own updates yet."""
         return bool(self._start) and not self._moves and not present
 
     def start(self, tensors: Tensors) -> None:
-        """Measures moves from these tensors, which the copy has become by something other than own updates."""
+        """Measures moves from these tensors, after something other than own updates has changed the copy."""
         self._start = {name: _sketch(tensor) for name, tensor in tensors.items()}
 
     def lose_start(self) -> None:
-        """The copy has changed by something other than own updates, and its tensors are not known."""
+        """Call it if something other than own updates has changed the copy, and its tensors are not known."""
         self._start = {}
 
     def present(self, base: Tensors) -> dict[str, float]:
@@ -90,7 +90,7 @@ class OwnMoves:
     def reach(self, present: Distances, names: Collection[str]) -> float:
         """How far another peer's copy may be from this one, over these tensors together.
 
-        The present move counts too, so a peer that met nobody for a long time is not refused for ever.
+        The move since the last meeting counts too, so that two peers can average again even after a long time apart.
         """
         usual = hypot(*(self._median(name, present) for name in names))
         now = hypot(*(present.get(name, 0.0) for name in names))
@@ -111,11 +111,11 @@ class OwnMoves:
 
 @dataclass(frozen=True, eq=False)
 class Clipped:
-    """A copy after it has met another."""
+    """A copy after it was averaged with another."""
 
     tensors: dict[str, Tensor]
     belief: float
-    """The share of the distance to the other copy that was accepted, 0 to 1; 0 if there was no distance."""
+    """The share of the distance to the other copy that was accepted, 0 to 1; 0 if the copies were equal."""
 
 
 def clip(current: Tensors, base: Tensors, theirs: Tensors, radii: Distances, share: float) -> Clipped:
@@ -135,9 +135,8 @@ def clip(current: Tensors, base: Tensors, theirs: Tensors, radii: Distances, sha
 
 
 def at_base(merged: Tensors, current: Tensors, base: Tensors) -> dict[str, Tensor]:
-    """`merged` without own updates from `base` to `current`, which count towards the next move.
-
-    Tensors that they did not change, or that `base` lacks, are the same as in `merged`, bit by bit.
+    """`merged` without the own updates from `base` to `current`, which count for the next move. Tensors that they did
+    not change, or that `base` lacks, are the same as in `merged`, bit by bit.
     """
     tensors = dict(merged)
     for name in merged.keys() & base.keys():

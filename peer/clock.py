@@ -2,8 +2,8 @@
 
 All peers of a swarm compare expiry times with their own clocks. If a clock were set wrong by an hour, even for a
 moment, everything stored would expire, or last an hour longer. So a process keeps its old time at first. It adopts the
-new setting when most of the peers it asked agree with it, or after a while if it could ask nobody. Peers can only
-choose between what this machine's clock said before and what it says now, so liars gain nothing by naming another time.
+new setting when most of the peers it asked agree with it, or after a while if it could ask nobody. Other peers only
+decide between the machine's old setting and its new one, so liars can't impose another time.
 """
 
 import logging
@@ -59,7 +59,7 @@ class SwarmClock:
 
     @property
     def error_s(self) -> float:
-        """How far this machine's clock is ahead of those of most peers asked; 0 if nobody was asked."""
+        """How far this machine's clock is ahead of most other peers' clocks, in seconds; 0 if nobody was asked."""
         own = self._wall() - self._steady()
         errors = sorted((0.0, *(own - other for other in self._others.values())), key=abs)
         return errors[len(errors) // 2]

@@ -51,9 +51,9 @@ time than they save.
 _HALF_STEPS = 7.5
 """int4's numbers are the 16 odd multiples of half a step from -7.5 to 7.5 steps."""
 _FUZZ = 1e-4
-"""How far numbers decoded in float32 may be from multiples of a step, as a share of the step."""
+"""How far numbers that were decoded in float32 may be from multiples of a step, as a share of the step."""
 _SCALE_SLACK = 5
-"""How far off a scale may be, in multiples of the slack: bfloat16 may round the largest number of a row by that much.
+"""How far a scale may be off, in multiples of the slack: bfloat16 may round the largest number of a row by that much.
 """
 _MOST_SCALES = 64
 """How many scales the sender may have used for one of our own blocks. More are possible if the block is far smaller
@@ -116,8 +116,8 @@ def encode(tensor_RD: Floats, codec: "expert_pb2.Codec", seed: bytes | None = No
     With a `seed`, as for gradients, CODEC_INT4 rounds up or down at random, so that errors cancel out over many calls.
     Everything else is rounded to nearest.
 
-    Finite numbers beyond a codec's range are clipped to it (fp16: ±65504), so that one outlier doesn't fail a call.
-    Numbers that are not finite stay so in every codec, and the receiver rejects them.
+    Finite numbers beyond a codec's range are clipped to it (fp16: ±65504), so that one outlier doesn't make a call
+    fail. Numbers that are not finite stay so in every codec, and the receiver rejects them.
 
     Raises WireError for an unknown codec or a width that it cannot encode.
     """
@@ -165,12 +165,12 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
 
 
 def scalar_bytes(codec: "expert_pb2.Codec") -> int:
-    """The size of a number that goes beside a call's tensors."""
+    """The size of an encoded weight or product, in bytes."""
     return 4 if codec == expert_pb2.CODEC_FP32 else 2
 
 
 def encode_scalars(numbers_N: Floats, codec: "expert_pb2.Codec") -> bytes:
-    """Encodes finite numbers that go beside a call's tensors: exactly with CODEC_FP32, else as bfloat16."""
+    """Encodes weights or products, which are finite: exactly with CODEC_FP32, otherwise as bfloat16."""
     if scalar_bytes(codec) == 4:
         return numbers_N.astype("<f4").tobytes()
     bits = numbers_N.astype(np.float32).clip(-_LARGEST_BF16, _LARGEST_BF16).view(np.uint32)
@@ -178,7 +178,9 @@ def encode_scalars(numbers_N: Floats, codec: "expert_pb2.Codec") -> bytes:
 
 
 def decode_scalars(data: bytes, codec: "expert_pb2.Codec") -> Floats:
-    """The numbers that `encode_scalars` encoded. They may be not finite. Raises WireError if the last is cut off."""
+    """The numbers that `encode_scalars` encoded. They may be infinite or NaN. Raises WireError if the last one is cut
+    off.
+    """
     size = scalar_bytes(codec)
     if len(data) % size:
         raise WireError(f"{len(data)} bytes; expected numbers of {size} bytes")
@@ -189,11 +191,10 @@ def decode_scalars(data: bytes, codec: "expert_pb2.Codec") -> Floats:
 
 
 def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "expert_pb2.Codec") -> Booleans:
-    """Which decoded numbers the codec can't have rounded from numbers within `slack` of our own: [R, D].
-
-    So a coarse codec hides little: of the two numbers that it may round to, only one is right, unless our own number is
-    within the slack of the middle between them. With int4, the numbers after its rotation are compared. The number from
-    which a block's scale follows may be several times the slack away: one such number must not condemn all others.
+    """Marks the decoded numbers that the codec can't have rounded from numbers within `slack` of our own: [R, D]. So
+    even a coarse codec hides little: of the two numbers that it may round to, only one is right, unless our own number
+    is almost in the middle between them. With int4, the numbers after its rotation are compared. The number that sets a
+    block's scale may be several times the slack away; that does not make the block's other numbers wrong.
     """
     slack_R1 = slack_R.astype(np.float32)[:, None]
     of_scale_R1 = _SCALE_SLACK * slack_R1

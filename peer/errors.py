@@ -14,8 +14,8 @@ TalkootError
 │   ├── InstallationError       T112  something that Talkoot needs is missing or broken
 │   ├── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
 │   ├── ModelError              T114  a model folder that is missing, broken or of another version
-│   └── LibraryError            T115  a memory that is missing or broken, or that may not be published so
-├── RecordError                 a DHT record that is malformed, unsigned, expired or not its writer's
+│   └── LibraryError            T115  a memory that is missing or broken, or that may not be published
+├── RecordError                 a DHT record that is malformed, unsigned, expired or another peer's
 ├── AddressError                an endpoint or a multiaddress that is malformed, or of a kind that is not known
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
 ├── StateError                  saved tensors that are broken, or not those of this expert or model
@@ -119,13 +119,13 @@ class ModelError(UserError):
 
 
 class LibraryError(UserError):
-    """A memory that is missing or broken, or that may not be published so."""
+    """A memory that is missing or broken, or that may not be published."""
 
     code = "T115"
 
 
 class RecordError(TalkootError):
-    """A DHT record that is malformed, unsigned, expired or not its writer's."""
+    """A DHT record that is malformed, unsigned, expired or another peer's."""
 
 
 class RevokedError(RecordError):
@@ -148,7 +148,7 @@ class OutOfReachError(StateError):
     """Another peer's copy is too far away from one's own to be averaged with."""
 
     def __init__(self, message: str, *, is_untrained: bool = False) -> None:
-        """`is_untrained`: our own copy has taken no update since it came from elsewhere, so its reach is zero."""
+        """`is_untrained`: this peer's own copy has taken no update since it was fetched, so it may not move at all."""
         super().__init__(message)
         self.is_untrained = is_untrained
 

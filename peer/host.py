@@ -48,11 +48,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 DIAL_DEADLINE_S = 3.0
 _PATIENCE_S = (5.0, 10.0)
-"""Deadlines for peers that accept connections but have not answered: their machines may be busy. There are two more
-attempts, because the first of these calls may share the previous call's dial, and fail with it.
+"""Deadlines of two more attempts at peers that accept connections but have not answered: their machines may be busy.
+The first of these may wait for the same connection as the call before it, and fail with it.
 """
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
-"""Pauses between attempts to start p2pd for the first time. The last one holds for all later ones."""
+"""Pauses between attempts to start p2pd for the first time. The last one is used for all later attempts."""
 
 
 class Exit(Protocol):
@@ -79,7 +79,7 @@ class NetworkConfig:
     relay_mbit: float = 0.0
     """Mbit/s that it relays for peers behind routers; 0: it does not relay."""
     p2pd: bool = False
-    """Starts p2pd where this machine can, for streams to and from peers behind routers."""
+    """Starts p2pd if this machine can run it, for streams to and from peers behind routers."""
     p2pd_port: int = 0
     """p2pd's TCP port; 0: any free one."""
     maps_port: bool = False
@@ -220,7 +220,7 @@ class Host:
         return host
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Leaves the DHT and ends everything. `grace_s`: for calls in progress. Stopping twice is harmless."""
+        """Leaves the DHT and ends everything. `grace_s`: for calls in progress. A second call does nothing."""
         await self._tasks.aclose()
         if self.port_mapping is not None:
             await self.port_mapping.end()
@@ -376,7 +376,7 @@ class Host:
         self._starting = None
 
     def _doubts(self, replies: Sequence[BootstrapReply]) -> Iterator[str]:
-        """Problems that others report about this peer. They may be wrong or lie, so none of these prevents a start."""
+        """Problems that others report about this peer. They may be wrong or lie, so this peer starts anyway."""
         if CLOCK.warning:
             yield CLOCK.warning
         if self.server is not None and replies and not any(reply.reaches_us for reply in replies):

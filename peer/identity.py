@@ -49,9 +49,7 @@ _EXPONENT = 65537
 
 
 class PeerID:
-    """A peer's name: the multihash of its public key. It may be any bytes, so whoever receives one from others checks
-    it.
-    """
+    """A peer's name: the multihash of its public key. This class accepts any bytes, so check those that others send."""
 
     __slots__ = ("_data", "_text")
 

@@ -25,7 +25,7 @@ _ROTARY_BASE = 10_000.0
 _LARGEST_PADDING = 1.5
 """The largest ratio of rows with padding to rows without, in one group of segments."""
 CACHE_GROWTH = 1.25
-"""When a cache grows, it gets room for this many times its rows. At first it has no room to spare."""
+"""When a cache grows, it gets room for this many times its rows."""
 _FINAL_SHARE = 0.1
 """The learning rate at the end of the cosine, as a share of its peak."""
 

@@ -3,7 +3,7 @@
 A node runs its loop on the main thread, a trainer on a thread beside torch. Errors of peers and of the DHT are
 expected: each task handles them, and rounds are tried again (`RetryingRounds`). Any other exception is a bug, and a
 stranger may know how to trigger it. It never ends the process: it is logged and counted (`Restarts`), and the task is
-restarted (`keep_running`) or continues with what comes next (`tolerating`).
+restarted (`keep_running`) or continues with its next work (`tolerating`).
 """
 
 import asyncio
@@ -43,7 +43,7 @@ _SLICE_S = 0.002
 _TICK_S = 0.025
 _LATELY_S = 60.0
 _MOST_MISSED = 4000
-"""The most ticks counted for a late one: enough for a stall of 100 s, and counted quickly."""
+"""The most ticks that one late tick stands for. They cover a stall of 100 s."""
 
 
 def is_cancelled() -> bool:
@@ -125,9 +125,9 @@ class LoopThread:
 class LoopLag:
     """Measures how late the loop is, by a timer of its own. Call its methods on the loop's thread.
 
-    While a callback holds the loop, nothing else happens, and the timer can't fire either. So a late tick stands for
-    all ticks that were missed: each is counted as late as it would have been. The histogram's quantiles are therefore
-    weighted by time: they say how long an event at a random moment has to wait.
+    While a callback blocks the loop, the timer can't fire. So a late tick stands for all ticks that were missed, and
+    each is counted as late as it would have been. So the histogram's quantiles are weighted by time: they say how long
+    an event at a random moment has to wait.
     """
 
     def __init__(
@@ -234,8 +234,8 @@ class TimeSlices:
 class TaskSet:
     """Tasks that their owner ends. The set holds a reference to each until it is done.
 
-    TalkootErrors are left to those who await the task. Any other exception is a bug: the loop's exception handler logs
-    it at once, not only when the task is collected.
+    TalkootErrors are left to those who await the task. Any other exception is a bug, which the loop's exception handler
+    logs at once.
     """
 
     def __init__(self, restarts: Restarts | None = None, first_pause_s: float = _FIRST_PAUSE_S) -> None:
@@ -363,10 +363,8 @@ async def keep_running(
     fatal: type[Exception] | tuple[type[Exception], ...] = (),
     first_pause_s: float = _FIRST_PAUSE_S,
 ) -> None:
-    """Runs `run` until it returns or raises a `fatal` exception. After any other, logs and counts it, and runs it
-    again.
-
-    The others include a CancelledError from something it awaits, unless this task is cancelled itself.
+    """Runs `run` until it returns or raises a `fatal` exception. Any other exception is logged and counted, and `run`
+    is called again. So is a CancelledError from something that it awaits, unless this task itself was cancelled.
     """
     pause_s, now = first_pause_s, asyncio.get_running_loop().time
     while True:
@@ -389,7 +387,7 @@ async def keep_running(
 
 @contextmanager
 def tolerating(name: str, restarts: Restarts | None = None) -> Iterator[None]:
-    """Guards one of several works, so that the others are done even if it fails. Only TalkootErrors pass."""
+    """Guards one of several works: if it fails unexpectedly, the others are still done. TalkootErrors are raised."""
     try:
         yield
     except TalkootError:

@@ -1,8 +1,8 @@
 """Chooses one of several states: the medoid, which is the one nearest to the others. Pure.
 
-A peer that takes over a whole state (a node adopts an expert, a trainer joins) asks up to `COMPARED` peers that have
-it, and prefers none for what it claims. The medoid is the state with the least sum of distances to the others. Unlike a
-mean, it is a state that somebody has trained.
+A peer that takes over a state (a node that adopts an expert, or a trainer that joins) asks up to `COMPARED` peers for
+it, whatever they claim. The medoid is the state with the least sum of distances to the others. Unlike a mean, it is a
+state that somebody has trained.
 """
 
 import random
@@ -16,7 +16,7 @@ from torch import Tensor
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 COMPARED = 3
-"""How many states are asked for: the smallest number with an honest majority when one is not honest."""
+"""How many states are asked for: the smallest number that has an honest majority if one of them is hostile."""
 
 
 def medoid(states: Sequence[Tensors], known: Tensors, rng: random.Random) -> int:
@@ -25,9 +25,7 @@ def medoid(states: Sequence[Tensors], known: Tensors, rng: random.Random) -> int
     `states`: one to three, with the same names, shapes and float dtypes, and finite numbers. `known`: a state that this
     peer already has, a checkpoint or the initial parameters. It decides between two states: the nearer one is taken.
 
-    If two of three states are at most d apart, the one taken is at most d from both: the third is only taken if it is
-    no further from either than they are from each other. Of two, the one taken is no further from `known` than the
-    other.
+    If two of three states are at most d apart, the chosen one is at most d from both.
     """
     if len(states) == 1:
         return 0

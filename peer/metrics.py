@@ -1,15 +1,14 @@
-"""What all metrics have in common, and the HTTP server that exposes them to Prometheus.
-
-How a class counts what happens in it:
+"""What all metrics have in common, and the HTTP server that exposes them to Prometheus. These are the rules for a class
+that has metrics:
 
 - Its constructor takes `metrics: CollectorRegistry | None = None` and makes `Counter`, `Gauge` and `Histogram` objects
   with `registry=metrics`. With None they count and are not exposed, which is what unit tests want. The name is not
   `registry`, because that is the DHT's.
-- Joining a swarm makes one registry, `Swarm.metrics`, with `new_registry`; a role passes it to all its parts. What must
-  outlive a part (the counts of a DHT store outlive p2pd) is made by that part's owner: a name is registered only once.
+- Joining a swarm makes one registry, `Swarm.metrics`, with `new_registry`; a role passes it to all its parts. A name
+  can be registered only once, so a metric that must outlive a part is made by the part's owner.
 - A label's values are a fixed set that no peer chooses. `start_at_zero` makes all of them show from the start.
-- A level that can be read at any time is a gauge with `set_function`. The function runs on the thread of the scrape, so
-  it reads plain values and lengths only. A level that is not known is NaN, which Prometheus shows as a gap.
+- A quantity that can be read at any time is a gauge with `set_function`. The function runs on the thread of the scrape,
+  so it reads plain values and lengths only. If it is not known, it is NaN, which Prometheus shows as a gap.
 - Code and tests read a metric back with `total` and `totals`. There are no counters beside the metrics.
 """
 
@@ -61,7 +60,7 @@ def start_at_zero(metric: M, *values: str) -> M:
 
 
 def total(metric: Counter | Gauge | Histogram, **labels: str) -> float:
-    """What was counted or set, summed over all series that have these labels. For a histogram, the number of values."""
+    """The metric's value, summed over all series that have these labels. For a histogram, the number of observations."""
     (family,) = metric.collect()
     wanted = {Counter: "_total", Gauge: "", Histogram: "_count"}[type(metric)]
     return sum(

@@ -28,10 +28,8 @@ def moments_of(name: OptimizerName, momentum: float) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Gathered:
-    """What a step needs of the parameters of one group that had gradients last time.
-
-    To look it up for each of them, and to count their steps one by one, would take longer than the step of a narrow
-    expert.
+    """The tensors of one group's parameters that had gradients in the last step. Looking them up for each parameter
+    would take longer than the step of a narrow expert.
     """
 
     moved: list[Tensor]

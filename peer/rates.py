@@ -20,7 +20,7 @@ BURST_S = 0.2
 _PIECE_S = 0.05
 """Callers take turns after this much of the rate, so that a short message need not wait for long ones."""
 _LEAST_BURST = 1 / 64
-"""What each caller may take at once when nothing is left for all, as a share of its usual burst."""
+"""What each caller may take at once if the common budget is used up, as a share of its usual burst."""
 
 
 class TokenBucket:
@@ -57,10 +57,9 @@ class TokenBucket:
 
 
 class LeastRate:
-    """How long to wait for a sender that may be slow, but must not stall or trickle. Pure.
-
-    A sender falls behind while its bytes come slower than `rate`, and catches up while they come faster. It is given up
-    once it is `grace_s` behind. So whatever it does, `size` bytes take at most `grace_s` + size / `rate` seconds.
+    """How long to wait for a sender that may be slow, but must not stall. Pure. A sender falls behind while its bytes
+    arrive slower than `rate`, and catches up while they arrive faster. Once it is `grace_s` behind, it is given up. So
+    `size` bytes take at most `grace_s` + size / `rate` seconds.
     """
 
     def __init__(self, rate: float, grace_s: float) -> None:
@@ -70,7 +69,7 @@ class LeastRate:
         self._left_s = grace_s
 
     def limit_s(self, size: int) -> float:
-        """How long the next message, of about `size` bytes, may take."""
+        """How many seconds the next message, of about `size` bytes, may take."""
         return self._left_s + size / self._rate
 
     def note(self, size: int, took_s: float) -> None:
@@ -79,7 +78,7 @@ class LeastRate:
 
 
 class Pace:
-    """Waits for the messages of one sender or receiver, as long as it keeps up a least rate."""
+    """Waits for the messages of one sender or receiver, as long as it is not slower than a least rate."""
 
     def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:
         """As in `LeastRate`. `what`: what is waited for, for the error."""
@@ -100,8 +99,8 @@ class Pace:
 
 
 class TokenBuckets(Generic[K]):
-    """A token bucket for each key. If there are too many keys, the one used longest ago is forgotten, and starts full
-    again.
+    """A token bucket for each key. If there are too many keys, the one used longest ago is forgotten, and later starts
+    with a full bucket.
 
     Pure: `now` is an argument, and never decreases.
     """
@@ -217,7 +216,8 @@ class SharedBudget(Generic[K]):
         self._all = TokenBucket(rate, burst_s * rate, 0.0)
         self._virtual = self._at = self._counted_at = 0.0
         self._taken: dict[K, float] = {}
-        """For callers that are ahead: the virtual time up to which they have taken."""
+        """For callers that have taken more than their share so far: the virtual time at which it becomes their share.
+        """
 
     def allows(self, key: K, now: float, bursts: float = 1.0) -> bool:
         """Whether a caller may take something now, of any size. `bursts`: how many bursts it may be ahead."""

@@ -1,4 +1,4 @@
-"""How a node joins others: it dials them, they dial back, and it compares their clocks with its own."""
+"""How a node joins the DHT: it dials peers, they dial back, and it compares their clocks with its own."""
 
 import asyncio
 from collections.abc import Sequence

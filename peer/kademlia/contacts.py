@@ -1,9 +1,8 @@
-"""Where the nodes of the DHT are reached: the newest contact of each that this peer has heard of, within bounds.
-
-Keys cost nothing, so anybody can make contacts of peers that do not exist. Contacts of peers that this one has really
-reached are therefore kept apart from those it only heard of. If there are too many of the latter, the neighbourhood
-with the most loses one: probably somebody who runs many peers on few machines. A peer's neighbourhood is where it was
-reached or called from, whatever else its contact names.
+"""Where the nodes of the DHT are reached: the newest known contact of each, within bounds. Keys cost nothing, so
+anybody can make contacts of peers that do not exist. So there are separate limits for contacts of peers that this one
+has reached, and for those it only heard of. If there are too many, the neighbourhood with the most loses one: it is
+probably somebody who runs many peers on few machines. A peer's neighbourhood is where it was reached or called from,
+whatever else its contact names.
 """
 
 from array import array
@@ -31,14 +30,16 @@ MOST_KNOWN = 256
 """The most peers that a request may name as known."""
 _MOST_GIVEN = 256
 KNOWN_OF_KEY = 32
-"""The most peers named as known near each key, the nearest ones: somewhat more than an answer names."""
+"""The most peers that are named as known near each key: somewhat more than an answer names."""
 _OLD_S = LIFETIME_S / 4
-"""A contact that expires sooner than this is asked for again. Its peer has published a newer one for a while."""
+"""A contact that expires within this time is asked for again. Its peer has already published a newer one."""
 
 
 @dataclass(slots=True)
 class _Known:
-    """A contact that has been checked. Keeping it parsed would take 800 bytes more, and there may be thousands."""
+    """A contact that has been checked. It is kept serialized: the parsed form would take 800 bytes more, and there may
+    be thousands.
+    """
 
     peer_id: PeerID
     serialized: bytes
@@ -56,9 +57,7 @@ class _Known:
 
 
 class ContactBook:
-    """The contacts that one process knows. It reads each stranger's contact once, and checks no signature
-    needlessly.
-    """
+    """The contacts that one process knows. It parses and verifies each contact only once."""
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class ContactBook:
         self._most_reached = limit // 2
         self._heard = BoundedDict[PeerID, _Known](limit - limit // 2)
         self._reached: dict[PeerID, _Known] = {}
-        """The contact reached longest ago comes first."""
+        """The peer that was reached longest ago comes first."""
         self._origins = BoundedDict[PeerID, str](limit)
         """The neighbourhood from which each peer called last."""
         self._given = BoundedDict[PeerID, tuple[Endpoint, ...]](_MOST_GIVEN)
@@ -159,7 +158,7 @@ class ContactBook:
         return peer_id in self._given or (known is not None and known.near is not None)
 
     def called(self, peer_id: PeerID, near: str) -> None:
-        """The peer has called, from this neighbourhood."""
+        """Records that the peer has called from this neighbourhood."""
         self._origins[peer_id] = near
 
     def neighbourhood_of(self, peer_id: PeerID) -> str:
@@ -175,7 +174,7 @@ class ContactBook:
         return self._origins.get(peer_id, "")
 
     def reached(self, peer_id: PeerID, endpoint: Endpoint) -> None:
-        """The peer has answered at this endpoint."""
+        """Records that the peer has answered at this endpoint."""
         known, contact = self._find(peer_id), None
         if known is not None and known.at != endpoint:
             contact = self.get(peer_id)
@@ -188,7 +187,7 @@ class ContactBook:
             self._forget(next(peer for peer, known in self._reached.items() if known.near == most))
 
     def known(self, keys: Iterable[int], most: int = MOST_KNOWN) -> dict[int, PeerID]:
-        """Peers near these keys whose contacts will be valid for a while, by the first bits of their NodeIDs."""
+        """The first bits of the NodeIDs of peers near these keys whose contacts will be valid for a while."""
         found: dict[int, PeerID] = {}
         until = self._now() + _OLD_S
         for key in keys:

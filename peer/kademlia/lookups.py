@@ -3,9 +3,9 @@
 For every key, its nearest nodes are asked at once. The keys for one peer travel in one call. A peer that is slower than
 usual is passed over until it answers.
 
-Signed records can't be forged, only withheld, so more answers never do harm. Enough hostile peers beside a key could
-still hide what is stored there. So each look-up also asks a few witnesses elsewhere, and every peer stores what it
-finds: a record that one peer has seen reaches others.
+Signed records can't be forged, only withheld, so more answers never do harm. Enough hostile peers near a key could
+still hide what is stored there. So each look-up also asks a few witnesses at random places, and every peer stores what
+it finds. This spreads records beyond the peers near their key.
 """
 
 import asyncio
@@ -50,19 +50,20 @@ T = TypeVar("T")
 _NEAREST = SearchLimits(doubt=0, witnesses=0, quorum=2**31)
 """The limits for writers, which need all of the nearest nodes, whatever values these have."""
 FRUGAL = SearchLimits(is_frugal=True)
-"""The limits for what is read repeatedly in the background. A look-up may take one round trip longer, and costs a
-third.
+"""The limits for what is read repeatedly in the background. A look-up may take one round trip longer, and costs a third
+as much.
 """
 _WIDE = 3
-"""If there is a crowd beside a record's key, the record is stored at this many times the usual number of nodes."""
+"""If unusually many nodes are near a record's key, the record is stored at this many times the usual number of nodes.
+"""
 _SAMPLE_EVERY_S, _LONGEST_SAMPLE_PAUSE_S = 300.0, 900.0
-"""How often a look-up of a random key shows how far from a key its holders usually are."""
+"""How often a random key is looked up, to learn how far from a key its holders usually are."""
 _SAMPLE_BYTES_PER_S = 60.0
 """The average traffic of look-ups of random keys. In a swarm of 10,000 each costs 120 KB, and the distance to holders
 changes only with the size of the swarm.
 """
 _NAMES_ASKED = 0.25
-"""The share of calls, among those for keys that were looked up before, that ask for the names of other nodes nearby."""
+"""If a key was looked up before, this share of the calls ask for the names of other nodes nearby."""
 _CALLS_OF_NODE = 8
 """Calls in progress to one node in one look-up."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
@@ -70,7 +71,7 @@ _STORED_BYTES = MAX_ANSWER_BYTES // 4
 _PATIENCE_S = 1.0
 """How long a writer waits for a peer if others answer."""
 _FRUGAL_S = 1.0
-"""After this time, a frugal search stops asking nodes one by one, because each may be a liar that takes its time."""
+"""After this time, a frugal search stops asking nodes one by one, because a liar may answer slowly on purpose."""
 _STORE_S = 3.0
 """After this time, nodes that are late or fail are no longer replaced."""
 _REMEMBERED_KEYS = 4096
@@ -95,7 +96,7 @@ class Found:
     entries: Entries = field(default_factory=dict)
     """Entries by subkey, from the answer that expires last. Some may have expired."""
     counts: dict[int, int] = field(default_factory=dict)
-    """How many entries each node says it has, for nodes that returned only some."""
+    """How many entries each node says it has. Only for nodes that returned some of them."""
 
     def take(self, entries: Entries) -> bool:
         """Merges an answer; False if it is empty."""
@@ -107,9 +108,8 @@ class Found:
 
     @property
     def unread(self) -> int:
-        """About how many entries were not returned, not counting index entries: by the median of what holders say.
-
-        At least a quorum of holders must have said so. Otherwise somebody could make up records and their number alone.
+        """About how many entries were not returned, not counting index entries: the median of what holders say. At
+        least a quorum of holders must have said so, so that a single one can't make up a number.
         """
         told = [self.counts[node] for node in self.search.nearest()[:REPLICAS] if node in self.counts]
         if len(told) < DEFAULT_LIMITS.quorum:
@@ -147,7 +147,7 @@ class Lookups:
         self._tasks = TaskSet()
         self.unverified: UnverifiedNodes = UnverifiedNodes()
         self._near = BoundedDict[int, dict[int, PeerID]](_REMEMBERED_KEYS)
-        """Who answered in the last look-up of each key; the key looked up most recently comes last."""
+        """The nodes that answered in the last look-up of each key. The key looked up most recently comes last."""
 
     async def find(
         self,
@@ -177,8 +177,8 @@ class Lookups:
         return run.found
 
     async def sample(self) -> None:
-        """Looks up random keys, to learn the usual reach: nobody can have made peers that surround them. This also
-        finds nodes everywhere.
+        """Looks up random keys, to learn the usual reach. Nobody can have prepared for these keys. This also finds
+        nodes everywhere.
         """
         spent = self._dht.spent_bytes
         keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
@@ -203,7 +203,7 @@ class Lookups:
         return REPLICAS * float(2**ID_BITS) / max(1, self.usual_reach())
 
     def witnesses(self, number: int) -> dict[int, PeerID]:
-        """The known nodes nearest to random places. Nodes that crowd in one place are rarely drawn."""
+        """The known nodes nearest to random places. Nodes that crowd near one key are rarely drawn."""
         return dict(node for _ in range(number) for node in self._dht.table.nearest(self._random_key(), 1))
 
     def _random_key(self) -> int:
@@ -215,7 +215,7 @@ class Lookups:
 
     @property
     def store_timeout_s(self) -> float:
-        """A peer that takes longer to store something is late. Slow peers can't raise this far."""
+        """A peer that takes longer to store something is late. Slow peers can't raise this by much."""
         return min(self._store_trips.timeout_s, _PATIENCE_S)
 
     def note_store(self, took_s: float) -> None:
@@ -229,9 +229,9 @@ class Lookups:
         """Stores each item at the live nodes nearest to its key. Returns key and subkey of the items that any node
         accepted.
 
-        This peer stores them first, as a witness. If more nodes are within reach than should be, some of them get the
-        items as well, drawn at random, because those that crowd beside the key may be liars. If a node is late, the
-        next one gets its items too.
+        This peer stores them first, as a witness. If more nodes than usual are within reach, the nearest ones may be
+        liars, so some of the others, drawn at random, get the items as well. If a node is late, the next one gets its
+        items too.
         """
         dht = self._dht
         by_key: dict[int, list[Item]] = {}
@@ -312,10 +312,10 @@ class _Writing:
         self._ends_at = self._clock() + _STORE_S
         self._candidates: dict[int, deque[int]] = {}
         self._missing: dict[int, int] = {}
-        """For each key, how many nodes neither have it nor are being sent it."""
+        """For each key, how many more nodes should get it."""
         self._answered: set[int] = set()
         self._in_time: dict[asyncio.Task[bool], tuple[float, Sequence[int]]] = {}
-        """Calls, each with the time when it is late and its keys."""
+        """Calls that are not late yet: for each, when it will be late, and its keys."""
         self._late: dict[asyncio.Task[bool], Sequence[int]] = {}
         for key in by_key:
             holders, others = found[key].search.places(REPLICAS, _WIDE * REPLICAS, lookups.rng)
@@ -324,7 +324,7 @@ class _Writing:
 
     async def until_finished(self) -> None:
         """Sends until every key has enough holders or no nodes are left. Late calls continue in the background, and are
-        awaited only if no other node takes a key.
+        awaited only if no other node is left for a key.
         """
         self._send()
         while self._in_time or self._needs_late():
@@ -376,7 +376,7 @@ class _Writing:
                 self._in_time[call] = late_at, part
 
     async def _store_at(self, peer: PeerID, keys: Sequence[int]) -> bool:
-        """Whether the peer answered, even if it accepted nothing."""
+        """Stores at the peer. Returns whether it answered, even if it accepted nothing."""
         items = [(key, item) for key in keys for item in self._by_key[key]]
         if peer == self._dht.peer_id:
             self.accepted.update(_name(item) for _, item in items if _name(item) in self._kept)
@@ -537,7 +537,7 @@ class _Run:
         return self._active < self._lookups.parallel_calls and self._calls[node] < _CALLS_OF_NODE
 
     async def _ask(self, call: _Call) -> None:
-        """Always puts an answer into the queue, because the look-up waits for it."""
+        """Calls a node. In any case it puts an answer into the queue, because the look-up waits for one."""
         answers = None
         try:
             answers = await self._answers_of(call)
@@ -545,10 +545,9 @@ class _Run:
             self._answers.put_nowait((call, answers))
 
     def _wants_contacts(self, call: _Call) -> bool:
-        """Whether the call asks for contacts. They, and the list of known ones, are most of a call's bytes.
-
-        For keys that were looked up before, a share of the calls ask, to find nodes that have joined since. Witnesses
-        far from all keys are not asked: they would name nodes that are far, too.
+        """Whether the call asks for contacts, which take most of a call's bytes. For keys that were looked up before,
+        only some calls do, to find nodes that have joined since. Witnesses far from all keys are not asked for
+        contacts, because they would name nodes that are far, too.
         """
         if call.node in self._drawn and all(call.node ^ key > self._reach for key in call.keys):
             return False

@@ -1,8 +1,8 @@
 """A node of the DHT: what it knows, and the calls that it makes.
 
-A peer's place is the hash of its PeerID, whatever ID it claims. Only peers that answered a call of this node enter the
-routing table: a peer that calls and says that it serves keys is called back first. A newcomer is handed the keys that
-it should store. Signed records are renewed only by their writers, never by nodes.
+A peer's position is the hash of its PeerID, whatever ID it claims. Only peers that answered a call of this node enter
+the routing table: a peer that calls and says that it serves keys is called back first. A new peer is sent the records
+that it should store. Signed records are renewed only by their writers, never by nodes.
 """
 
 import asyncio
@@ -59,8 +59,8 @@ CALL_DEADLINE_S = 3.0
 _CALLED_BACK, _CALLED_BACK_NEAR = 16, 4
 """Callers that are called back at the same time, in all and in one neighbourhood."""
 _MOST_TOLD, _TOLD_S = 1024, 300.0
-"""How many peers this one remembers as having its contact, and for how long. A peer that restarts forgets the contact,
-and is told again within that time.
+"""This peer remembers which peers it has sent its contact: at most this many, for this long. A peer that restarts
+forgets the contact, and gets it again within that time.
 """
 _CONTACTS = 256
 """Contacts read in one answer: as many honest peers' contacts as fit into a message."""
@@ -72,7 +72,7 @@ class Contacts(Protocol):
     """Where other peers are reached. `peer.kademlia.contacts` has them for gRPC."""
 
     def learn(self, message: contact_pb2.Contact, whose: Container[PeerID]) -> PeerID | None:
-        """Takes a contact from another peer, if it is valid and belongs to one of these peers."""
+        """Learns a contact from another peer, if it is valid and belongs to one of these peers."""
         ...
 
     def note(self, address: Multiaddress) -> None:
@@ -98,7 +98,7 @@ class Contacts(Protocol):
         ...
 
     def known(self, keys: Iterable[int]) -> dict[int, PeerID]:
-        """Peers near these keys whose contacts this peer need not be told, by the first bits of their NodeIDs."""
+        """The first bits of the NodeIDs of peers near these keys whose contacts this peer already has."""
         ...
 
 
@@ -127,7 +127,7 @@ class Transport(Protocol):
 
 
 class Row(NamedTuple):
-    """Something to store, packed."""
+    """A packed entry to store."""
 
     key: int
     subkey: bytes
@@ -142,7 +142,7 @@ class _CallBack(NamedTuple):
     near: str
     """The neighbourhood that the peer called from."""
     keys: Sequence[int]
-    """The keys that were stored here before it called."""
+    """The keys that were stored here before the peer called."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ class FindResult:
     """A peer's answer for one key."""
 
     entries: Entries
-    """The entries that the validator accepts, and that this peer did not say it already has."""
+    """The accepted entries, without those that this peer already has."""
     nearer: dict[int, PeerID]
     """The nodes nearest to the key that the peer knows, by ID."""
     has_value: bool = False
     """Whether the peer has any entries, even if this peer has them all."""
     count: int = 0
-    """How many entries the peer says it has, if it was asked for only some; index entries not counted."""
+    """If only some entries were wanted: how many the peer says it has, not counting index entries."""
 
 
 class KademliaNode:
@@ -194,16 +194,16 @@ class KademliaNode:
         self.spent_bytes: int = 0
         """Bytes of this peer's calls to others: requests, answers, and a rough overhead for each."""
         self._told = BoundedDict[PeerID, tuple[bytes, float]](_MOST_TOLD)
-        """For each peer that was told this one's contact: the contact's signature, and until when it is not told again.
+        """For each peer that was sent this one's contact: the contact's signature, and until when it is not sent again.
         """
         self._tasks = TaskSet()
         self._called_back: dict[PeerID, _CallBack] = {}
         """Peers that are being called back."""
         self._handover = TokenBucket(1.0, _HANDOVER_BURST_S, 0.0)
-        """A budget in seconds at the rate `handed_bytes_per_s`."""
+        """The budget for handing records over, in seconds at the rate `handed_bytes_per_s`."""
 
     async def close(self) -> None:
-        """Ends all background tasks. Closing twice is harmless."""
+        """Ends all background tasks. A second call does nothing."""
         await self._tasks.aclose()
 
     def spawn(self, coroutine: Coroutine[Any, Any, T], name: str) -> "asyncio.Task[T]":
@@ -292,7 +292,7 @@ class KademliaNode:
         return answers
 
     async def store(self, peer_id: PeerID, rows: Sequence[Row]) -> Sequence[bool] | None:
-        """For each row, whether the peer stored it; None if it does not answer."""
+        """Asks the peer to store the rows. Returns for each whether it did; None if the peer does not answer."""
         request = dht_pb2.StoreRequest(
             keys=[id_bytes(row.key) for row in rows],
             subkeys=[row.subkey for row in rows],
@@ -341,7 +341,9 @@ class KademliaNode:
             del self._called_back[peer_id]
 
     def meet(self, peer_id: PeerID) -> None:
-        """Enters a peer that was reached into the routing table, and hands a new one the keys that it should store."""
+        """Enters a peer that was reached into the routing table. If it is new, sends it the records that it should
+        store.
+        """
         name = peer_id.to_bytes()
         node = node_id_of(name)
         if node == self.node_id or not is_peer_id(name):
@@ -360,7 +362,7 @@ class KademliaNode:
         self.table.remove(node_id_of(peer_id.to_bytes()))
 
     def _introduction_to(self, peer_id: PeerID) -> dht_pb2.NodeInfo:
-        """Introduces this peer, with its contact unless the other was told of it recently."""
+        """What this peer says about itself, with its contact unless the other got it recently."""
         contact = self.transport.own_contact() if self.serves_dht else None
         if contact is None:
             return self.info
@@ -411,7 +413,7 @@ class KademliaNode:
             return None
 
     def _may_hand_over(self) -> bool:
-        """Spends from the handover's allowance, if any is left. A newcomer that gets nothing hears the next
+        """Spends from the budget for handing over, if any is left. A new peer that gets nothing will get the next
         announcements.
         """
         now = asyncio.get_running_loop().time()
@@ -422,7 +424,7 @@ class KademliaNode:
         return True
 
     async def _hand_over(self, newcomer: int, peer_id: PeerID, keys: Sequence[int]) -> None:
-        """Stores at the newcomer the keys that it becomes a holder of, if this peer is their nearest holder."""
+        """Stores at a new peer the keys that it should now hold, if this peer is their nearest holder."""
         part: list[Row] = []
         size, slices = 0, TimeSlices()
         for key in keys:

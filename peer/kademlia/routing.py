@@ -1,8 +1,8 @@
-"""Who is where: IDs, the routing table, and which keys a new peer should be handed. No I/O and no clock.
+"""IDs, the routing table, and which keys a new peer should get. No I/O and no clock.
 
 Kademlia (Maymounkov & Mazières 2002): peers and keys have IDs of 160 bits, and a key is stored at the peers whose IDs
 are nearest to its own by XOR. A peer knows up to 20 others in each bucket, and has more buckets the nearer they are to
-its own ID. The peers known for longest stay, because they are the likeliest to live on. In a full bucket,
+its own ID. The peers known for longest stay, because they are likeliest to stay online. In a full bucket,
 neighbourhoods have equal shares: somebody who runs many peers on few machines makes room for others.
 """
 
@@ -26,18 +26,18 @@ REPLICAS = 5
 _DEPTH_STEP = 5
 """Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
 _PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
-"""What precedes the 32 bytes of a key's SHA-256 hash, or of an Ed25519 key as it is."""
+"""How a PeerID begins: before the SHA-256 hash of a key, or before an Ed25519 key itself."""
 _REMEMBERED_SILENT = 4096
 _FIRST_PAUSE_S, _MOST_DOUBLINGS = 5.0, 7
 
 
 def node_id_of(peer_id: bytes) -> int:
-    """The peer's place in the DHT: the hash of its PeerID. The ID that a peer claims is never read."""
+    """The peer's position in the DHT: the hash of its PeerID. The ID that a peer claims is never read."""
     return id_of_bytes(hashlib.sha1(peer_id, usedforsecurity=False).digest())
 
 
 def key_id_of(key: str) -> int:
-    """A key's place: the hash of its text, packed as values are."""
+    """A key's position: the hash of its text, packed as values are."""
     return id_of_bytes(hashlib.sha1(msgpack.packb(key), usedforsecurity=False).digest())
 
 
@@ -63,7 +63,7 @@ def is_peer_id(name: bytes) -> bool:
 
 
 def should_hand_over(key: int, newcomer: int, own: int, others: Sequence[int]) -> bool:
-    """Whether this peer hands a key to a newcomer: if this peer is the nearest holder, and the newcomer becomes a
+    """Whether this peer gives a key to a new peer: it does so if it is the nearest holder, and the new peer is now a
     holder.
 
     `others`: up to `REPLICAS` known nodes nearest to the key, nearest first, without these two.
@@ -83,7 +83,7 @@ class _Bucket:
         self.nodes: dict[int, bytes] = {}
         """Their PeerIDs, as bytes to save memory. The node heard from longest ago comes first."""
         self.spare: dict[int, bytes] = {}
-        """Nodes that replace those that leave, the newest last (section 4.1)."""
+        """The replacement cache: nodes that replace those that leave, the newest last (section 4.1)."""
 
     def has(self, node: int) -> bool:
         return (node ^ self.low) >> (ID_BITS - self.depth) == 0
@@ -125,9 +125,9 @@ class RoutingTable:
         return len(self._buckets)
 
     def add(self, node: int, peer_id: PeerID, near: str = "") -> PeerID | None:
-        """Adds a node that has just been heard from. `near`: its neighbourhood, empty if that does not matter.
+        """Adds a node that has just been heard from. `near`: its neighbourhood; empty: it counts for itself.
 
-        If the node's bucket is full, it becomes a spare one. Then the bucket's node that was heard from longest ago is
+        If its bucket is full, the node becomes a spare one. Then the bucket's node that was heard from longest ago is
         returned: it should be pinged, and either added again or removed (section 2.2). None if there is nothing to
         ping.
         """
@@ -158,7 +158,7 @@ class RoutingTable:
         return PeerID(bucket.nodes[oldest])
 
     def has_room(self, node: int, near: str = "") -> bool:
-        """Whether the node would enter a bucket, or become a spare one without displacing another.
+        """Whether there is room for the node in its bucket, or among the bucket's spare nodes.
 
         `near`: its neighbourhood.
         """
@@ -250,7 +250,7 @@ class Backoff:
         """Failures in a row, and the time until which the peer is not asked."""
 
     def failed(self, peer_id: PeerID, now: float) -> None:
-        """Calls that fail while the peer should not be asked anyway count once."""
+        """Records a failed call. Several calls that fail while the peer should not be asked count once."""
         times, until = self._failures.get(peer_id, (0, -1.0))
         if now >= until:
             pause_s = _FIRST_PAUSE_S * 2 ** min(times, _MOST_DOUBLINGS)

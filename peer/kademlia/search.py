@@ -1,23 +1,24 @@
 """Kademlia's iterative search for one key, as a state machine without I/O or clock.
 
 Maymounkov & Mazières 2002, section 2.3, with two differences. All of the nearest nodes are asked at the same time,
-because a round trip is expensive and a request is cheap. And a value does not end the search until a majority of its
-holders has given theirs: many peers write to one dictionary, and a single holder could leave out what it likes.
+because a round trip is expensive and a request is cheap. And a value does not end the search: a majority of its holders
+must have given theirs, because a single holder could leave entries out.
 
-A node's place is the hash of its public key, but keys are cheap: anybody can make peers that are nearer to a key than
-all others. Five rules keep them from hiding what is stored under it.
+Keys are cheap, so anybody can make peers that are nearer to a DHT key than all others. Five rules keep them from hiding
+what is stored there.
 
 - Paths: S/Kademlia (Baumgart & Mies 2007) searches along several paths that share no node, so that a liar spoils only
-  one of them. Here, each answer opens a path, of the nodes that it names. A node is asked once, on one path, and a path
-  ends after three failures. So a liar that names nodes which don't exist causes three useless questions.
-- Reach: other keys show within which distance holders usually are (Sridhar et al., NDSS 2024). All nodes within it are
-  asked, even if a crowd is nearer, and writers store beyond the nearest ones. A crowd widens it.
-- Neighbourhoods: of the nodes at one IP address the nearest counts, and the others only if there are too few. Addresses
-  cost more than keys.
-- Witnesses: a few nodes elsewhere are asked, too.
+  one of them. Here, the nodes that one answer names form a path. A node is asked once, on one path, and a path ends
+  after three failures. So a liar that names nodes which don't exist causes three useless questions.
+- Reach: other keys show within which distance holders usually are (Sridhar et al., NDSS 2024). All nodes within that
+  distance are asked, even if many others are nearer. If unusually many nodes are near the key, the distance is
+  increased, and writers store at more than the nearest nodes.
+- Neighbourhoods: of the nodes at one IP address, only the nearest counts, unless there are too few. Addresses cost more
+  than keys.
+- Witnesses: a few nodes at random places are asked, too.
 - Doubt: if the nearest nodes have no value, as many more are asked, and those that did not answer are asked again.
 
-Also what a peer knows of others beside its routing table: nodes that others named, and how long calls take.
+This module also remembers nodes that others named, and how long calls take.
 """
 
 import bisect
@@ -40,7 +41,7 @@ _SAMPLES, _FEWEST_SAMPLES = 16, 8
 _EVERYWHERE: int = 2**ID_BITS
 _WIDER = 4
 _FAILURE = 2
-"""What a failure takes of a path's width. A question takes 1 while it is in progress."""
+"""How much of a path's width a failure uses up. A call in progress uses 1."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,36 @@ class SearchLimits:
     """How many nodes a search asks."""
 
     front: int = 7
-    """Nearest live nodes that must all answer before a key counts as having no value."""
+    """The nearest live nodes: all of them must answer before the key counts as empty."""
     doubt: int = 7
-    """Further nodes that must answer before that, if those of the front have no value."""
+    """If the front has no value, this many further nodes must answer before the key counts as empty."""
     crowd: int = 64
     """The most nodes within reach that are asked."""
     first: int = 4
-    """Nodes asked before the first answer, when the known ones may be far from the key."""
+    """Nodes asked before the first answer, because the known ones may be far from the key."""
     holders: int = REPLICAS
-    """How many of the nearest nodes writers store at. Values elsewhere may be old: nodes hand them to new peers."""
+    """Writers store at this many of the nearest nodes. Values at other nodes may be old."""
     quorum: int = 3
     """How many holders must give their values: a majority."""
     witnesses: int = 2
-    """Nodes elsewhere that are asked as well."""
+    """Nodes at random places that are asked as well."""
     path: int = 6
     """Nodes of one path that are asked at the same time."""
     most: int = 128
-    """Nodes asked in total: a liar could name nearer ones forever."""
+    """The most nodes asked in total. Otherwise a liar could name nearer ones for ever."""
     spared: int = 32
-    """How many of the `most` nodes are reserved for nodes of the front. A peer that has just joined overestimates the
-    reach, and would otherwise ask only nodes on the way.
+    """How many of the `most` nodes are reserved for the front. Otherwise a peer that has just joined, and overestimates
+    the reach, would use them all up on the way to the key.
     """
     tries: int = 3
     """How often a node is asked while nobody has answered. If few nodes are known, all requests may get lost."""
     contacts: int | None = 8
-    """How many contacts an answer brings for a key, those of the nearest nodes; None: of all nodes it names. They take
+    """How many contacts of the nearest nodes an answer brings for a key; None: those of all nodes it names. They take
     more bytes than the rest of an answer.
     """
     is_frugal: bool = False
-    """Asks one node after the other until one gives its values, so that the others only add to them. Continues as usual
-    when one fails, when a few have answered and none had any, or after a second.
+    """Asks one node after the other until one gives its values, and then asks the others only for what is missing.
+    Continues as usual when one fails, when a few had no values, or after a second.
     """
 
 
@@ -113,20 +114,20 @@ class IterativeSearch:
     ) -> None:
         """`known`: nodes that answered this peer before. `reach`: the distance within which all nodes are asked.
 
-        `near_of`: returns a node's neighbourhood, empty if that does not matter.
+        `near_of`: returns a node's neighbourhood; empty: the node counts for itself.
         """
         self.key = key
         self.found_after: int | None = None
         """Rounds of requests until the first value; None while there is none."""
         self.rounds: int = 0
-        """The longest chain of requests so far, in which each asks a node that the previous answer named."""
+        """The longest chain of requests so far. In a chain, each request asks a node that the previous answer named."""
         self._holding: set[int] = set()
         """Nodes that returned a value."""
         self._limits = limits
         self._usual_reach = reach
         self._near_of = near_of
         self._near: dict[int, str] = {}
-        """The neighbourhoods of nodes: what their contacts say, until they have answered."""
+        """The neighbourhoods of nodes, as their contacts claim; once a node has answered, its real one."""
         self._nearest: list[tuple[int, int]] = []
         """(distance, node) of the known nodes that have not failed, nearest first."""
         self._depth: dict[int, int] = {}
@@ -134,13 +135,12 @@ class IterativeSearch:
         self._paths: dict[int, tuple[_Path, ...]] = {}
         """The paths on which each node may be asked."""
         self._charges: dict[int, tuple[_Path, int]] = {}
-        """The path on which each node was asked, and how much of its budget that took. An answer gives the
-        budget back.
+        """The path on which each node was asked, and how much of the path's width that uses. An answer frees it again.
         """
         self._asked: set[int] = set()
         self._answered: set[int] = set()
         self._awaited: set[int] = set()
-        """Witnesses that may still answer, while none has."""
+        """The witnesses that were asked, until one has answered."""
         self._failed: set[int] = set()
         """Nodes that failed in the current try."""
         self._tries = 1
@@ -218,10 +218,9 @@ class IterativeSearch:
         return [node for node in wanted if self._send_to(node)]
 
     def _wanting(self) -> int:
-        """How many more nodes to ask: one holder more than the quorum needs.
-
-        If all holders have answered and too few had the value, the whole front is asked: the value may be stored a
-        little off.
+        """How many more nodes to ask: one holder more than the quorum needs. If all holders have answered and too few
+        had the value, the whole front is asked, because the value may be stored at nodes that are a little further
+        away.
         """
         holders = list(self._holders())
         if self._all_answered(holders):
@@ -233,8 +232,8 @@ class IterativeSearch:
         return node in self._asked and node not in self._answered
 
     def ask_witness(self, node: int) -> bool:
-        """Adds a witness, which is asked wherever it is. The search waits for one of them. False if it is asked
-        already.
+        """Adds a witness, which is asked however far it is from the key. The search waits for one witness. Returns
+        False if the node was already asked.
         """
         self._learn([node], 1, self._known)
         if node in self._asked or not self._send_to(node):
@@ -247,18 +246,18 @@ class IterativeSearch:
         self._learn(nodes, self.rounds + 1, self._known)
 
     def hear(self, nodes: Iterable[int]) -> None:
-        """Adds nodes that others named in other searches. They count as one path."""
+        """Adds nodes that were named in other searches. They form one path."""
         self._learn(nodes, self.rounds + 1, self._hearsay)
 
     def holds(self, node: int, has_value: bool) -> None:
-        """Adds this peer itself, which needs no request."""
+        """Adds this peer itself, which has the value and needs no request."""
         self._own = node
         self._learn([node], 0, self._known)
         self._asked.add(node)
         self.answered(node, [], has_value)
 
     def answered(self, node: int, nearer: Iterable[int], has_value: bool) -> None:
-        """The node answered, perhaps late, and named the `nearer` nodes."""
+        """Records that the node answered, perhaps late, and named the `nearer` nodes."""
         depth = self._depth[node]
         self._restore(node)
         self._charge(node, 0)
@@ -276,17 +275,17 @@ class IterativeSearch:
         self._learn(nearer, depth + 1, _Path(self._limits.path))
 
     def hurry(self) -> None:
-        """A frugal search has taken long enough: it continues as others do."""
+        """Ends the frugal part of the search, because it has taken long enough."""
         self._is_leading = False
 
     def failed(self, node: int) -> None:
-        """The node did not answer in time: the next nearest takes its place."""
+        """Records that the node did not answer in time. The next nearest is asked instead."""
         self._is_leading = False
         if self._remove(node):
             self._charge(node, _FAILURE)
 
     def pass_over(self, node: int) -> None:
-        """The node has failed elsewhere, so it is not asked. This costs its path nothing."""
+        """Leaves the node out, because it has failed in another search. Its path loses nothing."""
         self._is_leading = False
         if self._remove(node):
             self._charge(node, 0)
@@ -298,7 +297,7 @@ class IterativeSearch:
     def places(self, usual: int, most: int, rng: random.Random) -> tuple[list[int], list[int]]:
         """The nodes to store at, and the other live nodes, which replace those that fail.
 
-        If more nodes than usual are within reach, up to `most` in all are drawn: those that crowd near the key may be
+        If more nodes than usual are within reach, up to `most` of them are drawn at random, because the nearest may be
         liars.
         """
         spread = list(self._spread(self._answered))
@@ -338,7 +337,7 @@ class IterativeSearch:
     def _spread(
         self, nodes: Container[int], are_wanted: Callable[[int], bool] = lambda node: True
     ) -> Iterator[tuple[int, bool]]:
-        """The wanted ones of these nodes, and whether each is the first of its neighbourhood.
+        """Those of these nodes that are wanted, and whether each is the first of its neighbourhood.
 
         The first ones of all neighbourhoods come first, nearest first, and then the others.
         """
@@ -362,19 +361,19 @@ class IterativeSearch:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more than twice as many nodes as expected are within the usual reach."""
+        """Whether more than twice the expected number of nodes are within the usual reach."""
         crowd = 2 * self._limits.holders
         return len(self._nearest) > crowd and self._nearest[crowd][0] <= self._usual_reach
 
     @property
     def _reach(self) -> int:
-        """The distance within which all nodes are asked. It is wider in a crowd, because few of the nearest may be
-        honest.
+        """The distance within which all nodes are asked. It is larger if unusually many nodes are near, because few of
+        these may be honest.
         """
         return self._usual_reach * (_WIDER if self.is_crowded else 1)
 
     def _front(self) -> list[int]:
-        """The nodes that must answer."""
+        """The nearest nodes, which must answer."""
         front: list[int] = []
         reach = self._reach
         usable = self._usable()
@@ -422,7 +421,7 @@ class IterativeSearch:
         return True
 
     def _charge(self, node: int, charge: int) -> None:
-        """Sets what the node takes of the path on which it was asked."""
+        """Sets how much of its path's width the node uses."""
         if node in self._charges:
             path, charged = self._charges[node]
             path.used += charge - charged
@@ -462,10 +461,9 @@ class UsualReach:
         return self._estimate(own, neighbours)
 
     def _estimate(self, place: int, nearest: Sequence[int]) -> int:
-        """The distance from the place within which there are, on average, as many nodes as hold a key.
-
-        Nodes are counted by the cells that they occupy (linear counting, Whang et al. 1990). So a crowd, which is in
-        few cells, counts little.
+        """The distance within which there are, on average, as many nodes as hold a key, estimated from this peer's
+        neighbours. It counts the cells that nodes occupy (linear counting, Whang et al. 1990), so many nodes in few
+        cells count little.
         """
         count = len(nearest)
         if count < self._holders:

@@ -1,8 +1,6 @@
-"""How a node of the DHT serves other peers, within bounds.
-
-Bounds apply to what one message may ask for or bring, to the calls in progress, and to the work and the bytes of
-answers that each peer and all peers together may cause. Look-ups and stores take turns, in short slices, so that they
-never hold the loop.
+"""How a node of the DHT serves other peers, within bounds. There are bounds for a message, for the calls in progress,
+and for the work and the bytes of answers that each peer and all peers together may cause. Look-ups and stores take
+turns, in short slices, so that they never block the event loop.
 """
 
 import asyncio
@@ -46,24 +44,26 @@ from peer.wire import dht_pb2
 Request = TypeVar("Request", bound=Message)
 
 _CALLS = 512
-"""Calls of others in progress. Once half of them are, each peer may have only one."""
+"""The most calls of others in progress. Above half of that, each peer may have only one."""
 _CALLS_OF_PEER = 64
 _WORK = (2000.0, 1000.0)
 """Units of work per second that others may cause, all together and each. A unit is a key looked up or an entry checked,
 and takes 0.1 ms or less.
 """
 _BYTES_OF_WORK = 2048
-"""Packed bytes that count as one unit of work: to store an entry, all others of its key are unpacked."""
+"""Packed bytes that count as one unit of work. (To store an entry, all others of its key are unpacked.)"""
 _NEAREST_BURSTS = 1.5
-"""A peer that has used up its share of values gets only nearest nodes until it is this many bursts ahead, and then
+"""A peer that has used up its share gets no values, only the nearest nodes. If it is this many bursts ahead, it gets
 nothing.
 """
 _RESULT_OVERHEAD_BYTES = 8
 _WORK_OF_CONTACT = 2
 _DIALS_BACK = (8.0, 32.0)
-"""Peers that are dialled back at their request, per second and at once. Neighbourhoods take turns."""
+"""How many peers are dialled back at their request, per second and in a burst. Neighbourhoods take turns."""
 _DIAL_BACK_S = CALL_DEADLINE_S - 1.0
-"""The longest time for a dial back. If a firewall drops it, the peer still gets its answer in time."""
+"""The longest time for dialling back. It is short, so that a peer whose firewall drops the dial still gets its answer
+in time.
+"""
 _DIALS_WAITING, _DIALS_WAITING_NEAR = 128, 32
 _NAMED_FIRST = 8
 """How many of the nearest nodes come with their contacts. Other contacts are added if the message has room."""
@@ -130,7 +130,7 @@ class DHTServer:
             return response
 
     async def _dials_back(self, sender: PeerID) -> bool:
-        """Whether the sender can be dialled in time. Not tried if too many peers ask for it."""
+        """Whether the sender could be dialled. Not tried if too many peers ask for it."""
         near = self._node.transport.contacts.origin_of(sender)
         try:
             async with asyncio.timeout(_DIAL_BACK_S):
@@ -190,7 +190,7 @@ class DHTServer:
 
     @contextlib.contextmanager
     def _admit(self, sender: PeerID, work: int) -> Iterator[bool]:
-        """Whether this call is handled now. If not, the sender has too many calls in progress, or has caused too much
+        """Whether this call is handled. It is not if the sender has too many calls in progress, or has caused too much
         work.
         """
         now, busy = asyncio.get_running_loop().time(), self._under_way.total()
@@ -269,7 +269,7 @@ class DHTServer:
         return unpack_entries(packed)
 
     def _wanted_of(self, key: int, entries: Entries, have: Container[int], room: int | None) -> bytes:
-        """What is stored under a key, without what the sender has, or a part of it."""
+        """What is stored under a key, or the wanted part of it, without what the sender already has."""
         new = {
             subkey: entry for subkey, entry in entries.items() if digest_of(key, subkey, entry) not in have
         }

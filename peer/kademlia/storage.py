@@ -28,7 +28,9 @@ _KEY_BYTES = 256
 _FRAGMENTATION = 1.3
 """Measured memory per packed byte: pieces of different sizes, evicted at random, leave gaps."""
 _LOOKED_AT = 8
-"""Keys drawn whenever something is stored; the expired ones are dropped. So about an eighth of all keys are expired."""
+"""How many random keys are checked whenever something is stored. Expired ones are dropped, so at most about an eighth
+of all keys are expired.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,9 @@ class StoreBounds:
     answer_bytes_per_s: float = 2 * 2**20
     """Rate of all answers."""
     answer_bytes_per_s_of_peer: float = 512 * 2**10
-    """Rate of answers to one peer. It may get several seconds' worth at once when it gets to know the swarm."""
+    """Rate of answers to one peer. A peer that joins may get several seconds' worth at once."""
     handed_bytes_per_s: float = 256 * 2**10
-    """Rate of handing entries to new peers. Each new peer is charged for the whole store, because all of it is
-    searched.
+    """Rate of handing entries to new peers. Each new peer counts as the whole store, because all of it is searched.
     """
 
     def answer_rates(self, upload_limit: float | None) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The DHT's calls over gRPC: pinned to the certificates in contacts, in sessions, on the peer's own server.
 
-An answer has a deadline of its own, and so have the dial and the session before it: a busy peer may take most of one
-for TLS. A peer that can't be dialled is then left alone for a while, unless a newer contact says that it is elsewhere.
+Opening a session has one deadline and the answer another, because a busy peer may need most of a deadline for TLS. A
+peer that can't be dialled is not called for a while, unless a newer contact names other addresses.
 """
 
 import asyncio
@@ -37,9 +37,9 @@ _CHANNELS = 512
 _CALLS, _CALLS_OF_PEER = 1024, 64
 """Calls in progress, to all peers and to each. Further calls to a peer wait, because it would refuse them."""
 _TRY_S = 5.0
-"""How long the addresses of a peer are tried. A stranger's dials must not take the channels of others."""
+"""How long the addresses of a peer are tried."""
 _SILENT_S = 5.0
-"""How long a peer is left alone after nobody answered at its addresses."""
+"""How long a peer is not called after nobody answered at its addresses."""
 _REFUSED = (StatusCode.FAILED_PRECONDITION, StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED)
 """The statuses by which a server says that it will not open a session with this peer, now or later."""
 _IDLE_MS = 60_000
@@ -99,10 +99,10 @@ class GrpcTransport:
         self._handlers: dict[str, Handler] = {}
         self._given = BoundedDict[PeerID, _Given](_CHANNELS)
         self._silent = BoundedDict[PeerID, tuple[float, object]](_CALLS)
-        """Until when each silent peer is left alone, and what was known of it when it was silent."""
+        """For each silent peer: until when it is not called, and where it was believed to be."""
         self._refusals = BoundedDict[PeerID, str](_CHANNELS)
         self._turns: dict[PeerID, _Turns] = {}
-        """The turns of peers that are being called."""
+        """The calls to each peer, for peers that are being called."""
 
     def own_contact(self) -> contact_pb2.Contact | None:
         """Where others reach this peer; None if they can't."""
@@ -136,7 +136,7 @@ class GrpcTransport:
         return reply
 
     def refusal_of(self, peer_id: PeerID) -> str | None:
-        """Why the peer opens no session with this one, in its words; None if it has not refused."""
+        """The peer's reason why it opens no session with this one; None if it has not refused."""
         return self._refusals.get(peer_id)
 
     async def serve(self, method: str, handler: Handler) -> None:

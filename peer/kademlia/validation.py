@@ -1,8 +1,8 @@
 """What this peer accepts of the values that other peers store, answer and hand over.
 
-A value is refused by its size before it is unpacked, can't choose types, and can't be nested: with nested tuples of any
-depth, an unpacker would end the process by a stack overflow. A dictionary is one level of entries. Entries that the
-validator rejects are left out, and the others are used.
+A value's size is checked before it is unpacked. It has one fixed type and can't be nested, because deep nesting would
+crash the unpacker by a stack overflow. A dictionary is one level of entries. Entries that the validator rejects are
+left out, and the others are used.
 """
 
 import asyncio
@@ -173,7 +173,7 @@ def entry_bytes(subkey: Subkey, entry: Entry) -> int:
 
 
 def digest_of(key: int, subkey: Subkey, entry: Entry) -> int:
-    """Names an entry to a peer that may have the same. A renewed entry has a later expiry, and so another digest."""
+    """A short name for an entry. A renewed entry has a later expiry, and so another digest."""
     name = id_bytes(key) + pack([subkey, entry.expires_at])
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 

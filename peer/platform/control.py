@@ -1,4 +1,4 @@
-"""How a user's commands reach their running process: by a unix socket in its folder, or by loopback and a secret.
+"""How a user's commands reach their running process: by a unix socket in its folder, or over loopback with a secret.
 
 If Python has no unix sockets, or the folder's path is too long for one, the process listens on loopback. It writes its
 port and a random token into a file that only its user can read, and each client sends the token first.
@@ -97,10 +97,8 @@ class ControlListener:
 
 
 def connect(folder: Path, deadline_s: float) -> tuple[socket.socket, int]:
-    """A connection to the process of this folder, and its process id. Raises OSError.
-
-    If none listens, that is FileNotFoundError or ConnectionRefusedError. The port of a killed process may belong to
-    another user by now.
+    """A connection to the process of this folder, and its process id. Raises OSError: FileNotFoundError or
+    ConnectionRefusedError if no process listens. The port of a killed process may by now belong to another user.
     """
     door = _read_door(folder)
     if door is not None:

@@ -33,7 +33,7 @@ def system() -> str:
 
 
 def why_experimental() -> str:
-    """What a user should know about Talkoot on this operating system; empty where it is tested."""
+    """What a user should know about Talkoot on this operating system; empty if it is tested."""
     name, machine = platform.system(), platform.machine()
     if (name, machine) == _TESTED:
         return ""

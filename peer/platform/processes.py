@@ -21,7 +21,7 @@ _LARGE_BYTES = 32 * 2**20
 freed.
 """
 _WINDOWS_DESCRIPTORS = 2**16
-"""Windows limits the handles of a process, but at more than a process here would need."""
+"""Stands for "more than needed": Windows allows more handles than a process of ours opens."""
 _NICE_BELOW_NORMAL = 1
 """From this niceness on, a process runs below normal priority on Windows."""
 _NICE_IDLE = 15
@@ -61,7 +61,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 CHILD_FLAGS = 0
-"""For `creationflags`: on Windows they keep Ctrl-C from the child. Elsewhere the child sees to that itself."""
+"""For `creationflags`: on Windows, they keep Ctrl-C from the child. On other systems, the child ignores it itself."""
 if sys.platform == "win32":
     CHILD_FLAGS = subprocess.CREATE_NEW_PROCESS_GROUP
 

@@ -37,14 +37,14 @@ because strangers name the latter.
 """
 _FETCH_S = 5.0
 _OPEN_S = ACCEPT_S + 2.0
-"""Time for a session and the relay's first reply, for which the relay waits until the other end accepts."""
+"""Time for a session and the relay's first reply, which comes when the other end has accepted."""
 _IDLE_S = 600.0
-"""A circuit that carries nothing for this long is closed. gRPC opens another when it needs one."""
+"""A circuit that is idle for this long is closed. gRPC opens another when it needs one."""
 
 
 @dataclass(frozen=True)
 class Relay:
-    """Where a relay is called; as much as `ChannelPool` needs to know about it."""
+    """Where a relay is called, in the form that `ChannelPool` needs."""
 
     peer_id: PeerID
     endpoint: Endpoint

@@ -1,4 +1,4 @@
-"""What both ends of a circuit and its relay agree on."""
+"""Constants and parsers that both ends of a circuit and its relay share."""
 
 from typing import TypeAlias
 
@@ -12,8 +12,8 @@ Piece: TypeAlias = "relay_pb2.CircuitPiece"
 PIECE_BYTES = 64 * 2**10
 """The largest piece."""
 SENT_BYTES = 32 * 2**10
-"""The largest piece that an end sends. A relay forwards a piece only when it has all of it, so large pieces arrive
-late; small ones cost the relay more CPU time.
+"""The largest piece that an end sends. A relay forwards a piece only once it has all of it, so large pieces arrive
+late; small ones cost more CPU time.
 """
 CIRCUIT_BYTES = 16
 """The size of a circuit's name, which is random and known only to its two ends."""

@@ -1,8 +1,8 @@
-"""The side of a peer that nobody can reach directly: it keeps reservations at relays, and accepts calls that come
-there.
+"""The side of a peer that others can't reach directly: it keeps reservations at relays, and accepts calls that come
+through them.
 
-A relay may lie about who calls, and may call again and again. So what comes through one relay is limited, and counts as
-one neighbourhood. TLS between the two ends runs inside the circuit: a relay can end a circuit, and nothing else.
+A relay may lie about who calls, and may call again and again. So the calls of one relay are limited, and count as one
+neighbourhood. TLS between the two ends runs inside the circuit: a relay can end a circuit, and nothing else.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ RelayExit: TypeAlias = Callable[[PeerID, PeerID], Awaitable[Pipe]]
 Candidates: TypeAlias = Callable[[], Awaitable[Sequence[Contact]]]
 """Peers that may act as relays, the best first. May raise UnreachableError."""
 WANTED = 2
-"""The number of relays to keep: if one dies, the other still leads here."""
+"""The number of relays to keep: if one dies, the other still works."""
 _ENDPOINTS_TRIED = 3
 """How many endpoints of one relay are tried."""
 _LOOK_S = 5.0
@@ -49,7 +49,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 _CIRCUITS_OF_RELAY = 32
 _REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
 _ABUSE_S = 8.0
-"""How many seconds' worth a relay may exceed its rate before it is given up."""
+"""A relay is given up once it exceeds its rate by this many seconds' worth."""
 
 
 class Reservations:
@@ -73,7 +73,7 @@ class Reservations:
         )
         self.offers: Counter = start_at_zero(offers, "accepted", "failed", "refused")
         self.refusal: str = ""
-        """Why the last relay asked does not lead here; empty if it does, or if none was asked."""
+        """Why the last relay that was asked refused; empty if it did not, or if none was asked."""
         self._client = client
         self._changed = changed
         self._rng = rng or random.SystemRandom()
@@ -96,7 +96,7 @@ class Reservations:
         return tuple(self._held.values())
 
     def set_exit(self, open_exit: RelayExit) -> None:
-        """Connects callers there from now on. Until then, none is accepted."""
+        """From now on, connects callers to this exit. Until then, none is accepted."""
         self._exit = open_exit
 
     def keep(self, candidates: Candidates) -> None:
@@ -139,7 +139,7 @@ class Reservations:
             self._pause(contact.peer_id, self._clock() - began)
 
     def _choose(self, contacts: Sequence[Contact]) -> Contact | None:
-        """The best contact, if possible on a machine where this peer has no other relay."""
+        """The best candidate, if possible on a machine where this peer has no other relay."""
         now = self._clock()
         machines = {address.ip for contact in self._busy.values() for address in contact.addresses}
         free = [

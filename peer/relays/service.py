@@ -1,7 +1,7 @@
 """The relay's side: connects callers to peers that hold a reservation here, within the limits that its owner sets.
 
 It sends no more than it receives, except for one small message to the dialled peer. It holds one piece of a circuit in
-each direction. Everything else waits in gRPC's windows, so that a slow end slows down the other one.
+each direction. Everything else waits in gRPC's windows, so a slow receiver slows down its sender.
 """
 
 import asyncio
@@ -31,17 +31,17 @@ from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 _RESERVATIONS, _RESERVATIONS_NEAR = 128, 16
 """Reservations in all, and in one neighbourhood."""
 _CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, 32
-"""A swarm may have only one relay, through which a trainer calls all its nodes. For each circuit, gRPC holds up to 1
-MiB in each direction.
+"""The most open circuits: in all, of one caller, and to one peer. A swarm may have only one relay, through which a
+trainer calls all its nodes. For each circuit, gRPC holds up to 1 MiB in each direction.
 """
 _DIALS_PER_S, _DIALS_AT_ONCE = 4.0, 64
 """Dials by one caller."""
 _TURNS_PER_S, _TURNS_AT_ONCE = 8.0, 32
-"""Turns given to the callers of one peer."""
+"""How many turns the callers of one peer get, per second and in a burst."""
 _REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
-"""Requests by which a peer with a reservation shows that it is still there."""
+"""How many requests a peer with a reservation may send to show that it is still there."""
 _OFFERS = 64
-"""Callers that a peer has not been told of yet."""
+"""The most callers that a peer has not been told of yet."""
 _LEAST_BYTES = 512
 """A smaller piece counts as this many bytes, because even a small one costs time."""
 _ADMITS_EVERY_S = 10.0

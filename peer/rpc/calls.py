@@ -2,7 +2,7 @@
 
 A message that can't be parsed counts as an empty one, which its reader then refuses. gRPC by itself would log a
 traceback for each, and return None to a caller in place of a reply. A message of very many parts counts as empty, too:
-3 MB of empty messages or strings would hold the loop for a quarter of a second, and take 100 MB of memory.
+3 MB of empty messages or strings would block the loop for a quarter of a second, and take 100 MB of memory.
 """
 
 import asyncio
@@ -78,7 +78,7 @@ def retry_metadata(retry_after_s: float) -> tuple[tuple[str, str], ...]:
 
 
 def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None, otherwise: float) -> float:
-    """When the other side suggests a retry, within bounds; `otherwise` if it suggests nothing sensible."""
+    """In how many seconds the other side suggests a retry, within bounds; `otherwise` if it suggests nothing sensible."""
     for key, value in metadata or ():
         if key == _RETRY_KEY:
             try:

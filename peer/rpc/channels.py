@@ -21,7 +21,7 @@ from peer.transport.endpoints import AddressScope, Endpoint
 WINDOW_BYTES = 16 * 2**20
 """Bytes in flight to a client: enough for 100 Mbit/s at a round-trip time of over a second."""
 SERVER_WINDOW_BYTES = 2**20
-"""Bytes of each call that a server receives before anybody reads them. It may hold as many for every stranger's call.
+"""Bytes of each call that a server buffers before anybody reads them. Every stranger's call may take as much.
 """
 Options: TypeAlias = Sequence[tuple[str, int | str]]
 _COMMON_OPTIONS: Options = [
@@ -66,7 +66,7 @@ _TRY_S = 20.0
 _SILENT_S = 5.0
 """How long a peer counts as silent after a failed connection."""
 _STEADY_S = 60.0
-"""A detour whose connection ends sooner is tried after all other ways: a libp2p relay may limit each connection."""
+"""A detour whose connection ends sooner is tried after all other ways. A libp2p relay may limit each connection."""
 _BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _SILENT = {grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE}
 
@@ -187,9 +187,8 @@ class ChannelPool:
 
     async def reach(self, peer: Contact) -> grpc.aio.Channel:
         """A channel to a peer. Waits for a connection if there was none before, or if the peer has several addresses.
-
-        The channel may still fail: an old connection may be broken, or a tunnel or a relay may lead nowhere. A call
-        then says why. Raises UnreachableError if no address of the peer can be called from here, or none answers.
+        The channel may still fail later; a call then says why. Raises UnreachableError if no address of the peer can be
+        called from here, or none answers.
         """
         if self._is_closed:  # late calls would open channels that nobody closes
             raise UnreachableError("this peer is stopping, and makes no more calls")
@@ -235,7 +234,7 @@ class ChannelPool:
         return await self.get(way, peer.certificate_pem)
 
     async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel | None:
-        """Tries one way after another. A slow one continues beside the next. None if none connects."""
+        """Tries one way after another; a slow one continues beside the next. Returns None if none connects."""
         connecting: dict[asyncio.Task[bool], tuple[str, grpc.aio.Channel]] = {}
         opened: list[str] = []
         found = None
@@ -269,7 +268,9 @@ class ChannelPool:
         return None if found is None else found[1]
 
     def _has_broken(self, peer_id: PeerID, way: str, state: grpc.ChannelConnectivity) -> bool:
-        """Whether other ways should be tried. Records a detour whose connection ended soon, for whatever reason."""
+        """Whether the channel has failed, so that other ways should be tried. Records a detour whose connection ended
+        soon.
+        """
         age_s = time.monotonic() - self._found_at.get(peer_id, -math.inf)
         if way in self._detours and state is not grpc.ChannelConnectivity.READY and age_s < _STEADY_S:
             self._unsteady[peer_id] = way

@@ -1,11 +1,10 @@
-"""The connections of a server: who may have how many, and which one is closed when there are too many.
+"""The connections of a server: how many each caller may have, and which one is closed when there are too many. gRPC
+can't limit connections by caller. So gRPC listens on a socket within this machine, and `Connections` listens on the
+network in its place. Bytes are copied as they are, including TLS. Each connection reaches gRPC from a socket with a
+name of its own, by which a call finds its connection.
 
-gRPC counts connections and streams, but does not tell whose they are, and closes none of them. So gRPC listens on a
-socket within this machine, and `Connections` listens on the network in its place. Bytes are copied as they are,
-including TLS. Each connection reaches gRPC from a socket with a name of its own, by which a call finds its connection.
-
-A connection is proven as soon as a call on it is in a session. Before that it is worth little: few are allowed, and
-neighbourhoods take turns with TLS. The neighbourhood with the most connections makes room, with silent ones first.
+A connection is *proven* once a call on it is in a session. Few unproven connections are allowed, and neighbourhoods
+take turns with TLS handshakes. The neighbourhood with the most connections makes room, with silent ones first.
 """
 
 import asyncio
@@ -34,20 +33,22 @@ from peer.transport.pipes import Pipe
 _MOST_CONNECTIONS = 2048
 _DESCRIPTORS_EACH = 3
 _LEAST_LEFT, _MOST_LEFT = 24, 256
-"""Descriptors left for everything else, such as checkpoints, this peer's own calls and its p2pd: a sixteenth of all,
+"""How many descriptors are left for everything else, such as checkpoints and this peer's own calls: a sixteenth of all,
 within these bounds.
 """
 _UNPROVEN_SHARE = 1 / 4
 _CONNECTIONS_OF_CALLER = 32
 _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
-"""How long a connection may stay without a byte, and without a call that is in a session or still in progress."""
+"""A connection is closed if it has sent no byte after the first time, or has no call in a session after the second.
+"""
 _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
 """TLS handshakes of all callers together. Each takes about a millisecond."""
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
 _MOST_UNSENT_BYTES = 64 * 2**20
-"""Bytes that wait here for callers to read them, over all connections. This is in addition to the memory for calls."""
+"""The most bytes that wait for callers to read them, over all connections. This is in addition to the memory for calls.
+"""
 _FLUSH_S = 5.0
 _BACKLOG = 1024
 
@@ -92,7 +93,7 @@ class ConnectionTable:
         return self._counts.total()
 
     def add(self, connection: Connection) -> Connection | None:
-        """Adds a connection. Returns one that must be closed for it, which is no longer in the table."""
+        """Adds a connection. Returns another one that must be closed to make room, and is no longer in the table."""
         self._put(self._unproven, connection)
         return self.shed() if self._counts[False] > self._most_unproven else None
 
@@ -138,7 +139,7 @@ class ConnectionTable:
                 del self._of_caller[connection.caller]
 
     def overdue(self, now: float) -> list[Connection]:
-        """Connections that have had enough time to prove themselves, and have not."""
+        """Connections that are still unproven although their time is up."""
         return [
             connection
             for group in self._unproven.values()
@@ -254,7 +255,7 @@ class Connections:
         self._close(self._table.prove(connection, caller), "crowded")
 
     def punish(self, connection: Connection, reason: str = "abused") -> None:
-        """Closes a connection that is abused, or whose caller does not read (`unread`)."""
+        """Closes a connection whose caller misbehaves, or does not read (`unread`)."""
         if connection in self._table:
             self._table.remove(connection)
             self._close(connection, reason)
@@ -352,7 +353,7 @@ class _End(asyncio.Protocol):
     """One end of a connection. What it receives is sent by the other end."""
 
     def __init__(self, lost: Callable[[], None], ends: "set[_End]") -> None:
-        """`ends`: all open ends, to which this one belongs until it is closed."""
+        """`ends`: the set of all open ends. This one is in it until it is closed."""
         self._lost = lost
         self._ends = ends
         self._early: list[bytes] = []
@@ -462,7 +463,7 @@ def most_connections() -> int:
 
 
 def _most_descriptors() -> int:
-    """How many descriptors may be in use before connections must leave the rest to others."""
+    """How many descriptors may be in use before no more connections are accepted."""
     limit = most_descriptors()
     return limit - min(max(limit // 16, _LEAST_LEFT), _MOST_LEFT)
 

@@ -1,7 +1,7 @@
 """The gate that every call to a server passes: how many calls each caller may have in progress, how often it may call,
 and how long it may keep the server waiting.
 
-gRPC's own limit counts all calls alike, so a stranger's silent streams would take everybody's places. Here a caller is
+gRPC's own limit counts all calls alike, so a stranger's silent streams could take all places. Here a caller is
 a peer with a session, or a connection without one. When all places are taken, a new call takes the place of a call
 whose caller has more of them, or which only waits for its caller.
 """
@@ -40,7 +40,7 @@ _OWN_PLACES = {"talkoot.v1.DhtService": 512, "talkoot.v1.RelayService": 512}
 frequent and must not hold up experts, and relay calls last for hours.
 """
 _LASTING = "talkoot.v1.RelayService"
-"""A service whose calls mostly wait for their callers, and keep their places anyway."""
+"""The service whose calls keep their places although they mostly wait for their callers."""
 _FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
 """How long a call waits for its caller's messages. Even a slow line needs less for a chunk."""
 _UNREAD_S = 20.0
@@ -63,7 +63,7 @@ calls would cost too much.
 """
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
-"""How long the same fault is not logged again."""
+"""How long the same failure is not logged again."""
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +81,7 @@ class Slot:
 
 
 class Slots:
-    """Places for calls, in fair shares: by neighbourhood, and then by caller. Pure: `now` is an argument."""
+    """Places for calls. Neighbourhoods, and then callers in each, have fair shares. Pure: `now` is an argument."""
 
     def __init__(self, most: int, patience_s: float = _PATIENCE_S) -> None:
         self._most = most
@@ -299,7 +299,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             loser.task.cancel()
 
     def _note_fault(self, method: str, error: Exception) -> None:
-        """Logs each kind of fault once in a while: a stranger who triggers one must not fill the log."""
+        """Logs each kind of failure only now and then: a stranger who triggers one must not fill the log."""
         self.refused.labels("failed").inc()
         if self._restarts is not None:
             self._restarts.note("answer a call")

@@ -27,9 +27,9 @@ _OPEN_S = 5.0
 _LIMIT_S = 600.0
 """The longest time that one part may take from one peer."""
 _FAIR_BYTES_PER_S, _FAIR_S = 125_000, 10.0
-"""If a peer needs longer than a part takes at this rate, plus this delay, the next peer is asked in parallel."""
+"""If a peer is slower than this rate, plus this delay, the next peer is asked in parallel."""
 _AT_ONCE = 2
-"""Peers that are downloaded from in parallel for one part. The slower one is cancelled for a third."""
+"""How many peers are downloaded from in parallel for one part. The slower one is cancelled when a third is asked."""
 _MOST_PEERS = 8
 """Peers that are asked for one part."""
 _REMEMBERED = 1024
@@ -94,12 +94,10 @@ class PartClient:
         check: Callable[[bytes], T],
         wrong: Callable[[PeerID], None] = lambda peer_id: None,
     ) -> T:
-        """The result of `check` for the part, from the first peer whose copy it accepts.
-
-        At most eight peers are asked, one after another, those that failed before last. A slow one continues in
-        parallel to the next, so that none holds up the others. `check` raises WireError if a file is not that part. It
-        does not run on the loop. `wrong` is called with each peer that gave another file. Raises TransferError if no
-        peer gives the part.
+        """The result of `check` for the part, from the first peer whose copy it accepts. At most eight peers are asked,
+        one after another; those that failed before come last. A slow download continues while the next peer is asked.
+        `check` raises WireError if a file is not that part. It does not run on the loop. `wrong` is called with each
+        peer that gave another file. Raises TransferError if no peer gives the part.
         """
         reason = "nobody is known to have it"
         patience_s = _FAIR_S + max_bytes / _FAIR_BYTES_PER_S

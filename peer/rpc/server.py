@@ -24,7 +24,7 @@ from peer.wire import session_pb2_grpc
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_STREAMS = 4096
-"""Calls that gRPC lets begin at the same time. The gate ends surplus ones."""
+"""How many calls gRPC lets begin at the same time. The gate ends those beyond its own limits."""
 _GRPC = logging.getLogger("grpc._cython.cygrpc")
 
 
@@ -79,10 +79,8 @@ def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCre
 
 
 def _is_of_ours(record: logging.LogRecord) -> bool:
-    """Drops gRPC's complaints that a caller that has left, or does not read, took no message or status.
-
-    gRPC ignores these itself once it knows that the call has ended. On a busy machine it may learn that later, and then
-    it logs a traceback. It also complains about services that are added after the start, although it serves them.
+    """Drops log lines of gRPC that report no problem: that a caller which has left took no message or status, and that
+    a service was added after the start.
     """
     if str(record.msg).startswith("Cannot register method handlers"):
         return False

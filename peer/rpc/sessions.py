@@ -1,8 +1,8 @@
 """Sessions, both sides: a caller proves its identity once, and its calls then only name the session.
 
-The proof is a signed statement that names the server, so that no server can replay it to another, and a challenge that
-the server has just given. So a proof works only once, whatever the two clocks say. The server remembers only challenges
-that were used, and it checks a limited number, so strangers can't fill its memory. TLS is pinned to the server's
+The proof is a signed statement. It names the server, so no server can replay it to another, and contains a challenge
+that the server has just made, so it works only once, whatever the two clocks say. The server remembers only challenges
+that were used, and checks a limited number, so strangers can't fill its memory. TLS is pinned to the server's
 certificate, so nobody else learns the session's name.
 """
 
@@ -134,7 +134,7 @@ class Challenges:
         return made + self._mac(made)
 
     def check(self, challenge: bytes) -> None:
-        """Raises ExpertError (UNAUTHENTICATED) if it can't be used now."""
+        """Raises ExpertError (UNAUTHENTICATED) if the challenge can't be used now."""
         made = challenge[:-_MAC_BYTES]
         if not hmac.compare_digest(challenge[-_MAC_BYTES:], self._mac(made)):
             raise ExpertError(StatusCode.UNAUTHENTICATED, "this server did not issue that challenge")
@@ -258,11 +258,7 @@ class Sessions:
                 self._end(key)
 
     def check(self, request: session_pb2.OpenRequest) -> session_pb2.OpenStatement:
-        """The statement, after all checks that need no signature: no signature is checked for a request that is refused
-        anyway.
-
-        Raises ExpertError.
-        """
+        """The statement, after all checks except that of its signature, which takes longest. Raises ExpertError."""
         with self.counting_refusals():
             if request.ByteSize() > _MAX_REQUEST_BYTES:
                 raise ExpertError(

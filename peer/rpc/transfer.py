@@ -40,7 +40,7 @@ _BUSY_S = 1.0
 _ATTEMPTS = 5
 """How many times a download is started or resumed."""
 _BUSY_ATTEMPTS = 20
-"""How many times it is started or resumed if other transfers keep the peer busy."""
+"""How many times a download is started or resumed if the peer is busy with other transfers."""
 _BACKOFF_S = 0.2
 """The pause before the second attempt. It doubles up to eight times that."""
 _PASSING = {
@@ -271,9 +271,9 @@ class TransferPace(Pace):
 class TransferSlots:
     """Limits the transfers in progress, and shares them fairly between peers. For one event loop.
 
-    If all slots are taken, a newcomer gets one from the peer with the most. If no peer has more than the newcomer
-    would, it gets the oldest slot, once that transfer has had enough time at a fair rate. A transfer that is cut off
-    may resume later.
+    If all slots are taken, the peer with the most gives one to a newcomer. If no peer has more slots than the newcomer
+    would then have, the newcomer gets the oldest slot, once that transfer has had enough time at a fair rate. A
+    transfer that loses its slot may resume later.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -328,9 +328,8 @@ async def receive(
     sha256: bytes = b"",
     begun: Callable[[], None] = lambda: None,
 ) -> None:
-    """Reads one call's replies to the end. Raises AioRpcError, StateError, and TimeoutError if a reply stalls.
-
-    `begun` is called when a valid header has arrived.
+    """Reads all replies of a call. Raises AioRpcError, StateError, and TimeoutError if a reply stalls. `begun` is
+    called once a valid header has arrived.
     """
     pace = TransferPace()
     reply = await pace.read(call.read(), _size_of)

@@ -1,8 +1,8 @@
 """Which of the addresses that strangers write this peer dials, and how often.
 
 Anybody can write any address into a record, and all peers of a swarm read it. So no peer dials an address that is
-nearer than its swarm (its own loopback, or the network behind it). And a swarm can't be aimed at a machine that is not
-a peer: however many records name it, each peer tries it only a few times a minute.
+nearer than its swarm (its own loopback, or the network behind it). And nobody can make a swarm attack a machine that is
+not a peer: however many records name it, each peer dials it only a few times a minute.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from peer.transport.addresses import Address, known
 from peer.transport.endpoints import AddressScope, Endpoint, IpAddress, neighbourhood
 
 ENDPOINT_BURST = 4
-"""How often one IP address and port may be dialled in vain, without the named peer being there."""
+"""How often one IP address and port may be dialled although the named peer was not found there."""
 ENDPOINT_EVERY_S = 15.0
 MACHINE_BURST = 16
 """How many failed dials of one IP address are allowed in a row, over all its ports. For IPv6, this counts all 2^64

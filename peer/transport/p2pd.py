@@ -209,7 +209,7 @@ async def start_daemon(identity: Identity, config: Libp2pConfig, dialling: Diall
     sockets = private_socket_folder()
 
     class Started(Daemon):
-        """Recorded, so that it can be stopped if `create` is cancelled: hivemind would leave p2pd and its sockets
+        """Is recorded, so that it can be stopped if `create` is cancelled: hivemind would leave p2pd and its sockets
         behind.
         """
 

@@ -114,7 +114,7 @@ class PortMapping:
         self._ask_router = ask
         self._answer: RouterAnswer | None = None
         self._missed = False
-        """Whether the last request got no answer, and the answer before still counts."""
+        """Whether the last request got no answer, so that the answer before it still counts."""
         self._wanted = asyncio.Event()
         # the same after a restart, so that a mapping left by a killed process is found and renewed
         others = random.Random(port).sample(range(2**15, 2**16), _OTHER_PORTS)  # noqa: S311  # no secret

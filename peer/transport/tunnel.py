@@ -33,8 +33,8 @@ OPEN_DEADLINE_S = 15.0
 OpenExit: TypeAlias = Callable[[PeerID], Awaitable[Pipe]]
 """Connects a peer whose tunnel ends here to this peer's gRPC server. Raises OSError."""
 StreamHandler: TypeAlias = Callable[[PeerID, bool, Pipe], Awaitable[None]]
-"""Takes a stream that another peer opened. Its arguments: that peer, whether the stream comes through a relay, and the
-stream.
+"""Takes a stream that another peer opened. Its arguments are that peer, whether the stream comes through a relay, and
+the stream.
 """
 OpenStream: TypeAlias = Callable[[PeerID, Sequence[Multiaddress], str, float], Awaitable[Pipe]]
 """Takes a peer, its addresses, the protocol and a deadline in seconds. Raises UnreachableError."""
@@ -88,7 +88,7 @@ class Tunnels:
         self._listeners = Listeners(limits.streams, self._forward)
         self._exit: OpenExit | None = None
         self._room = FairBudget(limits.streams)
-        """Streams that others opened. When the limit is reached, the peer with the most gives one up for another peer.
+        """Limits streams that others opened. When there are too many, the peer with the most gives one up.
         """
         self._opening = TokenBuckets[PeerID](limits.opened_per_s, limits.streams_of_peer)
         self._tasks = TaskSet()

@@ -52,7 +52,7 @@ def answer(command: str, host: str, port: int, external_ports: Sequence[int]) ->
 
 
 def _map(igd: Any, host: str, port: int, external_ports: Sequence[int]) -> dict[str, Any]:
-    """Maps the first external port that is free, or that already leads here: then it is renewed."""
+    """Maps the first external port that is free, or renews one that already leads here."""
     refusal = "all of the ports that were tried are taken"
     for external in external_ports:
         if _leads_to(igd, external) not in {None, (host, port)}:
