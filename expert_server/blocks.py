@@ -47,9 +47,7 @@ class FeedForward(nn.Module):
 
 
 def _transformer(model: ModelSpec, *, causal: bool = True) -> nn.Module:
-    """It starts as a feed-forward block: at first, a row's segment is just what the untrained gate happened to send
-    with it.
-    """
+    """At first, its attention adds nothing, because an untrained gate puts rows into segments at random."""
     layer = TransformerLayer(
         model.hidden,
         model.heads,
@@ -100,7 +98,7 @@ def _others_builder(kind: str) -> BlockBuilder:
 
 
 def build_block(manifest: Manifest, uid: UID) -> nn.Module:
-    """The block with its initial parameters, which depend only on the manifest's seed and the UID."""
+    """The block with its initial parameters, which depend only on the manifest and the UID."""
     build = builder_of(manifest.experts.kind)
     if not manifest.model.is_causal(uid.layer):
         build = partial(build, causal=False)
@@ -108,7 +106,7 @@ def build_block(manifest: Manifest, uid: UID) -> nn.Module:
 
 
 def weightless_block(manifest: Manifest) -> nn.Module:
-    """A block of the manifest's kind without memory for its tensors, for their shapes and sizes."""
+    """A block of the manifest's kind whose tensors have shapes, but take no memory."""
     with torch.device("meta"):
         return builder_of(manifest.experts.kind)(manifest.expert_model)
 

@@ -44,7 +44,7 @@ receipt for the least work.
 """
 SLACK = 65_536
 """This node accepts receipts for at most twice the work that it remembers. All trainers together may exceed that by
-this many pairs or queries, because the node may have been killed after it last saved their receipts.
+this many pairs or queries, because a node that was killed has lost the work since its last save.
 """
 _CALLERS = 4096
 """Callers whose work is remembered."""
@@ -68,18 +68,19 @@ class ReceiptBook:
     ) -> None:
         """`signer_of`: returns whose token lets a trainer sign; None: anybody may."""
         self.has_changed: bool = False
-        """Whether it has changed since it was saved."""
+        """Whether the book has changed since it was saved."""
         self._signer_of = signer_of
         self._swarm_id = swarm_id
         self._node = node
         self._most = most
         self._receipts: dict[PeerID, Receipt] = {}
         self._crowds: dict[PeerID, Hashable] = {}
-        """The token or the neighbourhood of each receipt's trainer. Without tokens, the trainer itself for receipts
-        from before the start.
+        """The token or the neighbourhood of each receipt's trainer. For receipts of an earlier run without tokens, the
+        trainer itself.
         """
         self.forgotten: Work = Work()
-        """The node's work before it lost its receipts: a trainer's first receipt may be for that much more."""
+        """The work that the node had done when it lost its receipts. A trainer's first receipt may include that much.
+        """
         self._slack = Multiset(pairs=SLACK, queries=SLACK)
         """How much of the slack is left in this run."""
         self._served = BoundedDict[PeerID, Work](_CALLERS)
@@ -106,7 +107,7 @@ class ReceiptBook:
         self._served[caller] = self._served.get(caller, Work()) + work
 
     def take(self, receipt: Receipt, near: str = "") -> bool:
-        """Keeps a receipt if it is newer than its trainer's last one. Returns whether it is.
+        """Keeps a receipt if it is newer than its trainer's last one. Returns whether it was kept.
 
         `near`: the neighbourhood that it came from. Raises ExpertError (FAILED_PRECONDITION) if this node can't have
         done that work, and RecordError if the trainer may not sign.

@@ -478,7 +478,7 @@ class Node:
         await self.swarm.stop()
 
     def hurry(self) -> None:
-        """A stopping node no longer waits for others to take over its experts."""
+        """Ends the wait of `stop` for others to take over the experts."""
         self.averaging.hurry()
         self.hosting.hurry()
         self.memories.hurry()
@@ -576,7 +576,7 @@ class Node:
         self._account.note(serves=self.state is NodeState.SERVING)
 
     def _done(self) -> Work:
-        """The node's own count of what it has done for all trainers."""
+        """The node's own count of its work for all trainers."""
         queries = int(total(self._memory_servicer.metrics.queries))
         return Work(pairs=self._contribution().rows, queries=queries)
 

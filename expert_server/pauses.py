@@ -54,8 +54,8 @@ class LoadMonitor:
     """Whether other programs need the machine. It starts as idle.
 
     It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when the mean over
-    `idle_after_s` is at most two fifths of that. Each change starts a new window, so changes are at least one window
-    apart.
+    `idle_after_s` is at most two fifths of that. A new window begins with each change, so changes are at least one
+    window apart.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ def reasons_to_pause(settings: NodeSettings, when: datetime, machine: MachineSta
 class OwnerOverride:
     """The owner's last command, which overrides every setting.
 
-    A pause lasts until its time is over or until the next command. A resume overrides the reasons to pause that hold at
-    that moment, each until it no longer holds, so that nobody has to remember to undo it.
+    A pause lasts until its time is over or until the next command. A resume overrides the present reasons to pause,
+    each until it no longer holds, so that nobody has to undo it.
     """
 
     def __init__(self) -> None:
@@ -208,7 +208,7 @@ class PauseController:
     ) -> None:
         """`take` and `release`: start and stop hosting experts."""
         self.hosts = False
-        """Whether the node hosts experts, or would if there were any for it."""
+        """Whether the node hosts experts, or would host some if they needed a host."""
         self.taking = False
         """Whether it is just starting to host."""
         self.why: Sequence[str] = ()
@@ -269,7 +269,7 @@ class PauseController:
                 await self._give_up()
 
     async def _settle(self) -> None:
-        """Starts or stops hosting until that matches the reasons, which may change meanwhile."""
+        """Starts or stops hosting, until it matches the reasons to pause, which may change meanwhile."""
         self.why = self._owner.judge(self._reasons, self._now())
         if self.why:
             self._cancel_taking()

@@ -1,4 +1,5 @@
-"""Measures the way between two peers: round trip, clock offset, bandwidth, and whether the other peer can dial back.
+"""Measures the connection between two peers: round trip, clock offset, bandwidth, and whether the other peer can dial
+back.
 
 `ProbeServicer` is the node's side. A hostile caller costs it at most two probes at a time, of 8 MiB and 10 s each, and
 a short TCP connection to the caller's own address. The node's bandwidth limits apply to probes, too. `call_probe` and
@@ -41,9 +42,9 @@ _DIAL_DEADLINE_S = 8.0
 _ROUND_TRIPS = 4
 _MESSAGE_BYTES = 128 * 1024
 _FIRST_BYTES = 128 * 1024
-"""Even a slow line carries this much within the time that a node allows for a probe."""
+"""The bytes sent first. Even a slow line carries them within the time that a node allows for a probe."""
 _MORE_BYTES = 2 * 2**20
-"""Sent next if it takes at most a second; otherwise, as much as takes about a second."""
+"""The bytes sent next, or fewer if these would take longer than about a second."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Allowance:
 
 
 class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
-    """Lets the peers of a swarm measure the way to this node."""
+    """Lets the peers of a swarm measure the connection to this node."""
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ def _refusals() -> Iterator[_Refusal]:
 
 @dataclass(frozen=True)
 class Link:
-    """The way to a node and back."""
+    """The measured connection to a node."""
 
     round_trip_s: float
     clock_offset_s: float
@@ -250,7 +251,7 @@ class DialledBack:
 
 
 async def call_probe(channel: grpc.aio.Channel, swarm_id: str, now: Callable[[], float] = time.time) -> Link:
-    """Measures the way with one call that carries about 4 MiB. Raises UnreachableError with the cause."""
+    """Measures the connection with one call that carries about 4 MiB. Raises UnreachableError with the cause."""
     stub = make_stub(probe_pb2_grpc.ProbeServiceStub, channel)
     probe = _Probe(stub.Probe(timeout=_PROBE_DEADLINE_S), swarm_id)
     try:

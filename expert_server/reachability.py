@@ -37,7 +37,7 @@ _TUNNEL_RELAYS = 4
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the nodes that were asked found: whether at least half of those that tried reached the port."""
+    """The result of asking nodes: whether at least half of those that tried reached the port."""
 
     asked: int
     reached: bool
@@ -46,7 +46,7 @@ class Judgement:
 
 
 def judge(dials: Sequence[DialledBack]) -> Judgement:
-    """The port counts as reached if at least half of the nodes reached it, so that a single liar changes little."""
+    """The port counts as reached if at least half of the nodes reached it, so that a single liar can't decide."""
     reached = sum(dial.connected for dial in dials)
     seen = Counter(dial.address for dial in dials if dial.connected)
     return Judgement(
@@ -71,7 +71,7 @@ class ReachabilityStatus:
     why_unasked: str = ""
     """Why no node is asked, in words; empty if nodes are asked."""
     refusal: str = ""
-    """What the last relay that refused said; empty if none has refused."""
+    """The reason of the last relay that refused; empty if none has refused."""
 
     @property
     def in_words(self) -> str:
@@ -90,9 +90,8 @@ class ReachabilityStatus:
 
 
 def advice(status: ReachabilityStatus, host: str, port: int, router: str = "") -> str:
-    """What the owner can do so that others connect directly; empty if they already do.
-
-    `port`: 0 if it changes. `router`: what the router does about it, if it was asked.
+    """What the owner can do so that others connect directly; empty if they already do. `port`: 0 if it changes.
+    `router`: what the router does, in words, if it was asked.
     """
     if status.kind in {Reachability.UNKNOWN, Reachability.DIRECT}:
         return ""
@@ -202,7 +201,7 @@ class ReachabilityMonitor:
             self.tunnel_addresses = tuple(await self._swarm.host.tunnel_addresses())
 
     def _note_router(self) -> None:
-        """Has others asked again when the router starts, changes or stops its forwarding."""
+        """Asks other nodes again when the router starts, changes or stops its forwarding."""
         mapping = self._swarm.host.port_mapping
         forwarded = None if mapping is None else mapping.external
         if forwarded != self._forwarded:
@@ -270,7 +269,7 @@ class ReachabilityMonitor:
         self.status = replace(self.status, kind=self._hidden_kind(), asked=judgement.asked)
 
     def _hidden_kind(self) -> Reachability:
-        """Judged by the last libp2p stream that another peer opened."""
+        """How a node behind a router is reached, judged by the last libp2p stream that another peer opened."""
         punched = self._swarm.host.tunnels.last_relayed is False
         return Reachability.PUNCHED if punched else Reachability.RELAYED
 
@@ -319,7 +318,7 @@ class ReachabilityMonitor:
 
     @property
     def _unproven(self) -> tuple[Endpoint, ...]:
-        """The addresses where others should reach it, before any of them has confirmed it."""
+        """The addresses where others can probably reach it, before any of them has confirmed it."""
         return (self._own_address,) if self._forwarded is None else (self._forwarded, self._own_address)
 
     @property

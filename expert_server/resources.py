@@ -20,10 +20,8 @@ _CALLS_BYTES = 512 * 2**20
 
 
 def batch_rows_of(device_types: Iterable[str]) -> int:
-    """The largest number of rows in a batch. From there on a device gains little.
-
-    Larger batches would have a cost: a merged forward pass keeps no graph, and trainers that are answered together call
-    again together, which leaves the device idle in between.
+    """The largest number of rows in a batch. Larger batches gain little, and have costs: a merged forward pass keeps no
+    graph, and trainers that are answered together call again together, which leaves the device idle in between.
     """
     return _CPU_BATCH_ROWS if set(device_types) == {"cpu"} else _GPU_BATCH_ROWS
 
@@ -71,9 +69,9 @@ def smallest_memory(manifest: Manifest) -> int:
 def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
     """The settings, lowered to fit into `memory` if it is set.
 
-    At most an eighth each is for kept forward passes, for calls in progress, and for snapshots (or one snapshot). The
-    rest is for experts: two thirds of those to host, the others to adopt. Raises SettingsError if that is not enough
-    for one expert.
+    Kept forward passes, calls in progress, and snapshots get at most an eighth each (snapshots at least the size of
+    one). The rest is for experts: two thirds of them to host, and the others to adopt. Raises SettingsError if that is
+    not enough for one expert.
     """
     memory = settings.memory
     if memory is None:

@@ -1,6 +1,4 @@
-"""A node's gRPC server: its services, reached by one port and by the tunnel; its health service; and who may call
-it.
-"""
+"""A node's services on its gRPC server, its health service, and access control."""
 
 import asyncio
 import logging
@@ -134,7 +132,7 @@ class AccessControl:
             return []
 
     def _look_at_own(self) -> None:
-        """Tells the owner if the node's own token has ended, because trainers no longer accept this node."""
+        """Tells the owner if the node's own token has expired or was revoked, because trainers then refuse this node."""
         badge = self._swarm.admission.badge
         if badge is None:
             return

@@ -51,7 +51,9 @@ class NodeStatus:
     peers: int
     """Known DHT peers."""
     pause_reason: str
-    """Why it is paused, such as `paused until 22:00`, or, while it serves, what it would be paused for; else empty."""
+    """Why it is paused, such as `paused until 22:00`; while it serves, why it would be paused if its owner had not
+    resumed it; else empty.
+    """
     calls: int
     uploaded_bytes: int
     """The payload of answers. `downloaded_bytes`: the payload of calls."""
@@ -77,7 +79,7 @@ class NodeStatus:
     reachability: str = ""
     """How others reach it, in words, such as `direct` or `relayed by 3 relays`."""
     reachability_advice: str = ""
-    """What would let them connect directly; empty if they already do."""
+    """What the owner can do so that others connect directly; empty if they already do."""
     unsteady: tuple[str, ...] = ()
     """Its tasks that failed and restarted too often recently, such as `announce`."""
     memory_shards: int = 0
@@ -105,7 +107,7 @@ class NodeStatus:
     loss: float | None = None
     """The lowest validation loss of the swarm's trainers, in nats per token; None: not known."""
     loss_at_first: float | None = None
-    """That loss when this node first heard of it."""
+    """The first such loss that this node heard of."""
     alone: tuple[str, ...] = ()
     """Experts that nobody else serves, as far as the node knows."""
 
@@ -121,7 +123,7 @@ class Contribution(BaseModel):
 
 
 class ContributionAccount:
-    """A node's contribution over all its runs, kept in a small file. For one process at a time."""
+    """A node's contribution over all its runs, kept in a small file. Only one process at a time may use it."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -253,8 +255,8 @@ class NodeRecordBuilder:
         )
 
     def _renewal(self, now: float, period_s: float) -> float:
-        """The time until the next record: as long as the last period, because a round of announcements takes
-        time too.
+        """The time until the next record, estimated by the last period, because a round of announcements takes time
+        too.
         """
         period_s = max(period_s, self._settings.announce_every_s)
         last, self._said_at = self._said_at, now

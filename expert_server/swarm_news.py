@@ -18,8 +18,7 @@ _MOST_ASKED = 16
 _MOST_READ = 8
 """The most trainers whose records are read, drawn at random. Trainers average, so their losses are alike."""
 TRAINERS_EVERY_S = 300.0
-"""The pause between two looks at the trainers. If few or none train, a look takes 0.1 MB, which is more than seven
-rounds may cost.
+"""The pause between two looks at the trainers. A look takes 0.1 MB, more than seven rounds of announcements may cost.
 """
 
 
@@ -32,9 +31,9 @@ class TrainingNews:
     trainers: int | None = None
     """About how many are active; None: not known yet."""
     loss: float | None = None
-    """The last one that the node heard of."""
+    """The last loss that the node heard of."""
     loss_at_first: float | None = None
-    """The first one that the node heard of."""
+    """The first loss that the node heard of."""
 
     def after(self, trainers: int, read: Iterable[TrainerInfo]) -> "TrainingNews":
         """The news, given the number of active trainers. `read`: the records of some of them."""

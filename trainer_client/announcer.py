@@ -148,7 +148,7 @@ class TrainerAnnouncer:
         )
 
     async def close(self) -> None:
-        """Announces that the trainer has left, and how far it got. Waits only briefly if the DHT does not answer."""
+        """Announces that the trainer has left, with its last figures. Waits only briefly if the DHT does not answer."""
         closing = asyncio.create_task(asyncio.to_thread(self._metrics.close))
         if self._has_announced:
             left = self._record()
@@ -221,7 +221,7 @@ def trainer_record(
 
 
 def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
-    """Sets where, and with which form of dense part, other trainers can average with this one."""
+    """Sets where other trainers can average with this one, and the form of its dense part."""
     record.addresses.extend(averaging.addresses)
     record.tunnel_addresses.extend(averaging.tunnel_addresses)
     record.relay_addresses.extend(averaging.relay_addresses)

@@ -3,14 +3,14 @@ the assignment that enforces it.
 
 `LoadBias` balances without a gradient (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664): a
 bias for each expert is added to its score when experts are chosen, but does not count in any weight. After each
-optimizer step the bias falls for experts that got more rows than the mean, and rises for the others. Loads are paired
-with the biases that led to them, so that steps in flight, whose biases are old, don't make it oscillate.
+optimizer step the bias falls for experts that got more rows than the mean, and rises for the others. Each load is
+paired with the bias that caused it. Otherwise the bias would oscillate when several steps are in flight.
 
 `balanced_assignment` gives each row one expert and each expert equally many rows, with the highest total score. That is
 a linear assignment problem (BASE layers, Lewis et al. 2021, arXiv 2103.16716, section 3.1).
 
-Shapes: R rows, G_d size of grid dimension d, K experts for each row, E live experts, N rows that prices leave
-undecided, S entries of a bias.
+Shapes: R rows, G_d size of grid dimension d, K experts for each row, E live experts, N undecided rows, S entries of a
+bias.
 """
 
 import math
@@ -79,9 +79,8 @@ def balancing_loss(scores: Sequence[Tensor], selection: Selection, alive: Prefix
     """1 if all live experts get equally many rows and equal probability, more if some get more of both. []
 
     Fedus et al. 2021, Switch Transformer (arXiv 2101.03961), equation 4: E * sum of f_e P_e. Here f_e is expert e's
-    share of all choices, k for each row, and has no gradient; P_e is the mean of its softmax, and has one.
-
-    This gate has one softmax [R, G_d] for each grid dimension, over its live coordinates. So the loss is the mean over
+    share of all choices, and has no gradient. P_e is the mean of its softmax over the rows, and has a gradient. This
+    gate has one softmax [R, G_d] for each grid dimension, over its live coordinates. So the loss is the mean over
     dimensions of the sum of f_i P_i / t_i, where t_i is the share of the live experts that lie under coordinate i: 1 /
     G_d if all are live.
     """
@@ -207,9 +206,9 @@ class LoadBias(nn.Module):
 def balanced_assignment(scores_RE: Floats) -> Integers:
     """The expert of each row [R]. Each gets R / E rows; if E does not divide R, those most in demand get one more.
 
-    Up to 256 rows, scipy's solver decides all of them. Of more rows, it decides those whose best two experts are about
-    equally good at the experts' prices, 512 at a time; the others get their best expert. The total is the highest, or
-    close to it if more than 512 rows are undecided.
+    Up to 256 rows, scipy's solver decides all of them. With more rows, experts get prices, and each row takes the
+    expert that is best for it after prices are subtracted. The solver decides only rows whose best two experts are
+    about equally good, 512 at a time. The total is the highest, or close to it if there are more than 512 such rows.
 
     A score beyond ±1e15 counts as ±1e15 and NaN as the lowest.
     """
@@ -233,7 +232,7 @@ def balanced_assignment(scores_RE: Floats) -> Integers:
 
 
 def _margins(value_RE: Floats) -> Floats:
-    """How much better each row's best expert is than its second best: [R]."""
+    """By how much each row's best expert is better than its second best: [R]."""
     if value_RE.shape[1] == 1:
         return np.full(len(value_RE), _LIMIT)
     best_two_R2 = np.partition(value_RE, -2, axis=1)[:, -2:]
@@ -263,10 +262,9 @@ def _solve(scores_NE: Floats, slots_N: Integers) -> Integers:
 
 
 def _prices(scores_RE: Floats, capacity_E: Integers) -> tuple[Floats, float]:
-    """Prices [E] at which each expert is the best of about as many rows as it may get, and the last temperature.
-
-    This is the dual of the assignment, with a softmax in place of the maximum: Newton steps, with an ever sharper
-    softmax.
+    """Prices [E] at which each expert is the best choice of about as many rows as it may get, and the last temperature.
+    This solves the dual of the assignment by Newton steps, with a softmax in place of the maximum that gets sharper and
+    sharper.
     """
     prices_E = scores_RE.mean(axis=0)
     scale = float((scores_RE - prices_E).std()) or 1.0

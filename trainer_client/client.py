@@ -60,11 +60,11 @@ T = TypeVar("T")
 _RETRY_S = 0.5
 """The pause between two looks while waiting for live experts."""
 _MOST_WAITS = 8
-"""How many waits in a row may end with experts that are announced again and then don't answer."""
+"""How many times in a row it may wait for experts that are announced, but then don't answer."""
 _CHECK_EVERY_S = 10.0
 """How often this trainer checks whether it still knows other peers of its swarm, and who is admitted."""
 _MAX_TUNNEL_RELAYS = 4
-"""Relays through which other trainers reach this one if its router accepts no connections."""
+"""The most relays through which other trainers reach this one, if its router accepts no connections."""
 _MAX_TUNNEL_STREAMS = 32
 """Streams that they may have open to this trainer through relays."""
 _MAX_CHANNELS = 256
@@ -114,11 +114,11 @@ class SwarmClient:
         timing: TrainerTiming = TrainerTiming(),
         is_own_loop: bool = False,
     ) -> None:
-        """`stage` is called with each step of joining, in words. `through` may put something between the dispatcher and
-        the network, such as faults. `reads_only`: it uses experts without changing any, and announces nothing.
-        `make_loader`: makes what spot checks need, from the manifest and the swarm's id; None: no spot checks.
-        `is_own_loop`: the caller trains with its own loop instead of `Training`, so the number of steps is not known.
-        Raises UserError if joining fails.
+        """`stage` is called with each step of joining, in words. `through` wraps the network, for example to inject
+        faults. `reads_only`: it uses experts without changing them, and announces nothing. `make_loader`: makes the
+        `ExpertLoader` for spot checks, from the manifest and the swarm's id; None: no spot checks. `is_own_loop`: the
+        caller trains with its own loop instead of `Training`, so the number of steps is not known. Raises UserError if
+        joining fails.
         """
         self._invite = invite
         self._settings = settings
@@ -253,10 +253,9 @@ class SwarmClient:
             ) from error
 
     def has_experts(self, limit_s: float | None = None) -> bool:
-        """Returns whether any expert is live, and so whether the last result is valid. If none is, first waits for one.
-
-        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError if none comes in time, or if those
-        that came never answered.
+        """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
+        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError if none is announced in time, or if
+        those announced never answered.
         """
         if self.dispatcher.live_experts():
             self._waits = 0
@@ -313,9 +312,8 @@ class SwarmClient:
         return self._loop.run(self._average(exchange))
 
     def take_whole(self, averaging: Averaging) -> int | None:
-        """Adopts another trainer's dense part: see `Averaging.take_whole`.
-
-        Returns the steps behind it; None if no trainer gave an older one.
+        """Adopts another trainer's dense part: see `Averaging.take_whole`. Returns its age in steps; None if no trainer
+        gave an older one.
         """
         return self._loop.run(averaging.take_whole())
 
@@ -323,7 +321,7 @@ class SwarmClient:
         """The memory of that name or id, for searching; None: the swarm's only one.
 
         The first time, its index is fetched: some MB, which are kept on disk. Raises LibraryError if there is no such
-        memory or nobody gives its index, and UnreachableError if the DHT does not answer.
+        memory or its index can't be fetched, and UnreachableError if the DHT does not answer.
         """
         return Memory(self._loop.run(self._joined.memories.open(name)), self._loop.run)
 

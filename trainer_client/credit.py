@@ -36,7 +36,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 MAX_NODES = 1024
 """How many accounts are kept: those of the nodes that worked last."""
 EVERY_S = 60.0
-"""The pause between two receipts for one node. A node announces the sum of its receipts not much later."""
+"""The pause between two receipts for one node."""
 _LOOK_EVERY_S = 10.0
 _AT_ONCE = 16
 _DEADLINE_S = 10.0
@@ -60,8 +60,8 @@ class _Account:
     signed: Work
     """The work in the last receipt, or the work at the trainer's start."""
     saved: Work = field(default_factory=Work)
-    """The work as it was last saved. A receipt never says more: otherwise a trainer that is killed would count less
-    than it has signed.
+    """The work as it was last saved. A receipt never states more. Otherwise, a trainer that was killed could later
+    count less than it has signed.
     """
     node: NodeInfo | None = None
     """The node's record when it was last called in this run."""
@@ -107,7 +107,7 @@ class CreditAccounts:
         return Work() if account is None else account.work
 
     def due(self, before: float) -> Iterable[tuple[NodeInfo, _Account]]:
-        """Nodes with saved work that is not signed, and no receipt since that time. The longest ago comes first."""
+        """Nodes with saved but unsigned work that have had no receipt since that time, the longest ago first."""
         found = [
             (account.node, account)
             for account in self._accounts.values()
@@ -206,7 +206,7 @@ class ReceiptSender:
             await self.give(self._clock() - self._every_s, _DEADLINE_S)
 
     async def close(self) -> None:
-        """Signs for remaining work, as far as that is quick, and saves the accounts."""
+        """Signs for the remaining work as long as time allows, and saves the accounts."""
         try:
             async with asyncio.timeout(_FAREWELL_S):
                 await self.give(self._clock(), _FAREWELL_S, MAX_NODES)

@@ -2,7 +2,7 @@
 
 The keys and values of each sequence's local attention are kept, and experts keep theirs, so that a token costs the
 computation of one row. The first computation of a sequence takes all of its tokens at once. It is repeated if an expert
-does not answer, or no longer has what it kept, because its parameters have changed or it needed the memory.
+does not answer, or no longer has what it kept because its parameters have changed or it needed the memory.
 
 Shapes: S sequences, V vocabulary.
 """
@@ -24,8 +24,8 @@ from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.retrieval.lookup import Find, Neighbours
 
 _LONGEST_PAUSE = 16
-"""While experts are trained, what they keep soon becomes useless. So after failed attempts, up to this many tokens are
-computed without trying.
+"""While experts are trained, kept rows soon become useless. So after failed attempts, up to this many tokens are
+computed without keeping rows.
 """
 _MOST_FORGOTTEN = 3
 """How many times a node may forget a sequence before replicas of its experts on other nodes are preferred."""
@@ -67,7 +67,7 @@ class Decoding:
         self._failures = 0
         """Consecutive failed attempts to continue."""
         self._forgotten = Counter[PeerID]()
-        """How often each node did not keep the sequence."""
+        """How many times each node did not keep the sequence."""
         self._pause = 0
         """How many more tokens to compute before the next attempt to keep rows."""
         self._neighbours: dict[tuple[int, ...], Neighbours] = {}
@@ -76,12 +76,12 @@ class Decoding:
 
     @property
     def avoided(self) -> frozenset[PeerID]:
-        """Nodes that forget the sequence again and again."""
+        """Nodes that have forgotten the sequence several times."""
         return frozenset(peer_id for peer_id, times in self._forgotten.items() if times >= _MOST_FORGOTTEN)
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing can follow: a decoder that dropped its first tokens would no longer know where it began."""
+        """Whether nothing can follow, because a decoder must not drop its first tokens."""
         return self.source is not None and len(self.tokens) == self._context
 
     def append(self, token: int) -> None:
@@ -116,8 +116,8 @@ class Decoder(ABC):
 
     @abstractmethod
     def begin(self, prompt: Sequence[int], written: Sequence[int] = ()) -> Decoding:
-        """Begins with a prompt. If it is longer than the context, the model sees its last tokens. `written`: the text
-        after it so far.
+        """Begins with a prompt. If it is longer than the context, the model sees its last tokens. `written`: the tokens
+        that were already written after it.
 
         Raises DataError if the prompt is shorter than what the model was trained to continue.
         """
@@ -140,8 +140,8 @@ class Decoder(ABC):
         return torch.stack([each._logits for each in sequences if each._logits is not None])
 
     def _groups(self, sequences: Sequence[Decoding]) -> Iterator[list[Decoding]]:
-        """Groups of sequences that are computed from the first token on: the shortest first; of equal length if nothing
-        is kept.
+        """Groups of sequences to compute from the first token on, the shortest first. If nothing is kept, the sequences
+        of a group have equal length.
         """
         group: list[Decoding] = []
         for each in sorted(sequences, key=lambda each: len(each.tokens)):
@@ -194,7 +194,7 @@ class Decoder(ABC):
     def _extended(
         self, sequences: Sequence[Decoding], new: Sequence[Sequence[int]], states: Sequence[SequenceState]
     ) -> Tensor:
-        """Logits of the token after the `new` ones, [S, V]. The states take in the new tokens."""
+        """Logits of the token after the `new` ones, [S, V]. Adds the new tokens to the states."""
 
     @abstractmethod
     def _whole(self, sequences: Sequence[Decoding]) -> Tensor:
@@ -239,8 +239,8 @@ class TextDecoder(Decoder):
         return logits_STV[:, -1].float()
 
     def _read(self, sequences: Sequence[Decoding], lengths: Sequence[int]) -> list[Tensor]:
-        """For each sequence, the neighbours of its chunks that end after these numbers of tokens, [U, N, L]. Empty if
-        the model reads no memory.
+        """For each sequence, the neighbours of those chunks that end at the given numbers of tokens, [U, N, L]. Empty
+        if the model reads no memory.
         """
         if self._find is None or self._model.retrieval is None:
             return []

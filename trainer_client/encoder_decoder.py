@@ -2,7 +2,7 @@
 
 The manifest's first layers are the encoder (`causal` false), the others the decoder. As in T5 (Raffel et al. 2020,
 arXiv 1910.10683), both read one embedding, and the decoder's attention to the source has no positions. That attention
-belongs to the trainer. Experts see rows of one sequence, source or target, and nothing of the other.
+belongs to the trainer. Experts see the rows of one sequence, source or target, never both.
 
 Sequences of all lengths are packed, so that nothing is computed or sent for padding.
 
@@ -120,7 +120,7 @@ class EncoderDecoder(MixtureModel):
         return F.cross_entropy(self(pairs.sources, pairs.targets).float(), wanted_R)
 
     def log_likelihood(self, sources: Sequence[Tokens], targets: Sequence[Tokens]) -> Tensor:
-        """log p(y_i | x, y_<i) of each target's tokens, the last of which is its end: float32 [N, L].
+        """log p(y_i | x, y_<i) of each target's tokens, including its end token: float32 [N, L].
 
         0 after the end of a target that is shorter than the longest.
         """
@@ -143,7 +143,7 @@ class EncoderDecoder(MixtureModel):
         return all(isinstance(each, RemoteMixtureOfExperts) and each.can_extend for each in mixtures)
 
     def begin(self, source: EncodedSource, avoided: frozenset[PeerID] = frozenset()) -> SequenceState:
-        """The state of a target of which nothing has been computed yet. `avoided`: as in `HeldSequence`."""
+        """The state of a target before anything has been computed. `avoided`: as in `HeldSequence`."""
         return SequenceState(self._parts[self.encoder_layers :], avoided, source)
 
     @torch.no_grad()

@@ -23,8 +23,8 @@ from trainer_client.settings import Sampling
 from trainer_client.training.record import bits_per_byte, perplexity
 
 _FIRST_SORTED = 64
-"""How many of the likeliest tokens are sorted first, to find those in the top p. Eight times as many if that is not
-enough.
+"""How many of the likeliest tokens are sorted at first, to find those in the top p. If they are not enough, eight times
+as many are sorted.
 """
 
 
@@ -56,7 +56,7 @@ def generate(
 
 
 def make_generator(seed: int | None) -> torch.Generator:
-    """A generator that draws the same tokens each time for the same seed, and different ones each time for None."""
+    """A random generator with this seed; None: a random seed."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -101,14 +101,14 @@ def choices(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def _largest(logits_V: Tensor, count: int) -> Tensor:
-    """The ids of the `count` largest, in order; equal ones by id."""
+    """The ids of the `count` largest, in descending order; equal ones are ordered by id."""
     least = logits_V.topk(min(count, len(logits_V))).values[-1]
     ids_K = (logits_V >= least).nonzero().squeeze(1)
     return ids_K[logits_V[ids_K].argsort(descending=True, stable=True)[:count]]
 
 
 def decoded(tokens: Iterable[int], token_bytes: Sequence[bytes]) -> Iterator[str]:
-    """Text, as soon as its characters are complete. Bytes that are not UTF-8 become U+FFFD."""
+    """Yields text as soon as its characters are complete. Bytes that are not UTF-8 become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         if text := decoder.decode(token_bytes[token]):
@@ -186,7 +186,9 @@ def _evaluation(nats: float, tokens: int, size: int) -> Evaluation:
 
 
 def pieces(tokens: Tokens, context: int, batch_size: int, shared: int = 1) -> Iterator[Tensor]:
-    """int64 [B, T + 1]. Each sequence begins with the last `shared` tokens of the previous one; the last is shorter."""
+    """Sequences of tokens: int64 [B, T + 1]. Each begins with the last `shared` tokens of the previous one; the last is
+    shorter.
+    """
     stride = context + 1 - shared
     whole = (len(tokens) - shared) // stride
     places_T = np.arange(context + 1)

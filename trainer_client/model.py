@@ -36,8 +36,8 @@ class MixtureModel(nn.Module):
     """The first token of a sequence, from 0, that counts in the loss."""
 
     loss: Callable[..., Tensor]
-    """The mean over the tokens of a batch that count, in nats. Takes what is read for the batch, if the model reads a
-    memory. []
+    """The mean over those tokens of a batch that count, in nats: []. A model that reads a memory also gets what is read
+    for the batch.
     """
 
     def balancing_loss(self) -> Tensor | None:
@@ -85,7 +85,7 @@ class LanguageModel(MixtureModel):
         spec = manifest.model
         self.context: int = spec.context
         self.first_scored = max(1, manifest.routing.prefix)
-        """The first token of a sequence, from 0, that counts in the loss: earlier ones may decide its routing."""
+        """The first token of a sequence, from 0, that counts in the loss. Earlier ones may decide the routing."""
         seeded(spec.seed, partial(self._add_dense_part, spec, vocabulary))
         # a seed for each mixture, so that its gate does not depend on other contents of the mixtures
         self.mixtures: nn.ModuleList = nn.ModuleList(
@@ -144,8 +144,8 @@ class LanguageModel(MixtureModel):
         """Logits of the token after each sequence, given its next `tokens` and the state left by the earlier ones.
         Float32 [S, V]
 
-        The same as `forward` of the whole sequences in evaluation. The states take in the tokens. `neighbours`: for
-        each sequence, those of the chunks that end in its next tokens, [U, N, L].
+        The result is that of `forward` for the whole sequences in evaluation. Adds the tokens to the states.
+        `neighbours`: for each sequence, those of the chunks that end in its next tokens, [U, N, L].
         """
         for state, its_neighbours in zip(states, neighbours, strict=bool(neighbours)):
             self._read(state, its_neighbours)
@@ -167,9 +167,7 @@ class LanguageModel(MixtureModel):
         return logits_SV.float()
 
     def _read(self, state: "SequenceState", neighbours_UNL: Tensor) -> None:
-        """Takes in the neighbours of the chunks that end next. Of earlier chunks, only the last one's are
-        still needed.
-        """
+        """Reads the neighbours of the chunks that end next. Of earlier chunks, only the last one's are still needed."""
         if self.retrieval is None:
             return
         first = self.retrieval.spec.chunks(state.length)
@@ -284,8 +282,8 @@ class LocalPart(nn.Module):
         return self.extend(x_RD, segments, [[] for _ in self.layers])
 
     def extend(self, x_RD: Tensor, segments: Segments, caches: Sequence[Sequence[KeyValueCache]]) -> Tensor:
-        """Computes the next rows of sequences [R, D]. `caches`: for each layer, those of the segments, which take in
-        the rows.
+        """Computes the next rows of sequences [R, D]. `caches`: for each layer, those of the segments, to which the
+        rows are added.
         """
         lengths_S = torch.from_numpy(segments.lengths)
         positions_R = torch.from_numpy(segments.positions).to(x_RD.device)
@@ -300,7 +298,7 @@ def caches_of(layer: int, states: Sequence["SequenceState"]) -> list[tuple[KeyVa
 
 
 def following(tokens: Sequence[Sequence[int]], states: Sequence["SequenceState"]) -> Segments:
-    """The segments of the next `tokens` of sequences, after what has been computed of them."""
+    """The segments of the next `tokens` of sequences, whose earlier rows have been computed."""
     return Segments.after(np.array([state.length for state in states]), np.array(list(map(len, tokens))))
 
 
@@ -311,7 +309,7 @@ class SequenceState:
         self, parts: Sequence[LocalPart], avoided: frozenset[PeerID], source: Sequence[Tensor] = ()
     ) -> None:
         """`parts`: the local part before each mixture. `avoided`: nodes that are asked only for experts that no other
-        has. `source`: what each of a decoder's layers attends to, from its encoder.
+        node has. `source`: for a decoder, what each of its layers attends to.
         """
         self.length = 0
         """The number of tokens so far."""
@@ -325,7 +323,7 @@ class SequenceState:
 
     @property
     def is_answered(self) -> bool:
-        """Whether all experts answered that the last tokens were sent to."""
+        """Whether all experts to which the last tokens were sent have answered."""
         return all(each.held.is_answered for each in self.routed)
 
     @property

@@ -1,10 +1,9 @@
 """A decentralized mixture of experts as a torch layer.
 
 Ryabinin & Gusev 2020 (arXiv 2002.04013), section 3.1: y = sum of w_k f_k(x) over the experts that answered. An expert
-answers its update f_k(x) - x, so the sum over those that answered is right whatever its weights add up to, and a row
-that no expert answers gets nothing. If a row has several experts at one node, the node answers the mean of their
-updates, weighted relative to each other, and that mean weighs as much as all of them together. The router decides which
-experts a row is sent to, and the weights of their answers.
+returns its update f_k(x) - x. So the sum needs no weights that add up to 1, and a row without answers stays as it is.
+If a row has several experts at one node, the node returns the weighted mean of their updates, and that mean weighs as
+much as all of them together. The router decides which experts a row is sent to, and the weights of their answers.
 
 Experts may be narrower than the model (LatentMoE, arXiv 2601.18089): rows are then projected to their width before they
 are sent, and the sum of updates is projected back. There may also be a shared expert at the trainer, through which
@@ -80,9 +79,9 @@ class RoutedSequence:
     """What one mixture keeps of a sequence's rows, to compute the next ones without them."""
 
     scores: tuple[Tensor, ...] = ()
-    """If all of the sequence is routed as one, one [G_d] per grid dimension; empty before its first rows."""
+    """If the whole sequence is routed as one: one [G_d] per grid dimension, or empty before its first rows."""
     held: HeldSequence = field(default_factory=HeldSequence)
-    """What the experts hold of it, unless they compute each row by itself."""
+    """What the experts keep of it, unless they compute each row by itself."""
 
 
 class RemoteMixtureOfExperts(nn.Module):
@@ -136,7 +135,7 @@ class RemoteMixtureOfExperts(nn.Module):
         return routed
 
     def begin_step(self, number: int) -> None:
-        """Draws noise, random choices and dropout for this training step from now on: a resumed run draws the same."""
+        """From now on, draws noise, random choices and dropout for this training step. A resumed run draws the same."""
         self._rng = np.random.default_rng((self._routing.seed, self.layer, number))
         self._loads.take()  # drops the load of a skipped step
 
@@ -169,8 +168,8 @@ class RemoteMixtureOfExperts(nn.Module):
 
     @property
     def can_extend(self) -> bool:
-        """Whether rows can be computed without the earlier ones: if no row's experts depend on later rows, and experts
-        compute each row by itself, or hold the earlier ones.
+        """Whether the next rows can be computed without sending the earlier ones again. No row's experts may depend on
+        later rows, and experts must compute each row by itself or keep the earlier ones.
         """
         is_routed_causally = self._routing.choose_by == "token" or self._routing.prefix > 0
         return self._is_causal and is_routed_causally and self._kind in ("ffn", "transformer")
@@ -178,7 +177,7 @@ class RemoteMixtureOfExperts(nn.Module):
     def extend(self, x_RD: Tensor, segments: Segments, states: Sequence["RoutedSequence"]) -> Tensor:
         """Computes the next rows of sequences [R, D], as `forward` does for whole sequences in evaluation.
 
-        `states`: for each segment, what was computed of the earlier rows; takes in these.
+        `states`: for each segment, what was computed of the earlier rows; these rows are added to it.
         """
         with torch.autocast(x_RD.device.type, enabled=False):
             return self._mix(x_RD.float(), segments, states).to(x_RD.dtype)
@@ -263,8 +262,8 @@ class RemoteMixtureOfExperts(nn.Module):
         return result
 
     def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """Sends back like the experts' `send_back`. If a gradient is not finite, calls no node, because experts would
-        refuse it, and returns NaN only.
+        """Sends gradients back, like the experts' `send_back`. If a gradient is not finite, calls no node and returns
+        NaN, because experts would refuse it.
         """
         if not np.isfinite(gradients).all():
             return np.full_like(forward.rows.inputs, np.nan), np.full_like(forward.shares, np.nan)
@@ -340,7 +339,7 @@ def _for_each_row(
 
 
 class _Updates(torch.autograd.Function):
-    """The results of a forward pass, such that backward calls all of its nodes at once."""
+    """The results of a forward pass. Their backward pass calls all nodes at once."""
 
     @staticmethod
     def forward(
@@ -351,10 +350,9 @@ class _Updates(torch.autograd.Function):
         mixture: RemoteMixtureOfExperts,
         result: ForwardPass,
     ) -> Tensor:
-        """The answers [R, K, W], each in its leading slot.
-
-        They depend on the inputs, and on the logits by which nodes weigh their experts. `anchor` is any parameter:
-        experts receive gradients even if neither of these needs one, as in a model's first layer.
+        """The answers [R, K, W], each in the first of its slots. They depend on the inputs and on the logits. `anchor`
+        is any parameter, so that experts receive gradients even if neither of these needs one, as in a model's first
+        layer.
         """
         ctx.mixture, ctx.forward_pass = mixture, result
         return torch.from_numpy(result.updates).to(z_RW.device)

@@ -1,10 +1,10 @@
 """The gate, which scores grid coordinates, and the routers, which turn its scores into chosen experts and weights.
 
-Routers are pure functions over live experts. A router chooses by the same scores that weigh its choice, so if it adds
-noise, it adds it before both. A bias that balances the load only affects the choice. All routers but `base` leave the
-choice to the beam search over live prefixes, which needs no list of the experts. `switch` needs the softmax over all
-live experts, whose total `log_total` computes without a list: the exponential of a sum of scores is a product. `base`
-weighs every row against every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
+Routers are pure functions over live experts. The same scores determine the choice and the weights, so noise is added
+before both. A bias that balances the load only affects the choice. All routers but `base` leave the choice to the beam
+search over live prefixes, which needs no list of the experts. `switch` needs the softmax over all live experts, whose
+total `log_total` computes without a list: the exponential of a sum of scores is a product. `base` compares every row
+with every expert, so it needs the list, and at most `MOST_BALANCED` experts in a layer.
 
 If a trainer limits the nodes of each row, experts are chosen among those of the row's best nodes first, as in
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). A row travels once to each node, so fewer nodes mean less traffic.
@@ -38,8 +38,8 @@ MOST_BALANCED = 256
 """The most experts in a layer that `base` can balance."""
 
 _MOST_LISTED = 4096
-"""Up to this many live experts are weighed one by one if nodes are limited: as many as a layer that is known as a whole
-can have.
+"""If nodes are limited, up to this many live experts are scored one by one. A layer that is known as a whole has no
+more.
 """
 _CANDIDATES = 16
 """If there are more, only each row's best experts are considered: this many times k."""
@@ -47,7 +47,7 @@ _CANDIDATES = 16
 
 @dataclass(frozen=True)
 class NodeLimit:
-    """How many nodes a row's experts may be on, as long as these have k experts."""
+    """Limits how many nodes a row's experts are on, as long as these nodes have k experts."""
 
     nodes: Integers
     """The number of the node of each expert, in the grid's shape; -1 for experts without a host."""
@@ -85,9 +85,9 @@ Weigh = Callable[[Sequence[Tensor], PrefixTables, Tensor, Tensor], Tensor]
 """(scores, prefix tables, logits [R, K], which experts answered [R, K]) -> weights [R, K]; 0 for experts that did not
 answer.
 
-If a row has several experts, their weights must be in the ratios of exp(logit), whichever of them answered: a node
-mixes the answers of a row's experts in these ratios (`relative_weights`), and the mean that it returns weighs as much
-as all of them together.
+The weights of a row's experts must be proportional to exp(logit), whichever of them answered, because a node mixes the
+updates of its experts in these ratios (`relative_weights`), and the mean that it returns weighs as much as all of them
+together.
 """
 
 
@@ -170,7 +170,7 @@ def of_best_nodes(found: Selection, limit: NodeLimit, k: int) -> Selection:
     """Each row's best k of the experts `found` [R, C], which are sorted best first, that are at its best nodes.
 
     A node's score is the logsumexp of its best k scores. If those nodes have fewer than k experts, the row's best
-    elsewhere follow: the number of a row's experts must not depend on which nodes host them.
+    experts elsewhere follow, so that each row has k.
     """
     rows, count = found.valid.shape
     node_RC = np.where(found.valid, limit.nodes[tuple(np.moveaxis(found.coordinates, -1, 0))], -1)
@@ -314,7 +314,7 @@ class Router:
     k: int | None = None
     """Experts for each row; None: the manifest's top_k."""
     only_k: bool = False
-    """Whether no other k is possible."""
+    """Whether this k is the only possible one."""
     has_noise: bool = False
     balance: Balance = "loss"
     """How the load is balanced unless the settings say otherwise."""
@@ -352,8 +352,8 @@ class Routing:
     k: int = 4
     """Experts for each row."""
     choose_by: ChooseBy = "token"
-    """How experts are chosen: with "sequence", all tokens of a sequence go where the mean of its first `prefix` tokens
-    leads.
+    """How experts are chosen. With "sequence", the mean of a sequence's first `prefix` tokens chooses the experts of
+    all of its tokens.
     """
     prefix: int = 0
     """0: the mean of all tokens decides, which is not for causal models. With a prefix, a model is causal only from the

@@ -57,7 +57,7 @@ _OF_THIS_MACHINE = {
     *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
     *("average_host", "average_port", "p2pd", "start_from"),
 }
-"""Settings that don't affect what is learned, so checkpoints leave them out."""
+"""Settings of this machine. They don't affect what is learned, so checkpoints leave them out."""
 
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:

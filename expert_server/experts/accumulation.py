@@ -33,8 +33,7 @@ class AccumulatedGradients:
         self.gradients = gradients
         self.rows: int = rows
         self.sizes: tuple[float, float] = sizes
-        """Per pass, the root mean square of the gradients of its updates: the smallest and the largest. Zeros are left
-        out.
+        """The smallest and the largest root mean square of a pass's gradients of the updates. Zeros are left out.
         """
         self.callers: dict[str, int] = dict(callers)
         """How many of the rows each caller sent, as far as that is known."""
@@ -60,7 +59,7 @@ class AccumulatedGradients:
         return bool(get_total_norm([each for each in self.gradients if each is not None]).isfinite())
 
     def are_like(self, others: Self) -> bool:
-        """Whether the two may share a step. If not, the larger one would drown the smaller."""
+        """Whether the two may share a step. In a shared step, a much smaller one would have no effect."""
         least, most = self._sizes_with(others)
         return most <= MOST_APART * least
 

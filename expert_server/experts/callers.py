@@ -1,9 +1,7 @@
 """How much one caller may move an expert: its share of the optimizer steps, and the size and the direction of its
-gradients. Pure.
-
-A step is as long however few rows it has and, with Adam, however small its gradient. So a caller with many tiny batches
-would cause most of the steps, and one with large gradients would drown those of others in a common step. One with
-gradients of the wrong sign would undo what others have learnt.
+gradients. Pure. With Adam, a step is equally long however few rows it has and however small its gradient is. So a
+caller with many tiny batches would cause most of the steps. In a common step, a caller with large gradients would
+outweigh all others. And one with gradients of the wrong sign would undo what others have learnt.
 """
 
 import time
@@ -19,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_STEPS = 256
-"""Shares are counted over this many last steps of an expert, unless they took longer than `LONGEST_S`."""
+"""The window: shares are counted over the last steps of an expert, at most this many and at most `LONGEST_S` old."""
 LONGEST_S = 120.0
-"""After this time, a step no longer counts. Otherwise the rows of a caller that has left would hold back all others for
+"""After this time, a step no longer counts. Otherwise the rows of a caller that has left would limit all others for
 good.
 """
 MOST_OF_ROWS = 2.0
@@ -35,7 +33,7 @@ _RECENT_CALLS = 8
 _MOST_DIRECTIONS = 64
 """How many callers' directions are kept. A new one displaces one of the group with the most."""
 _MOST_ENTRIES = 4096
-"""The most numbers kept for the steps of one window. If many callers share each step, the window has fewer steps."""
+"""The most numbers that are stored for a window. If many callers share each step, the window has fewer steps."""
 _NOTHING = 1e-9
 """Shares of a step or a group below this are only rounding errors."""
 _SIZES_IN_A_SORT = 16
@@ -53,12 +51,12 @@ class _Step(NamedTuple):
 
 
 class _Pull(NamedTuple):
-    """Which way a caller's rows in the window move the expert."""
+    """The direction in which a caller's rows in the window move the expert."""
 
     direction: NDArray[np.float64]
-    """The mean direction of the rows, times their number, roughly."""
+    """Roughly the sum of the rows' directions."""
     weight: float
-    """The mean size of their gradients, times as many."""
+    """The sum of the sizes of their gradients."""
 
 
 @dataclass
@@ -73,28 +71,24 @@ class _Group:
 
 
 class Callers:
-    """What the callers of one expert did in its last steps, and what they may do next. Bounded.
-
-    Take any window that ends with a step in which a group of callers takes part. In that window, the group has caused
-    at most one step more than its limit. The limit is `MOST_OF_ROWS` times its share of the rows, or one nth of the
-    steps if n groups sent rows, whichever is larger: a group may take part in a step only if what it caused before is
-    within the limit. Within the group, the same holds for each caller, and the nth is split evenly. A caller alone, or
-    with half of the rows, is never over its limit. Nor can all callers be over for long: in the end, all rows in the
-    window are from those who still call, and their shares then add up to twice the steps.
+    """What the callers of one expert did in its last steps, and what they may do next. Bounded. A group of callers may
+    take part in a step only if the steps that it caused in the window are within its limit. The limit is `MOST_OF_ROWS`
+    times its share of the rows, or an equal share of the steps among the groups that sent rows, whichever is larger. So
+    in any window, a group causes at most one step more than its limit. The same holds for each caller within its group.
+    A caller alone, or with half of the rows, is never over its limit. Nor can all callers be over theirs for long,
+    because their limits add up to twice the steps.
 
     A caller is also held back while its gradients point against those of most other groups, and against the sum of all.
-    As long as liars are not the majority of the other groups, no caller is held back unless an honest one opposes it.
-    Honest callers with other inputs pass: unrelated gradients are as likely to agree as not, and where an expert can't
-    suit everybody, training ends where all gradients together come to nothing. Callers that are held back have no vote,
-    so all of them never are.
-
-    Keys cost nothing, so what counts is the group: the callers with one token, or those in one neighbourhood.
+    If liars are a minority of the groups, they can't silence a caller that no honest group opposes. Honest callers with
+    other inputs pass, because unrelated gradients agree about as often as they oppose each other. Callers that are held
+    back have no vote, so never all of them are. Keys cost nothing, so callers are judged in groups: those with the same
+    token, or in the same neighbourhood.
     """
 
     def __init__(self, window_steps: int = WINDOW_STEPS, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._most_steps = window_steps - 1
-        """One less, because the next step belongs to the window too."""
+        """One less than the window has, because the next step belongs to it too."""
         self._steps: deque[_Step] = deque()
         self._entries = 0
         self._rows_since: dict[str, int] = {}
@@ -125,10 +119,10 @@ class Callers:
         """Records a part of a backward batch before its step. `size`: the root mean square of its gradients. `group`:
         callers that may be the same person; empty for a caller by itself.
 
-        Returns a factor of at most 1 that scales this size down to `MOST_SIZE` times the usual one. The usual size is
-        the median of all callers' usual sizes, in which each group counts once; a caller's usual size is the median of
-        its last calls. A minority of the groups can't move it beyond the sizes of the others, and of two groups the one
-        with small gradients can't shrink the other's. The gradients of a caller alone are not scaled.
+        Returns a factor of at most 1 that scales this size down to `MOST_SIZE` times the usual one. A caller's usual
+        size is the median of its last calls. The usual size is the median over callers, in which each group counts
+        once, so a minority of the groups can't move it beyond the sizes of the others. The gradients of a caller alone
+        are not scaled.
         """
         while self._steps and self._steps[0].at < self._clock() - LONGEST_S:
             self._forget_first()
@@ -157,9 +151,9 @@ class Callers:
     def note_direction(self, caller: str, rows: int, direction: NDArray[np.float64]) -> None:
         """Records which way these rows would move the expert (`direction_of`), after `note_rows`.
 
-        A direction that is not finite is ignored, since no step follows from such gradients either. Earlier directions
-        count only as if their gradients had had at most `MOST_SIZE` times today's usual size: they may be from a time
-        when nobody else called, and nothing limited their size.
+        A direction that is not finite is ignored, since no step follows from such gradients either. Earlier gradients
+        count as if they had at most `MOST_SIZE` times the present usual size, because they may be from a time when
+        nobody else called, and nothing limited them.
         """
         if not isfinite(direction @ direction):
             return
@@ -234,7 +228,7 @@ class Callers:
         return bool(together @ own < 0)
 
     def _take_usual_size(self) -> float:
-        """The upper median."""
+        """Takes the upper median."""
         counts = Counter(self._group_of[caller].name for caller in self._usual_sizes)
         half = len(counts) / 2 + _NOTHING
         for caller, size in sorted(self._usual_sizes.items(), key=itemgetter(1)):

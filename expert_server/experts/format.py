@@ -22,7 +22,9 @@ State: TypeAlias = dict[str, Tensor]
 
 BLOCK, OPTIMIZER = "block.", "optimizer."
 ACCUMULATED = "accumulated."
-"""Prefix of gradients that have not led to a step yet: one for each parameter, and two more tensors."""
+"""Prefix of accumulated gradients, which have not led to a step yet. There is one tensor for each parameter, and the
+two below.
+"""
 ACCUMULATED_ROWS, ACCUMULATED_SIZES = ACCUMULATED + "rows", ACCUMULATED + "sizes"
 """The number of rows whose gradients have accumulated, int64 [], and the gradients' sizes, float64 [2]
 (`AccumulatedGradients.sizes`).
@@ -36,7 +38,7 @@ _ABOUT_ACCUMULATED: Outline = {
     ACCUMULATED_SIZES: ((2,), torch.float64),
 }
 _NAME_BYTES = 1024
-"""More than a tensor's name, shape and place take in an encoded state."""
+"""An upper bound for what a tensor's name, shape and place take in an encoded state."""
 
 
 def moment_name(parameter: str, moment: str) -> str:
@@ -242,10 +244,7 @@ def _check_owner(header: Header, swarm_id: str, uid: UID) -> None:
 
 
 def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int, form: StateForm) -> Checkpoint:
-    """Raises StateError if the data is damaged, or is not this expert's state in this form.
-
-    Only the numbers remain to be checked.
-    """
+    """Raises StateError if the data is damaged, or is not this expert's state in this form. Does not check the numbers."""
 
     def check(header: Header, outline: Outline) -> None:
         _check_owner(header, swarm_id, uid)

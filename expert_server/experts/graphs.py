@@ -61,17 +61,19 @@ class WeightVersion:
         self._graphs.discard(ref(graph))
 
     def stash(self) -> None:
-        """The expert's parameters have moved to a copy, so the next step leaves this version whole."""
+        """Records that the expert's parameters have moved to a copy, so that the next step doesn't overwrite this
+        version.
+        """
         self._stashed_bytes = sum(parameter.nbytes for parameter in self.parameters)
 
     def overwrite(self) -> None:
-        """The next step changes this version in place."""
+        """Records that the next step overwrites this version."""
         self._is_whole = False
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ForwardGraph:
-    """What autograd kept of one forward pass. Good for one backward pass."""
+    """The graph that autograd kept of one forward pass. It can be used for one backward pass."""
 
     inputs: Tensor
     updates: Tensor
@@ -128,7 +130,7 @@ class ParameterGradients:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedGraph:
-    """One expert's part of a shared pass. Good for one backward pass of all its experts together."""
+    """One expert's part of a shared pass. It can be used for one backward pass of all its experts together."""
 
     version: SharedPass
     index: int
@@ -202,10 +204,10 @@ class Rows:
     gradients: Tensor | None = None
     """[R, D], of the updates; only in backward."""
     graph: ForwardGraph | SharedGraph | None = None
-    """What their forward pass kept, if anything."""
+    """The graph that their forward pass kept, if any."""
     caches: Sequence[KeyValueCache | None] = ()
-    """In forward: empty, or for each segment the cache of the rows before it, or None. The caches take in these
-    rows.
+    """In forward: empty, or for each segment the cache of the rows before it, or None. These rows are added to the
+    caches.
     """
 
     def __len__(self) -> int:
@@ -236,9 +238,8 @@ class Rows:
 
 
 class ParameterSlots:
-    """Where a block's parameters are, to put those of another version there for one pass.
-
-    torch's functional_call does the same but takes 0.1 ms.
+    """Replaces a block's parameters by those of another version for one pass. torch's functional_call does the same,
+    but takes 0.1 ms.
     """
 
     def __init__(self, block: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Computes several narrow experts at once, with one product for all of them instead of one for each.
 
-A small product takes less time than the calls that lead to it. So the experts' matrices are copied into stacks, and
-each linear layer is one grouped product, `torch.nn.functional.grouped_mm`. Everything else is computed as for one
-expert with all the rows, because rows of different experts never share a segment. Only the kinds of experts that come
-with Talkoot take part: how a block of another package would treat neighbouring rows is not known.
+A small matrix product takes less time than the Python calls around it. So the experts' matrices are copied into stacks,
+and each linear layer is one grouped product, `torch.nn.functional.grouped_mm`. Everything else is computed as for one
+expert with all the rows, because rows of different experts never share a segment. Only Talkoot's own kinds of experts
+can be grouped, because other packages' blocks may treat neighbouring rows differently.
 
 Shape suffixes: E = experts, R = rows of all of them, expert after expert, S = segments, D = width, I and O = inner and
 outer columns of a linear layer.
@@ -24,11 +24,11 @@ from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.graphs import GraphMeter, ParameterGradients, Rows, SharedPass, run_backward
 
 LEAST_EXPERTS, MOST_EXPERTS = 4, 16
-"""The fewest and the most experts computed at once. Fewer gain nothing. More gain nothing either: the tensors of 64 no
-longer fit into a core's cache.
+"""The fewest and the most experts computed at once. With fewer, nothing is gained. With more, their tensors no longer
+fit into a core's cache.
 """
 LEAST_ROWS, MOST_ROWS = 512, 2048
-"""The most rows computed at once: the first number if other threads would have nothing to do, else the second."""
+"""The most rows computed at once: the first number if other threads would otherwise be idle, else the second."""
 _MOST_NUMBERS = 2**18
 """The most numbers in the parameters of an expert that is computed with others. Larger ones gain less, and the copies
 of 16 would take over 16 MiB for each pass that is kept.
@@ -53,7 +53,7 @@ class GroupedBlock:
 
     @classmethod
     def of(cls, block: nn.Module, manifest: Manifest, device: ComputeDevice) -> Self | None:
-        """None if experts of this kind are computed one by one."""
+        """The grouped form of this block; None if experts of this kind are computed one by one."""
         matrices = [parameter for parameter in block.parameters() if parameter.dim() > 1]
         fits = (
             manifest.experts.kind in OWN_KINDS

@@ -41,7 +41,7 @@ class Guard:
 
     The parameters are bad if their norm is not finite, or is more than `guard_factor` times the larger of two norms:
     that of the kept state (or of one on probation), and that of `KEEP_EVERY_UPDATES` steps of the full step size from a
-    block of zeros. The second one lets a block that starts near zero grow.
+    block of zeros. The second norm lets a block that starts near zero grow.
 
     A state that another peer gave is on probation: if it turns bad, the state before it is restored. It replaces that
     state after `PROBATION_UPDATES` good updates.
@@ -71,7 +71,7 @@ class Guard:
         return self._keep_after == PROBATION_UPDATES
 
     def keep(self) -> None:
-        """Keeps the present state as good. Call it when this node's own state has replaced the state."""
+        """Keeps the present state as good. Call it after this node's own state was imported."""
         nothing: list[tuple[Tensor | None, Mapping[str, Tensor]]] = [(None, {}) for _ in self._parameters]
         self._kept = [
             (
@@ -84,7 +84,7 @@ class Guard:
         self._updates, self._keep_after = 0, KEEP_EVERY_UPDATES
 
     def doubt(self) -> None:
-        """Puts the present state on probation. Call it when another peer's state has replaced the state."""
+        """Puts the present state on probation. Call it after another peer's state was imported."""
         self._usual_norm = max(self._usual_norm, self._norm())
         self._updates, self._keep_after = 0, PROBATION_UPDATES
 

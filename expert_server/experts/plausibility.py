@@ -1,7 +1,6 @@
-"""Whether training can have produced a state that another peer gives, judged by how large its numbers are.
-
-A bad state whose numbers have an ordinary size is not recognised here. A state that passes is on probation until this
-node has trained it for a while (`Guard.doubt`).
+"""Whether a state from another peer can be the result of training, judged by the size of its numbers. A bad state with
+numbers of an ordinary size passes. So every such state is on probation until this node has trained it for a while
+(`Guard.doubt`).
 """
 
 from collections.abc import Collection, Mapping
@@ -25,22 +24,22 @@ from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import StateError
 
 _MOST_SCALE = 3.0
-"""How many times as large as in known states a state's numbers may be, in addition to what its updates explain."""
+"""A state's numbers may be this many times as large as in known states, plus what its updates explain."""
 _DIRECTED_UPDATES = 64
-"""This many optimizer steps count as going in one direction; further ones as going in random directions."""
+"""The first steps are assumed to go in one direction (this many of them), and all later ones in random directions."""
 _WALK = 2.0
-"""The factor for random directions, in which n steps lead about √n steps away."""
+"""The factor for random directions: n steps then lead about √n steps away."""
 _LARGEST_BUFFER = 1e6
 """The limit for tensors that are not trained, for which nothing is known."""
 _LARGEST_MOVE = 16.0
-"""How far moments may move a number at once, in steps. Adam's own never reach 7.3: with the decay rates β of the two
-moments, the bound is (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)).
+"""How far moments may move a number at once, in steps. In Adam it is always below 7.3: with the decay rates β of the
+two moments, the bound is (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂)).
 """
 _EPSILON = 1e-8
 """Adam's epsilon."""
 _STEEPEST = 1e6
-"""The most that a row's gradient of the parameters may exceed that of its updates. The ratio is large where a norm
-divides by a small number.
+"""The largest ratio of a row's gradient of the parameters to that of its updates. It is large if a norm divides by a
+small number.
 """
 
 
@@ -63,7 +62,7 @@ class Scale:
 def require_plausible(
     uid: UID, state: Mapping[str, Tensor], update_count: int, known: Collection[Scale], spec: OptimizerSpec
 ) -> None:
-    """Raises StateError if no training with this number of updates can have produced the state.
+    """Raises StateError if the state can't be the result of this many updates.
 
     `state`: finite, with the names, shapes and dtypes of this expert. `known`: the scales of other states of this kind
     of expert, at least of its initial parameters.
@@ -125,8 +124,8 @@ def _check_moments(
 
 
 def _check_accumulated(uid: UID, names: Collection[str], state: Mapping[str, Tensor]) -> None:
-    """Checks that accumulated gradients are no larger than rows of their sizes can make them. Otherwise other callers
-    would lose their gradients in the same step.
+    """Checks that accumulated gradients are no larger than their rows explain. Otherwise they would outweigh other
+    callers' gradients in the same step.
     """
     if not (rows := accumulated_rows(state)):
         return

@@ -45,19 +45,19 @@ from peer.wire import state_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
-"""The share of its replicated experts that a node averages on its own initiative. With others' initiatives, each is
-averaged about once.
+"""The share of its replicated experts for which a node starts an average. Other nodes start the rest, so each replica
+is averaged about once.
 """
 _PAUSE = 4
-"""The shortest pause after a round, as a multiple of the round's duration: slow uplinks have other things to
+"""The shortest pause after a round, as a multiple of the round's duration, because slow uplinks have other things to
 send, too.
 """
 _LAST_AVERAGING_S = 5.0
 """How long a node that gives up its experts may take to average them a last time."""
 _MAX_HINTS = 256
-"""The most experts that other nodes may have asked this one to fetch at any time."""
+"""The most pending requests of other nodes to fetch an expert."""
 _AT_ONCE = 4
-"""Hints of one kind that are followed at the same time, and averages that are started at the same time."""
+"""How many requests of one kind are followed at the same time, and how many averages are started at the same time."""
 _REFUSED = 4096
 """Other nodes' replicas that are remembered as out of reach."""
 _LONGEST_REFUSED = 32
@@ -67,7 +67,7 @@ and doubles.
 _MOST_SCALE = 4.0
 """How many times as large another replica's second moments may be."""
 _MOST_SHRINKING = 1.5
-"""How many times as small they may be. Smaller second moments make steps longer, and with them this node's own
+"""How many times smaller they may become. Smaller second moments make steps longer, and with them this node's own
 moves.
 """
 _MOST_RATIO = 7.3
@@ -111,16 +111,18 @@ class ReplicaAveraging:
         self._clock = clock
         self._hints = HintQueue(_MAX_HINTS, self._every_s)
         self._hinted = {kind: asyncio.Event() for kind in (False, True)}
-        """Set when an average (True) or an adoption (False) was asked for."""
+        """Events that are set when an average (True) or an adoption (False) was asked for."""
         self._runs = False
         self._last_averaging: asyncio.Task[None] | None = None
         self._refused = BoundedDict[tuple[UID, PeerID], tuple[int, float]](_REFUSED)
-        """How often in a row another node's replica was out of reach, and until when it is left alone."""
+        """How many times in a row another node's replica was out of reach, and until when it is avoided."""
         self._meeting = WeakValueDictionary[UID, asyncio.Lock]()
-        """An expert has one meeting at a time, because a base that was handed out must stay the base."""
+        """Experts that are being averaged. Each is averaged with one replica at a time, because the snapshot that was
+        sent must stay the base.
+        """
 
     def accept_hint(self, hint: FetchHint) -> int:
-        """Queues a hint. Returns how many of its experts are accepted, counted from the first; 0 unless `run` is
+        """Queues a request. Returns how many of its experts are accepted, counted from the first; 0 unless `run` is
         running.
         """
         wanted = self._every_s > 0 if hint.is_average else not self._replicas.leaving
@@ -191,8 +193,8 @@ class ReplicaAveraging:
         await side_by_side(meetings, _AT_ONCE)
 
     def _end_accumulation(self, uids: set[UID]) -> None:
-        """Ends accumulation, so that accumulated gradients become part of the average: the other replica does not take
-        them over.
+        """Takes a step for accumulated gradients, so that they become part of the average. The other replica ignores
+        them.
         """
         for uid in uids & self._replicas.experts.keys():
             self._replicas.experts[uid].end_accumulation()
@@ -208,8 +210,8 @@ class ReplicaAveraging:
 
         Returns an event that is set when the other node has fetched what it needs for that, or None if it refuses.
         Raises TransferError, StateError or ExpertError if the replica could not be averaged; it is then unchanged. If
-        the problem is only that the other replica is out of this one's reach, the other node is still asked: this
-        replica may be within its reach.
+        the other replica is only too far away for this one, the other node is still asked: this replica may be near
+        enough for it.
         """
         async with self._lock_of(uid):
             base = await self._snapshots.take(uid)
@@ -225,9 +227,8 @@ class ReplicaAveraging:
         return given if accepted else None
 
     async def _answer(self, hint: FetchHint, node: NodeInfo) -> None:
-        """The other half of `meet`, with the two snapshots of the first half.
-
-        Does nothing if this replica was averaged in between: it then no longer comes from the base.
+        """The other node's part of `meet`, with the same two snapshots. Does nothing if this replica was averaged in
+        between, because it no longer follows from the base.
         """
         (uid,) = hint.uids
         async with self._lock_of(uid):
@@ -266,10 +267,9 @@ class ReplicaAveraging:
     async def _note_out_of_reach(
         self, expert: Expert, peer_id: PeerID, believed: int, is_untrained: bool
     ) -> None:
-        """Leaves the replica alone for a while. `believed`: the part of its update count that is believed.
-
-        If this node's own replica has never taken an update of its own, it has no reach, and if it is far slower than
-        all others, it falls behind them. In both cases it takes over the whole state of a majority.
+        """Avoids the replica for a while. `believed`: the part of its update count that is believed. If this node's own
+        replica has taken no updates of its own, or is far slower than all others, it can't follow them by averaging. In
+        both cases, it takes over the state of a majority.
         """
         uid = expert.uid
         times = self._refused.get((uid, peer_id), (0, 0.0))[0]
@@ -290,7 +290,7 @@ class ReplicaAveraging:
         return self._clock() < self._refused.get((uid, peer_id), (0, 0.0))[1]
 
     def _is_worth_meeting(self, replica: Replica) -> bool:
-        """Whether the replica is worth meeting: not if neither side took an update since the last average, or if it was
+        """Whether to average with the replica. Not if neither side took an update since the last average, or if it was
         unreachable recently.
         """
         if self._is_refused(replica.uid, replica.peer_id):
@@ -325,7 +325,7 @@ class ReplicaAveraging:
                 await self._attempt(self._adopt(hint.peer_id, hint.uids))
 
     async def _follow_average(self, hint: FetchHint) -> None:
-        """Answers only a peer that serves the expert according to the DHT."""
+        """Averages on another peer's request, if that peer serves the expert according to the DHT."""
         replicas = await self._swarm.registry.replicas(hint.uids)
         hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
         if hint.peer_id in hosts and set(hint.uids) <= self._replicas.experts.keys():
@@ -347,8 +347,8 @@ def pause_after(every_s: float, took_s: float, rng: random.Random) -> float:
 
 
 def is_astray(out_of_reach: int, others: int) -> bool:
-    """Whether this node's own replica must be the one that went astray: if most of the others' replicas are out of its
-    reach, and more than one is.
+    """Whether it is this node's own replica that went astray: if most of the others, and more than one, are too far
+    away from it.
     """
     return out_of_reach > max(1, others / 2)
 
@@ -356,10 +356,8 @@ def is_astray(out_of_reach: int, others: int) -> bool:
 async def replicas_to_meet(
     registry: Registry, uids: Collection[UID], seen: Mapping[UID, Collection[Replica]], me: PeerID
 ) -> dict[UID, Collection[Replica]]:
-    """The replicas of these experts that this node saw lately. For experts that nobody else served then, the DHT is
-    read again.
-
-    Averages are frequent: reading the hosts of all experts for each took a fifth of a node's upkeep.
+    """The replicas of these experts that this node saw recently. Reading them again for each average would cost a fifth
+    of a node's upkeep, so only experts that nobody else served are read again.
     """
     known = {uid: seen[uid] for uid in uids if serving_elsewhere(seen.get(uid, ()), me)}
     return {**known, **await registry.replicas([uid for uid in uids if uid not in known])}

@@ -44,13 +44,12 @@ from peer.wire import state_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _CLAIM_ROUNDS = 5
-"""How often a starting node looks for experts, as long as others may still lose their claims."""
+"""How many times a starting node looks for experts, as long as others may still lose their claims."""
 _LOOKS = 2
-"""How many looks in a row, at half periods, must find an expert vacant before it is adopted."""
+"""How many looks in a row must find an expert vacant before it is adopted. There are two looks in a period."""
 _LOOKS_WITHOUT = 4
-"""How many looks in a row must find an expert vacant, if it was hosted before and this node has no checkpoint of it,
-and so would have to restart it. All nodes with a checkpoint come first, because each looks once in a period and again
-half a period later.
+"""The same if the expert was hosted before and this node has no checkpoint of it, and so would have to restart it.
+Nodes with a checkpoint come first, because all of them look twice in this time.
 """
 _FIRM_LOOKS = 4
 """How many looks in a row must find that the same replica can be spared. Announcements live for three periods."""
@@ -61,13 +60,13 @@ _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
 _PROOFS_S = 20.0
 """The longest time for all proofs of one look."""
 _CLAIM_WITHIN_S = 10.0
-"""An heir must claim what it accepted within this time. Otherwise it is skipped: it may be leaving too."""
+"""A node that has accepted an expert must claim it within this time. Otherwise it is skipped: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
-"""How often a leaving node checks whether its heirs serve, and asks those again that refused."""
+"""How often a leaving node checks whether others serve its experts, and asks those again that refused."""
 _MOST_LISTED = 512
 """Nodes drawn from the lists in the DHT, to find some with room."""
 _ASKS = 3
-"""How often an heir that refuses is asked: strangers may keep it busy."""
+"""How many times a node that refuses is asked: strangers may keep it busy."""
 
 
 class Handover:
@@ -128,7 +127,7 @@ class Handover:
         self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
 
     async def _ask(self, uids: Collection[UID]) -> None:
-        """Asks all heirs at once. Experts that they refuse are left for the next time, or for other heirs."""
+        """Asks all chosen nodes at once. Experts that they refuse are left for the next time, or for other nodes."""
         async with asyncio.TaskGroup() as group:
             for heir, share in self._shares(uids):
                 group.create_task(self._ask_one(heir, share))
@@ -148,7 +147,7 @@ class Handover:
         self._rooms[heir] = 0 if self._refusals[heir] >= _ASKS else self._rooms[heir] - accepted
 
     def _pass_over(self, replicas: dict[UID, tuple[Replica, ...]]) -> None:
-        """Forgets heirs that did not claim what they accepted."""
+        """Skips nodes that did not claim what they accepted."""
         for uid, (heir, asked_at) in list(self._asked.items()):
             claimed = any(replica.peer_id == heir for replica in replicas.get(uid, ()))
             if not claimed and self._clock() > asked_at + _CLAIM_WITHIN_S:
@@ -194,7 +193,7 @@ class HostingManager:
         self._room = settings.experts if settings.experts is not None else replicas.fitting()
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._vacant_looks: dict[UID, int] = {}
-        """In how many looks in a row nobody hosted the expert."""
+        """For each expert, in how many looks in a row nobody hosted it."""
         self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False
@@ -242,9 +241,7 @@ class HostingManager:
             await self._exchange(replicas)
 
     async def look_again(self) -> None:
-        """Half a period after a look: reads the experts that had lost their hosts again, and adopts those that are
-        still vacant.
-        """
+        """Half a period after a look: reads the vacant experts again, and adopts those that are still vacant."""
         suspects = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         if not suspects:
             return
@@ -333,11 +330,8 @@ class HostingManager:
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         """Takes experts that had no host in several looks in a row: after the first look, they may just be changing
-        hands.
-
-        A node without a checkpoint of an expert that was hosted before waits for more looks, so that nodes with one
-        come first. The spare room is only for experts that once had a host: a founder leaves the others to nodes that
-        join.
+        hands. A node without a checkpoint waits for more looks, so that nodes with one come first. The spare room is
+        only for experts that once had a host: the founder's node leaves the others to nodes that join.
         """
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
@@ -423,12 +417,12 @@ class HostingManager:
         return proven
 
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
-        """Takes as many of these as there is room for, from the first on."""
+        """Takes as many of these as there is room for, in their order."""
         wanted = wanted[: max(0, self.capacity - self._replicas.count)]
         return await self._replicas.take(wanted, plausible_updates(self.seen), enough) if wanted else []
 
     async def _take_vacant(self) -> set[UID]:
-        """Returns the experts that nobody serves yet: others may have claimed them, and may lose their claims."""
+        """Takes vacant experts. Returns those that others have claimed, but nobody serves yet: the claims may be lost."""
         replicas = await self._read()
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         room = self._room - self._replicas.count
@@ -454,13 +448,15 @@ class HostingManager:
             raise UnreachableError("the DHT does not return this node's own announcements")
 
     def _vacant_again(self, replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, int]:
-        """The vacant ones of these, with the number of looks in a row that found them vacant."""
+        """Those of these experts that are vacant, with the number of looks in a row that found them vacant."""
         return {uid: self._vacant_looks.get(uid, 0) + 1 for uid in self._vacant(replicas)}
 
     def _regressed_elsewhere(
         self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]
     ) -> dict[UID, int]:
-        """The experts that others restarted while this node was away, with the updates that its checkpoints restore."""
+        """The experts that others had to restart while this node was away, with the update counts of this node's
+        checkpoints.
+        """
         mine = self._replicas.experts
         gains = regressed(replicas, saved, self._swarm.host.peer_id)
         return {uid: gain for uid, gain in gains.items() if uid not in mine}

@@ -1,7 +1,7 @@
 """Which volunteer hosts which expert: which experts need a host or a replica most, and what a node reads to know that.
 
-The choices are pure functions of what nodes announce. All nodes make them by the same rules, so that nodes which choose
-at the same time mostly choose differently, and agree who wins a contested expert.
+The choices are pure functions of what nodes announce. All nodes use the same rules, so that nodes which choose at the
+same time mostly choose different experts, and agree who gets an expert that several want.
 """
 
 import hashlib
@@ -28,30 +28,30 @@ from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_pl
 from peer.identity import PeerID
 
 _OUTLIER = 10
-"""The most popular expert may have taken at most this many times as many updates as those of a median node."""
+"""The most updates that an expert can have taken, as a multiple of the updates of a median node's experts."""
 BUSY_ROWS = 512
 """An expert is overloaded when at least this many rows wait at each of its hosts."""
 BUSIER = 4
 """An expert is only exchanged for one with at least this many times as many waiting rows at its hosts."""
 MOST_REPLICAS = 64
-"""From this many replicas of an expert on, an idle peer adds no more: they could not stay alike."""
+"""An idle peer adds no replica to an expert that has this many, because more could not stay similar."""
 MOST_PREFIXES = 1024
 """How many grid rows one look reads, of layers that have not split into regions."""
 _ROWS_FOR = 6
-"""How many looks in a row read the same grid rows."""
+"""How many looks in a row read the same rows of the grid."""
 MOST_VACANT = 1024
 """How many vacant experts in these grid rows one look reads."""
 SAMPLED = 1024
-"""How many active experts in these grid rows one look reads, to see which have few replicas. Other nodes read
-others.
+"""How many active experts in these grid rows one look reads, to see which have few replicas. Each node draws its own
+sample.
 """
 FEW = 4
 """In layers that have split, a look reads at most this many vacant experts, and as many others."""
 MOST_REGIONS = 32
 """The most regions that a look reads to see what is active. A layer that has just split has many."""
 _LOOKERS = 64
-"""In layers that have split, how many of the nodes that host experts look at a grid row in the same period. If there
-are many more nodes than rows, they take turns. Otherwise all nodes would read the same few keys.
+"""In layers that have split, how many of the nodes that host experts read a grid row in the same period. If there are
+many more nodes than rows, nodes take turns, so that not all of them read the same few keys.
 """
 CROWDED = 2
 """An expert is crowded if it has more than this many times the replicas of another, which then gets one more."""
@@ -65,17 +65,16 @@ def preference(uid: UID, peer_id: PeerID) -> bytes:
 
 
 def vacant(replicas: Mapping[UID, Collection[Replica]], besides: PeerID | None = None) -> list[UID]:
-    """The experts that nobody hosts or has claimed; with `besides`, nobody other than this peer."""
+    """The experts that nobody hosts or has claimed. With `besides`, that peer does not count."""
     return [uid for uid, hosts in replicas.items() if all(replica.peer_id == besides for replica in hosts)]
 
 
 def regressed(
     replicas: Mapping[UID, Collection[Replica]], checkpoints: Mapping[UID, int], peer_id: PeerID
 ) -> dict[UID, int]:
-    """The experts whose replicas all have far fewer updates than this peer's checkpoint, with the updates it restores.
-
-    Their hosts died, and others restarted them. An expert that somebody claims is left out: it may already be on its
-    way back.
+    """The experts whose replicas all have far fewer updates than this peer's checkpoint, with the checkpoint's update
+    count. Their hosts died, and others restarted them. An expert that somebody claims is left out, because it may
+    already be restored.
     """
     found = {}
     for uid, saved in checkpoints.items():
@@ -93,8 +92,8 @@ def rank_vacancies(
     peer_id: PeerID,
     checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
 ) -> list[UID]:
-    """At most `room` of the vacancies: those with the most updates in this peer's checkpoints, and then
-    by preference.
+    """At most `room` of the vacancies: first those with the most updates in this peer's checkpoints, then those that it
+    prefers.
     """
 
     def rank(uid: UID) -> tuple[int, bytes]:
@@ -111,8 +110,8 @@ def under_replicated(
 ) -> list[UID]:
     """At most `room` of the experts with fewer than `enough` replicas, those with the fewest first.
 
-    Leaves out experts that this peer hosts, and those whose state nobody can give. A leaving peer's replica can be
-    fetched from, but does not count.
+    Leaves out experts that this peer hosts, and those whose state nobody can give. A leaving peer can still give the
+    state, but its replica does not count.
     """
 
     def rank(uid: UID) -> tuple[int, bytes]:
@@ -139,8 +138,8 @@ def further_replica(
     to gain.
 
     It is an expert whose hosts are all overloaded. For a peer that hosts nothing, or only crowded experts, it may also
-    be one with the fewest replicas, so that no volunteer is idle needlessly. No expert gets more than `most` replicas,
-    or more claims than hosts that give its state. `unread`: how many further replicas of each expert exist.
+    be one with the fewest replicas, so that no volunteer is idle. No expert gets more than `most` replicas, or more
+    claims than hosts that give its state. `unread`: how many further replicas of each expert exist.
     """
     counts = _counts(replicas, unread)
     able = [
@@ -193,7 +192,7 @@ def releasable(
 
 
 def keener(hosts: Collection[Replica], uid: UID, peer_id: PeerID) -> list[Replica]:
-    """The serving replicas of peers that prefer the expert more than this peer does."""
+    """The serving replicas of peers that prefer the expert more strongly than this peer does."""
     own = preference(uid, peer_id)
     return [replica for replica in _serving(hosts) if preference(uid, replica.peer_id) > own]
 
@@ -222,8 +221,8 @@ def state_sources(hosts: Collection[Replica], besides: PeerID, rng: random.Rando
 
 
 def ahead_of(update_count: int, others: Sequence[Replica]) -> list[Replica]:
-    """The replicas with more updates than this. None if half of them have no more: a few claims are no reason to take
-    over a whole state.
+    """The replicas with more updates than this; empty if at least half of all replicas have no more. A few claims are
+    no reason to take over a state.
     """
     if not others or median_low(replica.update_count for replica in others) <= update_count:
         return []
@@ -231,8 +230,8 @@ def ahead_of(update_count: int, others: Sequence[Replica]) -> list[Replica]:
 
 
 def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
-    """The most updates that any expert can have taken, according to the announcements of all nodes. Half of them can't
-    raise it.
+    """The most updates that any expert can have taken, according to the announcements of all nodes. Half of the nodes
+    together can't raise it.
     """
     most: dict[PeerID, int] = {}
     for replica in chain.from_iterable(replicas.values()):
@@ -245,8 +244,7 @@ def assign_orphans(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[U
     """Which peer adopts which expert: peers with room get one each in turn, and the expert goes to the peer that
     prefers it most.
 
-    A peer gets no more for claiming more room, since such a claim costs nothing. Experts for which no peer has room are
-    left out.
+    Claiming more room gains a peer nothing. Experts for which no peer has room are left out.
     """
     given_to: Multiset[PeerID] = Multiset()
     found = {}
@@ -271,7 +269,8 @@ def lost_claims(
     """The claims of this peer that it must give up, because `enough` others come first.
 
     Another peer comes first if it serves the expert and is not far behind this peer's checkpoint. It also comes first
-    if it claims the expert and has a checkpoint with more updates, or with equally many and prefers the expert more.
+    if it claims the expert and has a checkpoint with more updates. If both have equally many, the one that prefers the
+    expert more comes first.
     """
     return [
         uid
@@ -311,7 +310,7 @@ def exchange(
 
     An expert is only given up if it has more than `enough` serving replicas, and never by the `enough` hosts that
     prefer it most: they keep it even if all others exchange it at the same moment. It is exchanged for an expert that
-    has fewer than `enough` replicas, or that has so few that the given one is crowded beside it, or else for one whose
+    has fewer than `enough` replicas, or far fewer than the given one. Otherwise, it may be exchanged for one whose
     hosts are all overloaded while those of the given one are not. Some host must be able to give the new expert's
     state. `unread`: as in `further_replica`.
     """
@@ -359,11 +358,11 @@ class ExchangeHysteresis:
         return self._last is None or now >= self._last + self._pause_s
 
     def done(self, now: float) -> None:
-        """An exchange was made."""
+        """Records that an exchange was made."""
         self._last, self._seen = now, 0
 
     def failed(self) -> None:
-        """The exchange failed. Another may follow soon: strangers must not be able to use up the pauses."""
+        """Records that the exchange failed. Another may follow soon, because strangers may have made it fail."""
         self._seen = 0
 
 
@@ -388,8 +387,8 @@ class HostingSurvey:
     """What one node reads of its swarm in each look.
 
     A layer that has not split into regions is read completely, which costs one key. Of other layers, a look reads a few
-    rows, which show at once what is vacant in them, a few of this node's experts in turn, and some others. A row that
-    had vacant experts is read again in the next look. What earlier looks saw counts until it expires.
+    rows of the grid, a few of this node's experts in turn, and some others. A row that had vacant experts is read again
+    in the next look. Results of earlier looks count until they expire.
     """
 
     def __init__(
@@ -404,8 +403,7 @@ class HostingSurvey:
         self._own: deque[UID] = deque()
         """This node's experts. Those that were read longest ago come first."""
         self._split: set[int] = set()
-        """Layers that had split into regions when they were last read. Any row shows whether they still have, so that
-        not all rows need to be read.
+        """Layers that had split into regions when they were last read. Reading any row shows whether they still have.
         """
         self._again: list[Prefix] = []
         """Rows of split layers that had vacant experts at the last look."""
@@ -444,7 +442,7 @@ class HostingSurvey:
         return bool(self._had_host[uid.layer, *uid.coordinate])
 
     def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
-        """This node's experts to read: a few in one row of a split layer, and all of those in other layers."""
+        """Those of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
         held = {uid for uid in mine if self._manifest.holds(uid)}
         known = [uid for uid in self._own if uid in held]
         self._own = deque([*held.difference(known), *known])
@@ -485,10 +483,9 @@ class HostingSurvey:
 
     def _rows_of_split(self, split: Collection[int], own: Collection[UID], takes_turns: bool) -> list[Prefix]:
         """The rows to read in layers that have split: some where experts were vacant, one of this node's, and another
-        one in turn.
-
-        On a huge grid, the last one is random: any row, or one that had hosts. If there are many more nodes than rows,
-        only some nodes read the last two at a time. `takes_turns`: whether this node is one of those that wait.
+        one. The last one changes from look to look; on a huge grid it is random. If there are many more nodes than
+        rows, only some nodes read the last two at a time. `takes_turns`: whether this node may have to wait for its
+        turn.
         """
         rows = self._rng.sample(self._again, min(FEW, len(self._again)))
         if not split:
@@ -515,8 +512,8 @@ class HostingSurvey:
         return list(dict.fromkeys([*rows, *mine[:1], (layer, drawn)]))
 
     def _turn(self) -> random.Random:
-        """A generator that draws the same in several looks, but differently on other nodes. Reading the same again
-        costs less, and an expert must be vacant twice in a row before it is adopted.
+        """A generator that draws the same in several looks, but differently on other nodes. An expert must be found
+        vacant twice in a row before it is adopted, so the same rows must be read again.
         """
         return random.Random(f"{self._peer_id} {self._looks // _ROWS_FOR}")  # noqa: S311  # no secret
 

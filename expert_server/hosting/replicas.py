@@ -38,7 +38,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLAIM_WAIT_S = 1.0
-"""How long others get to see a claim before the expert is served."""
+"""How long a claim is announced before the expert is served, so that others can see it."""
 _ANNOUNCE_EVERY_S = 2.0
 """How often a node that is taking experts announces those that are ready."""
 _FREE_MEMORY_SHARE = 0.25
@@ -50,8 +50,8 @@ _WITHDRAW_S = 2.0
 _FETCHES = 3
 """States that are fetched at the same time, so that a slow one does not hold up the others."""
 _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
-"""How long an expert is left alone if nobody gave its state, at first and at most. The time doubles with
-each failure.
+"""If nobody gave an expert's state, how long it is not tried again, at first and at most. The time doubles with each
+failure.
 """
 _WITHHELD = 4096
 _HALF_LIFE_S = 300.0
@@ -118,7 +118,7 @@ class LocalReplicas:
         self._built: dict[UID, Expert] = {}
         """Experts that are built but do not serve yet."""
         self._building = asyncio.Lock()
-        """Experts are built one at a time, because the room left on a device is known only when the previous one is
+        """Held while an expert is built. The room that is left on a device is known only after the previous one was
         built.
         """
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -126,7 +126,7 @@ class LocalReplicas:
         self._first_scale: Scale | None = None
         self._recent_rows = RecentRows()
         self._withheld = BoundedDict[UID, tuple[int, float]](_WITHHELD)
-        """How often in a row nobody gave an expert's state, and until when it is not tried again."""
+        """How many times in a row nobody gave an expert's state, and until when it is not tried again."""
 
     async def first_scale(self) -> Scale:
         """How large the initial parameters of an expert are. All experts draw them from the same distributions."""
@@ -149,12 +149,14 @@ class LocalReplicas:
 
     @property
     def held(self) -> list[UID]:
-        """The experts that this node claims or serves, according to its last announcement."""
+        """The experts that this node claimed or served in its last announcement."""
         return list(self._claimed_at)
 
     @property
     def leaving(self) -> bool:
-        """Whether this node is giving up its experts, or has. It then takes none, and announces that they leave."""
+        """Whether this node is giving up its experts, or has given them up. It then takes none, and announces that they
+        leave.
+        """
         return self._leaving
 
     @property
@@ -193,8 +195,8 @@ class LocalReplicas:
     async def take(self, wanted: list[UID], most_updates: int, enough: int = 1) -> list[UID]:
         """Takes those of the experts into service that fewer than `enough` others host. Returns the experts it took.
 
-        Skips experts that it already has, or that another call is taking. `most_updates`: the most updates that a state
-        from another node can have taken. Ends early if the node leaves. Raises UnreachableError.
+        Skips experts that it already has, or that another call is taking. `most_updates`: the limit for the update
+        count of a state from another node. Ends early if the node leaves. Raises UnreachableError.
         """
         wanted = [uid for uid in wanted if uid not in self._taking and uid not in self.experts]
         if not wanted or self._leaving:
@@ -250,10 +252,8 @@ class LocalReplicas:
             raise
 
     async def are_given(self, uid: UID, others: Sequence[Replica], enough: int) -> bool:
-        """Whether `enough` of the others give a good state of an expert in service, no older than this node's own.
-
-        Ask before the expert is given up to them, because an announcement costs its writer nothing. False if this node
-        leaves.
+        """Whether `enough` of the other hosts can give a good state of an expert in service, no older than this node's
+        own. Call it before the expert is given up, because anybody can announce a replica. False if this node leaves.
         """
         return not self._leaving and await self._unless_leaving(self._are_given(uid, others, enough), False)
 
@@ -283,10 +283,8 @@ class LocalReplicas:
 
     async def take_whole(self, uid: UID, hosts: Sequence[Replica]) -> bool:
         """Replaces the state of an expert in service by the medoid of up to three `hosts`, if most of them claim more
-        updates.
-
-        For a replica that averaging can't bring along. Does nothing, and returns False, if the expert takes an update
-        while the states are compared. Raises UnreachableError.
+        updates. For a replica that can't follow the others by averaging. Does nothing, and returns False, if the expert
+        takes an update while the states are compared. Raises UnreachableError.
         """
         expert = self.experts.get(uid)
         if expert is None:
@@ -297,7 +295,7 @@ class LocalReplicas:
         return await self._take_whole(expert, fresher, cap, set())
 
     def is_withheld(self, uid: UID) -> bool:
-        """Whether nobody gave this expert's state when it was last tried, not long ago."""
+        """Whether nobody gave this expert's state when it was last tried, a short time ago."""
         return self._withheld.get(uid, (0, 0.0))[1] > self._now()
 
     async def release(self, uids: Collection[UID]) -> None:
@@ -349,7 +347,7 @@ class LocalReplicas:
         return taken
 
     async def _build_for(self, seconds: float, wanted: Iterable[UID]) -> None:
-        """Waits for this long, and builds as many of the experts as it can meanwhile."""
+        """Builds as many of the experts as it can in this time, and waits until it is over."""
         clock = asyncio.get_running_loop().time
         ends = clock() + seconds
         for uid in wanted:
@@ -432,13 +430,11 @@ class LocalReplicas:
         most_updates: int,
         unreachable: set[PeerID],
     ) -> bool:
-        """Brings an expert that does not serve yet up to date: to the medoid of others' states, or to the one saved
-        here.
-
-        `saved`: the updates of this node's newest checkpoint. It is restored first: others' states are compared with
-        it, and it returns if the chosen one turns bad. An expert that nobody has keeps its initial parameters. False if
-        others have it and none of them gave it. Peers in `unreachable` are not asked, and those that do not answer are
-        added.
+        """Gives an expert that does not serve yet its state: the medoid of others' states, or the one saved here.
+        `saved`: the update count of this node's newest checkpoint. It is restored first: others' states are compared
+        with it, and it is restored again if the chosen one turns bad. An expert that nobody has keeps its initial
+        parameters. False if others have it and none of them gave it. Peers in `unreachable` are not asked, and those
+        that do not answer are added.
         """
         others = state_sources(hosts, self._swarm.host.peer_id, self._rng)
         most = max_plausible_updates([replica.update_count for replica in others])

@@ -28,15 +28,13 @@ MAX_STANDBYS = 32
 _FETCHES = 3
 """Copies that are fetched at the same time, so that a slow one does not hold up the others."""
 _MOVED = 1.01
-"""A copy is renewed when its host's updates have grown by this factor."""
+"""A copy is renewed when its host's update count has grown by this factor."""
 _OLD_ROUNDS = 6
 """A copy is also renewed after this many rounds."""
 
 
 class StandbyCopies:
-    """Keeps the copies fresh. Run it. They are ordinary checkpoints: a node that has one is the first to adopt an
-    orphan.
-    """
+    """Keeps the copies fresh. Run it. They are ordinary checkpoints, so a node that has one adopts the expert first."""
 
     def __init__(
         self,
@@ -72,10 +70,9 @@ class StandbyCopies:
                 logger.info("%s", error)
 
     async def copy(self) -> None:
-        """Fetches states that are clearly newer than those saved here from this node itself, or from the same host.
-
-        Only a valid and plausible state of the same expert from the same host replaces one. Does nothing while this
-        node pauses or leaves. Raises UnreachableError.
+        """Fetches states that are clearly newer than this node's own checkpoints and earlier copies. A copy is replaced
+        only by a valid and plausible state from the same host. Does nothing while this node pauses or leaves. Raises
+        UnreachableError.
         """
         if self._replicas.leaving:
             return
@@ -124,7 +121,7 @@ class StandbyCopies:
         await self._replicas.checkpoints.keep(uid, replace(checkpoint, update_count=believed, source=source))
 
     def _is_stale(self, replica: Replica, saved: int, most: int) -> bool:
-        """Whether the host's state is worth a transfer: a whole state is sent, however few updates are new. At most
+        """Whether the host's state is worth a transfer, which always sends the whole state. At most
         `most` updates are believed.
         """
         old_at = self._copied_at.get(replica.uid, float("-inf")) + _OLD_ROUNDS * self._every_s

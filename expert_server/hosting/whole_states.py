@@ -1,6 +1,4 @@
-"""Whole states taken from other nodes: the medoid of those that up to three hosts give, never the one that
-claims most.
-"""
+"""Takes states from other nodes: the medoid of those that up to three hosts give, not the one that claims most updates."""
 
 import asyncio
 import logging
@@ -37,8 +35,8 @@ from peer.medoid import COMPARED, elementwise_median, medoid
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
-"""How much more time the other hosts get once one has given its state. A slow uplink sends a state of 7 MB in
-a minute.
+"""How much longer to wait for the other hosts once one has given its state. A slow uplink sends a state of 7 MB in a
+minute.
 """
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
@@ -67,10 +65,9 @@ class WholeStates:
         self, expert: Expert, hosts: Sequence[Replica], cap: Callable[[int], int], unreachable: set[PeerID]
     ) -> TakenState | None:
         """Takes one of the states of the first three `hosts` that give a good one, unless the expert changes meanwhile.
-
-        `cap`: limits a claimed update count to what is believed. The lower median of the claims counts. Hosts in
-        `unreachable` are not asked, and those that do not answer, or stall, are added. Returns None if nothing was
-        taken. Raises UnreachableError.
+        `cap`: limits a claimed update count to what is believed. The resulting count is the lower median of the claims.
+        Hosts in `unreachable` are not asked, and those that do not answer, or stall, are added. Returns None if nothing
+        was taken. Raises UnreachableError.
         """
         peers = {replica.peer_id for replica in hosts} - unreachable
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
@@ -183,9 +180,9 @@ def choose(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random) 
 
     `states`: one to three, all good. `known`: this node's own state, from a checkpoint or the initial parameters.
 
-    A single state is taken as it is. Of several, only the parameters are taken. Accumulated gradients stay with their
-    own host, or here. Moments are the elementwise median, with those of `known` if there are only two states: otherwise
-    a peer that copies the parameters of an honest state could add moments that throw the expert off.
+    A single state is taken as it is. Of several, only the chosen one's parameters are taken. Moments are the
+    elementwise median, with those of `known` if there are only two states. Otherwise a peer could copy an honest
+    state's parameters and add harmful moments.
     """
     if len(states) == 1:
         return 0, states[0]

@@ -19,7 +19,7 @@ from peer.rpc.parts import PartClient
 T = TypeVar("T")
 
 _PUT_OFF_S = 600.0
-"""The longest time that a memory is left alone after its parts could not be fetched."""
+"""The longest pause after the parts of a memory could not be fetched."""
 _REMEMBERED = 4096
 
 
@@ -42,7 +42,9 @@ class PartFetcher:
         self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
         """Which host gave wrong bytes for which part."""
         self._put_off = BoundedDict[MemoryID, tuple[float, float]](_REMEMBERED)
-        """Until when each memory is left alone, and how long that pause is."""
+        """For each memory whose parts could not be fetched, until when it is not tried again, and how long that pause
+        is.
+        """
 
     async def fetch(
         self,
@@ -67,12 +69,12 @@ class PartFetcher:
         return await self._parts.fetch_any(nodes, str(memory), name, most_bytes, check, note_wrong)
 
     def is_put_off(self, memory: MemoryID) -> bool:
-        """Whether the memory is left alone for now."""
+        """Whether the memory's parts are not to be fetched now."""
         until, _ = self._put_off.get(memory, (-math.inf, 0.0))
         return self._clock() < until
 
     def put_off(self, memory: MemoryID) -> bool:
-        """Leaves the memory alone for one announcement period, because its first hosts may not be known yet, and for
+        """Pauses fetching for one announcement period, because the memory's first hosts may not be known yet, and for
         twice as long each further time. Returns whether this is the first time.
         """
         is_first = memory not in self._put_off
@@ -82,7 +84,7 @@ class PartFetcher:
         return is_first
 
     def was_complete(self, memory: MemoryID) -> None:
-        """The memory's parts have been fetched, so it is no longer left alone."""
+        """Records that the memory's parts have been fetched, and ends the pause."""
         self._put_off.pop(memory, None)
 
     async def _contacts(self, hosts: Iterable[PeerID], name: bytes) -> list[NodeInfo]:

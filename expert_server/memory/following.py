@@ -1,4 +1,4 @@
-"""Follows the publishers of memories: what they list, later revisions, and what they no longer list."""
+"""Follows the publishers of memories: new memories, later revisions, and memories that are no longer listed."""
 
 import asyncio
 import logging
@@ -26,10 +26,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MOST_MEMORIES = 64
 """The most memories that a node follows. If there are more, nodes follow different ones."""
 _MANIFEST_S = 60.0
-"""How long a manifest is waited for. Those of other memories wait meanwhile."""
+"""The longest wait for a manifest. Other memories' manifests are fetched after it."""
 _FOLLOWED_AT_ONCE = 8
 _UNLISTED_S = 3600.0
-"""How long a memory is certainly kept after its publisher stopped listing it: the DHT may fail for a while."""
+"""How long a memory is kept after its publisher stopped listing it, because the DHT may fail for a while."""
 _KEEP_EVERY_S = 3600.0
 """How often the libraries are stored again."""
 
@@ -86,9 +86,9 @@ class PublisherFollower:
         self._rng = rng
         self._clock = clock
         self._refused: dict[MemoryID, Part] = {}
-        """Memories that this node may not host, by the manifest that decided it."""
+        """Memories that this node may not host, by the manifest from which that follows."""
         self._wrong: dict[MemoryID, LibraryEntry] = {}
-        """Listed entries whose manifest does not belong to the listed revision. It is not fetched again."""
+        """Listed entries whose manifest turned out to be wrong, so that it is not fetched again."""
         self._unlisted: dict[MemoryID, float] = {}
         """Since when memories that are hosted here are on no list."""
         self._kept_at: float | None = None
@@ -228,8 +228,8 @@ class PublisherFollower:
         return data, manifest
 
     def _has_room(self, entry: LibraryEntry, manifest: MemoryManifest) -> bool:
-        """Whether any part of a new memory fits. If not, logs what would be needed, and leaves the memory alone for a
-        while.
+        """Whether there is room for the new memory's smallest part. If not, logs how much is needed, and pauses
+        fetching it.
         """
         smallest = min((most_bytes(shard) for shard in manifest.shards), default=0)
         need = entry.manifest.size + parts_bytes(manifest) + smallest

@@ -1,7 +1,7 @@
 """`MemoryHosting`: a node takes shards of memories that have too few replicas, and drops those that others serve.
 
-Hosts and publishers are believed only as far as hashes prove what they say. In every announcement period the
-publishers' lists are followed, independently of downloads, so that revoked passages disappear soon.
+What hosts and publishers say is believed only if hashes prove it. The publishers' lists are read in every announcement
+period, independently of downloads, so that revoked passages disappear soon.
 """
 
 import asyncio
@@ -143,7 +143,7 @@ class MemoryHosting:
         return {memory: store.manifest for memory, store in self.hosted.stores.items()}
 
     async def _note(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
-        """Records what was seen, without the announcements of doubted hosts."""
+        """Records what a look saw, without the announcements of doubted hosts."""
         believed = await asyncio.to_thread(self._proofs.counted, seen)
         await asyncio.to_thread(self._placement.note, believed, self.hosted.mine())
         return believed
@@ -260,8 +260,8 @@ class MemoryHosting:
     # dropping
 
     async def _make_room(self, seen: Mapping[ShardKey, SeenShard], wanted: Collection[ShardKey]) -> None:
-        """Makes room for a shard that nobody else has room for, by dropping what nobody lists or enough others
-        serve.
+        """Makes room for a shard that nobody else has room for. Drops memories that nobody lists, or shards that enough
+        others serve.
         """
         smallest = min(most_bytes(seen[key].info) for key in wanted)
         await self.publishers.drop_unlisted(smallest)

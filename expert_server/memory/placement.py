@@ -1,10 +1,10 @@
 """Which shards of memories a node hosts: which need a host most, and what a node reads to know that.
 
 The choices are pure functions of what hosts announce. A shard with too few replicas is taken by the nodes that prefer
-it most, by rendezvous hashing. At the first look, about as many nodes take it as it lacks replicas, and at each further
-look that finds it lacking, twice as many. So a thousand nodes that see the same need do not all act on it. A surplus
-replica is only dropped for a shard that lacks replicas, when the disk is full, and never by the hosts that prefer it
-most: even if all others drop theirs at the same moment, enough are left.
+it most, by rendezvous hashing. At the first look, about as many nodes take it as there are missing replicas, and twice
+as many at each further look. So a thousand nodes that see the same need do not all act on it. A surplus replica is only
+dropped for a shard that lacks replicas, when the disk is full, and never by the hosts that prefer it most: even if all
+others drop theirs at the same moment, enough are left.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ _FIRM_LOOKS = 4
 READ_WHOLE = 1024
 """Up to this many cells of all memories together, all of them are read in each look."""
 SAMPLED = 256
-"""If there are more, this many active cells are read. Other nodes read others."""
+"""If there are more, each node reads a random sample of this many active cells."""
 _MOST_DOUBLINGS = 40
 
 
@@ -41,7 +41,7 @@ class ShardKey:
 
 @dataclass(frozen=True)
 class SeenShard:
-    """What a look found out about a shard."""
+    """A shard as a look saw it."""
 
     info: ShardInfo
     serving: frozenset[PeerID]
@@ -56,16 +56,17 @@ def preference(key: ShardKey, peer_id: PeerID) -> int:
 
 
 def is_called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
-    """Whether it is this peer's turn to take a shard that lacks this many replicas.
-
-    `looks`: how many in a row found it lacking, from 1. `nodes`: about how many the swarm has.
+    """Whether it is this peer's turn to take a shard that lacks this many replicas. `looks`: how many looks in a row
+    found that, from 1. `nodes`: about how many the swarm has.
     """
     called = missing << min(looks - 1, _MOST_DOUBLINGS)
     return called >= nodes or preference(key, peer_id) >= 2**64 - called * (2**64 // nodes)
 
 
 class Placement:
-    """What one node would take and drop, given what its looks saw. Slow with many shards, so not for the loop."""
+    """What one node should take and drop, given what its looks saw. Slow with many shards, so call it off the event
+    loop.
+    """
 
     def __init__(self, peer_id: PeerID, enough: int) -> None:
         """`enough`: the replicas wanted for a shard."""
@@ -99,7 +100,7 @@ class Placement:
         ]
 
     def forget(self, memory: MemoryID) -> None:
-        """The memory has other shards now, or none. Its counts start over with the next look. For any thread."""
+        """Forgets a memory's counts, because its shards have changed. For any thread."""
         self._forgotten.add(memory)
 
     def to_take(self, nodes: int) -> list[ShardKey]:
@@ -138,8 +139,8 @@ class Placement:
         return dropped if size <= 0 else []
 
     def keener(self, key: ShardKey) -> list[PeerID]:
-        """The serving hosts that prefer one of this node's shards more than it does, the one that prefers it most
-        first.
+        """The serving hosts that prefer one of this node's shards more strongly than this node does. The first prefers
+        it most.
         """
         hosts = self._keener(key)
         return sorted(hosts, key=lambda peer_id: preference(key, peer_id), reverse=True)

@@ -37,8 +37,8 @@ _TRIES = 3
 _DOUBTED_S = 300.0
 """How long all announcements of a host are ignored after it failed to prove a claim."""
 _MISSED_S = 15.0
-"""How long the announcements of a host are ignored if its node record was not found, which may only have been renewed
-late. The time doubles with each further failure.
+"""How long the announcements of a host are ignored if its node record was not found. This is short, because the record
+may only be late. The time doubles with each further failure.
 """
 _REMEMBERED = 4096
 
@@ -65,7 +65,7 @@ class ReplicaProofs:
         """How long each host was last doubted because its node record was not found."""
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
-        """What was seen, without the claims of doubted hosts."""
+        """The result of a look, without the claims of doubted hosts."""
         doubted = self._doubted()
         return {key: replace(shard, serving=shard.serving - doubted) for key, shard in seen.items()}
 
@@ -80,7 +80,9 @@ class ReplicaProofs:
     async def proven(
         self, claims: Collection[tuple[PeerID, ShardKey]], seen: Mapping[ShardKey, SeenShard]
     ) -> set[tuple[PeerID, ShardKey]]:
-        """The claims that their hosts prove. Hosts that fail are doubted from now on. Raises UnreachableError."""
+        """Asks hosts to prove these claims, and returns those that are proven. Hosts that fail are doubted from now on.
+        Raises UnreachableError.
+        """
         hosts = {peer_id for peer_id, _ in claims}
         nodes = await self._swarm.registry.nodes(hosts)
         for peer_id in hosts - nodes.keys():

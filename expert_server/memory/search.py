@@ -23,7 +23,7 @@ from expert_server.memory.shard import Shard
 from peer.wire import memory_pb2
 
 Stretch: TypeAlias = tuple[Vectors, list[int]]
-"""Vectors that lie together, (N, D), and the numbers of the shards that these are."""
+"""Vectors that are next to each other in memory, (N, D), and the numbers of their shards."""
 
 MOST_PRODUCTS = 2**22
 """Inner products computed at once: 16 MiB."""
@@ -50,15 +50,15 @@ class VectorCache:
     """The vectors of the shards that were searched last, in memory. For any thread.
 
     Reading them from files that the system has in memory takes longer than searching them. Shards that were first
-    searched one after the other lie together, so that one product takes all of them: a product for each costs more
-    than its numbers do.
+    searched one after the other are next to each other, so that one matrix product covers all of them. This is faster
+    than one product for each.
     """
 
     def __init__(self, most_bytes: int = _CACHE_BYTES, block_bytes: int = _BLOCK_BYTES) -> None:
         self._most_bytes = most_bytes
         self._block_bytes = block_bytes
         self._blocks: OrderedDict[_Block, None] = OrderedDict()
-        """The one used last at the end."""
+        """The blocks; the one used last is at the end."""
         self._block_of: dict[weakref.ref[Shard], _Block] = {}
         self._open: dict[int, _Block] = {}
         """The block that has room, for each number of dimensions."""
@@ -121,13 +121,15 @@ class VectorCache:
         self._clear_gone()
 
     def _forget(self, key: weakref.ref[Shard]) -> None:
-        """What was revoked goes with its shard, which another one replaces."""
+        """Drops the shard's vectors. After a revocation, another object replaces the shard, without the revoked
+        vectors.
+        """
         # Python may call this at any moment, even in a thread that holds the lock
         self._gone.append(key)
         self._clear_gone()
 
     def _clear_gone(self) -> None:
-        """If another thread, or a caller of this, holds the lock, it does this afterwards."""
+        """Does nothing if the lock is held. Its holder then does this afterwards."""
         while self._gone and self._lock.acquire(blocking=False):
             try:
                 while self._gone:
@@ -188,7 +190,7 @@ class Best:
         positions: NDArray[np.int64],
         scores: NDArray[np.int32],
     ) -> None:
-        """Adds the best passages of some shards for these queries. Of equal scores, those added first stay first.
+        """Adds the best passages of some shards for these queries. If scores are equal, those added first come first.
 
         `numbers`: the numbers of their shards in the request.
         """
@@ -224,9 +226,8 @@ class Best:
 def search_together(
     shards: Sequence[Shard], queries: Vectors, k: int, vectors: VectorCache | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """The best passages over some shards: which of these, the positions there, and the scores. All (Q, k).
-
-    Fewer than k if there are fewer that were not revoked. Of equal scores, those of the first shards and positions.
+    """The best passages over some shards: the numbers of the shards, the positions there, and the scores. All (Q, k),
+    or fewer than k if there are not enough passages. If scores are equal, lower shard numbers and positions come first.
     Raises OSError if a shard can't be read.
     """
     count = sum(map(len, shards))

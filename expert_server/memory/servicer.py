@@ -85,9 +85,9 @@ class MemoryMetrics:
 class Turns:
     """Lets a few calls compute at a time. Waiting calls take turns by caller. For one event loop.
 
-    A call keeps its place until its task ends, because replies that nobody reads take memory, too. If all places are
-    taken, a newcomer gets the place of the caller with the most, if that caller has more than the newcomer would have;
-    the displaced call is refused.
+    A call keeps its place until its task ends, because unread replies take memory, too. If all places are taken, a new
+    call gets a place from the caller with the most, if that caller has more than the new call's caller would have. The
+    displaced call is refused.
     """
 
     def __init__(self, at_once: int, most: int) -> None:
@@ -277,7 +277,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
     async def _compute(
         self, caller: PeerID, store: MemoryStore, work: Callable[[Callable[[], bool]], T]
     ) -> T:
-        """Runs `work` on a thread and returns its result. `work` checks whether it has been given up, and then ends."""
+        """Runs `work` on a thread and returns its result. `work` itself checks whether the call has been given up, and
+        then ends.
+        """
         is_given_up = False
         async with self._turns.turn(caller):
             try:

@@ -2,7 +2,8 @@
 
 They are safetensors files. A primary shard has `vectors` (N, D), `revoked` (N,), and `blocks`, each with the texts of
 256 passages in zlib's format, with their `offsets`. Reading a passage inflates one block. The leaves of the Merkle tree
-follow from these. They are computed when the file is opened, and computed again near a passage when it is proven.
+follow from these. They are computed when the file is opened. When a passage is proven, those near it are computed
+again.
 
 A secondary shard also has `vectors` and `revoked`, and says where the texts are: `roots` (T, 32) of primary shards, and
 for each vector two numbers in `references` (N, 4), of two bytes each, little-endian: the index of one of these roots,
@@ -48,8 +49,7 @@ Arrays: TypeAlias = Mapping[str, Rows]
 BLOCK = 256
 """Passages whose texts are compressed together."""
 _PART = 16
-"""When a leaf is proven, the part of the tree over this many leaves is computed: a power of two that divides
-`BLOCK`.
+"""When a leaf is proven, the subtree over this many leaves is computed. A power of two that divides `BLOCK`.
 """
 _LENGTH_BYTES = 4
 """The size of the length before each passage in an inflated block."""
@@ -59,7 +59,7 @@ _MOST_PASSAGE_BYTES = 4 * (MAX_TEXT_CHARACTERS + 2 * MAX_LABEL_CHARACTERS + MAX_
 
 @dataclass(frozen=True)
 class ProvenEntry:
-    """What a shard has of one passage, and the proof that it is in the shard."""
+    """One passage's entry in a shard, and the proof that it is there."""
 
     place: Place
     text: Place
@@ -97,7 +97,7 @@ class Shard(ABC):
         """See `parse`. Raises WireError if a text can't be read."""
         self._vectors, self._revoked, self._hashes = vectors, revoked, hashes
         self._ends = np.cumsum(revoked, dtype=np.int32) if len(hashes) else None
-        """For each passage, how many up to it were revoked."""
+        """For each passage, how many passages up to it were revoked."""
         self.live: int = len(revoked) - int(revoked.sum())
         """Passages that were not revoked."""
         # the roots of whole, aligned parts of a tree form one level of that tree
@@ -151,7 +151,7 @@ class Shard(ABC):
         return bool((self._named(revoked) & ~self._revoked).any())
 
     def without(self, revoked: Revoked) -> bytes | None:
-        """The file without the texts and vectors of these passages. None if it has none of them already.
+        """The file without the texts and vectors of these passages. None if it has none of them.
 
         Raises WireError if a text can't be read.
         """

@@ -86,9 +86,8 @@ class MemoryStore:
         return [shard.root for shard in self.manifest.shards if shard.root.hex() in names]
 
     def load(self, root: bytes) -> None:
-        """Serves a shard that is on disk, without its revoked passages.
-
-        Raises WireError if the file is not that shard, and OSError. Then it is not served.
+        """Serves a shard that is on disk, without its revoked passages. If the file is not that shard, raises WireError
+        and does not serve it. Raises OSError.
         """
         info, revoked, path = self.manifest.by_root[root], self.manifest.revoked_in, self._shard_path(root)
         try:
@@ -135,7 +134,7 @@ class MemoryStore:
             raise OSError(f"{path} does not hold what was written to it: {error}") from error
 
     def stop_serving(self, root: bytes) -> None:
-        """Its file stays, but no longer counts as served."""
+        """Stops serving a shard. Its file stays."""
         for kept in (self._shards, self._sizes, self._hashes):
             kept.pop(root, None)
 

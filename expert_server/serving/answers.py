@@ -1,6 +1,6 @@
 """Assembles the answers to a call's rows as its experts finish. Pure.
 
-A row is answered once: when all of its experts have finished, or from `flush` on with those that have.
+A row is answered once: when all of its experts have finished, or after `flush` with those that have.
 
 Shape suffixes as in assignment.py: R = rows, P = pairs, A = some rows, Q = the pairs of those, row by row, D = width.
 """
@@ -47,7 +47,7 @@ class RowAnswers:
 
 
 class AnswerAssembler:
-    """Takes the outcome of each expert, and returns the answers that are ready with it."""
+    """Takes the outcome of each expert, and returns the answers that this makes ready."""
 
     def __init__(
         self, assignment: Assignment, width: int, *, weighs: bool, expected: Booleans | None = None
@@ -66,7 +66,7 @@ class AnswerAssembler:
         self._missing = np.bincount(assignment.rows[self._expected], minlength=len(assignment))
         """[R]: how many experts of each row have not finished."""
         self._is_done = self._missing == 0
-        """[R]: whether a row has been answered, or never will be."""
+        """[R]: whether a row has been answered, or all of its experts have failed."""
         self._is_flushed = False
 
     def take(self, outcomes: Sequence[tuple[int, Tensor | None]]) -> Iterator[RowAnswers]:

@@ -1,5 +1,5 @@
-"""Which rows of a call each of its experts computes, with which weights, and how the rows' answers are computed from
-theirs.
+"""Which rows of a call each of its experts computes, with which weights, and how answers are computed from the experts'
+results.
 
 An expert's part of a row is a pair. Pairs are ordered expert by expert, and by row within an expert.
 
@@ -78,7 +78,9 @@ class Assignment:
 
     @cached_property
     def first_pairs(self) -> list[Integers]:
-        """For each expert, the first pair of each of its segments: the call's segments, reduced to its rows."""
+        """For each expert, the first pair of each of its segments. An expert's segments are the call's, without rows of
+        other experts.
+        """
         return self._by_expert(self._first_pairs)
 
     @cached_property
@@ -154,7 +156,9 @@ def products(gradients_RD: Floats, rows_Q: Integers, updates_PD: Floats, pairs_Q
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for what the loop, or a thread beside it, computes: starting more would cost more than they save."""
+    """Makes torch use one thread for what the event loop, or a thread beside it, computes. Starting more would cost
+    more than they save.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # affects only this thread
     try:

@@ -1,9 +1,9 @@
 """Which work is computed next: the queue that merges work into batches and is fair to every caller. Pure.
 
 Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time: the rows
-computed for it. The caller with the least chooses the expert and direction of the next batch: backward before forward,
-then by deadline. Other callers' work for that expert joins in the same order. Experts with a batch in progress are
-skipped.
+computed for it. The caller with the least determines the expert and direction of the next batch: backward before
+forward, then by deadline. Other callers' work for that expert joins in the same order. Experts with a batch in progress
+are skipped.
 
 Shape suffixes: R = rows, D = width.
 """
@@ -105,7 +105,7 @@ class Entry:
     discard: Callable[["Entry"], None]
 
     def cancel(self) -> None:
-        """Takes the work out of the queue at once, before it could be computed in this turn of the loop."""
+        """Takes the work out of the queue at once."""
         self.discard(self)
         self.future.cancel()
 
@@ -113,9 +113,9 @@ class Entry:
 class BatchQueue:
     """A bounded queue that merges work of one expert and direction into batches, and is fair to every caller.
 
-    Among callers that always have work waiting, none is ever ahead of another by more rows than the largest of: one
-    batch, one work item, and what is computed together with one item (`pop_alike`). A caller that arrives or returns
-    starts level with those furthest behind.
+    Among callers that always have work waiting, none is ever ahead of another by more rows than one batch, one work
+    item, or what is computed together with one item (`pop_alike`), whichever is largest. A caller that arrives or
+    returns starts at the same point as those furthest behind.
     """
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
@@ -127,7 +127,7 @@ class BatchQueue:
         """All entries, by order."""
         self._by_deadline = _Line(self._waiting, directions_alike=True)
         self._by_key: dict[Key, dict[str, _Line]] = {}
-        """For each key, a line for each caller with work for it; lines are never empty."""
+        """For each expert and direction, a line for each caller with such work. Lines are never empty."""
         self._callers: dict[str, _Caller] = {}
         """Callers with work waiting."""
         self._ahead: dict[str, int] = {}
@@ -137,10 +137,9 @@ class BatchQueue:
         self._measured_rows = self._measured_s = 0.0
 
     def make_room(self, work: WorkItem) -> list[Entry]:
-        """If this work has no room otherwise, takes out work of the callers with the most rows, latest deadlines first.
-
-        Takes out nothing if this work's caller would be the one with the most. So a caller with at most its share, the
-        room divided by the number of callers, always has room, and loses nothing (longest queue drop, as in
+        """If there is no room for this work, takes out work of the callers with the most rows, latest deadlines first.
+        Takes out nothing if this work's caller would be the one with the most. So a caller that keeps to its share (the
+        room divided by the number of callers) always has room, and loses nothing (longest queue drop, as in
         `peer.budget`).
         """
         missing = self.rows + len(work.rows) - self._max_queued_rows
@@ -163,9 +162,8 @@ class BatchQueue:
     def push(
         self, work: WorkItem, future: "asyncio.Future[Result]", discard: Callable[[Entry], None]
     ) -> Entry:
-        """Raises ExpertError (RESOURCE_EXHAUSTED) if the rows do not fit beside those that wait.
-
-        `discard`: calls the queue's method of that name, with the locking that this queue needs.
+        """Raises ExpertError (RESOURCE_EXHAUSTED) if there is no room for the rows. `discard`: calls the queue's method
+        of that name while holding the queue's lock.
         """
         if self.rows + len(work.rows) > self._max_queued_rows:
             raise ExpertError(
@@ -205,10 +203,10 @@ class BatchQueue:
     def pop_alike(
         self, entry: Entry, busy: Set[UID], most_rows: int, fits: Callable[[WorkItem], bool]
     ) -> list[Entry]:
-        """Takes the first work of an entry's caller for each other expert that is not busy, to be computed with it.
-
-        If the entry shares a forward pass, takes all work that shares it; otherwise work that shares none, in order, up
-        to `most_rows` in all, and `MOST_EXPERTS`. `fits`: whether the work may be computed together with others'.
+        """Takes more work of an entry's caller, to be computed with it: the first item of each other expert that is not
+        busy. If the entry shares a forward pass, takes all work that shares it. Otherwise takes work that shares none,
+        in order, up to `most_rows` and `MOST_EXPERTS` in all. `fits`: whether the work may be computed together with
+        others'.
         """
         first, shared, passed_over = entry.work, entry.work.shared, {*busy, entry.work.uid}
         turns = sorted(
@@ -253,7 +251,7 @@ class BatchQueue:
         self._measured_s = _RATE_MEMORY * self._measured_s + seconds
 
     def retry_after_s(self, caller: str | None = None) -> float:
-        """Estimates from the measured rate when the waiting work will be done: of all callers, or of one."""
+        """Estimates from the measured rate how long the waiting work of one caller, or of all, will take."""
         if not self._measured_rows:
             return _RETRY_UNMEASURED_S
         rows = self.rows
@@ -335,7 +333,7 @@ class BatchQueue:
         return caller
 
     def _leave(self, caller: "_Caller") -> None:
-        """Remembers how far ahead the caller was while that matters; otherwise it would gain by leaving."""
+        """Remembers for a while how far ahead a leaving caller was. Otherwise it would gain by leaving and returning."""
         del self._callers[caller.name]
         if not self._callers:
             self._ahead.clear()
@@ -348,14 +346,12 @@ class BatchQueue:
 
 
 _Turn: TypeAlias = tuple[int, float, int]
-"""The sort key: whether it can wait for all others, its deadline, and its order of arrival."""
+"""The sort key: whether the work goes after all others, its deadline, and its order of arrival."""
 
 
 class _Line:
-    """One caller's work for one key: backward before forward, then by deadline, then by arrival. Entries that have left
-    are skipped, and dropped later.
-
-    Backward goes first because it completes a step in progress: the sooner it runs, the fresher its gradients.
+    """One caller's work for one key, by deadline and then by arrival. Entries that have left are skipped, and dropped
+    later.
     """
 
     __slots__ = ("_directions_alike", "_heap", "_sign", "_waiting", "length")
@@ -388,7 +384,7 @@ class _Line:
         return self._heap[0]
 
     def pop(self) -> Entry:
-        """Takes out the first entry, which still waits until it is put back or leaves."""
+        """Takes out the first entry. It counts as waiting until it is put back or leaves."""
         turn = self.first()
         heappop(self._heap)
         return self._waiting[abs(turn[-1])]

@@ -54,9 +54,9 @@ from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
 
 OPEN_CALL_BYTES = SERVER_WINDOW_BYTES + MAX_CHUNK_BYTES
-"""Memory of a call whatever its header says: what gRPC receives before it is read, and the chunk that was read."""
+"""Memory of a call in addition to what its header announces: gRPC's buffer, and the chunk that was read."""
 _FLUSH_AFTER = 0.8
-"""After this share of a call's time, its rows are answered with the experts that have finished."""
+"""After this share of a call's deadline, its rows are answered with the experts that have finished."""
 _LEAST_BYTES_PER_S = 16_384
 """The slowest payload that is waited for: an eighth of an upload of 1 Mbit/s."""
 _LOOP_NUMBERS = 2**18
@@ -68,7 +68,7 @@ _EXPERT_NUMBERS = 2**10
 _AT_ONCE = 256
 """Experts whose work enters the queue in one turn of the loop."""
 _MOST_DESCRIBED = 2**20
-"""Bytes of a message apart from its chunk. Once it has as many, nothing more is packed into it."""
+"""Once a message has this many bytes, not counting its chunk, nothing more is packed into it."""
 _GRACE_S = 5.0
 """How long a payload may stall."""
 _SETTLE_S = 1.0
@@ -80,7 +80,7 @@ Requests: TypeAlias = AsyncIterator[expert_pb2.CallRequest]
 Context = grpc.aio.ServicerContext[expert_pb2.CallRequest, expert_pb2.CallReply]
 Outcome: TypeAlias = Result | ExpertError
 Reply: TypeAlias = expert_pb2.ExpertReply | tuple[expert_pb2.AnsweredRows, memoryview]
-"""The end of an expert's part, or answers to rows with their tensor."""
+"""Either the end of an expert's part, or answers to rows with their tensor."""
 
 
 def smallest_call_memory(manifest: Manifest) -> int:
@@ -124,7 +124,7 @@ class CallTensors:
         return len(self.assignment.rows[self.assignment.pairs_of(expert)])
 
     def rows_of_experts(self) -> list[Rows | None]:
-        """The rows that each expert computes: None if it is in no answer of the forward call."""
+        """The rows that each expert computes; None if the expert is in no answer of the forward call."""
         assignment, found = self.assignment, list[Rows | None]()
         inputs_RD = self.inputs.numpy()
         gradients_RD = None if self._gradients is None else self._gradients.numpy()
@@ -236,7 +236,7 @@ class Call:
         self._done: list[tuple[int, Outcome]] = []
         """Experts that have computed or failed, and whose answers have not been sent."""
         self._is_done = asyncio.Event()
-        """Set when there are such experts, or when it is time to flush."""
+        """Set when there are finished experts, or when it is time to flush."""
         self._flush_is_due = False
 
     @classmethod
@@ -262,7 +262,7 @@ class Call:
 
     @property
     def pairs(self) -> int:
-        """Rows over all of its experts. If the forward call is no longer kept, just its rows."""
+        """The number of pairs of a row and an expert. If the forward call is no longer kept, the number of rows."""
         assignment = self.parsed.assignment
         return self.parsed.rows if assignment is None else len(assignment.rows)
 
@@ -323,7 +323,9 @@ class Call:
     def _keeping(
         self, tensors: CallTensors, cache: ForwardCache, sequences: SequenceCache, until: float
     ) -> Iterator["_Keeping | _Holding | None"]:
-        """Keeps the call for its backward call, or its rows for the next call, if that is wanted and there is room."""
+        """Keeps the call for its backward call, or its rows for the next call, if the caller wants that and there is
+        room.
+        """
         if self.parsed.held:
             yield _Holding(sequences, self._caller, self.uids, self.parsed.held)
             return
@@ -475,7 +477,7 @@ class _Holding:
 class RequestStream:
     """Reads the messages of one call: its header, then exact numbers of payload bytes.
 
-    It never holds more than was asked for and one chunk, and gives up a caller that stalls or trickles.
+    It never holds more than was asked for and one chunk, and gives up a caller that stalls or is too slow.
     """
 
     def __init__(self, requests: Requests, downloads: RateLimit) -> None:
@@ -552,7 +554,7 @@ class ReplyStream:
         self._context = context
         self._uploads = uploads
         self._unsent: deque[Reply | memoryview] = deque()
-        """The first item may be the rest of a tensor."""
+        """Tensors that have not been sent. The first may be the rest of one."""
         self._sending: asyncio.Future[None] | None = None
 
     async def write(self, replies: Sequence[Reply], is_kept: bool) -> None:
@@ -567,9 +569,7 @@ class ReplyStream:
             await asyncio.shield(self._sending)
 
     async def settle(self) -> None:
-        """Waits for the message that was being sent when its writer was cancelled: until then, gRPC accepts
-        no status.
-        """
+        """Waits until a message is sent whose writer was cancelled. Until then, gRPC accepts no status."""
         if self._sending is not None:
             await asyncio.wait([self._sending], timeout=_SETTLE_S)
 

@@ -47,10 +47,8 @@ def compute(expert: Expert, batch: Sequence[WorkItem]) -> list[Result | ExpertEr
 
 
 def can_join(expert: Expert, work: WorkItem) -> bool:
-    """Whether the work can be computed in one batch with other experts'.
-
-    It can be computed in one pass with theirs if it has no graph of its own. It can also follow theirs one by one if it
-    takes hardly longer than starting a batch does, and changes no expert.
+    """Whether the work can be computed in one batch with other experts'. Either it has no graph of its own and is
+    computed in one pass with theirs, or it follows theirs one by one, because it is short and changes no expert.
     """
     is_brief = work.direction == "forward" and len(work.rows) * expert.size <= _BRIEF
     return is_brief or (expert.grouped_block is not None and not expert.is_good(work.rows.graph))
@@ -145,9 +143,8 @@ def _graph_of(work: WorkItem) -> SharedGraph:
 
 
 def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
-    """Records the work's rows and their direction, and scales gradients down that are large beside other callers'.
-
-    Also returns the factor, at most 1.
+    """Records the work's rows and their direction, and scales gradients down if they are much larger than other
+    callers'. Also returns the factor, at most 1.
     """
     factor = expert.callers.note_rows(work.caller, len(work.rows), size_of([work.rows]), work.group)
     if factor != 1.0:
@@ -221,7 +218,7 @@ def _forward(expert: Expert, batch: Sequence[WorkItem]) -> list[Result]:
 
 
 def _backward(expert: Expert, batch: Sequence[WorkItem], withhold: bool) -> list[Result]:
-    """Rows with a good graph are computed by themselves, the others as one part. All of them share one
+    """Each work item with a usable graph is a part by itself, and all others are one part. All parts share one
     optimizer step.
     """
     ready = [work for work in batch if expert.is_good(work.rows.graph)]

@@ -24,7 +24,7 @@ CacheKey: TypeAlias = tuple[str, bytes]
 """The caller of the forward call, and its request id."""
 Graph: TypeAlias = ForwardGraph | SharedGraph
 Version: TypeAlias = WeightVersion | SharedPass
-"""What several graphs may share."""
+"""A version of the parameters, which several graphs may share."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +59,7 @@ class ForwardCache:
     """
 
     def __init__(self, budget_bytes: int, make_room: Callable[[], object] = lambda: None) -> None:
-        """`make_room` is called when the cache grows, because it may share the budget."""
+        """`make_room` is called when the cache grows, because others may share its budget."""
         self._budget_bytes = budget_bytes
         self._make_room = make_room
         self._cached: OrderedDict[CacheKey, CachedForward] = OrderedDict()
@@ -103,7 +103,7 @@ class ForwardCache:
         self._keep_to_budget()
 
     def complete(self, key: CacheKey, forward: CachedForward) -> bool:
-        """The call has been answered. Returns whether it is still cached."""
+        """Records that the call has been answered. Returns whether it is still cached."""
         forward.is_complete = True
         return self._cached.get(key) is forward
 
@@ -145,7 +145,7 @@ class ForwardCache:
             del self._callers[key[0]]
 
     def _drop_graph(self, key: CacheKey, forward: CachedForward, expert: int) -> tuple[int, int]:
-        """Returns the bytes that this frees, and by how many its caller's total shrinks."""
+        """Returns the bytes that this frees, and the bytes that its caller's total loses."""
         kept, graph = self._callers[key[0]], forward.graphs.pop(expert)
         version = kept.graphs.pop((key, expert))
         kept.own_bytes -= graph.bytes
@@ -165,10 +165,7 @@ class ForwardCache:
         self._make_room()
 
     def _evict(self, excess: int) -> None:
-        """Frees this much memory, or less if versions have grown meanwhile.
-
-        Adding up what is cached is slow, so it is done once, and not for each evicted call.
-        """
+        """Frees this much memory, or less if versions have grown meanwhile."""
         sizes = {name: kept.bytes for name, kept in self._callers.items()}
         while excess > 0 and sizes:
             name = max(sizes, key=sizes.__getitem__)
@@ -219,7 +216,7 @@ class SeenRequests:
         self._count = 0
         self._by_caller: dict[str, OrderedDict[bytes, None]] = {}
         self._with: dict[int, dict[str, None]] = {}
-        """The callers by their number of ids, so that those with the most are found at once. No set is empty."""
+        """The callers by their number of ids, to find those with the most quickly. No set is empty."""
         self._most = 0
 
     def is_new(self, caller: str, request_id: bytes) -> bool:

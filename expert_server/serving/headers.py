@@ -23,8 +23,8 @@ MAX_SEQUENCES_IN_CALL = 2**14
 """The most sequences of all experts of a call together, if they are kept: each costs as much as many rows."""
 _NO_SEQUENCES = "sequences are kept of forward calls alone, which are not kept themselves"
 _SEGMENT_BYTES, _ROW_BYTES, _PAIR_BYTES, _EXPERT_BYTES = 24, 40, 64, 1024
-"""Memory of a segment's length, of a row's position, of an expert's row and weight, and of an expert's work: as parsed,
-in arrays, and in indices made from them.
+"""Memory for each segment, each row, each pair of a row and an expert, and each expert of a call: parsed numbers,
+arrays and indices.
 """
 
 
@@ -55,7 +55,7 @@ class CallSize:
 
 @dataclass(frozen=True, slots=True)
 class HeldSegments:
-    """Which of its segments one expert keeps for the next call, and which earlier rows of them it should have."""
+    """The segments that one expert keeps for the next call, and how many of their earlier rows it should have."""
 
     numbers: Sequence[int]
     """The numbers under which they are kept."""

@@ -1,10 +1,9 @@
 """The work queue and the compute threads of a node.
 
 `Runtime` is the shell around the policy in `batching.py`: the event loop adds work, and a few threads take it in
-batches, each for a different expert. A thread that ends a batch starts the next one itself, because a turn through the
-loop would leave it idle, and the loop is busiest when work waits. Optimizer steps are taken when no batch waits, or
-before the expert's next batch, because no answer needs them. Accumulated gradients lead to a step after a while,
-however few rows they have.
+batches, each for a different expert. A thread that ends a batch starts the next one itself: if it waited for the event
+loop, it would be idle meanwhile. Optimizer steps are taken when no batch waits, or before the expert's next batch,
+because no answer needs them. Accumulated gradients lead to a step after a while, however few rows they have.
 """
 
 import asyncio
@@ -41,12 +40,12 @@ T = TypeVar("T")
 _MOST_AT_ONCE = 4
 """The most batches at once: more would keep more tensors in memory and gain little."""
 _GATHER_S = 0.005
-"""How long results wait, while more is computed, to be reported together: waking the loop for each result would take
-the cores from the compute threads. Backward work waits as long for the work of other experts that shares its forward
-pass.
+"""How long results wait for others, so that they are reported together: waking the loop for each result would take
+processor time from the compute threads. Backward work waits as long for the work of other experts that shares its
+forward pass.
 """
 _LONGEST_ACCUMULATION_S = 30.0
-"""This long after its first gradients, an expert takes a step, even if it has fewer rows than a step should have."""
+"""An expert takes a step this long after its first accumulated gradients, even if there are too few rows."""
 _BATCH_ROWS = tuple(4.0**power for power in range(8))
 _STOPPING = "this node is stopping"
 
@@ -162,7 +161,7 @@ class Runtime:
         self._done: list[tuple[Sequence[Entry], Sequence[Result | ExpertError]]] = []
         """Batches whose results the loop has not delivered yet."""
         self._is_told = self._is_starting = False
-        """Whether the loop is about to deliver results, and to start waiting work."""
+        """Whether the loop has been told to deliver results and to start waiting work."""
         self._waiting: set[Entry] = set()
         self._leaving = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -344,7 +343,7 @@ class Runtime:
                 self._pool.submit(self._run_batches if job[0][1] else self._run_steps, job, threads)
 
     def _alike(self, batch: Sequence[Entry]) -> list[Entry]:
-        """Work of other experts that is computed together with a batch. Empty if the batch has several work items."""
+        """Work of other experts that can be computed together with a batch. Empty if the batch has several work items."""
         first = batch[0].work
         if len(batch) != 1 or not self._can_join(first):
             return []
@@ -464,7 +463,7 @@ class Runtime:
 
     @contextmanager
     def _counting_updates(self, experts: Sequence[Expert]) -> Iterator[None]:
-        """Counts updates by the experts' own counts, because a failed batch may still have changed them."""
+        """Counts the updates that the experts took, even if the batch fails."""
         before = [(expert.update_count, expert.guard.rollbacks) for expert in experts]
         yield
         for expert, (updates, rollbacks) in zip(experts, before, strict=True):

@@ -1,6 +1,6 @@
 """What experts keep of sequences, for the calls that continue them. Pure and bounded.
 
-A caller names its sequences by numbers. Other callers can't use what is kept under them.
+A caller numbers its sequences. Other callers can't use them.
 """
 
 from collections import OrderedDict
@@ -32,11 +32,9 @@ class _Entry:
 
 
 class SequenceCache:
-    """Keeps rows of sequences as long as there is room.
-
-    When it is full, it evicts from the caller that takes the most memory, the sequence used longest ago. While a call
-    continues a sequence, the rows are not in the cache: the call has its own memory for them, and no other call can
-    continue the sequence.
+    """Keeps rows of sequences as long as there is room. When it is full, the caller that takes the most memory loses
+    the sequence that it used longest ago. While a call continues a sequence, the sequence is not in the cache, so that
+    no other call can continue it.
     """
 
     def __init__(self, room: Callable[[], int]) -> None:
@@ -46,7 +44,7 @@ class SequenceCache:
         """The entries of each caller, the one used longest ago first. Callers without entries are dropped."""
         self._bytes: dict[str, int] = {}
         self._most: list[tuple[int, str]] = []
-        """A heap. For each caller, minus its bytes when they last grew, and perhaps older entries."""
+        """A heap of callers by minus their bytes. It may also contain outdated entries."""
         self.bytes: int = 0
 
     def __len__(self) -> int:
@@ -55,8 +53,8 @@ class SequenceCache:
     def take(
         self, caller: str, uid: UID, numbers: Sequence[int], counts: Sequence[int]
     ) -> list[KeyValueCache]:
-        """Removes and returns one expert's rows in these sequences. Each must have `counts` rows; a new cache if that
-        is 0.
+        """Removes and returns one expert's rows in these sequences. Each must have as many rows as `counts` says; for
+        0, returns a new cache.
 
         Raises ExpertError (FAILED_PRECONDITION), and then removes nothing.
         """

@@ -116,7 +116,7 @@ class CallLimits:
     max_call_bytes: int = 64 * 2**20
     """The payload of one call as float32, which is what it takes in memory, however it is encoded."""
     max_call_s: float = MAX_CALL_S
-    """How long a call may last, whatever its own deadline. Kept forward calls expire after twice that."""
+    """The longest duration of a call, whatever its own deadline. Kept forward calls expire after twice that."""
     max_kept_bytes: int = 0
     """Memory for cached forward passes. Sequences get what these leave."""
     remembered_requests: int = 65_536
@@ -150,7 +150,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self.sequences: SequenceCache = SequenceCache(
             lambda: limits.max_kept_bytes - self.forward_cache.bytes
         )
-        """The cache of continued sequences, in the memory that kept calls leave."""
+        """The cache of continued sequences, which uses the memory that kept calls don't need."""
         self._looks_for_idle = False
         self.budgets: Budgets = Budgets(limits.budget, metrics)
         self.memory: MemoryBudget = MemoryBudget(limits.max_memory_bytes, metrics)

@@ -34,7 +34,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 MAX_SOURCES = 4
 """How many other peers' states of one expert are kept."""
 _OLD_S = 7 * 86400.0
-"""After this many seconds, a state of another peer may be replaced by that of a further peer."""
+"""After this many seconds, a state of one peer may be replaced by that of a fifth peer."""
 _SOURCE = re.compile(rf"{AVERAGED}|[1-9A-HJ-NP-Za-km-z]{{2,64}}")
 """A PeerID, or the name of averages."""
 _REFUTED = 1024
@@ -84,7 +84,7 @@ class CheckpointStore:
                 RotatingFiles(path, self._keep).sweep()
 
     def newest(self) -> dict[UID, dict[str, int]]:
-        """The update count of each expert's newest checkpoint by source, according to the file names."""
+        """The update count of each expert's newest checkpoint from each source, according to the file names."""
         try:
             names = os.listdir(self._folder)
         except OSError:
@@ -265,9 +265,8 @@ class Checkpoints:
         return False
 
     async def _recover(self, expert: Expert) -> None:
-        """Called after a state from another peer turned bad, and the previous state was restored and saved.
-
-        If the bad state was a whole one, a further peer's state on this disk may be the true one.
+        """Call it after a state from another peer turned bad, and the previous state was restored and saved. If the bad
+        state was not an average, another peer's state on this disk may be the right one.
         """
         uid, source, expert.refuted = expert.uid, expert.refuted, ""
         self.refuted.inc()
@@ -341,7 +340,7 @@ class Checkpoints:
             logger.warning("no time to save %s; their earlier checkpoints stay", counted(left, "expert"))
 
     def note_replaced(self, uid: UID) -> None:
-        """The expert's state was replaced, perhaps with the same update count, and must be saved."""
+        """Records that the expert's state was replaced and must be saved, even if its update count is the same."""
         self._on_disk.pop(uid, None)
 
     def _is_changed(self, expert: Expert) -> bool:

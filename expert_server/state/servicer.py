@@ -1,4 +1,4 @@
-"""StateService: other nodes fetch the states of experts here, and ask this node to fetch theirs."""
+"""StateService: other nodes fetch the states of experts from this node, and ask it to fetch theirs."""
 
 import logging
 from collections import OrderedDict
@@ -41,7 +41,9 @@ MAX_UIDS_IN_ASK = 256
 _REMEMBERED = 4096
 _ADOPT_EVERY_S = 1.0
 _AHEAD = 2
-"""How often one peer may ask for an average of the same expert before it is due: a node that leaves asks once more."""
+"""How many times one peer may ask for an average of the same expert before it is due: a node that leaves asks once
+more.
+"""
 _EXPERTS_PER_S = 32.0
 """The average number of experts that one peer may ask this one to fetch each second."""
 _PRECISIONS: dict[Precision, state_pb2.Precision] = {
@@ -68,11 +70,9 @@ class FetchHint:
 
 
 class HintQueue:
-    """The hints that wait to be followed. Pure.
-
-    The peers take turns, and share the room fairly, so that no stranger keeps others from being heard. After one peer
-    has asked for an expert, another may ask for it at once, but not the same peer: a replica that averages with another
-    more often draws it further towards itself, because each meeting may move it (`peer.clipping`).
+    """Hints that wait to be followed. Pure. Peers take turns, and share the room fairly. A peer that has asked for an
+    expert must wait before it asks again, because each average may move this node's replica towards that peer's
+    (`peer.clipping`). Other peers may ask at once.
     """
 
     def __init__(self, limit: int, average_every_s: float) -> None:
@@ -141,7 +141,7 @@ AskContext = grpc.aio.ServicerContext[state_pb2.AskRequest, state_pb2.AskReply]
 
 
 class StateServicer(state_pb2_grpc.StateServiceServicer):
-    """Gives the states of a node's experts to other nodes, and passes on their hints."""
+    """Sends the states of a node's experts to other nodes, and passes on their hints."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         max_transfers: int = MAX_TRANSFERS,
         max_transfer_s: float = MAX_TRANSFER_S,
     ) -> None:
-        """`follow`: takes a hint, and returns how many of its experts will be looked at, counted from the first. `up`:
+        """`follow`: takes a hint, and returns how many of its experts are accepted, counted from the first. `up`:
         limits the upload of states. `sessions`: who may fetch and ask. `max_transfers`: at the same time.
         """
         self._snapshots = snapshots

@@ -51,15 +51,13 @@ MAX_SNAPSHOTS = 8
 SNAPSHOT_S = 300.0
 """How long they are kept."""
 _MAX_EXPORTED = 4
-"""How many experts' parameters are kept in memory for peers that export the model, unless memory is short. If one is
-dropped, an interrupted export starts that expert over.
+"""How many experts' parameters are kept in memory for peers that export the model. If one is dropped, an interrupted
+export fetches that expert from the beginning.
 """
 _PEER_SHARE, _PEER_BURST_S = 0.02, 2.0
 _ALL_SHARE, _ALL_BURST_S = 0.1, 10.0
-"""The share of its time that a node spends on new snapshots for one peer and for all, and how much of it may be saved
-up.
-
-Beyond that, peers get the newest existing snapshot, or none.
+"""The shares of its time that a node spends on new snapshots for one peer and for all, and how many seconds of that may
+be saved up. Beyond that, peers get the newest existing snapshot, or none.
 """
 _MAX_BLOCKS = 8
 """Parameters that are copied for peers at the same time."""
@@ -105,15 +103,15 @@ class Snapshot:
     sha256: bytes
     expires_at: float
     _given: dict[PeerID, asyncio.Event] = field(default_factory=dict)
-    """The peers that are waited for."""
+    """An event for each peer that is waited for."""
 
     @property
     def key(self) -> UID:
         return self.uid
 
     def given_to(self, peer_id: PeerID) -> asyncio.Event:
-        """An event that is set when that peer has fetched the whole snapshot. Get it before the peer is asked
-        to fetch.
+        """An event that is set when that peer has fetched the whole snapshot. Call this before the peer is asked to
+        fetch.
         """
         return self._given.setdefault(peer_id, asyncio.Event())
 
@@ -165,8 +163,7 @@ class SnapshotTaker:
         self._keeps_exported = limit >= MAX_SNAPSHOTS
         purposes = get_args(Purpose)
         self._of_all = {purpose: TokenBucket(_ALL_SHARE, _ALL_BURST_S, clock()) for purpose in purposes}
-        """Separate budgets, because any peer that calls experts may check them, and must not keep nodes from their
-        states.
+        """Separate budgets for each purpose, so that peers that check answers can't keep nodes from fetching states.
         """
 
     async def take(self, uid: UID) -> Snapshot:
@@ -177,7 +174,7 @@ class SnapshotTaker:
         """A snapshot for a peer that asked. If it asks for new ones too often, it gets the newest existing one.
 
         Raises ExpertError (RESOURCE_EXHAUSTED) if there is none. A node that is giving up its experts makes as many as
-        it is asked for: it serves nobody, and none of its updates may be lost.
+        it is asked for, because none of its updates may be lost.
         """
         return await self._take(uid, None if self._runtime.is_refusing else peer_id)
 

@@ -1,8 +1,6 @@
-"""Averages the dense part with other trainers, in pairs.
-
-Now and then a trainer calls another one that it can reach, and both adopt the average. A trainer that nobody can reach
-still calls others. Pairs are enough (NoLoCo, arXiv 2506.10911). A new trainer starts from another's dense part: of
-three, the one nearest to the other two.
+"""Averages the dense part with other trainers, in pairs. Now and then a trainer calls another one that it can reach,
+and both adopt the average. A trainer that others can't reach still calls them. Pairs are enough (NoLoCo, arXiv
+2506.10911). A new trainer starts from another's dense part: of three, the one nearest to the other two.
 """
 
 import asyncio
@@ -60,12 +58,11 @@ _FIRST_PAUSE_S = 1.0
 _TAKE_ATTEMPTS = 6
 """The most trainers that a new one asks for their dense part."""
 _PATIENCE_S = 60.0
-"""How much more time the other trainers get once one has given its dense part."""
+"""How much longer to wait for other trainers once one has given its dense part."""
 _REST = 3.0
-"""After an exchange, the line is left to calls to experts for this many times the exchange's duration."""
+"""The pause after an exchange, as a multiple of its duration, so that calls to experts get the line."""
 _CALLS_IN_TURN = 4
-"""How many exchanges another trainer may begin with this one for each that this one begins: a faster trainer calls more
-often.
+"""How many exchanges another trainer may begin for each that this one begins: a faster trainer calls more often.
 """
 _OPEN_S = 10.0
 """The longest time for opening a session."""
@@ -103,8 +100,8 @@ class Averaging:
         """`admission`: the swarm's rules and this peer's badge; None admits everybody. `rights`: for calls to other
         trainers.
 
-        `channels`: to other trainers, used only here. `relays`: through which others reach this one; None: they reach
-        it at its own addresses, or not at all.
+        `channels`: to other trainers, used only here. `relays`: the relays through which others reach this one; None:
+        it uses no relays.
         """
         self.exchange = exchange
         self.part: SharedParameters = exchange.part
@@ -188,9 +185,8 @@ class Averaging:
         )
 
     async def average_with(self, partner: TrainerInfo) -> DenseMerge:
-        """Exchanges dense parts with the partner, and waits until this trainer's own has been merged.
-
-        Raises ExpertError if one of the two is already averaging, TransferError and StateError. Then nothing changes.
+        """Exchanges dense parts with the partner, and waits until this trainer's own has been merged. Raises
+        ExpertError if one of the two is already averaging, TransferError or StateError; then nothing changes.
         """
         self.exchange.begin()
         try:
@@ -203,12 +199,10 @@ class Averaging:
             self.exchange.end()
 
     async def take_whole(self) -> int | None:
-        """Adopts another trainer's dense part, if this one has far fewer steps behind it than most that have any.
-
-        Of up to three that are given, the medoid of the parameters is taken, never the one that claims most; of two,
-        the one nearer to this trainer's own. Buffers are the elementwise median, and the age is the lower median of the
-        claims. Returns the age; None if no trainer gave an older dense part. Raises UnreachableError if the DHT does
-        not answer.
+        """Adopts another trainer's dense part, if this one has taken far fewer steps than most of the trained ones. Of
+        up to three dense parts, it takes the medoid's parameters; of two, those nearer to its own. Buffers are the
+        elementwise median, and the age is the lower median of the claims. Returns the age; None if no trainer gave an
+        older dense part. Raises UnreachableError if the DHT does not answer.
         """
         await self.find_partners()
         # trainers without steps are still joining, and their records say so until they are renewed
@@ -281,7 +275,7 @@ class Averaging:
         return incoming
 
     async def _send(self, call: Any, mine: Snapshot, to: PeerID, accepted: asyncio.Event) -> None:
-        """Sends once the offer is accepted: writing to a call that is refused would hide the reason."""
+        """Sends once the offer is accepted, because writing to a refused call would hide the reason."""
         offer = dense_pb2.DenseOffer(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self.form.swarm_id,
@@ -307,8 +301,8 @@ class Averaging:
             pause_s = min(2 * pause_s, self._schedule.search_every_s)
 
     async def _keep_averaging(self) -> None:
-        """Averages until cancelled. Others' calls postpone the next average, but by at most `every` steps: otherwise
-        one of them could monopolise this trainer.
+        """Averages until cancelled. Averages that others begin postpone the next one, but by at most `every` steps, so
+        that nobody can monopolise this trainer.
         """
         exchange, after, ended_at_step = self.exchange, self._steps_to_next(), 0
         while True:
@@ -331,10 +325,8 @@ class Averaging:
             ended_at_step = self.part.steps
 
     def _steps_to_next(self) -> int:
-        """Steps to the next exchange that this trainer begins.
-
-        The number is random: two trainers in lockstep would otherwise call each other at the same moment again and
-        again.
+        """Steps to the next exchange that this trainer begins. The number is random, so that two trainers don't always
+        call each other at the same moment.
         """
         return max(1, round(self._schedule.every * self._rng.uniform(0.5, 1.5)))
 

@@ -25,14 +25,14 @@ from peer.clipping import Distances, OwnMoves, Tensors, at_base, believed_update
 from peer.errors import OutOfReachError, StateError
 
 MAX_BUFFER = 1e9
-"""The largest number in a buffer. A bias is a few times as large as the gate's scores; this is far from overflow."""
+"""The largest number in a buffer. A bias is only a few times as large as the gate's scores."""
 MAX_AGE = 10**12
-"""The limit in steps. Nobody trains for so long: a higher claim counts as this one, so that lies don't add up."""
+"""The limit in steps. Nobody trains for so long. A higher claim counts as this many, so that lies don't add up."""
 _MOST_SCALE = 4.0
-"""How many times as large as this trainer's own numbers another's may be, overall or in one tensor."""
+"""Another trainer's numbers may be at most this many times as large as this trainer's, overall or in one tensor."""
 _LEAST_LIKENESS = 0.25
-"""The smallest cosine between another trainer's dense part and this trainer's. Both start equal: moving away from the
-start by three times its norm leaves 0.3, while noise or a flipped sign gives 0 or less.
+"""The smallest cosine between another trainer's dense part and this trainer's. Both started equal. After moving three
+times the start's norm, the cosine is still 0.3; noise or flipped signs give 0 or less.
 """
 _MERGES_REMEMBERED = 64
 """The most averagings that `take_merges` returns."""
@@ -48,7 +48,7 @@ class Header(CheckpointHeader):
 
 @dataclass(frozen=True)
 class DenseForm:
-    """What two dense parts must have in common to be averaged: swarm, names, shapes, dtypes and meanings."""
+    """Two dense parts can be averaged only if their forms are equal: swarm, names, shapes, dtypes and meanings."""
 
     swarm_id: str
     fingerprint: bytes
@@ -56,11 +56,11 @@ class DenseForm:
     kinds: Mapping[str, tuple[torch.Size, torch.dtype]]
     """Shape and dtype of each parameter and buffer, by name."""
     buffers: frozenset[str]
-    """Buffers. No gradient trains them, so their size and direction don't show where training has led."""
+    """The names of buffers. They have no gradient, so their size and direction say nothing about training."""
 
     @classmethod
     def of(cls, model: nn.Module, swarm_id: str, *meanings: str) -> Self:
-        """`meanings`: what the shapes do not show, such as which token each row of the embedding stands for."""
+        """`meanings`: what the shapes do not show, such as the token of each row of the embedding."""
         buffers = shared_buffers(model)
         tensors = {**dict(model.named_parameters()), **buffers}
         kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -127,8 +127,8 @@ def require_bounded(buffers: Tensors) -> None:
 def require_near(mine: Tensors, theirs: Tensors) -> float:
     """The norm of the difference, relative to the norm of `mine`. Both have the same form and finite numbers.
 
-    Raises StateError if training can't have led to `theirs` from the same start, because its scale differs too much,
-    overall or in one tensor, or its direction. This keeps out broken dense parts, not a clever liar.
+    Raises StateError if training from the same start can't have led to `theirs`, because its direction differs too
+    much, or its scale, overall or in one tensor. This keeps out broken dense parts, not a clever liar.
     """
     own, other, product = _square(mine), _square(theirs), 0.0
     count = max(1, sum(tensor.numel() for tensor in mine.values()))
@@ -247,17 +247,15 @@ class SharedParameters:
             return DensePart(tensors, self._age)
 
     def moves_to(self, base: DensePart) -> Distances:
-        """How far this trainer's own steps have moved the parameters since the last averaging, up to `base`, which was
-        read here.
-
-        May be called on any thread, while no merge is pending.
+        """How far this trainer's own steps had moved the parameters since the last averaging when `base` was read. May
+        be called on any thread, while no merge is pending.
         """
         return self._own_moves.present(base.tensors)
 
     def require_in_reach(self, base: DensePart, theirs: Tensors, moves: Distances) -> None:
         """Raises OutOfReachError if `theirs` is further from `base` than trainers of similar speed are from each other.
 
-        `moves`: the moves up to `base`. A trainer that has not moved has no measure: it refuses no other, and accepts
+        `moves`: the moves up to `base`. A trainer that has not moved can't judge this: it refuses nobody, and accepts
         no change (`merge`). May be called when `moves_to` may.
         """
         names = self._tensors.keys() - self._buffers
@@ -279,9 +277,9 @@ class SharedParameters:
     ) -> "Future[DenseMerge]":
         """Moves the parameters, at the end of the next step, by up to `share` of the way from `base` to `theirs`.
 
-        `base` was read here, and `theirs` is what the other trainer had at that time. Each tensor moves no further than
-        this trainer's own steps move it between averagings (`peer.clipping`). `moves`: the moves up to `base`. The age
-        grows by the accepted share of the difference. May be called on any thread.
+        `base` was read from this object, and `theirs` is what the other trainer had at that time. Each tensor moves no
+        further than this trainer's own steps move it between averagings (`peer.clipping`). `moves`: the moves up to
+        `base`. The age grows by the accepted share of the difference. May be called on any thread.
         """
         waiting = _Waiting(peer, base, theirs, their_age, share, difference, moves)
         self._waiting.append(waiting)
@@ -289,7 +287,7 @@ class SharedParameters:
 
     @torch.no_grad()
     def replace(self, tensors: Tensors, age: int) -> None:
-        """Replaces the parameters, by saved ones or at the start by another trainer's. Don't call it during a step."""
+        """Replaces the parameters by saved ones, or at the start by another trainer's. Don't call it during a step."""
         with self._changing:
             for name, tensor in self._tensors.items():
                 tensor.copy_(tensors[name])

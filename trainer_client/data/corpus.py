@@ -27,7 +27,7 @@ from trainer_client.data.tokenizer import BYTES, Tokenizer, Tokens, digest
 
 VOCABULARY = BYTES
 _PIECES = 32
-"""Pieces of text that are encoded together, so that all cores have work."""
+"""How many pieces of text are encoded together, so that all cores have work."""
 _ROUNDS = 4
 """Rounds of the Feistel cipher in `shuffled`."""
 
@@ -158,7 +158,7 @@ class Dataset:
         return [self._sequences(self.validation, part) for part in np.split(starts, count)]
 
     def bytes_per_token(self, batches: Sequence[Tensor], first: int = 1) -> float:
-        """The mean over each sequence's tokens from `first` on, the ones that a model predicts."""
+        """The mean over the predicted tokens of each sequence, which begin with number `first`."""
         return float(np.mean([self._bytes_of[tokens[:, first:].numpy()].mean() for tokens in batches]))
 
     def _sequences(self, tokens: Tokens, starts_B: NDArray[np.int64]) -> Tensor:

@@ -22,8 +22,8 @@ from trainer_client.data.tokenizer import Tokens
 from trainer_client.settings import Objective
 
 _SHORTER = 2
-"""How many tokens shorter than the model's context a sequence of the text is: one for the end token that is written
-with it, and one that a `Dataset` adds to its context.
+"""A sequence of the text is this many tokens shorter than the model's context: one for the end token, and one that a
+`Dataset` adds.
 """
 _MARKS: Mapping[str, str] = {
     "span-corruption": "<extra_id_0>",

@@ -30,7 +30,7 @@ class Question:
 
     text: str
     answers: tuple[str, ...] = ()
-    """The first one is learned. Empty if the memory does not say it."""
+    """The first one is learned. Empty if the memory does not contain the answer."""
 
     @property
     def answer(self) -> str:
@@ -141,7 +141,7 @@ class QuestionBatches:
         return [[self.validation[place] for place in part] for part in parts]
 
     def bytes_per_token(self, batches: Sequence[Sequence[Question]], first: int = 1) -> float:
-        """The mean over the answers' tokens. An encoder-decoder's end token is not text, and counts with zero bytes."""
+        """The mean over the answers' tokens. An encoder-decoder's end token counts as zero bytes."""
         tokens = [token for batch in batches for question in batch for token in self._tokens_of(question)]
         text = [len(self._token_bytes[token]) for token in tokens if token < len(self._token_bytes)]
         return sum(text) / max(1, len(tokens))

@@ -20,7 +20,7 @@ _LONGEST_LINE = 2**26
 _ROWS = 256
 """Rows of Parquet that are read at once."""
 _SUFFIXES = {".txt", ".jsonl", ".parquet"}
-"""The files that are read from a folder. A file that is named by its path is plain text if it has another suffix."""
+"""The suffixes of files that are read from a folder. Any other file that is named by its path is plain text."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _readable(document: Document) -> Iterator[str]:
 
 
 def unreadable(file: Path, error: OSError) -> DataError:
-    """The error to raise in its place."""
+    """The DataError to raise in place of this OSError."""
     return DataError(f"can't read {file}: {error.strerror or error}; check its permissions")
 
 

@@ -2,9 +2,9 @@
 
 A step's rows are all tokens of a batch, sequence after sequence. Each row is sent to K experts, one for each of its
 slots. All rows for one node travel together: each row once, however many of the node's experts it is for. The node
-answers a row with S = sum of u f / sum of u over those of the experts that answered, where u are relative weights and f
-the experts' updates. A row's answer counts as a whole or not at all. `ExpertCaller` is the network as dispatch sees it:
-tests put a function in its place.
+answers a row with S = sum of u f / sum of u over the experts that answered, where u are relative weights and f the
+experts' updates. A row's answer is either used as a whole or not at all. `ExpertCaller` is the network as dispatch sees
+it: tests put a function in its place.
 
 Shapes: R rows, S segments (the rows of one sequence each), K slots of each row, W width of the experts, G_d size of
 grid dimension d, n rows of one batch, s its segments, m some of its rows.
@@ -31,14 +31,14 @@ from peer.wire import expert_pb2
 Direction: TypeAlias = Literal["forward", "backward"]
 
 LEAST_WEIGHT = np.float32(1e-6)
-"""The smallest relative weight, so that all are normal numbers: an expert that weighs less than a millionth of the
-row's best at the same node counts as a millionth of it.
+"""The smallest weight, relative to that of the row's best expert at the same node. Smaller ones are raised to it, so
+that all are normal numbers.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Which of a step's rows belong together: those of one sequence, which are consecutive."""
+    """The segments of a step's rows: consecutive rows that belong to one sequence."""
 
     lengths: Integers  # [S], each at least 1
     positions: Integers  # [R], of each row in its sequence
@@ -65,7 +65,7 @@ class HeldRows:
     """The rows of a sequence that one expert keeps."""
 
     peer_id: PeerID
-    """The replica that has them."""
+    """The replica that keeps them."""
     count: int
 
 
@@ -83,7 +83,7 @@ class HeldSequence:
     is_routed_as_one: bool = False
     """Whether all rows go to the same experts."""
     is_answered: bool = True
-    """Whether all experts answered that the last rows were sent to."""
+    """Whether all experts to which the last rows were sent have answered."""
     can_go_on: bool = True
     """Whether these experts keep all rows that were sent to them."""
     forgetful: set[PeerID] = field(default_factory=set)
@@ -104,8 +104,7 @@ class RoutedRows:
     keep: bool  # a backward pass is meant to follow
     bias: Floats | None = None  # of the grid's shape, added to the scores of experts when rows choose again
     held: Sequence[HeldSequence] | None = None
-    """For each segment, what experts keep of the earlier rows, and should keep of these. None: nothing, for rows whose
-    segments are all that experts see.
+    """For each segment, what experts keep of the earlier rows, and should keep of these. None: experts keep nothing.
     """
 
     @property
@@ -167,7 +166,7 @@ class NodeBatch:
 
     @classmethod
     def apart(cls, uids: Sequence[UID], lengths: Sequence[int], positions: Sequence[int]) -> Self:
-        """The same rows once for each expert, so that each expert's answer is separate."""
+        """The same rows, with a separate row for each expert, so that each expert answers separately."""
         rows, experts = len(positions), len(uids)
         which = np.repeat(np.arange(experts), rows)
         lengths_S, positions_N = np.tile(lengths, experts), np.tile(positions, experts)
@@ -197,7 +196,7 @@ class NodeBatch:
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     def parts(self) -> Iterator[ExpertPart]:
-        """Expert by expert, in the order of `uids`."""
+        """The part of each expert, in the order of `uids`."""
         places, slots = np.nonzero(self.asked)
         experts = self.experts[places, slots]
         order = np.argsort(experts, kind="stable")
@@ -211,7 +210,7 @@ class NodeBatch:
         return lengths[lengths > 0], self.positions[places]
 
     def only(self, slots: Booleans) -> tuple["NodeBatch", Integers]:
-        """The batch with only these `slots` [n, K] asked, and the indices of the remaining rows."""
+        """A batch that asks only for these `slots` [n, K], and the indices of its rows."""
         experts = np.where(slots, self.experts, -1)
         places = np.flatnonzero((experts >= 0).any(axis=1))
         experts = experts[places]
@@ -233,7 +232,7 @@ def relative_weights(logits: Floats, asked: Booleans, codec: "expert_pb2.Codec")
     0.
 
     u is exp(logit - the row's largest), at least `LEAST_WEIGHT`: routers weigh a row's experts in these ratios. It is
-    rounded as calls with this codec round it, so that a node's answer is the mean by these very weights.
+    rounded as calls with this codec round it, so that the node uses exactly these weights.
     """
     finite = np.where(np.isnan(logits), -1e30, np.clip(logits, -1e30, 1e30)).astype(np.float32)
     highest = np.where(asked, finite, -np.inf).max(axis=1, keepdims=True, initial=-1e30)
@@ -253,7 +252,7 @@ class NodeCall:
     inputs: Floats  # [n, W]
     weights: Floats  # [n, K], of the experts asked
     gradients: Floats | None = None
-    """[n, W], in backward: of the answers S; zero if an answer does not count."""
+    """[n, W], in backward: the gradients of the answers S; zero if an answer does not count."""
     keep: bool = False
     """In forward: whether a backward call will follow."""
     kept: bytes | None = None
@@ -336,7 +335,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class CallEnded:
-    """A call has ended, and no more replies follow."""
+    """The end of a call: no more replies follow."""
 
     batch: NodeBatch
     peer_id: PeerID
@@ -353,10 +352,10 @@ class ExpertCaller(Protocol):
     """The network, as dispatch sees it."""
 
     def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
-        """Yields one reply from each expert, and at most one answer to each row, after the replies of the experts in
-        it. Raises ExpertError if the call failed as a whole.
+        """Yields one reply from each expert, and at most one answer to each row. A row's answer follows the replies of
+        its experts. Raises ExpertError if the call failed as a whole.
 
-        If a backward call had to be sent again in full, its replies refer to the batch of `NodeCall.in_full`. They only
+        If a backward call had to be sent again in full, its replies refer to the batch of `NodeCall.in_full`, and only
         answer slots that count.
         """
         ...
@@ -406,7 +405,7 @@ class ForwardPass:
 
     @classmethod
     def of(cls, rows: RoutedRows) -> Self:
-        """The pass before any answer."""
+        """The state of the pass before any answer."""
         count, width = rows.inputs.shape
         return cls(
             rows,
@@ -418,12 +417,9 @@ class ForwardPass:
         )
 
     def accept(self, sent: SentBatch, reply: AnsweredRows) -> Booleans:
-        """Accepts answers to rows if none of the answer's slots has an answer yet: each answer as a whole or not at
-        all.
-
-        Also accepts an answer in place of earlier ones to the row if it has all of their slots and more: a hedge for
-        one expert of a node must not cost the row that node's other experts. Returns the slots [m, K] of the reply's
-        rows that were answered.
+        """Accepts an answer to a row if none of its slots has an answer yet. Also accepts an answer that has all slots
+        of the row's earlier answers and more; it replaces those. (Otherwise, an early answer to a hedge would exclude a
+        node's answer for several experts.) Returns the slots [m, K] of the reply's rows that were answered.
         """
         batch, rows = sent.batch, sent.batch.rows[reply.places]
         taken = reply.answered & self.answered[rows]
@@ -487,7 +483,7 @@ def is_live(coordinates: Integers, tables: PrefixTables) -> Booleans:
 
 
 def prefer_proven(sure: Selection, others: Selection, wary: Booleans) -> Selection:
-    """Puts the `sure` experts before the `others` for the `wary` rows [n], without duplicates."""
+    """In the `wary` rows [n], puts the `sure` experts before the `others`, without duplicates."""
     # (n, others, sure)
     same = (others.coordinates[:, :, None, :] == sure.coordinates[:, None, :, :]).all(axis=-1)
     preferred = sure.valid & wary[:, None]

@@ -39,7 +39,7 @@ _CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
 _PROVEN_S = 30.0
 """A peer that answered within this time is very probably still there."""
 _HEARD = 4096
-"""For this many peers, it is known when they answered last."""
+"""For how many peers it is remembered when they answered last."""
 
 Reply: TypeAlias = AnsweredRows | ExpertReply | CallEnded
 Replies: TypeAlias = asyncio.Queue[Reply]
@@ -142,8 +142,8 @@ class CallTracker:
         metrics: DispatchMetrics | None = None,
         credit: CreditAccounts | None = None,
     ) -> None:
-        """`is_silent`: whether connecting to the node was tried and it is not connected. `gone` is called for peers
-        whose call failed in that way. `credit`: records the nodes' work.
+        """`is_silent`: whether connecting to the node was tried and it is not connected. `gone` is called for peers to
+        which the connection failed. `credit`: records the nodes' work.
         """
         self.metrics: DispatchMetrics = metrics or DispatchMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()
@@ -228,8 +228,8 @@ class CallTracker:
             sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
 
     def _note(self, call: NodeCall, reply: AnsweredRows | ExpertReply) -> bool:
-        """Returns whether the reply is as good as can be expected. Raises ExpertError for an answer that no honest node
-        gives: then the call is over, and its peer banned for a while.
+        """Returns whether the reply is a success. Raises ExpertError for an answer that no honest node gives. The call
+        then ends, and its peer is banned for a while.
         """
         peer_id = call.node.peer_id
         if isinstance(reply, ExpertReply):
@@ -258,7 +258,7 @@ class CallTracker:
             logger.warning("expert %s of node %s went back to its last good state", reply.uid, peer_id)
 
     def note_wrong(self, peer_id: PeerID, said: str) -> None:
-        """The peer gave an answer that no honest node gives: it is banned for a while."""
+        """Bans the peer for a while, because it gave an answer that no honest node gives."""
         self._note_failure(peer_id, ExpertError(StatusCode.DATA_LOSS, said))
 
     def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:

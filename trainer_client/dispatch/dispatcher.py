@@ -90,11 +90,11 @@ class Dispatcher:
         return self._calls.latencies
 
     def open_breakers(self) -> int:
-        """How many peers are left alone now."""
+        """How many peers are avoided now."""
         return len(self._calls.avoided())
 
     def banned(self) -> int:
-        """How many peers are left alone now for wrong answers."""
+        """How many peers are banned now for wrong answers."""
         return self._calls.breakers.banned(self._calls.now())
 
     def live_experts(self) -> int:
@@ -147,7 +147,7 @@ class Dispatcher:
         return result
 
     def _with_others(self, live: LiveExperts, avoided: frozenset[PeerID]) -> LiveExperts:
-        """The same experts, with other hosts in place of the avoided ones if there are any."""
+        """The same experts, with other hosts in place of avoided ones where possible."""
         uids = [uid for uid, peer_id in live.hosts.items() if peer_id in avoided]
         others = choose_replicas(
             uids, live.view, self._rng, live.avoided | avoided, self.latencies.nodes_lately(self._calls.now())
@@ -156,7 +156,7 @@ class Dispatcher:
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
         """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Returns the gradient of the inputs
-        [R, W], and that of the experts' logits [R, K] through their shares in the updates.
+        [R, W], and that of the experts' logits [R, K], which comes from their shares in the answers.
 
         A node that does not answer within the deadline contributes nothing.
         """
@@ -230,7 +230,7 @@ def _of_answers(sent: SentBatch, numbers: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class _Products:
-    """The dot products <G, f> that have arrived for one batch, and what they are products of."""
+    """The dot products <G, f> that have arrived for one batch, with the gradients and answers that they belong to."""
 
     values: Floats  # [n, K], 0 where none has come that counts
     came: Booleans  # [n, K]
@@ -267,10 +267,8 @@ class _Products:
         return np.where(self.came, self.shares * (self.values - mean[:, None]), np.float32(0))
 
     def fit(self, inputs: Floats, exact: Booleans, error: tuple[float, float]) -> Booleans:
-        """In which rows the products match the answers: [n].
-
-        `inputs` [n, W]. `exact` [n]: whether they are products of the very updates in the answers, rather than of those
-        that the experts would give now. `error`: see `products_fit`.
+        """In which rows the products match the answers: [n]. `inputs` [n, W]. `exact` [n]: whether the node used the
+        updates in the answers, and did not compute them again. `error`: see `products_fit`.
         """
         fits = are_bounded(self.values, self.gradients, inputs)
         checked = exact & self.whole

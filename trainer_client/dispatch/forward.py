@@ -1,9 +1,6 @@
-"""One forward pass: sends rows to the chosen experts, waits no longer than agreed, and chooses again for rows that lack
-answers.
-
-A row waits for its slots, each with one expert at a time. Several nodes may be asked for one slot: a second replica if
-the first is slow, or another expert's node if the first expert was given up. Answers are taken row by row, and the
-first answer to a slot counts.
+"""One forward pass: sends rows to the chosen experts, waits as long as the policy says, and chooses again for rows that
+lack answers. A row has slots, each for one expert at a time. Several nodes may be asked for one slot: a second replica
+if the first is slow, or the node of another expert if the first expert was given up. The first answer to a slot counts.
 
 Shapes: R rows, K slots of each row, n rows of one batch, or rows whose experts are chosen again.
 """
@@ -43,10 +40,9 @@ from trainer_client.dispatch.sequences import new_numbers
 from trainer_client.dispatch.spot_checks import SpotChecks
 
 _MAX_ROUNDS = 8
-"""How often a row's experts are chosen in one pass, at most."""
+"""How many times a row's experts are chosen in one pass, at most."""
 _FREE_ROUNDS = 2
-"""After this many choices, a row prefers experts of peers that answered recently, because its other experts were dead
-twice.
+"""After this many choices, a row prefers experts of peers that answered recently, because its experts were dead twice.
 """
 
 
@@ -111,7 +107,7 @@ class ForwardRun:
                 looks.popleft()[1]()
 
     def _looks(self) -> deque[tuple[float, Callable[[], None]]]:
-        """What to do at which time while rows lack answers."""
+        """What to do, and when, while rows lack answers."""
         hedge_after_s = self._policy.hedge_after_s(self._calls.call_times["forward"])
         part_s = self._deadline_s / 4
         looks = [
@@ -249,7 +245,7 @@ class ForwardRun:
         return None
 
     def _take(self, sent: SentBatch, reply: AnsweredRows) -> None:
-        """Takes an answer, even if another expert was asked since."""
+        """Takes an answer, even if another expert has been asked since."""
         accepted = self.result.accept(sent, reply)
         rows = sent.batch.rows[reply.places]
         self._waiting[rows] = np.where(accepted, 0, self._waiting[rows])
@@ -265,8 +261,8 @@ class ForwardRun:
         self._checks.note(sent, reply, self._rows.inputs)
 
     def _close(self, sent: SentBatch, slots: Booleans, places: Integers | None = None) -> Booleans:
-        """Records that nothing more will come for these slots of a batch, or of some `places` in it. Returns the slots
-        that no other call may answer now.
+        """Records that no answer will come for these slots of a batch, or of some `places` in it. Returns the slots
+        that no other call can answer any more.
         """
         at = slice(None) if places is None else places
         rows = sent.batch.rows[at]
@@ -280,7 +276,7 @@ class ForwardRun:
         self._failed.update(sent.batch.experts_in(self._close(sent, slots)))
 
     def _is_own(self, batch: NodeBatch, at: "Integers | slice" = slice(None)) -> Booleans:
-        """Which slots still belong to their expert: [n, K], of all rows or of those `at` some places."""
+        """Which slots of a batch still belong to the same expert: [n, K], for all rows or those `at` some places."""
         own: Booleans = (self.result.coordinates[batch.rows[at]] == batch.coordinates[at]).all(axis=-1)
         return own & batch.asked[at]
 
@@ -290,7 +286,7 @@ class ForwardRun:
     # Rows that lack answers
 
     def _reselect_lacking(self) -> None:
-        """Sends rows that can no longer reach their goal to other experts."""
+        """Sends rows that can no longer get enough answers to other experts."""
         lacking = self._lacking((self.result.answered | self._pending).sum(axis=1))
         if len(lacking):
             self._reselect(lacking)
@@ -357,7 +353,7 @@ class ForwardRun:
         return np.isin(batch.experts, alone)
 
     def _replace_silent(self) -> None:
-        """Asks others, replicas first, instead of peers that can't even be connected to."""
+        """Asks other replicas, or else other experts, in place of peers that can't be connected to."""
         heard = np.zeros_like(self._pending)
         for sent in self._sent.values():
             if not self._calls.is_silent(sent.node):
@@ -368,7 +364,7 @@ class ForwardRun:
             self._give_up(self._ask_replicas(silent))
 
     def _give_up_late(self) -> None:
-        """Sends rows that have not reached their goal by now to other experts."""
+        """Sends rows that still lack answers to other experts."""
         self._give_up(self._pending)
 
     def _give_up(self, late: Booleans) -> None:
@@ -397,7 +393,7 @@ class ForwardRun:
 
 
 def _by_peer(batch: NodeBatch, replicas: Mapping[UID, PeerID]) -> dict[PeerID, NodeBatch]:
-    """What to ask each peer for. `replicas`: the peer for each expert of the batch that has one."""
+    """The slots to ask each peer for. `replicas`: the peer for each expert of the batch that has one."""
     peers = list(dict.fromkeys(replicas[uid] for uid in batch.uids if uid in replicas))
     numbers = {peer_id: number for number, peer_id in enumerate(peers)}
     of_experts = [numbers[replicas[uid]] if uid in replicas else -1 for uid in batch.uids]

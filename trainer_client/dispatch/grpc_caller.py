@@ -1,7 +1,7 @@
 """Calls to nodes over gRPC: a header and a node's rows are sent, and answers to rows arrive as soon as they are ready.
 
-`ReplyAssembler` puts together the replies to one call and does no I/O. `SessionWarmer` opens sessions with nodes before
-a trainer calls them, so that a first call costs no more than any other.
+`ReplyAssembler` puts together the replies to one call and does no I/O. `SessionWarmer` opens sessions with nodes in
+advance, so that a first call takes no longer than any other.
 """
 
 import asyncio
@@ -76,11 +76,9 @@ class ReplyAssembler:
         return not self._waiting and self._due is None
 
     def end(self) -> None:
-        """Raises WireError if a correct node would have answered more.
-
-        All rows of an expert that has computed must be answered, even if it is not in every answer. In backward, a node
-        that has kept the call leaves out rows that it has not answered in forward; of the answered rows, only those
-        that count are known here.
+        """Raises WireError if a correct node would have answered more. All rows of an expert that has computed must be
+        answered, even if the expert is not in every answer. In backward, a node that has kept the call leaves out rows
+        that it did not answer in forward, so only rows that count are required.
         """
         if not self.complete:
             raise WireError("the stream ended before all experts had answered")
@@ -92,7 +90,7 @@ class ReplyAssembler:
             raise WireError(f"no answer to {lacking.sum()} rows that experts have computed")
 
     def take(self, reply: expert_pb2.CallReply) -> Iterator[CallReply]:
-        """The replies that are complete with this message. Raises WireError if it is not what must come next."""
+        """The replies that this message completes. Raises WireError if the message can't follow the ones before it."""
         chunk = memoryview(reply.chunk)
         is_empty = not (reply.experts or reply.rows or chunk or reply.kept)
         if is_empty or self._kept or len(chunk) > MAX_CHUNK_BYTES:
@@ -225,7 +223,7 @@ _BROKE_OFF = "the call broke off"
 _REPEAT_AFTER_S = 0.2
 """The pause before a backward call is repeated."""
 _BUSY_S = 1.0
-"""How long a node is avoided that refused a whole call as too much without giving a time."""
+"""How long to avoid a node that is too busy for a call, if it does not say how long."""
 
 
 class GrpcCaller:
@@ -333,7 +331,7 @@ class GrpcCaller:
             ) from error
 
     async def _session(self, node: NodeInfo, channel: grpc.aio.Channel, deadline_s: float) -> Metadata | None:
-        """Costs one round trip per node, once. Raises ExpertError."""
+        """Opens a session, which takes a round trip per node, once. Raises ExpertError."""
         if self._sessions is None:
             return None
         known = self._sessions.known(node.peer_id)
@@ -437,7 +435,7 @@ def _expert_rows(call: NodeCall, codec: "expert_pb2.Codec") -> Iterator[expert_p
 
 
 def _is_hidden(error: ExpertError) -> bool:
-    """Whether the node's own status is not known. It may have been that the session has ended."""
+    """Whether the node's own status is unknown. It may have been that the session has ended."""
     return str(error).startswith(_BROKE_OFF)
 
 

@@ -1,11 +1,10 @@
-"""What a trainer decides by about peers and time: circuit breakers, answer screening, latencies and the wait policy.
-
-- `CircuitBreakers`: peers that failed are left alone for a while, each time longer.
-- `AnswerScreening`: answers that no honest node gives, seen by the answer alone. Experts carry their own residual
-  connection, so what they answer, and any mean of it, stays near its input in size and follows it. Wrong shapes and
-  numbers that are not finite are refused earlier, where a call is read.
-- `products_fit`: whether the products that a node returns in backward are those of what it answered in forward.
-- `Latencies`: how long calls to nodes took lately.
+"""How a trainer treats peers, and how long it waits: circuit breakers, answer screening, latencies and the wait policy.
+- `CircuitBreakers`: peers that failed are avoided for a while, longer each time.
+- `AnswerScreening`: finds answers that no honest node gives, by the answer alone. Experts have a residual connection,
+  so an answer has about the size of its input, and depends on it. Wrong shapes and numbers that are not finite are
+  refused earlier, where a call is read.
+- `products_fit`: whether the products that a node returns in backward match its forward answer.
+- `Latencies`: how long recent calls to nodes took.
 - `WaitPolicy`: deadlines and hedging that follow from that.
 
 Everything is bounded, and pure: `now` is passed in.
@@ -29,8 +28,7 @@ from trainer_client.dispatch.batches import AnsweredRows, NodeCall
 
 _LONGEST_BAN_S = 86400.0
 _FORGIVEN = 3
-"""How many quick failures in a row are forgiven. On a line that loses every tenth call, four in a row happen once in
-10,000 calls.
+"""How many quick failures in a row are forgiven. If every tenth call is lost, four in a row fail once in 10,000 calls.
 """
 
 _RECENT = 512
@@ -43,18 +41,19 @@ _TIMES_HOLD_S = 60.0
 """If a node has not answered for this long, its mean is forgotten, so that a node that was slow once is tried again."""
 
 MOST_GROWTH = 1000.0
-"""How many times as large an answer's largest number may be as the largest it was computed from, or as one."""
+"""An answer's largest number may be this many times as large as the largest number of its input, or as 1 if that is
+larger.
+"""
 MOST_GRADIENT_GROWTH = 1e6
-"""How many times as large a gradient's largest number may be as the largest it was computed from, or as one. For a row
-whose numbers are nearly equal, the norm makes gradients large, by 1/√ε at most.
+"""The same for gradients. For a row whose numbers are nearly equal, the norm makes gradients larger, by at most 1/√ε.
 """
 _LEAST_PRODUCT = 1e-9
-"""Smaller products may have any value: they make no difference."""
+"""Smaller products are not checked, because they make no difference."""
 _SUMMED = 1e-5
 """How far off a sum of products in float32 may be, relative to the product of both rows' norms."""
 _APART = 0.5
-"""If the directions of two rows differ by more than this, no expert and no codec gives both the same answer.
-Directions, because experts normalise rows first: a row and its double are the same to them.
+"""If the directions of two rows differ by more than this, no expert and no codec gives both the same answer. (Sizes
+don't matter, because experts normalise rows first.)
 """
 _COMPARED = 64
 """How many columns of a row are kept for comparison."""
@@ -88,7 +87,7 @@ class CircuitBreakers:
 
     After a failure a peer is avoided for `first_s`, after each further one twice as long, up to `longest_s`. Once the
     time is over it may be tried again (half-open), and a success closes the breaker. The first three failures in a row
-    are forgiven if they came quickly: more tries cost no time, and on a line that loses calls most peers are well.
+    are forgiven if they came quickly: another try costs little, and on a bad line most peers are fine.
     """
 
     def __init__(self, first_s: float = 2.0, longest_s: float = 120.0, limit: int = 4096) -> None:
@@ -99,7 +98,7 @@ class CircuitBreakers:
         self._lock = threading.Lock()  # metrics read the breakers on other threads
 
     def failed(self, peer_id: PeerID, now: float, *, quickly: bool = False) -> None:
-        """The peer did not do what it was asked. While its breaker is open, a failure changes nothing."""
+        """Records a failure. While the peer's breaker is open, it changes nothing."""
         breaker = self._breaker(peer_id)
         if now < breaker.failed_until:
             return
@@ -111,14 +110,13 @@ class CircuitBreakers:
         breaker.failed_until = now + wait
 
     def busy(self, peer_id: PeerID, now: float, retry_after_s: float) -> None:
-        """The peer asked to be left alone for a while, which is not a failure."""
+        """Records that the peer asked not to be called for a while. This is not a failure."""
         breaker = self._breaker(peer_id)
         breaker.busy_until = max(breaker.busy_until, now + min(retry_after_s, self._longest_s))
 
     def distrust(self, peer_id: PeerID, now: float) -> None:
-        """The peer gave a wrong answer: it is banned for the longest time, and for twice as long each further time.
-
-        Nothing that it does well in the meantime shortens that.
+        """Bans the peer for a wrong answer: for the longest time, and for twice as long each further time. Good answers
+        in the meantime don't shorten a ban.
         """
         breaker = self._breaker(peer_id)
         if now < breaker.distrusted_until:
@@ -128,7 +126,7 @@ class CircuitBreakers:
         breaker.distrusted_until = now + ban_s
 
     def banned(self, now: float) -> int:
-        """How many peers are avoided now for wrong answers."""
+        """How many peers are banned now for wrong answers."""
         with self._lock:
             return sum(now < breaker.distrusted_until for breaker in self._breakers.values())
 
@@ -155,7 +153,7 @@ class CircuitBreakers:
 
 
 class Durations:
-    """How long calls of one direction took."""
+    """The durations of calls in one direction."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_RECENT)
@@ -170,7 +168,7 @@ class Durations:
 
 
 class Latencies:
-    """How long one trainer's successful calls took. Bounded, however many calls and nodes there are."""
+    """The durations of one trainer's successful calls. Bounded, however many calls and nodes there are."""
 
     def __init__(self) -> None:
         self.forward: Durations = Durations()
@@ -213,7 +211,7 @@ class _RememberedAnswer:
 
 
 class AnswerScreening:
-    """Finds faults in answers, in each one alone and compared with recent ones of the same peer."""
+    """Finds faults in an answer: in itself, or compared with recent ones of the same peer."""
 
     def __init__(self) -> None:
         self._lately = BoundedDict[PeerID, list[_RememberedAnswer]](_REMEMBERED_PEERS)
@@ -267,14 +265,16 @@ def is_huge(inputs_RD: Floats, answer_RD: Floats, most_growth: float = MOST_GROW
 
 
 def is_constant(inputs_RD: Floats, answer_RD: Floats) -> bool:
-    """Whether rows that are far apart all got the same answer. Zeros are honest: some blocks start that way."""
+    """Whether very different rows all got the same answer. Zeros don't count, because some blocks start that way."""
     if len(answer_RD) < 2 or not answer_RD[0].any() or not np.array_equal(answer_RD[0], answer_RD[-1]):
         return False
     return are_apart(inputs_RD[0], inputs_RD[-1]) and bool((answer_RD == answer_RD[0]).all())
 
 
 def are_bounded(products_RK: Floats, gradients_RD: Floats, inputs_RD: Floats) -> Booleans:
-    """In which rows all products of the gradient and an update are small enough for updates that are not huge: [R]."""
+    """In which rows the products of the gradient and the updates have a possible size, because updates are not huge:
+    [R].
+    """
     lengths = np.linalg.norm(gradients_RD.astype(np.float64), axis=1)
     most = MOST_GROWTH * (1.0 + _largest(inputs_RD)) * gradients_RD.shape[1] ** 0.5 * lengths
     fits: Booleans = np.abs(products_RK).max(axis=1, initial=0.0) <= 2 * most + _LEAST_PRODUCT
@@ -290,11 +290,11 @@ def products_fit(
 ) -> Booleans:
     """In which rows the products <G, f_k> are those of the experts in the answer S = sum of p_k f_k: [R].
 
-    Their mean weighted by the shares p is <G, S>, up to rounding. The node has G', what it received for our G, and we
-    have S', what we received for its S. So the two differ by at most |G' - G| |S| + |G| |S' - S|. `error`: the largest
-    distance between a row and what is received for it, relative to its norm and absolute. The products' own sums, in
-    float32, may be off by a thousandth of their size, and a little more for rows that are nearly orthogonal.
-    With every codec but fp32, they are also rounded to bfloat16.
+    Their mean weighted by the shares p is <G, S>, up to rounding. Because of rounding on the wire, the node has G' in
+    place of our G, and we have S' in place of its S. So the two results differ by at most |G' - G| |S| + |G| |S' - S|.
+    `error`: the largest distance between a row and what is received for it, relative to its norm and absolute. The
+    products' own sums, in float32, may be off by a thousandth of their size, and a little more for rows that are nearly
+    orthogonal. With every codec but fp32, they are also rounded to bfloat16.
     """
     part, beside = error
     g, s = gradients_RD.astype(np.float64), answers_RD.astype(np.float64)
@@ -328,8 +328,8 @@ class CallTimes:
         self._last.append(seconds)
 
     def add_unfinished(self, seconds: float) -> None:
-        """Counts a call that was given up after this long. It counts as at least as slow as most, so that a deadline
-        that is too short for many calls grows.
+        """Adds a call that was given up after this long. It counts as slower than most, so that a deadline that is too
+        short grows.
         """
         self.add(max(seconds, self.quantile(_USUAL) or 0.0))
 
@@ -365,10 +365,8 @@ class WaitPolicy:
         return min(self.call_deadline_s, max(self.least_deadline_s, _DEADLINE_FACTOR * usual))
 
     def hedge_after_s(self, call_times: CallTimes) -> float:
-        """When a forward call is slow enough to also ask another replica: when 19 in 20 calls would have been answered,
-        but at the latest after a third of the deadline.
-
-        "The Tail at Scale" (Dean and Barroso, 2013) asks after the 95th percentile.
+        """After how long a forward call is slow, so that another replica is also asked: the 95th percentile of recent
+        calls, as in "The Tail at Scale" (Dean and Barroso, 2013), but at most a third of the deadline.
         """
         latest = self.deadline_s(call_times) / 3
         slow = call_times.quantile(_SLOW)

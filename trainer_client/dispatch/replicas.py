@@ -13,22 +13,22 @@ from dht.uid import UID
 from peer.identity import PeerID
 
 _MOST_CARRIED = 1.5
-"""A peer that already has experts gets further ones up to this many times the mean of the peers that host any."""
+"""A peer gets experts up to this many times the mean of the peers that host any."""
 _MOST_PREFERRED = 2.0
-"""If other replicas are slower or busier, a peer gets experts up to this many times the mean. A stranger that announces
-every expert, and answers anything at once, gets no more.
+"""If other replicas are slower or busier, a peer gets experts up to this many times the mean. This also limits a
+stranger that announces every expert and answers at once.
 """
 _SLOWER = 2.0
-"""A peer is skipped if it takes this many times as long as both the fastest peer of its expert and the median of all
-recently called peers.
+"""A peer is skipped if it takes this many times as long as the fastest peer of its expert, and also as the median of
+all recently called peers.
 """
 _QUICK, _TRIED = 2, 1 / 16
-"""Once this many fast replicas of an expert are known, others that were not called recently get only this share of its
-calls.
+"""Once this many fast replicas of an expert are known, replicas that were not called recently get only this share of
+its calls.
 """
 _MANY, _COMPARED_OF_MANY = 16, 8
-"""If an expert has more than 16 replicas, 8 random ones are compared, together with those that were called recently. If
-none of these can be called, all are.
+"""If an expert has more than 16 replicas, only 8 random ones are compared, and those that were called recently. If none
+of them can be called, all replicas are compared.
 """
 _BUSIER_ROWS = 1024
 """A peer is skipped if it has this many more rows queued than the least busy one."""
@@ -49,9 +49,9 @@ def choose_replicas(
     Of an expert with many replicas, only some random ones are considered, so that the work does not grow with the
     swarm.
 
-    An expert with one replica goes there. Each other expert goes to the peer that has the most experts so far, but not
-    to a peer that is much slower or busier than another replica, or that has 1.5 times its even share. If only slower
-    or busier peers have less, the others get up to twice their share before those are asked.
+    Each expert goes to that one of its peers that has the most experts so far, but not to a peer that is much slower or
+    busier than another one, or that has 1.5 times its even share. If only slower or busier peers have less than that,
+    the others get up to twice their share first.
     """
     hosts = {uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), rng, times_s) for uid in uids}
     usual_s = median_low(times_s.values()) if times_s else 0.0

@@ -1,4 +1,4 @@
-"""Sequences whose rows experts hold: the first rows are sent like any others, then one more row at a time.
+"""Sequences whose rows experts keep: the first rows are sent like any others, and then one row at a time.
 
 Further rows go only to the replicas that hold the earlier ones. If one of these does not answer, or no longer holds
 them, the sequence can't be continued: the caller has to send its rows again from the first.

@@ -1,4 +1,4 @@
-"""For spot checks: fetches the parameters that answers were computed with from the nodes that gave them."""
+"""For spot checks: fetches the parameters of an answer from the node that gave it."""
 
 import asyncio
 from dataclasses import dataclass

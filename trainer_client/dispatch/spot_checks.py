@@ -2,11 +2,9 @@
 
 With each answer, a node names the version of its parameters. After some answers, the trainer asks for the parameters of
 that version, and computes the same rows. The node learns which answer is checked only after it has given it. Checks
-need neither another replica nor anybody else's word.
-
-An answer is right if the codec can have made it from numbers that are close to the trainer's own: as close as another
-processor's order of additions explains, or the coarser precision that the node says it computes with. A single wrong
-row makes a check fail. Two failed checks of different answers are two witnesses, and the node is banned.
+need no other replica. An answer is right if the codec can have made it from numbers that are close to the trainer's
+own. The tolerance covers other orders of additions, and the precision that the node says it computes with. A single
+wrong row makes a check fail. After two failed checks of different answers, the node is banned.
 
 Shapes: n rows of the batch, m of an answer, c of those checked, K slots of each row, W width of the experts.
 """
@@ -56,8 +54,7 @@ another order, up to 8e-3, and 3e-5 on average. tf32 rounds an eighth as much as
 on average.
 """
 SPARED: Mapping[Precision, float] = {"fp32": 0.0, "tf32": 0.0, "bf16": 1 / 16}
-"""The share of a row's numbers that may be further off: in bf16, one number that is rounded differently
-changes others.
+"""The share of a row's numbers that may be further off: in bf16, rounding one number differently can change others.
 """
 TOLERATED: Mapping[Precision, float] = {"fp32": 0.0, "tf32": 0.0, "bf16": 1e-3}
 """The share of a node's rows that may be wrong: in bf16, sharp attention may depend on one rounding. Measured on CPUs,
@@ -72,13 +69,13 @@ WITNESSES = 2
 _CHECKED_AFTER_FAILURE = 32
 """After a failed check, this many of the node's next answers are all checked."""
 _FORGIVEN_AFTER_ROWS = 100_000
-"""After this many right rows in a row, a node's failed checks no longer count, since an honest node may fail once in so
-many rows.
+"""After this many right rows in a row, a node's failed checks no longer count: an honest node may fail once in so many
+rows.
 """
 _REMEMBERED_ROWS = 20_000
-"""How many checked rows of a node are remembered, so that a longer good record does not excuse more lies."""
+"""The most checked rows that count for a node. Otherwise a long good record would excuse many lies."""
 _MOST_ROWS = 512
-"""A check computes whole segments with at most this many rows in all, but at least one segment."""
+"""A check computes whole segments: at least one, and at most this many rows."""
 _MOST_AT_ONCE = 4
 _DEADLINE_S = 20.0
 """The deadline for fetching the parameters."""
@@ -90,14 +87,13 @@ _KEPT_EXPERTS = 4
 """How many experts' parameters are kept for further answers of the same version."""
 _NODES = 1024
 _LATELY = 32
-"""This many last checks of a node show whether it can be checked at all."""
+"""If none of a node's last checks (this many) succeeded, the node can't be checked."""
 _NAMED = 4
 """The most experts that a warning names."""
 _VERDICTS = {"passed", "failed"}
 _LARGEST = 1e30
 _LARGEST_UPDATES = 4.0
-"""The limit for a row's updates relative to its answer: parameters whose updates cancel out must not widen the
-slack.
+"""The limit for a row's updates relative to its answer. Otherwise, updates that cancel out would widen the slack.
 """
 
 T = TypeVar("T")
@@ -151,7 +147,7 @@ class Checking:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Rows of one answer, and all inputs from which their experts computed them."""
+    """Some rows of one answer, and all inputs that are needed to compute them again."""
 
     node: NodeInfo
     versions: Mapping[UID, int]
@@ -167,7 +163,7 @@ class Sample:
 
     @classmethod
     def draw(cls, sent: SentBatch, reply: AnsweredRows, inputs: Floats, rng: random.Random) -> Self:
-        """Draws a random row, and adds those rows of its segment and the next ones whose answers have no other experts.
+        """Draws a random row, and adds rows of its segment and of the next ones that need no other experts.
 
         `inputs` [n, W]: those of the batch.
         """
@@ -223,7 +219,7 @@ def are_wrong(
     precision: Precision,
     codec: "expert_pb2.Codec",
 ) -> Booleans:
-    """Which rows of the answers no honest node of this precision gives: [c].
+    """Marks the rows of the answers that no honest node of this precision gives: [c].
 
     `answers`, `own` [c, W]: what arrived, and what the trainer computed. `sizes`, `of_inputs` [c]: root mean squares of
     the experts' updates and of the inputs.
@@ -254,9 +250,9 @@ class _Record:
     right_rows: int = 0
     """Right rows since the last failure."""
     owed: int = 0
-    """How many more answers are checked without drawing, until as many have proved right."""
+    """How many more of the node's answers are all checked."""
     decided: deque[bool] = field(default_factory=lambda: deque(maxlen=_LATELY))
-    """Whether each of the last checks came to a verdict."""
+    """For each of the last checks, whether it had a result."""
 
     def note_rows(self, rows: int, wrong: int) -> None:
         self.rows, self.wrong_rows = self.rows + rows, self.wrong_rows + wrong
@@ -292,12 +288,12 @@ class SpotChecks:
         calls.metrics.evasive.set_function(self.evasive)
 
     def evasive(self) -> int:
-        """How many nodes have given recent answers of which none could be checked."""
+        """For how many nodes none of the recent answers could be checked."""
         return sum(record.is_evasive for record in list(self._records.values()))
 
     def note(self, sent: SentBatch, reply: AnsweredRows, inputs: Floats) -> None:
-        """Checks a part of an answer that has just arrived, if it is drawn for a check. The waiting pass is delayed
-        only by the drawing.
+        """Draws whether an answer that has just arrived is checked, and starts the check, which does not delay the
+        pass.
 
         `inputs` [R, W]: those of all rows of the step.
         """
@@ -318,7 +314,7 @@ class SpotChecks:
         task.add_done_callback(lambda ended: self._fetching.pop(ended, None))
 
     def _affordable(self, sample: Sample, reply: AnsweredRows) -> float:
-        """The share of such checks that keeps within the share of the traffic."""
+        """The share of such checks for which the budget of traffic suffices."""
         assert self._checking is not None, "no check begins without"
         node = sample.node.peer_id
         missing = sum((node, *each) not in self._experts for each in sample.versions.items())

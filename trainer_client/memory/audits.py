@@ -1,9 +1,7 @@
-"""Checks that the hosts of a memory leave nothing out, for a peer that has no queries of its own.
-
-Its searches look like those of others: the first query is near the middle of a cell, and each further one near a
-passage that the one before found. A second replica is asked for all of them, so that whatever a host leaves out or
-makes up is found as in any search (`checks`). This needs the memory's list of shards and its codebook, but not its
-encoder, which is much larger.
+"""Checks that the hosts of a memory leave nothing out, for a peer that has no queries of its own. Its searches look
+like those of others: the first query is near the middle of a cell, and each further one is near a passage that the
+previous query found. A second replica gets the same queries, which shows what a host leaves out or makes up (`checks`).
+This needs the memory's list of shards and its codebook, but not its encoder, which is much larger.
 """
 
 import asyncio
@@ -38,7 +36,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _PASSAGES, _CELLS = 30, 8
 """How many passages and cells a check asks for: as many as a search for ten passages."""
 _QUERIES = 16
-"""Queries of one memory in a row: once its hosts are known, they cost the DHT little."""
+"""How many queries in a row are for the same memory. Once its hosts are known, further queries need few look-ups."""
 _LIMIT_S = 60.0
 """The longest time for one check, including the list of shards."""
 _OPEN = 4
@@ -60,7 +58,7 @@ class Audit:
 
 @dataclass
 class _Walk:
-    """Queries of one memory, each near what the one before found."""
+    """Queries of one memory. Each is near a passage that the previous one found."""
 
     entry: LibraryEntry
     codebook: Codebook

@@ -1,7 +1,7 @@
 """Calls to the hosts of a memory: which host to call, when to try another one, and what happens to hosts that fail.
 
-If a host fails or is late, another one is called. Hosts that fail again and again, and hosts that lie, are left alone
-for a while.
+If a host fails or is late, another one is called. Hosts that fail several times, and hosts that lie, are avoided for a
+while.
 """
 
 import asyncio
@@ -37,7 +37,8 @@ T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
 Method = Literal["Search", "Read"]
 Kind = tuple[Method, bool]
-"""Calls of one kind take similarly long: a method, and whether it is for many queries or passages."""
+"""A kind of call: a method, and whether it is for many queries or passages. Calls of one kind take about equally long.
+"""
 Fault = Literal["malformed", "false", "omission"]
 
 _CALL_DEADLINE_S = 5.0
@@ -47,12 +48,12 @@ MANY = 16
 _SLOWER, _SLOWER_BY_S = 3.0, 0.05
 """A host is skipped if it takes this many times as long as the fastest replica, and this much longer."""
 _HANGING = 4.0
-"""A call that was given up counts as this many times longer."""
+"""The duration of a call that was given up is multiplied by this."""
 _SLOW_FOR_S = 60.0
 """How long the speed of a host is remembered."""
 _HOSTS = 4096
 _AHEAD_S = 900.0
-"""How long a host may say that passages were revoked before the publisher's list says so. Each host and searcher reads
+"""How long to believe a host that says passages were revoked, if the publisher's list does not say so. Everybody reads
 the list at least every few minutes.
 """
 _QUICK = {StatusCode.UNAVAILABLE, StatusCode.NOT_FOUND}
@@ -146,8 +147,8 @@ class RetrieverMetrics:
 
 
 def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> dict[PeerID, list[H]]:
-    """A few hosts that together have all that is wanted, as far as any host has it. The host with the most comes first;
-    ties are random.
+    """A few hosts that together have all that is wanted, except what nobody has. The host with the most comes first;
+    among equals, the order is random.
     """
     left = {item: hosts for item, hosts in wanted.items() if hosts}
     chosen: dict[PeerID, list[H]] = {}
@@ -185,20 +186,20 @@ class _Pace:
         self._hosts[host] = (before + seconds) / 2 if is_finished else max(before, _HANGING * seconds), now
 
     def of(self, hosts: Collection[PeerID], now: float) -> dict[PeerID, float]:
-        """The seconds of those of these hosts that were called lately."""
+        """The recent durations of these hosts, in seconds, if known."""
         known = {host: self._hosts[host] for host in hosts if host in self._hosts}
         return {host: seconds for host, (seconds, at) in known.items() if now - at < _SLOW_FOR_S}
 
 
 class RevisionClaims:
-    """The hosts that say that a later revision than the newest one known here revokes a passage."""
+    """Remembers which hosts claim that a later revision, which is not known here, revokes a passage."""
 
     def __init__(self) -> None:
         self._first = BoundedDict[tuple[str, PeerID], tuple[int, float]](_HOSTS)
-        """The revision known here when the host of a memory first said so, and the time."""
+        """For each memory and host, the revision known here when the host first claimed this, and the time."""
 
     def may_be_true(self, memory: str, host: PeerID, revision: int, now: float) -> bool:
-        """Notes such a claim. False: the publisher's list would say so by now."""
+        """Records such a claim. Returns False if the publisher's list would have shown the revision by now."""
         known, since = self._first.get((memory, host), (0, 0.0))
         if known != revision:
             self._first[memory, host] = revision, now
@@ -228,14 +229,16 @@ class HostCalls:
         credit: CreditAccounts | None = None,
         claims: RevisionClaims | None = None,
     ) -> None:
-        """`memory`: its id. `guard`: the process's. `credit`: records the hosts' work. `claims`: those made before."""
+        """`memory`: its id. `guard`: the process's. `credit`: records the hosts' work. `claims`: earlier claims of
+        later revisions.
+        """
         self.metrics: RetrieverMetrics = metrics or RetrieverMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()
         self.breakers: CircuitBreakers = CircuitBreakers()
         self.checks: int = 0
-        """Queries that a second replica has also answered."""
+        """The number of queries that a second replica has also answered."""
         self.faulty: BoundedDict[PeerID, Fault] = BoundedDict(_HOSTS)
-        """Each host's last fault that no honest host commits."""
+        """Each host's last fault, of those that no honest host commits."""
         self._claims = claims or RevisionClaims()
         self._caller = caller
         self._memory = memory
@@ -249,7 +252,7 @@ class HostCalls:
         return self.breakers.open_at(loop_time())
 
     def distrust(self, host: PeerID, fault: Fault, said: str) -> None:
-        """The host gave an answer that no honest host gives: it is not called for a while."""
+        """Avoids the host for a while, because it gave an answer that no honest host gives."""
         self.faulty[host] = fault
         if host not in self.avoided():
             self.metrics.lies.labels(fault).inc()
@@ -257,7 +260,7 @@ class HostCalls:
         self.breakers.distrust(host, loop_time())
 
     def may_be_ahead(self, host: PeerID, revision: int) -> bool:
-        """Notes that the host says it knows a later revision than this one, and tells whether it may."""
+        """Records that the host claims to know a later revision than this one. Returns whether that may be true."""
         return self._claims.may_be_true(self._memory, host, revision, loop_time())
 
     def note_checks(self, queries: int) -> None:

@@ -5,8 +5,8 @@ decides whether a claim is true: the Merkle path shows that this text with this 
 the signed manifest, and the score follows from the vectors. So a host can leave a passage out, but it can't forge one
 or raise its rank. If one claim of a host is false, everything it said is dropped.
 
-Omissions are found by asking two hosts for the same shards. If one of them returned a passage that would have had a
-place in the other's answer, the other omitted it, once it is proven that the passage is in the shard that was searched.
+Omissions are found by asking two hosts for the same shards. If one of them returned a passage that belongs in the
+other's answer, and it is proven that the passage is in the shard, then the other omitted it.
 
 Shapes: Q queries, D numbers in a vector.
 """
@@ -39,7 +39,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Ask:
-    """What one call asks a host for: shards, and the queries to look up in each of them."""
+    """The content of one call to a host: shards, and the queries to look up in each of them."""
 
     shards: tuple[ShardInfo, ...]
     queries: tuple[tuple[int, ...], ...]
@@ -136,7 +136,7 @@ class Answer:
     """The roots of the shards that the host has."""
 
     def looked_up(self, query: int) -> frozenset[bytes]:
-        """The shards whose best passages for the query should be in this answer."""
+        """The shards that the host has searched for the query."""
         return frozenset(
             shard.root
             for shard, queries in zip(self.ask.shards, self.ask.queries, strict=True)
@@ -237,13 +237,12 @@ class Findings:
         self.proven |= passages
 
     def give_up(self, places: Iterable[Place]) -> None:
-        """Records that no host gives the passages at these places."""
+        """Records that no host could give the passages at these places."""
         self._unreadable.update(places)
 
     def best(self, query: int) -> list[Claim]:
-        """The query's best passages by the claims that may still be true, without duplicates.
-
-        Records the hosts of false claims, as far as the passages are proven.
+        """The query's best passages, without duplicates, according to the claims that are not known to be false.
+        Records hosts whose claims proved false.
         """
         while True:
             ranked = self._ranked(query)
@@ -256,9 +255,8 @@ class Findings:
                 return ranked
 
     def unproven(self) -> dict[Place, list[Claim]]:
-        """The texts that must be read before the best passages of all queries are known, with their claims.
-
-        Records hosts that lied. Texts that only they claim are not read.
+        """The texts that must still be read to know the best passages of all queries, with their claims. Records hosts
+        that lied, and leaves out texts that only they claim.
         """
         wanted: dict[Place, list[Claim]] = {}
         for query in range(len(self._claims)):
@@ -268,7 +266,7 @@ class Findings:
         return wanted
 
     def unread(self, query: int) -> set[Place]:
-        """The texts that may be among the query's results, and that no host gives."""
+        """The texts that may be among the query's results, but that no host gives."""
         return {
             claim.text
             for claim in self._claims[query]
@@ -313,7 +311,9 @@ class Findings:
 
 
 def _rank(claim: Claim) -> tuple[int, Place, bool]:
-    """The best claim first. Of several claims about one passage, that of a host with its text comes first."""
+    """The sort key: the best claim first. Of several claims about one passage, that of a host with its text comes
+    first.
+    """
     return -claim.score, claim.text, claim.found != claim.text
 
 
@@ -323,9 +323,8 @@ def agrees(claim: Claim, proven: Proven, query_D: Vectors) -> bool:
 
 
 def omitted(query: int, one: Answer, other: Answer) -> list[Claim]:
-    """The claims of `one` that `other` should have made too, and has not. They still have to be proven.
-
-    Compares the shards in which both looked up the query. Of equal scores, either passage may be the last one.
+    """The claims of `one` that `other` should have made too, and did not. They still have to be proven. Compares the
+    shards in which both looked up the query. If the lowest scores are equal, either passage may be the last one.
     """
     shared = one.looked_up(query) & other.looked_up(query)
     theirs = other.claims.get(query, ())

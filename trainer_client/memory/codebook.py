@@ -18,8 +18,8 @@ from peer.errors import WireError
 
 _LARGEST = 1e3
 _FEW_PRODUCTS = 2**26
-"""Up to this many products are summed by this thread. BLAS would start one thread for each core, which wait for one
-another on a busy machine: 16 vectors by 256 cells took 15 ms of CPU time instead of 0.2.
+"""Up to this many products are summed on this thread. BLAS would start a thread for each core, which is slow on a busy
+machine: 16 vectors by 256 cells took 15 ms of CPU time instead of 0.2.
 """
 
 

@@ -1,9 +1,8 @@
 """What is known of one memory: its newest manifest, its encoder and codebook, and the hosts of its cells.
 
 A memory's parts are fetched once and kept on disk. From the DHT, only what searches need is read: the cells nearest to
-the queries, according to the manifest, and the nodes that host them. If nobody hosts a cell, the prefixes are read,
-level by level, to learn which cells are live. What was read is kept, and read again in the background, so that later
-searches need no look-ups.
+the queries, and the nodes that host them. If nobody hosts a cell, the prefixes are read, level by level, to learn which
+cells are live. All this is kept, and read again in the background, so that later searches need no look-ups.
 
 Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 """
@@ -55,16 +54,16 @@ _REFRESH_EVERY_S = 15.0
 _FOLLOW_EVERY_S = 30.0
 """The pause between two looks for a newer revision."""
 _USED_S = 300.0
-"""How long both are continued after a search."""
+"""For how long after a search both continue."""
 _CELLS = 4096
-"""For how many cells the hosts are kept: those needed last."""
+"""The hosts of this many cells are kept: those needed last."""
 _HOSTS_OF_CELL = 64
 _READ_AT_ONCE = 512
 """Nodes in one look-up. A look-up has one deadline."""
 _EMPTY = 64
-"""For how many sets of avoided peers it is kept which cells nobody else hosts."""
+"""For how many sets of avoided peers it is remembered which cells nobody else hosts."""
 _GUESSED, _MOST_GUESSED = 3, 64
-"""How many cells' hosts the first search reads for each cell that it asks, and in all. It reads some of them in the
+"""The hosts of how many cells the first search reads: for each cell that it searches, and at most. Some are read in the
 background.
 """
 _ROUNDS = 4
@@ -209,7 +208,7 @@ class MemoryDirectory:
         """For each set of avoided peers, the cells that nobody else hosts. Cleared whenever more is known."""
         self._reading = asyncio.Lock()
         self._reading_ahead: asyncio.Task[None] | None = None
-        """Reads cells that the first search does not ask, but that may have its texts."""
+        """The task that reads cells which the first search does not search, but which may have its texts."""
         self._following = asyncio.Lock()
         self._used_at = loop_time()
 
@@ -339,7 +338,7 @@ class MemoryDirectory:
         self._empty.clear()
 
     async def keep_fresh(self) -> None:
-        """Refreshes all this for ever, while somebody searches. If the DHT does not answer, what is known stays."""
+        """Refreshes all this for ever, as long as somebody searches. If the DHT does not answer, what is known stays."""
         follow_at = loop_time() + _FOLLOW_EVERY_S
         while True:
             await asyncio.sleep(_REFRESH_EVERY_S)

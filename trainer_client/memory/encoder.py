@@ -57,15 +57,14 @@ class Encoder(Protocol):
 
     dimensions: int
     word_weight: float
-    """If words count too, the weight of the words that a passage shares with a question, relative to that of the
-    vectors.
+    """The weight of the words that a passage shares with a question, relative to that of the vectors.
     """
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """A vector of signed bytes for each passage, [B, D]. Zeros for a text without any known word."""
 
     def encode_questions(self, texts: Sequence[str]) -> Vectors:
-        """Encodes questions. The inner products of their vectors with those of passages rank the passages."""
+        """Encodes questions. Passages are ranked by the inner products of their vectors with these."""
 
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word of `words_of` is in the memory: its inverse document frequency, at least 0."""
@@ -106,10 +105,8 @@ def words_of(text: str) -> list[str]:
 
 
 def to_vectors(numbers_BD: Floats) -> Vectors:
-    """The directions of these vectors in signed bytes, all of nearly the same length; zeros for zeros.
-
-    Numbers beyond four times the root mean square are clipped. In a unit vector with 256 numbers there are hardly any,
-    and the typical number has steps of 1/32 of its size.
+    """The directions of these vectors in signed bytes, all of nearly the same length; zeros for zeros. Numbers beyond
+    four times the root mean square are clipped; there are hardly any.
     """
     dimensions = numbers_BD.shape[1]
     length_B1 = np.linalg.norm(numbers_BD, axis=1, keepdims=True)
@@ -119,9 +116,8 @@ def to_vectors(numbers_BD: Floats) -> Vectors:
 
 
 class StaticEncoder:
-    """One vector for each word of a vocabulary. A text's vector is the direction of the sum over its words.
-
-    Other words are ignored. So it needs no model, and a query takes some microseconds.
+    """One vector for each word of a vocabulary. A text's vector is the direction of the sum over its words; unknown
+    words are ignored. So a query takes some microseconds.
     """
 
     word_weight = WORD_WEIGHT
@@ -151,12 +147,12 @@ class StaticEncoder:
 
     @property
     def vectors(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays for the meanings of its words."""
+        """The arrays with the words' vectors."""
         return {"vectors": self._vectors_VD, "scales": self._scales_V}
 
     @property
     def vocabulary(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays for its words and how rare they are."""
+        """The arrays with the words, and how rare they are."""
         words = np.frombuffer("\n".join(self.words).encode(), np.uint8)
         return {"rarities": self._rarities_V, "words": words}
 

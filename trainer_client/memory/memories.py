@@ -1,4 +1,4 @@
-"""The memories of a swarm, as one peer searches them.
+"""The memories of a swarm, for a peer that searches them.
 
 Each is opened once: its index is fetched and kept on disk, and the DHT's records of its hosts stay fresh while it is
 searched.
@@ -53,7 +53,8 @@ class Memories:
     async def open(self, name: str | None = None, stage: Stage = logger.debug) -> Retriever:
         """The memory of that name or id; None: the only one. `stage`: called with each step, in words.
 
-        Raises LibraryError if there is none or nobody gives its index, and UnreachableError if the DHT does not answer.
+        Raises LibraryError if there is none or its index can't be fetched, and UnreachableError if the DHT does not
+        answer.
         """
         async with self._opening:
             stage("reading which memories there are")
@@ -144,8 +145,8 @@ class Memory:
     ) -> SearchResult | list[SearchResult]:
         """The k best passages for a text, or for each of many, among those in the `cells` cells nearest to it.
 
-        Up to 256 texts together cost one call to each host. `by_words`: the words that a passage shares with the text
-        count, too; then three times as many passages are read. `turn`: replaces the vectors that the memory's encoder
+        Up to 256 texts together cost one call to each host. `by_words`: words that a passage shares with the text
+        count, too; this reads three times as many passages. `turn`: replaces the vectors that the memory's encoder
         gives the texts, before the search. Raises DataError for a text that is too long, and UnreachableError if the
         DHT does not answer.
         """

@@ -1,12 +1,11 @@
 """Searches a memory: which cells and which hosts to ask, and which of their answers are true.
 
-A search makes two rounds of calls. The first asks the hosts of the cells that are nearest to each query for their best
-passages; few hosts are asked, each once for all queries. The second reads the passages that are best over all answers,
-at the places of their texts, which may be in other cells, and proves them (`checks`). If a host fails, is late or lies,
-another replica is called.
+A search makes two rounds of calls. The first asks a few hosts of the cells that are nearest to each query for their
+best passages, each once for all queries. The second reads the best passages of all answers, whose texts may be in other
+cells, and proves them (`checks`). If a host fails, is late or lies, another replica is called.
 
-Now and then a second replica is asked in the background for what a first one has answered: a host that left out a
-passage is avoided from then on.
+Now and then, a second replica gets the same queries in the background. A host that left out a passage is avoided from
+then on.
 
 Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 """
@@ -77,7 +76,7 @@ _SATURATION, _LENGTH = 1.2, 0.75
 """k1 and b of BM25 (Robertson and Zaragoza, 2009)."""
 _DEADLINE_S = 10.0
 _FIRST_PART = 0.6
-"""The share of a search's time for the first answers."""
+"""The share of a search's deadline that the first round may take."""
 _KEPT = 2048
 """Proven passages that are remembered."""
 _CHECKS_AT_ONCE = 2
@@ -213,10 +212,10 @@ class Retriever:
     ) -> list[SearchResult]:
         """The k best passages for each text, among those in the cells nearest to it.
 
-        `by_words`: the words that a passage shares with the text count, too; then three times as many are read. `turn`:
-        replaces the vectors that the memory's encoder gives the texts, before the search. `deadline_s`: for each 256
-        texts; passages not found by then are left out. Raises DataError for a text that is too long, and
-        UnreachableError if the DHT does not answer.
+        `by_words`: words that a passage shares with the text count, too; this reads three times as many passages.
+        `turn`: replaces the vectors that the memory's encoder gives the texts, before the search. `deadline_s`: the
+        time for each 256 texts. Passages that are not found by then are left out. Raises DataError for a text that is
+        too long, and UnreachableError if the DHT does not answer.
         """
         check_query(texts, k, cells)
         results: list[SearchResult] = []
@@ -302,7 +301,7 @@ class Retriever:
         return {place: proven for place, proven in found if proven is not None}
 
     def check_later(self, search: "_Search") -> None:
-        """Draws some queries of a search, and asks second replicas for them in the background."""
+        """Draws some queries of a search, and sends them to second replicas in the background."""
         drawn = [query for query in range(search.count) if self._rng.random() < self._checked_share]
         if drawn and search.answers and len(self._checks) < _CHECKS_AT_ONCE:
             self._checks.spawn(self._check(search, drawn), "check what hosts of a memory answered")
@@ -379,7 +378,7 @@ class _Search:
         return results
 
     async def check(self, drawn: Sequence[int]) -> None:
-        """Asks second replicas for these queries, and finds hosts that left something out. Raises UnreachableError."""
+        """Sends these queries to second replicas, and finds hosts that left something out. Raises UnreachableError."""
         ends = loop_time() + self._deadline_s
         wanted: dict[tuple[bytes, PeerID], list[Collection[PeerID]]] = {}
         for answer in self.answers:
@@ -413,7 +412,7 @@ class _Search:
             await self._convict(suspects, ends)
 
     async def _convict(self, suspects: Mapping[tuple[int, Claim], Collection[PeerID]], ends: float) -> None:
-        """Proves the passages that other hosts should have returned, too."""
+        """Tries to prove the passages that other hosts should have returned, too."""
         retriever = self._retriever
         # the newest revision may have revoked some, which hosts that know it rightly leave out
         manifest = await retriever.directory.follow()
@@ -452,9 +451,8 @@ class _Search:
     async def _may_be_ahead(
         self, host: PeerID, omitted_there: Collection[Place], manifest: MemoryManifest, ends: float
     ) -> bool:
-        """Whether the host may know a later revision, which revokes all that it left out.
-
-        The publisher's list reaches everybody, so this is no excuse for long.
+        """Whether the host may know a later revision, which revokes all that it left out. Soon after, the publisher's
+        list must show that revision.
         """
         retriever = self._retriever
         try:
@@ -516,7 +514,7 @@ class _Search:
     async def _read(
         self, unproven: Mapping[Place, Sequence[Claim]], findings: Findings, ends: float
     ) -> set[PeerID]:
-        """Reads these texts. Returns the hosts that claim to have a text which no host gives."""
+        """Reads these texts. Returns the hosts that claim to have a text, if no host gives it."""
         await self._locate_texts(unproven, ends)
         located = self._located
 
@@ -575,8 +573,8 @@ class _Search:
 
 
 def _affordable(items: list[T], scores: Callable[[T], int]) -> Iterator[list[T]]:
-    """The shards to search, divided into calls that a host accepts. `scores`: the inner products that one
-    shard takes.
+    """The shards to search, divided into calls of a size that hosts accept. `scores`: the number of inner products for
+    one shard.
     """
     part, cost = list[T](), 0
     for item in items:

@@ -1,10 +1,9 @@
 """Models that answer questions from passages of a memory: retrieval-augmented generation (RAG).
 
 Lewis et al. 2020 (arXiv 2005.11401). A generator reads each of the passages found for a question, followed by the
-question, and then writes the answer: a decoder continues the text; of an encoder-decoder, the encoder reads and the
-decoder writes. Its predictions with the passages are summed, weighted by how well each passage fits the question
-(`rag`). The generator and the query encoder, which moves the question's vector, learn together; the passages' vectors
-stay fixed.
+question, and then writes the answer. (In an encoder-decoder, the encoder reads and the decoder writes.) Its predictions
+with all passages are summed, weighted by how well each passage fits the question (`rag`). The generator and the query
+encoder, which changes the question's vector, learn together; the passages' vectors stay fixed.
 
 Shapes: B questions, K passages for each, L tokens of an answer, D numbers in a vector, V words of the vocabulary, A
 answers.
@@ -89,8 +88,8 @@ def _units(vectors: Tensor) -> Tensor:
 
 
 class QueryEncoder(nn.Module):
-    """Moves the vectors that a memory's encoder gives to questions, and scores passages with them. It starts like a
-    search: with the cosine, and the words that both share.
+    """Changes the vectors that a memory's encoder gives to questions, and scores passages with them. At first, it
+    scores like a search: by the cosine and the shared words.
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -102,7 +101,7 @@ class QueryEncoder(nn.Module):
         """The weight of words relative to the cosine, as a multiple of the memory's own."""
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """The moved vectors, scaled to unit length."""
+        """The changed vectors, scaled to unit length."""
         return F.normalize(vectors_BD + self.change(vectors_BD), dim=-1)
 
     @torch.no_grad()
@@ -145,7 +144,7 @@ class RagModel(MixtureModel):
         self.reader = reader
 
     def log_likelihood(self, questions: Sequence[Question], found: Found) -> Tensor:
-        """log p(y|x) of the questions' answers, [B]. Questions without passages are answered without."""
+        """log p(y|x) of the questions' answers, [B]. If no passages were found, the question alone is read."""
         passages_BK = self.questions.log_probabilities(found, self.passages)
         tokens_BKL = self._scored(questions, found, [self.reader.target(each) for each in questions])
         blind_B1 = torch.tensor([[not hits] for hits in found.hits])
@@ -196,7 +195,9 @@ class Reader:
         self._room = spec.context if has_encoder else spec.context - self.longest
 
     def source(self, question: str, passage: Passage | None) -> list[int]:
-        """The passage comes first, shortened so that the rest fits into the context. Raises DataError."""
+        """The tokens to read. The passage comes first, shortened so that the rest fits into the context. Raises
+        DataError.
+        """
         asked = self._encode(f"{_one_line(question)}\n")
         room = self._room - len(asked)
         if room < 1:
@@ -209,7 +210,7 @@ class Reader:
         return [*read[: min(self._length, room - 1)], self._line_end, *asked]
 
     def target(self, question: Question) -> Tokens:
-        """The answer encoded as in the middle of a text, and its end."""
+        """The tokens to write: the answer, encoded as in the middle of a text, and its end."""
         answer = _one_line(question.answer)
         tokens = self._encode(f" {answer}") if answer else []
         if len(tokens) >= self.longest:
@@ -278,7 +279,7 @@ class PassageLookup:
         return Found.of(self._memory.encode(texts), [result.hits for result in results]), results
 
     def learned(self, questions: Sequence[Question]) -> Found:
-        """Looks up passages for training, which continues without them if nobody answers."""
+        """Looks up passages for training. If nobody answers, training continues without them."""
         texts = [question.text for question in questions]
         self.counts.add(chunks=len(texts))
         try:
@@ -307,15 +308,15 @@ class Source:
 @dataclass(frozen=True)
 class Answer:
     text: str
-    """Empty if the passages don't say it."""
+    """Empty if the passages don't contain the answer."""
     probability: float
     sources: Sequence[Source]
     """The source with the largest share comes first."""
 
 
 class Continuations:
-    """Predicts the tokens that follow prefixes of an answer, for each source. Computes little more than the last token
-    of each prefix.
+    """Predicts the tokens that follow prefixes of an answer, for each source. Usually computes only the last token of
+    each prefix.
     """
 
     def __init__(self, decoder: Decoder, sources: Sequence[Sequence[int]]) -> None:

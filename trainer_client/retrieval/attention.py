@@ -1,13 +1,13 @@
 """Chunked cross-attention over the neighbours of a text (RETRO: Borgeaud et al. 2022, section 2.4 and algorithm 1).
 
 A text is cut into chunks. The neighbours of a chunk are passages of a memory that are found by its tokens, so no token
-before the chunk's last one may see them: this last token attends to them, and the next chunk except for its own last
-token.
+before the chunk's last one may see them. They are read by this last token, and by the next chunk except for its own
+last token.
 
-Three things differ from the paper. A passage is found as a whole and has about two chunks, so it is both the neighbour
-and its continuation; it is not aligned with the chunk, so queries have no positions. The encoder does not see the
-chunk, so its results can be kept while text is generated. And keys are smeared (Olsson et al. 2022, arXiv 2209.11895):
-a token is found by the token before it, so that a row finds what followed its own token in a neighbour.
+Three things differ from the paper. A whole passage, of about two chunks, is the neighbour and its continuation; it is
+not aligned with the chunk, so queries have no positions. The encoder does not see the chunk, so its results can be kept
+while text is generated. And a token's key is mostly that of the token before it (Olsson et al. 2022, arXiv 2209.11895),
+so that a row attends to what followed its own token in a neighbour.
 
 Shapes: B sequences, T positions, D hidden, H heads, C columns of one head; U chunks of a sequence, N neighbours of a
 chunk, L tokens of a neighbour, K = N * L tokens of all of them; P chunks or neighbours of all sequences.
@@ -34,7 +34,7 @@ NOTHING = -1
 _SMEAR = 3.0
 """The initial logit of the share of a key that comes from the previous token."""
 _SHARPNESS = 2.0
-"""How many times as long as usual queries are initially."""
+"""Initially, queries are this many times as long as usual."""
 _SEED = 2**20
 """An offset that separates its seeds from those of the rest of the model, which has fewer layers."""
 
@@ -78,7 +78,7 @@ class RetrievalSpec:
 
     @property
     def meaning(self) -> str:
-        """Distinguishes dense parts that have the same shapes."""
+        """A text that distinguishes dense parts with the same shapes."""
         return f"reads a memory by chunks of {self.chunk}"
 
     def chunks(self, tokens: int) -> int:
@@ -214,10 +214,8 @@ class NeighbourEncoder(nn.Module):
 
 
 class ChunkedCrossAttention(nn.Module):
-    """Rows attend to the tokens of the neighbours of the last chunk that ended at or before them. Adds its output to
-    them.
-
-    A row before the end of the first chunk stays as it is, and so does one whose chunk has no neighbour.
+    """Each row attends to the neighbours of the last chunk that ended at or before it, and the output is added to the
+    row. Rows before the end of the first chunk stay as they are, and so do rows whose chunk has no neighbour.
     """
 
     def __init__(self, model: ModelSpec, chunk: int) -> None:

@@ -39,8 +39,7 @@ class NeighbourCache:
         self._connection: sqlite3.Connection | None = None
         self._path, self._limit_bytes = path, limit_bytes
         self._forgotten: tuple[str, int] | None = None
-        """The memory and the revision before which all entries are deleted. Looking for earlier ones reads the whole
-        file.
+        """The last memory and revision for which earlier entries were deleted. Deleting them reads the whole file.
         """
         try:
             self._open()

@@ -54,7 +54,7 @@ class RetrievalCounts:
     cached: int = 0
     """Chunks whose neighbours were known from an earlier look-up."""
     without: int = 0
-    """Chunks that got no neighbours: nobody answered, or all of them would have given away the text."""
+    """Chunks that got no neighbours: nobody answered, or all neighbours would have revealed the text."""
     failed: int = 0
     """Failed look-ups of batches."""
     late: int = 0
@@ -96,7 +96,7 @@ class RetrievalCounts:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a model is given for one chunk, and the passages that it comes from."""
+    """The tokens that a model gets for one chunk, and their passages."""
 
     tokens_NL: Tensor
     passages: tuple[Passage, ...] = ()
@@ -118,7 +118,7 @@ class NeighbourLookup:
         most_overlap: float = 1.0,
         cache: NeighbourCache | None = None,
     ) -> None:
-        """`most_overlap`: the share of a target's runs of words that its neighbours may give away in training."""
+        """`most_overlap`: the share of a target's runs of words that its neighbours may contain in training."""
         self.spec = spec
         self.counts: RetrievalCounts = RetrievalCounts()
         self._memory = memory
@@ -130,13 +130,13 @@ class NeighbourLookup:
         self._lock = threading.Lock()
 
     def written(self, chunks: Sequence[Sequence[int]]) -> list[Neighbours]:
-        """The neighbours of chunks of a text that is being written, where nothing can be given away."""
+        """The neighbours of chunks of a text that is being written. Here they can't reveal anything."""
         some = [Chunk(self._decode(tokens)) for tokens in chunks]
         return [self._neighbours(candidates[: self.spec.neighbours]) for candidates in self._candidates(some)]
 
     def learned(self, tokens_BT: Tensor) -> Tensor:
         """The neighbours of the whole chunks of sequences that a model should predict, [B, U, N, L], without those that
-        would give the text away.
+        would reveal the text.
 
         `tokens_BT`: int64 [B, T + 1].
         """

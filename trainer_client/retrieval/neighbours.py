@@ -1,6 +1,6 @@
 """Chooses which of the passages found for the chunks of a text are given to the model.
 
-While the model learns, a passage must not give away what it should predict. Passages of the text's own document are
+While the model learns, a passage must not reveal what it should predict. Passages of the text's own document are
 left out, and so are those that share too many runs of eight words with the next chunk.
 """
 
@@ -12,7 +12,7 @@ from dht.memory import Passage
 from trainer_client.memory.encoder import words_of
 
 Document: TypeAlias = tuple[str, str]
-"""A title and a source, common to all passages of a document."""
+"""A document, named by the title and source that all its passages have."""
 Words: TypeAlias = Callable[[str], Sequence[str]]
 """`words_of`, or a function that caches its results."""
 
@@ -53,10 +53,8 @@ def document_of(passage: Passage) -> Document:
 def own_documents(
     chunks: Sequence[Chunk], candidates: Sequence[Sequence[Passage]], words: Words = words_of
 ) -> set[Document]:
-    """The documents that a text comes from, as far as candidates for its chunks belong to them.
-
-    A passage that contains the text of a chunk, or most of it, identifies the document. So the names of the trainer's
-    and the publisher's files don't matter.
+    """The documents of the candidates that a text comes from. A passage that contains the text of a chunk, or most of
+    it, identifies the document. So the names of the trainer's and the publisher's files don't matter.
     """
     found = set()
     for chunk, some in zip(chunks, candidates, strict=True):
@@ -73,8 +71,8 @@ def chosen(
     most_overlap: float,
     words: Words = words_of,
 ) -> list[Passage]:
-    """The first `count` candidates that are not from a document in `own`, and give away at most `most_overlap` of the
-    target.
+    """The first `count` candidates that are not from a document in `own`, and contain at most `most_overlap` of the
+    target's runs.
     """
     runs, found = Runs(chunk.target), list[Passage]()
     for passage in candidates:

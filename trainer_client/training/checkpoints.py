@@ -68,7 +68,7 @@ class Header(CheckpointHeader):
     settings: dict[str, Any]
     """The result of `TrainerSettings.saved`."""
     encoder: str | None = None
-    """For a model that answers questions: SHA-256, in hexadecimal, of the encoder whose vectors find its passages."""
+    """For a model that answers questions: the SHA-256, in hexadecimal, of the memory's encoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +217,7 @@ def _written_at(path: Path) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RunStart:
-    """What a run starts from, known before it joins the swarm."""
+    """The start of a run: what is known before it joins the swarm."""
 
     settings: TrainerSettings
     swarm_id: str

@@ -21,7 +21,7 @@ R = TypeVar("R")
 MAX_IN_FLIGHT = 32
 """The most steps that `in_flight = "auto"` runs at once."""
 _SAFETY = 2.0
-"""The slack, in standard deviations. See `InFlightController`."""
+"""How many steps more than the mean needs, in standard deviations. See `InFlightController`."""
 _SMALLEST_WINDOW = 4
 _WINDOWS_REMEMBERED = 3
 _PROBE_AFTER = 50.0
@@ -29,10 +29,9 @@ _STEPS_FOR_ONE_MORE = 4
 
 
 def staleness_limit(step: int) -> int:
-    """How many steps may be in flight without harm after `step` steps: one at first, one more every 4 steps.
-
-    A gradient is as many updates old as there were other steps in flight. At first the parameters move fast, so an old
-    gradient is soon wrong; later the same staleness costs little.
+    """How many steps may be in flight without harm after `step` steps: one at first, and one more every 4 steps. A
+    gradient is as many updates old as there were other steps in flight. At first, the parameters move fast, so old
+    gradients do harm; later, the same staleness costs little.
     """
     return 1 + step // _STEPS_FOR_ONE_MORE
 
@@ -42,9 +41,9 @@ class InFlightController:
 
     That number is the bottleneck's rate times the duration of a step that runs alone (as in BBR: Cardwell et al. 2016,
     ACM Queue 14(5)), plus twice its square root, because steps are uneven and come in bunches (square-root staffing:
-    Halfin & Whitt 1981, Operations Research 29(3)). The surplus also shows whether more steps would raise the rate. The
-    duration of a lone step is measured at the start and at intervals: a step that runs beside others waits for them, so
-    its duration would ask for more and more of them.
+    Halfin & Whitt 1981, Operations Research 29(3)). The duration of a lone step is measured at the start and at
+    intervals. The duration of a step among others can't be used: it includes waiting for them, so the number would grow
+    and grow.
     """
 
     def __init__(self, limit: int) -> None:
@@ -165,12 +164,12 @@ class InFlight(Generic[M, R]):
         )
 
     def release(self, finished: Finished[M, R], *, updated: bool) -> None:
-        """Takes the copy back. `updated`: its gradients changed the shared parameters."""
+        """Takes the copy back. `updated`: whether its gradients changed the shared parameters."""
         self._version += updated
         self._free.append(finished.copy)
 
     def close(self) -> None:
-        """Abandons the running steps: each ends when the calls that it awaits do."""
+        """Abandons the running steps. Each ends with the calls that it awaits."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

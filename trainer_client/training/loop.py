@@ -38,7 +38,7 @@ class _Step:
 
 
 class Batches(Protocol):
-    """What is learned, in batches that the model's `loss` takes. See `Dataset`."""
+    """The training data, in batches that the model's `loss` takes. See `Dataset`."""
 
     context: int
     sequences: int
@@ -179,7 +179,7 @@ class Training:
             yield _Step(self._apply(self._model, computed.loss), computed.spread)
 
     def _in_flight(self) -> Generator[_Step, None, None]:
-        """Steps in the order in which they end. If it is closed, running steps are lost."""
+        """Yields steps in the order in which they end. If the generator is closed, running steps are lost."""
         settings, make_copy = self._settings, self._make_copy
         assert make_copy is not None
         limit = MAX_IN_FLIGHT if settings.in_flight == "auto" else settings.in_flight

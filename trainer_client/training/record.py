@@ -205,8 +205,8 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 def longest_stall(intervals_s: Sequence[float]) -> float:
     """How long training stood still at worst: the longest interval minus the median one; 0 for no intervals.
 
-    An interval is the time between the ends of two consecutive steps. The stall is near 0 if losing an expert costs
-    nothing; if training waited for a lost expert, it is that wait.
+    An interval is the time between the ends of two consecutive steps. If training waited for a lost expert, the stall
+    is that wait; otherwise it is near 0.
     """
     return max(intervals_s) - statistics.median(intervals_s) if intervals_s else 0.0
 
