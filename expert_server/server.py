@@ -132,7 +132,9 @@ class AccessControl:
             return []
 
     def _look_at_own(self) -> None:
-        """Tells the owner if the node's own token has expired or was revoked, because trainers then refuse this node."""
+        """Tells the owner if the node's own token has expired or was revoked, because trainers then refuse this
+        node.
+        """
         badge = self._swarm.admission.badge
         if badge is None:
             return

@@ -60,7 +60,9 @@ def start_at_zero(metric: M, *values: str) -> M:
 
 
 def total(metric: Counter | Gauge | Histogram, **labels: str) -> float:
-    """The metric's value, summed over all series that have these labels. For a histogram, the number of observations."""
+    """The metric's value, summed over all series that have these labels. For a histogram, the number of
+    observations.
+    """
     (family,) = metric.collect()
     wanted = {Counter: "_total", Gauge: "", Histogram: "_count"}[type(metric)]
     return sum(

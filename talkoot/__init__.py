@@ -34,5 +34,5 @@ else:
         return getattr(import_module(_HOMES[name]), name)
 
     def __dir__() -> list[str]:
-        """For completion in shells and notebooks, which don't see names that are not imported yet."""
+        """For completion in shells and notebooks, which otherwise don't see names that are not imported yet."""
         return sorted({*globals(), *__all__})

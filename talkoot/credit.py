@@ -1,12 +1,10 @@
-"""Whose work trainers have signed for: receipts are read from nodes, verified, and counted.
-
-Receipts that were read once stay counted, as long as there is room, so a node that loses its receipts keeps the credit
-for those read before.
+"""The work of nodes that trainers have signed for: receipts are read from nodes, verified, and counted. Receipts that
+were read once stay counted, as long as there is room, so a node that loses its receipts keeps its credit.
 
 In a swarm that admits by token, each token that has signed is one vote. A vote is split between nodes in proportion to
-the work that the token's trainers have signed for, however large the numbers. So of N votes, k that collude move at
-most k / N of all. In an open swarm anybody can be as many trainers as they like, so there are only counts and no
-shares.
+the work that the token's trainers have signed for, however large the numbers. So if k of N tokens collude, they direct
+at most k / N of all credit. In an open swarm anybody can be as many trainers as they like, so there are only counts and
+no shares.
 """
 
 import asyncio
@@ -40,7 +38,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 MAX_RECEIPTS = 131_072
 """The most receipts kept over all nodes, about 0.4 KB each. Those that were read longest ago are dropped first."""
 MAX_OF_NODE = 64
-"""The most receipts kept for one node. If there are more, the token with the most trainers loses its smallest."""
+"""The most receipts kept for one node. If there are more, the token with the most trainers loses its smallest receipt.
+"""
 MAX_SIGNERS = 16
 """The most signers that are named for one node."""
 _NODES = 20_000
@@ -83,7 +82,7 @@ def signed_figures(node: NodeInfo, credit: Credit | None) -> dict[str, int | flo
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """The part of a receipt that is kept."""
+    """The part of a receipt that is stored."""
 
     work: Work
     all_pairs: int
@@ -98,7 +97,7 @@ class CreditLedger:
     def __init__(self, swarm_id: str, signer_of: SignerOf, most: int = MAX_RECEIPTS) -> None:
         """`most`: how many receipts to keep."""
         self.has_changed: bool = False
-        """Whether it has changed since the last count."""
+        """Whether the ledger has changed since the last count."""
         self._swarm_id = swarm_id
         self._signer_of = signer_of
         self._most = most
@@ -143,8 +142,8 @@ class CreditLedger:
         kept[trainer] = counted
 
     def _trim(self, kept: dict[PeerID, _Counted], listed: Collection[PeerID]) -> None:
-        """`listed`: the trainers in the node's present list. It starts with trainers that don't share a neighbourhood
-        with many others.
+        """Removes receipts if there are too many. `listed`: the trainers in the node's present list, which starts with
+        trainers that don't share a neighbourhood with many others.
         """
         while len(kept) > MAX_OF_NODE:
             crowded = largest_crowd({each: counted.signer for each, counted in kept.items()})
@@ -167,8 +166,8 @@ Signed = Collection[tuple[PeerID, _Counted]]
 
 
 def _pairs_of_votes(of_nodes: Iterable[Signed]) -> dict[int, int]:
-    """For each token, the pairs that all nodes have answered according to its trainers; at least those of the receipts
-    here.
+    """For each token, the pairs that all nodes have answered according to its trainers, but at least the pairs in the
+    known receipts.
     """
     claimed: dict[tuple[int, PeerID], int] = {}
     found: dict[tuple[int, PeerID], int] = {}
@@ -221,7 +220,7 @@ class CreditReader:
             swarm_id, lambda receipt: admission.signer_of(receipt.trainer, receipt.badge)
         )
         self._tried = BoundedDict[PeerID, tuple[float, SignedWork | None]](_NODES)
-        """When each node was asked last, and what it then said about itself; None: it did not answer."""
+        """When each node was asked last, and what it announced about itself then; None: it did not answer."""
         self._revoked: frozenset[int] = frozenset()
 
     @classmethod

@@ -35,7 +35,7 @@ class Installation:
     """The requirements that were asked for, Talkoot first (PEP 508)."""
     uv: Path
     own_folder: Path | None
-    """The folder where the installer put uv, if it did; it also contains everything that uv downloads."""
+    """The folder where the installer put uv, if it installed uv. It also contains everything that uv downloads."""
 
     @classmethod
     def find(cls, environment: Path) -> "Installation":
@@ -95,9 +95,8 @@ class Installation:
         return "; ".join(lines)
 
     def run(self, command: list[str]) -> None:
-        """Has no deadline, because downloads may take hours. Ctrl-C ends both. Raises InstallationError.
-
-        Nothing can be imported afterwards, not even by rich, so later output is written without it.
+        """Runs uv without a deadline, because downloads may take hours. Ctrl-C ends both. Raises InstallationError.
+        Afterwards nothing can be imported, not even by rich, so later output is written without rich.
         """
         try:
             ended = subprocess.run(command, env=os.environ | self.variables(), check=False)
@@ -171,7 +170,7 @@ def run_uninstall(terminal: Terminal, *, yes: bool, state: bool, identity: bool)
 
 
 def _require_no_links(paths: Iterable[Path]) -> None:
-    """Raises StartError: only Talkoot's own folders may be emptied, not those that a link leads to."""
+    """Raises StartError if a folder is a link: only Talkoot's own folders may be emptied."""
     for path in paths:
         if path.is_symlink():
             raise StartError(

@@ -66,7 +66,7 @@ _FLAGS = {
     "only_when_idle": "--only-when-idle/--even-when-busy",
     "not_on_battery": "--not-on-battery/--on-battery",
 }
-"""Flags in addition to a setting's own name; a switch has only these."""
+"""Flags other than a setting's own name. A switch has only these."""
 _METAVARS = {
     **dict.fromkeys(("state", "checkpoint", "tensorboard"), "DIR"),
     **dict.fromkeys(("log", "plot", "denylist"), "FILE"),
@@ -239,7 +239,7 @@ def make_options(role: "type[RoleSettings]", names: Collection[str]) -> list[Any
     ]
 
     def settings(**values: Any) -> None:
-        """Has the options as its signature, which typer reads."""
+        """A function with the options as its signature, which typer reads."""
 
     settings.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
     app = typer.Typer(add_completion=False)
@@ -290,7 +290,7 @@ def _metavar(name: str, field: "FieldInfo", kind: Any) -> str:
 
 
 def _choices(field: "FieldInfo") -> list[str]:
-    """The words that a setting may be, if it can only be one of some words."""
+    """The allowed words, if a setting can only be one of some words."""
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not NoneType]
     return list(get_args(kinds[0])) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else []
 
@@ -300,7 +300,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def help_of(field: "FieldInfo", *, several: bool) -> str:
-    """The setting's help, and its default: in words if the value itself says nothing."""
+    """The setting's help and its default, which is in words if the value itself says nothing."""
     assert field.description is not None, "every setting has one"
     text, _, default = field.description.partition("; unset: ")
     if field.default not in (None, ()):
@@ -340,7 +340,7 @@ class NodeCommand(SettingsCommand):
 
 
 class DoctorCommand(NodeCommand):
-    """`talkoot node --check`, with help of its own."""
+    """`talkoot doctor`, which is `talkoot node --check` with its own help."""
 
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Swarm": ("join", "new", "bootstrap"),

@@ -78,7 +78,7 @@ def open_for_writing(path: Path) -> BinaryIO:
 
 
 def _require_own(folder: Path) -> None:
-    """Raises SettingsError unless it is empty, or of an earlier writer of this user, whose files may be removed."""
+    """Raises SettingsError unless the folder is empty, or was left by an earlier writer of this user."""
     about = folder.lstat()
     is_own = stat.S_ISDIR(about.st_mode) and user_id() in {None, about.st_uid}
     if not is_own or (any(folder.iterdir()) and not (folder / LOCK).exists()):

@@ -51,9 +51,8 @@ class StopSignals:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """Makes a signal end the process at once while inside.
-
-        An exception during an import can be lost: torch drops those raised while numpy is imported.
+        """While inside, a signal ends the process at once. An exception could be lost: torch drops those raised while
+        numpy is imported.
         """
         exit_at_once_on_signals()
         try:
@@ -63,7 +62,9 @@ class StopSignals:
 
     @contextmanager
     def gently(self, event: threading.Event) -> Iterator[None]:
-        """Makes a signal set the event first while inside, and raise only if that has had no effect within a second."""
+        """While inside, a signal first sets the event. It raises Stopped only if that has had no effect within a
+        second.
+        """
         self._event = event
         try:
             yield

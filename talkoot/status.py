@@ -33,7 +33,7 @@ _MOST_LISTED = 65536
 shown.
 """
 _MOST_CREDITED, _CREDIT_S = 64, 5.0
-"""The most nodes whose receipts one reading reads, drawn at random if there are more, and the longest time for that."""
+"""The most nodes whose receipts are read at a time, drawn at random if there are more, and the deadline for that."""
 _LOOK_AGAIN_S = 300.0
 """How many seconds until a listed peer without a record is looked up again."""
 

@@ -29,8 +29,8 @@ LOG_FILE_BYTES = 5_000_000
 """A log file that would grow larger is renamed to `….1`, which replaces the one before."""
 _WIDE = 10_000
 _LINES, _LINE_EVERY_S = 50, 3.0
-"""How many lines one line of code may log at once, and how often in the long run: 4 MB a day, in a file that holds 5
-MB.
+"""How many lines one line of code may log at once, and the pause between further ones. At this rate, a single line of
+code logs at most 4 MB a day; the log file holds 5 MB.
 """
 
 
@@ -167,7 +167,9 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Fails now rather than at the end. Does not change the file's content. Raises StartError."""
+    """Checks now whether a file can be written, rather than at the end. Does not change its content. Raises
+    StartError.
+    """
     try:
         path.open("ab").close()
     except OSError as error:
@@ -187,11 +189,9 @@ def _not_written(path: Path, option: str, error: OSError) -> StartError:
 
 
 class RepeatLimit:
-    """Limits what each line of code logs. Otherwise a stranger who triggers a line again and again rotates the real log
-    away.
-
-    After many lines in a short time, one passes now and then, and says how many were left out. The traceback of a
-    failure is shown once.
+    """Limits what each line of code logs. Otherwise a stranger who triggers a line again and again could push
+    everything else out of the log. After many lines in a short time, one passes now and then, and says how many were
+    left out. The traceback of a failure is shown once.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -220,7 +220,7 @@ class RepeatLimit:
         return shown
 
     def _is_new(self, error: BaseException) -> bool:
-        """Whether this is the first error of its type at its place."""
+        """Whether this is the first error of its type at this line of code."""
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next

@@ -17,9 +17,9 @@ SEND_DEADLINE_S = 15.0
 """A stream is closed if its reader takes nothing for this long."""
 _MAX_CONNECTIONS = 1000
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
-"""How long a connection may last without a complete request, or with an answer that is not taken."""
+"""How long a connection may last without a complete request, or with an answer that the client does not read."""
 _LEAST_TAKEN = 2**16
-"""An answer counts as stalled if its unsent bytes change by less than about this many for that long."""
+"""An answer counts as stalled if its unsent bytes change by less than about this number in that time."""
 _CLOSE_S = 2.0
 """The longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128
@@ -83,7 +83,9 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["async
 
 
 def ends_by_itself(scope: Scope) -> None:
-    """Marks the answer to this request as one that may take its time: the application ends it if nobody takes it."""
+    """Marks the answer to this request as one that may take long. The application itself ends it if the client does not
+    read it.
+    """
     scope.setdefault("state", {})[_ENDS_BY_ITSELF] = True
 
 
@@ -97,7 +99,7 @@ class Connection(H11Protocol):
         self._look(None, self.loop.time())
 
     def _look(self, before: object, since: float) -> None:
-        """`before`: what it did at the last look. `since`: when it was first seen doing that."""
+        """Looks at the connection. `before`: its state at the last look. `since`: when that state was first seen."""
         if self not in self.connections:  # a closed transport still holds data that was not taken
             return
         now, cycle = self.loop.time(), self.cycle
@@ -112,7 +114,7 @@ class Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the command."""
+    """A uvicorn server that leaves signals to the command."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

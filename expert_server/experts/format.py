@@ -244,7 +244,9 @@ def _check_owner(header: Header, swarm_id: str, uid: UID) -> None:
 
 
 def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int, form: StateForm) -> Checkpoint:
-    """Raises StateError if the data is damaged, or is not this expert's state in this form. Does not check the numbers."""
+    """Raises StateError if the data is damaged, or is not this expert's state in this form. Does not check the
+    numbers.
+    """
 
     def check(header: Header, outline: Outline) -> None:
         _check_owner(header, swarm_id, uid)

@@ -422,7 +422,9 @@ class HostingManager:
         return await self._replicas.take(wanted, plausible_updates(self.seen), enough) if wanted else []
 
     async def _take_vacant(self) -> set[UID]:
-        """Takes vacant experts. Returns those that others have claimed, but nobody serves yet: the claims may be lost."""
+        """Takes vacant experts. Returns those that others have claimed, but nobody serves yet: the claims may
+        be lost.
+        """
         replicas = await self._read()
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
         room = self._room - self._replicas.count

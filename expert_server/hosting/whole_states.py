@@ -1,4 +1,6 @@
-"""Takes states from other nodes: the medoid of those that up to three hosts give, not the one that claims most updates."""
+"""Takes states from other nodes: the medoid of those that up to three hosts give, not the one that claims most
+updates.
+"""
 
 import asyncio
 import logging

@@ -333,7 +333,9 @@ class BatchQueue:
         return caller
 
     def _leave(self, caller: "_Caller") -> None:
-        """Remembers for a while how far ahead a leaving caller was. Otherwise it would gain by leaving and returning."""
+        """Remembers for a while how far ahead a leaving caller was. Otherwise it would gain by leaving and
+        returning.
+        """
         del self._callers[caller.name]
         if not self._callers:
             self._ahead.clear()

@@ -343,7 +343,9 @@ class Runtime:
                 self._pool.submit(self._run_batches if job[0][1] else self._run_steps, job, threads)
 
     def _alike(self, batch: Sequence[Entry]) -> list[Entry]:
-        """Work of other experts that can be computed together with a batch. Empty if the batch has several work items."""
+        """Work of other experts that can be computed together with a batch. Empty if the batch has several work
+        items.
+        """
         first = batch[0].work
         if len(batch) != 1 or not self._can_join(first):
             return []

@@ -78,7 +78,9 @@ def retry_metadata(retry_after_s: float) -> tuple[tuple[str, str], ...]:
 
 
 def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None, otherwise: float) -> float:
-    """In how many seconds the other side suggests a retry, within bounds; `otherwise` if it suggests nothing sensible."""
+    """In how many seconds the other side suggests a retry, within bounds; `otherwise` if it suggests nothing
+    sensible.
+    """
     for key, value in metadata or ():
         if key == _RETRY_KEY:
             try:

@@ -1,7 +1,7 @@
 """The dashboard's history, in a SQLite file: means over time steps. Finer steps are kept for a shorter time.
 
-Every figure is added to one step of each tier when it arrives, so nothing has to be condensed later, and the file holds
-at most series × steps rows. `History` is the file; `HistoryStore` uses it from the event loop.
+Every figure is added to one step of each tier when it arrives, so nothing has to be condensed later. `History` is the
+file; `HistoryStore` uses it from the event loop.
 """
 
 import asyncio
@@ -81,7 +81,7 @@ class History:
     ) -> None:
         """Opens the file, or sets it aside if it is broken. Raises StartError if it can't be written."""
         self.set_aside: Path | None = None
-        """Where a broken file was moved to."""
+        """The new path of a broken file."""
         self._path = path
         self._most = {False: most_series, True: most_expert_series}
         self._ids: dict[tuple[str, str], int] = {}

@@ -116,7 +116,7 @@ class Census(Generic[T]):
 
 @dataclass(frozen=True)
 class CallRates:
-    """How fast all live trainers together call nodes; None: not known yet."""
+    """The rates at which all live trainers together call nodes; None: not known yet."""
 
     calls_per_s: float | None = None
     bytes_per_s: float | None = None
@@ -125,7 +125,7 @@ class CallRates:
 
 @dataclass
 class _Counted:
-    """One trainer's counters in a record, and how fast they had grown by then."""
+    """One trainer's counters in its last record, and their rates of growth then."""
 
     trainer: TrainerInfo
     at: float
@@ -233,11 +233,11 @@ class Picture:
         return hosted
 
     def to_json(self) -> Json:
-        """Its own parts, not copies."""
+        """The picture as JSON. Its parts are not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def with_earlier(self, rows: Sequence[Json]) -> "Picture":
-        """Adds nodes that an earlier run of the dashboard saw, and this one did not."""
+        """Adds nodes that an earlier run of the dashboard saw, but this one did not."""
         here = {row["peer_id"] for row in self.nodes}
         room = max(0, MAX_GONE - self.figures["nodes"]["gone"])
         gone = [
@@ -406,7 +406,9 @@ def _layer(view: View, live: Iterable[PeerID], layer: int) -> Json:
 
 
 def _unevenness(rows: Sequence[int]) -> Json:
-    """The busiest expert's rows over the mean, and how many experts get hardly any. Of experts with a host."""
+    """The busiest expert's rows divided by the mean, and how many experts get hardly any rows. Only experts with a host
+    count.
+    """
     mean = statistics.fmean(rows) if rows else 0.0
     if not mean:
         return {"busiest_over_mean": None, "starving": None}

@@ -77,7 +77,7 @@ class WatchIntervals:
 
     refresh_s: float
     list_every_s: float = 30.0
-    """How often it lists all nodes. Between two lists, it only discovers nodes that begin to host experts."""
+    """How often it lists all nodes. In between, it only discovers nodes that begin to host experts."""
     experts_every_s: float = 15.0
     """How often each expert's figures are added to the history."""
     memories_every_s: float = 15.0
@@ -118,7 +118,7 @@ class Watcher:
         self._was_read = False
         self._invite = invite
         self._shown_invite = str(replace(invite, token=b""))
-        """Without the token: people who see the page must not join with the owner's token."""
+        """The invite without the token, because people who see the page must not join with the owner's token."""
         self._intervals = intervals
         self._folder = folder
         self._store = store
@@ -185,7 +185,7 @@ class Watcher:
             await self._store.keep_picture(self.picture)
 
     def _expose(self, metrics: CollectorRegistry | None) -> None:
-        """Creates the swarm's gauges. Unknown figures are NaN."""
+        """Creates the gauges of the swarm. Unknown figures are NaN."""
 
         def gauge(name: str, words: str, value: Callable[[], float | None]) -> None:
             def read() -> float:

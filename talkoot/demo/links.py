@@ -25,7 +25,7 @@ from peer.loop import TaskSet
 _PACKET_BYTES = 1448
 _MOST_AT_ONCE = 64 * 1024
 _TURN_S = 0.004
-"""How long one connection may hold the link before others get their turn."""
+"""How long one connection may use the link before others get their turn."""
 _QUEUE_S = 0.05
 """How much data may wait for its turn on a link, in seconds, like the buffer of a router."""
 _FREE_BYTES = 16 * 2**20
@@ -37,7 +37,7 @@ down yet.
 _RETRANSMIT_S = 0.2
 """Linux's shortest retransmission timeout."""
 _RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER of 0 s: closing then sends a reset."""
+"""SO_LINGER with 0 s, so that closing a socket sends a reset."""
 
 _UNASSIGNED_PORTS = range(20_000, 32_768)
 """Ports below those that Linux assigns automatically; other systems' are higher still."""
@@ -147,7 +147,7 @@ class Wire:
         self.link = self.there.link = self.back.link = link
 
     def cut(self) -> None:
-        """Lets nothing pass from now on, and tells nobody, like an unplugged cable."""
+        """Lets nothing pass from now on, like an unplugged cable."""
         self._whole.clear()
 
     def mend(self) -> None:
@@ -235,7 +235,7 @@ class Proxy:
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     async def _connect(self, wire: Wire, server: socket.socket) -> None:
-        """Takes a round trip to connect, before anything can be sent."""
+        """Connects, which takes a round trip before anything can be sent."""
         await wire.whole()
         await asyncio.sleep(wire.link.delay_s)
         await asyncio.get_running_loop().sock_connect(server, self._target)

@@ -29,9 +29,9 @@ from trainer_client.data.sources import find_files
 
 _HOST = "127.0.0.1"
 _ANNOUNCE_EVERY_S = 2.0
-"""Short, so that a dead node is noticed during the demo: announcements live three times as long."""
+"""Short, so that a dead node is noticed during the demo. Announcements live three times as long."""
 _FOUNDER_ANNOUNCES_EVERY_S = 4.0
-"""Longer, so that the founder does not adopt the experts of nodes that are still starting."""
+"""Longer, so that the founder does not adopt the experts of nodes that are only starting."""
 _START_LIMIT_S = 90.0
 _SILENCE_LIMIT_S = 60.0
 """How long the trainer may report nothing."""
@@ -360,7 +360,7 @@ class DemoDisplay:
         )
 
     def show_node_state(self, name: str, pid: int, state: str) -> None:
-        """Shows a node of which only the state is known."""
+        """Shows a node's state, without other figures."""
         self._nodes[name] = (name, str(pid), state, "", "", "", "")
 
     def mark(self, text: str) -> None:

@@ -1,7 +1,7 @@
 """The checks of `talkoot doctor`. Each returns a finding.
 
-First come the set-up (state folder, software, device, ports, clock), then the machine's resources (speed, memory,
-cores, disk), and last what other nodes measure: clock, bandwidth and reachability.
+They come in three groups: the set-up (state folder, software, device, ports, clock), the machine's resources (speed,
+memory, cores, disk), and what other nodes measure (clock, bandwidth, reachability).
 """
 
 import asyncio
@@ -64,7 +64,9 @@ _FREE_MEMORY_SHARE = 0.25
 _DISK_TEST_BYTES = 16 * 2**20
 _SLOW_DISK_BYTES_PER_S = 5e6
 _PYTHONS = ((3, 11), (3, 14))
-"""The oldest version that Talkoot is tested with, and the first that it is not. Python 3.14 is allowed."""
+"""The oldest version of Python with which Talkoot is tested, and the first one with which it is not. Python 3.14 is
+allowed.
+"""
 
 
 class Verdict(StrEnum):
@@ -89,7 +91,7 @@ class Finding(BaseModel):
     fix: str = ""
     """What to do if something is wrong."""
     values: Mapping[str, bool | int | float | str] = {}
-    """The figures. Their names include the units."""
+    """The measured figures, by names that include the units."""
 
 
 def check_state(folder: Path, error: UserError | None) -> Finding:
@@ -284,8 +286,8 @@ async def ask_peers(
 def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
     """Judges by the median of the peers' answers, so that a single lie has no effect.
 
-    If no node answered, it judges by what DHT peers said when this peer joined: with a wrong clock, it finds no nodes
-    to ask.
+    If no node answered, it judges by what DHT peers said when this peer joined, because a machine with a wrong clock
+    may find no nodes.
     """
     if not links and CLOCK.warning:
         return Finding(name="clock", verdict=Verdict.PROBLEM, says="it is wrong", fix=CLOCK.warning)
@@ -371,10 +373,8 @@ def judge_bandwidth(links: Sequence[Link], manifest: Manifest, nobody: str) -> F
 def judge_reachability(
     dials: Sequence[DialledBack], host: str, port: int, nobody: str, router: str = ""
 ) -> Finding:
-    """Judges by the best answer: a lying peer can only deny a connection, or claim one that it never made.
-
-    `port`: the port that they dialled. `router`: what the router did about it, if it was asked. A node that nobody can
-    reach serves through relays, which is slower and uses the relays' bandwidth.
+    """Judges by the best answer. `port`: the port that peers dialled. `router`: what the router did about it, if it was
+    asked. A node that others can't reach serves through relays, which is slower and uses the relays' bandwidth.
     """
     if not dials:
         return _skipped("reachability", nobody)
@@ -460,7 +460,7 @@ def _skipped(name: str, why: str) -> Finding:
 
 
 async def _others(swarm: Swarm) -> list[NodeInfo]:
-    """Nodes of the swarm, except an earlier run of this one."""
+    """The other nodes of the swarm. This machine's own node is left out."""
     listed: frozenset[PeerID] = await swarm.registry.node_ids()
     nodes = await swarm.registry.nodes(listed - {swarm.host.peer_id})
     return [node for node in nodes.values() if node.addresses]
@@ -468,7 +468,7 @@ async def _others(swarm: Swarm) -> list[NodeInfo]:
 
 @asynccontextmanager
 async def _forwarding(host: str, port: int) -> AsyncIterator[PortMapping]:
-    """Has the router forward the port while it is open. The port is 0 if the router is not asked."""
+    """Makes the router forward the port while the block runs. The port is 0 if the router is not asked."""
     mapping = PortMapping(host, port)
     if port and PortMapping.helps(host):
         await mapping.ask()
@@ -480,7 +480,7 @@ async def _forwarding(host: str, port: int) -> AsyncIterator[PortMapping]:
 
 @asynccontextmanager
 async def _listening(host: str, port: int) -> AsyncIterator[int]:
-    """Accepts connections while it is open; yields the port. Raises PortError."""
+    """Accepts connections while the block runs; yields the port. Raises PortError."""
 
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()

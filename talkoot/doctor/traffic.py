@@ -12,16 +12,16 @@ from peer.codec import codec_of, encoded_bytes, scalar_bytes
 TYPICAL_NODES = 10
 """The number of nodes to assume if it is not known."""
 _FRAMES = 1.003
-"""Bytes on a connection for each byte in gRPC's messages, because of HTTP/2 and TLS. Measured with a proxy, like those
-below.
+"""Bytes on a connection for each byte in gRPC's messages, because of HTTP/2 and TLS. Measured with a proxy, like the
+numbers below.
 """
 _SENT_BESIDE, _RECEIVED_BESIDE = 3.0, 1.6
-"""Bytes in addition to a row's tensors, forward and backward together: its position or number, and its share of the
-headers, for calls of 256 rows.
+"""Bytes sent and received for each row in addition to its tensors, forward and backward together: its position or
+number, and its share of the headers, for calls of 256 rows.
 """
 _NUMBER = 1.5
-"""Bytes for the row's number, for each expert of a row. The expert's weight, which is left out if no row has several
-experts, and the product that comes back take `scalar_bytes` each.
+"""Bytes for the row's number, for each expert of a row. The expert's weight and the product that is returned take
+`scalar_bytes` each; the weight is left out if no row has several experts.
 """
 _PACKET, _PACKET_HEADERS = 1500, 52
 """The size of a TCP packet over IPv4 with timestamps, and of its headers. Every second packet is acknowledged, which
@@ -45,7 +45,7 @@ def trainer_traffic(
 ) -> Traffic:
     """The traffic between a trainer and its nodes at this speed, over all mixtures.
 
-    Each token is for the manifest's top_k experts, which may be at any nodes, but at most `nodes_per_token`. Retries,
+    Each token goes to the manifest's top_k experts, which are on any nodes, but at most `nodes_per_token`. Retries,
     hedges, and the averaging of dense parts are not included.
     """
     k = manifest.routing.top_k

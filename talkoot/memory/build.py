@@ -58,7 +58,7 @@ _PASSAGES = ".passages"
 _AT_ONCE = 1024
 """Passages that are encoded together."""
 _MUCH_UNKNOWN = 0.1
-"""If the base's encoder does not know this share of the words in new text, the publisher is warned."""
+"""If the base's encoder does not know this share of the new text's words, the command warns the publisher."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class BuildReport:
     shards: int
     cells: int
     skew: float
-    """Passages in the fullest cell, as a multiple of the mean."""
+    """The number of passages in the fullest cell, as a multiple of the mean."""
     bytes: int
     """The size of the whole folder."""
     seconds: float
@@ -169,7 +169,7 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
 
 
 def skew(manifest: MemoryManifest) -> float:
-    """Passages in a memory's fullest cell, as a multiple of the mean of all cells."""
+    """The number of passages in a memory's fullest cell, as a multiple of the mean of all cells."""
     loads = [sum(shard.leaves for shard in shards) for shards in manifest.by_cell.values()]
     return max(loads) * math.prod(manifest.grid) / sum(loads) if loads else 1.0
 

@@ -38,8 +38,8 @@ def build_codebook(
     """Centroids for the cells of a grid. Deterministic for the same vectors and seed. `watch` is called after each
     round.
 
-    All cells are fitted at once, not level by level, which finds more (docs/decisions.md). Then cells that are near
-    each other are placed under one prefix.
+    All cells are fitted at once, not level by level, because searches then find more (docs/decisions.md). Then cells
+    that are near each other are placed under one prefix.
     """
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(vectors_ND.any(axis=1))
@@ -51,10 +51,9 @@ def build_codebook(
 
 
 def two_cells(codebook: Codebook, vectors_ND: Vectors) -> Integers:
-    """The numbers of two different cells for each vector, (N, 2); of one if there is only one.
-
-    The first is the nearest. The second errs in another direction, so that a question that misses a passage's first
-    cell finds it: Sun et al. 2023 (SOAR, arXiv 2404.00774), section 3.
+    """The numbers of two different cells for each vector, (N, 2), or (N, 1) if there is only one cell. The first is the
+    nearest. The second errs in another direction, so that a question that misses a passage's first cell finds the
+    second: Sun et al. 2023 (SOAR, arXiv 2404.00774), section 3.
     """
     centroids_CD = codebook.centroids_CD.astype(np.float32)
     found = [np.empty((0, min(2, len(centroids_CD))), np.int64)]
@@ -87,8 +86,8 @@ def _units(vectors: Vectors) -> Floats:
 def _fitted(
     sample_ND: Floats, count: int, rounds: int, rng: np.random.Generator, watch: Callable[[int, int], None]
 ) -> Floats:
-    """Centroids by Lloyd's algorithm, as unit vectors. If there are fewer vectors than centroids, the surplus is
-    random.
+    """Centroids by Lloyd's algorithm, as unit vectors. If there are fewer vectors than centroids, the remaining
+    centroids are random.
     """
     random_CD = rng.standard_normal((count, sample_ND.shape[1])).astype(np.float32)
     random_CD /= np.linalg.norm(random_CD, axis=1, keepdims=True)

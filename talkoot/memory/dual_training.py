@@ -5,8 +5,8 @@ from those of the other questions in its batch, and from one passage for each qu
 not an answer. In the paper the encoders are two BERTs; here each has a vector for each word, which needs no GPU to
 train and takes microseconds for a query.
 
-Both begin as the word vectors learned from the passages themselves (`training`), and every second step continues with
-that: the pairs alone would be learned by heart.
+Both start from the word vectors learned from the passages themselves (`training`). Every second step continues that
+task, because training on the pairs alone overfits.
 
 Shapes: V words of the vocabulary, D numbers in a vector, N passages, Q questions, K passages found for each, W weights.
 """
@@ -35,7 +35,7 @@ K = 20
 """An answer counts as found if it is among this many passages."""
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 CANDIDATES = 3
-"""How many passages are also ranked by their words, as a multiple of `K`, as in searches."""
+"""How many passages are also ranked by their words, as in searches; a multiple of `K`."""
 _EPOCHS, _FEWEST_STEPS = 4, 60
 _BATCH, _CLOZE_BATCH = 256, 512
 _TEMPERATURE = 0.1

@@ -17,7 +17,7 @@ from talkoot.memory.build import skew
 from talkoot.terminal import Terminal
 
 _SHOWN = 3
-"""How many passages are shown, from shards far apart."""
+"""How many passages are shown. They are from different shards."""
 _CHARACTERS = 300
 """How many characters of a passage are shown."""
 
@@ -52,7 +52,7 @@ class Inspection:
 
 
 def run_inspect(terminal: Terminal, folder: Path) -> None:
-    """Raises LibraryError if it is not a complete memory."""
+    """Raises LibraryError if the folder is not a complete memory."""
     if not folder.is_dir():
         raise LibraryError(
             f"{folder} is not a folder: pass one that `talkoot memory build` wrote, or a memory's name with "

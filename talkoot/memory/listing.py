@@ -33,7 +33,7 @@ def run_list(terminal: Terminal, join: str | None) -> None:
 
 
 def run_inspect(terminal: Terminal, join: str | None, name: str) -> None:
-    """Raises UserError, also if nobody gives the memory's manifest."""
+    """Raises UserError, also if the memory's manifest can't be fetched."""
     run_in_swarm(terminal, join, lambda swarm: _inspect(terminal, swarm, name), tuple(Role))
 
 

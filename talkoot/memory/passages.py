@@ -18,7 +18,9 @@ WORDS = 100
 """The approximate number of words in a passage."""
 UNKNOWN_LICENSE = "unknown"
 _FEWEST, _MOST = 70, 130
-"""The fewest and the most words of a passage that ends with a sentence. The last passage of a text may have fewer."""
+"""The fewest and the most words of a passage that ends at the end of a sentence. The last passage of a text may have
+fewer.
+"""
 _LONGEST = 2000
 """The most characters of a passage, however few words they are."""
 _WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}]+")
@@ -69,8 +71,8 @@ def _after_space(text: str, at: int) -> int:
 
 
 def _length(window: str, *, is_rest: bool) -> int:
-    """The number of characters of the passage at the start of a window of the text. `is_rest`: the window is all of the
-    rest.
+    """The number of characters of the next passage, which starts at the beginning of this window of the text.
+    `is_rest`: whether the window is all of the remaining text.
     """
     words = list(islice(_WORD.finditer(window), _MOST + 1))
     if is_rest and len(words) <= _MOST:

@@ -42,7 +42,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 2.0
 _LOOKING = 0.2
-"""The share of the time for looks: in a memory with many cells, one look is many look-ups."""
+"""The share of the time that looks may take: in a memory with many cells, one look is many look-ups."""
 _SHOW_EVERY_S = 10.0
 _PATIENCE_S = 60.0
 """After this many seconds without progress, the publisher is told possible reasons."""
@@ -295,7 +295,7 @@ async def _publish(
 
 
 class ReplicationWatch:
-    """Shows how far others have taken a memory, and what may be wrong if they don't."""
+    """Shows how much of a memory other hosts have, and what may be wrong if they don't take it."""
 
     def __init__(
         self, terminal: Terminal, publication: Publication, now: Callable[[], float] = time.monotonic
@@ -308,7 +308,7 @@ class ReplicationWatch:
 
     @property
     def missing(self) -> str:
-        """What is still missing, in words, if the command is stopped early."""
+        """What is still missing, in words, for a command that is stopped early."""
         latest = self._latest
         so_far = "nothing is known of replicas yet" if latest is None else latest.in_words
         return (

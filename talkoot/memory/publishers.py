@@ -92,10 +92,9 @@ class Publisher:
 
 @contextmanager
 def publisher_of(join: str | None, state: Path | None) -> Iterator[Publisher]:
-    """The founder, if the state folder is that of its node, which may be running; else a librarian.
-
-    `join`: the invite as given; a founder needs none. `state`: if unset, the node's folder if the swarm was founded
-    with it, else a separate folder for publishing. Raises UserError.
+    """The founder, if the state folder is that of its node, which may be running; otherwise a librarian. `join`: the
+    invite as given; a founder needs none. `state`: by default, the node's folder if the swarm was founded with it,
+    otherwise a separate folder for publishing. Raises UserError.
     """
     invite = None if join is None else Invite.read(join)
     founded = _founded(node_folder(state), invite)
@@ -112,7 +111,9 @@ def publisher_of(join: str | None, state: Path | None) -> Iterator[Publisher]:
 
 
 def _founded(folder: Path, invite: Invite | None) -> Invite | None:
-    """The invite of the swarm that was founded with this folder, unless another is meant. Raises SettingsError."""
+    """The invite of the swarm that was founded with this folder, unless `join` names another swarm. Raises
+    SettingsError.
+    """
     if not (folder / FILE).exists():
         return None
     founded = Invite.parse(FoundedSwarm.load(folder).invite)

@@ -13,8 +13,7 @@ from peer.formatting import counted
 from peer.identity import PeerID
 
 _MOST_CELLS, _CELLS_AT_ONCE = 4096, 64
-"""Cells of one memory that are surveyed, in all and at once. A larger memory is surveyed in part, and strangers can
-announce much in each cell.
+"""How many cells of one memory are surveyed, in all and at once. A larger memory is surveyed in part.
 """
 
 
@@ -87,7 +86,9 @@ class Survey:
 
     @property
     def served(self) -> int:
-        """How many shards are served by somebody. Anybody can announce shards that the memory does not have."""
+        """How many shards are served by somebody. It may be too high, because anybody can announce shards that the
+        memory does not have.
+        """
         return min(len(self.replicas), self.entry.shards)
 
     @property

@@ -38,7 +38,7 @@ _SHOWN = 20
 _SHOWN_CHARACTERS = 100
 _SHOW_EVERY_S = 10.0
 _ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
-"""The longest time for a host to give the manifest, and how many hosts are asked at the same time."""
+"""The deadline for a host to send the manifest, and how many hosts are asked at the same time."""
 
 
 @dataclass(frozen=True)

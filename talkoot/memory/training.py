@@ -1,8 +1,7 @@
 """Learns a memory's word vectors from its own passages, by the inverse cloze task.
 
 Lee, Chang & Toutanova 2019 (arXiv 1906.00300): a few consecutive words are the question, and the rest of their passage
-is the answer, which must be distinguished from those of the other passages in a batch. Nothing is needed but the
-passages.
+is the answer, which must be distinguished from those of the other passages in a batch. This needs only the passages.
 
 Shapes: N passages, V words of the vocabulary, B questions in a batch and P passages, U different words in it, D numbers
 in a vector.
@@ -24,7 +23,7 @@ from trainer_client.memory.encoder import MAX_WORD_CHARACTERS, StaticEncoder, wo
 DIMENSIONS = 256
 _VOCABULARY = 65_536
 _MOST_WORDS = 2**22
-"""The most distinct words that are counted. Words that appear first after this many others are rare."""
+"""The most distinct words that are counted. A word that first appears after so many others is rare."""
 _PASSAGES_AT_ONCE = 2**14
 """Passages whose words are counted at once."""
 _BATCH = 1024
@@ -33,13 +32,15 @@ _WARM_UP_STEPS = 100
 _SHORTEST, _LONGEST = 5, 15
 """The number of words in a question, limited to half of the passage."""
 _WHOLE = 0.2
-"""The share of passages that keep the question's words, so that words also match themselves."""
+"""The share of passages from which the question's words are not removed, so that words also match themselves."""
 _USABLE_WORDS = 8
 """A passage with fewer words teaches nothing."""
 _SMALLEST = 1e-9
 _EPOCHS, _MOST_EPOCHS = 6, 60
 _FEWEST_SAMPLES, _MOST_SAMPLES = 500_000, 2_000_000
-"""The number of passages to learn from, over all epochs; for a small memory, as many as `_MOST_EPOCHS` allows."""
+"""The fewest and the most passages to learn from, over all epochs. For a small memory, `_MOST_EPOCHS` limits the
+number.
+"""
 
 Numbers = npt.NDArray[np.int32]
 
@@ -163,12 +164,12 @@ def encoder_of(words: PassageWords, vectors_VD: Floats) -> StaticEncoder:
 
 
 def _temperature(passages: int) -> float:
-    """The temperature of the softmax. A low one suits large memories best, but makes small ones be learned by heart."""
+    """The temperature of the softmax. A low one is best for large memories, but overfits small ones."""
     return min(0.15, max(0.05, 0.15 - 0.05 * math.log10(passages / 10_000)))
 
 
 def _random_vectors(rarities_V: Floats, dimensions: int, rng: np.random.Generator) -> Floats:
-    """Random vectors whose lengths are their words' rarities: with these, a text's vector is a random projection of its
+    """Random vectors whose lengths are their words' rarities. A text's vector is then a random projection of its
     tf-idf.
     """
     vectors_VD = rng.standard_normal((len(rarities_V), dimensions), np.float32) / np.float32(dimensions**0.5)
@@ -265,7 +266,7 @@ class Descent:
 
 
 def _bags(places: Integers, lengths: Integers, words: int) -> csr_matrix:
-    """Rows that sum the vectors of each text's words."""
+    """A matrix whose rows sum the vectors of each text's words."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
     return csr_matrix((np.ones(len(places), np.float32), places, ends), (len(lengths), words))
 

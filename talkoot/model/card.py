@@ -146,7 +146,7 @@ def _code() -> str:
 
 
 def _reading(facts: CardFacts) -> str:
-    """What the folder lacks of a model that reads a memory."""
+    """The paragraph about a model that reads a memory: what is not in the folder."""
     memory = facts.dense.memory
     if memory is None:
         return ""

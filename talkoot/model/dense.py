@@ -48,7 +48,7 @@ class ExportedDense:
     memory: FolderMemory | None = None
     """How it reads a memory; None: it reads none."""
     beside: Mapping[str, Tensor] = field(default_factory=dict)
-    """The tensors of a model that answers questions, beside its generator's."""
+    """For a model that answers questions: its tensors in addition to those of its generator."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
 def dense_of_trainers(
     client: SwarmClient, given: TrainerSettings, tokenizer: Tokenizer, experts: Experts
 ) -> ExportedDense:
-    """Takes the dense part of live trainers with this tokenizer, as a joining trainer does: the medoid of up to three.
+    """Takes the dense part of a live trainer with this tokenizer, as a joining trainer does: the medoid of up to three.
 
     `given`: the settings before the swarm's preset completed them. Raises SwarmError, which says what else can be done.
     """
@@ -125,7 +125,7 @@ def _trained_routing(
 
 
 def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manifest) -> Iterator[Routing]:
-    """The routings that the settings leave open, the swarm's own first."""
+    """The routings that are possible with these settings, the swarm's own first."""
     names = [settings.router, *(name for name in ROUTERS if name != settings.router)]
     balances = [settings.balance, None, "bias", "none"]
     if "router" in given.model_fields_set:
@@ -144,12 +144,12 @@ def _routings(given: TrainerSettings, settings: TrainerSettings, manifest: Manif
 
 
 def _anywhere(routing: Routing) -> Routing:
-    """The routing without a limit of nodes: in a folder, all experts are in one place."""
+    """The routing without a limit of nodes, because in a folder all experts are in one place."""
     return replace(routing, nodes_per_token=None)
 
 
 async def _take(swarm: Swarm, model: LanguageModel, form: DenseForm) -> int | None:
-    """Returns the steps behind it; None if nobody gave a dense part."""
+    """Takes a dense part, and returns its age in steps; None if nobody gave one."""
     exchange = DenseExchange(form, SharedParameters(model), guard=swarm.guard)
     averaging = Averaging(
         exchange,

@@ -1,4 +1,4 @@
-"""The experts of a swarm as an export reads them: who hosts which, and trustworthy parameters of each."""
+"""The experts of a swarm as an export reads them: their hosts, and the parameters of each."""
 
 import asyncio
 import random
@@ -29,9 +29,9 @@ _READ_AT_ONCE = 512
 _LISTED = 4096
 """In a layer with more experts than this, only those with a prefix in the DHT are read."""
 _MOST_AT_ONCE, _AT_ONCE_AT_A_NODE = 16, 2
-"""Experts that are fetched at the same time, from all nodes, and from each on average."""
+"""How many experts are fetched at the same time: from all nodes, and on average from each node."""
 _LAYER_SHARE = 4
-"""Each expert being fetched may take the memory of three experts. Together they take less than this share of a
+"""Each expert that is being fetched may take the memory of three. All of them together take less than this share of a
 layer.
 """
 _RETRY_S = 2.0

@@ -53,7 +53,7 @@ class ExportPlan:
     keep: float | None = None
     """The share of each layer's experts to keep; None: all."""
     keep_by: str | None = None
-    """The text that decides which."""
+    """The text that decides which experts are kept."""
     data_note: str = ""
     download_mbit: float | None = None
 
@@ -108,7 +108,7 @@ def _tokenizer(settings: TrainerSettings) -> Tokenizer:
 
 
 def _require_right(swarm: Swarm) -> None:
-    """Raises InviteError if nodes would refuse each call."""
+    """Raises InviteError if nodes would refuse every call."""
     admission, roles = swarm.admission, swarm.manifest.admission.export
     try:
         admission.admit(swarm.host.peer_id, {EXPORT}, admission.badge)
@@ -189,7 +189,7 @@ class _Export:
         )
 
     def _survey(self, stage: Callable[[str], None]) -> None:
-        """Reads who hosts what. Raises SwarmError if experts are missing that must be there."""
+        """Reads who hosts what. Raises SwarmError if required experts are missing."""
         deadline = time.monotonic() + self._wait_s
         while (missing := self._client.run(self._experts.survey())) and not self._plan.allow_missing:
             named = ", ".join(map(str, missing[:_NAMED])) + (", …" if len(missing) > _NAMED else "")
@@ -261,7 +261,9 @@ class _Export:
         tick: Callable[[], None],
         advance: Callable[[], None],
     ) -> Iterator[tuple[UID, Mapping[str, Tensor]]]:
-        """Adds each expert's origin to `sources`. Raises SwarmError if an expert does not arrive that must be there."""
+        """Yields experts as they arrive, and adds each one's origin to `sources`. Raises SwarmError if a required
+        expert does not arrive.
+        """
         for uid, taken in self._experts.each(self._client, uids, tick):
             if taken is not None:
                 yield uid, taken.tensors

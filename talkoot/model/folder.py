@@ -65,7 +65,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class FolderRouting(BaseModel):
-    """What evaluating the model depends on, in addition to the manifest."""
+    """The settings, in addition to the manifest, on which evaluation of the model depends."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
@@ -107,7 +107,7 @@ def dense_forms(
 ) -> dict[str, Form]:
     """The tensors of a `LanguageModel`, in its order, and of what reads a memory. Allocates nothing.
 
-    Raises UserError if the model has an encoder, or can't read so.
+    Raises UserError if the model has an encoder, or can't read a memory in this way.
     """
     require_no_encoder(manifest)
     spec, how = manifest.model, routing.routing(manifest)
@@ -198,7 +198,7 @@ class FolderWriter:
         self._write(0, self._dense, ((name, tensors[name]) for name in self._dense))
 
     def write_layer(self, layer: int, experts: Iterable[tuple[UID, Mapping[str, Tensor]]]) -> None:
-        """Writes the experts of a layer, given their blocks' tensors. They are not held in memory.
+        """Writes the experts of a layer, given their blocks' tensors, without holding them in memory.
 
         Raises ModelError if a tensor is not one of a block's, and StartError if the file can't be written.
         """
@@ -229,7 +229,7 @@ class FolderWriter:
             self._folder.finish()
 
     def _keep_what_fits(self) -> None:
-        """Removes what an earlier writer left, unless it was of the same model."""
+        """Removes the files of an earlier writer, unless it wrote the same model."""
         source = {
             "manifest": self._manifest.model_dump(mode="json"),
             "routing": self._routing.model_dump(mode="json"),
@@ -302,7 +302,9 @@ class FolderWriter:
         } | self._reading()
 
     def _reading(self) -> dict[str, Any]:
-        """What `config.json` says of a memory. `beside`: the shapes of the tensors that read it, for `transformers`."""
+        """What `config.json` says about a memory. `beside`: the shapes of the tensors that read it, for
+        `transformers`.
+        """
         if self._memory is None:
             return {}
         forms = memory_forms(self._manifest, self._memory)
@@ -344,8 +346,8 @@ def _generation_config(context: int) -> dict[str, Any]:
 
 
 def _write_safetensors(path: Path, most: Mapping[str, Form], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Holds one tensor in memory at a time. `most`: all tensors that may come. The header has room for them, and is
-    written last.
+    """Writes a file with one tensor in memory at a time. `most`: all tensors that the file may have. The header has
+    room for them, and is written last.
     """
     room = len(_header(most))
     forms: dict[str, Form] = {}

@@ -1,8 +1,8 @@
 """`talkoot import`: prepares a new swarm whose experts and dense part start from a model folder.
 
-It writes what a founder's node and a trainer start from: the experts into the node's state folder, as checkpoints
-without momentum; the dense part into the trainer's, as a run without steps; and the manifest as the file to found the
-swarm with.
+It writes three things: the experts into the state folder of the founder's node, as checkpoints without momentum; the
+dense part into the trainer's state folder, as a run without steps; and the manifest, as the file to found the swarm
+with.
 """
 
 import json
@@ -124,7 +124,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
 
 
 def _manifest(model: Manifest, name: str | None) -> Manifest:
-    """The new swarm's manifest. It names no preset if that would fill in keys that this model leaves unset."""
+    """The new swarm's manifest. It names no preset if the preset would set keys that this model leaves unset."""
     try:
         manifest = Manifest.model_validate(model.model_dump() | ({} if name is None else {"name": name}))
     except ValidationError as error:
@@ -155,7 +155,7 @@ def _write_experts(
 
 
 def _update_count(uid: UID, state: State, manifest: Manifest) -> int:
-    """The fewest updates that can have led there from the initial parameters, because other nodes check it. Raises
+    """The fewest updates that can have led from the initial parameters to these. Other nodes check the count. Raises
     StateError.
     """
     first = Scale.of(dict(build_block(manifest, uid).named_parameters()))

@@ -444,7 +444,7 @@ class TalkootForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _keep(self, name: str, shape: list[int]) -> None:
-        """Adds a parameter that has no part in `forward`: by it, Talkoot reads passages of a memory for the model."""
+        """Adds a parameter that `forward` does not use. Talkoot uses it to read passages of a memory."""
         *path, last = name.split(".")
         module: nn.Module = self
         for part in path:

@@ -46,7 +46,7 @@ class OpenedExperts:
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
-        """All experts: they are all in this process."""
+        """Finds all experts, because all of them are in this process."""
         return LiveExperts(layer, self._view, NOBODY, self._tables[layer])
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:

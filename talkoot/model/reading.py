@@ -14,11 +14,11 @@ from trainer_client.retrieval.attention import Retrieval, RetrievalSpec
 from trainer_client.settings import Objective, TrainerSettings
 
 QUESTIONS = "questions."
-"""The prefix of the tensors by which a model finds passages for a question."""
+"""The prefix of the tensors with which a model finds passages for a question."""
 
 
 class FolderMemory(BaseModel):
-    """The settings of its trainer that say how the model reads."""
+    """The trainer's settings that determine how the model reads."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,7 +61,7 @@ class FolderMemory(BaseModel):
         return RetrievalSpec.of(self.settings, manifest.model)
 
     def modules(self, manifest: Manifest) -> dict[str, nn.Module]:
-        """What the model has beside a language model, by the prefix of its tensors. Raises UserError."""
+        """The model's modules in addition to its language model, by the prefix of their tensors. Raises UserError."""
         if (spec := self.retrieval(manifest)) is not None:
             return {"retrieval.": Retrieval(manifest.model, spec)}
         assert self.dimensions is not None, "it answers questions"

@@ -1,11 +1,11 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a model with a larger grid, whose new experts are copies.
 
-A grid dimension grows by whole blocks of its coordinates. A block's experts are copies of the old ones, with noise. So
-are its rows of the gate, to which a direction of the block's own is added: it raises a token's scores of all experts in
-the block equally. So a token's best experts are the same as before, within one of the blocks, and the softmax among
-them gives the same weights. Experts that attend to earlier rows see fewer of them, because a sequence is spread over
-blocks. If a bias balances the load, it holds the new blocks back at first, so that the model starts exactly as it was,
-and tokens move as the bias is corrected.
+A grid dimension grows by whole blocks of its coordinates. A block's experts are copies of the old ones, with noise, and
+so are its rows of the gate. A direction is added to these rows, which differs from block to block and raises or lowers
+the scores of all experts in a block equally. So a token's best experts are copies of the same experts as before, all in
+one block, with the same weights. Experts that attend to earlier rows see fewer of them, because a sequence is spread
+over blocks. If a bias balances the load, the new blocks start with a low bias, so that the model starts exactly as it
+was.
 
 Shapes: D hidden, G size of a grid dimension, N rows that the gate saw.
 """
@@ -31,13 +31,13 @@ _NOISE = 0.01
 """The noise of a copy, relative to the root mean square of each tensor."""
 _SEPARATION = 4.0
 """The standard deviation of the difference between two blocks' scores, relative to that of a row's logits. At 4, the
-loss of a model with feed-forward experts rises by 0.4% if nothing is held back; at 8, by 0.2%, and the bias moves in
-larger steps.
+loss of a model with feed-forward experts rises by 0.4% without a bias; at 8, by 0.2%, but the bias moves in larger
+steps.
 """
 _HELD_BACK = 1e6
-"""A bias below all scores. Its first correction limits it to 8 standard deviations of the logits."""
+"""A bias that is lower than all scores. Its first correction limits it to 8 standard deviations of the logits."""
 _TEXTS, _TOKENS = 16, 48
-"""How many texts the model writes, and the tokens of each, to find out what its gates read."""
+"""How many texts the model writes, and of how many tokens, to measure the inputs of its gates."""
 
 
 def grown_manifest(manifest: Manifest, grid: tuple[int, ...]) -> Manifest:

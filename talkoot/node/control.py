@@ -98,7 +98,7 @@ class ControlReply(BaseModel):
 
 
 class ControlServer:
-    """Listens from when a node begins to join until it has left. A context manager, on the node's loop."""
+    """Listens from the time when a node begins to join until it has left. A context manager, on the node's loop."""
 
     def __init__(self, state: Path, *, stop: Callable[[], None] | None = None) -> None:
         """This process must hold the lock on `state`. `stop` asks the process to stop in an orderly way."""
@@ -239,7 +239,7 @@ class ControlClient:
 
 
 def node_folder(state: Path | None) -> Path:
-    """A node's state folder: the one given, else the environment's, else the default one."""
+    """A node's state folder: the given one, or else that of the environment, or else the default one."""
     # not NodeSettings.load: other variables may only be valid together with options that this command does not have
     given = state or os.environ.get(f"{NodeSettings.env_prefix}STATE")
     return Path(given) if given else platformdirs.user_state_path("talkoot") / "node"

@@ -1,4 +1,5 @@
-"""A founder's invites: `talkoot invite` makes, lists and revokes them, and a founder's node says who can use its own.
+"""A founder's invites: `talkoot invite` makes, lists and revokes them, and a founder's node says who can use the invite
+that it prints.
 
 The command needs the founder's key, but no running node.
 """

@@ -78,7 +78,7 @@ def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool
 
 
 def taken_offline(status: ControlStatus) -> str:
-    """What pausing the node takes offline, unless others take it over."""
+    """What a pause of the node takes offline, in words."""
     if not status.experts:
         return "it hosts no expert: nothing goes offline"
     if not status.alone:
@@ -155,7 +155,7 @@ class Follower:
 
 
 def _handle(pid: int, folder: Path) -> psutil.Process:
-    """A handle that keeps naming this process even if another process gets its number."""
+    """A handle of this process, which stays valid even if another process gets its number."""
     try:
         return psutil.Process(pid)
     except psutil.Error as error:
@@ -163,7 +163,7 @@ def _handle(pid: int, folder: Path) -> psutil.Process:
 
 
 def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower) -> None:
-    """Shows what the node logs meanwhile."""
+    """Waits for the process to end, and shows what the node logs meanwhile."""
     deadline = time.monotonic() + _LEAVES_WITHIN_S
     with terminal.stages("leaving the swarm") as stage:
         while _runs(process):

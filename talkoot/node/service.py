@@ -159,7 +159,7 @@ def _stop_in_order(terminal: Terminal, manager: ServiceManager, state: Path) -> 
 
 
 def _undo(manager: ServiceManager, before: Mapping[Path, bytes | None], *, replaces: bool) -> None:
-    """Restores the previous state, as far as the system allows."""
+    """Restores the previous state, if the system allows it."""
     if not replaces:
         with suppress(StartError):
             manager.stop()

@@ -92,7 +92,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
 
 
 def summary(status: NodeStatus) -> str:
-    """What the node achieved in the run that is ending, and thanks for it."""
+    """What the node achieved in the run that is ending, with thanks."""
     return (
         f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {_so_far(status)}; "
         f"{signed_in_words(status)}. Thank you for taking part!"

@@ -22,7 +22,7 @@ _MAX_FILE_BYTES = 4096
 
 
 class WeekBegun(BaseModel):
-    """When a week began, and what the node had done over all runs by then."""
+    """The start of a week, and what the node had done over all runs until then."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 

@@ -34,8 +34,8 @@ STATIC = Path(__file__).parent / "static"
 MAX_BODY = 2**20
 """The limit for a request, in bytes."""
 _MOST_DRAINED, _DRAIN_S = 2**25, 5.0
-"""How many bytes of a body that is too large are read and dropped, and for how long: most clients see the refusal only
-after sending.
+"""How many bytes of a body that is too large are read and dropped, and for how long, because most clients read the
+refusal only after they have sent the body.
 """
 _REFUSAL = JSONResponse(
     api.error_json(421, "this server answers at 127.0.0.1 and localhost alone, unless it listens elsewhere"),
@@ -393,5 +393,5 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    """The answer for an unexpected error, which is logged as usual."""
+    """The answer to the client after an unexpected error, which is logged as usual."""
     return JSONResponse(api.error_json(500, "an internal error; the server's log says more"), 500)

@@ -98,7 +98,7 @@ class Stream:
         self.job = job
         self.client = client
         self.cancelled = False
-        """Whether the rest is no longer wanted. Set under the engine's lock."""
+        """Whether the client no longer wants the rest. Set under the engine's lock."""
         self.decoding: Decoding | None = None
         """Set while the stream has a place."""
         self.tokens = job.prompt
@@ -135,7 +135,7 @@ class Stream:
         self._came.set()
 
     def rest(self) -> None:
-        """Frees what is kept for the stream. It continues from the same tokens later."""
+        """Frees the memory of the stream, which continues from the same tokens later."""
         if self.decoding is not None:
             self.tokens = list(self.decoding.tokens)
             self.decoding.end()
@@ -202,14 +202,18 @@ class EngineMetrics:
 
 
 Advance: TypeAlias = Callable[[frozenset[str]], Piece]
-"""Returns a stream's next piece, given the nodes that have worked for it. Raises UserError."""
+"""A function that returns a stream's next piece. Its argument: the nodes that have worked for that piece. Raises
+UserError.
+"""
 
 
 class Work(Protocol):
     """What is done in each round for the streams that have a place."""
 
     def compute(self, streams: Sequence[Stream]) -> Sequence[Advance | None]:
-        """None for a stream without news. Raises UserError if none of them can be continued."""
+        """The next step of each stream; None for a stream without news. Raises UserError if none of them can be
+        continued.
+        """
 
     def close(self) -> None: ...
 
@@ -240,13 +244,13 @@ class Answering:
 
     AT_ONCE = 4
     _ROUND_S = 0.1
-    """The longest wait before new questions are looked at."""
+    """The longest time until a new question is noticed."""
 
     def __init__(self, questions: QuestionAnswerer, tokenizer: Tokenizer) -> None:
         self._questions, self._tokenizer = questions, tokenizer
         self._threads = ThreadPoolExecutor(self.AT_ONCE, "talkoot-answer")
         self._answers: dict[Stream, Future[Answered]] = {}
-        """Answers being computed. An answer that is no longer wanted still occupies its thread until its next token."""
+        """Answers that are being computed. An unwanted answer occupies its thread until its next token."""
 
     def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
         self._begin(streams)
@@ -315,9 +319,8 @@ class Engine:
         self._thread.start()
 
     def begin(self, job: Job, client: str) -> Stream:
-        """The caller limits the number of streams, and cancels those that it no longer wants.
-
-        Raises EngineError if nobody would answer.
+        """Begins a stream. The caller limits the number of streams, and cancels those that it no longer wants. Raises
+        EngineError if the engine is closed.
         """
         if not self.is_alive():
             raise EngineError("the server can no longer compute: restart it")

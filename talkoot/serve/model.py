@@ -44,7 +44,7 @@ class ServedModel:
     """Returns how many experts can be used now."""
     chat: ChatFormat = field(default_factory=ChatFormat)
     is_usable: Callable[[], bool] = lambda: True
-    """Asked after each computation whether its result is valid. May wait, and may raise UserError."""
+    """Returns whether the last computation's result is valid. May wait, and may raise UserError."""
     nodes: Callable[[], frozenset[str]] = frozenset
     """Returns the nodes whose experts have answered since its last call."""
     find: Find | None = None

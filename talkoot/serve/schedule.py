@@ -1,8 +1,8 @@
 """Which streams are computed together, if there are more streams than places. A pure core.
 
 Places are shared between clients as evenly as their demand allows (max-min fairness). A stream that gives up its place
-is computed again from its tokens when it gets one back, so streams change places rarely: at once if one client has two
-places more than another, and after a slice of tokens if it has one more.
+must later be computed again from its tokens, so places change rarely: at once if one client has two places more than
+another, and after a slice of tokens if it has one more.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ class FairSchedule(Generic[S]):
         self._places = places
         self._client_of: dict[S, str] = {}
         self._waiting: dict[str, deque[S]] = {}
-        """Waiting streams by client. Clients with equally many places are served in this order."""
+        """Waiting streams by client. Among clients with equally many places, the first one is served first."""
         self._served: dict[S, int] = {}
         """For each stream with a place, the rounds since it got it; in the order in which they got their places."""
 

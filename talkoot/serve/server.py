@@ -38,7 +38,7 @@ def run_serve(
 ) -> None:
     """Serves until a signal arrives, which is not an error. Raises UserError if it can't start.
 
-    `folder`: of a model; None: a run's model, with the experts of the swarm that `join` invites to.
+    `folder`: a model folder; None: the model of a run, with the experts of the swarm that `join` names.
     """
     if (join is None) == (folder is None):
         raise SettingsError(

@@ -9,7 +9,7 @@ from peer.settings import RoleSettings
 
 
 class ServeSettings(RoleSettings):
-    """Where the server listens, who may use it, and how much it takes on."""
+    """Where the server listens, who may use it, and its limits."""
 
     env_prefix: ClassVar[str] = "TALKOOT_SERVE_"
 

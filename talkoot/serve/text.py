@@ -8,8 +8,8 @@ class TextStream:
     """The text of one answer.
 
     Bytes that are not UTF-8 become U+FFFD. What may be the start of a character or of a stop sequence is held back. The
-    text does not depend on the boundaries of tokens: it ends before the stop sequence that is complete first, and
-    before the longest of those that end at the same character.
+    text does not depend on the boundaries of tokens. It ends before the first complete stop sequence; if several end at
+    the same character, before the longest of them.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:

@@ -44,7 +44,7 @@ _COUNTS = {
     "memory_failed_lookups": "look-ups in the memory failed",
     "memory_late_batches": "batches without the memory, which was too slow",
 }
-"""Counts that the summary shows unless they are 0, as they are in most runs."""
+"""Counts that are 0 in most runs. The summary shows them only if they are not."""
 _CONNECTING = "the first calls take longest: connections and sessions are opened"
 
 

@@ -1,7 +1,7 @@
 """Local mode: all experts of a manifest in this process, without a swarm. It is the baseline for training in a swarm.
 
 The experts are the same as on nodes: they have the same initial parameters, take an optimizer step for each backward
-call, and use the same clipping and guard. What would travel is rounded by the manifest's codec.
+call, and use the same clipping and guard. Whatever would be sent over the network is rounded by the manifest's codec.
 
 Shapes: R rows, K experts for each row, W width of the experts.
 """
@@ -42,11 +42,11 @@ T = TypeVar("T")
 
 _OWN_SEED = 0
 _NO_KEY = b"\x12\x20"
-"""The prefix of an invented PeerID."""
+"""The prefix of made-up PeerIDs."""
 
 
 class LocalSwarm:
-    """Takes the place of a `SwarmClient`: the same model, settings and experts, but no swarm to join."""
+    """Takes the place of a `SwarmClient`, with the same model, settings and experts, but without a swarm."""
 
     own_seed = _OWN_SEED
 
@@ -94,10 +94,10 @@ def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class LocalForward(ForwardPass):
-    """Also has what the experts need for their backward pass."""
+    """A forward pass, with what the experts need for their backward pass."""
 
     parts: list[tuple[ExpertPart, Rows]] = field(default_factory=list)
-    """The rows have no gradients yet."""
+    """The part of each expert. Its rows have no gradients yet."""
 
 
 class LocalExperts:
@@ -125,12 +125,12 @@ class LocalExperts:
     async def find(
         self, layer: int, scores: Sequence[Floats], k: int, bias: Floats | None = None
     ) -> LiveExperts:
-        """All experts: they are all in this process."""
+        """Finds all experts, because all of them are in this process."""
         hosts = {uid: peer_id for uid, peer_id in self._hosts.items() if uid.layer == layer}
         return LiveExperts(layer, self._view, NOBODY, self._tables, hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
-        """Sends like the dispatcher, but no row is sent elsewhere if an expert's updates are not finite."""
+        """Sends rows like the dispatcher, but does not choose other experts if an expert's updates are not finite."""
         result = LocalForward.of(rows)
         result.coordinates[:] = selection.coordinates
         with self._lock, torch.set_grad_enabled(rows.keep), torch.autocast("cpu", enabled=False):
@@ -159,8 +159,8 @@ class LocalExperts:
                     result.parts.append((part, replace(rows, graph=computed.graph)))
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:
-        """Sends back like the dispatcher: each expert takes one step, after all its rows. If an expert fails, the
-        gradient is zero.
+        """Sends gradients back like the dispatcher. Each expert takes one step for all its rows. If an expert fails,
+        its gradient is zero.
         """
         assert isinstance(forward, LocalForward), "of another swarm"
         total = np.zeros_like(forward.rows.inputs)
@@ -211,7 +211,9 @@ class LocalExperts:
 
 
 def groups_of(works: Sequence[WorkItem]) -> list[list[WorkItem]]:
-    """What to compute at once: all work that shares a forward pass; of other work, as much as is worthwhile."""
+    """Groups of work to compute at once: all work that shares a forward pass, or as much other work as is
+    worthwhile.
+    """
     groups: list[list[WorkItem]] = []
     rows = 0
     for work in works:

@@ -1,4 +1,4 @@
-"""Experts with the parameters that nodes give, for a trainer's spot checks."""
+"""Experts with parameters from nodes, for a trainer's spot checks."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -33,7 +33,9 @@ class BlockLoader:
 
     @classmethod
     def of(cls, manifest: Manifest, swarm_id: str) -> Self | None:
-        """None for kinds of experts from other packages: there, equal rows may not give equal updates."""
+        """The loader for a manifest; None for kinds of experts from other packages, in which equal rows may give
+        different updates.
+        """
         return cls(manifest, swarm_id) if manifest.experts.kind in OWN_KINDS else None
 
     @property
@@ -52,7 +54,7 @@ class RecomputedExpert:
     """Computes on the CPU, on the calling thread."""
 
     def __init__(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: they replace the block's own."""
+        """`tensors`: replace the block's parameters."""
         self._block = block
         self._tensors = dict(tensors)
 

@@ -230,7 +230,7 @@ class _Run:
     def _looked_up(
         self, lookup: Lookup[Batch, Read], batch: Callable[[int, int], Batch]
     ) -> NeighbourLoader[Batch, Read]:
-        """Loads what the model reads with the training batches."""
+        """Loads the passages that the model reads with its training batches."""
         self._counts = lookup.counts
         # a step's gradient is the mean over several batches of this size
         size = self._settings.batch_size
@@ -299,8 +299,8 @@ class _Run:
         return {"averagings": self.averagings, "averaged": [asdict(merge) for merge in merges]}
 
     def _pause_without_experts(self) -> None:
-        """Waits while no expert is live, because only the dense part would learn. Raises SwarmError if none returns in
-        time.
+        """Waits while no expert is live, because otherwise only the dense part would learn. Raises SwarmError if none
+        returns in time.
         """
         client, limit_s = self._client, self._settings.wait_for_experts_s
         if client.dispatcher.live_experts() or self._stop.is_set():
@@ -326,8 +326,8 @@ def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDa
 def _begin_averaging(
     client: Client, part: SharedParameters, start: RunStart, meanings: Sequence[str]
 ) -> Averaging | None:
-    """Averages with other trainers. If the settings say so, a new run starts from what they have trained, and so does a
-    resumed one that is far behind. Raises UserError.
+    """Begins to average with other trainers. If the settings allow it, a new run starts from another trainer's dense
+    part, and so does a resumed run that is far behind. Raises UserError.
     """
     settings = start.settings
     if isinstance(client, LocalSwarm) or not settings.average_every:

@@ -96,10 +96,10 @@ def joined_run(
     prepare: Callable[[Tokenizer, TrainerSettings, Path], None] = lambda tokenizer, settings, folder: None,
     through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
 ) -> Iterator[JoinedRun]:
-    """Joins with a temporary identity, so that it works beside a trainer. Raises UserError if it fails.
+    """Joins with a temporary identity, so that a trainer can run at the same time. Raises UserError if it fails.
 
     `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the run is open.
-    `through` may put something between the client and the network.
+    `through` wraps the network, for example to observe calls.
     """
     invite = invite_of(join)
     swarm_id = invite.keys.swarm_id

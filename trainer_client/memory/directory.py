@@ -338,7 +338,9 @@ class MemoryDirectory:
         self._empty.clear()
 
     async def keep_fresh(self) -> None:
-        """Refreshes all this for ever, as long as somebody searches. If the DHT does not answer, what is known stays."""
+        """Refreshes all this for ever, as long as somebody searches. If the DHT does not answer, what is known
+        stays.
+        """
         follow_at = loop_time() + _FOLLOW_EVERY_S
         while True:
             await asyncio.sleep(_REFRESH_EVERY_S)
