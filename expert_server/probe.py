@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from peer import PROTOCOL_VERSION, clock
@@ -24,7 +23,7 @@ from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.rates import Bandwidth, TokenBuckets
-from peer.rpc.calls import make_stub, require_same_swarm
+from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint, IpAddress, address_of, ip_address, neighbourhood
 from peer.wire import probe_pb2, probe_pb2_grpc
@@ -63,23 +62,6 @@ class ProbeLimits:
     all_every_s: float = 2.0
 
 
-class Allowance:
-    """How often each caller and all callers together may ask. Pure: `now` is an argument."""
-
-    def __init__(self, limits: ProbeLimits) -> None:
-        # a bucket may be overdrawn by one call, so its burst is one less
-        self._each = TokenBuckets[str](1 / limits.every_s, limits.burst - 1, _REMEMBERED_CALLERS)
-        self._all = TokenBuckets[None](1 / limits.all_every_s, limits.all_burst - 1)
-
-    def take(self, caller: str, now: float) -> float:
-        """Takes one call and returns 0, or takes none and returns how many seconds to wait."""
-        if wait_s := max(self._each.wait_s(caller, now), self._all.wait_s(None, now)):
-            return wait_s
-        self._each.take(caller, 1, now)
-        self._all.take(None, 1, now)
-        return 0.0
-
-
 class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
     """Lets the peers of a swarm measure the connection to this node."""
 
@@ -88,7 +70,6 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
         swarm_id: str,
         traffic: Bandwidth,
         limits: ProbeLimits = ProbeLimits(),
-        clock: Callable[[], float] = time.monotonic,
         dialling: Dialling | None = None,
     ) -> None:
         """`dialling`: the rules for addresses that may be dialled; None: any on this machine."""
@@ -96,39 +77,33 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
         self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._traffic = traffic
         self._limits = limits
-        self._clock = clock
-        self._probes, self._dials = _Turns(limits), _Turns(limits)
+        self._probes, self._dials = Turns(limits), Turns(limits)
 
     async def Probe(self, requests: AsyncIterator[probe_pb2.ProbeRequest], context: ProbeContext) -> None:
         stream = aiter(requests)
         try:
-            with _refusals() as refusal:
-                async with asyncio.timeout(self._limits.probe_s):
-                    # read first: grpc.aio shows INTERNAL without a reason to a caller that is refused while it writes
-                    first = await anext(stream, None)
-                    with self._probes.turn(context.peer(), self._clock()):
-                        await self._answer(first, stream, context)
+            async with abort_on_error(context, self._limits.probe_s, "the probe lasted too long"):
+                # read first: grpc.aio shows INTERNAL without a reason to a caller that is refused while it writes
+                first = await anext(stream, None)
+                with self._probes.turn(context.peer()):
+                    await self._answer(first, stream, context)
         except _NotReadError:
             raise asyncio.CancelledError from None  # gRPC then drops the call; it takes no status any more
-        if refusal.error is not None:
-            await context.abort(refusal.error.status, str(refusal.error))
 
     async def DialBack(
         self, request: probe_pb2.DialBackRequest, context: DialContext
     ) -> probe_pb2.DialBackReply:
-        with _refusals() as refusal:
+        async with abort_on_error(context):
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
             if not LOWEST_PORT <= request.port <= 65535:
                 raise WireError(f"ports from {LOWEST_PORT} to 65535 are dialled, not {request.port}")
-            with self._dials.turn(context.peer(), self._clock()) as address:
+            with self._dials.turn(context.peer()) as address:
                 # behind a proxy on this machine, such as a container's, all callers have the proxy's address
                 if not self._dialling.allows(Endpoint.of(str(address), request.port)):
                     raise ExpertError(
                         StatusCode.FAILED_PRECONDITION, f"{address} is nearer than this swarm: not dialled"
                     )
                 return await self._dial(address, request.port)
-        assert refusal.error is not None
-        await context.abort(refusal.error.status, str(refusal.error))
         raise AssertionError("abort raises")
 
     async def _answer(
@@ -178,16 +153,19 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
         return reply
 
 
-class _Turns:
+class Turns:
     """Who may be served now, for one kind of call."""
 
-    def __init__(self, limits: ProbeLimits) -> None:
+    def __init__(self, limits: ProbeLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
-        self._allowance = Allowance(limits)
+        self._clock = clock
+        # a bucket may be overdrawn by one call, so its burst is one less
+        self._each = TokenBuckets[str](1 / limits.every_s, limits.burst - 1, _REMEMBERED_CALLERS)
+        self._all = TokenBuckets[None](1 / limits.all_every_s, limits.all_burst - 1)
         self._running = 0
 
     @contextmanager
-    def turn(self, peer: str, now: float) -> Iterator[IpAddress]:
+    def turn(self, peer: str) -> Iterator[IpAddress]:
         """Wraps a call. `peer`: its name in gRPC. Raises ExpertError if it is not this caller's turn."""
         address = address_of(peer)
         if address is None:
@@ -196,8 +174,13 @@ class _Turns:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED, "other callers are being served: try again in some seconds"
             )
-        if wait_s := self._allowance.take(neighbourhood(address), now):
-            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, f"too many calls: try again in {wait_s:.0f} s")
+        caller, now = neighbourhood(address), self._clock()
+        if wait_s := max(self._each.wait_s(caller, now), self._all.wait_s(None, now)):
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED, f"too many calls: try again in {wait_s:.0f} s", wait_s
+            )
+        self._each.take(caller, 1, now)
+        self._all.take(None, 1, now)
         self._running += 1
         try:
             yield address
@@ -207,25 +190,6 @@ class _Turns:
 
 class _NotReadError(Exception):
     """The call ended before the caller read a reply."""
-
-
-@dataclass
-class _Refusal:
-    error: ExpertError | None = None
-
-
-@contextmanager
-def _refusals() -> Iterator[_Refusal]:
-    """Keeps the error for the caller, because `abort` must be called after everything else is released."""
-    refusal = _Refusal()
-    try:
-        yield refusal
-    except ExpertError as error:
-        refusal.error = error
-    except (WireError, DecodeError) as error:
-        refusal.error = ExpertError(StatusCode.INVALID_ARGUMENT, str(error))
-    except TimeoutError:
-        refusal.error = ExpertError(StatusCode.DEADLINE_EXCEEDED, "the probe lasted too long")
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from expert_server import probe
 from expert_server.probe import (
     MAX_PROBE_BYTES,
     MAX_PROBE_REQUESTS,
-    Allowance,
     ProbeLimits,
     ProbeServicer,
+    Turns,
     call_dial_back,
     call_probe,
 )
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_CHUNK_BYTES
-from peer.errors import UnreachableError
+from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import Bandwidth, download_limit, upload_limit
@@ -333,18 +333,28 @@ def test_ports_of_the_system_are_not_dialled(play: Play, port: int) -> None:
 # The pure functions
 
 
+def must_wait(turns: Turns, caller: int) -> float:
+    """How many seconds a caller is told to wait; 0 if it gets a turn."""
+    try:
+        with turns.turn(f"ipv4:192.{caller // 256}.{caller % 256}.7:4711"):
+            return 0.0
+    except ExpertError as error:
+        return error.retry_after_s
+
+
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(0, 3)), max_size=80))
 def test_nobody_gets_more_than_the_limits_say(steps: list[tuple[float, int]]) -> None:
     limits = ProbeLimits(burst=3, every_s=10, all_burst=5, all_every_s=4)
-    allowance = Allowance(limits)
     now, taken = 0.0, []
+    turns = Turns(limits, lambda: now)
     for wait_s, caller in steps:
         now += wait_s
-        must_wait_s = allowance.take(str(caller), now)
-        if not must_wait_s:
+        if not (must_wait_s := must_wait(turns, caller)):
             taken.append((now, caller))
         else:  # what it says is true
-            assert allowance.take(str(caller), now + must_wait_s - 1e-3) > 0
+            now, asked_at = now + must_wait_s - 1e-3, now
+            assert must_wait(turns, caller) > 0
+            now = asked_at
     for (first, i), (last, j) in itertools.combinations(
         list(zip([t for t, _ in taken], itertools.count())), 2
     ):
@@ -357,10 +367,10 @@ def test_nobody_gets_more_than_the_limits_say(steps: list[tuple[float, int]]) ->
 
 
 def test_memory_of_callers_is_bounded() -> None:
-    allowance = Allowance(ProbeLimits(all_burst=10**6))
+    turns = Turns(ProbeLimits(all_burst=10**6))
     for caller in range(3000):
-        allowance.take(str(caller), 0.0)
-    assert len(allowance._each) == 1024
+        assert not must_wait(turns, caller)
+    assert len(turns._each) == 1024
 
 
 @pytest.mark.parametrize(
