@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dht.registry import Registry
     from expert_server.serving.answers import AnswerAssembler
     from expert_server.state.servicer import StateServicer
-    from expert_server.state.transfer import Snapshot, SnapshotTaker, StateClient
+    from expert_server.state.transfer import Block, Snapshot, SnapshotTaker, StateClient
     from peer.codec import Floats
     from trainer_client.averaging.dense_part import DenseForm, DensePart
     from trainer_client.averaging.exchange import DenseExchange
@@ -155,7 +155,7 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
     from expert_server.state.servicer import StateServicer
     from peer.bounded import BoundedDict
 
-    encode, stream = transfer._encode, StateServicer._stream
+    encode, wanted = transfer._encode, StateServicer._wanted
     find, ask = transfer.SnapshotTaker.find, transfer.StateClient.ask
     announce = Registry.announce
     lies = BoundedDict[bytes, tuple[int, bytes, bytes]](_REMEMBERED)
@@ -166,7 +166,8 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
 
     def encode_both(checkpoint: Any, swarm_id: str, uid: Any) -> tuple[bytes, bytes]:
         data, sha256 = encode(checkpoint, swarm_id, uid)
-        if start.is_on and checkpoint.update_count:  # a state without moments can claim no updates
+        # a state without moments can claim no updates
+        if start.is_on and any(not name.startswith(BLOCK) for name in checkpoint.state):
             times[str(uid)] += 1
             state = {
                 name: altered(lie, tensor, f"{uid} {name}", seed, times[str(uid)])
@@ -181,14 +182,13 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
             lies[sha256], truths[false_sha256] = (claimed, false, false_sha256), sha256
         return data, sha256
 
-    def stream_lie(
-        self: "StateServicer", snapshot: "Snapshot", caller: Any, offset: int, context: Any
-    ) -> Any:
-        if (told := lies.get(snapshot.sha256)) is not None:
-            start.note_deed()
-            claimed, data, sha256 = told
-            snapshot = replace(snapshot, update_count=claimed, data=data, sha256=sha256)
-        return stream(self, snapshot, caller, offset, context)
+    async def give_lie(self: "StateServicer", request: Any, uid: Any, caller: Any) -> "Snapshot | Block":
+        given = await wanted(self, request, uid, caller)
+        if isinstance(given, transfer.Block) or (told := lies.get(given.sha256)) is None:
+            return given
+        start.note_deed()
+        claimed, data, sha256 = told
+        return replace(given, update_count=claimed, data=data, sha256=sha256)
 
     def find_truth(self: "SnapshotTaker", uid: Any, sha256: bytes) -> "Snapshot | None":
         return find(self, uid, truths.get(sha256, sha256))
@@ -207,7 +207,7 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
         return announce(self, replicas, lifetime_s, queued_rows)
 
     patch.object(transfer, "_encode", encode_both).start()
-    patch.object(StateServicer, "_stream", stream_lie).start()
+    patch.object(StateServicer, "_wanted", give_lie).start()
     patch.object(transfer.SnapshotTaker, "find", find_truth).start()
     patch.object(transfer.StateClient, "ask", ask_for_lie).start()
     patch.object(Registry, "announce", announce_more).start()

@@ -219,12 +219,6 @@ def to_bytes(checkpoint: Checkpoint, swarm_id: str, uid: UID, saved_at: float) -
     return encode_checkpoint(header, checkpoint.state)
 
 
-def block_to_bytes(state: State, update_count: int, swarm_id: str, uid: UID, saved_at: float) -> bytes:
-    """An expert's block without moments, with which its answers can be checked."""
-    header = Header(swarm_id=swarm_id, uid=str(uid), update_count=update_count, saved_at=saved_at)
-    return encode_checkpoint(header, state)
-
-
 def block_from_bytes(data: bytes, swarm_id: str, uid: UID, form: StateForm) -> State:
     """The block's tensors, by their names in the state. Raises StateError if one is missing or not finite."""
 

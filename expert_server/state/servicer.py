@@ -5,14 +5,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import grpc
 from grpc import StatusCode
 
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
-from expert_server.experts.devices import Precision
 from expert_server.state.transfer import (
     MAX_TRANSFER_S,
     Block,
@@ -33,8 +31,6 @@ from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-S = TypeVar("S")
-
 MAX_TRANSFERS = 8
 """States that other nodes fetch from this one at the same time."""
 MAX_UIDS_IN_ASK = 256
@@ -46,11 +42,6 @@ more.
 """
 _EXPERTS_PER_S = 32.0
 """The average number of experts that one peer may ask this one to fetch each second."""
-_PRECISIONS: dict[Precision, state_pb2.Precision] = {
-    "fp32": state_pb2.PRECISION_FP32,
-    "tf32": state_pb2.PRECISION_TF32,
-    "bf16": state_pb2.PRECISION_BF16,
-}
 
 
 @dataclass(frozen=True)
@@ -192,53 +183,31 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
                 "a version can't be asked for together with a checksum or `parameters`: leave those out"
             )
         with self._slots.taken(caller, self._state_bytes):
-            if request.version:
-                block = await self._snapshots.block_for(caller, uid, request.version)
-                await self._stream_block(block, 0, context)
-            elif request.parameters:
-                await self._stream_block(
-                    await self._block(uid, request.sha256, caller), request.offset, context
-                )
-            else:
-                snapshot = await self._find(uid, request.sha256, caller)
-                await self._stream(snapshot, caller, request.offset, context)
+            given = await self._wanted(request, uid, caller)
+            pace = TransferPace()
+            async for reply in outgoing(given.header(caller), given.data, request.offset, self._up):
+                await pace.write(context.write(reply), len(reply.chunk))
+                self._metrics.bytes.labels("sent").inc(len(reply.chunk))
+            if isinstance(given, Snapshot):
+                given.note_given(caller)
 
-    async def _find(self, uid: UID, sha256: bytes, caller: PeerID) -> Snapshot:
+    async def _wanted(self, request: state_pb2.FetchRequest, uid: UID, caller: PeerID) -> Snapshot | Block:
+        """Raises ExpertError."""
+        snapshots, sha256 = self._snapshots, request.sha256
+        if request.version:
+            return await snapshots.block_for(caller, uid, request.version)
+        if not sha256 and request.parameters:
+            return await snapshots.parameters_for(caller, uid)
         if not sha256:
-            return await self._snapshots.take_for(caller, uid)
-        return _still_kept(self._snapshots.find(uid, sha256))
-
-    async def _block(self, uid: UID, sha256: bytes, caller: PeerID) -> Block:
-        if not sha256:
-            return await self._snapshots.parameters_for(caller, uid)
-        return _still_kept(self._snapshots.find_parameters(uid, sha256))
-
-    async def _stream(self, snapshot: Snapshot, caller: PeerID, offset: int, context: FetchContext) -> None:
-        header = state_pb2.StateHeader(
-            update_count=snapshot.update_count,
-            total_bytes=len(snapshot.data),
-            sha256=snapshot.sha256,
-            met_update_count=snapshot.met[caller].mine if caller in snapshot.met else 0,
+            return await snapshots.take_for(caller, uid)
+        kept: Snapshot | Block | None = (
+            snapshots.find_parameters(uid, sha256) if request.parameters else snapshots.find(uid, sha256)
         )
-        await self._send(header, snapshot.data, offset, context)
-        snapshot.note_given(caller)
-
-    async def _stream_block(self, block: Block, offset: int, context: FetchContext) -> None:
-        header = state_pb2.StateHeader(
-            update_count=block.update_count,
-            total_bytes=len(block.data),
-            sha256=block.sha256,
-            precision=_PRECISIONS[block.precision],
-        )
-        await self._send(header, block.data, offset, context)
-
-    async def _send(
-        self, header: state_pb2.StateHeader, data: bytes, offset: int, context: FetchContext
-    ) -> None:
-        pace = TransferPace()
-        async for reply in outgoing(header, data, offset, self._up):
-            await pace.write(context.write(reply), len(reply.chunk))
-            self._metrics.bytes.labels("sent").inc(len(reply.chunk))
+        if kept is None:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION, "that snapshot is no longer kept: start again without one"
+            )
+        return kept
 
     def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> FetchHint:
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:
@@ -260,12 +229,3 @@ def _right_for(request: state_pb2.FetchRequest) -> Right:
     if request.version:
         return session_pb2.RIGHT_FORWARD
     return session_pb2.RIGHT_EXPORT if request.parameters else session_pb2.RIGHT_FETCH
-
-
-def _still_kept(snapshot: S | None) -> S:
-    """Raises ExpertError (FAILED_PRECONDITION) if it is None."""
-    if snapshot is None:
-        raise ExpertError(
-            StatusCode.FAILED_PRECONDITION, "that snapshot is no longer kept: start again without one"
-        )
-    return snapshot

@@ -23,7 +23,6 @@ from expert_server.experts.format import (
     State,
     StateForm,
     block_from_bytes,
-    block_to_bytes,
     from_bytes,
     to_bytes,
 )
@@ -64,6 +63,11 @@ _MAX_BLOCKS = 8
 _ASK_S = 5.0
 """The longest time that a peer may take to answer an Ask."""
 CHANNELS = 64
+_PRECISIONS: dict[Precision, state_pb2.Precision] = {
+    "fp32": state_pb2.PRECISION_FP32,
+    "tf32": state_pb2.PRECISION_TF32,
+    "bf16": state_pb2.PRECISION_BF16,
+}
 
 
 class TransferMetrics:
@@ -119,6 +123,14 @@ class Snapshot:
         if (given := self._given.get(peer_id)) is not None:
             given.set()
 
+    def header(self, caller: PeerID) -> state_pb2.StateHeader:
+        return state_pb2.StateHeader(
+            update_count=self.update_count,
+            total_bytes=len(self.data),
+            sha256=self.sha256,
+            met_update_count=self.met[caller].mine if caller in self.met else 0,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -132,6 +144,14 @@ class Block:
     precision: Precision
     """The precision of the device that computes with them."""
     expires_at: float
+
+    def header(self, caller: PeerID) -> state_pb2.StateHeader:
+        return state_pb2.StateHeader(
+            update_count=self.update_count,
+            total_bytes=len(self.data),
+            sha256=self.sha256,
+            precision=_PRECISIONS[self.precision],
+        )
 
 
 Purpose: TypeAlias = Literal["state", "check", "export"]
@@ -178,27 +198,13 @@ class SnapshotTaker:
         """
         return await self._take(uid, None if self._runtime.is_refusing else peer_id)
 
-    async def block_for(self, peer_id: PeerID, uid: UID, version: int) -> Block:
-        """The expert's parameters at this version, for a peer that asked. They are not kept.
+    async def block_for(self, peer_id: PeerID, uid: UID, version: int | None) -> Block:
+        """The expert's parameters at this version, or at the present one if it is None, for a peer that asked. They are
+        not kept.
 
         Raises ExpertError: FAILED_PRECONDITION if they have changed since, RESOURCE_EXHAUSTED if too many were asked
         for lately, and NOT_FOUND.
         """
-        return await self._block_for(peer_id, uid, version)
-
-    async def parameters_for(self, peer_id: PeerID, uid: UID) -> Block:
-        """The expert's present parameters, for a peer that keeps them. Raises ExpertError as `block_for`."""
-        expert = self._expert(uid)
-        for kept in self._exported.all(self._clock()):
-            if (kept.key, kept.version) == (uid, expert.version):
-                return kept
-        block = await self._block_for(peer_id, uid, None)
-        if self._keeps_exported:
-            self._exported.put(block, self._clock())
-        return block
-
-    async def _block_for(self, peer_id: PeerID, uid: UID, version: int | None) -> Block:
-        """`version`: None for the present one."""
         # calls whose peer breaks off continue, and count until they end
         if len(self._blocks) >= _MAX_BLOCKS:
             raise ExpertError(
@@ -206,6 +212,17 @@ class SnapshotTaker:
             )
         made = self._blocks.spawn(self._make_block(uid, peer_id, version), f"take the parameters of {uid}")
         return await asyncio.shield(made)
+
+    async def parameters_for(self, peer_id: PeerID, uid: UID) -> Block:
+        """The expert's present parameters, for a peer that keeps them. Raises ExpertError as `block_for`."""
+        expert = self._expert(uid)
+        for kept in self._exported.all(self._clock()):
+            if (kept.key, kept.version) == (uid, expert.version):
+                return kept
+        block = await self.block_for(peer_id, uid, None)
+        if self._keeps_exported:
+            self._exported.put(block, self._clock())
+        return block
 
     async def _make_block(self, uid: UID, peer_id: PeerID, version: int | None) -> Block:
         expert = self._expert(uid)
@@ -222,10 +239,8 @@ class SnapshotTaker:
         if state is None:
             self._count_time(peer_id, spent_s, purpose)
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "the parameters have changed since")
-        began, now = self._clock(), time.time()
-        data, sha256 = await asyncio.to_thread(
-            lambda: _hashed(block_to_bytes(state, count, self._swarm_id, uid, now))
-        )
+        began = self._clock()
+        data, sha256 = await asyncio.to_thread(_encode, Checkpoint(state, count), self._swarm_id, uid)
         self._count_time(peer_id, spent_s + self._clock() - began, purpose)
         expires_at = self._clock() + self._exported.lifetime_s
         return Block(uid, copied_version, data, sha256, count, expert.device.precision, expires_at)
@@ -314,10 +329,8 @@ class SnapshotTaker:
 
 
 def _encode(checkpoint: Checkpoint, swarm_id: str, uid: UID) -> tuple[bytes, bytes]:
-    return _hashed(to_bytes(checkpoint, swarm_id, uid, time.time()))
-
-
-def _hashed(data: bytes) -> tuple[bytes, bytes]:
+    """The data, and its SHA-256."""
+    data = to_bytes(checkpoint, swarm_id, uid, time.time())
     return data, hashlib.sha256(data).digest()
 
 
@@ -372,24 +385,26 @@ class StateClient:
         Raises TransferError if it did not arrive, and StateError if it is not that expert's whole state. The expert
         itself has to check names, shapes and numbers.
         """
-        request = state_pb2.FetchRequest(
-            protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), sha256=sha256
-        )
-        return await self._fetch(node, uid, request)
+        return await self._fetch(node, uid, sha256=sha256)
 
     async def fetch_parameters(self, node: NodeInfo, uid: UID) -> Fetched:
         """The expert's parameters at that node, without the optimizer's state. Raises as `fetch` does."""
-        request = state_pb2.FetchRequest(
-            protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, uid=str(uid), parameters=True
-        )
-        return await self._fetch(node, uid, request)
+        return await self._fetch(node, uid, parameters=True)
 
-    async def _fetch(self, node: NodeInfo, uid: UID, request: state_pb2.FetchRequest) -> Fetched:
+    async def _fetch(
+        self, node: NodeInfo, uid: UID, sha256: bytes = b"", parameters: bool = False
+    ) -> Fetched:
+        request = state_pb2.FetchRequest(
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm_id,
+            uid=str(uid),
+            sha256=sha256,
+            parameters=parameters,
+        )
         what = f"expert {uid} of {node.peer_id}"
-        open_ = self._open_parameters if request.parameters else self._open
         try:
             incoming = await self._service.download(node, "Fetch", request, what, self._down)
-            fetched = await asyncio.to_thread(open_, incoming, uid, node.peer_id)
+            fetched = await asyncio.to_thread(self._open, incoming, uid, node.peer_id, parameters)
         except TransferError:
             self.metrics.fetches.labels("failed").inc()
             raise
@@ -431,17 +446,15 @@ class StateClient:
     def _count_received(self, size: int) -> None:
         self.metrics.bytes.labels("received").inc(size)
 
-    def _open(self, incoming: SnapshotReceiver, uid: UID, peer_id: PeerID) -> Fetched:
+    def _open(self, incoming: SnapshotReceiver, uid: UID, peer_id: PeerID, parameters: bool) -> Fetched:
         header, data = incoming.whole()
+        count = header.update_count
         with self._guard.guarding("state", peer_id, StateError):
-            checkpoint = from_bytes(data, self._swarm_id, uid, header.update_count, self._form)
+            if parameters:
+                checkpoint = Checkpoint(block_from_bytes(data, self._swarm_id, uid, self._form), count)
+            else:
+                checkpoint = from_bytes(data, self._swarm_id, uid, count, self._form)
         return Fetched(checkpoint, header.sha256, header.met_update_count)
-
-    def _open_parameters(self, incoming: SnapshotReceiver, uid: UID, peer_id: PeerID) -> Fetched:
-        header, data = incoming.whole()
-        with self._guard.guarding("state", peer_id, StateError):
-            state = block_from_bytes(data, self._swarm_id, uid, self._form)
-        return Fetched(Checkpoint(state, header.update_count), header.sha256, 0)
 
 
 def largest_state_bytes(manifest: Manifest) -> int:

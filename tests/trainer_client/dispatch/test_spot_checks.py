@@ -27,7 +27,7 @@ from dht.uid import UID
 from expert_server.blocks import build_block
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import block_to_bytes, to_bytes
+from expert_server.experts.format import Checkpoint, to_bytes
 from expert_server.experts.graphs import Rows, SharedGraph
 from expert_server.serving.batching import Entry, Result, WorkItem
 from expert_server.serving.compute import compute_together
@@ -233,7 +233,7 @@ def test_experts_that_compute_together_answer_as_each_alone() -> None:
         state = expert.export_block(result.version)
         assert state is not None
         loader = BlockLoader(manifest, SWARM)
-        own = loader.load(expert.uid, block_to_bytes(state, 0, SWARM, expert.uid, 0.0)).updates(
+        own = loader.load(expert.uid, to_bytes(Checkpoint(state, 0), SWARM, expert.uid, 0.0)).updates(
             inputs, lengths, positions, "fp32"
         )
         for codec in CODECS:
@@ -580,7 +580,7 @@ def test_parameters_of_another_expert_or_swarm_or_form_are_refused() -> None:
     loader = BlockLoader(MANIFEST, SWARM)
     state = expert.export_block(expert.version)
     assert state is not None
-    good = block_to_bytes(state, 0, SWARM, UIDS[0], 0.0)
+    good = to_bytes(Checkpoint(state, 0), SWARM, UIDS[0], 0.0)
     assert len(good) <= loader.max_bytes
     assert isinstance(loader.load(UIDS[0], good), RecomputedExpert)
     inputs = random_rows(4, HIDDEN)
@@ -593,10 +593,10 @@ def test_parameters_of_another_expert_or_swarm_or_form_are_refused() -> None:
     less.popitem()
     spoilt = {name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}
     for data in (
-        block_to_bytes(state, 0, "another", UIDS[0], 0.0),
-        block_to_bytes(state, 0, SWARM, UIDS[1], 0.0),
-        block_to_bytes(less, 0, SWARM, UIDS[0], 0.0),
-        block_to_bytes(spoilt, 0, SWARM, UIDS[0], 0.0),
+        to_bytes(Checkpoint(state, 0), "another", UIDS[0], 0.0),
+        to_bytes(Checkpoint(state, 0), SWARM, UIDS[1], 0.0),
+        to_bytes(Checkpoint(less, 0), SWARM, UIDS[0], 0.0),
+        to_bytes(Checkpoint(spoilt, 0), SWARM, UIDS[0], 0.0),
         to_bytes(expert.checkpoint(), SWARM, UIDS[0], 0.0)[:-4],
         good[:-1],
         b"",
@@ -616,7 +616,7 @@ def test_experts_of_an_encoder_and_of_its_decoder_are_recomputed_as_they_answer(
     expected = expert.block(*arguments).detach().numpy() - inputs
     state = expert.export_block(expert.version)
     assert state is not None
-    data = block_to_bytes(state, 0, SWARM, expert.uid, 0.0)
+    data = to_bytes(Checkpoint(state, 0), SWARM, expert.uid, 0.0)
     own = BlockLoader(manifest, SWARM).load(expert.uid, data).updates(inputs, lengths, positions, "fp32")
     np.testing.assert_array_equal(own, expected)
 
