@@ -195,8 +195,8 @@ def trainer_record(
         metrics_address=metrics_address,
         step=training.step,
         steps=steps,
-        forward=_latency(latencies.forward.quantiles()),
-        backward=_latency(latencies.backward.quantiles()),
+        forward=_latency(latencies.calls["forward"].quantiles()),
+        backward=_latency(latencies.calls["backward"].quantiles()),
         calls=int(total(calls.calls)),
         failures=[
             records_pb2.Failures(cause=cause, count=count)

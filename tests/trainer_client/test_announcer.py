@@ -57,7 +57,7 @@ def test_before_the_first_step_nothing_is_said_of_it() -> None:
 
 def test_what_was_measured_is_said() -> None:
     latencies, calls = Latencies(), DispatchMetrics()
-    latencies.note("forward", 0.25)
+    latencies.calls["forward"].add(0.25)
     latencies.note_node(peer(2), 0.25, 0.0)
     calls.calls.inc(4)
     calls.failures.labels("deadline_exceeded").inc(3)

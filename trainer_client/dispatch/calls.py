@@ -21,13 +21,12 @@ from trainer_client.dispatch.batches import (
     AnsweredRows,
     CallEnded,
     CallProgress,
-    Direction,
     ExpertCaller,
     ExpertReply,
     Kept,
     NodeCall,
 )
-from trainer_client.dispatch.policy import AnswerScreening, CallTimes, CircuitBreakers, Latencies
+from trainer_client.dispatch.policy import AnswerScreening, CircuitBreakers, Latencies
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -151,7 +150,6 @@ class CallTracker:
         self.breakers = breakers
         self.now = clock
         self.is_silent = is_silent
-        self.call_times: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
         self._caller = caller
         self._gone = gone
         self._heard_at = BoundedDict[PeerID, float](_HEARD)
@@ -188,7 +186,7 @@ class CallTracker:
     async def _make(self, call: NodeCall, progress: CallProgress, sink: Replies) -> None:
         self.metrics.calls.inc()
         peer_id = call.node.peer_id
-        call_times = self.call_times[call.direction]
+        call_times = self.latencies.calls[call.direction]
         did_well, heard, began = True, False, self.now()
         failure: ExpertError | None = _CLOSED
         try:
@@ -208,7 +206,6 @@ class CallTracker:
                 took_s = self.now() - began
                 self.breakers.succeeded(peer_id)
                 call_times.add(took_s)
-                self.latencies.note(call.direction, took_s)
                 self.metrics.call_seconds.labels(call.direction).observe(took_s)
         except ExpertError as error:
             failure = error

@@ -160,7 +160,7 @@ class Dispatcher:
 
         A node that does not answer within the deadline contributes nothing.
         """
-        deadline_s = self._policy.deadline_s(self._calls.call_times["backward"])
+        deadline_s = self._policy.deadline_s(self.latencies.calls["backward"])
         ends = self._calls.now() + deadline_s
         inputs, products = np.zeros_like(forward.rows.inputs), np.zeros_like(forward.shares)
         came, recomputed = np.zeros_like(forward.answered), np.zeros(len(inputs), dtype=np.bool_)

@@ -70,7 +70,7 @@ class ForwardRun:
         self._checks = checks
         self._clock = calls.now
         self._began = self._clock()
-        self._deadline_s = policy.deadline_s(calls.call_times["forward"])
+        self._deadline_s = policy.deadline_s(calls.latencies.calls["forward"])
         self._ends = self._began + self._deadline_s
         self._replies: Replies = asyncio.Queue()
         self._sent: dict[NodeBatch, SentBatch] = {}
@@ -108,7 +108,7 @@ class ForwardRun:
 
     def _looks(self) -> deque[tuple[float, Callable[[], None]]]:
         """What to do, and when, while rows lack answers."""
-        hedge_after_s = self._policy.hedge_after_s(self._calls.call_times["forward"])
+        hedge_after_s = self._policy.hedge_after_s(self._calls.latencies.calls["forward"])
         part_s = self._deadline_s / 4
         looks = [
             (self._began + hedge_after_s, self._hedge),

@@ -15,7 +15,7 @@ Shapes: R rows, K experts of each row, D columns: the width of the experts.
 import math
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +24,13 @@ from dht.announcements import Latency
 from peer.bounded import BoundedDict
 from peer.codec import Booleans, Floats
 from peer.identity import PeerID
-from trainer_client.dispatch.batches import AnsweredRows, NodeCall
+from trainer_client.dispatch.batches import AnsweredRows, Direction, NodeCall
 
 _LONGEST_BAN_S = 86400.0
 _FORGIVEN = 3
 """How many quick failures in a row are forgiven. If every tenth call is lost, four in a row fail once in 10,000 calls.
 """
 
-_RECENT = 512
-"""Quantiles are taken from this many calls of each direction."""
 _NODES = 4096
 """Means are kept for this many nodes, those that answered last."""
 _WEIGHT = 0.25
@@ -152,36 +150,16 @@ class CircuitBreakers:
             return breaker
 
 
-class Durations:
-    """The durations of calls in one direction."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_RECENT)
-
-    def note(self, seconds: float) -> None:
-        self._recent.append(seconds)
-
-    def quantiles(self) -> Latency | None:
-        """Quantiles of the last calls; None before the first."""
-        ordered = sorted(self._recent)
-        return Latency(_nearest(ordered, 0.5), _nearest(ordered, 0.99)) if ordered else None
-
-
 class Latencies:
     """The durations of one trainer's successful calls. Bounded, however many calls and nodes there are."""
 
     def __init__(self) -> None:
-        self.forward: Durations = Durations()
-        self.backward: Durations = Durations()
+        self.calls: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
         self.nodes: BoundedDict[PeerID, float] = BoundedDict[PeerID, float](_NODES)
         """A moving mean of the seconds until each node's first answer to a call. The node that answered last comes
         last.
         """
         self._answered_at = BoundedDict[PeerID, float](_NODES)
-
-    def note(self, direction: str, seconds: float) -> None:
-        """Adds a call that a node has answered completely."""
-        (self.forward if direction == "forward" else self.backward).note(seconds)
 
     def note_node(self, peer_id: PeerID, seconds: float, now: float) -> None:
         """Adds the time until a node's first answer to a call."""
@@ -195,11 +173,6 @@ class Latencies:
             peer_id, _ = self._answered_at.popitem(last=False)
             self.nodes.pop(peer_id, None)
         return self.nodes
-
-
-def _nearest(ordered: Sequence[float], share: float) -> float:
-    """The nearest-rank quantile: at least `share` of all numbers are no larger."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 @dataclass(frozen=True)
@@ -333,11 +306,16 @@ class CallTimes:
         """
         self.add(max(seconds, self.quantile(_USUAL) or 0.0))
 
-    def quantile(self, part: float) -> float | None:
-        """The duration that `part` of the calls did not exceed; None while too few are known."""
-        if len(self._last) < LEAST_KNOWN:
+    def quantile(self, part: float, least_known: int = LEAST_KNOWN) -> float | None:
+        """The duration that `part` of the calls did not exceed; None while fewer calls are known."""
+        if len(self._last) < least_known:
             return None
-        return sorted(self._last)[min(int(part * len(self._last)), len(self._last) - 1)]
+        return sorted(self._last)[max(0, math.ceil(part * len(self._last)) - 1)]
+
+    def quantiles(self) -> Latency | None:
+        """For the trainer's record; None before the first call."""
+        median, slow = self.quantile(0.5, 1), self.quantile(0.99, 1)
+        return None if median is None or slow is None else Latency(median, slow)
 
 
 @dataclass(frozen=True)

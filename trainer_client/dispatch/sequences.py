@@ -75,7 +75,7 @@ async def go_on(
     result.coordinates[:] = selection.coordinates
     whole = NodeBatch.of(rows.layer, selection.coordinates, selection.valid, rows.grid, rows.segments)
     peers, at = _replicas(whole, rows.held, live, calls.avoided())
-    deadline_s = policy.deadline_s(calls.call_times["forward"])
+    deadline_s = policy.deadline_s(calls.latencies.calls["forward"])
     ends, replies = calls.now() + deadline_s, Replies()
     sent: dict[NodeBatch, SentBatch] = {}
     for number, peer_id in enumerate(peers):

@@ -4,7 +4,7 @@ import pytest
 
 from dht.announcements import Latency
 from peer.identity import PeerID
-from trainer_client.dispatch.policy import Durations, Latencies
+from trainer_client.dispatch.policy import CallTimes, Latencies
 
 
 def peer(number: int) -> PeerID:
@@ -12,20 +12,20 @@ def peer(number: int) -> PeerID:
 
 
 def test_quantiles_are_of_values_that_were_seen() -> None:
-    durations = Durations()
-    assert durations.quantiles() is None
+    call_times = CallTimes()
+    assert call_times.quantiles() is None
     for hundredths in range(1, 101):
-        durations.note(hundredths / 100)
-    assert durations.quantiles() == Latency(0.5, 0.99)
+        call_times.add(hundredths / 100)
+    assert call_times.quantiles() == Latency(0.5, 0.99)
 
 
 def test_old_calls_are_forgotten_in_quantiles() -> None:
-    durations = Durations()
+    call_times = CallTimes()
     for _ in range(600):
-        durations.note(9.0)
+        call_times.add(9.0)
     for _ in range(600):
-        durations.note(0.001)
-    assert durations.quantiles() == Latency(0.001, 0.001)
+        call_times.add(0.001)
+    assert call_times.quantiles() == Latency(0.001, 0.001)
 
 
 def test_a_nodes_mean_moves_towards_its_calls() -> None:
