@@ -44,7 +44,10 @@ from peer.wire import memory_pb2
 
 Revoked: TypeAlias = Mapping[bytes, Collection[int]]
 """Positions in primary shards, by the shards' roots."""
-Arrays: TypeAlias = Mapping[str, Rows]
+Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
+"""The arrays of a shard's file."""
+Forms: TypeAlias = dict[str, tuple[tuple[int, ...], type[np.generic]]]
+"""The shape and dtype of each array."""
 
 BLOCK = 256
 """Passages whose texts are compressed together."""
@@ -93,12 +96,16 @@ class Shard(ABC):
     If the file is on disk, they raise OSError when it can't be read.
     """
 
-    def __init__(self, vectors: Rows, revoked: NDArray[np.bool_], hashes: NDArray[np.uint8]) -> None:
-        """See `parse`. Raises WireError if a text can't be read."""
-        self._vectors, self._revoked, self._hashes = vectors, revoked, hashes
+    def __init__(self, arrays: Arrays) -> None:
+        """See `parse`. Raises WireError, also if a text can't be read."""
+        revoked, hashes = arrays["revoked"].view(np.uint8), arrays["hashes"].view(np.uint8)
+        if (revoked > 1).any() or revoked.sum() != len(hashes):
+            raise WireError("a shard whose revoked passages are not those that it has hashes of")
+        self._vectors: Rows = arrays["vectors"]
+        self._revoked, self._hashes = revoked.view(np.bool_), hashes
         self._ends = np.cumsum(revoked, dtype=np.int32) if len(hashes) else None
         """For each passage, how many passages up to it were revoked."""
-        self.live: int = len(revoked) - int(revoked.sum())
+        self.live: int = len(revoked) - len(hashes)
         """Passages that were not revoked."""
         # the roots of whole, aligned parts of a tree form one level of that tree
         leaves = list(self.leaves())
@@ -123,8 +130,24 @@ class Shard(ABC):
         return cls._of_arrays(arrays, *arrays["vectors"].shape).root
 
     @classmethod
+    def _of_arrays(cls, arrays: Arrays, leaves: int, dimensions: int) -> Self:
+        """Raises WireError."""
+        forms: Forms = {
+            "vectors": ((leaves, dimensions), np.int8),
+            "revoked": ((leaves,), np.uint8),
+            "hashes": ((_count(arrays, "hashes"), HASH_BYTES), np.uint8),
+            **cls._own_forms(arrays, leaves),
+        }
+        if {name: (array.shape, array.dtype.type) for name, array in arrays.items()} != forms:
+            raise WireError(
+                "not the file of such a shard: if an older version built the memory, build it again"
+            )
+        return cls(arrays)
+
+    @staticmethod
     @abstractmethod
-    def _of_arrays(cls, arrays: Mapping[str, NDArray[np.generic]], leaves: int, dimensions: int) -> Self: ...
+    def _own_forms(arrays: Arrays, leaves: int) -> Forms:
+        """The arrays that only shards of this kind have."""
 
     @abstractmethod
     def on_disk(self, file: PlainFile, data: bytes) -> Self:
@@ -235,7 +258,7 @@ class Shard(ABC):
         hashed: bytes = self._hashes[int(self._ends[position]) - 1].tobytes()
         return hashed
 
-    def _on_disk(self, arrays: Arrays) -> Self:
+    def _on_disk(self, arrays: Mapping[str, Rows]) -> Self:
         here = copy(self)
         here._vectors = arrays["vectors"]
         # copies, because views would keep the whole file in memory
@@ -246,17 +269,15 @@ class Shard(ABC):
 class PrimaryShard(Shard):
     """Passages of the cell that is nearest to them."""
 
-    def __init__(
-        self,
-        vectors: Rows,
-        revoked: NDArray[np.bool_],
-        hashes: NDArray[np.uint8],
-        offsets: NDArray[np.int64],
-        blocks: Rows,
-    ) -> None:
+    def __init__(self, arrays: Arrays) -> None:
         """See `parse`."""
-        self._offsets, self._blocks = offsets, blocks
-        super().__init__(vectors, revoked, hashes)
+        offsets = arrays["offsets"].view(np.int64)
+        # compared rather than subtracted: differences of a stranger's numbers may overflow
+        if offsets[0] != 0 or offsets[-1] != arrays["blocks"].size or (offsets[1:] <= offsets[:-1]).any():
+            raise WireError("a shard whose blocks are not where they should be")
+        self._offsets = offsets
+        self._blocks: Rows = arrays["blocks"]
+        super().__init__(arrays)
 
     @classmethod
     def build(cls, passages: Sequence[Passage], vectors: Vectors) -> bytes:
@@ -264,33 +285,14 @@ class PrimaryShard(Shard):
         assert 1 <= len(passages) == len(vectors) <= MAX_LEAVES, f"a shard of {len(passages)} passages"
         texts = [serialized(passage) for passage in passages]
         blocks = [_deflated(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
-        return _primary_file(vectors, np.zeros(len(texts), np.bool_), [], blocks)
+        return _encoded(vectors, np.zeros(len(texts), np.bool_), [], _packed(blocks))
 
-    @classmethod
-    def _of_arrays(cls, arrays: Mapping[str, NDArray[np.generic]], leaves: int, dimensions: int) -> Self:
-        blocks = -(-leaves // BLOCK)
-        _require_forms(
-            arrays,
-            {
-                "vectors": ((leaves, dimensions), np.int8),
-                "revoked": ((leaves,), np.uint8),
-                "hashes": ((_count(arrays, "hashes"), HASH_BYTES), np.uint8),
-                "offsets": ((blocks + 1,), np.int64),
-                "blocks": ((_count(arrays, "blocks"),), np.uint8),
-            },
-        )
-        offsets, revoked = arrays["offsets"].view(np.int64), arrays["revoked"].view(np.uint8)
-        # compared rather than subtracted: differences of a stranger's numbers may overflow
-        if (
-            offsets[0] != 0
-            or offsets[-1] != arrays["blocks"].size
-            or (offsets[1:] <= offsets[:-1]).any()
-            or (revoked > 1).any()
-            or revoked.sum() != len(arrays["hashes"])
-        ):
-            raise WireError("a shard whose blocks are not where they should be")
-        hashes = arrays["hashes"].view(np.uint8)
-        return cls(arrays["vectors"], revoked.view(np.bool_), hashes, offsets, arrays["blocks"])
+    @staticmethod
+    def _own_forms(arrays: Arrays, leaves: int) -> Forms:
+        return {
+            "offsets": ((-(-leaves // BLOCK) + 1,), np.int64),
+            "blocks": ((_count(arrays, "blocks"),), np.uint8),
+        }
 
     def on_disk(self, file: PlainFile, data: bytes) -> Self:
         arrays = arrays_in(file, data)
@@ -333,7 +335,7 @@ class PrimaryShard(Shard):
                 blocks.append(_deflated(texts))
             else:
                 blocks.append(self._block(block))
-        return _primary_file(vectors, revoked, hashes, blocks)
+        return _encoded(vectors, revoked, hashes, _packed(blocks))
 
     def _leaf(self, position: int, text: bytes, vector: Vectors) -> bytes:
         return (
@@ -366,18 +368,14 @@ class PrimaryShard(Shard):
 class SecondaryShard(Shard):
     """Vectors of passages whose texts are in other cells."""
 
-    def __init__(
-        self,
-        vectors: Rows,
-        revoked: NDArray[np.bool_],
-        hashes: NDArray[np.uint8],
-        roots: NDArray[np.uint8],
-        references: NDArray[np.uint16],
-    ) -> None:
+    def __init__(self, arrays: Arrays) -> None:
         """See `parse`."""
+        roots, references = arrays["roots"], arrays["references"].view("<u2").astype(np.uint16)
+        if not 1 <= len(roots) <= len(references) or references[:, 0].max() >= len(roots):
+            raise WireError("a secondary shard whose texts are not where they should be")
         self._references = references
         self._roots = [root.tobytes() for root in roots]
-        super().__init__(vectors, revoked, hashes)
+        super().__init__(arrays)
 
     @classmethod
     def build(cls, texts: Sequence[Place], vectors: Vectors) -> bytes:
@@ -385,37 +383,15 @@ class SecondaryShard(Shard):
         assert 1 <= len(texts) == len(vectors) <= MAX_LEAVES, f"a shard of {len(texts)} vectors"
         number_of: dict[bytes, int] = {}
         references = [(number_of.setdefault(text.root, len(number_of)), text.position) for text in texts]
-        return _secondary_file(
-            vectors,
-            np.zeros(len(texts), np.bool_),
-            [],
-            list(number_of),
-            np.array(references, np.uint16),
-        )
+        own = _referring(list(number_of), np.array(references, np.uint16))
+        return _encoded(vectors, np.zeros(len(texts), np.bool_), [], own)
 
-    @classmethod
-    def _of_arrays(cls, arrays: Mapping[str, NDArray[np.generic]], leaves: int, dimensions: int) -> Self:
-        _require_forms(
-            arrays,
-            {
-                "vectors": ((leaves, dimensions), np.int8),
-                "revoked": ((leaves,), np.uint8),
-                "hashes": ((_count(arrays, "hashes"), HASH_BYTES), np.uint8),
-                "roots": ((_count(arrays, "roots"), HASH_BYTES), np.uint8),
-                "references": ((leaves, 4), np.uint8),
-            },
-        )
-        revoked, roots = arrays["revoked"].view(np.uint8), arrays["roots"].view(np.uint8)
-        references = arrays["references"].view("<u2").astype(np.uint16)
-        if (
-            (revoked > 1).any()
-            or revoked.sum() != len(arrays["hashes"])
-            or not 1 <= len(roots) <= leaves
-            or references[:, 0].max() >= len(roots)
-        ):
-            raise WireError("a secondary shard whose texts are not where they should be")
-        hashes = arrays["hashes"].view(np.uint8)
-        return cls(arrays["vectors"], revoked.view(np.bool_), hashes, roots, references)
+    @staticmethod
+    def _own_forms(arrays: Arrays, leaves: int) -> Forms:
+        return {
+            "roots": ((_count(arrays, "roots"), HASH_BYTES), np.uint8),
+            "references": ((leaves, 4), np.uint8),
+        }
 
     def on_disk(self, file: PlainFile, data: bytes) -> Self:
         return self._on_disk(arrays_in(file, data))
@@ -444,7 +420,7 @@ class SecondaryShard(Shard):
         hashes = [
             self._vector_hash(position, before[position]) for position in np.flatnonzero(revoked).tolist()
         ]
-        return _secondary_file(vectors, revoked, hashes, self._roots, self._references)
+        return _encoded(vectors, revoked, hashes, _referring(self._roots, self._references))
 
     def _texts(self, block: int) -> list[bytes]:
         return [b""] * min(BLOCK, len(self) - block * BLOCK)
@@ -469,49 +445,25 @@ def _block_rows(block: int) -> slice:
     return slice(block * BLOCK, (block + 1) * BLOCK)
 
 
-def _count(arrays: Mapping[str, NDArray[np.generic]], name: str) -> int:
+def _count(arrays: Arrays, name: str) -> int:
     """The number of rows of an array that may be missing."""
     array = arrays.get(name)
     return len(array) if array is not None and array.ndim else 0
 
 
-def _require_forms(
-    arrays: Mapping[str, NDArray[np.generic]], forms: Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
-) -> None:
-    if {name: (array.shape, array.dtype.type) for name, array in arrays.items()} != forms:
-        raise WireError("not the file of such a shard: if an older version built the memory, build it again")
+def _encoded(vectors: Vectors, revoked: NDArray[np.bool_], hashes: Sequence[bytes], own: Arrays) -> bytes:
+    """The file. `own`: the arrays that only shards of its kind have."""
+    common = {"vectors": vectors, "revoked": revoked.view(np.uint8), "hashes": _joined(hashes)}
+    return encode_arrays({**common, **own})
 
 
-def _primary_file(
-    vectors: Vectors, revoked: NDArray[np.bool_], hashes: Sequence[bytes], blocks: Sequence[bytes]
-) -> bytes:
-    return encode_arrays(
-        {
-            "vectors": vectors,
-            "revoked": revoked.view(np.uint8),
-            "hashes": _joined(hashes),
-            "offsets": np.cumsum([0, *map(len, blocks)], dtype=np.int64),
-            "blocks": np.frombuffer(b"".join(blocks), np.uint8),
-        }
-    )
+def _packed(blocks: Sequence[bytes]) -> Arrays:
+    offsets = np.cumsum([0, *map(len, blocks)], dtype=np.int64)
+    return {"offsets": offsets, "blocks": np.frombuffer(b"".join(blocks), np.uint8)}
 
 
-def _secondary_file(
-    vectors: Vectors,
-    revoked: NDArray[np.bool_],
-    hashes: Sequence[bytes],
-    roots: Sequence[bytes],
-    references: NDArray[np.uint16],
-) -> bytes:
-    return encode_arrays(
-        {
-            "vectors": vectors,
-            "revoked": revoked.view(np.uint8),
-            "hashes": _joined(hashes),
-            "roots": _joined(roots),
-            "references": references.astype("<u2").view(np.uint8),
-        }
-    )
+def _referring(roots: Sequence[bytes], references: NDArray[np.uint16]) -> Arrays:
+    return {"roots": _joined(roots), "references": references.astype("<u2").view(np.uint8)}
 
 
 def _joined(hashes: Sequence[bytes]) -> NDArray[np.uint8]:

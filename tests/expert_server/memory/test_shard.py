@@ -20,6 +20,7 @@ from expert_server.memory.shard import (
     Shard,
     most_bytes,
 )
+from peer.arrays import decode_arrays
 from peer.errors import WireError
 from peer.files import PlainFile
 from peer.merkle import proves
@@ -191,7 +192,7 @@ def test_other_dimensions_and_too_large_a_file_are_refused() -> None:
 
 def test_a_block_that_inflates_to_far_more_is_refused_early() -> None:
     passages, vectors = some_passages(BLOCK, 4)
-    shard = opened(PrimaryShard.build(passages, vectors), passages, vectors)
+    arrays = decode_arrays(PrimaryShard.build(passages, vectors))
     bomb = io.BytesIO()
     compressor = zlib.compressobj(9)
     for _ in range(16):
@@ -199,4 +200,4 @@ def test_a_block_that_inflates_to_far_more_is_refused_early() -> None:
     bomb.write(compressor.flush())
     block = np.frombuffer(bomb.getvalue(), np.uint8)
     with pytest.raises(WireError, match="too large"):
-        PrimaryShard(vectors, shard._revoked, shard._hashes, np.array([0, len(block)], np.int64), block)
+        PrimaryShard({**arrays, "offsets": np.array([0, len(block)], np.int64), "blocks": block})
