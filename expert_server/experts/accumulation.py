@@ -79,10 +79,6 @@ class AccumulatedGradients:
         sizes = [size for size in (*self.sizes, *others.sizes) if size > 0]
         return min(sizes, default=0.0), max(sizes, default=0.0)
 
-    @property
-    def bytes(self) -> int:
-        return sum(each.nbytes for each in self.gradients if each is not None)
-
 
 def size_of(parts: Sequence[Rows]) -> float:
     """The root mean square of these parts' gradients of the updates."""

@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from itertools import chain
 from math import isfinite
 from types import MappingProxyType
 from typing import TypeGuard
@@ -403,16 +402,6 @@ class Expert:
         for parameter in self._parameters:
             parameter.data = parameter.data.clone()
         version.stash()
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of weights, optimizer state and accumulated gradients, without the guard's copy.
-
-        Moments exist only after the first step.
-        """
-        moments = (value for state in self.optimizer.state.values() for value in state.values())
-        waiting = self._accumulated.bytes if self._accumulated is not None else 0
-        return sum(tensor.nbytes for tensor in chain(self._parameters, moments)) + waiting
 
     def export_state(self) -> State:
         """Copies the block's parameters and persistent buffers, the optimizer's moments of each parameter, and the

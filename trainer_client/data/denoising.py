@@ -73,21 +73,6 @@ def corrupt_spans(tokens: Sequence[int], spans: Spans, sentinels: Sequence[int])
     return Denoising([*inputs, *tokens[at:]], [*targets, sentinels[len(spans)]])
 
 
-def restore_spans(inputs: Sequence[int], targets: Sequence[int], sentinels: Sequence[int]) -> list[int]:
-    """The original text: the inputs, with each sentinel replaced by what follows it in the targets.
-
-    A model may have written the targets: sentinels that are missing in them are replaced by nothing.
-    """
-    known, spans = set(sentinels), dict[int, list[int]]()
-    current: list[int] = []
-    for token in targets:
-        if token in known:
-            current = spans.setdefault(token, [])
-        else:
-            current.append(token)
-    return [each for token in inputs for each in (spans.get(token, []) if token in known else [token])]
-
-
 def draw_infilled(
     length: int,
     rng: np.random.Generator,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from math import prod
 from typing import Literal
 
 import pytest
@@ -197,26 +196,6 @@ def test_an_expert_goes_on_after_a_skipped_update() -> None:
         backward(replica, random_rows(0), random_rows(1))
     torch.testing.assert_close(parameters_of(expert), parameters_of(untouched), atol=0, rtol=0)
     assert expert.update_count == 1
-
-
-def test_the_size_counts_weights_and_moments() -> None:
-    manifest = make_manifest()
-    expert = Expert(AN_UID, manifest)
-    weights = sum(4 * prod(p.shape) for p in expert.block.parameters())
-    assert expert.state_bytes == weights
-    backward(expert, random_rows(0), random_rows(1))
-    counters = 4 * len(list(expert.block.parameters()))
-    assert expert.state_bytes == 3 * weights + counters
-    assert all(parameter.grad is None for parameter in expert.block.parameters())
-
-
-@pytest.mark.parametrize(("momentum", "moments"), [(None, 1), (0.0, 0)])
-def test_the_size_follows_the_optimizer(momentum: float | None, moments: int) -> None:
-    manifest = make_manifest(name="sgd", momentum=momentum)
-    expert = Expert(AN_UID, manifest)
-    weights = expert.state_bytes
-    backward(expert, random_rows(0), random_rows(1))
-    assert expert.state_bytes == (1 + moments) * weights
 
 
 def test_estimating_an_expert_draws_no_random_numbers() -> None:

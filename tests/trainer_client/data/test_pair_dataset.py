@@ -7,9 +7,10 @@ import pytest
 from byte_texts import byte_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from restored_spans import restore_spans
 
 from peer.errors import DataError
-from trainer_client.data.denoising import Span, corrupt_spans, restore_spans
+from trainer_client.data.denoising import Span, corrupt_spans
 from trainer_client.data.pairs import RULES, PairDataset
 from trainer_client.data.special_tokens import SENTINELS, SpecialTokens
 from trainer_client.data.tokenizer import ByteTokenizer
