@@ -95,8 +95,7 @@ class Node:
         runtime: Runtime,
         state: Path,
         devices: Sequence[ComputeDevice],
-        timing: NodeTiming = NodeTiming(),
-        now: Callable[[], float] = clock.now,
+        timing: NodeTiming,
     ) -> None:
         self.swarm = swarm
         self.runtime = runtime
@@ -104,7 +103,6 @@ class Node:
         self.metrics_address: str = ""
         self._settings = settings
         self._timing = timing
-        self._now = now
         swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
         self.restarts: Restarts = swarm.host.restarts
         self.period: UpkeepPeriod = UpkeepPeriod(
@@ -132,9 +130,8 @@ class Node:
             devices,
             period=self.period,
             claim_wait_s=timing.claim_wait_s,
-            now=now,
         )
-        self.hosting: HostingManager = HostingManager(settings, swarm, self.replicas, now, metrics=metrics)
+        self.hosting: HostingManager = HostingManager(settings, swarm, self.replicas, metrics=metrics)
         self._snapshots = SnapshotTaker(
             runtime, swarm_id, self.replicas.history.of, snapshots_of(settings, manifest)
         )
@@ -170,8 +167,8 @@ class Node:
             period=self.period,
             metrics=metrics,
         )
-        self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, now)
-        self._access = AccessControl(swarm, state, now)
+        self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, clock.now)
+        self._access = AccessControl(swarm, state)
         self.sessions: Sessions = self._access.sessions
         kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
         limits = CallLimits(
@@ -215,7 +212,7 @@ class Node:
             settings, manifest, self.hosting.capacity, kept_bytes
         )
         self._account = ContributionAccount(state / "contribution.json")
-        self._records = NodeRecordBuilder(settings, swarm.host.certificate, now())
+        self._records = NodeRecordBuilder(settings, swarm.host.certificate, clock.now())
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
         self.reachability: ReachabilityMonitor = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
         self._rounds = RetryingRounds(settings.announce_every_s, metrics, self.restarts)
@@ -368,7 +365,7 @@ class Node:
         record = self._records.record(
             self.status(),
             Activity.LEAVING if self._stopping else activity,
-            self._now(),
+            clock.now(),
             addresses=await resolved(self.reachability.addresses),
             metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
             reachability=self.reachability.status.kind,

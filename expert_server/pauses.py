@@ -53,27 +53,23 @@ class Load:
 class LoadMonitor:
     """Whether other programs need the machine. It starts as idle.
 
-    It becomes busy when their mean load over `busy_after_s` reaches `busy_percent`, and idle again when the mean over
-    `idle_after_s` is at most two fifths of that. A new window begins with each change, so changes are at least one
+    It becomes busy when their mean load over `BUSY_AFTER_S` reaches `busy_percent`, and idle again when the mean over
+    `IDLE_AFTER_S` is at most two fifths of that. A new window begins with each change, so changes are at least one
     window apart.
     """
 
-    def __init__(
-        self, busy_percent: float, busy_after_s: float = BUSY_AFTER_S, idle_after_s: float = IDLE_AFTER_S
-    ) -> None:
+    def __init__(self, busy_percent: float) -> None:
         """`busy_percent`: percent of all cores."""
         self.busy = False
         self._busy_percent = busy_percent
         self._idle_percent = _IDLE_SHARE * busy_percent
-        self._busy_after_s = busy_after_s
-        self._idle_after_s = idle_after_s
         self._loads: deque[Load] = deque()
         """The loads in the window, oldest first."""
 
     def note(self, load: Load) -> bool:
         """Adds the load since the last sample. Returns whether the machine is busy now."""
         self._loads.append(load)
-        start = load.end - (self._idle_after_s if self.busy else self._busy_after_s)
+        start = load.end - (IDLE_AFTER_S if self.busy else BUSY_AFTER_S)
         while self._loads[0].end <= start:
             self._loads.popleft()
         if self._loads[0].start <= start:  # the samples cover the whole window

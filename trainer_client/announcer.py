@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -80,7 +79,6 @@ class TrainerAnnouncer:
         invite: Invite,
         settings: TrainerSettings,
         dispatcher: Dispatcher,
-        now: Callable[[], float] = clock.now,
         is_own_loop: bool = False,
     ) -> None:
         """Starts announcing a running loop. `is_own_loop`: the number of steps is not known.
@@ -91,7 +89,7 @@ class TrainerAnnouncer:
         self._settings = settings
         self._steps = 0 if is_own_loop else settings.steps
         self._dispatcher = dispatcher
-        self._started_at = now()
+        self._started_at = clock.now()
         self._training = TrainingMetrics(swarm.metrics)
         self._averaging: Averaging | None = None
         self._has_announced = False

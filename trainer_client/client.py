@@ -418,7 +418,7 @@ class SwarmClient:
             for averaging in averagings:
                 averaging.sessions.recheck()
 
-        warmer = SessionWarmer(sessions, channels, lambda: directory.view.nodes.values(), time.monotonic)
+        warmer = SessionWarmer(sessions, channels, lambda: directory.view.nodes.values())
         tasks.supervise("keep the view of the swarm fresh", directory.keep_fresh)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, recheck))

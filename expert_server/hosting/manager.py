@@ -164,7 +164,6 @@ class HostingManager:
         swarm: Swarm,
         replicas: LocalReplicas,
         now: Callable[[], float] = clock.now,
-        exchange_every_s: float = _EXCHANGE_EVERY_S,
         metrics: CollectorRegistry | None = None,
     ) -> None:
         self.adopted: Counter = Counter(
@@ -194,7 +193,7 @@ class HostingManager:
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._vacant_looks: dict[UID, int] = {}
         """For each expert, in how many looks in a row nobody hosted it."""
-        self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, exchange_every_s)
+        self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, _EXCHANGE_EVERY_S)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = False
         self._changing = asyncio.Lock()

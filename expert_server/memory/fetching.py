@@ -26,19 +26,11 @@ _REMEMBERED = 4096
 class PartFetcher:
     """Fetches parts from any of their hosts."""
 
-    def __init__(
-        self,
-        swarm: Swarm,
-        parts: PartClient,
-        period: UpkeepPeriod,
-        rng: random.Random,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, swarm: Swarm, parts: PartClient, period: UpkeepPeriod) -> None:
         self._swarm = swarm
         self._parts = parts
         self._period = period
-        self._rng = rng
-        self._clock = clock
+        self._rng = random.SystemRandom()
         self._wrong = BoundedDict[tuple[PeerID, bytes], None](_REMEMBERED)
         """Which host gave wrong bytes for which part."""
         self._put_off = BoundedDict[MemoryID, tuple[float, float]](_REMEMBERED)
@@ -71,7 +63,7 @@ class PartFetcher:
     def is_put_off(self, memory: MemoryID) -> bool:
         """Whether the memory's parts are not to be fetched now."""
         until, _ = self._put_off.get(memory, (-math.inf, 0.0))
-        return self._clock() < until
+        return time.monotonic() < until
 
     def put_off(self, memory: MemoryID) -> bool:
         """Pauses fetching for one announcement period, because the memory's first hosts may not be known yet, and for
@@ -80,7 +72,7 @@ class PartFetcher:
         is_first = memory not in self._put_off
         _, pause_s = self._put_off.get(memory, (0.0, self._period.seconds / 2))
         pause_s = min(2 * pause_s, _PUT_OFF_S)
-        self._put_off[memory] = self._clock() + pause_s, pause_s
+        self._put_off[memory] = time.monotonic() + pause_s, pause_s
         return is_first
 
     def was_complete(self, memory: MemoryID) -> None:

@@ -71,8 +71,6 @@ class PublisherFollower:
         memories: MemoryRegistry,
         fetcher: PartFetcher,
         count_revision: Callable[[], None],
-        rng: random.Random,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`count_revision` is called for each revision that was followed."""
         self.listed: Mapping[MemoryID, LibraryEntry] = {}
@@ -83,8 +81,7 @@ class PublisherFollower:
         self._memories = memories
         self._fetcher = fetcher
         self._count_revision = count_revision
-        self._rng = rng
-        self._clock = clock
+        self._rng = random.SystemRandom()
         self._refused: dict[MemoryID, Part] = {}
         """Memories that this node may not host, by the manifest from which that follows."""
         self._wrong: dict[MemoryID, LibraryEntry] = {}
@@ -122,7 +119,7 @@ class PublisherFollower:
             if entry.revision > store.manifest.revision and entry.memory not in self._wrong
         ]
         await side_by_side((self._follow(store, entry) for store, entry in due), _FOLLOWED_AT_ONCE)
-        now = self._clock()
+        now = time.monotonic()
         self._unlisted = {
             memory: self._unlisted.get(memory, now) for memory in self._hosted.stores if memory not in listed
         }
@@ -169,7 +166,7 @@ class PublisherFollower:
         for memory, since in list(self._unlisted.items()):
             if size <= self._hosted.room:
                 return
-            if memory in self._hosted.stores and self._clock() - since >= _UNLISTED_S:
+            if memory in self._hosted.stores and time.monotonic() - since >= _UNLISTED_S:
                 logger.info("no longer hosts memory %s: nobody lists it, and others need the room", memory)
                 await self._hosted.remove(memory)
 

@@ -35,7 +35,6 @@ class HostedMemories:
         memories: MemoryRegistry,
         period: UpkeepPeriod,
         changed: Callable[[MemoryID], None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`folder`: contains a folder for each memory. `changed` is called with memories that are removed or have a new
         revision.
@@ -52,7 +51,6 @@ class HostedMemories:
         self._memories = memories
         self._period = period
         self._changed = changed
-        self._clock = clock
         self._announced: dict[MemoryID, set[Cell]] = {}
         self._writing = asyncio.Lock()
         """Held while a store changes its files, but not while waiting for other peers."""
@@ -75,7 +73,7 @@ class HostedMemories:
     @property
     def is_full(self) -> bool:
         """Whether the disk was full a short time ago."""
-        return self._clock() < self._full_until
+        return time.monotonic() < self._full_until
 
     def mine(self) -> set[ShardKey]:
         return {
@@ -193,7 +191,7 @@ class HostedMemories:
                     self._saved_libraries = data
 
     def note_full(self, error: OSError) -> None:
-        self._full_until = self._clock() + _FULL_PAUSE_S
+        self._full_until = time.monotonic() + _FULL_PAUSE_S
         cause = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         logger.warning(
             "can't write to %s: %s; this node keeps what it hosts, and takes nothing more for %.0f minutes. Free some "

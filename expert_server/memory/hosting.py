@@ -7,8 +7,7 @@ period, independently of downloads, so that revoked passages disappear soon.
 import asyncio
 import logging
 import random
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -79,25 +78,23 @@ class MemoryHosting:
         *,
         period: UpkeepPeriod,
         metrics: CollectorRegistry | None = None,
-        rng: random.Random | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`folder`: contains a folder for each memory. `parts`: fetches from others. `period`: of announcements."""
         self._rules = rules
         self._swarm = swarm
         self._memories = memories = MemoryRegistry(swarm.registry)
-        self._rng = rng = rng or random.SystemRandom()
+        self._rng = random.SystemRandom()
         self._placement = Placement(swarm.host.peer_id, WANTED_REPLICAS)
         self.hosted: HostedMemories = HostedMemories(
-            folder, rules.disk_bytes, memories, period, self._placement.forget, clock
+            folder, rules.disk_bytes, memories, period, self._placement.forget
         )
         self._metrics = HostingMetrics(self.hosted, metrics)
-        self._fetcher = PartFetcher(swarm, parts, period, rng, clock)
+        self._fetcher = PartFetcher(swarm, parts, period)
         self.publishers: PublisherFollower = PublisherFollower(
-            self.hosted, rules, swarm, memories, self._fetcher, self._metrics.revisions.inc, rng, clock
+            self.hosted, rules, swarm, memories, self._fetcher, self._metrics.revisions.inc
         )
-        self._survey = MemorySurvey(memories, rng)
-        self._proofs = ReplicaProofs(swarm, parts, self.hosted.revoked, rng, clock)
+        self._survey = MemorySurvey(memories)
+        self._proofs = ReplicaProofs(swarm, parts, self.hosted.revoked)
         self._completing = BoundedDict[MemoryID, asyncio.Lock](_REMEMBERED)
         self._complete = WeakSet[MemoryStore]()
         """Stores that have their encoder and codebook."""

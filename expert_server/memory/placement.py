@@ -164,9 +164,9 @@ class MemorySurvey:
     node's own cells and some of the other active ones. Active cells that were not read are left out of the result.
     """
 
-    def __init__(self, memories: MemoryRegistry, rng: random.Random | None = None) -> None:
+    def __init__(self, memories: MemoryRegistry) -> None:
         self._memories = memories
-        self._rng = rng or random.SystemRandom()
+        self._rng = random.SystemRandom()
 
     async def read(
         self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]

@@ -51,14 +51,13 @@ class ReplicaProofs:
         swarm: Swarm,
         parts: PartClient,
         revoked: Callable[[MemoryID], Collection[Place]],
-        rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`revoked`: returns a memory's revoked passages. A host has only the hashes of those."""
         self._swarm = swarm
         self._revoked = revoked
         self._parts = parts
-        self._rng = rng or random.SystemRandom()
+        self._rng = random.SystemRandom()
         self._clock = clock
         self._doubted_until = BoundedDict[PeerID, float](_REMEMBERED)
         self._missed_for = BoundedDict[PeerID, float](_REMEMBERED)

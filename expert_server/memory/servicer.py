@@ -164,7 +164,6 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         up: RateLimit,
         metrics: MemoryMetrics,
         threads: int,
-        clock: Callable[[], float] = time.monotonic,
         note_served: Callable[[PeerID, Work], None] = lambda caller, work: None,
     ) -> None:
         """`stores`: by memory; the host may change it. `sessions`: who may call. `up`: limits the upload of answers.
@@ -176,7 +175,6 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         self._swarm_id = swarm_id
         self._sessions = sessions
         self._up = up
-        self._clock = clock
         self._note_served = note_served
         self._turns = Turns(threads, _MAX_WAITING)
         self._vectors = VectorCache()
@@ -297,7 +295,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         groups: Sequence[ShardGroup],
         is_given_up: Callable[[], bool],
     ) -> memory_pb2.SearchReply:
-        began = self._clock()
+        began = time.monotonic()
         best = Best(len(queries), k)
         for some in chain.from_iterable(group.parts() for group in groups):
             if is_given_up():
@@ -305,7 +303,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             numbers, positions, scores = search_together(some.shards, queries[some.queries], k, self._vectors)
             best.add(some.queries, np.array(some.numbers)[numbers], positions, scores)
         reply = best.reply(shards)
-        self.metrics.seconds.observe(self._clock() - began)
+        self.metrics.seconds.observe(time.monotonic() - began)
         return reply
 
 

@@ -36,6 +36,8 @@ _RIGHTS = {"forward": session_pb2.RIGHT_FORWARD, "backward": session_pb2.RIGHT_B
 _BURST_S = 5.0
 _IDLE_LOOK_S = 10.0
 _EXPERT_BURST_S = 600.0
+_REMEMBERED_REQUESTS = 65_536
+"""How many request ids of backward calls are remembered."""
 _MOST_TRAINERS = 4096
 """The most trainers that are counted."""
 
@@ -119,8 +121,6 @@ class CallLimits:
     """The longest duration of a call, whatever its own deadline. Kept forward calls expire after twice that."""
     max_kept_bytes: int = 0
     """Memory for cached forward passes. Sequences get what these leave."""
-    remembered_requests: int = 65_536
-    """How many request ids of backward calls are remembered."""
     budget: BudgetLimits = field(default_factory=BudgetLimits)
     max_memory_bytes: int = 512 * 2**20
     """Memory for all calls in progress together, each from its header to its last answer."""
@@ -159,7 +159,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self._swarm_id = swarm_id
         self._limits = limits
         self._sessions = sessions
-        self._seen = SeenRequests(limits.remembered_requests)
+        self._seen = SeenRequests(_REMEMBERED_REQUESTS)
         self._traffic = traffic or Bandwidth()
         self._note_served = note_served
         self._trainers = BoundedDict[str, float](_MOST_TRAINERS)

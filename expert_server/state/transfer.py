@@ -167,11 +167,10 @@ class SnapshotTaker:
         swarm_id: str,
         met: Callable[[UID], Mapping[PeerID, Meeting]],
         limit: int = MAX_SNAPSHOTS,
-        lifetime_s: float = SNAPSHOT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runtime = runtime
-        self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(limit, lifetime_s)
+        self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(limit, SNAPSHOT_S)
         self._swarm_id = swarm_id
         self._met = met
         self._clock = clock
@@ -179,7 +178,7 @@ class SnapshotTaker:
         self._tasks = TaskSet()
         self._of_peer = TokenBuckets[PeerID](_PEER_SHARE, _PEER_BURST_S)
         self._blocks = TaskSet()
-        self._exported: SnapshotCache[Block] = SnapshotCache(_MAX_EXPORTED, lifetime_s)
+        self._exported: SnapshotCache[Block] = SnapshotCache(_MAX_EXPORTED, SNAPSHOT_S)
         self._keeps_exported = limit >= MAX_SNAPSHOTS
         purposes = get_args(Purpose)
         self._of_all = {purpose: TokenBucket(_ALL_SHARE, _ALL_BURST_S, clock()) for purpose in purposes}

@@ -73,20 +73,15 @@ def corrupt_spans(tokens: Sequence[int], spans: Spans, sentinels: Sequence[int])
     return Denoising([*inputs, *tokens[at:]], [*targets, sentinels[len(spans)]])
 
 
-def draw_infilled(
-    length: int,
-    rng: np.random.Generator,
-    density: float = DENSITY_BART,
-    mean: float = MEAN_SPAN_BART,
-) -> list[Span]:
-    """Spans for `infill`: `density` of the tokens, in spans with lengths from a Poisson distribution.
+def draw_infilled(length: int, rng: np.random.Generator) -> list[Span]:
+    """Spans for `infill`: a share of the tokens, in spans with lengths from a Poisson distribution.
 
     Lewis et al. 2020 (arXiv 1910.13461), section 2.2. A span may be empty. No two spans touch.
     """
-    corrupted = min(round(length * density), length)
+    corrupted = min(round(length * DENSITY_BART), length)
     lengths = list[int]()
     while sum(lengths) < corrupted:
-        lengths.append(min(int(rng.poisson(mean)), corrupted - sum(lengths)))
+        lengths.append(min(int(rng.poisson(MEAN_SPAN_BART)), corrupted - sum(lengths)))
     # at most as many as there are places; empty spans are dropped first
     lengths.sort(reverse=True)
     while len(lengths) > length - corrupted + 1:

@@ -469,13 +469,11 @@ class SessionWarmer:
         sessions: SessionClient,
         channels: ChannelPool,
         nodes: Callable[[], Iterable[NodeInfo]],
-        clock: Callable[[], float],
     ) -> None:
         """`nodes`: returns the nodes that may be called."""
         self._sessions = sessions
         self._channels = channels
         self._known = nodes
-        self._clock = clock
         self._tried_at: dict[PeerID, float] = {}
 
     async def run(self) -> None:
@@ -490,7 +488,7 @@ class SessionWarmer:
         """The nodes that need a session now."""
         nodes = list(islice(self._known(), _MOST))
         self._tried_at = {n.peer_id: t for n in nodes if (t := self._tried_at.get(n.peer_id)) is not None}
-        now = self._clock()
+        now = time.monotonic()
         return [
             node
             for node in nodes
@@ -499,7 +497,7 @@ class SessionWarmer:
         ][:_AT_ONCE]
 
     async def _introduce(self, node: NodeInfo) -> None:
-        self._tried_at[node.peer_id] = self._clock()
+        self._tried_at[node.peer_id] = time.monotonic()
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 channel = await self._channels.reach(node)

@@ -77,13 +77,12 @@ class Auditor:
         channels: ChannelPool,
         folder: Path,
         metrics: RetrieverMetrics,
-        rng: random.Random | None = None,
     ) -> None:
         """`channels`: are closed with it. `folder`: where lists of shards are kept."""
         self._swarm = swarm
         self._channels = channels
         self._metrics = metrics
-        self._rng = rng or random.SystemRandom()
+        self._rng = random.SystemRandom()
         self._registry = MemoryRegistry(swarm.registry)
         rights = (session_pb2.RIGHT_MEMORY,)
         self._sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)

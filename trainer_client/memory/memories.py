@@ -6,7 +6,6 @@ searched.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -81,7 +80,7 @@ class Memories:
         calls = HostCalls(
             caller, str(entry.memory), guard=swarm.guard, metrics=self._metrics, credit=self._credit
         )
-        warmer = SessionWarmer(self._sessions, self._channels, lambda: directory.nodes, time.monotonic)
+        warmer = SessionWarmer(self._sessions, self._channels, lambda: directory.nodes)
         self._tasks.supervise("keep what is known of a memory fresh", directory.keep_fresh)
         self._tasks.supervise("open sessions with hosts of a memory", warmer.run)
         return Retriever(directory, calls, swarm_id)

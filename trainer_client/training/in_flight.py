@@ -121,17 +121,10 @@ class _Begun(Generic[M]):
 class InFlight(Generic[M, R]):
     """The running steps, each on its own thread. For one thread, the only one that changes the shared model."""
 
-    def __init__(
-        self,
-        shared: M,
-        make_copy: Callable[[], M],
-        limit: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, shared: M, make_copy: Callable[[], M], limit: int) -> None:
         """`make_copy` returns a model with the same shapes as the shared one; it is called at most `limit` times."""
         self._shared = shared
         self._make_copy = make_copy
-        self._clock = clock
         # a new thread inherits the number of cores that any thread has set last
         self._threads = ThreadPoolExecutor(
             limit, "talkoot-step", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
@@ -150,7 +143,7 @@ class InFlight(Generic[M, R]):
         alone = not self._begun
         for other in self._begun.values():
             other.alone = False
-        begun = _Begun(copy, self._version, self._clock(), alone)
+        begun = _Begun(copy, self._version, time.monotonic(), alone)
         self._begun[self._threads.submit(work, copy)] = begun
 
     def next(self) -> Finished[M, R]:
@@ -158,7 +151,7 @@ class InFlight(Generic[M, R]):
         done, _ = wait(self._begun, return_when=FIRST_COMPLETED)
         future = min(done, key=lambda one: self._begun[one].at)
         begun = self._begun.pop(future)
-        now = self._clock()
+        now = time.monotonic()
         return Finished(
             begun.copy, future.result(), self._version - begun.version, now - begun.at, now, begun.alone
         )
