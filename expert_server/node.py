@@ -43,7 +43,7 @@ from expert_server.resources import (
     threads_of,
     within_memory,
 )
-from expert_server.server import AccessControl, HealthServicer, Services
+from expert_server.server import AccessControl, HealthServicer, add_services
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.servicer import MAX_CALL_S, BudgetLimits, CallLimits, ExpertServicer
 from expert_server.settings import NodeSettings
@@ -288,15 +288,15 @@ class Node:
             self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.metrics,
             self.averaging.accept_hint, self.traffic.up, self.sessions,
         )  # fmt: skip
-        services = Services(
-            experts=self._servicer,
-            states=states,
-            memories=self._memory_servicer,
-            credit=self._credit_servicer,
-            probe=ProbeServicer(self.swarm.keys.swarm_id, self.traffic, dialling=self.swarm.host.dialling),
-            health=HealthServicer(lambda: self.state is NodeState.SERVING),
+        add_services(
+            server.services,
+            self._servicer,
+            states,
+            self._memory_servicer,
+            self._credit_servicer,
+            ProbeServicer(self.swarm.keys.swarm_id, self.traffic, dialling=self.swarm.host.dialling),
+            HealthServicer(lambda: self.state is NodeState.SERVING),
         )
-        services.add_to(server.services)
         await self.swarm.host.serve_tunnel(server.open_for)
         port = settings.announce_port or self.swarm.host.port
         self.address = endpoint(settings.announce_host or host, port)

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,24 +61,21 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
         return status(status=status.SERVING if self._serves() else status.NOT_SERVING)
 
 
-@dataclass(frozen=True)
-class Services:
-    """The services of a node."""
-
-    experts: ExpertServicer
-    states: StateServicer
-    memories: MemoryServicer
-    credit: CreditServicer
-    probe: ProbeServicer
-    health: HealthServicer
-
-    def add_to(self, server: grpc.aio.Server) -> None:
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self.experts, server)
-        state_pb2_grpc.add_StateServiceServicer_to_server(self.states, server)
-        memory_pb2_grpc.add_MemoryServiceServicer_to_server(self.memories, server)
-        credit_pb2_grpc.add_CreditServiceServicer_to_server(self.credit, server)
-        probe_pb2_grpc.add_ProbeServiceServicer_to_server(self.probe, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+def add_services(
+    server: grpc.aio.Server,
+    experts: ExpertServicer,
+    states: StateServicer,
+    memories: MemoryServicer,
+    credit: CreditServicer,
+    probe: ProbeServicer,
+    health: HealthServicer,
+) -> None:
+    expert_pb2_grpc.add_ExpertServiceServicer_to_server(experts, server)
+    state_pb2_grpc.add_StateServiceServicer_to_server(states, server)
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(memories, server)
+    credit_pb2_grpc.add_CreditServiceServicer_to_server(credit, server)
+    probe_pb2_grpc.add_ProbeServiceServicer_to_server(probe, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
 
 
 class AccessControl:

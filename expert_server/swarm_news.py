@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from dht.announcements import Replica, ReplicaState, TrainerInfo
+from dht.announcements import Replica, ReplicaState
 from dht.registry import Registry, some_of
 from dht.uid import UID
 from peer.formatting import counted
@@ -34,13 +34,6 @@ class TrainingNews:
     """The last loss that the node heard of."""
     loss_at_first: float | None = None
     """The first loss that the node heard of."""
-
-    def after(self, trainers: int, read: Iterable[TrainerInfo]) -> "TrainingNews":
-        """The news, given the number of active trainers. `read`: the records of some of them."""
-        losses = [info.validation_loss for info in read if info.validation_loss is not None]
-        loss = min(losses, default=self.loss)
-        first = loss if self.loss_at_first is None else self.loss_at_first
-        return replace(self, trainers=trainers, loss=loss, loss_at_first=first)
 
 
 class SwarmNews:
@@ -75,7 +68,9 @@ class SwarmNews:
         read = await self._registry.trainers(some)
         # anybody can list trainers that don't exist
         live = round(about * len(read) / max(1, len(some)))
-        self.training = self.training.after(live, read.values())
+        losses = [info.validation_loss for info in read.values() if info.validation_loss is not None]
+        loss, first = min(losses, default=self.training.loss), self.training.loss_at_first
+        self.training = TrainingNews(live, loss, loss if first is None else first)
         self._trainers_at = now
 
     async def _note_gone(self) -> None:
