@@ -247,55 +247,46 @@ class GrpcCaller:
         self.metrics: DispatchMetrics = metrics or DispatchMetrics()
 
     async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
+        """A call that fails before any reply is made again if its node could not keep the forward call, then in full;
+        and once if it is a backward call that broke off, if there is time. It then has the same id: a node that has
+        already seen it does not apply it twice.
+        """
         if call.deadline_s <= 0:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no time was left for the call")
-        ends, heard = time.monotonic() + call.deadline_s, False
-        try:
-            async with aclosing(self._call_or_repeat(call)) as replies:
-                async for reply in replies:
-                    heard = True
-                    yield reply
-            return
-        except ExpertError as error:
-            gave_up = call.kept is not None and error.status is StatusCode.FAILED_PRECONDITION
-            if heard or not gave_up:
-                raise
-        # the node could not keep the forward call
-        left = max(ends - time.monotonic(), 0.001)
-        async with aclosing(self._call_or_repeat(replace(call.in_full(), deadline_s=left))) as replies:
-            async for reply in replies:
-                yield reply
+        ends, request_id = time.monotonic() + call.deadline_s, secrets.token_bytes(16)
+        broke_off: ExpertError | None = None
+        while True:
+            heard = False
+            try:
+                async with aclosing(self._call_once(call, request_id, ends)) as replies:
+                    async for reply in replies:
+                        heard = True
+                        yield reply
+                return
+            except ExpertError as error:
+                if heard:
+                    raise
+                failure, left_s = error, max(ends - time.monotonic(), 0.001)
+            if call.kept is not None and failure.status is StatusCode.FAILED_PRECONDITION:
+                call = replace(call.in_full(), deadline_s=left_s)
+                request_id, broke_off = secrets.token_bytes(16), None
+            elif broke_off is not None:
+                # if it was applied before, only its answer is lost
+                raise broke_off if failure.status is StatusCode.ALREADY_EXISTS else failure
+            elif (
+                call.direction == "backward"
+                and failure.status is StatusCode.UNAVAILABLE
+                and left_s > call.deadline_s / 2 + _REPEAT_AFTER_S
+            ):
+                broke_off = failure
+                await asyncio.sleep(_REPEAT_AFTER_S)
+                self.metrics.repeated_calls.inc()
+            else:
+                raise failure
 
     def is_silent(self, node: NodeInfo) -> bool:
         """Whether connecting to the node was tried and it is not connected: it is still connecting, or was refused."""
         return self._channels.is_silent(node)
-
-    async def _call_or_repeat(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
-        """Makes a call. A backward call that breaks off before any answer is repeated once, if there is time, with the
-        same id: a node that has already seen it does not apply it twice.
-        """
-        request_id, ends, answered = secrets.token_bytes(16), time.monotonic() + call.deadline_s, False
-        try:
-            async with aclosing(self._call_once(call, request_id, ends)) as replies:
-                async for reply in replies:
-                    answered = True
-                    yield reply
-            return
-        except ExpertError as error:
-            broke_off = error.status is StatusCode.UNAVAILABLE and not answered
-            in_time = ends - time.monotonic() > call.deadline_s / 2 + _REPEAT_AFTER_S
-            if call.direction == "forward" or not broke_off or not in_time:
-                raise
-            first = error
-        await asyncio.sleep(_REPEAT_AFTER_S)
-        self.metrics.repeated_calls.inc()
-        try:
-            async with aclosing(self._call_once(call, request_id, ends)) as replies:
-                async for reply in replies:
-                    yield reply
-        except ExpertError as error:
-            # if it was applied before, only its answer is lost
-            raise (first if error.status is StatusCode.ALREADY_EXISTS else error) from error
 
     async def _call_once(
         self, call: NodeCall, request_id: bytes, ends: float
