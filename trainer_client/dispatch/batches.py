@@ -192,7 +192,8 @@ class NodeBatch:
         return ranks
 
     @cached_property
-    def _segments_of_rows(self) -> Integers:
+    def segment_of_row(self) -> Integers:
+        """[n]"""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     def parts(self) -> Iterator[ExpertPart]:
@@ -206,7 +207,7 @@ class NodeBatch:
 
     def segments(self, places: Integers) -> tuple[Integers, Integers]:
         """The number of rows of each segment, and the positions, of these rows alone."""
-        lengths = np.bincount(self._segments_of_rows[places], minlength=len(self.lengths))
+        lengths = np.bincount(self.segment_of_row[places], minlength=len(self.lengths))
         return lengths[lengths > 0], self.positions[places]
 
     def only(self, slots: Booleans) -> tuple["NodeBatch", Integers]:

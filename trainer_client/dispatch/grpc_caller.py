@@ -412,8 +412,7 @@ class GrpcCaller:
 
 
 def _expert_rows(call: NodeCall, codec: "expert_pb2.Codec") -> Iterator[expert_pb2.ExpertRows]:
-    count, lengths = len(call.batch.rows), call.batch.lengths
-    segments = np.repeat(np.arange(len(lengths)), lengths)
+    count, segments = len(call.batch.rows), call.batch.segment_of_row
     for number, (uid, places, slots) in enumerate(call.batch.parts()):
         weights = call.weights[places, slots]
         held = None if call.held is None else call.held[np.unique(segments[places]), number]

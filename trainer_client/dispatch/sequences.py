@@ -49,7 +49,7 @@ def note_held(held: Sequence[HeldSequence], selection: Selection, result: Forwar
         held[number].is_answered = held[number].can_go_on = False
     for sent in result.answers:
         batch, peer_id = sent.batch, sent.node.peer_id
-        segments = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+        segments = batch.segment_of_row
         firsts = np.cumsum(batch.lengths) - batch.lengths
         sequences = of_rows[batch.rows[firsts]]
         for part in batch.parts():

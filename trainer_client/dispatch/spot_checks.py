@@ -171,7 +171,7 @@ class Sample:
         drawn = rng.randrange(len(reply.places))
         experts = np.where(reply.answered, batch.experts[reply.places], -1)  # [m, K]
         wanted = experts[drawn][reply.answered[drawn]]
-        segments = np.repeat(np.arange(len(batch.lengths)), batch.lengths)  # [n]
+        segments = batch.segment_of_row
         first = segments[reply.places[drawn]]
         ahead = np.cumsum(np.roll(batch.lengths, -first)) <= _MOST_ROWS
         ahead[0] = True
