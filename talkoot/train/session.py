@@ -320,7 +320,8 @@ def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDa
             f"objective: {settings.objective} is for models with an encoder, but this swarm's model has none: leave it "
             "out"
         )
-    return Dataset(tokens, context, seed, share, token_bytes)
+    align = 1 if settings.memory is None else settings.memory_chunk
+    return Dataset(tokens, context, seed, share, token_bytes, align)
 
 
 def _begin_averaging(

@@ -123,8 +123,10 @@ class Dataset:
         seed: int = 0,
         validation_share: float = 0.1,
         token_bytes: Sequence[bytes] | None = None,
+        align: int = 1,
     ) -> None:
-        """`token_bytes`: the bytes that each token stands for; by default, one byte each.
+        """`token_bytes`: the bytes that each token stands for; by default, one byte each. `align`: epochs cut the text
+        at multiples of this, so that chunks of this size come again, for which passages are looked up.
 
         Raises DataError if the text is too short for one sequence of each part.
         """
@@ -134,7 +136,9 @@ class Dataset:
         self.context = context
         self.sequences: int = max(1, len(self.train) // context - 1)
         """The number of sequences in an epoch."""
-        self._offsets = min(context, len(self.train) - self.sequences * context)
+        self._align = align
+        self._cuts = max(1, min(context, len(self.train) - self.sequences * context) // align)
+        """How many different cuts there are."""
         self._bytes_of = np.array(
             [1] * BYTES if token_bytes is None else [len(token) for token in token_bytes]
         )
@@ -149,7 +153,7 @@ class Dataset:
             here = epochs_B == epoch
             *keys, cut = shuffle_keys(self._seed, int(epoch))
             order = shuffled(indices_B[here], self.sequences, keys)
-            starts_B[here] = order * self.context + int(cut) % self._offsets
+            starts_B[here] = order * self.context + int(cut) % self._cuts * self._align
         return self._sequences(self.train, starts_B)
 
     def validation_batches(self, batch_size: int, count: int) -> list[Tensor]:

@@ -46,6 +46,17 @@ def test_a_step_always_has_the_same_batch() -> None:
     assert not torch.equal(dataset.batch(8, 8), first)
 
 
+def test_chunks_of_aligned_epochs_come_again_in_other_sequences() -> None:
+    """So the passages that were found for them need not be looked up again."""
+    text = np.random.default_rng(0).integers(0, 256, 3000).astype(np.uint8)
+    chunks = {text[at : at + 16].tobytes() for at in range(0, len(text), 16)}
+    dataset, sequences = Dataset(text, 64, align=16), set[bytes]()
+    for epoch in range(4):
+        sequences |= {bytes(each) for each in dataset.batch(epoch, dataset.sequences)[:, :64].tolist()}
+    assert {each[at : at + 16] for each in sequences for at in range(0, 64, 16)} <= chunks
+    assert len(sequences) > dataset.sequences
+
+
 def test_trainers_of_other_seeds_train_on_other_batches_and_validate_on_the_same() -> None:
     one, other = byte_dataset(TEXT, context=16, seed=1), byte_dataset(TEXT, context=16, seed=2)
     assert not torch.equal(one.batch(0, 8), other.batch(0, 8))
