@@ -36,7 +36,7 @@ from peer.metrics import SECONDS, start_at_zero
 from peer.rates import RateLimit
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
+from peer.rpc.transfer import TransferSlots, send
 from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2, state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -240,11 +240,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                         StatusCode.FAILED_PRECONDITION, "that file is no longer kept: start again without one"
                     )
                 header = state_pb2.StateHeader(total_bytes=len(data), sha256=sha256)
-                pace = TransferPace()
+                count = self.metrics.bytes.labels("sent").inc
                 try:
-                    async for reply in outgoing(header, data, request.offset, self._up):
-                        await pace.write(context.write(reply), len(reply.chunk))
-                        self.metrics.bytes.labels("sent").inc(len(reply.chunk))
+                    await send(context, header, data, request.offset, self._up, count)
                 except TimeoutError:  # caught first, because it is an OSError too
                     raise
                 except OSError as error:

@@ -26,7 +26,7 @@ from peer.identity import PeerID
 from peer.rates import RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Right, Sessions
-from peer.rpc.transfer import TransferPace, TransferSlots, outgoing
+from peer.rpc.transfer import TransferSlots, send
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -184,10 +184,8 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
             )
         with self._slots.taken(caller, self._state_bytes):
             given = await self._wanted(request, uid, caller)
-            pace = TransferPace()
-            async for reply in outgoing(given.header(caller), given.data, request.offset, self._up):
-                await pace.write(context.write(reply), len(reply.chunk))
-                self._metrics.bytes.labels("sent").inc(len(reply.chunk))
+            count = self._metrics.bytes.labels("sent").inc
+            await send(context, given.header(caller), given.data, request.offset, self._up, count)
             if isinstance(given, Snapshot):
                 given.note_given(caller)
 

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -342,18 +342,27 @@ async def receive(
         await down.take(len(reply.chunk))
 
 
-async def outgoing(
-    header: state_pb2.StateHeader, data: Bytes, offset: int, up: RateLimit
-) -> AsyncIterator[state_pb2.FetchReply]:
-    """The replies that send a snapshot from an offset, no faster than `up`. Raises WireError if the offset is past its
-    end.
+async def send(
+    context: grpc.aio.ServicerContext[Any, state_pb2.FetchReply],
+    header: state_pb2.StateHeader,
+    data: Bytes,
+    offset: int,
+    up: RateLimit,
+    count: Callable[[int], None],
+) -> None:
+    """Answers a call with a snapshot, from an offset on, no faster than `up`. `count` is called with the size of each
+    chunk.
+
+    Raises WireError if the offset is past its end, and TimeoutError if the receiver reads too slowly.
     """
     if offset > len(data):
         raise WireError(f"offset {offset} is beyond the {len(data)} bytes of the snapshot")
-    yield state_pb2.FetchReply(header=header)
+    pace = TransferPace()
+    await pace.write(context.write(state_pb2.FetchReply(header=header)), 0)
     for chunk in chunked(data, offset):
         await up.take(len(chunk))
-        yield state_pb2.FetchReply(chunk=chunk)
+        await pace.write(context.write(state_pb2.FetchReply(chunk=chunk)), len(chunk))
+        count(len(chunk))
 
 
 def chunked(data: Bytes, offset: int = 0) -> Iterator[bytes]:

@@ -26,7 +26,7 @@ from peer.parsing import ParseGuard
 from peer.rates import RateLimit
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import SnapshotCache, SnapshotReceiver, TransferPace, TransferSlots, outgoing
+from peer.rpc.transfer import SnapshotCache, SnapshotReceiver, TransferPace, TransferSlots, send
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
 from trainer_client.averaging.dense_part import (
     MAX_AGE,
@@ -340,10 +340,8 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
     async def _send(
         self, snapshot: Snapshot, to: PeerID | None, offset: int, context: ExchangeContext | TakeContext
     ) -> None:
-        pace = TransferPace()
-        async for reply in outgoing(snapshot.header(to), snapshot.data, offset, RateLimit(None)):
-            await pace.write(context.write(reply), len(reply.chunk))
-            self._exchange.metrics.bytes.labels("sent").inc(len(reply.chunk))
+        count = self._exchange.metrics.bytes.labels("sent").inc
+        await send(context, snapshot.header(to), snapshot.data, offset, RateLimit(None), count)
 
     def _check(self, caller: PeerID, offer: dense_pb2.DenseOffer) -> None:
         """Raises ExpertError."""
