@@ -1,10 +1,13 @@
-"""A dictionary with a bound: strangers must not be able to make a peer remember more and more."""
+"""A dictionary with a bound, and who has the most: strangers must not be able to make a peer remember more and more."""
 
 from collections import OrderedDict
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+_SPARE = 1024
 
 
 class BoundedDict(OrderedDict[K, V]):
@@ -25,3 +28,36 @@ class BoundedDict(OrderedDict[K, V]):
         super().__setitem__(key, value)
         self.move_to_end(key)
         return [self.popitem(last=False)[1] for _ in range(len(self) - self.most)]
+
+
+class Totals:
+    """How much each owner has. Finding the owner with the most hardly takes longer if there are many owners."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, int] = {}
+        """Owners without anything have no entry."""
+        self._heap: list[tuple[int, str]] = []
+        """For each owner, minus its total when it last grew, and perhaps older entries."""
+
+    def add(self, owner: str, amount: int) -> None:
+        """`amount`: negative for what the owner no longer has."""
+        total = self.of[owner] = self.of.get(owner, 0) + amount
+        if not total:
+            del self.of[owner]
+        elif amount > 0:
+            heappush(self._heap, (-total, owner))
+            if len(self._heap) > 2 * len(self.of) + _SPARE:
+                self._heap = [(-size, name) for name, size in self.of.items()]
+                heapify(self._heap)
+
+    def richest(self) -> str:
+        """The owner with the most. There must be one."""
+        while True:
+            noted, owner = self._heap[0]
+            total = self.of.get(owner, 0)
+            if total == -noted:
+                return owner
+            if total:
+                heapreplace(self._heap, (-total, owner))
+            else:
+                heappop(self._heap)

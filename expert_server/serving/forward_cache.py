@@ -15,6 +15,7 @@ from torch import Tensor
 
 from expert_server.experts.graphs import ForwardGraph, SharedGraph, SharedPass, WeightVersion
 from expert_server.serving.assignment import Assignment
+from peer.bounded import Totals
 from peer.codec import Booleans
 
 _CALL_BYTES, _EXPERT_BYTES = 2048, 128
@@ -215,9 +216,7 @@ class SeenRequests:
         self._limit = limit
         self._count = 0
         self._by_caller: dict[str, OrderedDict[bytes, None]] = {}
-        self._with: dict[int, dict[str, None]] = {}
-        """The callers by their number of ids, to find those with the most quickly. No set is empty."""
-        self._most = 0
+        self._counts = Totals()
 
     def is_new(self, caller: str, request_id: bytes) -> bool:
         """Whether the caller has not used this id before. Remembers it."""
@@ -225,31 +224,16 @@ class SeenRequests:
         if request_id in ids:
             return False
         ids[request_id] = None
+        self._counts.add(caller, 1)
         self._count += 1
-        self._note(caller, len(ids) - 1, len(ids))
         if self._count > self._limit:
-            self._forget_one(next(iter(self._with[self._most])))
+            richest = self._counts.richest()
+            self._by_caller[richest].popitem(last=False)
+            if not self._by_caller[richest]:
+                del self._by_caller[richest]
+            self._counts.add(richest, -1)
+            self._count -= 1
         return True
 
     def __len__(self) -> int:
         return self._count
-
-    def _forget_one(self, caller: str) -> None:
-        ids = self._by_caller[caller]
-        ids.popitem(last=False)
-        self._count -= 1
-        self._note(caller, len(ids) + 1, len(ids))
-        if not ids:
-            del self._by_caller[caller]
-
-    def _note(self, caller: str, before: int, now: int) -> None:
-        """Records how many ids a caller had before and has now."""
-        if before:
-            del self._with[before][caller]
-            if not self._with[before]:
-                del self._with[before]
-        if now:
-            self._with.setdefault(now, {})[caller] = None
-        self._most = max(self._most, now)
-        while self._most and self._most not in self._with:
-            self._most -= 1

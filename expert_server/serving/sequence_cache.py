@@ -6,12 +6,12 @@ A caller numbers its sequences. Other callers can't use them.
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
 from typing import TypeAlias
 
 from grpc import StatusCode
 
 from dht.uid import UID
+from peer.bounded import Totals
 from peer.errors import ExpertError
 from peer.layers import KeyValueCache
 
@@ -19,7 +19,6 @@ IDLE_S = 60.0
 """How long rows are kept if no call continues their sequence."""
 ENTRY_BYTES = 1024
 """The memory of a sequence's entry, besides its numbers."""
-_SPARE = 1024
 
 _Key: TypeAlias = tuple[UID, int]
 
@@ -42,9 +41,7 @@ class SequenceCache:
         self._room = room
         self._callers: dict[str, OrderedDict[_Key, _Entry]] = {}
         """The entries of each caller, the one used longest ago first. Callers without entries are dropped."""
-        self._bytes: dict[str, int] = {}
-        self._most: list[tuple[int, str]] = []
-        """A heap of callers by minus their bytes. It may also contain outdated entries."""
+        self._bytes = Totals()
         self.bytes: int = 0
 
     def __len__(self) -> int:
@@ -79,10 +76,8 @@ class SequenceCache:
             self._remove(caller, (uid, number))
             entry = _Entry(each, each.nbytes + ENTRY_BYTES, now + IDLE_S)
             self._callers.setdefault(caller, OrderedDict())[uid, number] = entry
-            self._bytes[caller] = self._bytes.get(caller, 0) + entry.bytes
+            self._bytes.add(caller, entry.bytes)
             self.bytes += entry.bytes
-        if caller in self._bytes:
-            self._note_more(caller)
         self.keep_to_room()
         return all((uid, number) in self._callers.get(caller, ()) for number in numbers)
 
@@ -90,7 +85,7 @@ class SequenceCache:
         """Evicts entries until they fit. Call it also when others need the room."""
         excess = self.bytes - self._room() if self._callers else 0
         while excess > 0 and self._callers:
-            richest = self._richest()
+            richest = self._bytes.richest()
             excess -= self._remove(richest, next(iter(self._callers[richest])))
 
     def drop_idle(self, now: float, callers: Container[str]) -> None:
@@ -102,27 +97,8 @@ class SequenceCache:
 
     def clear(self) -> None:
         self._callers.clear()
-        self._bytes.clear()
-        self._most.clear()
+        self._bytes = Totals()
         self.bytes = 0
-
-    def _note_more(self, caller: str) -> None:
-        heappush(self._most, (-self._bytes[caller], caller))
-        if len(self._most) > 2 * len(self._bytes) + _SPARE:
-            self._most = [(-size, name) for name, size in self._bytes.items()]
-            heapify(self._most)
-
-    def _richest(self) -> str:
-        """The caller with the most memory. The time hardly depends on the number of callers."""
-        while True:
-            noted, caller = self._most[0]
-            size = self._bytes.get(caller, 0)
-            if size == -noted:
-                return caller
-            if size:
-                heapreplace(self._most, (-size, caller))
-            else:
-                heappop(self._most)
 
     def _remove(self, caller: str, key: _Key) -> int:
         """Returns the bytes that this frees."""
@@ -130,8 +106,8 @@ class SequenceCache:
         entry = entries.pop(key, None) if entries is not None else None
         if entries is None or entry is None:
             return 0
-        self._bytes[caller] -= entry.bytes
+        self._bytes.add(caller, -entry.bytes)
         self.bytes -= entry.bytes
         if not entries:
-            del self._callers[caller], self._bytes[caller]
+            del self._callers[caller]
         return entry.bytes

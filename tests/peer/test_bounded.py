@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.bounded import BoundedDict
+from peer.bounded import BoundedDict, Totals
 
 
 @given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 9), st.integers())))
@@ -30,3 +30,15 @@ def test_a_bound_that_shrank_evicts_the_oldest_at_the_next_set() -> None:
         bounded.setdefault(key, str(key))
     bounded.most = 2
     assert bounded.put(9, "9") == ["0", "1", "2"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("ABCD"), st.integers(-5, 5)), max_size=60))
+def test_the_owner_with_the_most_is_found(changes: list[tuple[str, int]]) -> None:
+    totals, expected = Totals(), dict.fromkeys("ABCD", 0)
+    for owner, amount in changes:
+        amount = max(amount, -expected[owner])
+        expected[owner] += amount
+        totals.add(owner, amount)
+        assert totals.of == {name: total for name, total in expected.items() if total}
+        if totals.of:
+            assert totals.of[totals.richest()] == max(expected.values())

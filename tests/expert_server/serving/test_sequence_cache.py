@@ -114,16 +114,16 @@ def test_it_keeps_to_its_room_and_takes_nothing_from_those_within_their_share(
     room = entries * ENTRY
     cache = SequenceCache(lambda: room)
     for caller, number, count, takes in events:
-        before = {name: size for name, size in cache._bytes.items() if name != caller}
+        before = {name: size for name, size in cache._bytes.of.items() if name != caller}
         if takes:
             has(cache, number, caller, count=count)
         else:
             cache.put(caller, FIRST, [number], [rows(count)], 0.0)
-        assert cache.bytes == sum(cache._bytes.values()) <= room
+        assert cache.bytes == sum(cache._bytes.of.values()) <= room
         owners = len({*before, caller})
         for name, size in before.items():
             if size <= room // owners - 4 * ENTRY:
-                assert cache._bytes[name] == size
+                assert cache._bytes.of[name] == size
 
 
 def test_a_flood_takes_as_long_however_many_keep_something() -> None:
