@@ -10,7 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dht.memory import MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS, MAX_TEXT_CHARACTERS, Passage
+from google.protobuf.message import DecodeError
+
+from dht.memory import Passage
+from peer.errors import WireError
+from peer.wire import memory_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -24,8 +28,6 @@ _TABLE = (
     "CREATE TABLE IF NOT EXISTS found (key BLOB PRIMARY KEY, memory TEXT, revision INTEGER, passages BLOB)"
 )
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_LONGEST = (MAX_TEXT_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LABEL_CHARACTERS, MAX_LICENSE_CHARACTERS)
-"""The most characters of a text, a title, a source and a licence."""
 
 
 class NeighbourCache:
@@ -153,25 +155,14 @@ def _key(memory: str, revision: int, text: str) -> bytes:
 
 
 def _serialized(passages: Sequence[Passage]) -> bytes:
-    rows = [[p.text, p.title, p.source, p.license, p.offset] for p in passages]
-    return zlib.compress(json.dumps(rows).encode(), 1)
+    found = [memory_pb2.ProvenPassage(passage=each.message()) for each in passages]
+    return zlib.compress(memory_pb2.ReadReply(passages=found).SerializeToString(), 1)
 
 
 def _parsed(data: bytes) -> list[Passage] | None:
     """None if the data is not what `_serialized` writes."""
     try:
         unpacked = zlib.decompressobj().decompress(data, _LARGEST_ENTRY)
-        passages = []
-        for *texts, offset in json.loads(unpacked):
-            for text, most in zip(texts, _LONGEST, strict=True):
-                if not isinstance(text, str) or len(text) > most:
-                    return None
-                # raises ValueError for halves of surrogate pairs, which no tokenizer accepts
-                text.encode()
-            if not isinstance(offset, int):
-                return None
-            text, title, source, terms = texts
-            passages.append(Passage(text, title, source, offset, terms))
-    except (ValueError, TypeError, RecursionError, zlib.error):
+        return [Passage.parse(each.passage) for each in memory_pb2.ReadReply.FromString(unpacked).passages]
+    except (DecodeError, WireError, zlib.error):
         return None
-    return passages

@@ -1,6 +1,5 @@
 """Search results stay on disk, within a limit of bytes and only for the newest revision."""
 
-import json
 import sqlite3
 import zlib
 from pathlib import Path
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.memory import Passage
+from peer.wire.memory_pb2 import ProvenPassage, ReadReply
 from trainer_client.retrieval.cache import NeighbourCache
 
 PASSAGES = st.lists(
@@ -122,24 +122,24 @@ def test_a_file_that_breaks_in_use_or_has_another_form_begins_anew(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "rows",
+    "stored",
     [
-        "[" * 500_000,
-        json.dumps([["\ud800", "title", "source", "MIT", 0]]),
-        json.dumps([["text", "title", "\udfff", "MIT", 0]]),
-        json.dumps([["text", "title", "source", "MIT", "0"]]),
-        json.dumps([["text" * 10**5, "title", "source", "MIT", 0]]),
-        json.dumps([["text", "title", "source", 0]]),
-        json.dumps(7),
+        b"not compressed",
+        zlib.compress(b"[]"),
+        zlib.compress(bytes(2**24)),
+        zlib.compress(
+            ReadReply(passages=[ProvenPassage(passage=passage("x" * 10**5).message())]).SerializeToString()
+        ),
     ],
+    ids=["plain", "another form", "far larger", "a long text"],
 )
-def test_an_entry_that_was_never_written_so_counts_as_not_found(tmp_path: Path, rows: str) -> None:
+def test_an_entry_that_was_never_written_so_counts_as_not_found(tmp_path: Path, stored: bytes) -> None:
     path = tmp_path / "found"
     cache = NeighbourCache(path)
     cache.put("docs", 1, {"a": [passage("text")], "b": [passage("text")]})
     cache.close()
     with sqlite3.connect(path) as other:
-        other.execute("UPDATE found SET passages = ? WHERE rowid = 1", (zlib.compress(rows.encode()),))
+        other.execute("UPDATE found SET passages = ? WHERE rowid = 1", (stored,))
     other.close()
     cache = NeighbourCache(path)
     assert cache.get("docs", 1, ["a", "b"]) == {"b": [passage("text")]}
