@@ -217,7 +217,7 @@ class PauseController:
         self._owner = OwnerOverride()
         self._changing = asyncio.Lock()
         self._running: asyncio.Timeout | None = None
-        """The timeout around the work that a pause cancels."""
+        """The timeout around `take`, which a pause cancels."""
         self._releasing: asyncio.Task[None] | None = None
         self._ended = False
 
@@ -281,11 +281,17 @@ class PauseController:
 
     async def _start_hosting(self) -> None:
         self.hosts = self.taking = True
+        is_cancelled = False
         try:
-            ended = await self._run(self._take)
+            async with asyncio.timeout(None) as running:
+                self._running = running
+                await self._take()
+        except TimeoutError:
+            if not (is_cancelled := running.expired()):
+                raise
         finally:
-            self.taking = False
-        if not ended and not self._ended:
+            self._running, self.taking = None, False
+        if is_cancelled and not self._ended:
             # even if it may resume already: it must not stay with half of the experts
             await self._give_up()
 
@@ -302,20 +308,6 @@ class PauseController:
             if releasing.done():
                 self._releasing = None
         self.hosts = False
-
-    async def _run(self, step: Step) -> bool:
-        """Returns whether the step was completed, rather than cancelled by a pause."""
-        try:
-            async with asyncio.timeout(None) as running:
-                self._running = running
-                await step()
-        except TimeoutError:
-            if not running.expired():
-                raise
-            return False
-        finally:
-            self._running = None
-        return True
 
     def _cancel_taking(self) -> None:
         if self._running is not None:
