@@ -3,7 +3,6 @@ returns receipts.
 """
 
 import asyncio
-import logging
 import time
 from collections import Counter as Multiset
 from collections.abc import Hashable
@@ -28,15 +27,13 @@ from dht.receipts import (
 )
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError, WireError
-from peer.files import write_atomically
+from peer.files import read_state_file, write_state_file
 from peer.identity import PeerID
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns, RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions, near_of
 from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
 """Trainers whose receipts a node keeps. Beyond that, the token or neighbourhood with the most trainers loses the
@@ -155,9 +152,9 @@ class ReceiptBook:
             receipts=(receipt.signed for receipt in self._receipts.values())
         ).SerializeToString()
 
-    def restore(self, data: bytes) -> None:
-        """Restores saved receipts, but not those whose token has been revoked since. Raises RecordError if any
-        is wrong.
+    def restore(self, data: bytes) -> int:
+        """Restores saved receipts, but not those whose token has been revoked since, and returns how many there are.
+        Raises RecordError if any is wrong.
         """
         try:
             saved = credit_pb2.ListReply.FromString(data)
@@ -171,6 +168,7 @@ class ReceiptBook:
                 continue
             self._keep(receipt, signer)
         self.has_changed = False
+        return len(self._receipts)
 
     def _keep(self, receipt: Receipt, signer: int | None, near: str = "") -> None:
         self._receipts[receipt.trainer] = receipt
@@ -198,38 +196,25 @@ class ReceiptFile:
 
         `done`: the node's own count of its work.
         """
-        try:
-            await asyncio.to_thread(self._read)
-        except FileNotFoundError:
+        most_bytes = MAX_TRAINERS * (MAX_RECEIPT_BYTES + 8)
+        saved = await asyncio.to_thread(
+            read_state_file, self._path, most_bytes, self._book.restore, "trainers must sign again"
+        )
+        if saved is None:
             self._book.forgotten = done
-        except (OSError, RecordError) as error:
-            self._book.forgotten = done
-            logger.warning("%s can't be read, so trainers must sign again: %s", self._path, error)
 
     async def save(self) -> None:
-        """Writes the file atomically if there are changes. A full disk only causes a warning."""
-        if not self._book.has_changed:
-            return
-        data, self._book.has_changed = self._book.serialize(), False
-        try:
-            await asyncio.to_thread(self._write, data)
-        except OSError as error:
-            self._book.has_changed = True
-            logger.warning("could not write %s: %s", self._path, error)
+        """Writes the file if there are changes."""
+        if self._book.has_changed:
+            data, self._book.has_changed = self._book.serialize(), False
+            if not await asyncio.to_thread(write_state_file, self._path, data):
+                self._book.has_changed = True
 
     async def keep_saved(self) -> None:
         """Saves until cancelled."""
         while True:
             await asyncio.sleep(_SAVE_EVERY_S)
             await self.save()
-
-    def _read(self) -> None:
-        with self._path.open("rb") as file:
-            self._book.restore(file.read(MAX_TRAINERS * (MAX_RECEIPT_BYTES + 8)))
-
-    def _write(self, data: bytes) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(self._path, data)
 
 
 Context = grpc.aio.ServicerContext[credit_pb2.SignedReceipt, credit_pb2.GiveReply]

@@ -1,7 +1,6 @@
 """What a node says about itself: its status, its contribution over all runs, and its record in the DHT."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,16 +8,14 @@ from enum import Enum
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from dht.announcements import Activity, Reachability
 from dht.receipts import SignedWork
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
-from peer.files import write_atomically
+from peer.files import read_state_file, write_state_file
 from peer.wire import records_pb2
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 4096
 _RATE_OVER_S = 5.0
@@ -128,7 +125,8 @@ class ContributionAccount:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._before = _read(path)
+        parse, lost = Contribution.model_validate_json, "the contribution is counted from 0 again"
+        self._before = read_state_file(path, _MAX_FILE_BYTES, parse, lost) or Contribution()
         self._served_s = 0.0
         self._serves_since: float | None = None
 
@@ -149,37 +147,13 @@ class ContributionAccount:
         )
 
     async def save(self, total: Contribution) -> None:
-        """Writes the file atomically. A full disk only causes a warning."""
-        try:
-            await asyncio.to_thread(self._write, total)
-        except OSError as error:
-            logger.warning("could not write %s: %s", self._path, error)
+        await asyncio.to_thread(write_state_file, self._path, total.model_dump_json().encode())
 
     async def save_every(self, seconds: float, total: Callable[[], Contribution]) -> None:
         """Saves until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             await self.save(total())
-
-    def _write(self, total: Contribution) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(self._path, total.model_dump_json().encode())
-
-
-def _read(path: Path) -> Contribution:
-    """A file that is missing or malformed counts as no contribution."""
-    try:
-        with path.open("rb") as file:
-            return Contribution.model_validate_json(file.read(_MAX_FILE_BYTES))
-    except FileNotFoundError:
-        return Contribution()
-    except (OSError, ValidationError) as error:
-        logger.warning(
-            "%s can't be read, so the contribution is counted from 0 again: %s",
-            path,
-            str(error).split("\n")[0],
-        )
-        return Contribution()
 
 
 class _Rate:

@@ -1,13 +1,20 @@
 """Atomic file writes, and a state folder that one process locks and no other user can write to."""
 
 import errno
+import logging
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from peer.errors import StateFolderError
+from peer.errors import RecordError, StateFolderError
 from peer.platform.files import lock, open_plainly, sync_folder, user_id
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class StateFolder:
@@ -131,6 +138,32 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def read_state_file(path: Path, most_bytes: int, parse: Callable[[bytes], T], lost: str) -> T | None:
+    """The result of `parse`, which raises ValueError or RecordError. None if the file is missing or broken.
+
+    `lost`: what it means that the file is broken, for the log.
+    """
+    try:
+        with path.open("rb") as file:
+            return parse(file.read(most_bytes))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecordError) as error:
+        logger.warning("%s can't be read, so %s: %s", path, lost, str(error).split("\n")[0])
+        return None
+
+
+def write_state_file(path: Path, data: bytes) -> bool:
+    """Writes atomically, and makes the folder. Returns whether that was possible. A full disk only causes a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, data)
+    except OSError as error:
+        logger.warning("could not write %s: %s", path, error)
+        return False
+    return True
 
 
 def _open_new(path: Path, mode: int) -> int:

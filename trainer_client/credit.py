@@ -22,7 +22,7 @@ from dht.announcements import NodeInfo
 from dht.receipts import MOST, Work, sign_receipt
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError
-from peer.files import write_atomically
+from peer.files import read_state_file, write_state_file
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
 from peer.metrics import start_at_zero
@@ -123,47 +123,32 @@ class CreditAccounts:
         """Reads the file. If it is missing or broken, counting starts over."""
         if self._path is None:
             return
-        try:
-            saved = await asyncio.to_thread(self._read, self._path)
-            works = {PeerID.from_base58(name): Work(*totals) for name, totals in saved.nodes.items()}
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-            logger.warning(
-                "%s can't be read, so credit is counted from 0 again: %s",
-                self._path,
-                str(error).split("\n")[0],
-            )
-        else:
-            self.all_pairs = saved.all_pairs
+        saved = await asyncio.to_thread(
+            read_state_file, self._path, _MAX_FILE_BYTES, _parsed, "credit is counted from 0 again"
+        )
+        if saved is not None:
+            self.all_pairs, works = saved
             for peer_id, work in works.items():
                 self._accounts[peer_id] = _Account(work, work)
 
     async def save(self) -> None:
-        """Writes the file atomically. A full disk causes a warning, and then nothing new is signed."""
+        """Writes the file. If that fails, nothing new is signed."""
         works = {peer_id: account.work for peer_id, account in self._accounts.items()}
         if self._path is not None and self._has_changed:
             nodes = {peer_id.to_base58(): astuple(work) for peer_id, work in works.items()}
             data = _Saved(all_pairs=self.all_pairs, nodes=nodes).model_dump_json().encode()
             self._has_changed = False
-            try:
-                await asyncio.to_thread(self._write, self._path, data)
-            except OSError as error:
+            if not await asyncio.to_thread(write_state_file, self._path, data):
                 self._has_changed = True
-                logger.warning("could not write %s: %s", self._path, error)
                 return
         for peer_id, account in self._accounts.items():
             account.saved = works.get(peer_id, account.saved)
 
-    @staticmethod
-    def _read(path: Path) -> _Saved:
-        with path.open("rb") as file:
-            return _Saved.model_validate_json(file.read(_MAX_FILE_BYTES))
 
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(path, data)
+def _parsed(data: bytes) -> tuple[int, dict[PeerID, Work]]:
+    """The pairs of all nodes, and the work of each. Raises ValueError."""
+    saved = _Saved.model_validate_json(data)
+    return saved.all_pairs, {PeerID.from_base58(name): Work(*totals) for name, totals in saved.nodes.items()}
 
 
 class ReceiptSender:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from expert_server.status import NodeStatus
-from peer.files import write_atomically
+from peer.files import read_state_file, write_state_file
 from peer.formatting import counted
 from talkoot.node.view import hours_in_words, signed_in_words
 
@@ -70,28 +70,12 @@ class WeeklySummary:
     def look(self, status: NodeStatus) -> str:
         """The summary if a week is over; then the next one begins. Otherwise empty."""
         now = self._now()
-        begun = self._begun = self._begun or self._read()
+        parse, lost = WeekBegun.model_validate_json, "a new week begins"
+        begun = self._begun = self._begun or read_state_file(self._path, _MAX_FILE_BYTES, parse, lost)
         # a clock that was set back, or far ahead and back again, must not stop the weeks
         is_over = begun is not None and now - begun.began_at >= WEEK_S
         if begun is not None and not is_over and begun.began_at <= now:
             return ""
         self._begun = WeekBegun.at(status, now)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(self._path, self._begun.model_dump_json().encode())
-        except OSError as error:
-            logger.warning("could not write %s: %s", self._path, error)
+        write_state_file(self._path, self._begun.model_dump_json().encode())
         return begun.summary(status) if begun is not None and is_over else ""
-
-    def _read(self) -> WeekBegun | None:
-        """None if the file is missing or broken: then a week begins."""
-        try:
-            with self._path.open("rb") as file:
-                return WeekBegun.model_validate_json(file.read(_MAX_FILE_BYTES))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as error:
-            logger.warning(
-                "%s can't be read, so a new week begins: %s", self._path, str(error).split("\n")[0]
-            )
-            return None
