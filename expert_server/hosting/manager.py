@@ -38,7 +38,7 @@ from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
-from peer.loop import side_by_side, tolerating
+from peer.loop import first_of, side_by_side, tolerating
 from peer.wire import state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -195,10 +195,9 @@ class HostingManager:
         """For each expert, in how many looks in a row nobody hosted it."""
         self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, _EXCHANGE_EVERY_S)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
-        self._hurried = False
+        self._hurried = asyncio.Event()
         self._changing = asyncio.Lock()
         """Held while this node looks for experts to take or give up, which takes long if states arrive slowly."""
-        self._handing_over: asyncio.Task[None] | None = None
 
     @property
     def capacity(self) -> int:
@@ -214,7 +213,7 @@ class HostingManager:
 
     async def take_first(self) -> None:
         """Fills its room with experts that nobody hosts."""
-        self._hurried = False
+        self._hurried.clear()
         self._replicas.open()
         for _ in range(_CLAIM_ROUNDS):
             async with self._changing:
@@ -286,7 +285,7 @@ class HostingManager:
             count = len(self._replicas.experts)
             await self._replicas.finish_work()
             handover = Handover(self._swarm, self._replicas)
-            if count and timeout_s and not self._hurried:
+            if count and timeout_s:
                 await self._hand_over(handover, timeout_s)
             await self._replicas.release_all()
             self._vacant_looks.clear()
@@ -303,23 +302,20 @@ class HostingManager:
 
     def hurry(self) -> None:
         """Stops waiting for others to adopt this node's experts."""
-        self._hurried = True
-        if self._handing_over is not None:
-            self._handing_over.cancel()
+        self._hurried.set()
 
     async def _hand_over(self, handover: Handover, timeout_s: float) -> None:
-        self._handing_over = asyncio.create_task(handover.run(), name="hand over")
         try:
-            await asyncio.wait({self._handing_over}, timeout=timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await first_of(handover.run(), self._hurried.wait())
+        except TimeoutError:
+            pass
+        except UnreachableError as error:
+            logger.warning("could not hand experts over: %s", error)
+        except Exception:  # the experts must still be saved
+            logger.exception("could not hand experts over")
         finally:
-            self._handing_over.cancel()
-            (outcome,) = await asyncio.gather(self._handing_over, return_exceptions=True)
-            self._handing_over = None
             self.handed_over.inc(handover.handed_over)
-        if isinstance(outcome, UnreachableError):
-            logger.warning("could not hand experts over: %s", outcome)
-        elif isinstance(outcome, Exception):  # the experts must still be saved
-            logger.error("could not hand experts over", exc_info=outcome)
 
     async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
         """Reads the replicas of the experts that may need this node."""

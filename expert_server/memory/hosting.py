@@ -172,7 +172,7 @@ class MemoryHosting:
         alone = set(mine)
         with suppress(TimeoutError, UnreachableError):
             async with asyncio.timeout(timeout_s):
-                await first_of(self._hand_over(alone), self._until_hurried())
+                await first_of(self._hand_over(alone), self._hurried.wait())
         if mine:
             logger.info(
                 "stopped serving %s of memories; nobody else serves %d of them",
@@ -289,9 +289,6 @@ class MemoryHosting:
             if not alone:
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
-
-    async def _until_hurried(self) -> None:
-        await self._hurried.wait()
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
         alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()
