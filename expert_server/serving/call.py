@@ -31,7 +31,6 @@ from expert_server.serving.forward_cache import CachedForward, CacheKey, Forward
 from expert_server.serving.headers import (
     MAX_EXPERTS_IN_CALL,
     CallSize,
-    HeaderParser,
     HeldSegments,
     ParsedHeader,
 )
@@ -48,7 +47,7 @@ from peer.codec import (
 )
 from peer.errors import ExpertError, WireError
 from peer.layers import KeyValueCache
-from peer.rates import Bandwidth, Pace, RateLimit
+from peer.rates import Pace, RateLimit
 from peer.rpc.calls import note_failure
 from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
@@ -224,6 +223,7 @@ class Call:
         caller: str,
         group: str,
     ) -> None:
+        """`group`: see `WorkItem`."""
         self.header = header
         self.parsed = parsed
         self._direction = direction
@@ -238,27 +238,6 @@ class Call:
         self._is_done = asyncio.Event()
         """Set when there are finished experts, or when it is time to flush."""
         self._flush_is_due = False
-
-    @classmethod
-    async def open(
-        cls,
-        direction: Direction,
-        requests: Requests,
-        context: Context,
-        caller: str,
-        group: str,
-        parser: HeaderParser,
-        traffic: Bandwidth,
-        reserve: Callable[[int], object],
-    ) -> "Call":
-        """Reads the header. `group`: see `WorkItem`. `reserve`: see `HeaderParser.parse`.
-
-        Raises WireError or ExpertError if the header is wrong, and TimeoutError if it does not arrive.
-        """
-        stream = RequestStream(requests, traffic.down)
-        header = await stream.header()
-        parsed = parser.parse(header, direction, caller, reserve)
-        return cls(header, parsed, direction, stream, ReplyStream(context, traffic.up), caller, group)
 
     @property
     def pairs(self) -> int:

@@ -15,7 +15,15 @@ from dht.manifest import Manifest
 from dht.receipts import Work
 from dht.uid import UID
 from expert_server.serving.batching import Direction
-from expert_server.serving.call import OPEN_CALL_BYTES, Call, CallTimes, Context, Requests
+from expert_server.serving.call import (
+    OPEN_CALL_BYTES,
+    Call,
+    CallTimes,
+    Context,
+    ReplyStream,
+    Requests,
+    RequestStream,
+)
 from expert_server.serving.forward_cache import ForwardCache, SeenRequests
 from expert_server.serving.headers import HeaderParser
 from expert_server.serving.runtime import Runtime
@@ -199,10 +207,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             session = self._sessions.require(context, _RIGHTS[direction])
             caller = session.name
             with self.memory.holding(caller, OPEN_CALL_BYTES) as memory:
-                call = await Call.open(
-                    direction, requests, context, caller, session.group,
-                    self._parser, self._traffic, memory.grow,
-                )  # fmt: skip
+                stream = RequestStream(requests, self._traffic.down)
+                replies = ReplyStream(context, self._traffic.up)
+                header = await stream.header()
+                parsed = self._parser.parse(header, direction, caller, memory.grow)
+                call = Call(header, parsed, direction, stream, replies, caller, session.group)
                 self._admit(direction, call, caller)
                 self._note_served(session.caller, Work(pairs=call.pairs))
                 try:
