@@ -95,7 +95,6 @@ class TrainerAnnouncer:
         self._has_announced = False
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._add_levels(swarm)
         self._metrics = MetricsServer(swarm.metrics, settings.metrics_host, settings.metrics_port)
         self._offered = self._metrics.offered(reached_at(invite))
 
@@ -155,20 +154,6 @@ class TrainerAnnouncer:
                 async with asyncio.timeout(_WITHDRAW_S):
                     await self._registry.publish_trainer(left, self._settings.lifetime_s)
         await closing
-
-    def _add_levels(self, swarm: Swarm) -> None:
-        loop, tunnels = self._loop, swarm.host.tunnels
-        Gauge(
-            "talkoot_trainer_relay_addresses",
-            "Addresses by which other trainers reach this one through relays.",
-            registry=swarm.metrics,
-        ).set_function(lambda: 0 if self._averaging is None else len(self._averaging.relay_addresses))
-        Gauge(
-            "talkoot_trainer_tunnel_streams", "Streams open in tunnels, both ways.", registry=swarm.metrics
-        ).set_function(lambda: total(tunnels.streams))
-        Gauge("talkoot_trainer_tasks", "Tasks on the event loop.", registry=swarm.metrics).set_function(
-            lambda: len(asyncio.all_tasks(loop))
-        )
 
 
 def trainer_record(
