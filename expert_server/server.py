@@ -81,12 +81,11 @@ def add_services(
 class AccessControl:
     """Who may call this node. Call `look` in every announcement period to keep that up to date."""
 
-    def __init__(self, swarm: Swarm, state: Path, now: Callable[[], float] = clock.now) -> None:
+    def __init__(self, swarm: Swarm, state: Path) -> None:
         """`state`: the node's state folder; a founder's contains the ledger of its invites."""
         self.sessions: Sessions = swarm.host.sessions
         self._swarm = swarm
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
-        self._now = now
         self._own_problem = ""
         self._own_revoked = asyncio.Event()
         """Set once this node's own token is revoked."""
@@ -122,7 +121,7 @@ class AccessControl:
     def _revoked(self) -> list[int]:
         """The serials that the owner of a founder's node has revoked."""
         try:
-            return [] if self._ledger is None else self._ledger.revoked(self._now())
+            return [] if self._ledger is None else self._ledger.revoked(clock.now())
         except StartError as error:
             logger.warning("%s; until then nothing more is revoked", error)
             return []

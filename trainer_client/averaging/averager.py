@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -244,8 +245,7 @@ class Averaging:
 
     async def _swap(self, partner: TrainerInfo, mine: Snapshot) -> SnapshotReceiver:
         """Sends this trainer's dense part and returns the partner's, unchecked."""
-        deadline_s, clock = self._schedule.deadline_s, self.exchange.clock
-        began = clock()
+        deadline_s, began = self._schedule.deadline_s, time.monotonic()
         try:
             stub, session = await self._service.stub(partner)
         except ExpertError as error:
@@ -271,7 +271,7 @@ class Averaging:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
             call.cancel()
-            self._rested_at = clock() + _REST * (clock() - began)
+            self._rested_at = time.monotonic() + _REST * (time.monotonic() - began)
         return incoming
 
     async def _send(self, call: Any, mine: Snapshot, to: PeerID, accepted: asyncio.Event) -> None:
@@ -308,7 +308,7 @@ class Averaging:
         while True:
             self._stepped.clear()
             await self._stepped.wait()
-            now = exchange.clock()
+            now = time.monotonic()
             last = min(exchange.ended_at_step, ended_at_step + self._schedule.every)
             is_due = self.part.steps >= last + after and now >= self._rested_at
             partner = choose_partner(self.partners, exchange.avoided(), self._rng)
@@ -334,7 +334,7 @@ class Averaging:
         if isinstance(error, StateError):
             self.exchange.refuse(peer_id, error)
             return
-        self.exchange.breakers.failed(peer_id, self.exchange.clock())
+        self.exchange.breakers.failed(peer_id, time.monotonic())
         self.metrics.ends.labels("failed").inc()
         logger.debug("no exchange with %s: %s", peer_id, error)
 

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -116,7 +116,6 @@ class DenseExchange:
         form: DenseForm,
         part: SharedParameters,
         metrics: AveragingMetrics | None = None,
-        clock: Callable[[], float] = time.monotonic,
         guard: ParseGuard | None = None,
     ) -> None:
         """`guard`: for parsing dense parts."""
@@ -127,12 +126,11 @@ class DenseExchange:
         """Trainers with which calls failed: they are not called, but may call."""
         self.refused: CircuitBreakers = CircuitBreakers(_BACKOFF_S, _LONGEST_BACKOFF_S)
         """Trainers whose dense parts could not be used, or that kept this one waiting: they may not call either."""
-        self.clock = clock
         self.ended_at_step: int = 0
         """This trainer's step count at the end of the last exchange that it began, or that changed its dense part."""
         self.is_running = False
         self._guard = guard or ParseGuard()
-        self._history: AveragingHistory[bytes] = AveragingHistory(clock)
+        self._history: AveragingHistory[bytes] = AveragingHistory()
         self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(_MAX_SNAPSHOTS, _SNAPSHOT_LIFETIME_S)
 
     def begin(self) -> None:
@@ -158,7 +156,7 @@ class DenseExchange:
         """A snapshot of the present dense part."""
         met = self._history.of(self.form.fingerprint)
         part, data, sha256 = await asyncio.to_thread(self._pack)
-        expires_at = self.clock() + _SNAPSHOT_LIFETIME_S
+        expires_at = time.monotonic() + _SNAPSHOT_LIFETIME_S
         return Snapshot(self.form.fingerprint, part, met, data, sha256, expires_at)
 
     async def cached_snapshot(self, sha256: bytes) -> Snapshot:
@@ -167,17 +165,17 @@ class DenseExchange:
         Raises ExpertError (FAILED_PRECONDITION) if there is no snapshot with that checksum any more.
         """
         if sha256:
-            found = self._snapshots.find(self.form.fingerprint, sha256, self.clock())
+            found = self._snapshots.find(self.form.fingerprint, sha256, time.monotonic())
             if found is None:
                 raise ExpertError(
                     StatusCode.FAILED_PRECONDITION, "that snapshot has expired: begin again without one"
                 )
             return found
-        for cached in self._snapshots.all(self.clock()):
+        for cached in self._snapshots.all(time.monotonic()):
             if cached.part.age == self.part.age and cached.met == self._history.of(self.form.fingerprint):
                 return cached
         snapshot = await self.snapshot()
-        self._snapshots.put(snapshot, self.clock())
+        self._snapshots.put(snapshot, time.monotonic())
         return snapshot
 
     async def check(self, mine: DensePart, incoming: SnapshotReceiver, peer_id: PeerID) -> PeerDensePart:
@@ -187,12 +185,12 @@ class DenseExchange:
     def refuse(self, peer_id: PeerID, error: StateError) -> None:
         """Refuses any exchange with that trainer for a while, longer each time."""
         self.metrics.ends.labels("refused").inc()
-        self.refused.failed(peer_id, self.clock())
+        self.refused.failed(peer_id, time.monotonic())
         logger.warning("ignoring the dense part of trainer %s: %s", peer_id, error)
 
     def avoided(self) -> frozenset[PeerID]:
         """Trainers that are not called now."""
-        now = self.clock()
+        now = time.monotonic()
         return self.breakers.open_at(now) | self.refused.open_at(now)
 
     async def merge(
@@ -293,7 +291,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             raise WireError(str(error)) from error
         except (TimeoutError, asyncio.CancelledError):
             exchange.refused.failed(
-                caller, exchange.clock()
+                caller, time.monotonic()
             )  # meanwhile this trainer could have averaged with others
             raise
         finally:
@@ -350,7 +348,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
         self._require_same_form(offer.fingerprint)
         if caller == self._me:
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "this trainer can't average with itself")
-        if caller in exchange.refused.open_at(exchange.clock()):
+        if caller in exchange.refused.open_at(time.monotonic()):
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, "your dense part could not be used: try again later"
             )
