@@ -339,8 +339,7 @@ class ExchangeHysteresis:
 
     def __init__(self, looks: int, pause_s: float) -> None:
         """`looks`: how many looks in a row must want to give up the same expert. They must take longer than
-        announcements live, so that a dead host does not count. `pause_s`: the shortest time between two exchanges; 0:
-        never exchange.
+        announcements live, so that a dead host does not count. `pause_s`: the shortest time between two exchanges.
         """
         self._looks = looks
         self._pause_s = pause_s
@@ -353,7 +352,7 @@ class ExchangeHysteresis:
         gives = wish.gives if wish is not None else None
         self._seen = self._seen + 1 if gives == self._gives else 1
         self._gives = gives
-        if gives is None or self._seen < self._looks or not self._pause_s:
+        if gives is None or self._seen < self._looks:
             return False
         return self._last is None or now >= self._last + self._pause_s
 

@@ -133,8 +133,3 @@ def test_a_wish_must_last_and_exchanges_are_far_apart() -> None:
     resolve.done(103)
     assert not any(resolve.is_due(w, 300) for w in (wish, wish, None, wish, wish)), "it was interrupted"
     assert resolve.is_due(Exchange(uid(0), uid(7)), 301), "what is taken may change"
-
-
-def test_no_pause_means_no_exchange() -> None:
-    resolve = ExchangeHysteresis(looks=1, pause_s=0.0)
-    assert not resolve.is_due(Exchange(uid(0), uid(1)), 1.0)
