@@ -1,6 +1,5 @@
-"""Plots of the results of `benchmarks.recipe`: curves, in and out of domain, and what experts specialise in."""
+"""Plots of the results of `benchmarks.recipe`: curves, and what experts specialise in."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ _DPI = 80
 
 
 def draw(results: Mapping[str, Any], rivals: Mapping[str, str], folder: Path) -> list[Path]:
-    """Writes `recipe-curves.png`, `recipe-domains.png` and `recipe-NAME.png` for each mixture.
+    """Writes `recipe-curves.png` and `recipe-NAME.png` for each mixture.
 
     `rivals`: the dense model of each mixture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = {name: run | {"unfinished": True} for name, run in results.get("unfinished", {}).items()}
     written = [_save(_curves(unfinished | results["runs"], rivals), folder / "recipe-curves.png")]
-    written.append(_save(_domains(results, rivals), folder / "recipe-domains.png"))
     for name in rivals:
         run = results["runs"].get(name)
         if run is not None:
@@ -53,37 +51,6 @@ def _add_curve(panel: Axes, name: str, run: Mapping[str, Any], style: str) -> No
     losses = [run["curve"][str(step)] for step in steps]
     end = f" (stopped at {run['steps']})" if run.get("unfinished") else ""
     panel.plot(steps, losses, style, label=f"{name}{end}: {run['validation_loss']:.3f}")
-
-
-def _domains(results: Mapping[str, Any], rivals: Mapping[str, str]) -> Figure:
-    """Plots the loss against the compute of dense models and of mixtures, in domain and out of domain."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    inside, outside = figure.subplots(1, 2)
-    runs = {name: results["runs"][name] for name in (*rivals.values(), *rivals) if name in results["runs"]}
-    dense = sorted((name for name in runs if name in rivals.values()), key=lambda name: _mflops(runs[name]))
-    for panel, losses, title in (
-        (inside, {name: run["validation_loss"] for name, run in runs.items()}, results["domains"]),
-        (outside, {name: _mean(run["out_of_domain"]) for name, run in runs.items()}, results["held_out"]),
-    ):
-        panel.plot(
-            [_mflops(runs[name]) for name in dense], [losses[name] for name in dense], "o--", label="dense"
-        )
-        for name in (name for name in rivals if name in runs):
-            panel.plot(_mflops(runs[name]), losses[name], "s", label=name)
-        panel.set(
-            xlabel="MFLOP for each token", ylabel="held-out loss, nats per byte", title=", ".join(title)
-        )
-        panel.grid(alpha=0.3)
-    inside.legend()
-    return figure
-
-
-def _mflops(run: Mapping[str, Any]) -> float:
-    return float(sum(run["flops_per_token"].values())) / 1e6
-
-
-def _mean(losses: Mapping[str, float]) -> float:
-    return statistics.fmean(losses.values())
 
 
 def _heat_maps(name: str, chosen: Mapping[str, Any], results: Mapping[str, Any]) -> Figure:

@@ -4,8 +4,7 @@ There are eight nodes and two trainers, each a process, behind links on one mach
 replica. A schedule that follows from the seed kills nodes with SIGKILL, stops them politely, freezes and thaws them,
 cuts them off and reconnects them, restarts them, and kills the founder.
 
-    python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--plot FILE] [--quick | --at-once | --only PART]
-        [--strangers]
+    python -m benchmarks.chaos [--minutes N] [--seed S] [--json FILE] [--quick | --at-once | --only PART] [--strangers]
     python -m benchmarks.chaos --hostile 0.2 [--seed S] [--seeds N] [--jobs N] [--only KIND...] [--placement random]
         [--without RULE...] [--steps N] [--json FILE] [--quick]
     python -m benchmarks.chaos --overhead [--only RULE...] [--check-share S] [--json FILE] [--quick]
@@ -42,7 +41,7 @@ from benchmarks.chaos.hostile import show as show_attacks
 from benchmarks.chaos.overhead import MOST_COST
 from benchmarks.chaos.overhead import measure as measure_overhead
 from benchmarks.chaos.plan import Plan
-from benchmarks.chaos.report import plot, show, verdicts
+from benchmarks.chaos.report import show, verdicts
 from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.strangers import besieging
 from benchmarks.chaos.swarm import ChaosSwarm, until
@@ -174,7 +173,6 @@ async def measure(
         "differing_replicas": watcher.differing,
         "failures": {n: t.failures for n, t in trained.items()},
         "summaries": {n: t.summary for n, t in trained.items()},
-        "steps_ended_at_s": {n: [round(at - began, 3) for at in t.ended_at] for n, t in trained.items()},
     }
 
 
@@ -226,9 +224,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, help="with --hostile: steps of each trainer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write a PNG with the steps over time there"
-    )
     options = parser.parse_args()
     end_in_order_when_stopped()
     console = Console(width=120)
@@ -263,8 +258,6 @@ def main() -> None:
     show(results, console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-    if options.plot:
-        plot(results, options.plot)
 
 
 def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> None:

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -99,25 +98,6 @@ def show_losses(chaos: Mapping[str, Any], console: Console) -> None:
                 + (", a replica lived" if loss["had_survivor"] else ""),
                 style="red",
             )
-
-
-def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draws a PNG with the steps of both parts over time, and a mark at each death."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for part in ("calm", "chaos"):
-        if part in results:
-            ended = sorted(at for each in results[part]["steps_ended_at_s"].values() for at in each)
-            axes.plot(ended, range(1, len(ended) + 1), label=part)
-    for event in results.get("chaos", {}).get("events", ()):
-        if event["deed"] in ("kill", "stop"):
-            axes.axvline(event["at_s"], color="0.85", linewidth=0.8, zorder=0)
-    axes.set(xlabel="seconds", ylabel="steps of all trainers", title="Training while nodes die (a line each)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, format="png")
 
 
 def _verdict(value: float, target: str, reached: bool) -> dict[str, Any]:

@@ -31,8 +31,6 @@ def measure_recall(memory: BuiltMemory, queries: Mapping[str, Sequence[str]]) ->
         "passages": len(memory.passages),
         "cells": len(loads_C),
         "largest_vs_mean": float(loads_C.max() / loads_C.mean()),
-        "smallest_vs_mean": float(loads_C.min() / loads_C.mean()),
-        "in_half_of_the_cells": float(np.sort(loads_C)[len(loads_C) // 2 :].sum() / loads_C.sum()),
         "loads": np.sort(loads_C)[::-1].tolist(),
     }
     for kind, texts in queries.items():
@@ -103,11 +101,11 @@ def wire_bytes(memory: BuiltMemory, asked: int) -> float:
     return float(sum(message.ByteSize() for message in (search, answer, wanted, read)))
 
 
-def span(text: str, rng: random.Random, words: int = QUESTION_WORDS) -> str:
-    """The given number of consecutive words of a text, from a random place."""
+def span(text: str, rng: random.Random) -> str:
+    """Some consecutive words of a text, from a random place."""
     all_words = text.split()
-    begin = rng.randrange(max(1, len(all_words) - words + 1))
-    return " ".join(all_words[begin : begin + words])
+    begin = rng.randrange(max(1, len(all_words) - QUESTION_WORDS + 1))
+    return " ".join(all_words[begin : begin + QUESTION_WORDS])
 
 
 def _recalls(scores_N: NDArray[np.float32], ranks_N: NDArray[np.int64]) -> list[float]:
