@@ -122,10 +122,7 @@ class Calls:
         self.row_bytes = row_bytes
         self.alive = np.ones(len(machines), bool)
         self._died_at = np.full(len(machines), math.inf)
-        self.computed = np.zeros(len(machines))
-        """Rows that each peer has computed, forward and backward."""
         self.sent_bytes = np.zeros(len(machines))
-        self.received_bytes = np.zeros(len(machines))
         self.rates = np.array([machine.rows_per_s for machine in machines])
         self.hostile = np.array([machine.is_hostile for machine in machines])
         self.slot_s = slot_s
@@ -155,9 +152,9 @@ class Calls:
         """Rows queued at each node, updated every few slots."""
         return self._queued
 
-    def kill(self, peer: int, long_ago: bool = False) -> None:
+    def kill(self, peer: int) -> None:
         self.alive[peer] = False
-        self._died_at[peer] = -math.inf if long_ago else self.now
+        self._died_at[peer] = self.now
 
     def is_silent(self, peer: int) -> bool:
         """Whether callers have noticed that the peer is dead: connected callers only do when it has not responded for a
@@ -194,7 +191,6 @@ class Calls:
             self._numbers[name][tags] = values
         callers = np.full(count, caller)
         self._carry(tags, callers, sent.nodes, relays, there, np.full(count, at))
-        self._count_bytes(callers, sent.nodes, there)
         return tags
 
     def compute(self, peer: int, work: float, at: float, owner: int) -> int:
@@ -265,11 +261,9 @@ class Calls:
         lives = self.alive[nodes]
         self._release(tags[~lives])
         tags, nodes, at = tags[lives], nodes[lives], at[lives]
-        np.add.at(self.computed, nodes, self._columns["work"][tags])
         callers, back = self._numbers["caller"][tags], self._columns["back"][tags]
         self._numbers["stage"][tags] = 2
         self._carry(tags, nodes, callers, self._relays[nodes], back, at)
-        self._count_bytes(nodes, callers, back)
 
     def _answered(self, tags: Integers, at: Numbers) -> None:
         self._tell(tags, at + self._columns["delay"][tags], False)
@@ -325,6 +319,7 @@ class Calls:
         ways[through, 2], ways[through, 3] = self._count + relays[through], relays[through]
         ends = self._columns["ends"][tags]
         self._fluids.add(Jobs(tags, ways, size, at, ends, self._groups(tags)))
+        np.add.at(self.sent_bytes, senders, size)
 
     def _groups(self, tags: Integers) -> Integers:
         """The group of each call: calls of one trainer to one node share a connection each way, and one turn at the
@@ -332,10 +327,6 @@ class Calls:
         """
         pairs = (self._numbers["caller"][tags] - self.nodes) * self.nodes + self._numbers["node"][tags]
         return pairs * _WAYS + self._numbers["stage"][tags]
-
-    def _count_bytes(self, senders: Integers, receivers: Integers, size: Numbers) -> None:
-        np.add.at(self.sent_bytes, senders, size)
-        np.add.at(self.received_bytes, receivers, size)
 
     def _draw_relays(self, machines: Sequence[Machine]) -> Integers:
         """Draws the relay through which each node is called; -1: it needs none."""

@@ -341,14 +341,10 @@ class DrawnTrainers:
     def _end(self, owner: int, found: _Pass, at: float) -> None:
         found.is_over = True
         self._forget_if_answered(owner, found)
-        trainer, counts = found.step.trainer, self._play.counts
-        times, all_s = self._times[trainer][found.forward], np.concatenate([*found.times, np.zeros(0)])
-        some_s = self._rng.choice(all_s, min(_NOTED_TIMES, len(all_s)), replace=False).tolist()
-        for seconds in some_s:
+        times = self._times[found.step.trainer][found.forward]
+        all_s = np.concatenate([*found.times, np.zeros(0)])
+        for seconds in self._rng.choice(all_s, min(_NOTED_TIMES, len(all_s)), replace=False).tolist():
             times.add(seconds)
         if found.left:
             times.add_unfinished(at - found.began)
-        if counts.is_on:
-            counts.call_s.extend(some_s)
-        counts.note_pass(found.forward, at - found.began)
         self._go_on(found.step, at)

@@ -118,7 +118,6 @@ def tenth_dies(world: World, nodes: int, timing: Timing) -> Figures:
         "served_again_periods": _since(looks, stage.began_at, lambda look: look.served == 1, stage.period_s),
         "takings": takings,
         "takings_per_lost": takings / max(1, lost),
-        "replicas_gained_late": _after_half(looks),
     }
 
 
@@ -126,10 +125,9 @@ def flash_crowd(world: World, nodes: int, timing: Timing) -> Figures:
     """As many nodes join within ten minutes as are there already, up to 10,000."""
     stage = set_stage(world, nodes, timing, newcomers=min(nodes, CROWD))
     volunteers = stage.volunteers
-    before, ends_s = stage.takings(), CROWD_WITHIN_S + USEFUL_WITHIN_S
     known = {id(node) for node in stage.there}
     volunteers.begin(range(nodes, nodes + stage.newcomers), CROWD_WITHIN_S)
-    looks = volunteers.run(ends_s)
+    looks = volunteers.run(CROWD_WITHIN_S + USEFUL_WITHIN_S)
     joined = [node for node in stage.there if id(node) not in known]
     waited = [node.useful_since - node.started_at for node in joined if node.useful_since is not None]
     useful = sum(wait <= USEFUL_WITHIN_S for wait in waited)
@@ -138,7 +136,6 @@ def flash_crowd(world: World, nodes: int, timing: Timing) -> Figures:
         "useful_within": useful / max(1, len(joined)),
         "useful_after_s_median": quantile(waited, 0.5),
         "useful_after_s_p90": quantile(waited, 0.9),
-        "takings_per_joiner": (stage.takings() - before) / max(1, len(joined)),
         "least_served": min(look.served for look in looks),
     }
 
@@ -147,11 +144,11 @@ def partition(world: World, nodes: int, timing: Timing) -> Figures:
     """Two fifths of the nodes are cut off from the others for an hour."""
     stage = set_stage(world, nodes, timing)
     volunteers = stage.volunteers
-    before, replicas = stage.takings(), volunteers.look().replicas
+    before = stage.takings()
     world.partition(PARTED_SHARE)
     parted = volunteers.run(timing.parted_s, look_every_s=6 * LOOK_EVERY_S)
     halves = {half: _served_in(volunteers, half) for half in (0, 1)}
-    during, parted_replicas = stage.takings() - before, parted[-1].replicas
+    during = stage.takings() - before
     world.heal()
     healed = volunteers.run(timing.aftermath_periods * stage.period_s)
     return stage.series([*parted, *healed]) | {
@@ -159,9 +156,6 @@ def partition(world: World, nodes: int, timing: Timing) -> Figures:
         "served_in_smaller": halves[1],
         "takings_while_parted": during,
         "takings_after": stage.takings() - before - during,
-        "replicas_before": replicas,
-        "replicas_at_the_end": parted_replicas,
-        "replicas_after": healed[-1].replicas,
         "least_served_after": min(look.served for look in healed),
     }
 
@@ -251,8 +245,12 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
     window = Window(timing.trained_s, 1.5 * timing.trained_s)
     alone = training.play(placed, trainers[: window.real], replace(window, in_flight=1), seed)
     # Without this figure, trainers find only half of the right number of steps in flight within 20 s.
-    window = replace(window, alone_s=alone.step_s.get("p50"))
+    window = replace(window, alone_s=alone.step_s or None)
     figures = training.play(placed, trainers, window, seed)
+    last = trainers[-1]
+    trainers[-1] = replace(
+        last, up_bps=HEAVY * last.up_bps, down_bps=HEAVY * last.down_bps, rows_per_s=HEAVY * last.rows_per_s
+    )
     heavy = training.play(placed, trainers, replace(window, heavy=HEAVY), seed)
     return asdict(figures) | {
         "others_with_heavy": heavy.others_tokens_per_s / max(1e-9, figures.others_tokens_per_s)
@@ -272,8 +270,3 @@ def _since(
 def _served_in(volunteers: VolunteerSwarm, half: int) -> float:
     found = {uid for node in volunteers.serving() if node.peer.half == half for uid in node.runtime.experts}
     return len(found) / volunteers.experts
-
-
-def _after_half(looks: Sequence[Look]) -> float:
-    """How many replicas an expert gained in the second half of the time: none if placement has settled."""
-    return looks[-1].replicas - looks[len(looks) // 2].replicas

@@ -154,18 +154,14 @@ class RealTrainer:
             segments = Segments.whole(window.sequences, window.length)
             rows = RoutedRows(layer, inputs, scores, routing.k, segments, True, bias)
             recorded = self._record(layer, selection, live)
-            began = loop.time()
             result = await self.dispatcher.send(rows, selection, live)
-            play.counts.note_pass(True, loop.time() - began)
             self._count(layer, result, recorded)
             passes.append((result, load))
         for layer in reversed(range(len(passes))):
             await self._compute(2 * part)
             result, load = passes[layer]
             gradients = self._rng.standard_normal(result.updates.shape, dtype=np.float32)
-            began = loop.time()
             await self.dispatcher.send_back(result, gradients)
-            play.counts.note_pass(False, loop.time() - began)
             self._mixtures[layer].correct(load)
         took_s = self.pacing.end(number, loop.time())
         if play.counts.is_on:

@@ -128,12 +128,11 @@ def _training(nodes: int, found: Mapping[str, Any]) -> Iterator[Verdict]:
         f"{placed:.2f}, {free:.2f}",
         (placed >= LEAST_OF_PLACED and free >= LEAST_OF_FREE) if is_judged else None,
     )
-    if "others_with_heavy" in found:
-        yield Verdict(
-            "… what a trainer gets beside one with 100 times the load, of before",
-            "",
-            f"{found['others_with_heavy']:.2f}",
-        )
+    yield Verdict(
+        "… what a trainer gets beside one with 100 times the load, of before",
+        "",
+        f"{found['others_with_heavy']:.2f}",
+    )
 
 
 def _at_most(what: str, most: float, value: float, form: str = "{:.1f}") -> Verdict:

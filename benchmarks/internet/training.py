@@ -7,7 +7,7 @@ choose from, and waits as the wait policy says. It carries no rows, so a thousan
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,11 @@ import numpy.typing as npt
 from benchmarks.internet.calls import Machine
 from benchmarks.internet.drawn_trainers import DrawnTrainers
 from benchmarks.internet.flow import Ideal, ideal_throughput
-from benchmarks.internet.fluid import Numbers
 from benchmarks.internet.real_trainers import Mixture, RealTrainer
 from benchmarks.internet.window import PlacedSwarm, SharedWindow, Window
+from benchmarks.internet.world import quantile
 from benchmarks.simulated_p2p import VirtualLoop
 from dht.uid import UID
-from peer.metrics import total
 
 Booleans = npt.NDArray[np.bool_]
 
@@ -30,14 +29,10 @@ Booleans = npt.NDArray[np.bool_]
 class TrainingFigures:
     """The results of a window of training."""
 
-    nodes: int
-    serving: int
     trainers: int
     tokens_per_s: float
     ideal_as_placed: float
     ideal_free: float
-    wanted: float
-    """Tokens a second that the trainers could train as far as their own machines and lines allow."""
     of_placed: float
     of_free: float
     layers: int
@@ -46,13 +41,8 @@ class TrainingFigures:
     """Rows per second that all living nodes compute together."""
     bit_per_s: float
     """bit/s that the lines of all living nodes carry together, in the slower direction."""
-    step_s: dict[str, float]
-    call_s: dict[str, float]
-    """How many seconds the calls of drawn trainers took."""
-    forward_s: dict[str, float]
-    """How many seconds the forward passes of all trainers through one layer took."""
-    backward_s: dict[str, float]
-    """How many seconds the backward passes of all trainers through one layer took."""
+    step_s: float
+    """The median time of a step; 0 if none ended."""
     answered_rows: float
     """The share of real trainers' rows that any expert answered."""
     answered_slots: float
@@ -63,15 +53,6 @@ class TrainingFigures:
     """The number of experts that a row of a real trainer was sent to, in one layer."""
     rows_per_token: float
     """Rows sent for each token in the forward pass of one layer: one to each node that hosts a chosen expert."""
-    hedged: float
-    failed: float
-    reselected: float
-    load_cv: float
-    """The coefficient of variation of the shares of time in which the serving nodes computed."""
-    busiest: float
-    """The share of the time in which the busiest node computed."""
-    busiest_expert: float
-    """The rows of the busiest expert, relative to the mean."""
     in_flight: float
     others_tokens_per_s: float
     """The mean throughput of all trainers but the last."""
@@ -105,7 +86,7 @@ class _Play(SharedWindow):
         drawn = DrawnTrainers(self, trainers[window.real :])
         tasks = [asyncio.create_task(trainer.run()) for trainer in real]
         ends = window.warm_up_s + window.seconds
-        slot, computed, before = 0, self.calls.computed, dict[str, float]()
+        slot = 0
         while self.calls.now < ends - 1e-9:
             slot += 1
             await asyncio.sleep(max(0.0, slot * window.slot_s - loop.time()))
@@ -113,10 +94,7 @@ class _Play(SharedWindow):
             now = self.calls.now
             self.announced.step(now)
             drawn.step(now, told)
-            if not self.counts.is_on and now >= window.warm_up_s:
-                self.counts.is_on = True
-                computed = self.calls.computed.copy()
-                before = _totals(real)
+            self.counts.is_on = now >= window.warm_up_s
             for task in tasks:
                 if task.done():
                     task.result()
@@ -125,50 +103,31 @@ class _Play(SharedWindow):
         await asyncio.gather(*tasks, return_exceptions=True)
         for trainer in real:
             await trainer.dispatcher.close()
-        after = _totals(real)
-        more = {name: after[name] - before.get(name, 0) for name in after}
         in_flight = [trainer.pacing.wanted for trainer in real] + [p.wanted for p in drawn.pacing.values()]
-        return self._figures(self.calls.computed - computed, more, float(np.mean(in_flight)))
+        return self._figures(float(np.mean(in_flight)))
 
-    def _figures(self, computed: Numbers, more: Mapping[str, float], in_flight: float) -> TrainingFigures:
-        swarm, window, counts = self.swarm, self.window, self.counts
-        serving = sorted({n for hosts in swarm.hosts.values() for n in hosts} - swarm.dead)
-        living = [m for number, m in enumerate(swarm.machines) if number not in swarm.dead]
-        busy = computed[serving] / self.calls.rates[serving] / window.seconds
+    def _figures(self, in_flight: float) -> TrainingFigures:
+        machines, counts = self.swarm.machines, self.counts
         ideal = self._ideal()
-        throughput = float(counts.tokens.sum()) / window.seconds
-        real_calls = max(1.0, more["calls"])
-        popular = self.rows / np.maximum(self.rows.mean(axis=1, keepdims=True), 1e-9)
+        throughput = float(counts.tokens.sum()) / self.window.seconds
         return TrainingFigures(
-            nodes=self.nodes,
-            serving=len(serving),
             trainers=len(counts.tokens),
             tokens_per_s=throughput,
             ideal_as_placed=ideal.as_placed,
             ideal_free=ideal.free,
-            wanted=self._wanted(),
             of_placed=throughput / ideal.as_placed if ideal.as_placed else 0.0,
             of_free=throughput / ideal.free if ideal.free else 0.0,
-            layers=swarm.manifest.model.layers,
+            layers=self.swarm.manifest.model.layers,
             row_bytes=self.calls.row_bytes,
-            rows_per_s=sum(machine.rows_per_s for machine in living),
-            bit_per_s=sum(min(machine.up_bps, machine.down_bps) for machine in living),
-            step_s=_quantiles(counts.step_s),
-            call_s=_quantiles(counts.call_s),
-            forward_s=_quantiles(counts.pass_s[True]),
-            backward_s=_quantiles(counts.pass_s[False]),
+            rows_per_s=sum(machine.rows_per_s for machine in machines),
+            bit_per_s=sum(min(machine.up_bps, machine.down_bps) for machine in machines),
+            step_s=quantile(counts.step_s, 0.5),
             answered_rows=counts.answered_rows / max(1, counts.rows),
             answered_slots=counts.answered_slots / max(1, counts.sent_slots),
             experts_per_token=counts.sent_slots / max(1, counts.rows),
             rows_per_token=self._rows_per_token(),
-            hedged=more["hedged_calls"] / real_calls,
-            failed=more["failures"] / real_calls,
-            reselected=more["reselected_rows"] / max(1, counts.rows),
-            load_cv=float(busy.std() / busy.mean()) if busy.any() else 0.0,
-            busiest=float(busy.max(initial=0.0)),
-            busiest_expert=float(popular.max()),
             in_flight=in_flight,
-            others_tokens_per_s=float(counts.tokens[:-1].mean()) / window.seconds
+            others_tokens_per_s=float(counts.tokens[:-1].mean()) / self.window.seconds
             if len(counts.tokens) > 1
             else 0.0,
         )
@@ -197,12 +156,7 @@ class _Play(SharedWindow):
         # Bytes for one answer. Experts on the same node share a row's bytes.
         carried = 2 * self._rows_per_token() / max(sent, 1e-9) * self.calls.row_bytes
         capacity = np.array(
-            [
-                0.0
-                if number in swarm.dead
-                else min(m.rows_per_s, m.up_bps / 8 / carried, m.down_bps / 8 / carried)
-                for number, m in enumerate(self.machines[: self.nodes])
-            ]
+            [min(m.rows_per_s, m.up_bps / 8 / carried, m.down_bps / 8 / carried) for m in swarm.machines]
         )
         uids = [
             UID(layer, tuple(map(int, place)))
@@ -210,14 +164,3 @@ class _Play(SharedWindow):
             for place in np.ndindex(*manifest.experts.grid)
         ]
         return ideal_throughput(demand, [swarm.hosts.get(uid, ()) for uid in uids], capacity, self._wanted())
-
-
-def _totals(real: "Sequence[RealTrainer]") -> dict[str, float]:
-    names = ("calls", "hedged_calls", "reselected_rows", "failures")
-    return {name: sum(total(getattr(t.dispatcher.metrics, name)) for t in real) for name in names}
-
-
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
-    if not len(values):
-        return {}
-    return {f"p{round(100 * q)}": float(np.quantile(values, q)) for q in (0.5, 0.9, 0.99)}

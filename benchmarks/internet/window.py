@@ -40,8 +40,6 @@ class PlacedSwarm:
     machines: Sequence[Machine]
     hosts: Mapping[UID, Sequence[int]]
     """The machines that host each expert, by number."""
-    dead: frozenset[int] = frozenset()
-    """Machines that are still announced but no longer answer."""
 
     @cached_property
     def peer_ids(self) -> list[PeerID]:
@@ -78,7 +76,7 @@ class Window:
     """How often trainers read the announcements."""
     slot_s: float = 0.01
     heavy: float = 1.0
-    """How many times the machine and the steps in flight of another trainer the last one has."""
+    """How many times as many steps in flight as another trainer the last one has."""
 
     @property
     def start_s(self) -> float:
@@ -232,15 +230,8 @@ class Counts:
         self.is_on = False
         self.tokens = np.zeros(trainers)
         self.step_s: list[float] = []
-        self.call_s: list[float] = []
-        self.pass_s: dict[bool, list[float]] = {True: [], False: []}
-        """Seconds that passes through one layer took: forward (True) and backward (False)."""
         self.rows = self.answered_rows = self.answered_slots = 0
         self.sent_rows = self.sent_slots = 0
-
-    def note_pass(self, forward: bool, seconds: float) -> None:
-        if self.is_on:
-            self.pass_s[forward].append(seconds)
 
 
 class SharedWindow:
@@ -250,12 +241,8 @@ class SharedWindow:
         self.swarm, self.window, self.seed = swarm, window, seed
         manifest, nodes = swarm.manifest, len(swarm.machines)
         machines = [*swarm.machines, *trainers]
-        if window.heavy > 1:
-            machines[-1] = _Times(machines[-1], window.heavy)
         rng = np.random.default_rng((seed, 0))
         self.calls = Calls(machines, nodes, row_bytes(manifest), rng, slot_s=window.slot_s)
-        for number in swarm.dead:
-            self.calls.kill(number, long_ago=True)
         self.announced = Announced(swarm, self.calls, window, rng)
         self.recorded = Recorded(swarm, self.calls)
         self.numbers = {peer_id: number for number, peer_id in enumerate(swarm.peer_ids)}
@@ -269,9 +256,8 @@ class SharedWindow:
 
     def in_flight(self, number: int) -> int | None:
         """How many steps a trainer has in flight; None if the product's controller decides."""
-        window, heavy = self.window, 1.0
-        if window.heavy > 1 and number == len(self.counts.tokens) - 1:
-            heavy = window.heavy
+        window = self.window
+        heavy = window.heavy if number == len(self.counts.tokens) - 1 else 1.0
         if window.in_flight is not None:
             return round(heavy * window.in_flight)
         if window.alone_s is None:
@@ -292,35 +278,3 @@ class SharedWindow:
         """
         line = min(machine.up_bps, machine.down_bps) / 8 / carried
         return min(machine.rows_per_s / self.window.dense_rows, line)
-
-
-@dataclass(frozen=True)
-class _Times:
-    """A machine that is several times as fast as another."""
-
-    machine: Machine
-    times: float
-
-    @property
-    def up_bps(self) -> float:
-        return self.machine.up_bps * self.times
-
-    @property
-    def down_bps(self) -> float:
-        return self.machine.down_bps * self.times
-
-    @property
-    def rtt_s(self) -> float:
-        return self.machine.rtt_s
-
-    @property
-    def nat(self) -> bool:
-        return self.machine.nat
-
-    @property
-    def rows_per_s(self) -> float:
-        return self.machine.rows_per_s * self.times
-
-    @property
-    def is_hostile(self) -> bool:
-        return False

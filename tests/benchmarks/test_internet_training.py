@@ -27,9 +27,7 @@ class Machine:
     is_hostile: bool = False
 
 
-def make_swarm(
-    machines: Sequence[Machine], replicas: int = 2, dead: frozenset[int] = frozenset()
-) -> PlacedSwarm:
+def make_swarm(machines: Sequence[Machine], replicas: int = 2) -> PlacedSwarm:
     """Expert n of a 4 × 4 grid in one layer is at the machines n, n + 1 and so on."""
     values = {
         "name": "window",
@@ -41,7 +39,7 @@ def make_swarm(
     hosts: Mapping[UID, Sequence[int]] = {
         uid: [(number + n) % count for n in range(replicas)] for number, uid in enumerate(manifest.uids())
     }
-    return PlacedSwarm(manifest, machines, hosts, dead)
+    return PlacedSwarm(manifest, machines, hosts)
 
 
 def train(swarm: PlacedSwarm, trainers: int = 3, window: Window = WINDOW, seed: int = 1) -> TrainingFigures:
@@ -80,12 +78,6 @@ def test_the_flow_carries_what_experts_answered_and_not_what_an_overloaded_one_l
     figures = train(overloaded)
     assert figures.answered_slots < 1.0
     assert 0 < figures.of_placed <= 1.1
-
-
-def test_a_dead_node_costs_no_row_where_others_have_its_experts() -> None:
-    figures = train(make_swarm([Machine()] * 8, dead=frozenset({3})))
-    assert figures.answered_rows == 1.0
-    assert figures.tokens_per_s > 0
 
 
 def test_a_hostile_node_is_avoided() -> None:
