@@ -10,20 +10,16 @@ hivemind's with PeerIDs.
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.apart import Child, end_in_order_when_stopped, run_apart
 from benchmarks.scratch import scratch_folder
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.beam_search import select_experts
@@ -48,7 +44,6 @@ TRIES = 5
 """The number of clients that choose with empty caches, one after another. Each then chooses as often again with warm
 caches.
 """
-_ATTEMPTS = 3
 _START_LIMIT_S = 240.0
 _RUN_LIMIT_S = 240.0
 _LIFETIME_S = 550.0
@@ -152,7 +147,7 @@ async def hivemind_village(folder: Path, nodes: int) -> tuple[list[str], list[An
     return bootstrap, made
 
 
-def hivemind_client(bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]:
+def hivemind_client(bootstrap: Sequence[str]) -> dict[str, list[float]]:
     from hivemind import DHT
 
     from benchmarks.rival_search import RepairedSearcher
@@ -174,69 +169,23 @@ def hivemind_client(bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]
 
 def run_pair(side: str, nodes: int) -> dict[str, list[float]]:
     """Runs a village and its client, each in a process session of its own, so that none of its processes are left
-    afterwards.
-
-    A run that hangs or fails is tried again, since hivemind's client forks. Raises SystemExit with the output if every
-    run failed.
+    afterwards. Raises SystemExit if either fails.
     """
-    said = ""
-    for _ in range(_ATTEMPTS):
-        with scratch_folder() as folder:
-            village = _start(side, "village", folder, nodes)
-            try:
-                if not _appears(folder / "bootstrap", village, _START_LIMIT_S):
-                    said = f"the village of {side} did not start"
-                    continue
-                client = _start(side, "client", folder, nodes)
-                try:
-                    with suppress(subprocess.TimeoutExpired):
-                        client.wait(_RUN_LIMIT_S)
-                finally:
-                    _end(client)
-                if (folder / "result").exists():
-                    result: dict[str, list[float]] = json.loads((folder / "result").read_text())
-                    return result
-            finally:
-                _end(village)
-                said += "".join(log.read_text(errors="replace")[-2000:] for log in folder.glob("*.log"))
-    raise SystemExit(f"{side} failed {_ATTEMPTS} times:\n{said}")
-
-
-def _start(side: str, part: str, folder: Path, nodes: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-W", "ignore", "-m", __name__, side, part, str(folder), str(nodes)]
-    with (folder / f"{part}.log").open("wb") as log:
-        return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"},
-            start_new_session=True,
-        )
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _appears(file: Path, writer: "subprocess.Popen[bytes]", limit_s: float) -> bool:
-    """Waits for a file. Returns False if its writer has ended without it, or the time is up."""
-    deadline = time.monotonic() + limit_s
-    while not file.exists():
-        if time.monotonic() > deadline or writer.poll() is not None:
-            return False
-        time.sleep(0.1)
-    return True
+    with (
+        scratch_folder() as folder,
+        closing(Child(__name__, [side, "village", str(folder), str(nodes)])) as village,
+    ):
+        bootstrap = village.hear(_START_LIMIT_S)["bootstrap"]
+        return run_apart(__name__, [side, "client", str(folder), *bootstrap], _RUN_LIMIT_S)
 
 
 async def _village(side: str, folder: Path, nodes: int) -> None:
+    """Starts all peers, prints the addresses of the first, and runs until it is killed."""
     make: Callable[[Path, int], Awaitable[tuple[Sequence[str], object]]]
     make = talkoot_village if side == "talkoot" else hivemind_village
     bootstrap, _peers = await make(folder, nodes)
-    (folder / "new").write_text(json.dumps(bootstrap))
-    (folder / "new").rename(folder / "bootstrap")
-    await asyncio.sleep(_RUN_LIMIT_S + 60)
+    print(json.dumps({"bootstrap": list(map(str, bootstrap))}), flush=True)
+    await asyncio.Event().wait()
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -252,19 +201,19 @@ def main() -> None:
     parser.add_argument("side", choices=["talkoot", "hivemind"])
     parser.add_argument("part", choices=["village", "client"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("nodes", type=int)
+    parser.add_argument(
+        "rest", nargs="+", help="of a village, its peers; of a client, the addresses to join by"
+    )
     options = parser.parse_args()
     end_in_order_when_stopped()
     if options.part == "village":
-        _run(_village(options.side, options.folder, options.nodes))
+        _run(_village(options.side, options.folder, int(options.rest[0])))
         return
-    bootstrap = json.loads((options.folder / "bootstrap").read_text())
     if options.side == "talkoot":
-        result = _run(talkoot_client(options.folder, [*map(Multiaddress, bootstrap)]))
+        result = _run(talkoot_client(options.folder, [*map(Multiaddress, options.rest)]))
     else:
-        result = hivemind_client(bootstrap)
-    (options.folder / "new").write_text(json.dumps(result))
-    (options.folder / "new").rename(options.folder / "result")
+        result = hivemind_client(options.rest)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ under 60 seconds.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.apart import Child, end_in_order_when_stopped
 from benchmarks.faults import FaultyCaller
 from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, running_village
@@ -42,7 +40,6 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.codec import CodecName
 from peer.metrics import total
-from peer.platform.processes import die_with_parent
 from talkoot.train.local import LocalSwarm
 from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.data.corpus import Dataset
@@ -162,8 +159,8 @@ def loss_of(model: LanguageModel, plan: Plan, data: Part) -> float:
 
 
 def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
-    """Runs one trainer as a process. It reads the invite (an empty line without a swarm), prints "ready" and, later,
-    "trained", waits for a line after each, and prints its results.
+    """Runs one trainer as a process. It reads the invite (an empty line without a swarm), prints a line when it is
+    ready and another when it has trained, waits for a line after each, and prints its results.
     """
     torch.set_num_threads(1)
     invite = sys.stdin.readline().strip()
@@ -197,9 +194,9 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
         merges = None
         if isinstance(source, SwarmClient) and WAYS[way].trainers > 1:
             merges = source.average(training.part)
-        _say_and_wait("ready")
+        _say_and_wait()  # It is ready.
         summary = training.run(lambda progress: None, threading.Event())
-        _say_and_wait("trained")
+        _say_and_wait()  # It has trained.
         results: dict[str, Any] = {"seconds": summary.seconds, "staleness": summary.staleness}
         results["averagings"] = 0 if merges is None else int(total(merges.metrics.ends, end="averaged"))
         results["dispatch"] = source.dispatcher.metrics.values()
@@ -211,8 +208,8 @@ def run_trainer(plan: Plan, way: str, state: Path, trainer: int) -> None:
         print(json.dumps(results | {"validation_loss": loss_of(model, plan, data)}), flush=True)
 
 
-def _say_and_wait(word: str) -> None:
-    print(word, flush=True)
+def _say_and_wait() -> None:
+    print("{}", flush=True)
     sys.stdin.readline()
 
 
@@ -232,16 +229,15 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
             village = stack.enter_context(running_village(manifest, plan.nodes, experts, options))
             invite = str(village.invite)
         for trainer in trainers:
-            _tell(trainer, invite)
-        for word in ("ready\n", "trained\n"):
+            trainer.tell(invite)
+        for _ in ("ready", "trained"):
             for trainer in trainers:
-                if (said := _pipe(trainer.stdout).readline()) != word:
-                    raise SystemExit(f"a trainer of {way!r} failed: {said}")
+                trainer.hear()
             for trainer in trainers:
-                _tell(trainer, "")
-        results = [json.loads(_pipe(trainer.stdout).readline()) for trainer in trainers]
+                trainer.tell()
+        results = [trainer.hear() for trainer in trainers]
         for trainer in trainers:
-            trainer.kill()  # Before the nodes stop, since it would complain about that.
+            trainer.close()  # Before the nodes stop, since it would complain about that.
     return {
         "validation_loss": statistics.fmean(result["validation_loss"] for result in results),
         "seconds": max(result["seconds"] for result in results),
@@ -249,31 +245,22 @@ def run_way(way: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _start(stack: ExitStack, way: str, plan: Plan, folder: Path, number: int) -> "subprocess.Popen[str]":
+def _start(stack: ExitStack, way: str, plan: Plan, folder: Path, number: int) -> Child:
     state = folder / f"trainer-{number}"
     state.mkdir()
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.learning", "--way", way]
-    command += ["--plan", json.dumps(asdict(plan)), "--trainer", str(number), "--state", str(state)]
-    process = subprocess.Popen(
-        die_with_parent(command),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"},
-    )
-    stack.callback(process.wait)
-    stack.callback(process.kill)
-    return process
-
-
-def _tell(trainer: "subprocess.Popen[str]", line: str) -> None:
-    _pipe(trainer.stdin).write(line + "\n")
-    _pipe(trainer.stdin).flush()
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
+    arguments = [
+        "--way",
+        way,
+        "--plan",
+        json.dumps(asdict(plan)),
+        "--trainer",
+        str(number),
+        "--state",
+        str(state),
+    ]
+    trainer = Child("benchmarks.learning", arguments)
+    stack.callback(trainer.close)
+    return trainer
 
 
 def compare(

@@ -13,15 +13,12 @@ hivemind.moe's server with the same experts.
 import argparse
 import asyncio
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import psutil
@@ -29,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.apart import Child
 from benchmarks.village import START_LIMIT_S, running_node
 from dht.invites import Invite
 from dht.manifest import Manifest
@@ -75,8 +73,8 @@ def manifest(grid: tuple[int, int], hidden: int, kind: str) -> str:
 
 
 def train(invite: str, state: Path, seconds: float) -> None:
-    """Runs one trainer: it reports when it is ready, begins when it reads a line, and prints how many steps it did in
-    time.
+    """Runs one trainer: it prints a line when it is ready, begins when it reads one, and prints how many steps it did
+    in time.
     """
     from trainer_client.client import SwarmClient, TrainerTiming
     from trainer_client.settings import TrainerSettings
@@ -92,7 +90,7 @@ def train(invite: str, state: Path, seconds: float) -> None:
             torch.autograd.backward(mixture(x_BTD).square().mean())
 
         step()
-        print("ready", flush=True)
+        print("{}", flush=True)
         sys.stdin.readline()
         steps, ends = 0, time.monotonic() + seconds
         while time.monotonic() < ends:
@@ -107,36 +105,20 @@ def train(invite: str, state: Path, seconds: float) -> None:
 def trainers_at_once(count: int, invite: str, folder: Path, seconds: float) -> list[float]:
     """Samples per second of each of `count` trainers at once."""
     with ExitStack() as stack:
-        processes = []
+        trainers = []
         for number in range(count):
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.node", "--trainer", invite]
-            command += ["--state", str(folder / f"trainer-{count}-{number}"), "--seconds", str(seconds)]
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_WAIT_POLICY": "passive"},
-            )
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            processes.append(process)
-        for process in processes:
-            assert _pipe(process.stdout).readline() == "ready\n", "a trainer did not start"
-        for process in processes:
-            _pipe(process.stdin).write("\n")
-            _pipe(process.stdin).flush()
-        results = [json.loads(_pipe(process.stdout).readline()) for process in processes]
-        for process in processes:
-            process.wait()
+            state = folder / f"trainer-{count}-{number}"
+            arguments = ["--trainer", invite, "--state", str(state), "--seconds", str(seconds)]
+            trainers.append(Child("benchmarks.node", arguments))
+            stack.callback(trainers[-1].close)
+        for trainer in trainers:
+            trainer.hear()
+        for trainer in trainers:
+            trainer.tell()
+        results = [trainer.hear() for trainer in trainers]
     if failed := [result["failures"] for result in results if result["failures"]]:
         raise SystemExit(f"calls failed: {failed}")
     return [BATCH * result["steps"] / seconds for result in results]
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
 
 
 def measure_trainers(seconds: float) -> dict[str, float]:
@@ -212,33 +194,15 @@ def serve_hivemind() -> None:
     with background_server(
         expert_uids=uids, expert_cls="ffn", hidden_dim=MANY_HIDDEN, device="cpu", optim_cls=optimizer
     ):
-        print("serving", flush=True)
+        print("{}", flush=True)
         signal.pause()
 
 
 def measure_hivemind(limit_s: float) -> dict[str, float | str]:
     began = time.monotonic()
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.node", "--hivemind"]
-    server = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"HIVEMIND_LOGLEVEL": "ERROR"},
-    )
-    family = psutil.Process(server.pid)
+    server = Child("benchmarks.node", ["--hivemind"])
     try:
-        signal.signal(signal.SIGALRM, _give_up)
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        try:
-            line = _pipe(server.stdout).readline()
-        except TimeoutError:
-            return {"hivemind_many_experts": f"not serving after {limit_s:.0f} s"}
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        if line != "serving\n":
-            return {"hivemind_many_experts": "did not start"}
+        server.hear(limit_s)
         start_s = time.monotonic() - began
         processes, memory = tree(server.pid)
         return {
@@ -246,15 +210,10 @@ def measure_hivemind(limit_s: float) -> dict[str, float | str]:
             "hivemind_many_experts_processes": processes,
             "hivemind_many_experts_memory_mib": memory / 2**20,
         }
+    except TimeoutError:
+        return {"hivemind_many_experts": f"not serving after {limit_s:.0f} s"}
     finally:
-        for process in [*family.children(recursive=True), family]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        server.wait()
-
-
-def _give_up(number: int, frame: object) -> None:
-    raise TimeoutError
+        server.close()
 
 
 def tree(pid: int) -> tuple[int, int]:
