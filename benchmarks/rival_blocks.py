@@ -1,10 +1,7 @@
 """hivemind's own expert modules as expert kinds of Talkoot, so that both sides compute exactly the same.
 
-They are offered through the entry point group `talkoot.expert_kinds`. The benchmark puts a package folder that names
-them on the path of the processes it starts.
+`benchmarks.village` offers them to the nodes that it starts.
 """
-
-from pathlib import Path
 
 from hivemind.moe.server.layers.common import FeedforwardBlock, TunedTransformer
 from torch import Tensor, nn
@@ -38,16 +35,3 @@ class RivalTransformer(nn.Module):
         x_STD = x_RD.view(len(lengths_S), SEQUENCE, -1)
         output_RD: Tensor = self.block(x_STD).flatten(0, 1)
         return output_RD
-
-
-def make_package(folder: Path) -> Path:
-    """Makes the folder, which offers `rival-ffn` and `rival-transformer` to processes that have it on their path."""
-    package = folder / "talkoot_rivals-1.dist-info"
-    package.mkdir(parents=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: talkoot-rivals\nVersion: 1\n")
-    (package / "entry_points.txt").write_text(
-        "[talkoot.expert_kinds]\n"
-        f"rival-ffn = {__name__}:RivalFeedForward\n"
-        f"rival-transformer = {__name__}:RivalTransformer\n"
-    )
-    return folder

@@ -4,17 +4,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rival_blocks import make_package
 from benchmarks.scratch import scratch_folder
 from dht.invites import Invite
 from peer.platform.processes import die_with_parent
 
 START_LIMIT_S = 60.0
+_RIVALS = {
+    "rival-ffn": "benchmarks.rival_blocks:RivalFeedForward",
+    "rival-transformer": "benchmarks.rival_blocks:RivalTransformer",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def joining_node(
 
 @contextmanager
 def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
-    package = make_package(state.with_suffix(".kinds"))
+    package = offer_kinds(state.with_suffix(".kinds"), _RIVALS)
     command = [sys.executable, "-m", "talkoot.cli", "node", "--host", "127.0.0.1", "--experts", str(experts)]
     with state.with_suffix(".log").open("wb") as log:
         node = subprocess.Popen(
@@ -95,6 +98,18 @@ def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subpr
     finally:
         node.terminate()
         node.wait()
+
+
+def offer_kinds(folder: Path, kinds: Mapping[str, str]) -> Path:
+    """Writes what installing a package of expert kinds would write, for processes that have the folder on their path.
+    Returns the folder. `kinds`: MODULE:CLASS of each.
+    """
+    package = folder / "talkoot_benchmarks-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: talkoot-benchmarks\nVersion: 1\n")
+    lines = [f"{kind} = {where}\n" for kind, where in kinds.items()]
+    (package / "entry_points.txt").write_text("".join(["[talkoot.expert_kinds]\n", *lines]))
+    return folder
 
 
 def wait_for(invite: Path, node: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.internet.validation.drawn_times import environment_of, make_package
+from benchmarks.internet.validation.drawn_times import KINDS, environment_of
 from benchmarks.internet.validation.measured import Adoption, Measured, Stretch, ratio
 from benchmarks.internet.validation.scenario import Hosting, Scenario, service_s
 from benchmarks.internet.validation.simulated_swarm import simulate
 from benchmarks.internet.validation.steady_trainers import Step
+from benchmarks.village import offer_kinds
 from dht.uid import UID
 from expert_server.blocks import build_block
 
@@ -47,7 +48,7 @@ def test_those_who_fall_silent_are_never_the_founder(hosts: list[set[int]]) -> N
 
 def test_an_expert_sleeps_as_long_as_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_per_s = 640.0
-    environment = environment_of(make_package(tmp_path / "package"), rows_per_s, 0.0, "1")
+    environment = environment_of(offer_kinds(tmp_path / "package", KINDS), rows_per_s, 0.0, "1")
     for name in environment.keys() - {"PYTHONPATH"}:
         monkeypatch.setenv(name, environment[name])
     monkeypatch.syspath_prepend(tmp_path / "package")

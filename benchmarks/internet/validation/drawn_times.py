@@ -1,7 +1,6 @@
 """A kind of expert that sleeps as long as a randomly drawn computer would take to compute it.
 
-It is offered through the entry point group `talkoot.expert_kinds`: `make_package` writes the metadata that installing a
-package would write. The processor and the spread of its times are set by environment variables of the node's process.
+The processor and the spread of its times are set by environment variables of the node's process.
 """
 
 import os
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.internet.validation.scenario import service_s
 from dht.manifest import ModelSpec
 
-KIND = "drawn-times"
+KINDS = {"drawn-times": f"{__name__}:DrawnTimes"}
 _ROWS_PER_S, _JITTER, _SEED = "DRAWN_TIMES_ROWS_PER_S", "DRAWN_TIMES_JITTER", "DRAWN_TIMES_SEED"
 
 
@@ -70,17 +69,6 @@ class _Delayed(torch.autograd.Function):
 
 
 def environment_of(package: Path, rows_per_s: float, jitter: float, seed: str) -> dict[str, str]:
-    """The environment for a node's process. `package`: what `make_package` returned."""
+    """The environment for a node's process. `package`: a folder that offers `KINDS`."""
     path = os.pathsep.join([str(package), os.getcwd(), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path, _ROWS_PER_S: str(rows_per_s), _JITTER: str(jitter), _SEED: seed}
-
-
-def make_package(folder: Path) -> Path:
-    """Writes a package into the folder, which offers the kind to processes that have the folder on their path. Returns
-    the folder.
-    """
-    package = folder / "talkoot_drawn_times-1.dist-info"
-    package.mkdir(parents=True)
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: talkoot-drawn-times\nVersion: 1\n")
-    (package / "entry_points.txt").write_text(f"[talkoot.expert_kinds]\n{KIND} = {__name__}:DrawnTimes\n")
-    return folder

@@ -13,10 +13,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.internet.validation.drawn_times import environment_of, make_package
+from benchmarks.internet.validation.drawn_times import KINDS, environment_of
 from benchmarks.internet.validation.measured import Adoption, Measured, Stretch
 from benchmarks.internet.validation.scenario import Hosting, Scenario
 from benchmarks.internet.validation.steady_trainers import BEGIN, Step
+from benchmarks.village import offer_kinds
 from dht.invites import Invite
 from dht.swarm import join_swarm
 from peer.host import NetworkConfig
@@ -92,7 +93,7 @@ class RealSwarm:
         return invite
 
     async def _start_nodes(self) -> None:
-        scenario, package = self._scenario, make_package(self._folder / "package")
+        scenario, package = self._scenario, offer_kinds(self._folder / "package", KINDS)
         (self._folder / "swarm.toml").write_text(scenario.manifest_toml)
         speeds = scenario.speeds()
         for number in range(scenario.nodes):
