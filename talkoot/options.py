@@ -186,9 +186,17 @@ class SettingsCommand(PlainCommand):
         """The settings models, and which of their settings are options."""
         raise NotImplementedError
 
+    changed_help: ClassVar[Mapping[str, str]] = {}
+    """The help of settings that mean something else in this command. `{default}` stands for that of the setting."""
+
     @cached_property
     def _setting_options(self) -> list[Any]:
-        return [option for role, names in self.roles().items() for option in make_options(role, names)]
+        options = [option for role, names in self.roles().items() for option in make_options(role, names)]
+        for option in options:
+            if (text := self.changed_help.get(option.name)) is not None:
+                _, mark, default = option.help.partition("  [default: ")
+                option.help = text.format(default=mark + default)
+        return options
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [*self._setting_options, *super().get_params(ctx)]
@@ -382,29 +390,17 @@ class TrainCommand(SettingsCommand):
 
 _TRAINED_MODEL = ("checkpoint", "memory", "wait_for_experts_s", "threads", "state", "p2pd")
 _TRAINED_MODEL_SHOWN = ("join", "checkpoint", "memory", "state", "threads", "wait_for_experts_s")
-_TRAINED_MODEL_HELP = {
-    "state": "The trainer's state folder, where its checkpoints are.",
-    "wait_for_experts_s": "How long to wait for the first live expert.",
-}
 
 
 class TrainedModelCommand(SettingsCommand):
     """A command that reads the results of `talkoot train`."""
 
-    @cached_property
-    def _setting_options(self) -> list[Any]:
-        options = super()._setting_options
-        for option in options:
-            if option.name == "checkpoint":
-                option.help = "Folder of checkpoints, or one of its files.  [default: the newest run's]"
-            elif option.name == "memory":
-                option.help = (
-                    "Memory that the model reads, by name or id.  [default: the one that it learned with]"
-                )
-            elif option.name in _TRAINED_MODEL_HELP:
-                default = option.help[option.help.index("  [default: ") :]
-                option.help = _TRAINED_MODEL_HELP[option.name] + default
-        return options
+    changed_help: ClassVar[Mapping[str, str]] = {
+        "checkpoint": "Folder of checkpoints, or one of its files.  [default: the newest run's]",
+        "memory": "Memory that the model reads, by name or id.  [default: the one that it learned with]",
+        "state": "The trainer's state folder, where its checkpoints are.{default}",
+        "wait_for_experts_s": "How long to wait for the first live expert.{default}",
+    }
 
 
 _SERVED_SETTINGS = (
@@ -467,18 +463,17 @@ class AskCommand(TrainedModelCommand):
         "Output": ("as_json",),
     }
 
+    changed_help: ClassVar[Mapping[str, str]] = {
+        **TrainedModelCommand.changed_help,
+        "objective": "How the passages are summed: rag-sequence for each answer as a whole, rag-token for each of its "
+        "tokens.  [default: as the model learned]",
+        "memory_passages": "Passages that are read.  [default: as many as the model learned with]",
+    }
+
     @cached_property
     def _setting_options(self) -> list[Any]:
         options = super()._setting_options
-        changed = {
-            "objective": "How the passages are summed: rag-sequence for each answer as a whole, rag-token for each of "
-            "its tokens.  [default: as the model learned]",
-            "memory_passages": "Passages that are read.  [default: as many as the model learned with]",
-        }
-        for option in options:
-            option.help = changed.get(option.name, option.help)
-            if option.name == "objective":
-                option.metavar = "rag-sequence|rag-token"
+        next(option for option in options if option.name == "objective").metavar = "rag-sequence|rag-token"
         return options
 
     @staticmethod
@@ -526,18 +521,13 @@ class ExportCommand(TrainedModelCommand):
         "Output": ("as_json",),
     }
 
-    @cached_property
-    def _setting_options(self) -> list[Any]:
-        options = super()._setting_options
-        changed = {
-            "checkpoint": "Take the dense part from this run: its folder of checkpoints, or one of its files.",
-            "tokenizer": "The tokenizer of the live trainers: bytes, or a tokenizer.json.  [default: bytes]",
-            "router": "The router of the live trainers.  [default: detected]",
-            "wait_for_experts_s": "How long to wait for experts that no live node hosts.  [default: 60]",
-        }
-        for option in options:
-            option.help = changed.get(option.name, option.help)
-        return options
+    changed_help: ClassVar[Mapping[str, str]] = {
+        **TrainedModelCommand.changed_help,
+        "checkpoint": "Take the dense part from this run: its folder of checkpoints, or one of its files.",
+        "tokenizer": "The tokenizer of the live trainers: bytes, or a tokenizer.json.  [default: bytes]",
+        "router": "The router of the live trainers.  [default: detected]",
+        "wait_for_experts_s": "How long to wait for experts that no live node hosts.{default}",
+    }
 
     @staticmethod
     def roles() -> "Mapping[type[RoleSettings], Collection[str]]":
