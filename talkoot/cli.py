@@ -1,14 +1,14 @@
-"""The command `talkoot`: all commands, in the order in which `talkoot --help` lists them.
+"""The command `talkoot`: all commands, in the order in which `talkoot --help` lists them. `talkoot memory` has its own
+in `talkoot.memory.commands`.
 
 A command imports what it runs only when it runs, so that help and small commands start at once.
 """
 
-import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
@@ -18,7 +18,9 @@ from typer.core import TyperGroup
 
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.errors import SettingsError
+from talkoot.memory.commands import memory_commands
 from talkoot.options import (
+    AsJson,
     AskCommand,
     Config,
     DashboardCommand,
@@ -32,12 +34,11 @@ from talkoot.options import (
     NodeCommand,
     NodeState,
     PlainCommand,
-    PublishCommand,
-    RevokeCommand,
     ServeCommand,
     TrainCommand,
     command,
     given_settings,
+    imports_without_gc,
     load_settings,
 )
 from talkoot.signals import exit_at_once_on_signals
@@ -94,13 +95,6 @@ app: typer.Typer = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 100},
 )
-memory: typer.Typer = typer.Typer(
-    cls=GroupedCommands,
-    help="Build and publish memories. A memory is a set of text passages that nodes host, people search and models "
-    "read.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 service: typer.Typer = typer.Typer(
     cls=GroupedCommands,
     help="Run a node as a service of this user, which the system starts.",
@@ -129,20 +123,6 @@ def main() -> None:
             with suppress(OSError, ValueError, AttributeError):  # a pipe without a reader, or no stream
                 stream.flush()
         os._exit(end.code or 0)
-
-
-@contextmanager
-def imports_without_gc() -> Iterator[None]:
-    """Keeps garbage collection from traversing objects that are imported inside, both during the import and afterwards.
-
-    torch and other packages create a quarter of a million objects that live as long as the process.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()
 
 
 def _print_version(wanted: bool) -> None:
@@ -198,11 +178,11 @@ def node(
         bool, typer.Option("--check", help="Only check this machine, as `talkoot doctor` does.")
     ] = False,
     cached: Annotated[bool, typer.Option("--cached", help="Print what the last check found.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Host experts, in a new swarm or one that you were invited to."""
-    with command(LogFormat.JSON if as_json else log_format) as (terminal, signals):
+    with command(log_format, as_json=as_json) as (terminal, signals):
         with signals.importing():
             from expert_server.settings import NodeSettings
 
@@ -264,11 +244,11 @@ def train(
 def status(
     *,
     join: Join = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Repeat until Ctrl-C.")] = False,
 ) -> None:
     """List the nodes, trainers and experts of a swarm."""
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+    with command(as_json=as_json) as (terminal, signals):
         with signals.importing():
             from talkoot.status import run_status
 
@@ -328,7 +308,7 @@ def demo(
     ] = True,
 ) -> None:
     """Train on a swarm on this machine, and kill a node half-way."""
-    with command(LogFormat.TEXT) as (terminal, signals):
+    with command() as (terminal, signals):
         with signals.importing():
             from talkoot.demo.links import Link
             from talkoot.demo.scenario import DemoPlan, run_demo
@@ -347,7 +327,7 @@ def generate(
     ] = "",
 ) -> None:
     """Continue a prompt with a trained model, or answer it if the model learned to answer questions."""
-    with command(LogFormat.TEXT) as (terminal, signals):
+    with command() as (terminal, signals):
         with signals.importing():
             from trainer_client.settings import Sampling, TrainerSettings
 
@@ -398,12 +378,10 @@ def evaluate(
     ],
     *,
     join: Join = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a trained model's loss and perplexity on texts, and compare them."""
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+    with command(as_json=as_json) as (terminal, signals):
         with signals.importing():
             from trainer_client.settings import TrainerSettings
 
@@ -458,13 +436,13 @@ def export(
             min=0.01, metavar="MBIT/S", help="Limit for the experts' download.  [default: no limit]"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the model that a swarm trains into a folder, for transformers and for Talkoot.
 
     If it is stopped, run the same command again to resume.
     """
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+    with command(as_json=as_json) as (terminal, signals):
         with signals.importing():
             from trainer_client.settings import TrainerSettings
 
@@ -506,10 +484,10 @@ def import_model(
             "[default: ~/.local/state/talkoot/trainer]",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prepare a new swarm that starts from an exported model."""
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+    with command(as_json=as_json) as (terminal, signals):
         with signals.importing():
             from talkoot.model.founding import ImportPlan, run_import
 
@@ -530,10 +508,10 @@ def search(
         int,
         typer.Option(min=1, metavar="N", help="Number of cells to search, those nearest to the question."),
     ] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find passages in a memory of a swarm."""
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+    with command(as_json=as_json) as (terminal, signals):
         with signals.importing():
             from talkoot.memory.search import SearchRequest, run_search
 
@@ -553,13 +531,13 @@ def ask(
             help="Ask the model in a folder that `talkoot export` wrote, with the swarm's memory.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answer a question from a memory, and name the passages behind the answer.
 
     Needs a model that learned to answer: talkoot train --objective rag-sequence --memory NAME --data QUESTIONS.jsonl
     """
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
+    with command(as_json=as_json) as (terminal, signals):
         with signals.importing():
             from trainer_client.settings import TrainerSettings
 
@@ -583,7 +561,7 @@ def pause(
     state: NodeState = None,
 ) -> None:
     """Pause a running node until it is resumed or restarted."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.node.remote import run_pause
 
         run_pause(terminal, state, duration)
@@ -592,7 +570,7 @@ def pause(
 @app.command(cls=PlainCommand)
 def resume(*, state: NodeState = None) -> None:
     """End a pause, so that the node hosts again."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.node.remote import run_resume
 
         run_resume(terminal, state)
@@ -607,7 +585,7 @@ def stop(
     state: NodeState = None,
 ) -> None:
     """Stop a running node after it has handed its experts over."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.node.remote import run_stop
 
         run_stop(terminal, state, wait=wait)
@@ -628,7 +606,7 @@ def logs(
     state: NodeState = None,
 ) -> None:
     """Print a node's log, whether the node is running or not."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.node.remote import run_logs
 
         run_logs(terminal, state, lines, follow=follow)
@@ -662,14 +640,14 @@ def invite(
         str | None, typer.Option(metavar="SERIAL", help="Revoke an invite, instead of making one.")
     ] = None,
     state: NodeState = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make, list or revoke invites for a swarm that you founded.
 
     With `mode = "token"` in its manifest, only people with such an invite can take part. Keep it secret: until it
     expires, anybody who has it can use it.
     """
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, _):
+    with command(as_json=as_json) as (terminal, _):
         from talkoot.node.invites import InviteRequest, run_invite, run_list, run_revoke
 
         if listed:
@@ -680,252 +658,7 @@ def invite(
             run_invite(terminal, state, InviteRequest.parse(role, expires, name))
 
 
-app.add_typer(memory, name="memory")
-
-MemoryFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The folder that `talkoot memory build` wrote.")
-]
-PublisherState = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="For the founder, the state folder of its node, which may be running. For a librarian, a folder for its "
-        "key.  [default: the node's if it founded the swarm, else ~/.local/state/talkoot/publisher]",
-    ),
-]
-
-
-@memory.command(cls=PlainCommand)
-def build(
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="FILES", help="Files, folders or globs of text, as `talkoot train` reads."),
-    ],
-    *,
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="DIR", help="The folder to write, which must be new or empty."),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The memory's name: small letters, digits, hyphens.  [default: the folder's]"
-        ),
-    ] = None,
-    about: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A one-line description of the memory.")
-    ] = None,
-    license: Annotated[
-        str,
-        typer.Option(
-            metavar="SPDX",
-            help="The text's licence, such as CC-BY-SA-4.0. A field `license` of a line or row overrides it.  "
-            "[default: unknown]",
-        ),
-    ] = "",
-    field: Annotated[
-        str, typer.Option(metavar="NAME", help="The field of .jsonl and .parquet that has the text.")
-    ] = "text",
-    title_field: Annotated[
-        str, typer.Option("--title-from", metavar="NAME", help="The field that has the title.")
-    ] = "title",
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Add to this memory: make its next revision, which keeps all of its shards.",
-        ),
-    ] = None,
-    encoder: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="An encoder of `talkoot memory train-encoder`.  [default: word vectors, learned from the text]",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all random choices.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Make a memory from text files.
-
-    Cuts the text into passages, learns word vectors from them, and writes shards.
-    """
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
-        with signals.importing():
-            from talkoot.memory.build import BuildPlan, run_build
-
-        run_build(
-            terminal,
-            BuildPlan(tuple(paths), out, name, about, license, field, title_field, base, encoder, seed),
-        )
-
-
-@memory.command("train-encoder", cls=PlainCommand)
-def train_encoder(
-    pairs: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PAIRS",
-            help="JSON lines with the fields `question`, `title` and `text`: a question, and the passage that answers "
-            "it. `answers` is an optional list of phrases; other passages that contain one may answer the question "
-            "too.",
-        ),
-    ],
-    *,
-    text: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILES",
-            help="The text of the memory, as `talkoot memory build` reads it. May be repeated.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The new file to write.")],
-    field: Annotated[
-        str, typer.Option(metavar="NAME", help="The field of .jsonl and .parquet that has the text.")
-    ] = "text",
-    title_field: Annotated[
-        str, typer.Option("--title-from", metavar="NAME", help="The field that has the title.")
-    ] = "title",
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all random choices.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Train an encoder on questions and their answers.
-
-    Learns word vectors from the text, and then two encoders, one for questions and one for passages, which place a
-    question near the passage that answers it. To use them, run `talkoot memory build --encoder FILE`.
-    """
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
-        with signals.importing():
-            from talkoot.memory.train_encoder import TrainEncoderPlan, run_train_encoder
-
-        run_train_encoder(terminal, TrainEncoderPlan(pairs, tuple(text), out, field, title_field, seed))
-
-
-@memory.command(cls=PublishCommand)
-def publish(
-    context: typer.Context,
-    folder: MemoryFolder,
-    *,
-    join: Join = None,
-    state: PublisherState = None,
-    log_format: Format = LogFormat.TEXT,
-) -> None:
-    """Publish a memory in a swarm.
-
-    Announces the memory, and serves it until nodes host two replicas of each shard. Nodes take as much as --memory-disk
-    allows. If you stop the command early, run it again to continue. In an open swarm, only the founder can publish; in
-    a swarm that admits by token, librarians can too.
-    """
-    with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from expert_server.settings import NodeSettings
-            from talkoot.memory.publish import run_publish
-
-        run_publish(terminal, folder, join, state, load_settings(context, NodeSettings))
-
-
-@memory.command(cls=PublishCommand)
-def unlist(
-    context: typer.Context,
-    which: Annotated[str, typer.Argument(metavar="NAME", help="The memory's name or id.")],
-    *,
-    join: Join = None,
-    state: PublisherState = None,
-    log_format: Format = LogFormat.TEXT,
-) -> None:
-    """Take a memory off your list, so that nodes remove it."""
-    with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from expert_server.settings import NodeSettings
-            from talkoot.memory.unlist import run_unlist
-
-        run_unlist(terminal, which, join, state, load_settings(context, NodeSettings))
-
-
-@memory.command("list", cls=PlainCommand)
-def list_memories(
-    *,
-    join: Join = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
-    ] = False,
-) -> None:
-    """List the memories of a swarm."""
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from talkoot.memory.listing import run_list
-
-        run_list(terminal, join)
-
-
-@memory.command("inspect", cls=PlainCommand)
-def inspect_memory(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="DIR|NAME",
-            help="A folder that `talkoot memory build` wrote; with --join, a memory's name or id.",
-        ),
-    ],
-    *,
-    join: Join = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-) -> None:
-    """Show what is in a memory, or who hosts it.
-
-    Verifies a memory in a folder and shows what is in it. With --join, shows the cells and shards of a swarm's memory,
-    and who hosts them.
-    """
-    with command(LogFormat.JSON if as_json else LogFormat.TEXT) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from talkoot.memory import inspection, listing
-
-        if join is None:
-            inspection.run_inspect(terminal, Path(name))
-        else:
-            listing.run_inspect(terminal, join, name)
-
-
-@memory.command("revoke", cls=RevokeCommand)
-def revoke_passages(
-    context: typer.Context,
-    folder: MemoryFolder,
-    *,
-    match: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Revoke all passages that contain this in their text or title; upper and lower case are the same.",
-        ),
-    ] = None,
-    passage: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="HASH",
-            help="Revoke this passage: `talkoot search --json` prints the hash. May be given several times.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the passages that would be revoked.")
-    ] = False,
-    join: Join = None,
-    state: PublisherState = None,
-    log_format: Format = LogFormat.TEXT,
-) -> None:
-    """Take passages back from a memory.
-
-    Publishes a new revision without them, and waits until all hosts have deleted them.
-    """
-    with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
-            from expert_server.settings import NodeSettings
-            from talkoot.memory.revoke import Selection, run_revoke
-
-        selection = Selection.parse(passage or [], match)
-        settings = load_settings(context, NodeSettings)
-        run_revoke(terminal, folder, selection, join, state, settings, only_show=dry_run)
-
-
+app.add_typer(memory_commands, name="memory")
 app.add_typer(service, name="service")
 
 
@@ -946,7 +679,7 @@ def install(
 ) -> None:
     """Run a node as a service of this user, which the system starts. All other options are passed to `talkoot node`."""
     options = _node_options(context)
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.node.service import make_service, run_install
 
         run_install(terminal, make_service(options, join, state), as_root=as_root, print_only=print_only)
@@ -972,7 +705,7 @@ def _node_options(context: typer.Context) -> dict[str, Any]:
 @service.command("remove", cls=PlainCommand)
 def remove() -> None:
     """Stop the service and remove it. The node's checkpoints stay."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.node.service import run_remove
 
         run_remove(terminal)
@@ -981,7 +714,7 @@ def remove() -> None:
 @service.command("status", cls=PlainCommand)
 def service_status() -> None:
     """Say whether the service runs. Exit status 1 when it does not."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.node.service import run_status
 
         if not run_status(terminal):
@@ -1002,7 +735,7 @@ def update(
     ] = None,
 ) -> None:
     """Update Talkoot and restart its service. Works if the installer or `uv tool` installed Talkoot."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.installation import run_update
 
         run_update(terminal, source)
@@ -1026,7 +759,7 @@ def uninstall(
     ] = False,
 ) -> None:
     """Remove Talkoot and its service. Checkpoints and identity stay."""
-    with command(LogFormat.TEXT) as (terminal, _):
+    with command() as (terminal, _):
         from talkoot.installation import run_uninstall
 
         run_uninstall(terminal, yes=yes, state=state, identity=identity)

@@ -3,6 +3,7 @@
 Settings are imported only when a command is asked for its options, so that `talkoot --help` is instant.
 """
 
+import gc
 import os
 import re
 import sys
@@ -56,6 +57,7 @@ NodeState = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="The node's state folder.  [default: ~/.local/state/talkoot/node]"),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Format = Annotated[
     LogFormat, typer.Option(metavar="text|json", help="Lines for people, or JSON lines for programs.")
 ]
@@ -554,14 +556,30 @@ def _all_settings(role: "type[RoleSettings]") -> tuple[str, ...]:
 
 
 @contextmanager
-def command(log_format: LogFormat) -> Iterator[tuple[Terminal, StopSignals]]:
+def imports_without_gc() -> Iterator[None]:
+    """Keeps garbage collection from traversing objects that are imported inside, both during the import and afterwards.
+
+    torch and other packages create a quarter of a million objects that live as long as the process.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@contextmanager
+def command(
+    log_format: LogFormat = LogFormat.TEXT, *, as_json: bool = False
+) -> Iterator[tuple[Terminal, StopSignals]]:
     """The context of every command: it turns user errors into one line, and signals into the exit status."""
     # torch's threads must not spin while they wait, because others need the cores; OpenMP reads this when torch is
     # imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.umask(os.umask(0o077) | 0o022)  # no other user may write to the files that a command writes
     signals = StopSignals()
-    terminal = Terminal(log_format)
+    terminal = Terminal(LogFormat.JSON if as_json else log_format)
     try:
         set_up_logging(terminal)
         yield terminal, signals

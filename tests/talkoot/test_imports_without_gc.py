@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from talkoot.cli import imports_without_gc
+from talkoot.options import imports_without_gc
 
 
 @pytest.fixture(autouse=True)
