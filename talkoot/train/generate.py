@@ -14,7 +14,7 @@ from talkoot.memory.search import citation
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped
 from talkoot.train.ask import answer_question
-from talkoot.train.trained import TrainedModel, joined_run, text_model
+from talkoot.train.trained import TextModel, joined_run, text_model
 from trainer_client.data.pairs import marked
 from trainer_client.data.sources import as_text
 from trainer_client.encoder_decoder import EncoderDecoder
@@ -56,15 +56,15 @@ def run_generate(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         for source in dict.fromkeys(map(citation, read)):
             terminal.err.print(escaped(f"read: {source}"))
-        if rows := int(total(trained.client.dispatcher.metrics.unanswered_rows)):
+        if rows := int(total(run.client.dispatcher.metrics.unanswered_rows)):
             logger.warning(
                 "no expert answered for %s, so the text may be worse than usual", counted(rows, "row")
             )
 
 
-def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
+def _text(trained: TextModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
     """`read` is called with the passages that the model was given."""
-    find = trained.find
+    run, find = trained.run, trained.find
 
     def found(chunks: Sequence[Sequence[int]]) -> Sequence[Neighbours]:
         assert find is not None
@@ -72,13 +72,13 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Pas
         read.update((passage, None) for each in neighbours for passage in each.passages)
         return neighbours
 
-    token_bytes = trained.tokenizer.token_bytes
+    token_bytes = run.tokenizer.token_bytes
     if isinstance(trained.model, EncoderDecoder):
         special = trained.model.special
-        tokens = special.encode(marked(prompt or "\n", trained.settings.objective), trained.tokenizer)
+        tokens = special.encode(marked(prompt or "\n", run.settings.objective), run.tokenizer)
         token_bytes = special.written(token_bytes)
     else:
-        tokens = trained.tokenizer.encode(prompt or "\n").tolist()
+        tokens = run.tokenizer.encode(prompt or "\n").tolist()
     context = trained.model.context
     if len(tokens) > context:
         logger.warning(
@@ -87,7 +87,7 @@ def _text(trained: TrainedModel, prompt: str, sampling: Sampling, read: dict[Pas
             context,
             counted(len(tokens) - context, "token"),
         )
-    usable = trained.client.has_experts
+    usable = run.client.has_experts
     following = generate(trained.model, tokens, sampling, usable, None if find is None else found)
     return decoded(following, token_bytes)
 

@@ -44,32 +44,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedModel:
-    """A trained model. Usable until the block that opened it ends."""
-
-    model: LanguageModel | EncoderDecoder
-    tokenizer: Tokenizer
-    client: SwarmClient
-    settings: TrainerSettings
-    step: int
-    """The step of its checkpoint."""
-    folder: Path
-    """For temporary files. Deleted with the model."""
-    lookup: NeighbourLookup | None = None
-    """Looks up passages that the model reads; None: it reads none, or its memory is not available."""
-
-    def language_model(self) -> LanguageModel:
-        """Raises SettingsError if the model is an encoder-decoder."""
-        require_no_encoder(self.client.manifest)
-        assert isinstance(self.model, LanguageModel)
-        return self.model
-
-    @property
-    def find(self) -> Find | None:
-        return None if self.lookup is None else self.lookup.written
-
-
-@dataclass(frozen=True, eq=False)
 class JoinedRun:
     """A run's checkpoint, and its swarm. Usable until the block that opened it ends."""
 
@@ -78,13 +52,31 @@ class JoinedRun:
     settings: TrainerSettings
     """The checkpoint's settings, overridden by those given now."""
     tokenizer: Tokenizer
-    folder: Path
-    """For temporary files."""
 
     @property
     def retrieval(self) -> RetrievalSpec | None:
         """How its model reads a memory chunk by chunk, if it does."""
         return RetrievalSpec.of(self.settings, self.client.manifest.model)
+
+
+@dataclass(frozen=True, eq=False)
+class TextModel:
+    """The model of a run that has learned from text."""
+
+    run: JoinedRun
+    model: LanguageModel | EncoderDecoder
+    lookup: NeighbourLookup | None
+    """Looks up passages that the model reads; None: it reads none, or its memory is not available."""
+
+    def language_model(self) -> LanguageModel:
+        """Raises SettingsError if the model is an encoder-decoder."""
+        require_no_encoder(self.run.client.manifest)
+        assert isinstance(self.model, LanguageModel)
+        return self.model
+
+    @property
+    def find(self) -> Find | None:
+        return None if self.lookup is None else self.lookup.written
 
 
 @contextmanager
@@ -127,7 +119,7 @@ def joined_run(
             with terminal.stages("looking for experts") as stage:
                 share = 1 / client.manifest.experts_total
                 client.wait_for_experts(settings.wait_for_experts_s, once(stage), share=share)
-            run = JoinedRun(client, checkpoint, settings, tokenizer, folder)
+            run = JoinedRun(client, checkpoint, settings, tokenizer)
             vocabulary = len(tokenizer.token_bytes)
             require_memory(client.manifest, client.mixture, vocabulary, 1, run.retrieval)
             yield run
@@ -136,49 +128,25 @@ def joined_run(
             client.close()
 
 
-@contextmanager
-def trained_model(
-    terminal: Terminal,
-    signals: StopSignals,
-    join: str | None,
-    settings: TrainerSettings,
-    prepare: Callable[[Tokenizer, TrainerSettings, Path], None],
-) -> Iterator[TrainedModel]:
-    """A model of text. Arguments as for `joined_run`."""
-
-    def prepared(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
-        if settings.answers_questions:
-            raise SettingsError('this run\'s model answers questions: talkoot ask --join INVITE "…"')
-        prepare(tokenizer, settings, folder)
-
-    with joined_run(terminal, signals, join, settings, prepared) as run:
-        yield text_model(terminal, run)
-
-
-def text_model(terminal: Terminal, run: JoinedRun) -> TrainedModel:
-    """The model of a run that has learned from text."""
-    client, tokenizer, settings, spec = run.client, run.tokenizer, run.settings, run.retrieval
-    model = make_model(client.manifest, client.mixture, len(tokenizer.token_bytes), spec)
+def text_model(terminal: Terminal, run: JoinedRun) -> TextModel:
+    """Loads the model of a run that has learned from text."""
+    model = make_model(run.client.manifest, run.client.mixture, len(run.tokenizer.token_bytes), run.retrieval)
     run.checkpoint.load_into(model)
-    lookup = None if spec is None else _open_memory(terminal, client, settings, tokenizer, spec)
-    return TrainedModel(model, tokenizer, client, settings, run.checkpoint.header.step, run.folder, lookup)
+    return TextModel(run, model, _open_lookup(terminal, run))
 
 
-def _open_memory(
-    terminal: Terminal,
-    client: SwarmClient,
-    settings: TrainerSettings,
-    tokenizer: Tokenizer,
-    spec: RetrievalSpec,
-) -> NeighbourLookup | None:
-    """None if the memory is not available: the model works without it, but worse."""
+def _open_lookup(terminal: Terminal, run: JoinedRun) -> NeighbourLookup | None:
+    """None if the model reads nothing, or its memory is not available: it works without it, but worse."""
+    spec, settings = run.retrieval, run.settings
+    if spec is None:
+        return None
     try:
         with terminal.stages("opening the memory"):
-            memory = client.memory(settings.memory)
+            memory = run.client.memory(settings.memory)
     except (LibraryError, UnreachableError) as error:
         logger.warning("the model reads nothing: %s. Another memory can be passed as --memory NAME", error)
         return None
-    return NeighbourLookup(memory, tokenizer, spec, most_overlap=settings.memory_overlap)
+    return NeighbourLookup(memory, run.tokenizer, spec, most_overlap=settings.memory_overlap)
 
 
 def run_evaluate(
@@ -195,19 +163,22 @@ def run_evaluate(
     read: dict[str, Tokens] = {}
 
     def read_texts(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
+        if settings.answers_questions:
+            raise SettingsError('this run\'s model answers questions: talkoot ask --join INVITE "…"')
         for number, (name, files) in enumerate(texts.items()):
             # a separate folder, because one folder holds one text
             read[name] = encode_corpus(files, settings.field, tokenizer, folder / f"text-{number}").tokens
             check_length(read[name], 1, name)
 
-    with trained_model(terminal, signals, join, settings, read_texts) as trained:
+    with joined_run(terminal, signals, join, settings, read_texts) as run:
+        trained = text_model(terminal, run)
         trained.language_model()
         for name, tokens in read.items():  # again: a swarm may route by a prefix, which no checkpoint tells
             check_length(tokens, trained.model.first_scored, name)
         found = _evaluate(terminal, trained, read)
-        unanswered = int(total(trained.client.dispatcher.metrics.unanswered_rows))
+        unanswered = int(total(run.client.dispatcher.metrics.unanswered_rows))
     values = asdict(combined(list(found.values())))
-    rest = {"step": trained.step, "unanswered_rows": unanswered}
+    rest = {"step": run.checkpoint.header.step, "unanswered_rows": unanswered}
     if terminal.json:
         each = [{"name": name} | asdict(evaluation) for name, evaluation in found.items()]
         terminal.line(to_json(values | rest | ({"texts": each} if len(each) > 1 else {})))
@@ -218,19 +189,17 @@ def run_evaluate(
         terminal.out.print(_table(values | rest))
 
 
-def _evaluate(
-    terminal: Terminal, trained: TrainedModel, texts: Mapping[str, Tokens]
-) -> dict[str, Evaluation]:
-    first, done_before = trained.model.first_scored, 0
+def _evaluate(terminal: Terminal, trained: TextModel, texts: Mapping[str, Tokens]) -> dict[str, Evaluation]:
+    run, first, done_before = trained.run, trained.model.first_scored, 0
     found: dict[str, Evaluation] = {}
     with _shown(terminal, sum(len(tokens) - first for tokens in texts.values())) as show:
 
         def observe(done: int) -> bool:
             show(done_before + done)
-            return trained.client.has_experts()
+            return run.client.has_experts()
 
         for name, tokens in texts.items():
-            token_bytes, batch_size = trained.tokenizer.token_bytes, trained.settings.batch_size
+            token_bytes, batch_size = run.tokenizer.token_bytes, run.settings.batch_size
             neighbours = None if trained.lookup is None else trained.lookup.learned
             found[name] = evaluate(
                 trained.language_model(), tokens, token_bytes, batch_size, observe, neighbours
