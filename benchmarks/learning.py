@@ -52,15 +52,14 @@ from trainer_client.training.loop import Training, validation_loss
 
 @dataclass(frozen=True)
 class Way:
-    """How the model is trained, and what its loss is compared with."""
+    """How the model is trained."""
 
     trainers: int = 1
     swarm: bool = True
     """Whether experts are in a swarm of real nodes; otherwise all are in the trainer's process."""
     codec: CodecName = "fp32"
-    of: str = "local"
     target: float | None = None
-    """The largest permitted ratio of the losses."""
+    """The largest permitted ratio of its loss to that of `local`."""
 
 
 WAYS = {
@@ -279,9 +278,8 @@ def compare(
     for way in (way for way in ways if way not in results):
         with console.status(f"{way}: {plan.steps} steps"):
             results[way] = run_way(way, plan)
-        of = WAYS[way].of
-        if of in results and of != way:
-            results[f"{way}_vs_{of}"] = results[way]["validation_loss"] / results[of]["validation_loss"]
+        if "local" in results and way != "local":
+            results[f"{way}_vs_local"] = results[way]["validation_loss"] / results["local"]["validation_loss"]
         keep(results)
     return results
 
@@ -291,17 +289,16 @@ def show(results: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{results['tokens']:,} tokens; faults: {plan['delay_s']} s delay, {FAILING:.0%} failing"
     )
-    for column in ("", "validation loss", "ratio", "to", "target", "seconds"):
+    for column in ("", "validation loss", "ratio to local", "target", "seconds"):
         table.add_column(column, justify="right")
     for name, way in WAYS.items():
         if name not in results:
             continue
-        ratio = results.get(f"{name}_vs_{way.of}")
+        ratio = results.get(f"{name}_vs_local")
         table.add_row(
             name,
             f"{results[name]['validation_loss']:.4f}",
             "" if ratio is None else f"{ratio:.4f}",
-            "" if ratio is None else way.of,
             "" if ratio is None or way.target is None
             else f"at most {way.target:.2f}: {'reached' if ratio <= way.target else 'missed'}",
             f"{results[name]['seconds']:.0f}",

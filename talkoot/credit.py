@@ -205,7 +205,6 @@ class CreditReader:
         channels: ChannelPool,
         guard: ParseGuard,
         clock: Callable[[], float] = time.monotonic,
-        rng: random.Random | None = None,
     ) -> None:
         """`channels`: closed together with it."""
         self.credit: Mapping[PeerID, Credit] = {}
@@ -215,7 +214,7 @@ class CreditReader:
         self._channels = channels
         self._guard = guard
         self._clock = clock
-        self._rng = rng or random.SystemRandom()
+        self._rng = random.SystemRandom()
         self._ledger = CreditLedger(
             swarm_id, lambda receipt: admission.signer_of(receipt.trainer, receipt.badge)
         )

@@ -55,10 +55,10 @@ class HopTable:
     of the look-up.
     """
 
-    def __init__(self, path: Path = _FIGURES) -> None:
+    def __init__(self) -> None:
         self._costs: dict[tuple[str, bool], dict[int, dict[int, Cost]]] = {}
         self._store_bytes: dict[int, float] = {}
-        for each in json.loads(path.read_text()):
+        for each in json.loads(_FIGURES.read_text()):
             if each["kind"] == "store":
                 self._store_bytes[each["nodes"]] = each["bytes"]
                 continue
@@ -195,10 +195,10 @@ class ModelFound:
 class ModelDHT:
     """The model of the DHT: all keys of all swarms."""
 
-    def __init__(self, world: World, table: HopTable | None = None) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
         self.nobody = _Search(0, False)
-        self._table = table or HopTable()
+        self._table = HopTable()
         self._keys: dict[int, _Key] = {}
         self.rng = world.rng("dht")
         self._searches = [_Search(rounds, True) for rounds in range(32)]

@@ -196,22 +196,16 @@ class Session:
     ending: Ending
 
 
-def draw_population(
-    rng: random.Random,
-    count: int,
-    nat_share: float = NAT_SHARE,
-    slow_share: float = SLOW_SHARE,
-    hostile_share: float = HOSTILE_SHARE,
-) -> list[Volunteer]:
+def draw_population(rng: random.Random, count: int) -> list[Volunteer]:
     """Draws independent volunteers. The numbers of slow and hostile ones and of those behind NAT are exact, after
     rounding.
     """
     drawn = [_draw(rng) for _ in range(count)]
-    for n in rng.sample(range(count), round(nat_share * count)):
+    for n in rng.sample(range(count), round(NAT_SHARE * count)):
         drawn[n] = replace(drawn[n], nat=True)
-    for n in rng.sample(range(count), round(slow_share * count)):
+    for n in rng.sample(range(count), round(SLOW_SHARE * count)):
         drawn[n] = _slowed(drawn[n])
-    for n in rng.sample(range(count), round(hostile_share * count)):
+    for n in rng.sample(range(count), round(HOSTILE_SHARE * count)):
         drawn[n] = replace(drawn[n], is_hostile=True)
     return drawn
 

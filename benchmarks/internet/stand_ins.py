@@ -252,10 +252,8 @@ def _middle(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random)
 
 
 @contextmanager
-def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[World]:
-    """A world in which the product's code runs, until the block ends. `more`: stand-ins in addition to the usual ones,
-    by what they replace.
-    """
+def simulated(seed: int) -> Iterator[World]:
+    """A world in which the product's code runs, until the block ends."""
     with simulated_world() as loop, ExitStack() as stack:
         world = World(seed, loop)
         tallies = (
@@ -280,7 +278,6 @@ def simulated(seed: int, more: Mapping[str, object] | None = None) -> Iterator[W
             "expert_server.hosting.replicas.total": lambda tally: tally.count,
             "expert_server.hosting.whole_states.choose": _middle,
             "random.SystemRandom": functools.partial(world.rng, "system"),
-            **(more or {}),
         }
         for target, stand_in in stand_ins.items():
             stack.enter_context(patch(target, stand_in))

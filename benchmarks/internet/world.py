@@ -16,7 +16,7 @@ from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from peer.identity import PeerID
 from peer.kademlia.routing import ID_BITS, REPLICAS, id_of_bytes
 
-PURPOSES = ("announce", "read", "dht_served", "transfer", "calls", "relayed")
+PURPOSES = ("announce", "read", "dht_served", "transfer", "relayed")
 """The purposes for which bytes are counted. The first three are upkeep."""
 UPKEEP = PURPOSES[:3]
 _PLACE_BITS = 64
@@ -234,14 +234,7 @@ class World:
     def rtt_s(self, a: Peer, b: Peer) -> float:
         return a.link.rtt_s + b.link.rtt_s
 
-    async def transfer(
-        self,
-        sender: Peer,
-        receiver: Peer,
-        size: float,
-        purpose: str = "transfer",
-        relays: Sequence[Peer] = (),
-    ) -> bool:
+    async def transfer(self, sender: Peer, receiver: Peer, size: float, relays: Sequence[Peer] = ()) -> bool:
         """Sends `size` bytes over both links, each of which does one transfer after another. Returns whether they
         arrived.
 
@@ -266,8 +259,8 @@ class World:
             raise
         if not all(peer.is_alive and peer.half == sender.half for _, peer in ways):
             return False
-        self.accounts.up[purpose][sender.number] += size
-        self.accounts.down[purpose][receiver.number] += size
+        self.accounts.up["transfer"][sender.number] += size
+        self.accounts.down["transfer"][receiver.number] += size
         for relay in relays:
             self.accounts.up["relayed"][relay.number] += size
             self.accounts.down["relayed"][relay.number] += size

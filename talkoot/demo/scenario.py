@@ -65,8 +65,6 @@ class DemoPlan:
     steps: int
     kill: bool
     data: Path | None
-    victim: int = -1
-    """The index of the node to kill, in the order of starting."""
     link: Link | None = None
     """The link that is emulated in front of every node."""
     p2pd: bool = True
@@ -198,7 +196,7 @@ class _Demo:
         """Waits for the trainer's summary, and kills a node when half of the steps are done."""
         if self._plan.kill:
             await self._until_step(math.ceil(self._plan.steps / 2))
-            self._kill(self._nodes[self._plan.victim])
+            self._kill(self._nodes[-1])
         await self._until_step(self._plan.steps)
         await self._processes.until(
             lambda: self._summary is not None, _SILENCE_LIMIT_S, "the trainer's summary"

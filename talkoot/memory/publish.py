@@ -297,14 +297,11 @@ async def _publish(
 class ReplicationWatch:
     """Shows how much of a memory other hosts have, and what may be wrong if they don't take it."""
 
-    def __init__(
-        self, terminal: Terminal, publication: Publication, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, terminal: Terminal, publication: Publication) -> None:
         self._terminal = terminal
         self._publication = publication
-        self._now = now
         self._latest: Replication | None = None
-        self._sent = (now(), publication.uploaded_bytes)
+        self._sent = (time.monotonic(), publication.uploaded_bytes)
 
     @property
     def missing(self) -> str:
@@ -318,26 +315,28 @@ class ReplicationWatch:
 
     async def until_replicated(self) -> None:
         """Returns once each shard has two replicas on other peers."""
-        changed_at = shown_at = self._now()
+        changed_at = shown_at = time.monotonic()
         shown = ""
         with self._shown() as show:
             while True:
-                began = self._now()
+                began = time.monotonic()
                 with contextlib.suppress(UnreachableError):
                     await self._publication.check_listed()
                     found = await self._publication.replication()
                     if self._latest is None or found.by_root != self._latest.by_root:
-                        changed_at = self._now()
+                        changed_at = time.monotonic()
                     self._latest = found
                     if not found.below(WANTED_REPLICAS):
                         break
                 if self._latest is not None:
-                    text = f"{self._latest.in_words}{self._rate()}{self._advice(self._now() - changed_at)}"
-                    is_due = self._terminal.live or self._now() - shown_at >= _SHOW_EVERY_S or not shown
+                    text = (
+                        f"{self._latest.in_words}{self._rate()}{self._advice(time.monotonic() - changed_at)}"
+                    )
+                    is_due = self._terminal.live or time.monotonic() - shown_at >= _SHOW_EVERY_S or not shown
                     if text != shown and is_due:
                         show(text)
-                        shown, shown_at = text, self._now()
-                await asyncio.sleep(pause_after(self._now() - began))
+                        shown, shown_at = text, time.monotonic()
+                await asyncio.sleep(pause_after(time.monotonic() - began))
         entry, latest = self._publication.entry, self._latest
         if self._terminal.json:
             self._terminal.event("published", {**entry_values(entry), "replicas": latest.fewest})
@@ -371,7 +370,7 @@ class ReplicationWatch:
 
     def _rate(self) -> str:
         then, before = self._sent
-        now, sent = self._now(), self._publication.uploaded_bytes
+        now, sent = time.monotonic(), self._publication.uploaded_bytes
         self._sent = now, sent
         return f"; {bytes_in_words((sent - before) / max(now - then, 1e-3))}/s up" if now > then else ""
 

@@ -6,7 +6,7 @@ The command needs the founder's key, but no running node.
 
 import ipaddress
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -79,9 +79,7 @@ class InviteRequest:
         return cls(roles[word], parse_duration_s(expires or "30d", "--expires", _LONGEST_S), name or "")
 
 
-def run_invite(
-    terminal: Terminal, state: Path | None, request: InviteRequest, now: Callable[[], float] = time.time
-) -> None:
+def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -> None:
     """Raises UserError if the folder is not the founder's, or if the swarm needs no tokens."""
     folder = node_folder(state)
     founded = FoundedSwarm.load(folder)
@@ -96,12 +94,13 @@ def run_invite(
         raise SettingsError(
             f"{folder} does not have the key of the swarm's founder, so it can't make invites"
         )
+    now = time.time()
     issued = IssuedInvite(
         serial=new_serial(),
         role=request.role,
         name=request.name,
-        made_at=now(),
-        expires_at=now() + request.lasts_s,
+        made_at=now,
+        expires_at=now + request.lasts_s,
     )
     token = make_token(founder, plain.keys.swarm_id, request.role, issued.expires_at, issued.serial)
     InviteLedger(folder).add(issued)
@@ -116,22 +115,20 @@ def run_invite(
     )
 
 
-def run_list(terminal: Terminal, state: Path | None, now: Callable[[], float] = time.time) -> None:
+def run_list(terminal: Terminal, state: Path | None) -> None:
     """Raises UserError."""
     issued = InviteLedger(node_folder(state)).read()
     if terminal.json:
         terminal.event("invites", {"invites": [_values(each) for each in issued]})
     elif issued:
-        terminal.out.print(_table(issued, now()))
+        terminal.out.print(_table(issued, time.time()))
     else:
         terminal.line(f"no invites were made with the state folder {node_folder(state)}")
 
 
-def run_revoke(
-    terminal: Terminal, state: Path | None, number: str, now: Callable[[], float] = time.time
-) -> None:
+def run_revoke(terminal: Terminal, state: Path | None, number: str) -> None:
     """Raises UserError."""
-    revoked = InviteLedger(node_folder(state)).revoke(number, now())
+    revoked = InviteLedger(node_folder(state)).revoke(number, time.time())
     if terminal.json:
         terminal.event("revoked", _values(revoked))
     else:

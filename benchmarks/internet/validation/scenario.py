@@ -137,11 +137,11 @@ class Hosting:
 
     experts: Mapping[str, Collection[int]]
 
-    def victims(self, scenario: Scenario, founder: int = 0) -> list[int]:
-        """The nodes that fall silent. The founder is never one of them."""
-        alone = {hosts[0] for hosts in map(sorted, self.experts.values()) if len(hosts) == 1} - {founder}
+    def victims(self, scenario: Scenario) -> list[int]:
+        """The nodes that fall silent. The founder, which is node 0, is never one of them."""
+        alone = {hosts[0] for hosts in map(sorted, self.experts.values()) if len(hosts) == 1} - {0}
         first = sorted(alone)[: scenario.alone]
-        rest = [node for node in range(scenario.nodes) if node not in alone and node != founder]
+        rest = [node for node in range(scenario.nodes) if node not in alone and node != 0]
         return sorted([*first, *rest[: scenario.others]])
 
     def vacant(self, dead: Collection[int]) -> int:
