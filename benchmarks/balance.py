@@ -7,19 +7,17 @@ part, which it averages with another's every 20 steps; they share the experts. T
 expert got from all trainers in the last third of the steps, in the worst layer.
 """
 
-import argparse
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import command_parser, write_figures
 from benchmarks.recipe_texts import QUICK, Mixed, load_texts
 from dht.beam_search import Selection
 from dht.directory import LiveExperts
@@ -165,13 +163,11 @@ def show(plan: Plan, results: dict[int, dict[str, Any]], console: Console) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="16 experts, 90 short steps")
+    parser = command_parser(__doc__, "16 experts, 90 short steps")
     parser.add_argument("--router", choices=get_args(RouterName), default=Plan.router)
     parser.add_argument("--balance", choices=get_args(Balance), help="by default the router's")
     parser.add_argument("--trainers", type=int, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument("--steps", type=int, help=f"by default {Plan.steps}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     plan = QUICK_PLAN if options.quick else Plan()
     plan = replace(plan, router=options.router, balance=options.balance, steps=options.steps or plan.steps)
@@ -180,8 +176,7 @@ def main() -> None:
         with console.status(f"{trainers} trainers: {plan.steps} steps"):
             results[trainers] = train(plan, texts, trainers)
     show(plan, results, console)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"plan": asdict(plan), "trainers": results}, indent=1))
+    write_figures(options.json, {"plan": asdict(plan), "trainers": results})
 
 
 if __name__ == "__main__":

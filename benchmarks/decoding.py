@@ -8,13 +8,10 @@ text again for each token is measured, too. Everything is measured in one run, a
     python -m benchmarks.decoding [--quick] [--json FILE]
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -23,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.emulated import emulated_links
 from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, RunningNode, running_node
@@ -243,11 +241,7 @@ def _shown(name: str, figure: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="one short round of Transformer experts, under a minute"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "one short round of Transformer experts, under a minute")
     options = parser.parse_args()
     end_in_order_when_stopped()
     torch.set_num_threads(1)
@@ -257,8 +251,7 @@ def main() -> None:
         figures |= measure_far(kind, 5 if options.quick else 20)
         results |= {f"{kind}.{name}": value for name, value in figures.items()}
     show(results, Console(width=120))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
 
 
 if __name__ == "__main__":

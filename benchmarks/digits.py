@@ -11,8 +11,6 @@ The accuracy is measured without faults on the held-out third of the 1,797 image
 trains for fewer steps with less delay, in under 60 seconds. Needs scikit-learn: pip install '.[benchmarks]'.
 """
 
-import argparse
-import json
 import math
 import os
 import time
@@ -20,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.faults import FaultyCaller
 from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, running_village
@@ -264,9 +262,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer steps, less delay")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "fewer steps, less delay")
     parser.add_argument("--steps", type=int, help=f"training steps of each run, by default {Plan.steps}")
     parser.add_argument("--delay", type=float, metavar="S", help="seconds that each call takes longer")
     parser.add_argument("--in-flight", type=int, metavar="N", help=f"by default {Plan.in_flight}")
@@ -284,8 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[way] = run(plan, digits, disturbed=disturbed)
     results["lost"] = results["undisturbed"]["accuracy"] - results["disturbed"]["accuracy"]
     show(results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
 
 
 if __name__ == "__main__":

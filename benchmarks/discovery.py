@@ -11,8 +11,6 @@ connection costs nothing. For 10⁵ and 10⁶ nodes the same search walks over r
 Hops are the rounds of questions, each asked at the same time, until the look-up has the value.
 """
 
-import argparse
-import json
 import logging
 import math
 import statistics
@@ -24,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import discovery_real, kademlia_walk
+from benchmarks.command import command_parser, write_figures
 from benchmarks.discovery_simulated import BRIEF, Effort, measure
 from benchmarks.simulated_p2p import Link
 
@@ -186,14 +185,12 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_parser(__doc__, "100 and 1,000 nodes, under 60 seconds")
     parser.add_argument("--nodes", default=None, help="sizes to simulate, separated by commas")
     parser.add_argument("--rtt-ms", type=float, default=100.0, help="round trip between any two peers")
     parser.add_argument("--loss", type=float, default=0.002, help="part of the calls that get no answer")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="100 and 1,000 nodes, under 60 seconds")
     parser.add_argument("--no-real", action="store_true", help="without the comparison on real peers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw hops and times there, as PNG")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # peers that die say so, by the hundred
@@ -215,8 +212,7 @@ def main() -> None:
         with console.status(f"choosing on {_REAL_NODES} real peers"):
             results["real"] = compare(_REAL_NODES)
     show(results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
     if options.plot:
         plot(results, options.plot)
 

@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.apart import Child, end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.faults import FaultyCaller
 from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, running_village
@@ -307,9 +308,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a smaller model, a few steps, less delay")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "a smaller model, a few steps, less delay")
     parser.add_argument("--resume", action="store_true", help="take over the ways that the file has already")
     parser.add_argument("--steps", type=int, help=f"training steps of each way, by default {Plan.steps}")
     parser.add_argument("--delay", type=float, metavar="S", help="seconds that each faulty call takes longer")
@@ -332,14 +331,10 @@ def main() -> None:
     asked |= {"in_flight": options.in_flight}
     plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
 
-    def keep(results: dict[str, Any]) -> None:
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
-
     console = Console(width=110)
     known = json.loads(options.json.read_text()) if options.resume and options.json.exists() else {}
     ways = options.ways or (QUICK_WAYS if options.quick else list(WAYS))
-    show(compare(plan, ways, console, keep, known), console)
+    show(compare(plan, ways, console, partial(write_figures, options.json), known), console)
 
 
 if __name__ == "__main__":

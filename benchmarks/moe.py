@@ -24,13 +24,13 @@ import json
 import statistics
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import Standby, end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.moe_contenders import CONTENDERS, IN_FLIGHT, SHAPES, stand_by
 
 TARGETS = {
@@ -116,9 +116,7 @@ def _judged(results: Results, key: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="one short round, under 90 seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "one short round, under 90 seconds")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=None, help="measured seconds of each run")
     options = parser.parse_args()
@@ -132,8 +130,7 @@ def main() -> None:
     else:
         results = compare(3, options.seconds or 8.0, list(SHAPES), console)
     show(results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
 
 
 if __name__ == "__main__":

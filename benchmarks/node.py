@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import Child
+from benchmarks.command import command_parser, write_figures
 from benchmarks.village import START_LIMIT_S, running_node
 from dht.invites import Invite
 from dht.manifest import Manifest
@@ -233,9 +234,7 @@ def show(results: dict[str, float | str], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--quick", action="store_true", help="fewer seconds, without hivemind.moe")
+    parser = command_parser(__doc__, "fewer seconds, without hivemind.moe")
     parser.add_argument("--seconds", type=float, help="measured seconds with trainers (default: 15)")
     parser.add_argument(
         "--rival-limit", type=float, default=120.0, metavar="S", help="seconds hivemind.moe may take to start"
@@ -261,8 +260,7 @@ def main() -> None:
         with console.status("256 experts of hivemind.moe"):
             results |= measure_hivemind(options.rival_limit)
     show(results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ failures; the final loss of all three is measured without. `--quick` trains 64 s
 delay, in under 60 seconds. Ctrl-C ends it at once; the JSON file then has what was finished before.
 """
 
-import argparse
 import json
 import os
 import threading
@@ -32,6 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.faults import FaultyCaller
 from benchmarks.recipe_configurations import Configuration, Size
 from benchmarks.recipe_texts import QUICK as TEXTS
@@ -305,9 +305,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="64 smaller experts, 20 steps, less delay")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "64 smaller experts, 20 steps, less delay")
     parser.add_argument("--resume", action="store_true", help="take over the ways that the file has already")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there, as SVG")
     parser.add_argument("--steps", type=int, metavar="N", help=f"of each way, by default {Plan.size.steps}")
@@ -326,16 +324,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.in_flight is not None:
         plan = replace(plan, in_flight=options.in_flight)
 
-    def keep(results: dict[str, Any]) -> None:
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
-
     end_in_order_when_stopped()
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
     torch.set_num_threads(1)
     console = Console(width=130)
     known = json.loads(options.json.read_text()) if options.resume and options.json.exists() else {}
-    results = compare(plan, options.ways, console, keep, known)
+    results = compare(plan, options.ways, console, partial(write_figures, options.json), known)
     show(results, console)
     if options.plot:
         plot(results, options.plot)

@@ -10,7 +10,6 @@ domain: whether a mixture is ahead there too, and at every size, is the question
 models on what Python ships, in under 60 seconds; it only shows that the benchmark works.
 """
 
-import argparse
 import json
 import signal
 import statistics
@@ -25,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import command_parser
 from benchmarks.recipe_configurations import ALL, CONFIGURATIONS, QUICK_SIZE, Configuration, Size
 from benchmarks.recipe_runs import Run, shared_information
 from benchmarks.recipe_texts import BYTE_KINDS, FULL, HELD_OUT, QUICK, Mixed, load_texts
@@ -130,9 +130,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="two small models, a few steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "two small models, a few steps")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves and heat maps there")
     parser.add_argument("--state", type=Path, metavar="DIR", help="what is done, from which it goes on")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[c.name for c in ALL])

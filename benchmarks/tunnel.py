@@ -13,7 +13,6 @@ procps.
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.emulated import emulated_links
 from benchmarks.homes import START_S, Program, Village
 from benchmarks.namespaces import Internet, Machine, internet, why_not
@@ -228,9 +228,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="one short turn each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "one short turn each")
     parser.add_argument(
         "--link", dest="link_text", default="100mbit,20ms", help="rate, and delay there and back"
     )
@@ -244,8 +242,7 @@ def main() -> None:
     console = Console(width=120)
     results = measure(options, console)
     show(results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_figures(options.json, results)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ python -m benchmarks.upcycling [--quick] [--json FILE] [--grid N N] [--steps N] 
 Everything runs in one process, with the real trainer and the nodes' own experts, on text that Python and torch ship.
 """
 
-import argparse
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.recipe import overtakes
 from benchmarks.recipe_texts import QUICK, Mixed, load_texts
 from benchmarks.scratch import scratch_folder
@@ -182,9 +181,7 @@ def show(plan: Plan, results: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="small models and a few steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "small models and a few steps")
     parser.add_argument("--grid", type=int, nargs=2, metavar="N", help="of the larger one")
     parser.add_argument("--steps", type=int, help=f"before the model grows, by default {Plan.steps}")
     parser.add_argument("--more", type=int, help=f"after it, by default {Plan.more}")
@@ -203,8 +200,7 @@ def main() -> None:
     with scratch_folder() as folder:
         results = compare(plan, data, folder / "model", console.print)
     show(plan, results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_figures(options.json, results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ and only one measures at a time.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import end_in_order_when_stopped, run_apart
+from benchmarks.command import command_parser, write_figures
 from benchmarks.scratch import scratch_folder
 
 LINK, LINK_MBIT = "100mbit,20ms", 100.0
@@ -165,9 +165,7 @@ def plot(results: dict[str, Any], delays: Sequence[str], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="the least of it, in short runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser = command_parser(__doc__, "the least of it, in short runs")
     parser.add_argument("--seconds", type=float, default=None, help="measured seconds of each figure")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of the delays there")
     parser.add_argument(
@@ -181,8 +179,7 @@ def main() -> None:
     results = add_shares(measure(options, console), options)
     show_full(results["full"], console)
     show_delays(results["delay"], options, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
     if options.plot:
         plot(results, options.delays, options.plot)
 

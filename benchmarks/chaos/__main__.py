@@ -27,7 +27,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import uvloop
@@ -46,6 +45,7 @@ from benchmarks.chaos.schedule import DEATHS, Event, make_schedule
 from benchmarks.chaos.strangers import besieging
 from benchmarks.chaos.swarm import ChaosSwarm, until
 from benchmarks.chaos.watching import Watcher
+from benchmarks.command import command_parser, write_figures
 from benchmarks.scratch import scratch_folder
 from peer.platform.sockets import sweep_socket_folders
 
@@ -177,12 +177,11 @@ async def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_parser(__doc__, "4 nodes, for seconds, both parts at once")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long each part is measured")
     parser.add_argument(
         "--seed", type=int, default=0, help="the seed of the schedule; with --hostile, the first"
     )
-    parser.add_argument("--quick", action="store_true", help="4 nodes, for seconds, both parts at once")
     parser.add_argument(
         "--at-once",
         action="store_true",
@@ -223,7 +222,6 @@ def main() -> None:
         help="with --hostile: rules that honest peers leave out",
     )
     parser.add_argument("--steps", type=int, help="with --hostile: steps of each trainer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     end_in_order_when_stopped()
     console = Console(width=120)
@@ -256,8 +254,7 @@ def main() -> None:
     if all(part in results for part in PARTS):
         results["verdicts"] = verdicts(results)
     show(results, console)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_figures(options.json, results)
 
 
 def lie(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> None:
@@ -299,8 +296,7 @@ def weigh(parser: argparse.ArgumentParser, options: argparse.Namespace, console:
     console.print(f"speed with them, of that without: {by_clock}, by processor time {by_cpu}")
     for line in found["faults"]:
         console.print(line, style="red", markup=False)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(options.json, found)
 
 
 def _percent(share: float, error: float) -> str:

@@ -7,7 +7,6 @@ begun, so they never are the only ones that have an expert or a dense part.
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import pydoc_data.topics
@@ -34,6 +33,7 @@ from rich.table import Table
 from benchmarks.chaos import attacks
 from benchmarks.chaos.attacks import ATTACKS
 from benchmarks.chaos.swarm import HOST, until
+from benchmarks.command import write_figures
 from benchmarks.scratch import scratch_folder
 from dht.announcements import Replica, ReplicaState
 from dht.invites import Invite
@@ -531,8 +531,7 @@ async def run_all(
                 result = await run(plan, seed, attack, keys)
         runs.setdefault(str(seed), {})[kind] = result
         console.log(f"seed {seed}, {kind}: loss {mean_loss(result['losses']):.3f}, {result['seconds']:.0f} s")
-        if file is not None:
-            await asyncio.to_thread(file.write_text, json.dumps(results, indent=1) + "\n")
+        await asyncio.to_thread(write_figures, file, results)
 
     with scratch_folder() as keys:
         async with asyncio.TaskGroup() as group:

@@ -12,7 +12,6 @@ computing and the DHT below look-ups are modelled ([Scale](docs/scale.md)). All 
 those of the machine. Parts that are not run are taken from the JSON file, if it is there.
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.internet import days, events
 from benchmarks.internet.on_paper import table_of_comparisons
 from benchmarks.internet.plots import draw
@@ -60,13 +60,11 @@ PARTS: dict[str, Callable[[int, float | None, int, bool], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_parser(__doc__, "a small swarm, under 90 seconds")
     parser.add_argument("--nodes", metavar="N,N", help="sizes; 1000,10000,100000, or 24 with --quick")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--hours", type=float, help="of days; 48, from 100,000 nodes on 4")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a small swarm, under 90 seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as PNG")
     options = parser.parse_args()
     end_in_order_when_stopped()
@@ -84,8 +82,7 @@ def main() -> None:
                     results.setdefault(part, {})[str(nodes)] = play(
                         nodes, options.hours, options.seed, options.quick
                     )
-                if options.json:
-                    options.json.write_text(json.dumps(results, indent=1) + "\n")
+                write_figures(options.json, results)
     console.print(table_of("a swarm of volunteers", verdicts(results)))
     console.print(table_of_comparisons(results))
     if options.plot:

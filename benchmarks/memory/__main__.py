@@ -16,7 +16,6 @@ Parts that are not run are taken from the JSON file, if it is there. `--quick` t
 no node; it is too short for figures worth quoting.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -33,6 +32,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.memory import corpora, hops, killed, large, lying, recall, relevance, throughput
 from benchmarks.memory.built import BuiltMemory, build_memory, write_memory
 from benchmarks.memory.goals import verdicts
@@ -176,10 +176,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small memory, under a minute")
+    parser = command_parser(__doc__, "a small memory, under a minute")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as SVG")
     options = parser.parse_args()
     end_in_order_when_stopped()
@@ -197,8 +195,7 @@ def main() -> None:
             if not options.only or name in options.only:
                 with console.status(name):
                     results[name] = measure(parts)
-                if options.json:
-                    options.json.write_text(json.dumps(results, indent=2) + "\n")
+                write_figures(options.json, results)
     show(results, console)
     if options.plot:
         for path in draw(results, options.plot):

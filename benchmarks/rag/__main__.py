@@ -11,19 +11,17 @@ towns and ships.
 `--quick` takes a 64th of each work, and trains too briefly for models to learn anything.
 """
 
-import argparse
-import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.memory import corpora
 from benchmarks.rag import answers, recall
 from benchmarks.rag.questions import ask
@@ -105,11 +103,9 @@ def _recall_verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a 64th of the text, under 90 s")
+    parser = command_parser(__doc__, "a 64th of the text, under 90 s")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--encoder-decoder", action="store_true", help="answer with one, too: twice the time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     end_in_order_when_stopped()
     console = Console(width=150)
@@ -134,8 +130,7 @@ def main() -> None:
                 results["encoder_decoder"] = answers.measure(
                     size, lambda what: status.update(f"answers of an encoder-decoder: {what}")
                 )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_figures(options.json, results)
     console.print(table_of("retrieval", verdicts(results)))
 
 

@@ -9,7 +9,6 @@ With `--keep DIR` and `--json FILE`, a run continues where the last one ended, a
 `--quick` trains one tiny model of each kind for a few steps, which says nothing about retrieval.
 """
 
-import argparse
 import json
 import logging
 import time
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.status import Status
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import command_parser, write_figures
 from benchmarks.memory import corpora
 from benchmarks.retro import hosted
 from benchmarks.retro.goals import verdicts
@@ -46,8 +46,7 @@ class Files:
     folder: Path
 
     def write(self, results: dict[str, Any]) -> None:
-        if self.results is not None:
-            self.results.write_text(json.dumps(results, indent=1) + "\n")
+        write_figures(self.results, results)
 
 
 def learning(
@@ -105,10 +104,8 @@ def _show(console: Console, status: Status, what: str, step: int, loss: float) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny models, under 90 seconds")
+    parser = command_parser(__doc__, "tiny models, under 90 seconds")
     parser.add_argument("--only", nargs="+", choices=("learning", "hosted"), help="parts to measure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as SVG")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep there what is done, to go on from")
     parser.add_argument("--seeds", type=int, default=_SEEDS, help="models of each kind")

@@ -9,7 +9,6 @@ minimum and the maximum are shown.
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.apart import end_in_order_when_stopped
+from benchmarks.command import write_figures
 from benchmarks.internet.validation.measured import COMPARED, MOST_APART, Figures, Measured, ratio
 from benchmarks.internet.validation.real_swarm import RealSwarm
 from benchmarks.internet.validation.scenario import Scenario
@@ -93,9 +93,8 @@ def main() -> None:
     runs = 0 if options.only == "processes" else options.runs
     simulated = [simulate(scenario, seed).figures() for seed in range(runs)]
     show(processes, simulated, console)
-    if options.json:
-        values = {"scenario": scenario.values(), "processes": processes, "simulation": simulated}
-        options.json.write_text(json.dumps(values, indent=2) + "\n")
+    values = {"scenario": scenario.values(), "processes": processes, "simulation": simulated}
+    write_figures(options.json, values)
 
 
 if __name__ == "__main__":
