@@ -38,7 +38,6 @@ from talkoot.options import (
     TrainCommand,
     command,
     given_settings,
-    imports_without_gc,
     load_settings,
 )
 from talkoot.signals import exit_at_once_on_signals
@@ -189,7 +188,7 @@ def node(
         settings = load_settings(context, NodeSettings)
         if new is None:
             _check_invite(join)
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from talkoot.node.launch import Origin, run_node
 
         origin = Origin(new, join, tuple(bootstrap or ()))
@@ -234,7 +233,7 @@ def train(
         settings = load_settings(context, TrainerSettings)
         if local is None:
             _check_invite(join)
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from talkoot.train.session import run_train
 
         run_train(terminal, signals, join, local, settings, resume=resume, json_file=json_file)
@@ -361,7 +360,7 @@ def serve(
         trainer = TrainerSettings.load(**given_settings(context, TrainerSettings))
         if model is None:
             _check_invite(join)
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from talkoot.serve.server import run_serve
 
         run_serve(terminal, signals, join, model, trainer, settings)
@@ -450,7 +449,7 @@ def export(
         if out is None:
             raise SettingsError("pass -o DIR, the folder to write")
         _check_invite(join)
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from talkoot.model.export import ExportPlan, run_export
 
         plan = ExportPlan(out, resume, allow_missing, keep, keep_by, data_note, download_mbit)

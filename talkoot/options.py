@@ -3,7 +3,6 @@
 Settings are imported only when a command is asked for its options, so that `talkoot --help` is instant.
 """
 
-import gc
 import os
 import re
 import sys
@@ -553,20 +552,6 @@ class DashboardCommand(SettingsCommand):
 
 def _all_settings(role: "type[RoleSettings]") -> tuple[str, ...]:
     return *role.model_fields, *sorted(role.removed)
-
-
-@contextmanager
-def imports_without_gc() -> Iterator[None]:
-    """Keeps garbage collection from traversing objects that are imported inside, both during the import and afterwards.
-
-    torch and other packages create a quarter of a million objects that live as long as the process.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()
 
 
 @contextmanager

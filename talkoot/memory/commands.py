@@ -17,7 +17,6 @@ from talkoot.options import (
     PublishCommand,
     RevokeCommand,
     command,
-    imports_without_gc,
     load_settings,
 )
 from talkoot.terminal import LogFormat
@@ -165,7 +164,7 @@ def publish(
     a swarm that admits by token, librarians can too.
     """
     with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from expert_server.settings import NodeSettings
             from talkoot.memory.publish import run_publish
 
@@ -183,7 +182,7 @@ def unlist(
 ) -> None:
     """Take a memory off your list, so that nodes remove it."""
     with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from expert_server.settings import NodeSettings
             from talkoot.memory.unlist import run_unlist
 
@@ -198,7 +197,7 @@ def list_memories(
 ) -> None:
     """List the memories of a swarm."""
     with command(as_json=as_json) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from talkoot.memory.listing import run_list
 
         run_list(terminal, join)
@@ -223,7 +222,7 @@ def inspect_memory(
     and who hosts them.
     """
     with command(as_json=as_json) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from talkoot.memory import inspection, listing
 
         if join is None:
@@ -263,7 +262,7 @@ def revoke_passages(
     Publishes a new revision without them, and waits until all hosts have deleted them.
     """
     with command(log_format) as (terminal, signals):
-        with signals.importing(), imports_without_gc():
+        with signals.importing():
             from expert_server.settings import NodeSettings
             from talkoot.memory.revoke import Selection, run_revoke
 
