@@ -49,6 +49,11 @@ def error_json(status: int, message: str, code: str | None = None, parameter: st
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
+def invalid(parameter: str, problem: str) -> RequestError:
+    """The refusal of a parameter's value."""
+    return RequestError(400, f"{parameter}: {problem}", "invalid_value", parameter=parameter)
+
+
 def _neutral(value: object) -> object:
     if value not in (None, False, 0, "", [], {}, "none", "auto", {"type": "text"}, ["text"]):
         raise ValueError("this server does not support it: leave it out")
@@ -114,9 +119,7 @@ class Request(BaseModel):
         """`most`: the most tokens that may be generated. Raises RequestError if the request wants more."""
         wanted = self.wanted_tokens()
         if wanted is not None and wanted > most:
-            raise RequestError(
-                400, f"max_tokens: at most {most} on this server", "invalid_value", parameter="max_tokens"
-            )
+            raise invalid("max_tokens", f"at most {most} on this server")
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -212,8 +215,7 @@ class ChatRequest(Request):
         """The last message. Earlier ones are not part of the question. Raises RequestError."""
         last = self.messages[-1]
         if last.role != "user":
-            message = "messages: the last one must be the user's question"
-            raise RequestError(400, message, "invalid_value", parameter="messages")
+            raise invalid("messages", "the last one must be the user's question")
         return last.text
 
     def text(self, chat: ChatFormat) -> str:

@@ -189,18 +189,13 @@ def _question_job(
     """A job for a model that answers questions. Raises RequestError."""
     assert shared.served.questions is not None
     if not isinstance(question, str):
-        raise RequestError(
-            400, "prompt: this model answers questions; send one as text", "invalid_value", parameter="prompt"
-        )
+        raise api.invalid("prompt", "this model answers questions; send one as text")
     if request.alternatives() is not None:
-        raise RequestError(
-            400, "logprobs: an answer has none, because it is a sum over passages", "invalid_value",
-            parameter="logprobs",
-        )  # fmt: skip
+        raise api.invalid("logprobs", "an answer has none, because it is a sum over passages")
     try:
         shared.served.questions.check(question)
     except DataError as error:
-        raise RequestError(400, f"{parameter}: {error}", "invalid_value", parameter=parameter) from error
+        raise api.invalid(parameter, str(error)) from error
     prompt = shared.served.tokenizer.encode(question).tolist()
     return Job(prompt, request.sampling(shared.max_tokens), question=question)
 
@@ -216,12 +211,7 @@ def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:
     else:
         tokens, count = given, len(given)
         if max(tokens) >= len(served.token_bytes):
-            raise RequestError(
-                400,
-                f"prompt: tokens go from 0 to {len(served.token_bytes) - 1}",
-                "invalid_value",
-                parameter="prompt",
-            )
+            raise api.invalid("prompt", f"tokens go from 0 to {len(served.token_bytes) - 1}")
     if count > context:
         raise RequestError(
             400,
