@@ -257,17 +257,27 @@ def opened(
     loop.run(retriever.close())
 
 
-class SlowCaller:
-    """Makes calls that take a round trip of simulated time."""
+class LocalCaller:
+    """Makes calls to hosts in this process, some of which may have died."""
 
     def __init__(self, hosts: Sequence[ShardHost]) -> None:
         self._hosts = {host.peer_id: host for host in hosts}
+        self.dead: set[PeerID] = set()
+
+    async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
+        if node.peer_id in self.dead:
+            raise ExpertError(StatusCode.UNAVAILABLE, "it has died")
+        return await self._hosts[node.peer_id].answer(method, request)
+
+
+class SlowCaller(LocalCaller):
+    """Makes calls that take a round trip of simulated time."""
 
     async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
         try:
             async with asyncio.timeout(deadline_s):
                 await asyncio.sleep(RTT_S)
-                return await self._hosts[node.peer_id].answer(method, request)
+                return await super().call(node, method, request, deadline_s)
         except TimeoutError:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
 

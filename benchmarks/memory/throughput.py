@@ -164,6 +164,19 @@ class _HostCalls:
         await self._channels.close()
 
 
+async def serve(
+    identity: Identity, sessions: Sessions, servicer: MemoryServicer
+) -> tuple[grpc.aio.Server, dict[str, Any]]:
+    """Starts a server of memory. Returns it, and what `node_of` reads."""
+    certificate = identity.make_certificate()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(servicer, server)
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
+    await server.start()
+    return server, {"port": port, "peer_id": identity.peer_id.to_base58(), "certificate": certificate.hex()}
+
+
 def node_of(said: Mapping[str, Any]) -> NodeInfo:
     """The node record in the line that a host printed."""
     peer_id = PeerID.from_base58(said["peer_id"])
@@ -180,22 +193,9 @@ def host(folder: Path) -> None:
     for root in store.roots():
         store.load(root)
     identity, loop = Identity.load_or_create(folder / "host.key"), LoopThread()
-    certificate = identity.make_certificate()
-
-    async def serve() -> tuple[grpc.aio.Server, int]:
-        sessions = Sessions(_SWARM, identity.peer_id)
-        servicer = MemoryServicer(
-            {_MEMORY: store}, _SWARM, sessions, RateLimit(None), MemoryMetrics(), IN_FLIGHT
-        )
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
-        memory_pb2_grpc.add_MemoryServiceServicer_to_server(servicer, server)
-        port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
-        await server.start()
-        return server, port
-
-    server, port = loop.run(serve())
-    where = {"port": port, "peer_id": identity.peer_id.to_base58(), "certificate": certificate.hex()}
+    sessions = Sessions(_SWARM, identity.peer_id)
+    servicer = MemoryServicer({_MEMORY: store}, _SWARM, sessions, RateLimit(None), MemoryMetrics(), IN_FLIGHT)
+    server, where = loop.run(serve(identity, sessions, servicer))
     print(json.dumps(where), flush=True)
     for line in sys.stdin:
         answers = {"where": where, "memory": {"bytes": psutil.Process().memory_info().rss - before}}

@@ -14,20 +14,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from grpc import StatusCode
 from torch import Tensor, nn
 
 from benchmarks.memory.built import BuiltMemory, open_shards, write_memory
-from benchmarks.memory.lying import KnownDirectory, ShardHost, opened
+from benchmarks.memory.lying import KnownDirectory, LocalCaller, ShardHost, opened
 from benchmarks.rag.facts import Asked, Thing, passages_of, things
 from benchmarks.scratch import scratch_folder
 from benchmarks.simulated_p2p import SimulatedIdentity
-from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from dht.memory import MemoryID, Passage
 from expert_server.memory.shard import Shard
-from peer.errors import ExpertError
-from peer.identity import PeerID
 from peer.loop import LoopThread
 from talkoot.memory.build import text_of
 from talkoot.memory.clustering import build_codebook, two_cells
@@ -36,7 +32,6 @@ from talkoot.memory.training import WordCounter, train_word_vectors
 from trainer_client.data.questions import Question, QuestionBatches
 from trainer_client.data.tokenizer import BytePairTokenizer
 from trainer_client.decoding import make_decoder
-from trainer_client.memory.calls import Method
 from trainer_client.memory.memories import Memory
 from trainer_client.memory.retriever import Hit
 from trainer_client.retrieval.answering import (
@@ -171,19 +166,6 @@ def _hit(passage: Passage) -> Hit:
     return Hit(passage, 1.0, 1.0, MemoryID.of("facts", host), b"", host, np.ones(DIMENSIONS, np.int8))
 
 
-class MortalCaller:
-    """Calls to hosts in this process, some of which have died."""
-
-    def __init__(self, hosts: Sequence[ShardHost]) -> None:
-        self._hosts = {host.peer_id: host for host in hosts}
-        self.dead: set[PeerID] = set()
-
-    async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
-        if node.peer_id in self.dead:
-            raise ExpertError(StatusCode.UNAVAILABLE, "it has died")
-        return await self._hosts[node.peer_id].answer(method, request)
-
-
 @contextmanager
 def hosted(world: World, some: Sequence[Thing]) -> Iterator[tuple[Memory, Callable[[], None]]]:
     """A memory of the passages about these things, each host with half of the shards. Also yields a function that kills
@@ -205,7 +187,7 @@ def hosted(world: World, some: Sequence[Thing]) -> Iterator[tuple[Memory, Callab
             ShardHost(SimulatedIdentity(number + 1).peer_id, manifest, shards)
             for number, shards in enumerate(placed)
         ]
-        caller = MortalCaller(hosts)
+        caller = LocalCaller(hosts)
         with opened(KnownDirectory(built, manifest, hosts), caller, loop, _LIMIT_S) as memory:
             yield memory, lambda: caller.dead.add(hosts[0].peer_id)
 

@@ -16,19 +16,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from grpc import StatusCode
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.apart import Standby
 from benchmarks.memory.built import build_memory, open_shards, write_memory
-from benchmarks.memory.lying import KINDS, SWARM, KnownDirectory, ShardHost, opened
+from benchmarks.memory.lying import KINDS, SWARM, KnownDirectory, LocalCaller, ShardHost, opened
 from benchmarks.memory.throughput import node_of
 from benchmarks.retro.hosts import HOSTS, LIARS, RTT_S, placed
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
-from peer.errors import ExpertError
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
@@ -74,19 +72,16 @@ _MANIFEST = Manifest.model_validate(
 )
 
 
-class LocalCaller:
-    """Calls to hosts in this process, which fail once their host has died."""
+class DyingCaller(LocalCaller):
+    """Makes calls to hosts in this process, half of which die."""
 
-    def __init__(self, hosts: Sequence[ShardHost], *, half_die: bool) -> None:
-        self._hosts = {host.peer_id: host for host in hosts}
-        self._mortal = {host.peer_id for host in hosts[::2]} if half_die else set()
-        self._calls = 0
+    _calls = 0
 
     async def call(self, node: NodeInfo, method: Method, request: Any, deadline_s: float) -> Any:
         self._calls += 1
-        if node.peer_id in self._mortal and self._calls > _DIE_AFTER:
-            raise ExpertError(StatusCode.UNAVAILABLE, "it has died")
-        return await self._hosts[node.peer_id].answer(method, request)
+        if self._calls > _DIE_AFTER:
+            self.dead.update(list(self._hosts)[::2])
+        return await super().call(node, method, request, deadline_s)
 
 
 class Waiting(nn.Module):
@@ -134,7 +129,7 @@ class HostedMemory:
         liar = KINDS.get(kind, ShardHost)
         peers = [SimulatedIdentity(number + 1).peer_id for number in range(HOSTS)]
         hosts = self._hosts(peers, [ShardHost] * (HOSTS - LIARS) + [liar] * LIARS)
-        caller = LocalCaller(hosts, half_die=kind == _DYING)
+        caller = (DyingCaller if kind == _DYING else LocalCaller)(hosts)
         with opened(KnownDirectory(self._built, self._manifest, hosts), caller, loop, _LIMIT_S) as memory:
             yield memory
 

@@ -18,16 +18,15 @@ import grpc
 import torch
 
 from benchmarks.memory.lying import REPLICAS, SWARM
+from benchmarks.memory.throughput import serve
 from dht.memory import MemoryID
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer, ReadContext, SearchContext
 from expert_server.memory.store import MemoryStore
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rates import RateLimit
-from peer.rpc.channels import SERVER_OPTIONS
-from peer.rpc.server import server_credentials
-from peer.rpc.sessions import Sessions, SessionServicer
-from peer.wire import memory_pb2, memory_pb2_grpc, session_pb2_grpc
+from peer.rpc.sessions import Sessions
+from peer.wire import memory_pb2
 
 HOSTS = 8
 LIARS = HOSTS // 4
@@ -65,18 +64,13 @@ async def _serve(
 ) -> tuple[grpc.aio.Server, dict[str, Any]]:
     """Starts a server. Returns it, and where it listens. `first`: the host that the memory is named after."""
     identity = Identity.load_or_create(folder / f"host-{number}.key") if number else first
-    certificate, sessions = identity.make_certificate(), Sessions(SWARM, identity.peer_id)
+    sessions = Sessions(SWARM, identity.peer_id)
     store = MemoryStore.open(folder)
     for root in roots:
         store.load(root)
     memory = str(MemoryID.of(store.manifest.name, first.peer_id))
     servicer = DistantServicer({memory: store}, SWARM, sessions, RateLimit(None), MemoryMetrics(), 1)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    session_pb2_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions), server)
-    memory_pb2_grpc.add_MemoryServiceServicer_to_server(servicer, server)
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(identity, certificate))
-    await server.start()
-    return server, {"port": port, "peer_id": identity.peer_id.to_base58(), "certificate": certificate.hex()}
+    return await serve(identity, sessions, servicer)
 
 
 def main(folder: Path) -> None:
