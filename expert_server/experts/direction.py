@@ -19,19 +19,21 @@ _TINY = np.float32(1e-12)
 
 @cache
 def _projections(width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Two random matrices [D, K] with orthonormal columns; K is at most D.
+    """Two random matrices [D, K] with orthonormal columns; K is less than D. The columns for inputs sum to zero.
 
     Only this process knows them. Otherwise a caller could make gradients that look harmless.
     """
     rng = np.random.default_rng(secrets.randbits(128))
-    of_inputs, of_gradients = np.linalg.qr(rng.standard_normal((2, width, _SIZE)))[0].astype(np.float32)
+    matrices = rng.standard_normal((2, width, min(_SIZE, width - 1)))
+    matrices[0] -= matrices[0].mean(axis=0)
+    of_inputs, of_gradients = np.linalg.qr(matrices)[0].astype(np.float32)
     return of_inputs, of_gradients
 
 
 def direction_of(rows: Rows) -> NDArray[np.float64]:
     """A sketch [K * K] of the gradient that a linear map from inputs to updates would get from these rows.
 
-    Inputs count by their direction alone, as they do in a block that begins with a norm.
+    Inputs count by their direction alone, and without their mean, as they do in a block that begins with a norm.
     """
     assert rows.gradients is not None, "only backward has gradients"
     step = -(-len(rows) // _MOST_ROWS)

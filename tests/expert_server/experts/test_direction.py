@@ -1,5 +1,7 @@
 """A direction says which way gradients lead, in few numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,14 @@ def test_the_size_of_inputs_does_not_matter() -> None:
             rtol=1e-3,
             atol=1e-4,
         )
+
+
+@pytest.mark.parametrize("width", [8, 32, 256])
+def test_what_all_numbers_of_an_input_have_in_common_does_not_matter(width: int) -> None:
+    """A LayerNorm takes it away, so it must not hide what the gradients do either."""
+    rows = make_rows(20, width)
+    shifted = replace(rows, inputs=rows.inputs + 1000)
+    np.testing.assert_allclose(direction_of(rows), direction_of(shifted), rtol=0.01, atol=0.05)
 
 
 def test_more_rows_weigh_more_and_only_some_are_looked_at() -> None:
