@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 from operator import itemgetter
 from statistics import median_high
 from typing import NamedTuple
@@ -209,23 +209,25 @@ class Callers:
         groups = {name: self._group_of[name].name for name in self._pulls}
         if len(set(groups.values())) == 1:  # they share a line, as in a school
             groups = {name: name for name in groups}
-        own, others = self._pulls[caller].direction, set(groups.values()) - {groups[caller]}
+        own = self._pulls[caller].direction
+        products: dict[str, float] = {}
         votes: dict[str, float] = {}
         for name, (direction, _) in self._pulls.items():
-            if name not in self._contrary and groups[name] in others:
-                votes[groups[name]] = votes.get(groups[name], 0.0) + float(direction @ own)
-        if len(others) < 2 or sum(vote < 0 for vote in votes.values()) <= len(others) / 2:
+            group, product = groups[name], float(direction @ own)
+            products[group] = products.get(group, 0.0) + product
+            if name not in self._contrary:
+                votes[group] = votes.get(group, 0.0) + product
+        del votes[groups[caller]]
+        others = len(products) - 1
+        if others < 2 or sum(vote < 0 for vote in votes.values()) <= others / 2:
             return False
         pulls: dict[str, NDArray[np.float64]] = {}
         for name, (direction, _) in self._pulls.items():
             pulls[groups[name]] = pulls.get(groups[name], 0.0) + direction
-        sizes = [float(np.linalg.norm(pull)) for pull in pulls.values()]
-        most = MOST_PULL * median_high(sizes)
+        sizes = {group: sqrt(pull @ pull) for group, pull in pulls.items()}
+        most = MOST_PULL * median_high(sizes.values())
         # at the end of training, those of honest callers come to nothing
-        together = sum(
-            min(1.0, most / size) * pull for pull, size in zip(pulls.values(), sizes, strict=True) if size
-        )
-        return bool(together @ own < 0)
+        return sum(min(1.0, most / size) * products[group] for group, size in sizes.items() if size) < 0
 
     def _take_usual_size(self) -> float:
         """Takes the upper median."""
