@@ -148,6 +148,11 @@ class Callers:
             self._usual_size, self._sizes_since = self._take_usual_size(), 0
         return min(1.0, MOST_SIZE * self._usual_size / size)
 
+    @property
+    def compares_directions(self) -> bool:
+        """Whether there are enough callers that one could be held back for its direction."""
+        return len(self._rows) >= 3
+
     def note_direction(self, caller: str, rows: int, direction: NDArray[np.float64]) -> None:
         """Records which way these rows would move the expert (`direction_of`), after `note_rows`.
 

@@ -150,7 +150,8 @@ def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
     if factor != 1.0:
         assert work.rows.gradients is not None, "only backward has gradients"
         work = replace(work, rows=replace(work.rows, gradients=work.rows.gradients * factor))
-    expert.callers.note_direction(work.caller, len(work.rows), direction_of(work.rows))
+    if expert.callers.compares_directions:
+        expert.callers.note_direction(work.caller, len(work.rows), direction_of(work.rows))
     return work, factor
 
 

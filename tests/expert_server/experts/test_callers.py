@@ -407,6 +407,13 @@ def test_callers_with_unrelated_gradients_are_not_held_back(count: int) -> None:
             assert not note(callers, str(n), rng.standard_normal(256))
 
 
+def test_directions_are_compared_only_where_one_of_three_or_more_callers_could_be_held_back() -> None:
+    callers = Callers()
+    for number in range(4):
+        assert callers.compares_directions == (number >= 3)
+        callers.note_rows(str(number), 1, 1.0)
+
+
 def test_of_two_callers_none_is_held_back_and_one_that_turns_round_is_held_back_no_longer() -> None:
     callers, true = Callers(), np.eye(8)[0]
     for _ in range(10):
