@@ -1,6 +1,7 @@
 """Admission by token: a badge is valid for its peer, its swarm, its role and its time, and for nothing else."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from dht.admission import (
 from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.records import RecordValidator, SwarmKeys, sign_record
 from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
-from peer.identity import Identity
+from peer.identity import GRANT_DOMAIN, Identity
 from peer.kademlia.routing import id_bytes, key_id_of
 from peer.kademlia.validation import Record, pack
 from peer.rpc.sessions import Admitted, Right
@@ -145,6 +146,36 @@ def test_a_token_of_another_founder_or_swarm_lets_nobody_in(
     denied(rules(founder), alice, forged, "signature is wrong")
     foreign = make_badge(token_of(founder, swarm_id="banya-123456789012"), alice.peer_id)
     denied(rules(founder), alice, foreign, "for swarm 'banya")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"serial": 0},
+        {"key": b"short"},
+        {"key": bytes(33)},
+        {"expires_at": math.inf},
+        {"expires_at": math.nan},
+    ],
+)
+def test_a_grant_without_a_serial_a_key_or_an_expiry_admits_nobody(
+    founder: Identity, alice: Identity, changes: dict[str, Any]
+) -> None:
+    """Even if the founder signed it: it could not be revoked, or would never expire."""
+    token = token_of(founder)
+    grant = admission_pb2.Grant.FromString(token.grant)
+    for name, value in changes.items():
+        setattr(grant, name, value)
+    token.grant = grant.SerializeToString()
+    token.signature = founder.sign(token.grant, GRANT_DOMAIN)
+    denied(rules(founder), alice, make_badge(token, alice.peer_id), "lacks a serial, a key or an expiry")
+
+
+def test_a_token_without_its_secret_makes_no_badge(founder: Identity, alice: Identity) -> None:
+    token = token_of(founder)
+    token.secret = b"lost"
+    with pytest.raises(RecordError, match="has no key"):
+        make_badge(token, alice.peer_id)
 
 
 def test_a_revoked_token_stays_revoked(founder: Identity, alice: Identity) -> None:

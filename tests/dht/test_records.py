@@ -14,6 +14,7 @@ from dht.records import (
     MAX_LIFETIME_S,
     MAX_MANIFEST_LIFETIME_S,
     MAX_RECORD_BYTES,
+    MAX_REPLICAS_OF_RECORD,
     RecordValidator,
     SwarmKeys,
     digits_of,
@@ -256,6 +257,18 @@ def test_an_announcement_after_more_updates_than_anybody_takes_is_refused(
         refused(stored(payload.key, identity.peer_id.to_bytes(), record), "nobody takes so many")
         with pytest.raises(RecordError, match="nobody takes so many"):
             open_record(record, payload.key, identity.peer_id, NOW)
+
+
+def test_a_record_of_too_many_replicas_is_refused(identity: Identity, keys: SwarmKeys) -> None:
+    for count, fits in ((MAX_REPLICAS_OF_RECORD, True), (MAX_REPLICAS_OF_RECORD + 1, False)):
+        payload = records_pb2.RecordPayload(
+            key=keys.prefix(1), expires_at=EXPIRES_AT, hosting={"replicas": [{}] * count}
+        )
+        record = stored(payload.key, identity.peer_id.to_bytes(), sign_record(identity, payload))
+        if fits:
+            VALIDATOR.check(record)
+        else:
+            refused(record, "at most 512")
 
 
 def test_an_oversized_record_is_refused(identity: Identity, keys: SwarmKeys) -> None:

@@ -98,6 +98,9 @@ WRONG: dict[str, bytes] = {
     "half a character": changed(**{"\ud800": entry("F32", [0], [A[0], A[0]])}),
     "a long name": changed(**{"x" * 501: entry("F32", [0], [A[0], A[0]])}),
     "a name that comes twice": GOOD.replace(b'"c":', b'"a":'),
+    "an empty tensor that comes twice": with_outline(
+        json.dumps(outline_of(GOOD))[:-1].encode() + f', "c": {json.dumps(outline_of(GOOD)["c"])}}}'.encode(), CONTENT
+    ),
     "not a number": with_outline(b'{"a": NaN}', b""),
     "deep": with_outline(b"[" * 100_000, b""),
     "deep in an entry": with_outline(b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}", b""),

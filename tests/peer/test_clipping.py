@@ -148,7 +148,8 @@ def test_a_sketch_tells_distances_of_large_tensors() -> None:
     generator = torch.Generator().manual_seed(3)
     for shape in ((1021,), (1022,), (512, 300), (65_536,)):
         start = torch.randn(shape, generator=generator)
-        for move in (0.01 * torch.randn(shape, generator=generator), column_of(shape)):
+        noise = 0.01 * torch.randn(shape, generator=generator)
+        for move in (noise, column_of(shape), torch.full(shape, 0.01)):
             moves = OwnMoves()
             moves.start({"a": start})
             (found,) = moves.present({"a": start + move}).values()

@@ -183,3 +183,10 @@ def test_packed_bytes_is_a_bound_that_is_nearly_reached() -> None:
     for most in (0, 1, 512):
         entries: Entries = {bytes([n % 256, n // 256] * 17): Entry(bytes(70), NOW + n) for n in range(most)}
         assert packed_bytes(entries) * 0.8 - 32 < len(pack_entries(entries)) <= packed_bytes(entries)
+
+
+def test_all_answers_together_take_at_most_a_quarter_of_the_upload() -> None:
+    assert StoreBounds().answer_rates(1e6) == (250_000, 250_000)
+    bounds = StoreBounds()
+    assert bounds.answer_rates(1e9) == bounds.answer_rates(None)
+    assert bounds.answer_rates(None) == (bounds.answer_bytes_per_s, bounds.answer_bytes_per_s_of_peer)

@@ -134,6 +134,14 @@ def test_a_dictionary_of_another_form_is_refused(rows: object) -> None:
         unpack_entries(wrapped(msgpack.packb(rows)))
 
 
+def test_a_dictionary_has_its_own_type() -> None:
+    packed = dictionary([GOOD])
+    assert len(unpack_entries(packed)) == 1
+    inner = msgpack.unpackb(packed).data
+    with pytest.raises(WireError):
+        unpack_entries(msgpack.packb(msgpack.ExtType(0x51, inner)))
+
+
 def test_too_many_entries_are_sampled() -> None:
     many = dictionary([[n, b"", 2.0] for n in range(MAX_ENTRIES + 500)])
     samples = [set(unpack_entries(many)) for _ in range(2)]

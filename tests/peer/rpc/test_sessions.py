@@ -334,6 +334,24 @@ def test_a_caller_with_more_time_than_the_one_it_waits_for_opens_a_session_itsel
     loop.run(scenario(), 120)
 
 
+@pytest.mark.parametrize("given", ["_RANDOM_BYTES", "_SESSION_BYTES"])
+def test_a_challenge_or_session_that_is_too_long_is_refused(
+    loop: LoopThread, server: Identity, alice: Identity, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """A caller remembers sessions, and signs challenges."""
+    monkeypatch.setattr(f"peer.rpc.sessions.{given}", 65)
+
+    async def scenario() -> None:
+        async with serving(server, Sessions(SWARM, server.peer_id)) as channel:
+            own = a_caller(SWARM, alice)
+            with pytest.raises(ExpertError, match="gave no usable") as caught:
+                await own.metadata(server.peer_id, channel, 10.0)
+            assert caught.value.status is StatusCode.DATA_LOSS
+            assert own.known(server.peer_id) is None
+
+    loop.run(scenario(), 120)
+
+
 def test_who_is_refused_is_told_why(loop: LoopThread, server: Identity, alice: Identity) -> None:
     async def scenario() -> None:
         async with serving(server, Sessions("banya", server.peer_id)) as channel:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peer.errors import RecordError, WireError
 from peer.identity import CONTACT_DOMAIN, RECORD_DOMAIN, certificate_pem
 from peer.transport.addresses import Multiaddress
-from peer.transport.contacts import MAX_ADDRESSES, MAX_CONTACT_BYTES, Contact, OwnContact
+from peer.transport.contacts import MAX_ADDRESSES, MAX_CONTACT_BYTES, Contact, OwnContact, UncheckedContact
 from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
 
@@ -141,6 +141,13 @@ def test_what_is_no_contact_is_refused(statement: bytes, signature: bytes) -> No
 )
 def test_a_false_contact_is_refused(changes: dict[str, Any]) -> None:
     refused(signed(**changes))
+
+
+def test_a_contact_that_is_too_long_is_refused_before_its_addresses_are_read() -> None:
+    long = contact_pb2.ContactAddress(libp2p="x" * MAX_CONTACT_BYTES)
+    refused(signed(addresses=[direct(ADDRESS), long]))
+    with pytest.raises(WireError, match=f"at most {MAX_CONTACT_BYTES} bytes"):
+        UncheckedContact.read(contact_pb2.Contact(signature=bytes(MAX_CONTACT_BYTES)))
 
 
 def test_addresses_that_are_not_known_here_are_passed_over() -> None:
