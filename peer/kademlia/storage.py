@@ -118,8 +118,6 @@ class BoundedStorage:
 
     def put(self, key: int, entries: Entries) -> set[Subkey]:
         """Stores the entries that are newer than the stored ones. Returns their subkeys."""
-        if not entries:
-            return set()
         now, held = self._now(), self.get(key)
         new = {
             subkey: entry
@@ -201,7 +199,7 @@ class BoundedStorage:
         return entries
 
     def _drop_expired(self, now: float) -> None:
-        for _ in range(min(_LOOKED_AT, len(self._order))):
+        for _ in range(_LOOKED_AT):  # what was just stored stays, so the list is never empty
             drawn = self._rng.randrange(len(self._order))
             if self._stored[self._order[drawn]].last_expiry <= now:
                 self._remove(drawn)
