@@ -112,6 +112,19 @@ def test_one_person_with_many_keys_causes_no_more_steps_than_one_group_may(
     assert caused[True] <= caused.total() * (share + 1 / WINDOW) + 1
 
 
+def test_a_caller_leaves_steps_to_others_of_its_group() -> None:
+    """However many tiny batches it sends, and however few steps its group has caused."""
+    callers, caused = Callers(64), Counter[str]()
+    for turn in range(200):
+        batches = [("flood", 1, "school")] * 10 + [("pupil", 100, "school"), ("other", 100, "")]
+        for caller, rows, group in batches:
+            callers.note_rows(caller, rows, 1.0, group)
+            if not callers.is_held_back(caller):
+                callers.note_step({caller: rows})
+                caused[caller] += turn >= 100
+    assert caused["flood"] <= (1 / 4 + 1 / 64) * caused.total() + 1
+
+
 @given(batches, st.lists(st.sampled_from(["", "x", "y"]), min_size=6, max_size=6))
 def test_in_groups_the_shares_of_all_still_come_to_all_steps(
     sent: list[dict[str, int]], groups: list[str]
