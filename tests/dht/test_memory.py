@@ -82,6 +82,12 @@ def test_a_manifest_comes_back_as_it_was() -> None:
     assert MANIFEST.revoked_in == {b"r" * 32: {2, 11}}
 
 
+@pytest.mark.parametrize("publisher", ["", "1" * 11, "1" * 13, "1" * 11 + "é", "1" * 11 + "."])
+def test_an_id_without_the_end_of_a_peer_id_is_refused(publisher: str) -> None:
+    with pytest.raises(WireError, match="not a memory's id"):
+        MemoryID.parse(f"python-docs-{publisher}")
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
 def test_cells_are_numbered_in_row_major_order(grid: list[int], data: st.DataObject) -> None:
     cell = tuple(data.draw(st.integers(0, size - 1)) for size in grid)
@@ -123,10 +129,10 @@ def _changed(**fields: object) -> bytes:
         {"revoked": [memory_pb2.RevokedPassages(shard=2, positions=[0])]},
         {"revoked": [memory_pb2.RevokedPassages(shard=0, positions=[1] * 65_537)]},
         {"shards": [], "revoked": []},
-        {"shards": [memory_pb2.ShardEntry(cell=256, root=b"r" * 32, leaves=1, size=1)]},
-        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r", leaves=1, size=1)]},
-        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=0, size=1)]},
-        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=1, size=2**24)]},
+        {"shards": [memory_pb2.ShardEntry(cell=256, root=b"r" * 32, leaves=1, size=1)], "revoked": []},
+        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r", leaves=1, size=1)], "revoked": []},
+        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=0, size=1)], "revoked": []},
+        {"shards": [memory_pb2.ShardEntry(cell=0, root=b"r" * 32, leaves=1, size=2**24)], "revoked": []},
     ],
 )
 def test_a_manifest_that_no_memory_has_is_refused(fields: dict[str, object]) -> None:

@@ -111,7 +111,9 @@ WRONG: dict[str, bytes] = {
     "no UTF-8": with_outline(b"\xff\xfe{\x00}\x00", b""),
     "UTF-16": with_outline('{"a": 1}'.encode("utf-16"), b""),
     "a huge outline": with_outline(b"{}" + b" " * MAX_OUTLINE_BYTES, b""),
-    "truth values that are numbers": GOOD[: GOOD.index(CONTENT)] + CONTENT[:-2] + b"\x02\x00",
+    "truth values that are numbers": encode_checkpoint(
+        CheckpointHeader(), {"b": torch.tensor([2, 0], dtype=torch.uint8).view(torch.bool)}
+    ),
 }  # fmt: skip
 
 

@@ -24,12 +24,23 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc import transfer
 from peer.rpc.channels import Contact
+from peer.rpc.transfer import SnapshotReceiver
 from peer.wire import state_pb2, state_pb2_grpc
 
 
 @pytest.fixture
 def play(loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario], None]:
     return playing(loop, identity, monkeypatch)
+
+
+def test_a_state_that_ends_before_its_header_or_its_end_is_refused() -> None:
+    incoming = SnapshotReceiver(1000, lambda size: None)
+    with pytest.raises(StateError, match="is incomplete"):
+        incoming.whole()
+    incoming.begin(state_pb2.StateHeader(total_bytes=2, sha256=hashlib.sha256(b"x").digest()))
+    incoming.take(b"x")
+    with pytest.raises(StateError, match="is incomplete"):
+        incoming.whole()
 
 
 class Liar(state_pb2_grpc.StateServiceServicer):
