@@ -1,4 +1,4 @@
-"""Runs the contenders of a benchmark in process sessions of their own, and kills everything that they leave behind."""
+"""Runs the contenders of a benchmark in process groups of their own, and kills everything that they leave behind."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def run_apart(module: str, arguments: Sequence[str], limit_s: float) -> dict[str
 
 
 class Child:
-    """A module in a process session of its own. It reads lines, and prints lines of JSON."""
+    """A module in a process group of its own. It reads lines, and prints lines of JSON."""
 
     def __init__(self, module: str, arguments: Sequence[str]) -> None:
         self._arguments = arguments
@@ -77,7 +77,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=environment,
-            start_new_session=True,
+            process_group=0,
             bufsize=0,
         )
         assert self._process.stdin is not None
@@ -114,7 +114,7 @@ class Child:
             self._said += more
 
     def close(self) -> None:
-        """Kills the process, and all that it started in its session. Closing twice is harmless."""
+        """Kills the process, and all that it started in its group. Closing twice is harmless."""
         if self._errors.closed:
             return
         with suppress(ProcessLookupError):
