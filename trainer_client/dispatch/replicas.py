@@ -49,13 +49,18 @@ def choose_replicas(
     Of an expert with many replicas, only some random ones are considered, so that the work does not grow with the
     swarm.
 
-    Each expert goes to that one of its peers that has the most experts so far, but not to a peer that is much slower or
-    busier than another one, or that has 1.5 times its even share. If only slower or busier peers have less than that,
-    the others get up to twice their share first.
+    An expert with one replica goes there. Each other expert goes to the first of its hosts in an order of all peers,
+    which is drawn anew each time. A peer that is much slower or busier than another replica is skipped, and so is one
+    that has 1.5 times its even share. If only slower or busier peers have less, the others get up to twice their share
+    before those are asked.
+
+    With one order for all experts, rows go to few peers. Each replica still gets its part of the calls: one that is
+    seldom trained falls behind the others, until they are too far apart to be averaged.
     """
     hosts = {uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), rng, times_s) for uid in uids}
     usual_s = median_low(times_s.values()) if times_s else 0.0
-    peers = {replica.peer_id for some in hosts.values() for replica in some}
+    peers = list(dict.fromkeys(replica.peer_id for some in hosts.values() for replica in some))
+    place = {peer_id: number for number, peer_id in enumerate(rng.sample(peers, len(peers)))}
     share = len(hosts) / max(1, len(peers))
     most, most_preferred = ceil(_MOST_CARRIED * share), ceil(_MOST_PREFERRED * share)
     carried: Counter[PeerID] = Counter()
@@ -67,17 +72,18 @@ def choose_replicas(
             carried[some[0].peer_id] += 1
         elif some:
             several.append(uid)
+    # a peer that already carries so many experts alone gets one more: its other replicas must be trained, too
+    limits = {peer_id: max(most, alone + 1) for peer_id, alone in carried.items()}
     rng.shuffle(several)
     for uid in several:
         fit = _fit(hosts[uid], times_s, usual_s, rng)
         free = (
-            [replica for replica in fit if carried[replica.peer_id] < most]
+            [replica for replica in fit if carried[replica.peer_id] < limits.get(replica.peer_id, most)]
             or [replica for replica in fit if carried[replica.peer_id] < most_preferred]
             or [replica for replica in hosts[uid] if carried[replica.peer_id] < most]
             or fit
         )
-        drawn = rng.sample(free, len(free))  # random among equals
-        best = max(drawn, key=lambda replica: (carried[replica.peer_id], -replica.queued_rows))
+        best = min(free, key=lambda replica: place[replica.peer_id])
         chosen[uid] = best.peer_id
         carried[best.peer_id] += 1
     return {uid: chosen[uid] for uid in hosts if uid in chosen}

@@ -106,17 +106,36 @@ def test_a_stranger_that_has_every_expert_and_is_the_quickest_carries_twice_its_
     assert Counter(choose_replicas(hosts, busy, random.Random(0)).values())[stranger] <= 13
 
 
-def test_of_two_replicas_the_much_faster_or_else_the_less_loaded_is_called() -> None:
+def test_of_two_replicas_the_much_faster_is_called_or_else_each_half_of_the_time() -> None:
     uid, (first, second, *_) = UIDS[0], PEERS
     view, rng = make_view({uid: [first, second]}, {first: 9, second: 1}), random.Random(1)
 
-    def chosen(times_s: dict[PeerID, float]) -> PeerID:
-        return choose_replicas([uid], view, rng, times_s=times_s)[uid]
+    def calls_of_first(times_s: dict[PeerID, float]) -> int:
+        return sum(choose_replicas([uid], view, rng, times_s=times_s)[uid] == first for _ in range(200))
 
-    assert chosen({}) == second
-    assert chosen({first: 0.1}) == second
-    assert chosen({first: 0.1, second: 0.15}) == second
-    assert chosen({first: 0.1, second: 0.25}) == first
+    assert 70 < calls_of_first({}) < 130
+    assert 70 < calls_of_first({first: 0.1}) < 130
+    assert 70 < calls_of_first({first: 0.1, second: 0.15}) < 130
+    assert calls_of_first({first: 0.1, second: 0.25}) == 200
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_replica_takes_its_part_of_the_calls_whatever_else_its_peer_hosts(seed: int) -> None:
+    """The first peers host an expert alone each, or several, as those do that were there first."""
+    rng, hosts = random.Random(seed), dict[UID, list[PeerID]]()
+    early, late = PEERS[:5], PEERS[5:8]
+    for number, uid in enumerate(UIDS[:16]):
+        hosts[uid] = [early[number % 5]]
+    for uid in rng.sample(UIDS[:16], 8):
+        hosts[uid].append(rng.choice(late))
+    view, called = make_view(hosts), Counter[tuple[UID, PeerID]]()
+    for _ in range(400):
+        called.update(choose_replicas(hosts, view, rng).items())
+    for uid, (one, *others) in hosts.items():
+        for other in others:
+            assert min(called[uid, one], called[uid, other]) > 100, (
+                "a replica that is not called falls behind"
+            )
 
 
 def test_of_many_replicas_some_are_drawn_and_if_none_of_them_can_be_called_others_are() -> None:
