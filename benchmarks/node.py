@@ -35,7 +35,6 @@ from dht.swarm import join_swarm
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from trainer_client.dispatch.batches import ExpertReply, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -150,8 +149,7 @@ async def step_all(invite: Invite, state: Path) -> int:
         node = (await swarm.registry.nodes([host]))[host]
         batch = NodeBatch.apart(uids, [1] * 4, [0] * 4)
         rows = np.random.default_rng(0).standard_normal((len(batch.rows), width)).astype(np.float32)
-        rights = (session_pb2.RIGHT_BACKWARD,)
-        sessions = SessionClient(swarm.host.identity, invite.keys.swarm_id, rights)
+        sessions = swarm.session_client(session_pb2.RIGHT_BACKWARD)
         caller = GrpcCaller(channels, invite.keys.swarm_id, width, sessions=sessions)
         weights = np.ones(batch.experts.shape, np.float32)
         call = NodeCall(node, "backward", batch, 60.0, rows, weights, rows)

@@ -26,6 +26,7 @@ from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.metrics import new_registry
 from peer.parsing import ParseGuard
+from peer.rpc.sessions import Right, SessionClient
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2
 
@@ -64,6 +65,10 @@ class Swarm:
     @property
     def keys(self) -> SwarmKeys:
         return self.registry.keys
+
+    def session_client(self, *rights: Right) -> SessionClient:
+        """Opens sessions with these rights, and shows this peer's badge."""
+        return SessionClient(self.host.identity, self.keys.swarm_id, rights, self.admission)
 
     async def invite(self) -> Invite:
         """An invite by which others join through this peer or, if it is gone, through peers that it has met."""

@@ -60,7 +60,7 @@ from peer.metrics import MetricsServer, total
 from peer.platform.processes import return_freed_memory
 from peer.rates import Bandwidth, download_limit
 from peer.rpc.parts import PartClient
-from peer.rpc.sessions import SessionClient, Sessions
+from peer.rpc.sessions import Sessions
 from peer.transport.dialling import resolved
 from peer.wire import session_pb2
 
@@ -112,8 +112,7 @@ class Node:
             swarm.host.upload, download_limit(settings.download_mbit, metrics)
         )
         store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
-        rights = sorted(RIGHTS[Role.NODE])
-        own_sessions = SessionClient(swarm.host.identity, swarm_id, rights, swarm.admission)
+        own_sessions = swarm.session_client(*sorted(RIGHTS[Role.NODE]))
         self.replicas: LocalReplicas = LocalReplicas(
             swarm,
             runtime,
@@ -149,9 +148,7 @@ class Node:
             settings, swarm, self.replicas, lambda: self.hosting.seen, metrics=metrics
         )
         memory_metrics = MemoryMetrics(metrics)
-        memory_sessions = SessionClient(
-            swarm.host.identity, swarm_id, [session_pb2.RIGHT_MEMORY], swarm.admission
-        )
+        memory_sessions = swarm.session_client(session_pb2.RIGHT_MEMORY)
         self._parts = PartClient(
             swarm_id,
             memory_sessions,

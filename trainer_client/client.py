@@ -31,7 +31,6 @@ from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopLag, LoopThread, TaskSet
 from peer.rpc.channels import WAYS
-from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
 from peer.transport.addresses import default_listen_address
 from peer.transport.endpoints import AddressScope
@@ -371,8 +370,7 @@ class SwarmClient:
         )
         for way in WAYS:
             called.labels(way).set_function(partial(channels.called_by, way))
-        rights = sorted(RIGHTS[Role.READER if reads_only else Role.TRAINER])
-        sessions = SessionClient(identity, swarm.keys.swarm_id, rights, swarm.admission)
+        sessions = swarm.session_client(*sorted(RIGHTS[Role.READER if reads_only else Role.TRAINER]))
         exits.push_async_callback(sessions.close)
         codec = codec_of(swarm.manifest.wire.codec)
         metrics = DispatchMetrics(swarm.metrics)

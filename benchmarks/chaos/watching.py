@@ -20,7 +20,6 @@ from peer.errors import ExpertError, UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from trainer_client.dispatch.batches import AnsweredRows, ExpertReply, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
@@ -57,7 +56,7 @@ class Watcher:
         self._channels = ChannelPool()
         width = swarm.manifest.width
         swarm_id = swarm.keys.swarm_id
-        sessions = SessionClient(swarm.host.identity, swarm_id, (session_pb2.RIGHT_FORWARD,))
+        sessions = swarm.session_client(session_pb2.RIGHT_FORWARD)
         self._caller = GrpcCaller(self._channels, swarm_id, width, sessions=sessions)
         self._rows: Floats = np.random.default_rng(0).standard_normal((_ROWS, width)).astype(np.float32)
         self._known: dict[str, dict[str, int]] = {}

@@ -16,7 +16,6 @@ from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 from peer.rates import RateLimit
 from peer.rpc.parts import PartClient, has_sha256
-from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from talkoot.ephemeral import run_in_swarm
 from talkoot.memory.replication import Replication, Survey, entry_values, replication, survey
@@ -104,8 +103,7 @@ async def _inspect(terminal: Terminal, swarm: Swarm, name: str) -> None:
 
 async def _fetch_manifest(swarm: Swarm, entry: LibraryEntry, hosts: Collection[NodeInfo]) -> MemoryManifest:
     """Fetches the manifest from any of these hosts. Raises LibraryError."""
-    rights = (session_pb2.RIGHT_MEMORY,)
-    sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
+    sessions = swarm.session_client(session_pb2.RIGHT_MEMORY)
     parts = PartClient(swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None))
 
     def check(data: bytes) -> MemoryManifest:

@@ -28,7 +28,6 @@ from peer.loop import RetryingRounds, TaskSet, new_loop, tolerating
 from peer.metrics import total
 from peer.rates import RateLimit
 from peer.rpc.parts import PartClient
-from peer.rpc.sessions import SessionClient
 from peer.transport.dialling import resolved
 from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
 from talkoot.memory.inspection import open_memory
@@ -88,8 +87,7 @@ class Publication:
         self._reachability = ReachabilityMonitor(settings, swarm, rng, metrics=swarm.metrics)
         self._rounds = RetryingRounds(settings.announce_every_s, swarm.metrics, swarm.host.restarts)
         self._tasks = TaskSet(swarm.host.restarts)
-        rights = (session_pb2.RIGHT_MEMORY,)
-        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
+        sessions = swarm.session_client(session_pb2.RIGHT_MEMORY)
         self.parts: PartClient = PartClient(
             swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None)
         )

@@ -21,7 +21,6 @@ from peer.averaging import max_plausible_updates
 from peer.identity import PeerID
 from peer.metrics import total
 from peer.rates import download_limit
-from peer.rpc.sessions import SessionClient
 from trainer_client.client import SwarmClient
 
 _READ_AT_ONCE = 512
@@ -68,11 +67,10 @@ class SwarmExperts:
         self._most_updates = 0
         self._unreachable = set[PeerID]()
         self._rng = random.SystemRandom()
-        identity, keys = swarm.host.identity, swarm.keys
         self._states = StateClient(
-            keys.swarm_id,
+            swarm.keys.swarm_id,
             swarm.manifest,
-            SessionClient(identity, keys.swarm_id, (EXPORT,), swarm.admission),
+            swarm.session_client(EXPORT),
             download_limit(download_mbit),
             swarm.host.channels(_MOST_AT_ONCE * _AT_ONCE_AT_A_NODE),
             guard=swarm.guard,

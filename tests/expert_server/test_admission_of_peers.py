@@ -23,7 +23,7 @@ from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import Right, SessionClient
+from peer.rpc.sessions import Right
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
 BY_TOKEN = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")})
@@ -79,7 +79,7 @@ async def ask_at(info: NodeInfo, swarm: Swarm, *rights: Right) -> StatusCode:
     pool = ChannelPool()
     try:
         channel = await pool.get(info.addresses[0], info.certificate_pem)
-        sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
+        sessions = swarm.session_client(*rights)
         stub = InSession(
             expert_pb2_grpc.ExpertServiceStub(channel), await sessions.metadata(info.peer_id, channel, 10.0)
         )

@@ -13,7 +13,6 @@ from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
 from peer.rates import RateLimit
 from peer.rpc.parts import PartClient, has_sha256
-from peer.rpc.sessions import SessionClient
 from peer.transport.endpoints import Endpoint
 from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
 
@@ -31,12 +30,7 @@ class SimpleHost:
 
     def __post_init__(self) -> None:
         self.memories = MemoryRegistry(self.swarm.registry)
-        sessions = SessionClient(
-            self.swarm.host.identity,
-            self.swarm.keys.swarm_id,
-            (session_pb2.RIGHT_MEMORY,),
-            self.swarm.admission,
-        )
+        sessions = self.swarm.session_client(session_pb2.RIGHT_MEMORY)
         self.parts = PartClient(
             self.swarm.keys.swarm_id, sessions, self.swarm.host.channels(8), RateLimit(None)
         )

@@ -23,7 +23,6 @@ from peer.identity import PeerID
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.parts import PartClient
-from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from trainer_client.memory.calls import Fault, GrpcMemoryCaller, HostCalls, RetrieverMetrics, RevisionClaims
 from trainer_client.memory.codebook import Codebook
@@ -84,8 +83,7 @@ class Auditor:
         self._metrics = metrics
         self._rng = random.SystemRandom()
         self._registry = MemoryRegistry(swarm.registry)
-        rights = (session_pb2.RIGHT_MEMORY,)
-        self._sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
+        self._sessions = swarm.session_client(session_pb2.RIGHT_MEMORY)
         self._parts = PartClient(swarm.keys.swarm_id, self._sessions, channels, RateLimit(None))
         self._caller = GrpcMemoryCaller(channels, self._sessions)
         self._cache = PartCache(folder)

@@ -17,7 +17,6 @@ from peer.loop import TaskSet
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.parts import PartClient
-from peer.rpc.sessions import SessionClient
 from peer.wire import session_pb2
 from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.grpc_caller import SessionWarmer
@@ -42,8 +41,7 @@ class Memories:
         self._channels = channels
         self._cache = PartCache(folder)
         self._registry = MemoryRegistry(swarm.registry)
-        rights = (session_pb2.RIGHT_MEMORY,)
-        self._sessions = SessionClient(swarm.host.identity, swarm.keys.swarm_id, rights, swarm.admission)
+        self._sessions = swarm.session_client(session_pb2.RIGHT_MEMORY)
         self._tasks = TaskSet(swarm.host.restarts)
         self._opened: dict[MemoryID, Retriever] = {}
         self._opening = asyncio.Lock()
