@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,12 +23,11 @@ from peer.kademlia.validation import MAX_MESSAGE_BYTES
 from peer.loop import is_cancelled
 from peer.rpc.calls import abort_on_error
 from peer.rpc.certificates import fetch_certificate
-from peer.rpc.channels import CLIENT_OPTIONS, ChannelPool, Contact, Options
+from peer.rpc.channels import CLIENT_OPTIONS, ChannelPool, KnownPeer, Options
 from peer.rpc.sessions import SessionClient, Sessions
-from peer.transport.addresses import Multiaddress
 from peer.transport.contacts import OwnContact
 from peer.transport.dialling import Dialling
-from peer.transport.endpoints import AddressScope, Endpoint, address_of
+from peer.transport.endpoints import AddressScope, address_of
 from peer.wire import contact_pb2, dht_pb2, session_pb2
 
 _CHANNELS = 512
@@ -55,17 +53,6 @@ _OPTIONS: Options = [
 ]
 """Bounds what a called peer can send by the DHT's largest message."""
 _SERVICE = dht_pb2.DESCRIPTOR.services_by_name["DhtService"]
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A peer at an address that the owner gave. Its certificate was fetched from there."""
-
-    peer_id: PeerID
-    addresses: tuple[Endpoint, ...]
-    certificate_pem: bytes
-    relay_addresses: tuple[Multiaddress, ...] = ()
-    tunnel_addresses: tuple[Multiaddress, ...] = ()
 
 
 class _Turns:
@@ -97,7 +84,8 @@ class GrpcTransport:
         self._pool = ChannelPool(_CHANNELS, dialling=self._dialling, options=_OPTIONS, try_s=_TRY_S)
         self._sessions = SessionClient(identity, swarm_id, (session_pb2.RIGHT_DHT,))
         self._handlers: dict[str, Handler] = {}
-        self._given = BoundedDict[PeerID, _Given](_CHANNELS)
+        self._given = BoundedDict[PeerID, KnownPeer](_CHANNELS)
+        """Peers at addresses that the owner gave. Their certificates were fetched from there."""
         self._silent = BoundedDict[PeerID, tuple[float, object]](_CALLS)
         """For each silent peer: until when it is not called, and where it was believed to be."""
         self._refusals = BoundedDict[PeerID, str](_CHANNELS)
@@ -213,11 +201,11 @@ class GrpcTransport:
                     raise
         raise UnreachableError(f"the channel to {peer_id} was closed meanwhile")
 
-    async def _find(self, peer_id: PeerID, deadline_s: float) -> Contact:
+    async def _find(self, peer_id: PeerID, deadline_s: float) -> KnownPeer:
         """Where the peer is: what its own contact says, or else the owner. Raises UnreachableError."""
         contact = self.contacts.get(peer_id)
         if contact is not None:
-            return contact
+            return KnownPeer(peer_id, contact.addresses, contact.certificate_pem)
         if (given := self._given.get(peer_id)) is not None:
             return given
         endpoints = self.contacts.given(peer_id)
@@ -225,7 +213,7 @@ class GrpcTransport:
             with contextlib.suppress(UnreachableError):
                 pem = await fetch_certificate(endpoint, peer_id, deadline_s / len(endpoints))
                 self._dialling.reached(endpoint, peer_id)
-                self._given[peer_id] = found = _Given(peer_id, (endpoint,), pem)
+                self._given[peer_id] = found = KnownPeer(peer_id, (endpoint,), pem)
                 return found
         raise UnreachableError(f"peer {peer_id} does not answer at {', '.join(endpoints) or 'any address'}")
 

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import grpc
@@ -19,9 +18,8 @@ from peer.loop import first_of
 from peer.relays.pieces import ACCEPT_S, BEAT_S, SENT_BYTES, read_piece
 from peer.rpc.calls import make_stub, while_open
 from peer.rpc.certificates import fetch_certificate
-from peer.rpc.channels import ChannelPool
+from peer.rpc.channels import ChannelPool, KnownPeer
 from peer.rpc.sessions import Admission, SessionClient
-from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.pipes import Pipe, SocketStream, copy_both_ways
@@ -40,21 +38,6 @@ _OPEN_S = ACCEPT_S + 2.0
 """Time for a session and the relay's first reply, which comes when the other end has accepted."""
 _IDLE_S = 600.0
 """A circuit that is idle for this long is closed. gRPC opens another when it needs one."""
-
-
-@dataclass(frozen=True)
-class Relay:
-    """Where a relay is called, in the form that `ChannelPool` needs."""
-
-    peer_id: PeerID
-    endpoint: Endpoint
-    certificate_pem: bytes
-    tunnel_addresses: Sequence[Multiaddress] = ()
-    relay_addresses: Sequence[Multiaddress] = ()
-
-    @property
-    def addresses(self) -> Sequence[Endpoint]:
-        return (self.endpoint,)
 
 
 class RelayClient:
@@ -99,22 +82,22 @@ class RelayClient:
         self._certificate_of = certificate_of
         self._fetched = BoundedDict[PeerID, bytes](_DIAL_CHANNELS)
 
-    async def relay(self, peer_id: PeerID, endpoint: Endpoint) -> Relay:
+    async def relay(self, peer_id: PeerID, endpoint: Endpoint) -> KnownPeer:
         """A relay of which only its PeerID and endpoint are known. Raises UnreachableError."""
         if peer_id == self.peer_id:
             own = self._own_endpoint()
             if own is None:
                 raise UnreachableError("this peer does not relay")
-            return Relay(peer_id, own, certificate_pem(self._identity.make_certificate(), peer_id))
+            return KnownPeer(peer_id, (own,), certificate_pem(self._identity.make_certificate(), peer_id))
         pem = self._certificate_of(peer_id) or self._fetched.get(peer_id)
         if pem is None:
             if not self._dialling.begin(endpoint, peer_id):
                 raise UnreachableError(f"a relay at {endpoint} is not dialled now")
             pem = self._fetched[peer_id] = await fetch_certificate(endpoint, peer_id, _FETCH_S)
             self._dialling.reached(endpoint, peer_id)
-        return Relay(peer_id, endpoint, pem)
+        return KnownPeer(peer_id, (endpoint,), pem)
 
-    async def open(self, method: Method, relay: Relay, first: Message) -> Call:
+    async def open(self, method: Method, relay: KnownPeer, first: Message) -> Call:
         """Begins a long-lived call. Returns after the relay's first reply, which must be empty. Cancel the call when
         done.
 
@@ -157,10 +140,10 @@ class RelayClient:
         for pool in self._pools:
             await pool.close()
 
-    async def _channel(self, relay: Relay, pool: ChannelPool) -> grpc.aio.Channel:
+    async def _channel(self, relay: KnownPeer, pool: ChannelPool) -> grpc.aio.Channel:
         """Raises UnreachableError."""
         if relay.peer_id == self.peer_id:
-            return await pool.get(relay.endpoint, relay.certificate_pem)
+            return await pool.get(relay.addresses[0], relay.certificate_pem)
         return await pool.reach(relay)
 
 

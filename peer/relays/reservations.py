@@ -22,10 +22,10 @@ from peer.identity import PeerID
 from peer.loop import Restarts, TaskSet, first_of
 from peer.metrics import start_at_zero
 from peer.rates import TokenBucket
-from peer.relays.client import Call, Relay, RelayClient, breaking
+from peer.relays.client import Call, RelayClient, breaking
 from peer.relays.pieces import BEAT_S, CIRCUIT_BYTES, read_peer
-from peer.rpc.channels import Contact
-from peer.transport.addresses import Multiaddress, multiaddress
+from peer.rpc.channels import Contact, KnownPeer
+from peer.transport.addresses import Multiaddress
 from peer.transport.pipes import Pipe
 from peer.wire import relay_pb2
 
@@ -162,10 +162,9 @@ class Reservations:
         """Holds a reservation until it ends. Raises UnreachableError or OSError."""
         relay, call = await self._reserve(contact)
         try:
-            circuit = (
-                f"{multiaddress(relay.endpoint)}/p2p/{relay.peer_id}/p2p-circuit/p2p/{self._client.peer_id}"
-            )
-            self._held[relay.peer_id] = Multiaddress(circuit)
+            at_relay = Multiaddress.of(relay.addresses[0], relay.peer_id)
+            circuit = Multiaddress(f"{at_relay}/p2p-circuit/p2p/{self._client.peer_id}")
+            self._held[relay.peer_id] = circuit
             self.refusal = ""
             self._changed()
             await first_of(_say_there(call), self._read_replies(relay, call))
@@ -174,18 +173,18 @@ class Reservations:
             if self._held.pop(relay.peer_id, None) is not None:
                 self._changed()
 
-    async def _reserve(self, contact: Contact) -> tuple[Relay, Call]:
+    async def _reserve(self, contact: Contact) -> tuple[KnownPeer, Call]:
         """Makes a reservation at the first of the relay's endpoints that answers. Raises UnreachableError."""
         failure = UnreachableError("it has no address")
         for endpoint in contact.addresses[:_ENDPOINTS_TRIED]:
-            relay = Relay(contact.peer_id, endpoint, contact.certificate_pem)
+            relay = KnownPeer(contact.peer_id, (endpoint,), contact.certificate_pem)
             try:
                 return relay, await self._client.open("Reserve", relay, relay_pb2.ReserveRequest())
             except UnreachableError as error:
                 failure = error
         raise failure
 
-    async def _read_replies(self, relay: Relay, call: Call) -> None:
+    async def _read_replies(self, relay: KnownPeer, call: Call) -> None:
         """Reads the relay's replies until they end. Raises OSError if the relay is silent, or brings too many calls."""
         bucket = TokenBucket(_REPLIES_PER_S, _REPLIES_AT_ONCE, self._clock())
         while True:
@@ -211,7 +210,7 @@ class Reservations:
             accepting = self._accept(relay, reply.circuit, caller, self._exit)
             self._accepting.spawn(accepting, "accept a caller of a relay")
 
-    async def _accept(self, relay: Relay, circuit: bytes, caller: PeerID, open_exit: RelayExit) -> None:
+    async def _accept(self, relay: KnownPeer, circuit: bytes, caller: PeerID, open_exit: RelayExit) -> None:
         self._circuits[relay.peer_id] += 1
         try:
             call = await self._client.open("Accept", relay, relay_pb2.CircuitPiece(circuit=circuit))

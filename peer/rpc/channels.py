@@ -5,6 +5,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -105,6 +106,17 @@ class Contact(Protocol):
 
     @property
     def certificate_pem(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class KnownPeer:
+    """A contact of a peer that is not known from its record. By default it is called directly only."""
+
+    peer_id: PeerID
+    addresses: Sequence[Endpoint]
+    certificate_pem: bytes
+    tunnel_addresses: Sequence[Multiaddress] = ()
+    relay_addresses: Sequence[Multiaddress] = ()
 
 
 class ChannelPool:

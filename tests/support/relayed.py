@@ -9,29 +9,17 @@ from typing import Any
 import grpc
 
 from peer.identity import Identity, PeerID, certificate_pem
-from peer.relays.client import Relay, RelayClient
+from peer.relays.client import RelayClient
 from peer.relays.dialler import RelayDialler
 from peer.relays.reservations import Reservations
 from peer.relays.service import RelayServicer
-from peer.rpc.channels import ChannelPool
+from peer.rpc.channels import ChannelPool, KnownPeer
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import Admission, Sessions
-from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
 
 LOCAL = "127.0.0.1"
 SWARM = "sauna"
-
-
-@dataclass(frozen=True)
-class Known:
-    """How to reach a peer, as its record says."""
-
-    peer_id: PeerID
-    certificate_pem: bytes
-    relay_addresses: tuple[Multiaddress, ...] = ()
-    addresses: tuple[Endpoint, ...] = ()
-    tunnel_addresses: tuple[Multiaddress, ...] = ()
 
 
 class Served:
@@ -48,8 +36,8 @@ class Served:
         self.echoes = 0
 
     @property
-    def as_relay(self) -> Relay:
-        return Relay(self.peer_id, self.endpoint, self.pem)
+    def as_relay(self) -> KnownPeer:
+        return KnownPeer(self.peer_id, (self.endpoint,), self.pem)
 
     @property
     def relaying(self) -> RelayServicer:
@@ -99,8 +87,9 @@ class Hidden:
     relays: list[Any] = field(default_factory=list)
 
     @property
-    def contact(self) -> Known:
-        return Known(self.served.peer_id, self.served.pem, self.reservations.addresses)
+    def contact(self) -> KnownPeer:
+        relay_addresses = self.reservations.addresses
+        return KnownPeer(self.served.peer_id, (), self.served.pem, relay_addresses=relay_addresses)
 
     async def candidates(self) -> Sequence[Any]:
         return self.relays

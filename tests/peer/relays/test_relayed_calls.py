@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from callers import numbered_identities
 from grpc import StatusCode
-from relayed import SWARM, Caller, Known, closing, hide, serve, until
+from relayed import SWARM, Caller, closing, hide, serve, until
 
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.relays.client import Relay, RelayClient
+from peer.relays.client import RelayClient
 from peer.relays.reservations import Reservations
-from peer.rpc.channels import WAYS
+from peer.rpc.channels import WAYS, KnownPeer
 from peer.rpc.sessions import Admitted, AllowAll, Right
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import ENDPOINT_BURST, Dialling
@@ -55,7 +55,9 @@ def test_a_call_reaches_a_hidden_peer_with_its_certificate_pinned(
                 assert await caller.ask(hidden.contact, payload) == payload
             assert [caller.pool.called_by(way) for way in WAYS] == [0, 0, 1]
             assert total(relay.relaying.bytes) > 6 * len(payload)
-            impostor = Known(keys[RELAY].peer_id, relay.pem, hidden.reservations.addresses)
+            impostor = KnownPeer(
+                keys[RELAY].peer_id, (), relay.pem, relay_addresses=hidden.reservations.addresses
+            )
             with pytest.raises(UnreachableError):  # its addresses lead to another peer
                 await caller.dialler.dial(impostor.peer_id, impostor.relay_addresses)
 
@@ -202,23 +204,24 @@ def test_only_members_use_a_relay_and_only_as_long_as_they_are(
 
 def test_two_relays_are_on_two_machines_where_there_are_two(keys: list[Identity]) -> None:
     async def scenario() -> None:
-        asked: list[Relay] = []
+        asked: list[KnownPeer] = []
 
-        async def never(method: str, relay: Relay, first: object) -> None:
+        async def never(method: str, relay: KnownPeer, first: object) -> None:
             asked.append(relay)
             await asyncio.Event().wait()
 
-        async def candidates() -> Sequence[Relay]:
+        async def candidates() -> Sequence[KnownPeer]:
             hosts = ("192.0.2.1", "192.0.2.1", "192.0.2.2")
             return [
-                Relay(key.peer_id, Endpoint.of(host, 1), b"") for key, host in zip(keys, hosts, strict=False)
+                KnownPeer(key.peer_id, (Endpoint.of(host, 1),), b"")
+                for key, host in zip(keys, hosts, strict=False)
             ]
 
         client: Any = SimpleNamespace(peer_id=keys[-1].peer_id, open=never)
         reservations = Reservations(client)
         reservations.keep(candidates)
         await until(lambda: len(asked) == 2)
-        assert {relay.endpoint.host for relay in asked} == {"192.0.2.1", "192.0.2.2"}
+        assert {relay.addresses[0].host for relay in asked} == {"192.0.2.1", "192.0.2.2"}
         await reservations.close()
 
     asyncio.run(scenario())
@@ -305,7 +308,7 @@ def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
             unlucky = address.at(Endpoint("127.0.0.1:1"))
             find, mistake = caller.client.relay, ZeroDivisionError("a mistake")
 
-            async def mistaken(peer_id: PeerID, endpoint: Endpoint) -> Relay:
+            async def mistaken(peer_id: PeerID, endpoint: Endpoint) -> KnownPeer:
                 if endpoint == unlucky.endpoint:
                     raise mistake
                 return await find(peer_id, endpoint)

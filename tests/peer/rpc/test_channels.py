@@ -12,28 +12,17 @@ from typing import Any
 
 import grpc
 import pytest
-from relayed import Known, Served, closing, serve
+from relayed import Served, closing, serve
 
 from peer.errors import UnreachableError
 from peer.identity import Identity, PeerID, certificate_pem
-from peer.rpc.channels import ChannelPool
+from peer.rpc.channels import ChannelPool, KnownPeer
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import ENDPOINT_BURST, Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.pipes import Listeners, Pipe, SocketStream, copy_both_ways
 
 LOCAL = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class Named:
-    """A peer as a record names it."""
-
-    peer_id: PeerID
-    addresses: tuple[Endpoint, ...]
-    certificate_pem: bytes
-    tunnel_addresses: tuple[Multiaddress, ...] = ()
-    relay_addresses: tuple[Multiaddress, ...] = ()
 
 
 @dataclass
@@ -78,7 +67,7 @@ def test_however_many_records_name_a_victim_it_is_dialled_a_few_times(pem: bytes
         pools = [ChannelPool(dialling=dialling) for _ in range(2)]
         async with victim() as here:
             for number in range(30):
-                node = Named(peer(number), (here.endpoint,), pem)
+                node = KnownPeer(peer(number), (here.endpoint,), pem)
                 with pytest.raises(UnreachableError, match="does not answer"):
                     await pools[number % 2].reach(node)
                 assert pools[number % 2].is_silent(node)
@@ -96,7 +85,7 @@ def test_a_peer_that_names_silent_machines_is_tried_for_a_while_only(pem: bytes)
         async with victim(is_silent=True) as here:
             silent = [Endpoint.of(f"127.0.0.{n}", here.endpoint.port) for n in range(1, 9)]
             with pytest.raises(UnreachableError, match="does not answer"):
-                await pool.reach(Named(peer(0), tuple(silent), pem))
+                await pool.reach(KnownPeer(peer(0), tuple(silent), pem))
             assert here.dials == 1
             assert not pool._tries
             assert not pool._channels
@@ -110,7 +99,7 @@ def test_what_is_nearer_than_the_swarm_is_not_dialled(pem: bytes) -> None:
         pool = ChannelPool(dialling=Dialling(AddressScope.GLOBAL))
         async with victim() as here:
             with pytest.raises(UnreachableError, match="no address that can be called from here"):
-                await pool.reach(Named(peer(0), (here.endpoint, Endpoint.of("localhost", 1)), pem))
+                await pool.reach(KnownPeer(peer(0), (here.endpoint, Endpoint.of("localhost", 1)), pem))
             assert not here.dials
         await pool.close()
 
@@ -123,7 +112,7 @@ def test_a_closed_pool_calls_nobody_any_more(pem: bytes) -> None:
         async with victim() as here:
             await pool.close()
             with pytest.raises(UnreachableError, match="this peer is stopping"):
-                await pool.reach(Named(peer(0), (here.endpoint,), pem))
+                await pool.reach(KnownPeer(peer(0), (here.endpoint,), pem))
             assert not here.dials
             assert not pool._channels, "it leaks"
 
@@ -159,7 +148,7 @@ def test_a_tunnel_whose_connections_are_cut_again_and_again_gives_way_to_the_rel
         tunnel, relay = way_to(served, 2**17), way_to(served, math.inf)
         pool = ChannelPool(tunnels=tunnel, relays=relay)
         some = (Multiaddress.of(served.endpoint, served.peer_id),)
-        known = Known(served.peer_id, served.pem, relay_addresses=some, tunnel_addresses=some)
+        known = KnownPeer(served.peer_id, (), served.pem, some, some)
         payload = bytes(2**18)
         async with closing(served):
             assert await echo(pool, known, b"small") == b"small"
@@ -177,7 +166,7 @@ def test_a_tunnel_whose_connections_are_cut_again_and_again_gives_way_to_the_rel
     asyncio.run(scenario())
 
 
-async def echo(pool: ChannelPool, known: Known, payload: bytes) -> bytes:
+async def echo(pool: ChannelPool, known: KnownPeer, payload: bytes) -> bytes:
     method: Any = (await pool.reach(known)).unary_unary("/test/Echo")
     answer: bytes = await method(payload, timeout=60)
     return answer

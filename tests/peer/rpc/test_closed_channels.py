@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from grpc import StatusCode
-from relayed import LOCAL, SWARM, Known, closing, serve, until
+from relayed import LOCAL, SWARM, closing, serve, until
 
 from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.rates import RateLimit
-from peer.rpc.channels import ChannelPool
+from peer.rpc.channels import ChannelPool, KnownPeer
 from peer.rpc.sessions import SessionClient
 from peer.rpc.transfer import SnapshotClient, SnapshotReceiver
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
@@ -45,13 +45,13 @@ class StallingServicer(state_pb2_grpc.StateServiceServicer):
 @contextlib.asynccontextmanager
 async def a_peer_that_stalls(
     identities: tuple[Identity, Identity],
-) -> AsyncIterator[tuple[StallingServicer, ChannelPool, SessionClient, Known]]:
+) -> AsyncIterator[tuple[StallingServicer, ChannelPool, SessionClient, KnownPeer]]:
     """Such a peer, and what is needed to call it, with a pool that has room for one channel."""
     served, service, pool = await serve(identities[0]), StallingServicer(), ChannelPool(1)
     state_pb2_grpc.add_StateServiceServicer_to_server(service, served.server.services)
     sessions = SessionClient(identities[1], SWARM, (session_pb2.RIGHT_FETCH,))
     async with closing(served):
-        yield service, pool, sessions, Known(served.peer_id, served.pem, addresses=(served.endpoint,))
+        yield service, pool, sessions, KnownPeer(served.peer_id, (served.endpoint,), served.pem)
         await sessions.close()
         await pool.close()
 

@@ -7,7 +7,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from peer.errors import UnreachableError
 from peer.identity import Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total
-from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
+from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, KnownPeer
 from peer.rpc.server import server_credentials
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
@@ -30,17 +30,6 @@ from peer.transport.tunnel import OpenExit, TunnelLimits, Tunnels
 
 LOCAL = "127.0.0.1"
 CALL_S = 30.0
-
-
-@dataclass(frozen=True)
-class Known:
-    """How to reach the peer, as its record says."""
-
-    peer_id: PeerID
-    certificate_pem: bytes
-    addresses: tuple[Endpoint, ...] = ()
-    tunnel_addresses: tuple[Multiaddress, ...] = ()
-    relay_addresses: tuple[Multiaddress, ...] = ()
 
 
 class Peer:
@@ -66,7 +55,7 @@ class Peer:
 class Village:
     server: Peer
     caller: Peer
-    contact: Known
+    contact: KnownPeer
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +93,7 @@ async def village(identities: list[Identity]) -> AsyncIterator[Village]:
                 await caller.start()
                 pem = certificate_pem(certificate, server.peer_id)
                 addresses = tuple(await server.libp2p.addresses())
-                yield Village(server, caller, Known(server.peer_id, pem, (), addresses))
+                yield Village(server, caller, KnownPeer(server.peer_id, (), pem, addresses))
     finally:
         await caller.stop()
         await server.stop()
@@ -122,7 +111,7 @@ def ask(channel: grpc.aio.Channel, payload: bytes = b"", wait_for_ready: bool = 
     return method(payload, timeout=CALL_S, wait_for_ready=wait_for_ready)
 
 
-async def call(pool: ChannelPool, contact: Known, payload: bytes) -> bytes:
+async def call(pool: ChannelPool, contact: KnownPeer, payload: bytes) -> bytes:
     answer: bytes = await ask(await pool.reach(contact), payload, wait_for_ready=True)
     return answer
 
@@ -163,7 +152,7 @@ def test_another_certificate_is_refused_in_the_tunnel(
     impostor = certificate_pem(identities[1].make_certificate(), identities[1].peer_id)
 
     async def test(pool: ChannelPool) -> None:
-        channel = await pool.reach(Known(both.server.peer_id, impostor, (), both.contact.tunnel_addresses))
+        channel = await pool.reach(KnownPeer(both.server.peer_id, (), impostor, both.contact.tunnel_addresses))
         with pytest.raises(grpc.aio.AioRpcError):
             await ask(channel)
 
@@ -174,9 +163,7 @@ def test_the_tunnel_is_used_when_no_address_answers(loop: LoopThread, both: Vill
     with socket.socket() as closed:
         closed.bind((LOCAL, 0))
         silent = Endpoint.of(LOCAL, closed.getsockname()[1])
-        contact = Known(
-            both.contact.peer_id, both.contact.certificate_pem, (silent,), both.contact.tunnel_addresses
-        )
+        contact = replace(both.contact, addresses=(silent,))
 
         async def test(pool: ChannelPool) -> None:
             assert await call(pool, contact, b"ping") == b"ping"
@@ -189,7 +176,7 @@ def test_the_tunnel_is_used_when_no_address_answers(loop: LoopThread, both: Vill
 def test_without_an_address_nothing_is_tried(loop: LoopThread, both: Village) -> None:
     async def test(pool: ChannelPool) -> None:
         with pytest.raises(UnreachableError, match="has no address that can be called from here"):
-            await pool.reach(Known(both.server.peer_id, both.contact.certificate_pem))
+            await pool.reach(KnownPeer(both.server.peer_id, (), both.contact.certificate_pem))
 
     run(loop, test, both.caller.tunnels)
 
@@ -253,8 +240,9 @@ def test_a_tunnel_works_again_after_p2pd_died_at_either_end(
 def test_a_tunnel_to_nobody_fails_the_call(
     loop: LoopThread, both: Village, identities: list[Identity]
 ) -> None:
-    nobody = Known(
+    nobody = KnownPeer(
         identities[1].peer_id,
+        (),
         certificate_pem(identities[1].make_certificate(), identities[1].peer_id),
         tunnel_addresses=(Multiaddress.of(Endpoint.of(LOCAL, 9), identities[1].peer_id),),
     )
