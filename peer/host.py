@@ -265,7 +265,7 @@ class Host:
     async def announce_at(self, endpoints: Iterable[Endpoint]) -> None:
         """Announces that others reach the server there, the best address first. Host names are looked up."""
         self._announced = tuple(endpoints)
-        self._own.set(addresses=tuple(await resolved(self._announced))[:8])
+        self._own.set(await resolved(self._announced))
 
     def serve_dht(self, serves: bool) -> None:
         """Makes this peer a node of the DHT, or only a client, for example while nobody can reach its server."""

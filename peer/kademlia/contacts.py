@@ -45,14 +45,14 @@ class _Known:
     serialized: bytes
     sequence: int
     expires_at: float
-    near: str | None
-    """The neighbourhood where the peer was reached, or else that of its first address; None if it names none."""
+    near: str
+    """The neighbourhood where the peer was reached, or else that of its first address."""
     at: Endpoint | None = None
     """Where the peer was reached."""
 
     @classmethod
     def of(cls, contact: Contact) -> "_Known":
-        near = _near(contact.addresses[0]) if contact.addresses else None
+        near = _near(contact.addresses[0])
         return cls(contact.peer_id, contact.serialized, contact.sequence, contact.expires_at, near)
 
 
@@ -154,8 +154,7 @@ class ContactBook:
 
     def reaches(self, peer_id: PeerID) -> bool:
         """Whether the peer can be called."""
-        known = self._find(peer_id)
-        return peer_id in self._given or (known is not None and known.near is not None)
+        return peer_id in self._given or self._find(peer_id) is not None
 
     def called(self, peer_id: PeerID, near: str) -> None:
         """Records that the peer has called from this neighbourhood."""
@@ -167,7 +166,7 @@ class ContactBook:
         Empty if the peer is on this machine or unknown.
         """
         known = self._reached.get(peer_id) or self._heard.get(peer_id)
-        return (known and known.near) or ""
+        return "" if known is None else known.near
 
     def origin_of(self, peer_id: PeerID) -> str:
         """The neighbourhood that the peer called from; empty if it has not called lately."""

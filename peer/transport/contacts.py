@@ -1,22 +1,21 @@
 """A peer's contact: where it is reached, signed by itself. Others pass contacts on, and can't change them.
 
 A contact is valid for an hour at most. Of two contacts of a peer, the one with the higher number is valid. It names a
-few addresses by their kinds. Addresses of an unknown kind or form are skipped, and so are host names, which could lead
-anywhere at any time.
+few addresses of the peer's gRPC server. Addresses of another kind or an unknown form are skipped: peers behind relays
+are no nodes of the DHT. So are host names, which could lead anywhere at any time.
 """
 
 import ssl
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain
 
 from google.protobuf.message import DecodeError
 
 from peer import clock
 from peer.clock import CLOCK_TOLERANCE_S
-from peer.errors import AddressError, RecordError, WireError
+from peer.errors import RecordError, WireError
 from peer.identity import CONTACT_DOMAIN, Identity, PeerID, certificate_key, verify
-from peer.transport.addresses import Address, Multiaddress
+from peer.transport.addresses import known
 from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
 
@@ -40,10 +39,6 @@ class Contact:
     """Unix time in seconds."""
     addresses: tuple[Endpoint, ...]
     """The addresses of its gRPC server, the best first."""
-    relay_addresses: tuple[Multiaddress, ...]
-    """Circuits to its gRPC server."""
-    tunnel_addresses: tuple[Multiaddress, ...]
-    """The addresses of its p2pd."""
     serialized: bytes
     """The message that the peer signed."""
 
@@ -105,21 +100,12 @@ class UncheckedContact:
     def content(self) -> Contact:
         """The same contact, unchecked. Raises RecordError."""
         said = self.statement
-        direct = _known(Endpoint, (a.direct for a in said.addresses if a.HasField("direct")))
-        relayed = _known(Multiaddress, (a.relayed for a in said.addresses if a.HasField("relayed")))
-        libp2p = _known(Multiaddress, (a.libp2p for a in said.addresses if a.HasField("libp2p")))
-        relayed = [a for a in relayed if a.is_relayed and a.peer_id == self.peer_id]
-        libp2p = [a for a in libp2p if a.peer_id == self.peer_id]
-        if not (direct or relayed or libp2p):
+        addresses = known(Endpoint, (address.direct for address in said.addresses), MAX_ADDRESSES)
+        numeric = tuple(address for address in addresses if address.ip is not None)
+        if not numeric:
             raise RecordError("the contact has no address of a known kind")
         return Contact(
-            self.peer_id,
-            said.sequence,
-            said.expires_at,
-            tuple(direct),
-            tuple(relayed),
-            tuple(libp2p),
-            self.message.SerializeToString(),
+            self.peer_id, said.sequence, said.expires_at, numeric, self.message.SerializeToString()
         )
 
 
@@ -132,70 +118,34 @@ class OwnContact:
         self._certificate = certificate
         self._now = now
         self._addresses: tuple[Endpoint, ...] = ()
-        self._relay_addresses: tuple[Multiaddress, ...] = ()
-        self._tunnel_addresses: tuple[Multiaddress, ...] = ()
         self._sequence = 0
         self._signed: contact_pb2.Contact | None = None
         self._renew_at = 0.0
 
-    def set(
-        self,
-        addresses: Iterable[Endpoint] | None = None,
-        relay_addresses: Iterable[Multiaddress] | None = None,
-        tunnel_addresses: Iterable[Multiaddress] | None = None,
-    ) -> None:
-        """Replaces the addresses of the kinds that are given. If there are too many, direct ones are kept first."""
-        before = self._kinds
-        if addresses is not None:
-            self._addresses = tuple(addresses)
-        if relay_addresses is not None:
-            self._relay_addresses = tuple(relay_addresses)
-        if tunnel_addresses is not None:
-            self._tunnel_addresses = tuple(tunnel_addresses)
-        if self._kinds != before:
+    def set(self, addresses: Iterable[Endpoint]) -> None:
+        """Replaces the addresses. If there are too many, the first ones are kept."""
+        before, self._addresses = self._addresses, tuple(addresses)[:MAX_ADDRESSES]
+        if self._addresses != before:
             self._signed = None
 
     def message(self) -> contact_pb2.Contact | None:
         """None while this peer has no address. Signing takes 1 ms, once in half an hour."""
         now = self._now()
         if self._signed is None or now >= self._renew_at:
-            self._signed = self._sign(now) if any(self._kinds) else None
+            self._signed = self._sign(now) if self._addresses else None
             self._renew_at = now + LIFETIME_S / 2
         return self._signed
-
-    @property
-    def _kinds(self) -> tuple[tuple[str, ...], ...]:
-        return self._addresses, self._relay_addresses, self._tunnel_addresses
 
     def _sign(self, now: float) -> contact_pb2.Contact:
         # taken from the time, so that it also grows when this peer restarts
         self._sequence = max(self._sequence + 1, int(now * 1000))
-        named = chain(
-            (contact_pb2.ContactAddress(direct=address) for address in self._addresses),
-            (contact_pb2.ContactAddress(relayed=address) for address in self._relay_addresses),
-            (contact_pb2.ContactAddress(libp2p=address) for address in self._tunnel_addresses),
-        )
         statement = contact_pb2.ContactStatement(
             peer_id=self._identity.peer_id.to_bytes(),
             sequence=self._sequence,
             expires_at=now + LIFETIME_S,
-            addresses=list(named)[:MAX_ADDRESSES],
+            addresses=[contact_pb2.ContactAddress(direct=address) for address in self._addresses],
             certificate=self._certificate,
         ).SerializeToString()
         return contact_pb2.Contact(
             statement=statement, signature=self._identity.sign(statement, CONTACT_DOMAIN)
         )
-
-
-def _known(kind: type[Address], texts: Iterable[str]) -> list[Address]:
-    """The addresses that are IP endpoints in a known form."""
-    found: list[Address] = []
-    for text in texts:
-        try:
-            address = kind(text)
-        except AddressError:
-            continue
-        endpoint = address if isinstance(address, Endpoint) else address.endpoint
-        if endpoint.ip is not None and address not in found:
-            found.append(address)
-    return found
