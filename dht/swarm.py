@@ -23,7 +23,6 @@ from peer import clock
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
-from peer.kademlia.storage import StoreBounds
 from peer.metrics import new_registry
 from peer.parsing import ParseGuard
 from peer.rpc.sessions import Right, SessionClient
@@ -106,18 +105,17 @@ async def found_swarm(
     bootstrap: Sequence[Multiaddress] = (),
     state: Path | None = None,
     denylist: Denylist | None = None,
-    store_bounds: StoreBounds | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer and publishes its manifest. A founder that returns finds its swarm's manifest in the DHT or on
     disk.
 
-    `state`: the folder for the manifest and the addresses of known peers. `store_bounds`: limits what others store
-    here. Raises SwarmError if the manifest is not the one that the swarm was founded with and other peers are in it.
+    `state`: the folder for the manifest and the addresses of known peers. Raises SwarmError if the manifest is not the
+    one that the swarm was founded with and other peers are in it.
     """
     stage("starting the DHT")
     peer = _Peer(identity, SwarmKeys(manifest.name, identity.peer_id), state, denylist)
-    host = await peer.start(config, bootstrap, store_bounds)
+    host = await peer.start(config, bootstrap)
     try:
         registry = peer.registry(host)
         stage("publishing the manifest")
@@ -136,19 +134,17 @@ async def join_swarm(
     state: Path | None = None,
     roles: Sequence[Role] = (),
     denylist: Denylist | None = None,
-    store_bounds: StoreBounds | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer, joins by the invite or by known peers, and reads the manifest that its author signed.
 
     `state`: the folder for the manifest and the addresses of known peers. `roles`: the roles in which it takes part; if
-    empty, it only reads. `store_bounds`: limits what others store here. Raises UnreachableError if nobody answers,
-    SwarmError if the manifest is missing or not for this software, and InviteError if the invite's token gives none of
-    the roles.
+    empty, it only reads. Raises UnreachableError if nobody answers, SwarmError if the manifest is missing or not for
+    this software, and InviteError if the invite's token gives none of the roles.
     """
     stage("joining the DHT")
     peer = _Peer(identity, invite.keys, state, denylist)
-    host = await peer.start(config, invite.bootstrap, store_bounds)
+    host = await peer.start(config, invite.bootstrap)
     try:
         registry = peer.registry(host)
         stage("reading the manifest")
@@ -190,9 +186,7 @@ class _Peer:
         self._metrics = new_registry()
         self._guard = ParseGuard(self._metrics)
 
-    async def start(
-        self, config: NetworkConfig, bootstrap: Sequence[Multiaddress], store_bounds: StoreBounds | None
-    ) -> Host:
+    async def start(self, config: NetworkConfig, bootstrap: Sequence[Multiaddress]) -> Host:
         return await Host.start(
             self._identity,
             config,
@@ -201,7 +195,6 @@ class _Peer:
             swarm_id=self._keys.swarm_id,
             admission=self._admission,
             validator=RecordValidator(rule=self._admission.check_record, swarm_id=self._keys.swarm_id),
-            store_bounds=store_bounds,
             metrics=self._metrics,
             guard=self._guard,
         )

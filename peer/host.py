@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Protocol, Self
 
@@ -63,7 +63,7 @@ class Exit(Protocol):
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Where a peer listens, and how others reach it."""
+    """Where a peer listens, how others reach it, and what it does for them."""
 
     listen: str
     """The IP address to listen on."""
@@ -84,6 +84,10 @@ class NetworkConfig:
     """p2pd's TCP port; 0: any free one."""
     maps_port: bool = False
     """Asks the router to forward the server's port (UPnP), and p2pd's (UPnP, NAT-PMP)."""
+    upload_mbit: float | None = None
+    """The limit of everything that it sends, in Mbit/s; None: no limit."""
+    store: StoreBounds = field(default_factory=StoreBounds)
+    """What others may store and look up at it."""
 
     @property
     def libp2p(self) -> Libp2pConfig:
@@ -112,7 +116,6 @@ class Host:
         swarm_id: str = "",
         admission: Admission | None = None,
         validator: Validator | None = None,
-        store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
         dialling: Dialling | None = None,
         guard: ParseGuard | None = None,
@@ -124,9 +127,8 @@ class Host:
         self.restarts: Restarts = Restarts(metrics)
         """Restarts failed tasks of this process."""
         self.certificate: bytes = identity.make_certificate()
-        bounds = store_bounds or StoreBounds()
         served = metrics if config.serves_dht else None
-        self.upload: RateLimit = upload_limit(bounds.upload_mbit, served)
+        self.upload: RateLimit = upload_limit(config.upload_mbit, served)
         """Limits everything that this peer sends, in the DHT and elsewhere."""
         self.bootstrapped_from: tuple[Multiaddress, ...] = ()
         """The addresses that answered when this peer joined."""
@@ -138,7 +140,7 @@ class Host:
             self._transport,
             validator,
             serves_dht=config.serves_dht,
-            bounds=bounds,
+            bounds=config.store,
             metrics=StoreMetrics(served),
             upload=self.upload,
         )
@@ -184,7 +186,6 @@ class Host:
         swarm_id: str = "",
         admission: Admission | None = None,
         validator: Validator | None = None,
-        store_bounds: StoreBounds | None = None,
         metrics: CollectorRegistry | None = None,
         guard: ParseGuard | None = None,
     ) -> Self:
@@ -207,7 +208,6 @@ class Host:
             swarm_id=swarm_id,
             admission=admission,
             validator=validator,
-            store_bounds=store_bounds,
             metrics=metrics,
             dialling=Dialling(nearest_scope(named or own), [a.endpoint for a in given], metrics),
             guard=guard,

@@ -40,8 +40,6 @@ class StoreBounds:
     total_bytes: int = 64 * 2**20
     key_bytes: int = MAX_KEY_BYTES
     """All entries of one key, packed."""
-    upload_mbit: float | None = None
-    """The limit of this peer's upload, in Mbit/s, of which answers take at most a quarter; None: no limit."""
     answer_bytes_per_s: float = 2 * 2**20
     """Rate of all answers."""
     answer_bytes_per_s_of_peer: float = 512 * 2**10

@@ -20,7 +20,6 @@ from peer.errors import LibraryError, RecordError, SettingsError
 from peer.files import StateFolder
 from peer.host import NetworkConfig
 from peer.identity import Identity
-from peer.kademlia.storage import StoreBounds
 from talkoot.node.control import node_folder
 from talkoot.node.invites import FILE, FoundedSwarm
 from talkoot.node.launch import announced_address
@@ -53,6 +52,7 @@ class Publisher:
             p2pd=settings.p2pd == "auto",
             p2pd_port=settings.p2pd_port,
             maps_port=settings.asks_router and not host.startswith("127."),
+            upload_mbit=settings.upload_mbit,
         )
         swarm = await join_swarm(
             self.identity,
@@ -60,7 +60,6 @@ class Publisher:
             config,
             state=self.state,
             roles=(Role.LIBRARIAN,),
-            store_bounds=StoreBounds(upload_mbit=settings.upload_mbit),
             stage=stage,
         )
         try:

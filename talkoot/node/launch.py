@@ -203,9 +203,10 @@ class _NodeRun:
             p2pd=settings.p2pd == "auto",
             p2pd_port=settings.p2pd_port,
             maps_port=settings.asks_router and not host.startswith("127."),
+            upload_mbit=settings.upload_mbit,
+            store=StoreBounds(settings.max_dht_bytes),
         )
         denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
-        bounds = StoreBounds(settings.max_dht_bytes, upload_mbit=settings.upload_mbit)
         if isinstance(self._source, Manifest):
             return await found_swarm(
                 identity,
@@ -214,7 +215,6 @@ class _NodeRun:
                 bootstrap=self._bootstrap,
                 state=state,
                 denylist=denylist,
-                store_bounds=bounds,
                 stage=stage,
             )
         return await join_swarm(
@@ -224,7 +224,6 @@ class _NodeRun:
             state=state,
             roles=(Role.NODE,),
             denylist=denylist,
-            store_bounds=bounds,
             stage=stage,
         )
 

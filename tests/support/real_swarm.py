@@ -20,7 +20,6 @@ from expert_server.settings import NodeSettings
 from peer.errors import UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity
-from peer.kademlia.storage import StoreBounds
 from peer.loop import LoopThread
 
 LOCAL = "127.0.0.1"
@@ -53,9 +52,8 @@ class Village:
     async def found(
         self, *, manifest: Manifest = MANIFEST, timing: NodeTiming = QUICK, **settings: Any
     ) -> Node:
-        bounds = StoreBounds(upload_mbit=settings.get("upload_mbit"))
-        config = NetworkConfig(LOCAL, port=settings.get("port", 0))
-        swarm = await found_swarm(self.identities[0], manifest, config, store_bounds=bounds)
+        config = NetworkConfig(LOCAL, port=settings.get("port", 0), upload_mbit=settings.get("upload_mbit"))
+        swarm = await found_swarm(self.identities[0], manifest, config)
         return await self.start(swarm, settings, timing)
 
     async def join(self, number: int, invite: Invite, **settings: Any) -> Node:

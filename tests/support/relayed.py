@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from peer.identity import Identity, PeerID, certificate_pem
+from peer.identity import Identity, certificate_pem
 from peer.relays.client import RelayClient
 from peer.relays.dialler import RelayDialler
 from peer.relays.reservations import Reservations

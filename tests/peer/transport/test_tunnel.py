@@ -152,7 +152,9 @@ def test_another_certificate_is_refused_in_the_tunnel(
     impostor = certificate_pem(identities[1].make_certificate(), identities[1].peer_id)
 
     async def test(pool: ChannelPool) -> None:
-        channel = await pool.reach(KnownPeer(both.server.peer_id, (), impostor, both.contact.tunnel_addresses))
+        channel = await pool.reach(
+            KnownPeer(both.server.peer_id, (), impostor, both.contact.tunnel_addresses)
+        )
         with pytest.raises(grpc.aio.AioRpcError):
             await ask(channel)
 
