@@ -24,6 +24,7 @@ from peer.errors import WireError
 from peer.formatting import printable
 from peer.identity import PeerID
 from peer.merkle import HASH_BYTES, leaf_hash, proves
+from peer.parsing import has_few_parts
 from peer.wire import memory_pb2
 
 Cell = tuple[int, ...]
@@ -203,7 +204,9 @@ class MemoryManifest:
         """Raises WireError."""
         if len(data) > MAX_MANIFEST_BYTES:
             raise WireError(f"a memory's manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES}")
-        _check_count(data)
+        # millions of empty fields would fit into it, and each takes thirty times its size once it is parsed
+        if not has_few_parts(data, memory_pb2.MemoryManifest.DESCRIPTOR, _MAX_FIELDS):
+            raise WireError(f"a memory's manifest that is broken, or of more than {_MAX_FIELDS} fields")
         message = memory_pb2.MemoryManifest()
         try:
             message.ParseFromString(data)
@@ -381,42 +384,6 @@ def cell_of(number: int, grid: tuple[int, ...]) -> Cell:
         number, coordinate = divmod(number, size)
         cell.append(coordinate)
     return tuple(reversed(cell))
-
-
-def _check_count(data: bytes) -> None:
-    """Raises WireError if there are more fields than a manifest has.
-
-    Millions of empty fields would fit into it, and each takes thirty times its size once it is parsed.
-    """
-    at = 0
-    for _ in range(_MAX_FIELDS):
-        if at >= len(data):
-            return
-        key, at = _number(data, at)
-        match key & 7:
-            case 0:
-                _, at = _number(data, at)
-            case 1:
-                at += 8
-            case 2:
-                size, at = _number(data, at)
-                at += size
-            case 5:
-                at += 4
-            case other:
-                raise WireError(f"a memory's manifest with a field of type {other}")
-    raise WireError(f"a memory's manifest of more than {_MAX_FIELDS} fields")
-
-
-def _number(data: bytes, at: int) -> tuple[int, int]:
-    """The varint at this position, and the position after it. Raises WireError."""
-    number = shift = 0
-    for byte in data[at : at + 10]:
-        number |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return number, at + shift // 7
-    raise WireError("a memory's manifest that is cut off")
 
 
 def _part(sha256: bytes, size: int, most: int) -> Part:

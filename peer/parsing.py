@@ -1,13 +1,14 @@
-"""What happens if a stranger's message can't be parsed: it is ignored.
+"""What happens if a stranger's message can't be parsed: it is ignored. And how its parts are counted before that.
 
 A parser raises its own error (a TalkootError) for what it refuses. Any other exception is a bug in the parser that a
 stranger has found. It must not reach the caller, because a task that ends with it would end the process.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, TypeVar, get_args
+from functools import cache
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter
 
@@ -19,6 +20,8 @@ from peer.metrics import start_at_zero
 logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Descriptor: TypeAlias = Any
+"""The descriptor of a protobuf message type. Its class depends on protobuf's implementation."""
 
 Message = Literal[
     "address",
@@ -80,3 +83,56 @@ class ParseGuard:
                 logger.warning("can't parse what %s wrote (%s), and ignore it: %s", who, message, cause)
                 logger.debug("where it failed", exc_info=True)
             raise refusal(f"a message that can't be parsed: {cause}") from error
+
+
+def has_few_parts(data: bytes, kind: Descriptor, most: int) -> bool:
+    """Whether an encoded message of this type has at most this many parts: its fields, and those of nested messages
+    that contain messages. Reads no more of them, so 10,000 take a few ms, whatever the data.
+    """
+    left, unread = most, [(kind, 0, len(data))]
+    try:
+        while unread:
+            kind, at, end = unread.pop()
+            nested = _with_messages(kind)
+            while at < end:
+                left -= 1
+                tag, at = read_varint(data, at)
+                match tag & 7:  # the wire type of the field
+                    case 0:
+                        _, at = read_varint(data, at)
+                    case 1:
+                        at += 8
+                    case 2:
+                        size, at = read_varint(data, at)
+                        if inner := nested.get(tag >> 3):
+                            unread.append((inner, at, at + size))
+                        at += size
+                    case 5:
+                        at += 4
+                    case _:
+                        return False
+                if left < 0:
+                    return False
+    except IndexError:
+        return False
+    return True
+
+
+@cache
+def _with_messages(kind: Descriptor) -> Mapping[int, Descriptor]:
+    """The fields of this type whose messages contain messages themselves: their types, by field number."""
+    kinds = {field.number: field.message_type for field in kind.fields if field.message_type is not None}
+    return {n: each for n, each in kinds.items() if any(f.message_type is not None for f in each.fields)}
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number, and where it ends. Raises IndexError if it does not end within 64 bits."""
+    if (number := data[at]) < 128:
+        return number, at + 1
+    number &= 127
+    for shift in range(7, 70, 7):
+        at += 1
+        number |= (data[at] & 127) << shift
+        if data[at] < 128:
+            return number, at + 1
+    raise IndexError

@@ -8,10 +8,9 @@ traceback for each, and return None to a caller in place of a reply. A message o
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,13 +19,12 @@ from grpc import StatusCode
 from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, WireError
 from peer.loop import is_cancelled
+from peer.parsing import Descriptor, has_few_parts
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 Parse = Callable[[bytes], M]
-Descriptor: TypeAlias = Any
-"""The descriptor of a message type. Its class depends on protobuf's implementation."""
 _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
 _COUNTED_BYTES = 64 * 2**10
@@ -155,7 +153,7 @@ def or_empty(parse: Parse[M], most_bytes: int | None = None) -> Parse[M]:
     def is_small(data: bytes) -> bool:
         if most_bytes is not None:
             return len(data) <= most_bytes
-        return kind is None or len(data) <= _COUNTED_BYTES or has_few_parts(data, kind)
+        return kind is None or len(data) <= _COUNTED_BYTES or has_few_parts(data, kind, _MOST_PARTS)
 
     def parsed(data: bytes) -> M:
         try:
@@ -164,54 +162,3 @@ def or_empty(parse: Parse[M], most_bytes: int | None = None) -> Parse[M]:
             return parse(b"")
 
     return parsed
-
-
-def has_few_parts(data: bytes, kind: Descriptor) -> bool:
-    """Whether an encoded message of this type has at most 10,000 parts. Takes a few ms at most, whatever the data."""
-    left, unread = _MOST_PARTS, [(kind, 0, len(data))]
-    try:
-        while unread:
-            kind, at, end = unread.pop()
-            nested = _with_messages(kind)
-            while at < end:
-                left -= 1
-                tag, at = _read_varint(data, at)
-                match tag & 7:  # the wire type of the field
-                    case 0:
-                        _, at = _read_varint(data, at)
-                    case 1:
-                        at += 8
-                    case 2:
-                        size, at = _read_varint(data, at)
-                        if inner := nested.get(tag >> 3):
-                            unread.append((inner, at, at + size))
-                        at += size
-                    case 5:
-                        at += 4
-                    case _:
-                        return False
-                if left < 0:
-                    return False
-    except IndexError:
-        return False
-    return True
-
-
-@cache
-def _with_messages(kind: Descriptor) -> Mapping[int, Descriptor]:
-    """The fields of this type whose messages contain messages themselves: their types, by field number."""
-    kinds = {field.number: field.message_type for field in kind.fields if field.message_type is not None}
-    return {n: each for n, each in kinds.items() if any(f.message_type is not None for f in each.fields)}
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number, and where it ends. Raises IndexError if it does not end within 64 bits."""
-    if (number := data[at]) < 128:
-        return number, at + 1
-    number &= 127
-    for shift in range(7, 70, 7):
-        at += 1
-        number |= (data[at] & 127) << shift
-        if data[at] < 128:
-            return number, at + 1
-    raise IndexError

@@ -20,6 +20,7 @@ import psutil
 
 from peer.errors import AddressError, PortError
 from peer.identity import PeerID
+from peer.parsing import read_varint
 from peer.transport.endpoints import (
     AddressScope,
     Endpoint,
@@ -259,32 +260,22 @@ def _encoded(parts: _Parts) -> bytes:
 def _decoded(data: bytes) -> _Parts:
     parts = []
     at = 0
-    while at < len(data):
-        code, at = _read_varint(data, at)
-        protocol = _BY_CODE.get(code)
-        if protocol is None:
-            raise AddressError("the multiaddress is of an unknown kind")
-        size, at = _read_varint(data, at) if protocol.size is None else (protocol.size, at)
-        value = data[at : at + size]
-        if len(value) != size:
-            raise AddressError("the multiaddress is cut off")
-        parts.append((protocol, value))
-        at += size
+    try:
+        while at < len(data):
+            code, at = read_varint(data, at)
+            protocol = _BY_CODE.get(code)
+            if protocol is None:
+                raise AddressError("the multiaddress is of an unknown kind")
+            size, at = read_varint(data, at) if protocol.size is None else (protocol.size, at)
+            parts.append((protocol, data[at : at + size]))
+            at += size
+    except IndexError:
+        at = -1
+    if at != len(data):
+        raise AddressError("the multiaddress is cut off")
     return parts
 
 
 def _varint(number: int) -> bytes:
     """The varint of a number below 2^14, such as a code or a size."""
     return bytes([number]) if number < 128 else bytes([number & 127 | 128, number >> 7])
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number, and where it ends."""
-    number = shift = 0
-    while at < len(data) and shift < 14:
-        byte = data[at]
-        number |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return number, at
-    raise AddressError("the multiaddress is cut off")
