@@ -24,7 +24,7 @@ from grpc import StatusCode
 from dht.records import SwarmKeys
 from peer import clock
 from peer.errors import ExpertError, RecordError, RevokedError, SettingsError
-from peer.identity import GRANT_DOMAIN, Identity, PeerID, verify
+from peer.identity import GRANT_DOMAIN, Identity, PeerID, is_peer_id, verify
 from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 
@@ -290,7 +290,7 @@ def parse_denied(text: str) -> PeerID:
         data = base58.b58decode(text)
     except ValueError:
         data = b""
-    if len(data) != 34 or data[:2] != b"\x12\x20":
+    if not is_peer_id(data):
         raise SettingsError(
             f"{text[:80]!r} is not a PeerID: `talkoot status --json` shows those of a swarm's peers"
         )

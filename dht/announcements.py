@@ -17,7 +17,7 @@ from dht.uid import UID
 from peer.bounded import BoundedDict
 from peer.errors import RecordError
 from peer.formatting import printable
-from peer.identity import PeerID, certificate_pem
+from peer.identity import PeerID, certificate_pem, is_peer_id
 from peer.transport.addresses import Multiaddress, known
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.wire import records_pb2
@@ -418,5 +418,5 @@ def _node_latencies(nodes: "list[records_pb2.NodeLatency]") -> dict[PeerID, floa
     return {
         PeerID(node.peer_id): mean_s
         for node in nodes
-        if len(node.peer_id) == 34 and (mean_s := number(node.mean_s, _LONGEST_CALL_S)) is not None
+        if is_peer_id(node.peer_id) and (mean_s := number(node.mean_s, _LONGEST_CALL_S)) is not None
     }

@@ -25,7 +25,7 @@ from peer.averaging import MAX_UPDATE_COUNT
 from peer.bounded import BoundedDict
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
-from peer.identity import Identity, PeerID, peer_id_of, verify
+from peer.identity import Identity, PeerID, is_peer_id, peer_id_of, verify
 from peer.kademlia.routing import id_bytes, key_id_of
 from peer.kademlia.validation import Record, unpack
 from peer.wire import records_pb2
@@ -249,7 +249,7 @@ def writers_key(data: bytes) -> bytes:
 
 def parse_peer_id(value: object) -> PeerID:
     """A PeerID from a DHT subkey. Raises WireError."""
-    if not isinstance(value, bytes) or len(value) != 34 or value[:2] != b"\x12\x20":
+    if not isinstance(value, bytes) or not is_peer_id(value):
         raise WireError("not the PeerID of an RSA key")
     return PeerID(value)
 

@@ -35,6 +35,8 @@ _SERIAL_BYTES = 16
 _VALID_FROM = datetime(2025, 1, 1, tzinfo=UTC)
 _VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 """RFC 5280's notation (4.1.2.5) for a certificate that never expires. It is valid as long as its key."""
+_MULTIHASH = b"\x12\x20"
+"""How a multihash by SHA-256 begins: its kind and its length."""
 _SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 RECORD_DOMAIN = b"talkoot record v1\0"
 SESSION_DOMAIN = b"talkoot session v1\0"
@@ -145,7 +147,12 @@ class Identity:
 
 def peer_id_of(public_key: bytes) -> PeerID:
     """The PeerID of a DER SubjectPublicKeyInfo: the sha2-256 multihash of libp2p's PublicKey message."""
-    return PeerID(b"\x12\x20" + hashlib.sha256(key_message(public_key)).digest())
+    return PeerID(_MULTIHASH + hashlib.sha256(key_message(public_key)).digest())
+
+
+def is_peer_id(data: bytes) -> bool:
+    """Whether a stranger's bytes may be the PeerID of an RSA key."""
+    return len(data) == 34 and data.startswith(_MULTIHASH)
 
 
 def key_message(key: bytes) -> bytes:

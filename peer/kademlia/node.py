@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 
 from peer import clock
 from peer.bounded import BoundedDict
-from peer.identity import PeerID
+from peer.identity import PeerID, is_peer_id
 from peer.kademlia.routing import (
     BUCKET_SIZE,
     ID_BYTES,
@@ -25,7 +25,6 @@ from peer.kademlia.routing import (
     Backoff,
     RoutingTable,
     id_bytes,
-    is_peer_id,
     node_id_of,
     should_hand_over,
 )

@@ -25,8 +25,6 @@ REPLICAS = 5
 """A key is stored at this many of its nearest nodes."""
 _DEPTH_STEP = 5
 """Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
-_PEER_ID_PREFIXES = b"\x12\x20", b"\x00\x24\x08\x01\x12\x20"
-"""How a PeerID begins: before the SHA-256 hash of a key, or before an Ed25519 key itself."""
 _REMEMBERED_SILENT = 4096
 _FIRST_PAUSE_S, _MOST_DOUBLINGS = 5.0, 7
 
@@ -53,13 +51,6 @@ def id_of_bytes(data: bytes) -> int:
 def id_bytes(number: int) -> bytes:
     """An ID on the wire: `ID_BYTES` bytes."""
     return number.to_bytes(ID_BYTES, "big")
-
-
-def is_peer_id(name: bytes) -> bool:
-    """Whether it is the PeerID of an RSA key, as all Talkoot peers have, or of an Ed25519 key, as other
-    programs have.
-    """
-    return any(len(name) == len(prefix) + 32 and name.startswith(prefix) for prefix in _PEER_ID_PREFIXES)
 
 
 def should_hand_over(key: int, newcomer: int, own: int, others: Sequence[int]) -> bool:

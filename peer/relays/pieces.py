@@ -5,7 +5,7 @@ from typing import TypeAlias
 from grpc import StatusCode
 
 from peer.errors import ExpertError
-from peer.identity import PeerID
+from peer.identity import PeerID, is_peer_id
 from peer.wire import relay_pb2
 
 Piece: TypeAlias = "relay_pb2.CircuitPiece"
@@ -35,7 +35,7 @@ def read_piece(piece: Piece) -> bytes:
 
 def read_peer(data: bytes) -> PeerID:
     """A PeerID that a stranger wrote. Raises ExpertError (INVALID_ARGUMENT)."""
-    if len(data) != 34 or not data.startswith(b"\x12\x20"):
+    if not is_peer_id(data):
         raise ExpertError(StatusCode.INVALID_ARGUMENT, "not the PeerID of a peer")
     return PeerID(data)
 

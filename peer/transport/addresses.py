@@ -19,7 +19,7 @@ import base58
 import psutil
 
 from peer.errors import AddressError, PortError
-from peer.identity import PeerID
+from peer.identity import PeerID, is_peer_id
 from peer.parsing import read_varint
 from peer.transport.endpoints import (
     AddressScope,
@@ -31,9 +31,7 @@ from peer.transport.endpoints import (
     parse_port,
 )
 
-_PEER_ID = re.compile(r"(?:Qm|12D3KooW)[1-9A-HJ-NP-Za-km-z]{44}")
-_PEER_ID_FORMS = {34: b"\x12\x20", 38: b"\x00\x24\x08\x01\x12\x20"}
-"""Size in bytes → how such a PeerID begins: the SHA-256 of an RSA key, or an Ed25519 key, which no Talkoot peer has."""
+_PEER_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}")
 
 
 class Multiaddress(str):
@@ -178,18 +176,13 @@ class _Protocol:
 def _peer_bytes(text: str) -> bytes:
     if _PEER_ID.fullmatch(text) is None:
         raise AddressError("not a PeerID")
-    data: bytes = base58.b58decode(text)
-    if _peer_text(data) != text:
+    return _checked_peer(base58.b58decode(text))
+
+
+def _checked_peer(data: bytes) -> bytes:
+    if not is_peer_id(data):
         raise AddressError("not a PeerID")
     return data
-
-
-def _peer_text(data: bytes) -> str:
-    form = _PEER_ID_FORMS.get(len(data))
-    if form is None or not data.startswith(form):
-        raise AddressError("not a PeerID")
-    text: bytes = base58.b58encode(data)
-    return text.decode()
 
 
 def _ascii(data: bytes) -> str:
@@ -222,7 +215,7 @@ _TCP = _Protocol(
     lambda text: parse_port(text).to_bytes(2, "big"),
     lambda data: str(int.from_bytes(data, "big")),
 )
-_P2P = _Protocol("p2p", 421, None, _peer_bytes, _peer_text)
+_P2P = _Protocol("p2p", 421, None, _peer_bytes, lambda data: PeerID(_checked_peer(data)).to_base58())
 _CIRCUIT = _Protocol("p2p-circuit", 290, 0, lambda text: b"", lambda data: "")
 _HOSTS = (_IP4, _IP6, _host_name("dns", 53), _host_name("dns4", 54), _host_name("dns6", 55))
 _FORMS = ((_TCP, _P2P), (_TCP, _P2P, _CIRCUIT, _P2P))
