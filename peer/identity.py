@@ -5,7 +5,6 @@ signature and a certificate; no authority is needed.
 """
 
 import hashlib
-import os
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 
 from peer.errors import RecordError, StartError
+from peer.files import write_atomically
 
 TLS_NAME = "talkoot.peer"
 """The name in every certificate. It identifies nobody, because whole certificates are pinned."""
@@ -218,11 +218,4 @@ def _write_new_key(path: Path) -> None:
         serialization.NoEncryption(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key_message(data))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_atomically(path, key_message(data), 0o600)

@@ -58,10 +58,10 @@ def test_only_the_owner_can_read_the_key_and_nothing_else_is_left(tmp_path: Path
 
 
 def test_a_key_half_written_before_a_crash_does_not_hinder(tmp_path: Path) -> None:
-    (tmp_path / "peer.new").write_bytes(b"half a k")
+    (tmp_path / ".peer.key.new").write_bytes(b"half a k")
     identity = Identity.load_or_create(tmp_path / "peer.key")
     assert Identity.load_or_create(tmp_path / "peer.key").peer_id == identity.peer_id
-    assert not (tmp_path / "peer.new").exists()
+    assert not (tmp_path / ".peer.key.new").exists()
 
 
 def other_curve() -> bytes:
