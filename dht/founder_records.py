@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dht.admission import MAX_REVOKED, SwarmAdmission
-from dht.records import MAX_RECORD_BYTES
+from dht.records import MAX_RECORD_BYTES, FounderRecord
 from dht.registry import Registry
 from peer import clock
 from peer.files import write_atomically
@@ -35,23 +35,23 @@ class ManifestRecord:
     def __init__(
         self,
         registry: Registry,
-        data: bytes,
-        expires_at: float,
+        newest: FounderRecord,
         file: "RecordFile | None" = None,
         now: Callable[[], float] = clock.now,
         rng: random.Random | None = None,
     ) -> None:
         """`file`: where the newest record is saved."""
-        self.data = data
-        """The signed record."""
-        self.expires_at = expires_at
+        self.newest = newest
         self._registry = registry
         self._now = now
         self._file = file or RecordFile(None)
-        self._file.save(data)
-        self._manifest_json = registry.manifest_json(data)
+        self._file.save(newest.data)
         self._looked_at = 0.0
         self._rng = rng or random.SystemRandom()
+
+    @property
+    def expires_at(self) -> float:
+        return self.newest.expires_at
 
     @property
     def warning(self) -> str:
@@ -66,15 +66,15 @@ class ManifestRecord:
 
     async def republish(self) -> None:
         """Stores the record again. The founder first renews it when that is due. Raises UnreachableError."""
-        keys, now = self._registry.keys, self._now()
-        is_due = self._registry.peer_id == keys.author and now >= self.expires_at - _RENEW_AFTER_S
+        now = self._now()
+        is_founder = self._registry.peer_id == self._registry.keys.author
+        is_due = is_founder and now >= self.expires_at - _RENEW_AFTER_S
         if is_due:
-            expires_at = now + LIFETIME_S
-            self._take(self._registry.sign_manifest(self._manifest_json, expires_at), expires_at)
+            self._take(self._registry.sign_manifest(self.newest.payload.manifest_json, now + LIFETIME_S))
         elif await self.look() and (warning := self.warning):
             logger.warning("%s", warning)
         if is_due or _is_drawn(self._registry, self._rng):
-            await self._registry.republish(keys.manifest, self.data, self.expires_at)
+            await self._registry.republish(self.newest)
 
     async def look(self) -> bool:
         """Adopts a newer record if there is one. It looks once an hour, in the second half of the lifetime, and returns
@@ -84,14 +84,14 @@ class ManifestRecord:
         if now < max(self.expires_at - _RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
             return False
         self._looked_at = now
-        found = await self._registry.find_manifest()
-        if found is not None and found[1] > self.expires_at:
-            self._take(*found)
+        found = await self._registry.find_founders(self._registry.keys.manifest)
+        if found is not None and found.expires_at > self.expires_at:
+            self._take(found)
         return True
 
-    def _take(self, data: bytes, expires_at: float) -> None:
-        self.data, self.expires_at = data, expires_at
-        self._file.save(data)
+    def _take(self, record: FounderRecord) -> None:
+        self.newest = record
+        self._file.save(record.data)
 
 
 def _is_drawn(registry: Registry, rng: random.Random) -> bool:
@@ -139,38 +139,28 @@ class Revocations:
     """One peer's copy of the list of revoked tokens. Does nothing in an open swarm."""
 
     def __init__(
-        self,
-        registry: Registry,
-        admission: SwarmAdmission,
-        file: "RecordFile | None" = None,
-        now: Callable[[], float] = clock.now,
-        rng: random.Random | None = None,
+        self, registry: Registry, admission: SwarmAdmission, file: "RecordFile | None" = None
     ) -> None:
         """Applies the record on disk at once. `file`: where the newest record is saved."""
         self._registry = registry
         self._admission = admission
         self._file = file or RecordFile(None)
-        self._now = now
-        self._rng = rng or random.SystemRandom()
-        self._record: tuple[bytes, float] | None = None
-        """The signed record and its expiry."""
-        self._published: frozenset[int] = frozenset()
-        if (saved := registry.revocations_record(self._file.read())) is not None:
-            self._take(*saved)
+        self._rng = random.SystemRandom()
+        self._newest: FounderRecord | None = None
+        if (saved := registry.read_founders(registry.keys.revocations, self._file.read())) is not None:
+            self._take(saved)
 
     async def read(self) -> None:
         """Reads the founder's current list. Raises UnreachableError."""
         if self._admission.mode == "open":
             return
-        found = await self._registry.find_revocations()
-        if found is None:
-            return
-        self._take(*found)
+        if (found := await self._registry.find_founders(self._registry.keys.revocations)) is not None:
+            self._take(found)
 
     async def keep(self) -> None:
         """Stores the founder's record again, but not in every round. Raises UnreachableError."""
-        if self._record is not None and _is_drawn(self._registry, self._rng):
-            await self._registry.republish(self._registry.keys.revocations, *self._record)
+        if self._newest is not None and _is_drawn(self._registry, self._rng):
+            await self._registry.republish(self._newest)
 
     async def publish(self, serials: Collection[int]) -> None:
         """For the founder: signs and stores the list if it is new, or if half of the record's lifetime has passed.
@@ -178,17 +168,21 @@ class Revocations:
         Raises UnreachableError.
         """
         self._admission.revoke(serials)
-        wanted = frozenset(sorted(serials)[:MAX_REVOKED])
-        fresh = self._record is not None and self._record[1] > self._now() + _RENEW_AFTER_S
-        if self._admission.mode == "open" or (wanted <= self._published and (fresh or not wanted)):
+        wanted, now = frozenset(sorted(serials)[:MAX_REVOKED]), clock.now()
+        published, until = frozenset[int](), 0.0
+        if self._newest is not None:
+            published = frozenset(self._newest.payload.revocations.serials)
+            until = self._newest.expires_at
+        is_fresh = until > now + _RENEW_AFTER_S
+        if self._admission.mode == "open" or (wanted <= published and (is_fresh or not wanted)):
             return
         # later than the last one, even if the clock was set back: of two records, peers keep the one that expires last
-        expires_at = max(self._now() + LIFETIME_S, 0.0 if self._record is None else self._record[1] + 1.0)
-        self._take(wanted, await self._registry.publish_revocations(wanted, expires_at), expires_at)
+        record = self._registry.sign_revocations(wanted, max(now + LIFETIME_S, until + 1.0))
+        await self._registry.republish(record)
+        self._take(record)
 
-    def _take(self, serials: Collection[int], record: bytes, expires_at: float) -> None:
-        self._admission.revoke(serials)
-        if self._record is None or expires_at > self._record[1]:
-            self._record = record, expires_at
-            self._published = frozenset(serials)
-            self._file.save(record)
+    def _take(self, record: FounderRecord) -> None:
+        self._admission.revoke(record.payload.revocations.serials)
+        if self._newest is None or record.expires_at > self._newest.expires_at:
+            self._newest = record
+            self._file.save(record.data)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -126,6 +127,17 @@ class SwarmKeys:
     def memory_index(self, memory: MemoryID, coordinate: Cell, following: int) -> str:
         """Like `index`, for a memory's grid."""
         return _piece(self.memory(memory, coordinate), following)
+
+
+class FounderRecord(NamedTuple):
+    """A record that the swarm's founder has signed."""
+
+    data: bytes
+    payload: records_pb2.RecordPayload
+
+    @property
+    def expires_at(self) -> float:
+        return self.payload.expires_at
 
 
 class RecordValidator:

@@ -30,6 +30,7 @@ from dht.records import (
     FEWEST_TRAINER_DIGITS,
     INDEX_PIECE,
     MAX_LIFETIME_S,
+    FounderRecord,
     SwarmKeys,
     child_shards,
     choose_shard,
@@ -196,16 +197,26 @@ class Registry:
         """Bytes of this peer's calls to the DHT so far."""
         return self._dht.spent_bytes
 
-    def sign_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
+    def sign_manifest(self, manifest_json: bytes, expires_at: float) -> FounderRecord:
         """The manifest's record, to be stored by `republish`."""
         payload = records_pb2.RecordPayload(
             key=self.keys.manifest, expires_at=expires_at, manifest_json=manifest_json
         )
-        return sign_record(self._identity, payload)
+        return FounderRecord(sign_record(self._identity, payload), payload)
 
-    async def republish(self, key: str, record: bytes, expires_at: float) -> None:
-        """Stores a record of the author again, so that it outlives the peers that held it."""
-        await self.store_again([Item(key, self.keys.author.to_bytes(), record, expires_at)])
+    def sign_revocations(self, serials: Collection[int], expires_at: float) -> FounderRecord:
+        """The record of the serials of revoked grants, to be stored by `republish`."""
+        payload = records_pb2.RecordPayload(
+            key=self.keys.revocations,
+            expires_at=expires_at,
+            revocations=admission_pb2.Revocations(serials=sorted(serials)),
+        )
+        return FounderRecord(sign_record(self._identity, payload), payload)
+
+    async def republish(self, record: FounderRecord) -> None:
+        """Stores a record of the founder again, so that it outlives the peers that held it."""
+        author = self.keys.author.to_bytes()
+        await self.store_again([Item(record.payload.key, author, record.data, record.expires_at)])
 
     async def store_again(self, items: Sequence[Item]) -> None:
         """Stores records that others have signed. A peer that already has one refuses it, which does not count as a
@@ -213,50 +224,17 @@ class Registry:
         """
         await self._in_time(self.lookups.store(items))
 
-    async def publish_revocations(self, serials: Collection[int], expires_at: float) -> bytes:
-        """Signs and stores the serials of revoked grants. Returns the stored record."""
-        payload = records_pb2.RecordPayload(
-            key=self.keys.revocations,
-            expires_at=expires_at,
-            revocations=admission_pb2.Revocations(serials=sorted(serials)),
-        )
-        record = sign_record(self._identity, payload)
-        await self.republish(payload.key, record, expires_at)
-        return record
+    async def find_founders(self, key: str) -> FounderRecord | None:
+        """The founder's record under `keys.manifest` or `keys.revocations`."""
+        value, _ = (await self.get([key]))[key].get(self.keys.author.to_bytes(), (None, 0.0))
+        return self.read_founders(key, value)
 
-    async def find_revocations(self) -> tuple[tuple[int, ...], bytes, float] | None:
-        """The serials of revoked grants, the author's record of them, and its expiry."""
-        key, author = self.keys.revocations, self.keys.author
-        value, _ = (await self.get([key]))[key].get(author.to_bytes(), (None, 0.0))
-        return self.revocations_record(value)
-
-    def revocations_record(self, value: object) -> tuple[tuple[int, ...], bytes, float] | None:
-        """Reads the author's record of revocations from any value. Returns the serials, the record and its expiration
-        time; None if the value is not that record or has expired.
-        """
-        key, author = self.keys.revocations, self.keys.author
-        payload = self.guard.read("revocations", author, lambda: open_record(value, key, author, self.now()))
-        if payload is None or not isinstance(value, bytes):
-            return None
-        return tuple(payload.revocations.serials), value, payload.expires_at
-
-    async def find_manifest(self) -> tuple[bytes, float] | None:
-        """The author's signed record of the manifest, and its expiry."""
-        key, author = self.keys.manifest, self.keys.author
-        value, _ = (await self.get([key]))[key].get(author.to_bytes(), (None, 0.0))
-        return self.manifest_record(value)
-
-    def manifest_record(self, value: object) -> tuple[bytes, float] | None:
-        """Reads the author's record of the manifest from any value. Returns it with its expiration time; None if the
-        value is not that record or has expired.
-        """
-        key, author = self.keys.manifest, self.keys.author
-        payload = self.guard.read("manifest", author, lambda: open_record(value, key, author, self.now()))
-        return (value, payload.expires_at) if isinstance(value, bytes) and payload is not None else None
-
-    def manifest_json(self, record: bytes) -> bytes:
-        """The manifest in the author's record."""
-        return open_record(record, self.keys.manifest, self.keys.author, self.now()).manifest_json
+    def read_founders(self, key: str, value: object) -> FounderRecord | None:
+        """The founder's record for that key, from any value; None if it is not that record, or has expired."""
+        author = self.keys.author
+        message: Message = "manifest" if key == self.keys.manifest else "revocations"
+        payload = self.guard.read(message, author, lambda: open_record(value, key, author, self.now()))
+        return FounderRecord(value, payload) if isinstance(value, bytes) and payload is not None else None
 
     async def announce(
         self, replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -17,7 +17,7 @@ from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocati
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
-from dht.records import RecordValidator, SwarmKeys, writers_key
+from dht.records import FounderRecord, RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
 from peer import clock
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
@@ -39,6 +39,8 @@ _REMEMBERED_TRIED = 64
 """The most addresses from earlier runs that are tried at the start."""
 _OTHERS_IN_INVITE = 4
 """The most addresses of other peers in an invite."""
+
+_EXPIRES_AT = attrgetter("expires_at")
 
 Stage = Callable[[str], None]
 """Called with the next stage of a peer's start, in words."""
@@ -149,7 +151,7 @@ async def join_swarm(
         registry = peer.registry(host)
         stage("reading the manifest")
         record = await _find_manifest(registry, peer.manifest_file)
-        manifest = Manifest.from_json(registry.manifest_json(record[0]))
+        manifest = _manifest_in(record)
         if manifest.name != invite.keys.name:
             raise SwarmError(
                 f"the manifest is of a swarm named {manifest.name!r}, not {invite.keys.name!r}: ask for a new invite"
@@ -212,19 +214,17 @@ class _Peer:
     def _record_file(self, kind: str) -> RecordFile:
         return RecordFile(None if self._folder is None else self._folder / kind / self._keys.swarm_id)
 
-    def member(
-        self, host: Host, registry: Registry, manifest: Manifest, record: tuple[bytes, float]
-    ) -> Swarm:
-        """`record`: the manifest's record signed by its author, and its expiry."""
+    def member(self, host: Host, registry: Registry, manifest: Manifest, record: FounderRecord) -> Swarm:
+        """`record`: the manifest's."""
         self._store.add(host.bootstrapped_from, clock.now())
         rules = manifest.admission
         exporters = (Role[word.upper()] for word in rules.export)
-        self._admission.learn(writers_key(record[0]), rules.mode, exporters)
+        self._admission.learn(writers_key(record.data), rules.mode, exporters)
         return Swarm(
             host,
             registry,
             manifest,
-            ManifestRecord(registry, *record, self.manifest_file),
+            ManifestRecord(registry, record, self.manifest_file),
             Membership(host, registry, self._store),
             self._store,
             self._admission,
@@ -264,34 +264,33 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
 
 async def _own_manifest(
     registry: Registry, manifest: Manifest, file: RecordFile, joined: bool
-) -> tuple[bytes, float]:
-    """The founder's record of the manifest and its expiry: the newest in the DHT or on disk, or a new one.
+) -> FounderRecord:
+    """The founder's record of the manifest: the newest in the DHT or on disk, or a new one.
 
     `joined`: whether other peers answered. A founder that is alone may found its swarm again with another manifest.
     """
     found, saved = await _look_for_manifest(registry, _LOOKS if joined else 1), _saved(registry, file)
-    record = max(filter(None, (found, saved)), key=itemgetter(1), default=None)
-    if record is not None and joined and _manifest_in(registry, record) != manifest:
+    record = max(filter(None, (found, saved)), key=_EXPIRES_AT, default=None)
+    if record is not None and joined and _manifest_in(record) != manifest:
         raise SwarmError(
             f"your swarm {manifest.name!r} was founded with another manifest: pass that one, or choose another name "
             "in it" + ("" if found is not None else f"; if that swarm has ended, remove {file.path}")
         )
-    if record is None or _manifest_in(registry, record) != manifest:
-        expires_at = clock.now() + LIFETIME_S
-        record = registry.sign_manifest(manifest.to_json(), expires_at), expires_at
+    if record is None or _manifest_in(record) != manifest:
+        record = registry.sign_manifest(manifest.to_json(), clock.now() + LIFETIME_S)
     try:
-        await registry.republish(registry.keys.manifest, *record)
+        await registry.republish(record)
     except UnreachableError as error:
         logger.warning("the manifest is not published yet: %s", error)  # `keep_manifest` publishes it again
     return record
 
 
-async def _find_manifest(registry: Registry, file: RecordFile) -> tuple[bytes, float]:
+async def _find_manifest(registry: Registry, file: RecordFile) -> FounderRecord:
     """The newest record of the manifest, in the DHT or on disk. Without one on disk, it looks for longer."""
     saved = _saved(registry, file)
     if saved is not None:
         found = await _look_for_manifest(registry, _LOOKS)
-        return max(filter(None, (found, saved)), key=itemgetter(1))
+        return max(filter(None, (found, saved)), key=_EXPIRES_AT)
     deadline = time.monotonic() + _MANIFEST_DEADLINE_S
     while (found := await _look_for_manifest(registry, 1)) is None:
         if time.monotonic() > deadline:
@@ -303,29 +302,29 @@ async def _find_manifest(registry: Registry, file: RecordFile) -> tuple[bytes, f
     return found
 
 
-async def _look_for_manifest(registry: Registry, looks: int) -> tuple[bytes, float] | None:
+async def _look_for_manifest(registry: Registry, looks: int) -> FounderRecord | None:
     """Looks several times: a new peer's first look-ups may fail, because its routing table is still filling."""
     for look in range(looks):
         if look:
             await asyncio.sleep(_RETRY_S)
         with contextlib.suppress(UnreachableError):
-            if (found := await registry.find_manifest()) is not None:
+            if (found := await registry.find_founders(registry.keys.manifest)) is not None:
                 return found
     return None
 
 
-def _saved(registry: Registry, file: RecordFile) -> tuple[bytes, float] | None:
+def _saved(registry: Registry, file: RecordFile) -> FounderRecord | None:
     """The record on disk, unless it has expired or is from a release with another protocol version."""
-    record = registry.manifest_record(file.read())
+    record = registry.read_founders(registry.keys.manifest, file.read())
     try:
         if record is not None:
-            _manifest_in(registry, record)
+            _manifest_in(record)
     except SwarmError as error:
         logger.warning("%s is not used: %s", file.path, error)
         return None
     return record
 
 
-def _manifest_in(registry: Registry, record: tuple[bytes, float]) -> Manifest:
+def _manifest_in(record: FounderRecord) -> Manifest:
     """Raises SwarmError if the manifest is not for this software."""
-    return Manifest.from_json(registry.manifest_json(record[0]))
+    return Manifest.from_json(record.payload.manifest_json)

@@ -181,7 +181,7 @@ class SimulatedNode:
             SimulatedHost(swarm, peer),
             registry,
             plan.manifest,
-            ManifestRecord(registry, *swarm.manifest_record, now=now),
+            ManifestRecord(registry, swarm.manifest_record, now=now),
             PeerStore(None),
             swarm.guard,
         )
@@ -386,10 +386,9 @@ class InternetSwarm:
         """Exceptions that the product's code should not have raised."""
         founder: Any = SimulatedIdentity(0)
         self.keys = SwarmKeys(plan.manifest.name, founder.peer_id)
-        expires_at = world.now() + LIFETIME_S
         lookups: Any = ModelLookups(self.dht, Peer(-1, founder, HomeLine()))
         registry = Registry(lookups, self.keys, founder, guard=self.guard, now=world.now)
-        self.manifest_record = registry.sign_manifest(plan.manifest.to_json(), expires_at), expires_at
+        self.manifest_record = registry.sign_manifest(plan.manifest.to_json(), world.now() + LIFETIME_S)
         self.shared: dict[object, Any] = {}
         """What has been read from records, by the records' bytes. All nodes share it."""
         self._settings: dict[int, NodeSettings] = {}

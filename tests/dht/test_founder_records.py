@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 
 from dht.founder_records import LIFETIME_S, ManifestRecord, Revocations
-from dht.records import SwarmKeys
+from dht.records import FounderRecord, SwarmKeys
 from peer.identity import PeerID
+from peer.wire import records_pb2
 
 FOUNDER, OTHER = PeerID(b"\x12\x20" + bytes(32)), PeerID(b"\x12\x20" + bytes([1]) * 32)
 DAY_S = 86400.0
 JSON = b'{"name": "sauna"}'
+
+
+def signed(number: int, expires_at: float) -> FounderRecord:
+    payload = records_pb2.RecordPayload(expires_at=expires_at, manifest_json=JSON)
+    return FounderRecord(f"record {number}".encode(), payload)
 
 
 class Records:
@@ -26,7 +32,7 @@ class Records:
         self.signed = 0
         self.stored = 0
         self.looks = 0
-        self.held: tuple[bytes, float] = b"record 0 " + JSON, LIFETIME_S
+        self.held = signed(0, LIFETIME_S)
 
     def registry(self, peer_id: PeerID) -> Any:
         records = self
@@ -38,33 +44,28 @@ class Records:
                 self.peer_id = peer_id
                 self.lookups = SimpleNamespace(estimated_nodes=records.nodes)
 
-            def manifest_json(self, record: bytes) -> bytes:
-                return record.split(b" ", 2)[2]
-
-            def sign_manifest(self, manifest_json: bytes, expires_at: float) -> bytes:
+            def sign_manifest(self, manifest_json: bytes, expires_at: float) -> FounderRecord:
                 assert peer_id == FOUNDER
+                assert manifest_json == JSON
                 records.signed += 1
-                return f"record {records.signed} ".encode() + manifest_json
+                return signed(records.signed, expires_at)
 
-            async def find_manifest(self) -> tuple[bytes, float] | None:
+            async def find_founders(self, key: str) -> FounderRecord | None:
                 records.looks += 1
-                return records.held if records.held[1] > records.now else None
+                return records.held if records.held.expires_at > records.now else None
 
-            def revocations_record(self, value: object) -> None:
+            def read_founders(self, key: str, value: object) -> None:
                 assert value is None, "nothing is on disk"
 
-            async def find_revocations(self) -> tuple[tuple[int, ...], bytes, float]:
-                return (1,), b"revoked", LIFETIME_S
-
-            async def republish(self, key: str, record: bytes, expires_at: float) -> None:
+            async def republish(self, record: FounderRecord) -> None:
                 records.stored += 1
-                if expires_at > max(records.now, records.held[1]):
-                    records.held = record, expires_at
+                if record.expires_at > max(records.now, records.held.expires_at):
+                    records.held = record
 
         return Registry()
 
     def kept_by(self, peer_id: PeerID) -> ManifestRecord:
-        return ManifestRecord(self.registry(peer_id), *self.held, now=lambda: self.now)
+        return ManifestRecord(self.registry(peer_id), self.held, now=lambda: self.now)
 
 
 def live(records: Records, peers: Iterable[ManifestRecord], days: int) -> None:
@@ -84,9 +85,9 @@ def test_the_founder_signs_anew_half_way_and_the_manifest_stays_the_same() -> No
     assert records.signed == 0
     live(records, [founder], 2)
     assert records.signed == 1
-    assert founder.data == records.held[0] == b"record 1 " + JSON
+    assert founder.newest.data == records.held.data == b"record 1"
     live(records, [founder], 60)
-    assert records.held[1] > records.now + LIFETIME_S / 2 - DAY_S
+    assert records.held.expires_at > records.now + LIFETIME_S / 2 - DAY_S
     assert records.signed == 5
 
 
@@ -94,13 +95,13 @@ def test_others_take_the_renewed_record_and_keep_it_alive_when_its_holders_have_
     records = Records()
     founder, other = records.kept_by(FOUNDER), records.kept_by(OTHER)
     live(records, [founder, other], 16)
-    assert other.data == founder.data == b"record 1 " + JSON
+    assert other.newest.data == founder.newest.data == b"record 1"
     looks = records.looks
     live(records, [other], 10)
     assert records.looks == looks, "a fresh record is not looked for"
-    records.held = b"", 0.0
+    records.held = signed(0, 0.0)
     live(records, [other], 1)
-    assert records.held == (founder.data, founder.expires_at)
+    assert records.held == founder.newest
 
 
 def test_others_warn_in_the_last_week_before_nobody_can_join(caplog: pytest.LogCaptureFixture) -> None:
@@ -123,7 +124,7 @@ def test_a_founder_that_was_away_renews_when_it_is_back() -> None:
     founder, other = records.kept_by(FOUNDER), records.kept_by(OTHER)
     live(records, [other], 29)
     live(records, [founder, other], 1)
-    assert records.held[1] > records.now + LIFETIME_S - 2 * DAY_S
+    assert records.held.expires_at > records.now + LIFETIME_S - 2 * DAY_S
 
 
 def test_in_a_large_swarm_a_few_store_it_in_each_round() -> None:

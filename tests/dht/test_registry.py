@@ -28,7 +28,7 @@ from dht.records import SwarmKeys, open_record
 from dht.registry import Registry
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
-from peer.errors import RecordError, UnreachableError
+from peer.errors import UnreachableError
 from peer.host import Host
 from peer.kademlia.validation import unpack
 from peer.loop import LoopThread
@@ -346,10 +346,10 @@ def test_a_manifest_is_found_and_outlives_a_republication(swarm: Swarm) -> None:
         until = time.time() + 3600
         author = swarm.registry(0)
         record = author.sign_manifest(MANIFEST.to_json(), until)
-        await swarm.registry(1).republish(swarm.registry(1).keys.manifest, record, until)
-        reader = swarm.registry(2)
-        assert await reader.find_manifest() == (record, until)
-        assert Manifest.from_json(reader.manifest_json(record)) == MANIFEST
+        await swarm.registry(1).republish(record)
+        found = await swarm.registry(2).find_founders(swarm.keys.manifest)
+        assert found == record
+        assert Manifest.from_json(found.payload.manifest_json) == MANIFEST
 
     swarm.run(scenario())
 
@@ -364,14 +364,12 @@ def test_two_authors_of_one_name_do_not_see_each_other(swarm: Swarm) -> None:
         )
         records = []
         for author, text in ((swarm.registry(0), b"first"), (rival, b"second")):
-            records.append((author.sign_manifest(text, until), until))
-            await author.republish(author.keys.manifest, *records[-1])
+            records.append(author.sign_manifest(text, until))
+            await author.republish(records[-1])
         reader = swarm.registry(2)
-        assert await reader.find_manifest() == records[0]
-        assert await rival.find_manifest() == records[1]
-        assert reader.manifest_record(records[1][0]) is None
-        with pytest.raises(RecordError, match="belongs under"):
-            reader.manifest_json(records[1][0])
+        assert await reader.find_founders(reader.keys.manifest) == records[0]
+        assert await rival.find_founders(rival.keys.manifest) == records[1]
+        assert reader.read_founders(reader.keys.manifest, records[1].data) is None
 
     swarm.run(scenario())
 

@@ -50,10 +50,10 @@ def test_founder_and_joiner_start_again_without_the_dhts_manifest(
             again = await join_swarm(joiner, hidden, CONFIG, state=tmp_path / "joiner")
             stack.push_async_callback(again.stop)
             assert again.manifest == MANIFEST
-            assert again.manifest_record.data == founded.manifest_record.data
+            assert again.manifest_record.newest.data == founded.manifest_record.newest.data
             back = await found_swarm(founder, MANIFEST, CONFIG, bootstrap=only, state=tmp_path / "founder")
             stack.push_async_callback(back.stop)
-            assert back.manifest_record.data == founded.manifest_record.data
+            assert back.manifest_record.newest.data == founded.manifest_record.newest.data
 
     loop.run(scenario(), 120)
 
@@ -94,7 +94,7 @@ def test_a_spoilt_copy_on_disk_counts_as_none(
         file.write_bytes(spoilt)
         swarm = await found_swarm(identities[0], MANIFEST, CONFIG, state=tmp_path)
         await swarm.stop()
-        assert file.read_bytes() == swarm.manifest_record.data != spoilt
+        assert file.read_bytes() == swarm.manifest_record.newest.data != spoilt
 
     loop.run(scenario(), 60)
 

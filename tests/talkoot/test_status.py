@@ -15,16 +15,21 @@ from dht.announcements import NodeInfo, Reachability, TrainerInfo
 from dht.directory import View
 from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.receipts import SignedWork, Work
-from dht.records import SwarmKeys
+from dht.records import FounderRecord, SwarmKeys
 from dht.swarm import Swarm
 from dht.uid import UID
 from peer.errors import SettingsError
 from peer.identity import PeerID
+from peer.wire import records_pb2
 from talkoot.credit import Credit
 from talkoot.status import SwarmReader, SwarmReading, _renderables
 from trainer_client.settings import TrainerSettings
 
 MODEL = manifest((2, 2), layers=1)
+
+
+def manifest_record(expires_at: float) -> FounderRecord:
+    return FounderRecord(b"", records_pb2.RecordPayload(expires_at=expires_at))
 
 
 class FakeRegistry:
@@ -40,11 +45,8 @@ class FakeRegistry:
 
     keys = SwarmKeys("sauna", peer(-1))
 
-    def manifest_json(self, data: bytes) -> bytes:
-        return data
-
-    async def find_manifest(self) -> tuple[bytes, float]:
-        return b"", self.expires_at
+    async def find_founders(self, key: str) -> FounderRecord:
+        return manifest_record(self.expires_at)
 
     async def prefixes(self, prefixes: Collection[Any], size: int, **_: Any) -> dict[Any, frozenset[int]]:
         return {prefix: frozenset({0, 1}) for prefix in prefixes}
@@ -74,7 +76,7 @@ def reader_of(registry: FakeRegistry, clock: list[float]) -> SwarmReader:
     swarm = SimpleNamespace(
         registry=registry,
         manifest=MODEL,
-        manifest_record=ManifestRecord(found, b"", registry.expires_at, now=lambda: clock[0]),
+        manifest_record=ManifestRecord(found, manifest_record(registry.expires_at), now=lambda: clock[0]),
         keys=SimpleNamespace(swarm_id="sauna-x"),
     )
     return SwarmReader(cast(Swarm, swarm), list_every_s=30.0, now=lambda: clock[0])
