@@ -6,9 +6,10 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -63,6 +64,7 @@ _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
 
 P = TypeVar("P")
 T = TypeVar("T")
+Info = TypeVar("Info", NodeInfo, TrainerInfo)
 
 _SHARD_FOR_S = 600.0
 """How long a peer relies, roughly, on the shard it was last listed in before it checks again."""
@@ -116,6 +118,18 @@ def _pieces(
 def _below(listed: Mapping[str, Collection[PeerID]]) -> list[str]:
     """The shards to read after these. `listed`: the peers in each shard."""
     return [lower for shard, some in listed.items() for lower in child_shards(shard, len(some))]
+
+
+@dataclass(frozen=True)
+class _PeerKind(Generic[Info]):
+    """One of the two kinds of peers that a swarm lists: nodes or trainers."""
+
+    message: Message
+    record_key: Callable[[PeerID], str]
+    shard_key: Callable[[str], str]
+    fewest_digits: int
+    """Of a shard."""
+    read: Callable[[records_pb2.RecordPayload, PeerID], Info | None]
 
 
 class Registry:
@@ -182,10 +196,12 @@ class Registry:
         """When this peer's last record under each key expires."""
         self._earlier_until: float | None = None
         """By about this time, everything that this peer wrote before its restart has expired; None: not read yet."""
-        self._own_shards: dict[int, tuple[str, float]] = {}
-        """The shard in which this peer is listed, and until when that is not checked again. The key is the fewest
-        digits of such shards: one number for nodes, another for trainers.
-        """
+        self._nodes = _PeerKind("node", keys.node, keys.node_shard, FEWEST_DIGITS, read_node)
+        self._trainers = _PeerKind(
+            "trainer", keys.trainer, keys.trainer_shard, FEWEST_TRAINER_DIGITS, read_trainer
+        )
+        self._own_shards: dict[Message, tuple[str, float]] = {}
+        """For each kind of peers, the shard in which this peer is listed, and until when that is not checked again."""
 
     @property
     def peer_id(self) -> PeerID:
@@ -319,28 +335,37 @@ class Registry:
 
     async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
         """Stores this peer's node record, and lists the peer in its shard. Announce no experts before: see `later`."""
-        await self._go_on_after(partial(self.nodes, with_left=True))
-        peer_id = self._identity.peer_id
-        payload = records_pb2.RecordPayload(key=self.keys.node(peer_id), node=node)
-        shard = await self._own_shard(self.keys.node_shard, FEWEST_DIGITS)
-        await self._publish_self(payload, self.keys.node_shard(shard), lifetime_s)
+        await self._publish_self(self._nodes, records_pb2.RecordPayload(node=node), lifetime_s)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
         """Stores this peer's trainer record, and lists the peer in its shard."""
-        await self._go_on_after(partial(self.trainers, with_left=True))
-        peer_id = self._identity.peer_id
-        payload = records_pb2.RecordPayload(key=self.keys.trainer(peer_id), trainer=trainer)
-        shard = await self._own_shard(self.keys.trainer_shard, FEWEST_TRAINER_DIGITS)
-        await self._publish_self(payload, self.keys.trainer_shard(shard), lifetime_s)
+        await self._publish_self(self._trainers, records_pb2.RecordPayload(trainer=trainer), lifetime_s)
 
-    async def _own_shard(self, key_of: Callable[[str], str], fewest: int) -> str:
+    async def _publish_self(
+        self, kind: "_PeerKind[Any]", payload: records_pb2.RecordPayload, lifetime_s: float
+    ) -> None:
+        me, subkey = self.peer_id, self.peer_id.to_bytes()
+        if self._earlier_until is None:
+            # records of an earlier run may expire later than this run's, whose first periods are short. Holders keep
+            # the record that expires last, so new records are made to expire after them.
+            with suppress(UnreachableError):  # the next record reads it
+                own = (await self._infos(kind, [me], FRUGAL, with_left=True)).get(me)
+                # its last announcement of experts may expire later by one period
+                self._earlier_until = 0.0 if own is None else own.expires_at + own.renew_every_s
+        shard = kind.shard_key(await self._own_shard(kind))
+        payload.key = kind.record_key(me)
+        payload.expires_at = self.later(payload.key, self.now() + lifetime_s)
+        record = Item(payload.key, subkey, self.seal(payload), payload.expires_at)
+        await self.store([record, Item(shard, subkey, shard, payload.expires_at)])
+
+    async def _own_shard(self, kind: "_PeerKind[Any]") -> str:
         """The shard in which this peer should be listed, according to a recent check."""
-        shard, until = self._own_shards.get(fewest, ("", 0.0))
+        shard, until = self._own_shards.get(kind.message, ("", 0.0))
         if self.now() >= until:
-            shards = shards_of(self.peer_id, fewest)
-            listed = await self._listed({key_of(shard): shard for shard in shards}, FRUGAL)
+            shards = shards_of(self.peer_id, kind.fewest_digits)
+            listed = await self._listed(kind, shards, FRUGAL)
             shard = choose_shard(shards, {each: len(some - {self.peer_id}) for each, some in listed.items()})
-            self._own_shards[fewest] = shard, self.now() + _SHARD_FOR_S * self._rng.uniform(0.5, 1.5)
+            self._own_shards[kind.message] = shard, self.now() + _SHARD_FOR_S * self._rng.uniform(0.5, 1.5)
         return shard
 
     async def prefixes(
@@ -595,17 +620,31 @@ class Registry:
         """The valid node records of these peers. `with_left`: includes nodes that have left in an orderly way.
         `limits`: see `Lookups.find`; by default, the look-up is cheap rather than fast.
         """
-        keys = {self.keys.node(peer_id): peer_id for peer_id in peer_ids}
-        found = await self._own_records("node", keys, self._node_info, limits)
-        return {peer_id: info for peer_id, info in found.items() if with_left or not info.left}
+        return await self._infos(self._nodes, peer_ids, limits, with_left=with_left)
 
     async def trainers(
         self, peer_ids: Collection[PeerID], *, with_left: bool = False
     ) -> dict[PeerID, TrainerInfo]:
         """The valid trainer records of these peers. `with_left`: includes trainers that have left in an orderly way."""
-        keys = {self.keys.trainer(peer_id): peer_id for peer_id in peer_ids}
-        found = await self._own_records("trainer", keys, self._trainer_info)
-        return {peer_id: info for peer_id, info in found.items() if with_left or not info.left}
+        return await self._infos(self._trainers, peer_ids, DEFAULT_LIMITS, with_left=with_left)
+
+    async def _infos(
+        self, kind: "_PeerKind[Info]", peer_ids: Collection[PeerID], limits: SearchLimits, *, with_left: bool
+    ) -> dict[PeerID, Info]:
+        keys = {kind.record_key(peer_id): peer_id for peer_id in peer_ids}
+        found = await self.get(list(keys), limits)
+        infos = {}
+        for key, peer_id in keys.items():
+            value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
+            if value is None:
+                continue
+            info = self.guard.read(kind.message, peer_id, partial(self._info, kind, value, key, peer_id))
+            if info is not None and (with_left or not info.left):
+                infos[peer_id] = info
+        return infos
+
+    def _info(self, kind: "_PeerKind[Info]", value: object, key: str, peer_id: PeerID) -> Info | None:
+        return kind.read(self.unseal(value, key, peer_id), peer_id)
 
     async def is_seen_by_others(self) -> bool:
         """Whether another peer returns this one's node record. After it was published, some should."""
@@ -621,17 +660,17 @@ class Registry:
 
         Anybody can list a peer that does not exist. Only its node record shows that it does.
         """
-        return await self._ids(self.keys.node_shard, FEWEST_DIGITS, most)
+        return await self._ids(self._nodes, most)
 
     async def trainer_ids(self, most: int = 4096) -> frozenset[PeerID]:
         """The peers listed in the trainer shards; at most `most` of them, drawn at random."""
-        return await self._ids(self.keys.trainer_shard, FEWEST_TRAINER_DIGITS, most)
+        return await self._ids(self._trainers, most)
 
-    async def _ids(self, key_of: Callable[[str], str], fewest: int, most: int) -> frozenset[PeerID]:
+    async def _ids(self, kind: "_PeerKind[Any]", most: int) -> frozenset[PeerID]:
         listed: set[PeerID] = set()
-        shards: Sequence[str] = first_shards(fewest)
+        shards: Sequence[str] = first_shards(kind.fewest_digits)
         while shards and len(listed) < most:
-            found = await self._listed({key_of(shard): shard for shard in shards})
+            found = await self._listed(kind, shards)
             listed.update(*found.values())
             shards = some_of(_below(found), _MOST_SHARDS)
         return frozenset(some_of(listed, most))
@@ -641,13 +680,13 @@ class Registry:
         only a few child shards of well-filled ones, and assumes that the others are like them, so that long lists,
         which anybody can make, cost little.
         """
-        key_of, first = self.keys.trainer_shard, first_shards(FEWEST_TRAINER_DIGITS)
+        first = first_shards(self._trainers.fewest_digits)
         shards, read = self._rng.sample(first, len(first)), 0
         listed: dict[str, set[PeerID]] = {}
         found: set[PeerID] = set()
         for step in _TRAINER_STEPS:
             some, read = shards[read : read + step], read + step
-            listed |= await self._listed({key_of(shard): shard for shard in some}, FRUGAL)
+            listed |= await self._listed(self._trainers, some, FRUGAL)
             found = found.union(*listed.values())
             if len(found) >= enough:
                 break
@@ -656,18 +695,19 @@ class Registry:
         while lower := _below(listed):
             some = self._rng.sample(lower, min(_TRAINER_CHILDREN, len(lower)))
             times *= len(lower) / len(some)
-            listed = await self._listed({key_of(shard): shard for shard in some}, FRUGAL)
+            listed = await self._listed(self._trainers, some, FRUGAL)
             found = found.union(*listed.values())
             about += times * sum(map(len, listed.values()))
         return frozenset(found), round(about)
 
     async def _listed(
-        self, shards: Mapping[str, str], limits: SearchLimits = DEFAULT_LIMITS
+        self, kind: "_PeerKind[Any]", shards: Iterable[str], limits: SearchLimits = DEFAULT_LIMITS
     ) -> dict[str, set[PeerID]]:
-        """`shards`: key → digits. Returns, by digits, the peers that are listed there and belong there."""
-        found = await self.get(list(shards), limits)
-        listed: dict[str, set[PeerID]] = {digits: set() for digits in shards.values()}
-        for key, digits in shards.items():
+        """The peers that are listed in each shard, and belong there."""
+        keys = {kind.shard_key(digits): digits for digits in shards}
+        found = await self.get(list(keys), limits)
+        listed: dict[str, set[PeerID]] = {digits: set() for digits in keys.values()}
+        for key, digits in keys.items():
             for subkey, (value, _) in found[key].items():
                 try:
                     peer_id = parse_peer_id(subkey)
@@ -676,47 +716,6 @@ class Registry:
                 if value == key and digits_of(peer_id.to_bytes()).startswith(digits):
                     listed[digits].add(peer_id)
         return listed
-
-    async def _go_on_after(
-        self, read: Callable[[Collection[PeerID]], Awaitable[Mapping[PeerID, NodeInfo | TrainerInfo]]]
-    ) -> None:
-        """Reads when this peer's records from an earlier run expire, unless that is known. They may expire later than
-        the new run's, whose first periods are short. Holders keep the record that expires last, so new records are made
-        to expire after them.
-        """
-        if self._earlier_until is not None:
-            return
-        with suppress(UnreachableError):  # the next record reads it
-            own = (await read([self.peer_id])).get(self.peer_id)
-            # its last announcement of experts may expire later by one period
-            self._earlier_until = 0.0 if own is None else own.expires_at + own.renew_every_s
-
-    async def _publish_self(self, payload: records_pb2.RecordPayload, shard: str, lifetime_s: float) -> None:
-        expires_at = payload.expires_at = self.later(payload.key, self.now() + lifetime_s)
-        record = self.seal(payload)
-        subkey = self._identity.peer_id.to_bytes()
-        await self.store(
-            [Item(payload.key, subkey, record, expires_at), Item(shard, subkey, shard, expires_at)]
-        )
-
-    async def _own_records(
-        self,
-        message: Message,
-        keys: Mapping[str, PeerID],
-        read: Callable[[object, str, PeerID], T | None],
-        limits: SearchLimits = DEFAULT_LIMITS,
-    ) -> dict[PeerID, T]:
-        """The valid record of each peer. `keys`: the key of each record, and its peer."""
-        found = await self.get(list(keys), limits)
-        records = {}
-        for key, peer_id in keys.items():
-            value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
-            if value is None:
-                continue
-            record = self.guard.read(message, peer_id, partial(read, value, key, peer_id))
-            if record is not None:
-                records[peer_id] = record
-        return records
 
     def seal(self, payload: records_pb2.RecordPayload) -> bytes:
         """Signs a payload, with this peer's badge if it has one."""
@@ -730,12 +729,6 @@ class Registry:
         if self._admission is not None:
             self._admission.check_record(payload, peer_id)
         return payload
-
-    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo:
-        return read_node(self.unseal(value, key, peer_id), peer_id)
-
-    def _trainer_info(self, value: object, key: str, peer_id: PeerID) -> TrainerInfo | None:
-        return read_trainer(self.unseal(value, key, peer_id), peer_id)
 
     async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
         """Asks only others: a normal look-up also returns what this peer stores itself."""

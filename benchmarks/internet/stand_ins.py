@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from benchmarks.internet.world import World
 from benchmarks.simulated_p2p import EPOCH, simulated_world
-from dht.announcements import NodeInfo, Replica
+from dht.announcements import Replica
 from dht.manifest import Manifest
 from dht.regions import Prefix, Region
 from dht.registry import Entries, Registry
@@ -226,11 +226,10 @@ class SharedRegistry(Registry):
         region: Region = answer.region
         return region
 
-    def _node_info(self, value: object, key: str, peer_id: PeerID) -> NodeInfo:
+    def _info(self, kind: Any, value: object, key: str, peer_id: PeerID) -> Any:
         if value not in self._shared:
-            self._shared[value] = super()._node_info(value, key, peer_id)
-        info: NodeInfo = self._shared[value]
-        return info
+            self._shared[value] = super()._info(kind, value, key, peer_id)
+        return self._shared[value]
 
 
 async def _end_all() -> None:
