@@ -64,8 +64,8 @@ changes only with the size of the swarm.
 """
 _NAMES_ASKED = 0.25
 """If a key was looked up before, this share of the calls ask for the names of other nodes nearby."""
-_CALLS_OF_NODE = 8
-"""Calls in progress to one node in one look-up."""
+_CALLS, _CALLS_OF_NODE = 512, 8
+"""Calls in progress in one look-up, in all and to one node, not counting late ones."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
 """Bytes in one request to store items."""
 _PATIENCE_S = 1.0
@@ -128,16 +128,11 @@ class Lookups:
         self,
         dht: KademliaNode,
         *,
-        parallel_calls: int = 512,
         rng: random.Random | None = None,
         guard: ParseGuard | None = None,
     ) -> None:
-        """`parallel_calls`: the limit for one look-up, not counting late calls.
-
-        `guard`: the process's.
-        """
+        """`guard`: the process's."""
         self._dht = dht
-        self.parallel_calls = parallel_calls
         self.round_trips: RttEstimator = RttEstimator()
         self._store_trips = RttEstimator()
         self.checker: EntryChecker = EntryChecker(guard)
@@ -534,7 +529,7 @@ class _Run:
                     self._lookups.spawn(self._ask(call))
 
     def _may_call(self, node: int) -> bool:
-        return self._active < self._lookups.parallel_calls and self._calls[node] < _CALLS_OF_NODE
+        return self._active < _CALLS and self._calls[node] < _CALLS_OF_NODE
 
     async def _ask(self, call: _Call) -> None:
         """Calls a node. In any case it puts an answer into the queue, because the look-up waits for one."""

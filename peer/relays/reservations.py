@@ -60,11 +60,7 @@ class Reservations:
         client: RelayClient,
         metrics: CollectorRegistry | None = None,
         restarts: Restarts | None = None,
-        changed: Callable[[], None] = lambda: None,
-        rng: random.Random | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`changed` is called whenever `addresses` changes."""
         Gauge(
             "talkoot_relays", "Relays through which others reach this peer now.", registry=metrics
         ).set_function(lambda: len(self._held))
@@ -75,9 +71,7 @@ class Reservations:
         self.refusal: str = ""
         """Why the last relay that was asked refused; empty if it did not, or if none was asked."""
         self._client = client
-        self._changed = changed
-        self._rng = rng or random.SystemRandom()
-        self._clock = clock
+        self._rng = random.SystemRandom()
         self._exit: RelayExit | None = None
         self._held: dict[PeerID, Multiaddress] = {}
         """The addresses of reservations, by relay."""
@@ -124,7 +118,7 @@ class Reservations:
             if contact is None:
                 await asyncio.sleep(_LOOK_S)
                 continue
-            began = self._clock()
+            began = time.monotonic()
             self._busy[contact.peer_id] = contact
             try:
                 await self._hold(contact)
@@ -136,11 +130,11 @@ class Reservations:
                 logger.debug("a reservation ended: %s", self.refusal)
             finally:
                 del self._busy[contact.peer_id]
-            self._pause(contact.peer_id, self._clock() - began)
+            self._pause(contact.peer_id, time.monotonic() - began)
 
     def _choose(self, contacts: Sequence[Contact]) -> Contact | None:
         """The best candidate, if possible on a machine where this peer has no other relay."""
-        now = self._clock()
+        now = time.monotonic()
         machines = {address.ip for contact in self._busy.values() for address in contact.addresses}
         free = [
             contact
@@ -156,7 +150,7 @@ class Reservations:
         last_s = self._pauses.get(relay, (0.0, 0.0))[1]
         pause_s = _FIRST_PAUSE_S if held_s > _STEADY_S else min(2 * last_s, _LONGEST_PAUSE_S)
         pause_s = max(pause_s, _FIRST_PAUSE_S)
-        self._pauses[relay] = self._clock() + pause_s * self._rng.uniform(0.5, 1.0), pause_s
+        self._pauses[relay] = time.monotonic() + pause_s * self._rng.uniform(0.5, 1.0), pause_s
 
     async def _hold(self, contact: Contact) -> None:
         """Holds a reservation until it ends. Raises UnreachableError or OSError."""
@@ -166,12 +160,10 @@ class Reservations:
             circuit = Multiaddress(f"{at_relay}/p2p-circuit/p2p/{self._client.peer_id}")
             self._held[relay.peer_id] = circuit
             self.refusal = ""
-            self._changed()
             await first_of(_say_there(call), self._read_replies(relay, call))
         finally:
             call.cancel()
-            if self._held.pop(relay.peer_id, None) is not None:
-                self._changed()
+            self._held.pop(relay.peer_id, None)
 
     async def _reserve(self, contact: Contact) -> tuple[KnownPeer, Call]:
         """Makes a reservation at the first of the relay's endpoints that answers. Raises UnreachableError."""
@@ -186,14 +178,14 @@ class Reservations:
 
     async def _read_replies(self, relay: KnownPeer, call: Call) -> None:
         """Reads the relay's replies until they end. Raises OSError if the relay is silent, or brings too many calls."""
-        bucket = TokenBucket(_REPLIES_PER_S, _REPLIES_AT_ONCE, self._clock())
+        bucket = TokenBucket(_REPLIES_PER_S, _REPLIES_AT_ONCE, time.monotonic())
         while True:
             async with asyncio.timeout(_SILENT_S):
                 with breaking():
                     reply = await call.read()
             if reply is grpc.aio.EOF:
                 return
-            wait_s = bucket.take(1, self._clock())
+            wait_s = bucket.take(1, time.monotonic())
             if wait_s > _ABUSE_S:
                 raise ConnectionError("it names callers without end")
             if not reply.circuit:

@@ -95,7 +95,6 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         relay_mbit: float,
         upload: RateLimit | None = None,
         metrics: CollectorRegistry | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`relay_mbit`: for all circuits together, in Mbit/s; 0: it does not relay. `upload`: of the whole peer."""
         Gauge(
@@ -117,9 +116,8 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         )
         self._sessions = sessions
         self._upload = upload or RateLimit(None)
-        self._rate = RateLimit(relay_mbit * 1e6 / 8, clock) if relay_mbit > 0 else None
+        self._rate = RateLimit(relay_mbit * 1e6 / 8) if relay_mbit > 0 else None
         self._turn = asyncio.Lock()  # all circuits together compete with other uploads as one
-        self._clock = clock
         self._reservations: dict[PeerID, _Reservation] = {}
         self._places = FairBudget(_RESERVATIONS)
         self._circuits = FairBudget(_CIRCUITS)
@@ -149,7 +147,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         reservation = self._reservations.get(target)
         if reservation is None:  # a caller that false records led here may still dial others
             self._refuse("absent", StatusCode.NOT_FOUND, "this peer has no reservation here")
-        now = self._clock()
+        now = time.monotonic()
         wait_s = self._dials.wait_s(session.caller, now)
         self._dials.take(session.caller, 1, now)
         if wait_s:
@@ -259,9 +257,9 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         reservation: _Reservation,
     ) -> None:
         """Answers each request, so that the peer knows that its relay is still there."""
-        bucket = TokenBucket(_REQUESTS_PER_S, _REQUESTS_AT_ONCE, self._clock())
+        bucket = TokenBucket(_REQUESTS_PER_S, _REQUESTS_AT_ONCE, time.monotonic())
         async for _ in requests:
-            if bucket.take(1, self._clock()) or reservation.replies.full():
+            if bucket.take(1, time.monotonic()) or reservation.replies.full():
                 self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "you say too often that you are there")
             self._require_admitted(session)
             reservation.replies.put_nowait(relay_pb2.ReserveReply())
@@ -288,14 +286,14 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
     async def _carry(self, here: _End, there: _End) -> None:
         """Forwards pieces until they end."""
         assert self._rate is not None
-        checks_at = self._clock() + _ADMITS_EVERY_S
+        checks_at = time.monotonic() + _ADMITS_EVERY_S
         async for piece in here.pieces:
             with self._counting_malformed():
                 size = len(read_piece(piece))
             async with self._turn:
                 await self._rate.take(max(size, _LEAST_BYTES))
                 await self._upload.take(size)
-            if (now := self._clock()) > checks_at:
+            if (now := time.monotonic()) > checks_at:
                 self._require_admitted(here.session)
                 checks_at = now + _ADMITS_EVERY_S
             if size:

@@ -194,9 +194,7 @@ def _largest(groups: dict[str, dict[Connection, None]]) -> dict[Connection, None
 class Connections:
     """Listens for a server, and connects callers to it. For one event loop; `close` it when done."""
 
-    def __init__(
-        self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
         gauge = Gauge("talkoot_connections", "Connections of callers, open now.", registry=metrics)
         gauge.set_function(lambda: len(self._table))
         closed = Counter(
@@ -206,7 +204,6 @@ class Connections:
             registry=metrics,
         )
         self.closed: Counter = start_at_zero(closed, "crowded", "silent", "unread", "abused")
-        self._clock = clock
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
         self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
@@ -238,7 +235,7 @@ class Connections:
         """
         made, name = await self.server.dial()
         reader, writer = await streams_of(made)
-        now = self._clock()
+        now = time.monotonic()
         peer = f"tunnel of {caller}" if relay is None else f"relay {relay}/{caller}"
         connection = Connection(peer, origin_of(peer), writer.transport.abort, now, has_spoken=True)
         self._by_name[name] = connection
@@ -296,9 +293,6 @@ class Connections:
         """Connects a caller to the server when it is its turn."""
         self._tasks.spawn(self._connect(outside), "connect a caller with the server")
 
-    def now(self) -> float:
-        return self._clock()
-
     async def _connect(self, outside: "_Outside") -> None:
         caller = outside.connection
         if not await self._starts.turn(caller.origin, caller.peer):
@@ -329,14 +323,14 @@ class Connections:
 
     def _are_few_left(self, descriptor: int) -> bool:
         """Whether few descriptors are left. Counts the open ones only if a high one was given out lately."""
-        now = self._clock()
+        now = time.monotonic()
         if now >= self._short_until and (self._short_until or descriptor >= _most_descriptors()):
             are_few = open_descriptors() >= _most_descriptors()
             self._short_until = now + _RECOUNT_S if are_few else 0.0
         return bool(self._short_until)
 
     def _sweep(self) -> None:
-        for connection in self._table.overdue(self._clock()):
+        for connection in self._table.overdue(time.monotonic()):
             self._close(connection, "silent")
         for connection in self._table.unread(_MOST_UNSENT_BYTES):
             self._table.remove(connection)
@@ -445,7 +439,7 @@ class _Outside(_End):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         peer = _peer_name(transport)
-        now = self._connections.now()
+        now = time.monotonic()
         self.connection = Connection(peer, origin_of(peer), self.abort, now, unsent=self.unsent)
         self._connections.add(self.connection, transport.get_extra_info("socket").fileno())
 

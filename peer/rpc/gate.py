@@ -152,7 +152,6 @@ class CallGate(grpc.aio.ServerInterceptor):
         most_calls: int,
         metrics: CollectorRegistry | None = None,
         restarts: Restarts | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`most_calls`: in sessions, at the same time, without those of the DHT and of relays.
 
@@ -169,7 +168,6 @@ class CallGate(grpc.aio.ServerInterceptor):
         self._sessions = sessions
         self._connections = connections
         self._restarts = restarts
-        self._clock = clock
         self._slots = Slots(most_calls)
         self._own_slots = {
             service: Slots(most, math.inf if service == _LASTING else _PATIENCE_S)
@@ -208,7 +206,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         session = self._sessions.of_call(context)
         if connection is None:
             peer = context.peer()
-            connection = Connection(peer, origin_of(peer), lambda: None, self._clock())
+            connection = Connection(peer, origin_of(peer), lambda: None, time.monotonic())
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -221,9 +219,9 @@ class CallGate(grpc.aio.ServerInterceptor):
                 slots, rates = self._own_slots.get(_service(method), self._slots), self._rates
             self._admit(connection, slot, slots, rates)
         except ExpertError as error:
-            await self._end(_Context(context, connection, None, self._clock), _EndedError.by(error))
+            await self._end(_Context(context, connection, None), _EndedError.by(error))
         connection.calls += 1
-        call = _Context(context, connection, slot, self._clock)
+        call = _Context(context, connection, slot)
         try:
             end = await self._answer(method, answer, requests, call, slot)
         finally:
@@ -239,7 +237,7 @@ class CallGate(grpc.aio.ServerInterceptor):
     ) -> "_EndedError | None":
         """Returns how the call ends; None if it succeeded."""
         try:
-            await answer(Requests(requests, slot, self._clock), call)
+            await answer(Requests(requests, slot), call)
         except _EndedError as end:
             return end
         except grpc.aio.BaseError:  # the caller has left
@@ -279,7 +277,7 @@ class CallGate(grpc.aio.ServerInterceptor):
 
     def _admit(self, connection: Connection, slot: Slot, slots: Slots, rates: TokenBuckets[Hashable]) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED)."""
-        now = self._clock()
+        now = time.monotonic()
         wait_s = rates.wait_s(slot.caller, now)
         rates.take(slot.caller, 1, now)
         if wait_s:
@@ -303,7 +301,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         self.refused.labels("failed").inc()
         if self._restarts is not None:
             self._restarts.note("answer a call")
-        kind, now = (method, type(error).__name__), self._clock()
+        kind, now = (method, type(error).__name__), time.monotonic()
         if now - self._faults.get(kind, float("-inf")) > _LOG_EVERY_S:
             self._faults[kind] = now
             logger.error("could not answer a call of %s", method, exc_info=error)
@@ -335,17 +333,16 @@ class Requests:
     of a read that nobody awaits (grpc issue 43360).
     """
 
-    def __init__(self, stream: AsyncIterator[Any], slot: Slot, clock: Callable[[], float]) -> None:
+    def __init__(self, stream: AsyncIterator[Any], slot: Slot) -> None:
         self._stream = stream
         self._slot = slot
-        self._clock = clock
         self._wait_s = _FIRST_MESSAGE_S
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
 
     async def __anext__(self) -> Any:
-        message = await _in_time(_next(self._stream), self._slot, self._clock, self._wait_s, _SILENT)
+        message = await _in_time(_next(self._stream), self._slot, self._wait_s, _SILENT)
         self._wait_s = _NEXT_MESSAGE_S
         if message is _END:
             raise StopAsyncIteration
@@ -364,13 +361,11 @@ class _Context:
         context: "grpc.aio.ServicerContext[Any, Any]",
         connection: Connection,
         slot: Slot | None,
-        clock: Callable[[], float],
     ) -> None:
         """`slot`: None for a call that got no place and only ends."""
         self.connection = connection
         self._context = context
         self._slot = slot
-        self._clock = clock
         self._writing: asyncio.Future[None] | None = None
 
     @property
@@ -384,7 +379,7 @@ class _Context:
     async def write(self, message: Any) -> None:
         assert self._slot is not None
         self._writing = asyncio.ensure_future(self._context.write(message))
-        await _in_time(self._writing, self._slot, self._clock, _UNREAD_S, _UNREAD)
+        await _in_time(self._writing, self._slot, _UNREAD_S, _UNREAD)
 
     async def abort(
         self, code: StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, str], ...] = ()
@@ -405,15 +400,13 @@ async def _next(stream: AsyncIterator[Any]) -> Any:
     return await anext(stream, _END)
 
 
-async def _in_time(
-    transfer: Awaitable[M], slot: Slot, clock: Callable[[], float], limit_s: float, late: str
-) -> M:
+async def _in_time(transfer: Awaitable[M], slot: Slot, limit_s: float, late: str) -> M:
     """Waits until a message is read or written, without ever cancelling that. Raises ExpertError
     (DEADLINE_EXCEEDED).
     """
     moving = asyncio.ensure_future(transfer)
     moving.add_done_callback(note_failure)
-    slot.waits_since = clock()
+    slot.waits_since = time.monotonic()
     try:
         done, _ = await asyncio.wait([moving], timeout=limit_s)
     finally:

@@ -53,6 +53,8 @@ _RENEW_AT = 0.8
 """The share of a session's lifetime after which a new one is opened."""
 _LONGEST_LIFETIME_S = 7 * 86400.0
 _MAX_SESSION_BYTES = _MAX_CHALLENGE_BYTES = 64
+_SERVERS = 1024
+"""How many servers a caller remembers its sessions with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,43 +362,39 @@ class SessionClient:
         swarm_id: str,
         rights: Sequence[Right],
         admission: Admission | None = None,
-        *,
-        limit: int = 1024,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`admission`: provides this peer's badge. `limit`: sessions remembered, the newest ones."""
+        """`admission`: provides this peer's badge."""
         self.opened: int = 0
         self._identity = identity
         self._swarm_id = swarm_id
         self._rights = rights
         self._admission = admission or AllowAll()
-        self._clock = clock
-        self._known = BoundedDict[PeerID, tuple[Metadata, float]](limit)
+        self._known = BoundedDict[PeerID, tuple[Metadata, float]](_SERVERS)
         """The metadata of calls to each server, and until when it is valid."""
         self._opening: dict[PeerID, asyncio.Task[Metadata]] = {}
 
     def known(self, server: PeerID) -> Metadata | None:
         """The metadata for calls to this server, if a session is open."""
         found = self._known.get(server)
-        return found[0] if found is not None and self._clock() < found[1] else None
+        return found[0] if found is not None and time.monotonic() < found[1] else None
 
     async def metadata(self, server: PeerID, channel: grpc.aio.Channel, deadline_s: float) -> Metadata:
         """The metadata for calls to this server. Opens a session if there is none; callers share one attempt.
 
         Raises ExpertError with the server's status if the server opens none.
         """
-        until = self._clock() + deadline_s
+        until = time.monotonic() + deadline_s
         while (known := self.known(server)) is None:
             opening = self._opening.get(server)
             if is_own := opening is None:
-                opening = asyncio.create_task(self._open(server, channel, until - self._clock()))
+                opening = asyncio.create_task(self._open(server, channel, until - time.monotonic()))
                 self._opening[server] = opening
                 opening.add_done_callback(lambda task: self._note_opened(server, task))
             try:
                 return await asyncio.shield(opening)
             except ExpertError as error:
                 # the caller that began the attempt may have had less time than this one
-                if is_own or error.status is not StatusCode.DEADLINE_EXCEEDED or self._clock() >= until:
+                if is_own or error.status is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() >= until:
                     raise
         return known
 
@@ -431,7 +429,7 @@ class SessionClient:
             raise ExpertError(StatusCode.DATA_LOSS, "the server gave no usable session")
         metadata = ((SESSION_KEY, reply.session),)
         lifetime_s = min(max(reply.lifetime_s, 0.0), _LONGEST_LIFETIME_S)
-        self._known[server] = metadata, self._clock() + _RENEW_AT * lifetime_s
+        self._known[server] = metadata, time.monotonic() + _RENEW_AT * lifetime_s
         self.opened += 1
         return metadata
 

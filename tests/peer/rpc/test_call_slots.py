@@ -3,7 +3,6 @@ waiting.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -96,7 +95,7 @@ def test_a_read_that_has_begun_is_not_cancelled_with_its_call() -> None:
             ended.set()
             yield b"late"
 
-        reading = asyncio.ensure_future(anext(Requests(requests(), slot("here", "me"), time.monotonic)))
+        reading = asyncio.ensure_future(anext(Requests(requests(), slot("here", "me"))))
         await asyncio.sleep(0)
         reading.cancel()
         await asyncio.wait([reading])
