@@ -28,6 +28,7 @@ from dht.memory import (
     check_grid,
 )
 from dht.records import (
+    INDEX_PIECE,
     MAX_LIBRARY_BYTES,
     MAX_MEMORIES,
     SHORT_ROOT_BYTES,
@@ -260,10 +261,18 @@ class MemoryRegistry:
         """The cells that some peer announces, found with one look-up per level. Raises UnreachableError."""
         cells: list[Cell] = [()]
         for size in grid:
-            prefixes = {cell: partial(self._keys.memory_index, memory, cell) for cell in cells}
-            active = await self._registry.active_coordinates(prefixes, size)
-            cells = [(*cell, following) for cell, some in active.items() for following in some]
+            cells = await self._active_below(memory, cells, size)
         return frozenset(cells)
+
+    async def _active_below(self, memory: MemoryID, prefixes: Collection[Cell], size: int) -> list[Cell]:
+        """The active prefixes, or cells, that are one coordinate longer. `size`: of their grid dimension."""
+        keys = {
+            self._keys.memory_index(memory, prefix, first): prefix
+            for prefix in prefixes
+            for first in range(0, size, INDEX_PIECE)
+        }
+        found = await self._registry.get(list(keys))
+        return [(*cell, c) for key, cell in keys.items() for c in active_under(key, found[key]) if c < size]
 
     async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
         """The hosts of shards of each cell. Raises UnreachableError."""
@@ -287,14 +296,7 @@ class MemoryRegistry:
         """
         cells: list[Cell] = [()]
         for size in grid:
-            keys = {self._keys.memory(memory, prefix): prefix for prefix in cells}
-            found = await self._registry.get(list(keys))
-            active = [
-                (*prefix, c)
-                for key, prefix in keys.items()
-                for c in active_under(key, found[key])
-                if c < size
-            ]
+            active = await self._active_below(memory, cells, min(size, INDEX_PIECE))
             cells = random.SystemRandom().sample(active, min(len(active), _BRANCHES))
         # strangers can mark cells that nobody hosts: if the first ones are empty, all of them are read
         for some in (cells[:_FEW], cells[_FEW:]):

@@ -62,7 +62,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
 
 
-P = TypeVar("P")
 T = TypeVar("T")
 Info = TypeVar("Info", NodeInfo, TrainerInfo)
 
@@ -392,23 +391,6 @@ class Registry:
                 for depth in depths:
                     if depth < len(uid.coordinate) and (above := prefix_of(uid, depth)) in active:
                         active[above].add(uid.coordinate[depth])
-        return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
-
-    async def active_coordinates(
-        self, prefixes: Mapping[P, Callable[[int], str]], size: int
-    ) -> dict[P, frozenset[int]]:
-        """The active next coordinates after each prefix, of experts or memories. `prefixes`: for each prefix, a
-        function that returns the key for a coordinate.
-        """
-        keys = {
-            key_of(first): prefix
-            for prefix, key_of in prefixes.items()
-            for first in range(0, size, INDEX_PIECE)
-        }
-        found = await self.get(list(keys))
-        active: dict[P, set[int]] = {prefix: set() for prefix in prefixes}
-        for key, prefix in keys.items():
-            active[prefix].update(active_under(key, found[key]))
         return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
     async def replicas(
