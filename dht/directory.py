@@ -9,6 +9,7 @@ Shapes: R rows, G_d size of grid dimension d.
 import asyncio
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -149,7 +150,7 @@ class Directory:
         self._refresh_every_s = refresh_every_s
         self._now = now
         self._rng = rng or random.SystemRandom()
-        self._indices: dict[int, PrefixIndex] = {}
+        self._indices = defaultdict[int, PrefixIndex](lambda: PrefixIndex(manifest.experts.grid))
         self._hurried: set[UID] = set()
         """Experts that may have more hosts than the view shows, because some are announced under longer prefixes. A
         refresh reads them all.
@@ -235,7 +236,7 @@ class Directory:
         a round trip. If a row found experts that can't be called, its search continues, each time twice as far. Raises
         UnreachableError.
         """
-        index, room, width = self._index(layer), _MAX_READ, default_beam_size(k)
+        index, room, width = self._indices[layer], _MAX_READ, default_beam_size(k)
         if avoided:
             await self._read_hidden(avoided)
         if not index.knows(()):
@@ -300,7 +301,7 @@ class Directory:
             prefixes = self._drawn([(layer, c) for c in wanted if not index.knows(c)], _MAX_READ)
             by_size: dict[int, list[Prefix]] = {}
             for prefix in prefixes:
-                by_size.setdefault(self._size_after(prefix), []).append(prefix)
+                by_size.setdefault(self._manifest.experts.grid[len(prefix[1])], []).append(prefix)
             for found in await asyncio.gather(
                 *(
                     self.registry.prefixes(some, size, limits=DEFAULT_LIMITS, at_once=True)
@@ -346,38 +347,28 @@ class Directory:
             peer_id: node for peer_id, node in nodes.items() if node.expires_at > self._gone.get(peer_id, 0)
         }
 
-    def _index(self, layer: int) -> PrefixIndex:
-        return self._indices.setdefault(layer, PrefixIndex(self._manifest.experts.grid))
-
-    def _size_after(self, prefix: Prefix) -> int:
-        return self._manifest.experts.grid[len(prefix[1])]
-
-    def _bounded(self, frontier: list[Prefix]) -> list[Prefix]:
+    def _bounded(self, frontier: list[Prefix], depth: int) -> list[Prefix]:
         """The way to the experts that are known to live, then other prefixes at random, within the limit.
 
         Anybody can announce that a coordinate is active; that must not cost more than this peer can read.
         """
-        if self.knows_all and len(frontier) <= _MAX_READ:
-            return frontier
-        depth = len(frontier[0][1]) if frontier else 0
         wanted = {(uid.layer, uid.coordinate[:depth]) for uid, hosts in self.view.replicas.items() if hosts}
-        wanted |= {p for p in frontier if p[0] in self._indices and self._indices[p[0]].knows(p[1])}
+        wanted |= {(layer, c) for layer, c in frontier if self._indices[layer].knows(c)}
         self._rng.shuffle(frontier)
         frontier.sort(key=lambda prefix: prefix not in wanted)
-        most = _MAX_READ if self.knows_all else min(_MAX_READ, len(wanted) + _SAMPLED)
-        return frontier[:most]
+        return frontier[: min(_MAX_READ, len(wanted) + _SAMPLED)]
 
     async def _active_uids(self) -> list[UID]:
+        """The active experts of a grid that is too large to know as a whole, as far as a refresh follows them."""
         frontier: list[Prefix] = [(layer, ()) for layer in range(self._manifest.model.layers)]
-        for size in self._manifest.experts.grid:
+        for depth, size in enumerate(self._manifest.experts.grid, 1):
             found = await self.registry.prefixes(frontier, size)
-            if not self.knows_all:
-                for (layer, coordinate), active in found.items():
-                    self._index(layer).note(coordinate, active)
+            for (layer, coordinate), active in found.items():
+                self._indices[layer].note(coordinate, active)
             frontier = [
                 (layer, (*coordinate, following))
                 for (layer, coordinate), active in found.items()
                 for following in sorted(active)
             ]
-            frontier = self._bounded(frontier)
+            frontier = self._bounded(frontier, depth)
         return [UID(layer, coordinate) for layer, coordinate in frontier]
