@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -277,9 +277,7 @@ class TaskSet:
         """Cancels all tasks but the current one, and waits for them. Closing twice is harmless."""
         current = asyncio.current_task()
         while tasks := self._tasks - {current}:  # tasks that end may have started others
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_all(tasks)
 
     def _note_end(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
@@ -289,6 +287,13 @@ class TaskSet:
                 self._restarts.note(task.get_name())
             context = {"message": f"could not {task.get_name()}", "exception": error, "task": task}
             task.get_loop().call_exception_handler(context)
+
+
+async def cancel_all(tasks: Collection["asyncio.Task[Any]"]) -> None:
+    """Cancels the tasks, and waits until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) -> None:
@@ -307,9 +312,7 @@ async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) ->
     try:
         await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
 
 
 async def first_few(
@@ -338,9 +341,7 @@ async def first_few(
                 await asyncio.gather(*tasks)
         return found
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
 
 
 async def first_of(*works: Coroutine[Any, Any, T]) -> T:
@@ -350,9 +351,7 @@ async def first_of(*works: Coroutine[Any, Any, T]) -> T:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return next(task for task in tasks if task in done).result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
 
 
 async def keep_running(

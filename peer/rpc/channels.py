@@ -15,6 +15,7 @@ from peer.bounded import BoundedDict
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
 from peer.identity import TLS_NAME, PeerID
+from peer.loop import cancel_all
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
@@ -227,10 +228,7 @@ class ChannelPool:
     async def close(self) -> None:
         """Ends calls in progress. No peer can be called any more."""
         self._is_closed = True
-        tries = list(self._tries.values())
-        for trying in tries:
-            trying.cancel()
-        await asyncio.gather(*tries, return_exceptions=True)
+        await cancel_all(list(self._tries.values()))
         while self._channels:
             _, channel = self._channels.popitem()
             with contextlib.suppress(grpc.aio.AioRpcError):
@@ -264,9 +262,7 @@ class ChannelPool:
         except (TimeoutError, UnreachableError):  # UnreachableError: no sockets are left for a detour
             pass
         finally:
-            for task in connecting:
-                task.cancel()
-            await asyncio.gather(*connecting, return_exceptions=True)
+            await cancel_all(connecting)
         if found is None:
             self._failed[peer.peer_id] = time.monotonic()
         else:

@@ -5,14 +5,15 @@ do.
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
 from peer.errors import StateError, TransferError, WireError
 from peer.identity import PeerID
+from peer.loop import cancel_all
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import SessionClient
@@ -107,7 +108,7 @@ class PartClient:
             while left or fetching:
                 if left:
                     if len(fetching) == _AT_ONCE:
-                        await _cancel([next(iter(fetching))])
+                        await cancel_all([next(iter(fetching))])
                         del fetching[next(iter(fetching))]
                     peer = left.pop(0)
                     fetch = self._fetch_checked(peer, memory, name, max_bytes, check)
@@ -132,7 +133,7 @@ class PartClient:
                         return found
                     self._failed[peer_id] = None
         finally:
-            await _cancel(fetching)
+            await cancel_all(fetching)
         raise TransferError(f"part {name.hex()[:8]} of memory {memory} did not come: {reason}")
 
     async def _fetch_checked(
@@ -140,12 +141,6 @@ class PartClient:
     ) -> T:
         data = await self.fetch(peer, memory, name, max_bytes)
         return await asyncio.to_thread(check, data)
-
-
-async def _cancel(tasks: Collection["asyncio.Task[Any]"]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def has_sha256(name: bytes, data: bytes) -> bytes:

@@ -27,6 +27,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError
 from peer.formatting import printable
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
+from peer.loop import cancel_all
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns
 from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm, while_open
@@ -406,10 +407,7 @@ class SessionClient:
 
     async def close(self) -> None:
         """Stops opening sessions."""
-        opening = list(self._opening.values())
-        for task in opening:
-            task.cancel()
-        await asyncio.gather(*opening, return_exceptions=True)
+        await cancel_all(list(self._opening.values()))
 
     async def _open(self, server: PeerID, channel: grpc.aio.Channel, deadline_s: float) -> Metadata:
         stub = make_stub(session_pb2_grpc.SessionServiceStub, channel)

@@ -27,6 +27,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 
 from peer.errors import DaemonError, UnreachableError
 from peer.identity import Identity, PeerID
+from peer.loop import cancel_all
 from peer.platform.p2pd import REINSTALL
 from peer.platform.processes import die_with_parent
 from peer.platform.sockets import private_socket_folder
@@ -176,10 +177,8 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     async def shutdown(self) -> None:
         tasks = self._tasks()
         self._terminate()
-        for task in tasks:
-            task.cancel()
-        # retrieves the errors of tasks that failed when p2pd died, because nobody else does
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # also retrieves the errors of tasks that failed when p2pd died, because nobody else does
+        await cancel_all(tasks)
         if self._child is not None:
             try:
                 await asyncio.wait_for(self._child.wait(), _STOP_DEADLINE_S)
