@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
-from typing import Protocol, Self
+from typing import Self
 
 from prometheus_client import CollectorRegistry
 
@@ -40,7 +40,7 @@ from peer.transport.dialling import Dialling, nearest_scope, resolved
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.libp2p import Libp2p
 from peer.transport.p2pd_setup import Libp2pConfig
-from peer.transport.pipes import Pipe
+from peer.transport.pipes import Exit
 from peer.transport.port_mapping import PortMapping
 from peer.transport.tunnel import Tunnels
 
@@ -53,12 +53,6 @@ The first of these may wait for the same connection as the call before it, and f
 """
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
 """Pauses between attempts to start p2pd for the first time. The last one is used for all later attempts."""
-
-
-class Exit(Protocol):
-    """Connects a peer that comes through this peer's tunnel or a relay to a gRPC server. Raises OSError."""
-
-    def __call__(self, caller: PeerID, relay: PeerID | None = None) -> Awaitable[Pipe]: ...
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,11 @@ from peer.relays.client import Call, RelayClient, breaking
 from peer.relays.pieces import BEAT_S, CIRCUIT_BYTES, read_peer
 from peer.rpc.channels import Contact, KnownPeer
 from peer.transport.addresses import Multiaddress
-from peer.transport.pipes import Pipe
+from peer.transport.pipes import Exit
 from peer.wire import relay_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-RelayExit: TypeAlias = Callable[[PeerID, PeerID], Awaitable[Pipe]]
-"""Connects a caller, which this relay names, to this peer's gRPC server. Raises OSError."""
 Candidates: TypeAlias = Callable[[], Awaitable[Sequence[Contact]]]
 """Peers that may act as relays, the best first. May raise UnreachableError."""
 WANTED = 2
@@ -72,7 +70,7 @@ class Reservations:
         """Why the last relay that was asked refused; empty if it did not, or if none was asked."""
         self._client = client
         self._rng = random.SystemRandom()
-        self._exit: RelayExit | None = None
+        self._exit: Exit | None = None
         self._held: dict[PeerID, Multiaddress] = {}
         """The addresses of reservations, by relay."""
         self._busy: dict[PeerID, Contact] = {}
@@ -89,7 +87,7 @@ class Reservations:
         """The addresses by which others reach this peer now."""
         return tuple(self._held.values())
 
-    def set_exit(self, open_exit: RelayExit) -> None:
+    def set_exit(self, open_exit: Exit) -> None:
         """From now on, connects callers to this exit. Until then, none is accepted."""
         self._exit = open_exit
 
@@ -202,7 +200,7 @@ class Reservations:
             accepting = self._accept(relay, reply.circuit, caller, self._exit)
             self._accepting.spawn(accepting, "accept a caller of a relay")
 
-    async def _accept(self, relay: KnownPeer, circuit: bytes, caller: PeerID, open_exit: RelayExit) -> None:
+    async def _accept(self, relay: KnownPeer, circuit: bytes, caller: PeerID, open_exit: Exit) -> None:
         self._circuits[relay.peer_id] += 1
         try:
             call = await self._client.open("Accept", relay, relay_pb2.CircuitPiece(circuit=circuit))

@@ -22,7 +22,7 @@ from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.rates import TokenBuckets
 from peer.transport.addresses import Multiaddress
-from peer.transport.pipes import Listeners, Pipe, SocketStream, copy_both_ways
+from peer.transport.pipes import Exit, Listeners, Pipe, SocketStream, copy_both_ways
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ PROTOCOL = "/talkoot/grpc/1"
 OPEN_DEADLINE_S = 15.0
 """Time to open a stream: dialling, perhaps through a relay, and agreeing on the protocol."""
 
-OpenExit: TypeAlias = Callable[[PeerID], Awaitable[Pipe]]
-"""Connects a peer whose tunnel ends here to this peer's gRPC server. Raises OSError."""
 StreamHandler: TypeAlias = Callable[[PeerID, bool, Pipe], Awaitable[None]]
 """Takes a stream that another peer opened. Its arguments are that peer, whether the stream comes through a relay, and
 the stream.
@@ -86,7 +84,7 @@ class Tunnels:
         self._open_stream = open_stream
         self._limits = limits
         self._listeners = Listeners(limits.streams, self._forward)
-        self._exit: OpenExit | None = None
+        self._exit: Exit | None = None
         self._room = FairBudget(limits.streams)
         """Limits streams that others opened. When there are too many, the peer with the most gives one up.
         """
@@ -94,7 +92,7 @@ class Tunnels:
         self._tasks = TaskSet()
         self.streams.set_function(lambda: len(self._tasks))
 
-    def set_exit(self, open_exit: OpenExit, most_streams: int) -> None:
+    def set_exit(self, open_exit: Exit, most_streams: int) -> None:
         """Connects other peers' streams there from now on. Until then, none is accepted."""
         self._exit = open_exit
         self._limits = replace(self._limits, streams=most_streams)
@@ -145,7 +143,7 @@ class Tunnels:
         self.last_relayed = is_relayed
         self.opened.labels("relayed" if self.last_relayed else "punched").inc()
         try:
-            await self._connect_pipes(pipe, exit_(caller))
+            await self._connect_pipes(pipe, exit_(caller, None))
         finally:
             room.release()
 

@@ -26,7 +26,8 @@ from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.libp2p import Libp2p
 from peer.transport.p2pd_setup import Libp2pConfig
-from peer.transport.tunnel import OpenExit, TunnelLimits, Tunnels
+from peer.transport.pipes import Exit
+from peer.transport.tunnel import TunnelLimits, Tunnels
 
 LOCAL = "127.0.0.1"
 CALL_S = 30.0
@@ -40,7 +41,7 @@ class Peer:
         self.libp2p = Libp2p(identity, Libp2pConfig(LOCAL, public=public), Dialling(AddressScope.LOOPBACK))
         self.tunnels = Tunnels(self.libp2p.open_stream)
 
-    async def start(self, open_exit: OpenExit | None = None) -> None:
+    async def start(self, open_exit: Exit | None = None) -> None:
         if open_exit is not None:
             self.tunnels.set_exit(open_exit, 256)
             await self.tunnels.serve_on(self.libp2p)
@@ -89,7 +90,7 @@ async def village(identities: list[Identity]) -> AsyncIterator[Village]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "exit"
             async with echo_server(identities[0], path) as certificate:
-                await server.start(lambda peer_id: asyncio.open_unix_connection(str(path)))
+                await server.start(lambda caller, relay: asyncio.open_unix_connection(str(path)))
                 await caller.start()
                 pem = certificate_pem(certificate, server.peer_id)
                 addresses = tuple(await server.libp2p.addresses())
@@ -291,7 +292,7 @@ def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
         async def open_stream(*arguments: Any) -> Any:
             raise UnreachableError("not asked")
 
-        async def open_exit(caller: PeerID) -> Any:
+        async def open_exit(caller: PeerID, relay: PeerID | None) -> Any:
             raise OSError("it ends at once")
 
         tunnels = Tunnels(open_stream, TunnelLimits(streams_of_peer=4, opened_per_s=0.001))
@@ -320,7 +321,7 @@ def test_strangers_that_hold_all_streams_leave_a_newcomer_its_share(loop: LoopTh
         async def open_stream(*arguments: Any) -> Any:
             raise UnreachableError("not asked")
 
-        async def open_exit(caller: PeerID) -> Any:
+        async def open_exit(caller: PeerID, relay: PeerID | None) -> Any:
             await ended.wait()
             raise OSError("it has ended")
 
