@@ -1,6 +1,7 @@
 """The manifest: the description of the model that all peers of a swarm share, signed by the swarm's founder."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,10 +158,7 @@ class ExpertSpec(_Part):
     @property
     def count(self) -> int:
         """Experts in one layer."""
-        total = 1
-        for size in self.grid:
-            total *= size
-        return total
+        return math.prod(self.grid)
 
 
 class RoutingSpec(_Part):

@@ -211,8 +211,6 @@ class RecordValidator:
             raise RecordError("the record is another swarm's")
 
     def _check_index_entry(self, record: Record, value: str, subkey: object) -> None:
-        if not isinstance(record.value, bytes) or not isinstance(record.expires_at, int | float):
-            raise RecordError("a stored value must be bytes with an expiry time")
         if len(record.value) > _MAX_INDEX_BYTES or not _is_digest_of(record.key, value):
             raise RecordError("an index entry's value must be the name of its key")
         self._check_swarm(value)

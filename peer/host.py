@@ -14,7 +14,7 @@ from peer.clock import CLOCK
 from peer.errors import DaemonError, UnreachableError
 from peer.formatting import counted
 from peer.identity import Identity, PeerID
-from peer.kademlia.bootstrap import BootstrapReply, bootstrap
+from peer.kademlia.bootstrap import BootstrapReply, join_through
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import KademliaNode
 from peer.kademlia.server import DHTServer
@@ -115,6 +115,7 @@ class Host:
         guard: ParseGuard | None = None,
     ) -> None:
         self.identity = identity
+        self.peer_id: PeerID = identity.peer_id
         self.config = config
         self.dialling: Dialling = dialling or Dialling(AddressScope.LOOPBACK)
         """Which of the addresses that other peers write may be dialled. For everything that this process dials."""
@@ -163,7 +164,8 @@ class Host:
         """Relays by which others reach this peer."""
         self.port_mapping: PortMapping | None = None
         """The router's port mapping; None: the router is not asked for one."""
-        self._port = 0
+        self.port: int = 0
+        """The server's port; 0 without one."""
         self._starting: asyncio.Task[None] | None = None
         """The task that starts p2pd, finished or not; None: there is no p2pd."""
         self._announced: tuple[Endpoint, ...] = ()
@@ -232,15 +234,6 @@ class Host:
         """Channels to other peers, by all the ways that this peer has. Close them when done."""
         return ChannelPool(limit, self.tunnels if self.config.p2pd else None, self.dialling, self.relays)
 
-    @property
-    def peer_id(self) -> PeerID:
-        return self.identity.peer_id
-
-    @property
-    def port(self) -> int:
-        """The server's port; 0 without one."""
-        return self._port
-
     def peers(self) -> frozenset[PeerID]:
         """The DHT peers in the routing table."""
         return frozenset(peer_id for _, peer_id in self.dht.table)
@@ -248,7 +241,7 @@ class Host:
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         """Dials peers and joins their DHT. Returns the addresses of those that answered."""
         accepting = await self._accepting(addresses)
-        return list(_addresses(await self._bootstrap(accepting, DIAL_DEADLINE_S)))
+        return list(_addresses(await join_through(self.dht, accepting, DIAL_DEADLINE_S)))
 
     def reached_at(self, peer_id: PeerID) -> list[Multiaddress]:
         """Where this peer has reached another; empty if it has not."""
@@ -320,7 +313,7 @@ class Host:
             self._starting = self._tasks.spawn(self._start_libp2p(), "start the libp2p daemon")
         replies: list[BootstrapReply] = []
         for deadline_s in (DIAL_DEADLINE_S, *_PATIENCE_S):
-            if replies := await self._bootstrap(accepting, deadline_s):
+            if replies := await join_through(self.dht, accepting, deadline_s):
                 break
         if bootstrap and not replies:
             said = (self._transport.refusal_of(address.peer_id) for address in accepting)
@@ -343,10 +336,10 @@ class Host:
         config = self.config
         await DHTServer(self.dht, self._guard).start()
         credentials = server_credentials(self.identity, self.certificate)
-        self._port = await server.start(credentials, config.listen, config.port)
-        await self.announce_at([config.announce or Endpoint.of(config.listen, self._port)])
+        self.port = await server.start(credentials, config.listen, config.port)
+        await self.announce_at([config.announce or Endpoint.of(config.listen, self.port)])
         if config.maps_port and PortMapping.helps(config.listen):
-            self.port_mapping = PortMapping(config.listen, self._port)
+            self.port_mapping = PortMapping(config.listen, self.port)
             # not awaited: until then, others reach this peer by its relays
             self._tasks.supervise("ask the router to forward the port", self.port_mapping.keep)
 
@@ -379,12 +372,9 @@ class Host:
                 "others, or pass the address by which they reach this machine as --host"
             )
 
-    async def _bootstrap(self, addresses: Sequence[Multiaddress], deadline_s: float) -> list[BootstrapReply]:
-        return await bootstrap(self.dht, addresses, deadline_s)
-
     def _own_endpoint(self) -> Endpoint | None:
         """The address of this peer's own server, which may be the relay of a peer that it calls."""
-        return Endpoint.of(self.config.listen, self._port) if self._port else None
+        return Endpoint.of(self.config.listen, self.port) if self.port else None
 
     async def _accepting(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         """The addresses that may be dialled and accept a connection, in the same order.

@@ -21,7 +21,7 @@ class BootstrapReply:
     """Whether that peer could dial this one back."""
 
 
-async def bootstrap(
+async def join_through(
     dht: KademliaNode, addresses: Sequence[Multiaddress], deadline_s: float
 ) -> list[BootstrapReply]:
     """Pings the peers at these addresses in parallel, then looks up this peer's own neighbours.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from callers import numbered_identity
 
 from peer.identity import Identity, PeerID
-from peer.kademlia.bootstrap import BootstrapReply, bootstrap
+from peer.kademlia.bootstrap import BootstrapReply, join_through
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import KademliaNode
 from peer.kademlia.server import DHTServer
@@ -83,7 +83,7 @@ class DHTPeer:
         return Multiaddress.of(self.endpoint, self.peer_id)
 
     async def join(self, *others: "DHTPeer", deadline_s: float = 10.0) -> list[BootstrapReply]:
-        return await bootstrap(self.node, [other.address for other in others], deadline_s)
+        return await join_through(self.node, [other.address for other in others], deadline_s)
 
     async def close(self) -> None:
         await self.node.close()
