@@ -56,14 +56,17 @@ class TokenBucket:
         return self._level / self._burst
 
 
-class LeastRate:
-    """How long to wait for a sender that may be slow, but must not stall. Pure. A sender falls behind while its bytes
-    arrive slower than `rate`, and catches up while they arrive faster. Once it is `grace_s` behind, it is given up. So
-    `size` bytes take at most `grace_s` + size / `rate` seconds.
+class Pace:
+    """Waits for the messages of a sender or receiver that may be slow, but must not stall. It falls behind while its
+    bytes arrive slower than `rate`, and catches up while they arrive faster. Once it is `grace_s` behind, it is given
+    up. So `size` bytes take at most `grace_s` + size / `rate` seconds.
+
     """
 
-    def __init__(self, rate: float, grace_s: float) -> None:
-        """`rate`: in bytes per second."""
+    def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:
+        """`rate`: in bytes per second. `what`: what is waited for, for the error."""
+        self.late: str = f"{what} stalled, or came slower than {rate:.0f} bytes a second"
+        """The text of the TimeoutError."""
         self._rate = rate
         self._grace_s = grace_s
         self._left_s = grace_s
@@ -76,25 +79,15 @@ class LeastRate:
         """Records a message that has arrived."""
         self._left_s = min(self._grace_s, self.limit_s(size) - took_s)
 
-
-class Pace:
-    """Waits for the messages of one sender or receiver, as long as it is not slower than a least rate."""
-
-    def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:
-        """As in `LeastRate`. `what`: what is waited for, for the error."""
-        self.late: str = f"{what} stalled, or came slower than {rate:.0f} bytes a second"
-        """The text of the TimeoutError."""
-        self._least = LeastRate(rate, grace_s)
-
     async def wait(self, message: Awaitable[T], expected: int, size_of: Callable[[T], int]) -> T:
         """Waits until a message of about `expected` bytes was received or sent. Raises TimeoutError."""
         began = time.monotonic()
         try:
-            async with asyncio.timeout(self._least.limit_s(expected)):
+            async with asyncio.timeout(self.limit_s(expected)):
                 result = await message
         except TimeoutError:
             raise TimeoutError(self.late) from None
-        self._least.note(size_of(result), time.monotonic() - began)
+        self.note(size_of(result), time.monotonic() - began)
         return result
 
 

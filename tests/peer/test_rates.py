@@ -15,7 +15,7 @@ from peer.loop import LoopThread
 from peer.rates import (
     BURST_S,
     FairTurns,
-    LeastRate,
+    Pace,
     RateLimit,
     SharedBudget,
     TokenBucket,
@@ -255,7 +255,7 @@ def test_too_many_that_wait_are_refused_at_once(loop: LoopThread) -> None:
 def test_a_sender_at_the_least_rate_is_never_given_up(
     rate: float, grace_s: float, messages: list[tuple[int, float]]
 ) -> None:
-    pace = LeastRate(rate, grace_s)
+    pace = Pace(rate, grace_s)
     for size, share in messages:
         took_s = share * size / rate
         assert took_s <= pace.limit_s(size)
@@ -269,7 +269,7 @@ def test_a_sender_at_the_least_rate_is_never_given_up(
 def test_no_sender_takes_longer_than_its_bytes_at_the_least_rate_and_the_grace(
     rate: float, grace_s: float, messages: list[tuple[int, float]]
 ) -> None:
-    pace, took_s, size = LeastRate(rate, grace_s), 0.0, 0
+    pace, took_s, size = Pace(rate, grace_s), 0.0, 0
     for expected, share in messages:
         seconds = share * pace.limit_s(expected)  # as long as it is waited for, at most
         pace.note(expected, seconds)
