@@ -23,6 +23,7 @@ from peer.identity import PeerID
 from peer.kademlia.node import FindResult, KademliaNode, Row
 from peer.kademlia.routing import BUCKET_SIZE, ID_BITS, REPLICAS, id_bytes, key_id_of
 from peer.kademlia.search import (
+    CROWD,
     DEFAULT_LIMITS,
     IterativeSearch,
     RttEstimator,
@@ -445,7 +446,7 @@ class _Run:
             known = self._nearest_known(key, BUCKET_SIZE)
             search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
             if search.is_crowded:
-                search.know(self._nearest_known(key, limits.crowd))
+                search.know(self._nearest_known(key, CROWD))
             self.found[key] = Found(search, self._peers)
             if not besides_self:
                 self._ask_self(key)

@@ -40,38 +40,38 @@ _BUCKET_NODES = 16
 _SAMPLES, _FEWEST_SAMPLES = 16, 8
 _EVERYWHERE: int = 2**ID_BITS
 _WIDER = 4
+_FIRST = 4
+"""Nodes asked before the first answer, when the known ones may be far from the key."""
+CROWD = 64
+"""The most nodes within reach that are asked."""
+_PATH = 6
+"""Nodes of one path that are asked at the same time."""
 _FAILURE = 2
 """How much of a path's width a failure uses up. A call in progress uses 1."""
+_MOST = 128
+"""The most nodes asked in total. Otherwise a liar could name nearer ones for ever."""
+_SPARED = 32
+"""How many of these are reserved for the front. Otherwise a peer that has just joined, and overestimates the reach,
+would use them all up on the way to the key.
+"""
+_TRIES = 3
+"""How often a node is asked while nobody has answered. If few nodes are known, all requests may get lost."""
 
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """How many nodes a search asks."""
+    """How many nodes a search asks, and for what."""
 
     front: int = 7
     """The nearest live nodes: all of them must answer before the key counts as empty."""
     doubt: int = 7
     """If the front has no value, this many further nodes must answer before the key counts as empty."""
-    crowd: int = 64
-    """The most nodes within reach that are asked."""
-    first: int = 4
-    """Nodes asked before the first answer, because the known ones may be far from the key."""
-    holders: int = REPLICAS
-    """Writers store at this many of the nearest nodes. Values at other nodes may be old."""
     quorum: int = 3
-    """How many holders must give their values: a majority."""
+    """How many of the nearest `REPLICAS` nodes must give their values: a majority. Values elsewhere may be old, because
+    nodes hand them to new peers.
+    """
     witnesses: int = 2
     """Nodes at random places that are asked as well."""
-    path: int = 6
-    """Nodes of one path that are asked at the same time."""
-    most: int = 128
-    """The most nodes asked in total. Otherwise a liar could name nearer ones for ever."""
-    spared: int = 32
-    """How many of the `most` nodes are reserved for the front. Otherwise a peer that has just joined, and overestimates
-    the reach, would use them all up on the way to the key.
-    """
-    tries: int = 3
-    """How often a node is asked while nobody has answered. If few nodes are known, all requests may get lost."""
     contacts: int | None = 8
     """How many contacts of the nearest nodes an answer brings for a key; None: those of all nodes it names. They take
     more bytes than the rest of an answer.
@@ -147,7 +147,7 @@ class IterativeSearch:
         self._is_leading = limits.is_frugal
         self._own: int | None = None
         self._known = _Path(math.inf)
-        self._hearsay = _Path(limits.path)
+        self._hearsay = _Path(_PATH)
         self._learn(known, 1, self._known)
 
     @property
@@ -173,14 +173,14 @@ class IterativeSearch:
 
     @property
     def _asks_no_more(self) -> bool:
-        if self.satisfied or len(self._asked) >= self._limits.most:
+        if self.satisfied or len(self._asked) >= _MOST:
             return True
         return not self.is_stranded and not self._is_doubtful and self._all_answered(self._front())
 
     @property
     def is_stranded(self) -> bool:
         """Whether all requests were lost and another try is allowed."""
-        if self._tries >= self._limits.tries or not self._failed:
+        if self._tries >= _TRIES or not self._failed:
             return False
         return all(node == self._own for node, _ in self._usable())
 
@@ -207,7 +207,7 @@ class IterativeSearch:
             return []
         front = self._front()
         if not self._answered:
-            front = front[: self._limits.first]
+            front = front[:_FIRST]
         wanted = [node for node in front if node not in self._asked]
         if self._holding:
             within = set(self._within_reach())
@@ -266,13 +266,13 @@ class IterativeSearch:
         if node in self._awaited:
             self._awaited.clear()
         self.rounds = max(self.rounds, depth)
-        if node != self._own and (has_value or len(self._answered) > self._limits.first):
+        if node != self._own and (has_value or len(self._answered) > _FIRST):
             self._is_leading = False
         if has_value:
             self._holding.add(node)
             if self.found_after is None:
                 self.found_after = depth
-        self._learn(nearer, depth + 1, _Path(self._limits.path))
+        self._learn(nearer, depth + 1, _Path(_PATH))
 
     def hurry(self) -> None:
         """Ends the frugal part of the search, because it has taken long enough."""
@@ -357,12 +357,12 @@ class IterativeSearch:
 
     def _holders(self) -> Iterator[int]:
         """The nodes at which writers store, as far as is known."""
-        return (node for node, _ in islice(self._spread(self._paths), self._limits.holders))
+        return (node for node, _ in islice(self._spread(self._paths), REPLICAS))
 
     @property
     def is_crowded(self) -> bool:
         """Whether more than twice the expected number of nodes are within the usual reach."""
-        crowd = 2 * self._limits.holders
+        crowd = 2 * REPLICAS
         return len(self._nearest) > crowd and self._nearest[crowd][0] <= self._usual_reach
 
     @property
@@ -377,10 +377,10 @@ class IterativeSearch:
         front: list[int] = []
         reach = self._reach
         usable = self._usable()
-        is_sparing = len(self._asked) >= self._limits.most - self._limits.spared
+        is_sparing = len(self._asked) >= _MOST - _SPARED
         for node, is_first in usable:
             if len(front) >= self._limits.front:
-                if not is_first or node ^ self.key > reach or len(front) >= self._limits.crowd:
+                if not is_first or node ^ self.key > reach or len(front) >= CROWD:
                     break
                 if is_sparing and node not in self._asked:
                     continue
@@ -394,7 +394,7 @@ class IterativeSearch:
 
     def _within_reach(self) -> Iterator[int]:
         reach = self._reach
-        for node, is_first in islice(self._usable(), self._limits.crowd):
+        for node, is_first in islice(self._usable(), CROWD):
             if not is_first or node ^ self.key > reach:
                 break
             yield node
@@ -438,8 +438,7 @@ class IterativeSearch:
 class UsualReach:
     """How far from a key its holders usually are: the median over keys that nobody could know in advance."""
 
-    def __init__(self, holders: int = DEFAULT_LIMITS.holders) -> None:
-        self._holders = holders
+    def __init__(self) -> None:
         self._samples: deque[int] = deque(maxlen=_SAMPLES)
 
     @property
@@ -466,12 +465,12 @@ class UsualReach:
         cells count little.
         """
         count = len(nearest)
-        if count < self._holders:
+        if count < REPLICAS:
             return _EVERYWHERE
         width = max(node ^ place for node in nearest) + 1
         empty = count - len({(node ^ place) * count // width for node in nearest})
         number = count * math.log(count / (empty + 0.5))
-        return min(_EVERYWHERE, int(width * self._holders / number))
+        return min(_EVERYWHERE, int(width * REPLICAS / number))
 
 
 class RttEstimator:
