@@ -161,8 +161,11 @@ class SwarmAdmission:
         self._mode: Mode | None = None
         self._exporters: frozenset[Role] = frozenset()
         self._founder_key = b""
-        self._badge: admission_pb2.Badge | None = None
-        self._revoked: frozenset[int] = frozenset()
+        self.badge: admission_pb2.Badge | None = None
+        """The badge that admits this peer, if it needs one."""
+        self._holder: PeerID | None = None
+        self.revoked: frozenset[int] = frozenset()
+        """The serials of revoked tokens, as far as this peer knows."""
 
     def learn(self, founder_key: bytes, mode: Mode, exporters: Iterable[Role] = ()) -> None:
         """Applies the manifest's rules from now on. Before that, callers may use only the DHT, and all records are
@@ -172,33 +175,29 @@ class SwarmAdmission:
         """
         self._founder_key, self._mode, self._exporters = founder_key, mode, frozenset(exporters)
 
-    def present(self, token: admission_pb2.Token, holder: PeerID) -> None:
+    def present(self, token: admission_pb2.Token, holder: PeerID) -> Grant:
         """Makes this peer's own badge from its token. Raises RecordError, which says why the token can't be used."""
         badge = make_badge(token, holder)
-        self.check_own(badge, holder)
-        self._badge = badge
+        grant = self._granted(badge, holder)
+        self.badge, self._holder = badge, holder
+        return grant
+
+    def check_own(self) -> None:
+        """Raises RecordError if this peer has a badge that others no longer accept."""
+        if self.badge is not None and self._holder is not None:
+            self._granted(self.badge, self._holder)
 
     @property
     def mode(self) -> Mode:
         assert self._mode is not None, "the manifest is read first"
         return self._mode
 
-    @property
-    def badge(self) -> admission_pb2.Badge | None:
-        """The badge that admits this peer, if it needs one."""
-        return self._badge
-
-    @property
-    def revoked(self) -> frozenset[int]:
-        """The serials of revoked tokens, as far as this peer knows."""
-        return self._revoked
-
     def revoke(self, serials: Collection[int]) -> None:
         """Adds the founder's current list. A revoked token stays revoked: an older list can't restore it."""
         now = frozenset(list(serials)[:MAX_REVOKED])
-        self._revoked |= now
-        if len(self._revoked) > 2 * MAX_REVOKED:
-            self._revoked = now
+        self.revoked |= now
+        if len(self.revoked) > 2 * MAX_REVOKED:
+            self.revoked = now
 
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
         """Admits a caller with these rights. Raises ExpertError (PERMISSION_DENIED), which says what is missing."""
@@ -239,13 +238,13 @@ class SwarmAdmission:
         grant = check_badge(badge, trainer, self._keys.swarm_id, self._founder_key)
         if session_pb2.RIGHT_FORWARD not in RIGHTS[grant.role]:
             raise RecordError(f"a {grant.role.word}'s token does not allow receipts")
-        if grant.serial in self._revoked:
+        if grant.serial in self.revoked:
             raise RecordError("the token was revoked")
         return grant.serial
 
     def still_admits(self, caller: PeerID, serial: int) -> bool:
         """Whether a caller that was admitted by this grant is still admitted."""
-        return caller not in self.denylist and serial not in self._revoked
+        return caller not in self.denylist and serial not in self.revoked
 
     def check_record(self, payload: records_pb2.RecordPayload, writer: PeerID) -> None:
         """Raises RecordError if this writer may not write this record in this swarm. Its signature is
@@ -269,17 +268,13 @@ class SwarmAdmission:
         if grant.role not in _RECORDS.get(body, frozenset()):
             raise RecordError(f"a {grant.role.word}'s token does not allow a record of kind {body!r}")
 
-    def check_own(self, badge: admission_pb2.Badge, peer_id: PeerID) -> None:
-        """Raises RecordError if other peers would refuse this badge."""
-        self._granted(badge, peer_id)
-
     def _granted(self, badge: admission_pb2.Badge | None, peer_id: PeerID) -> Grant:
         if badge is None:
             raise RecordError("there is none")
         grant = check_badge(badge, peer_id, self._keys.swarm_id, self._founder_key)
         if grant.expires_at <= self._now():
             raise RecordError("the token has expired")
-        if grant.serial in self._revoked:
+        if grant.serial in self.revoked:
             raise RevokedError("the token was revoked")
         return grant
 

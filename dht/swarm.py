@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from dht.admission import Denylist, Role, SwarmAdmission, read_grant
+from dht.admission import Denylist, Role, SwarmAdmission
 from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocations
 from dht.invites import Invite
 from dht.manifest import Manifest
@@ -250,8 +250,7 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         )
     token = admission_pb2.Token.FromString(invite.token)
     try:
-        swarm.admission.present(token, swarm.host.peer_id)
-        role = read_grant(token.grant).role
+        role = swarm.admission.present(token, swarm.host.peer_id).role
     except RecordError as error:
         raise InviteError(
             f"this invite no longer admits you: {error}; ask the founder for another"

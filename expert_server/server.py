@@ -130,11 +130,8 @@ class AccessControl:
         """Tells the owner if the node's own token has expired or was revoked, because trainers then refuse this
         node.
         """
-        badge = self._swarm.admission.badge
-        if badge is None:
-            return
         try:
-            self._swarm.admission.check_own(badge, self._swarm.host.peer_id)
+            self._swarm.admission.check_own()
         except RevokedError:
             self._own_revoked.set()
         except RecordError as error:

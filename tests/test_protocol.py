@@ -24,7 +24,7 @@ from peer import PROTOCOL_VERSION
 from peer.identity import PeerID, peer_id_of
 from peer.kademlia.validation import Record, pack, unpack_entries
 from peer.rpc.sessions import SESSION_KEY
-from peer.transport.contacts import Contact
+from peer.transport.contacts import UncheckedContact
 from peer.wire import admission_pb2, contact_pb2, credit_pb2, expert_pb2, session_pb2
 from trainer_client.dispatch.batches import AnsweredRows, NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
@@ -66,7 +66,7 @@ def test_records_and_contacts_of_the_vectors_are_accepted() -> None:
     contact = contact_pb2.Contact(
         statement=data("dht", "contact", "statement"), signature=data("dht", "contact", "signature")
     )
-    assert Contact.parse(contact, VALID_AT).peer_id == FOUNDER
+    assert UncheckedContact.read(contact).check(VALID_AT).peer_id == FOUNDER
 
 
 def test_invite_and_badge_of_the_vectors_are_accepted() -> None:

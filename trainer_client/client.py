@@ -241,11 +241,8 @@ class SwarmClient:
             self._loop.run(self._refresh_soon())
 
     def _require_admitted(self) -> None:
-        swarm = self._joined.swarm
-        if (badge := swarm.admission.badge) is None:
-            return
         try:
-            swarm.admission.check_own(badge, swarm.host.peer_id)
+            self._joined.swarm.admission.check_own()
         except RecordError as error:
             raise InviteError(
                 f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for another one"

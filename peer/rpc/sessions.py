@@ -31,7 +31,8 @@ from peer.loop import cancel_all
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns
 from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm, while_open
-from peer.transport.endpoints import address_of, neighbourhood
+from peer.rpc.connections import origin_of
+from peer.transport.endpoints import address_of
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 Right: TypeAlias = "session_pb2.Right"
@@ -456,10 +457,7 @@ class SessionClient:
 
 def near_of(peer: str) -> str:
     """The neighbourhood of a caller that opens a session. Each relay is one, and so are all tunnels together."""
-    if peer.startswith("relay "):
-        return peer.partition("/")[0]
-    address = address_of(peer)
-    return _TUNNELS if address is None else neighbourhood(address)
+    return origin_of(peer) if peer.startswith("relay ") or address_of(peer) else _TUNNELS
 
 
 def session_named(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:

@@ -31,7 +31,7 @@ _OVERHEAD_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """A peer's addresses and certificate, checked by `parse`."""
+    """A peer's addresses and certificate, checked by `UncheckedContact`."""
 
     peer_id: PeerID
     sequence: int
@@ -51,11 +51,6 @@ class Contact:
     def certificate_pem(self) -> bytes:
         statement = contact_pb2.ContactStatement.FromString(self.message.statement)
         return ssl.DER_cert_to_PEM_cert(statement.certificate).encode()
-
-    @classmethod
-    def parse(cls, message: contact_pb2.Contact, now: float) -> "Contact":
-        """`now`: Unix time in seconds. Raises WireError if it is malformed, and RecordError if it is not valid now."""
-        return UncheckedContact.read(message).check(now)
 
     @classmethod
     def restore(cls, serialized: bytes) -> "Contact":
@@ -88,7 +83,7 @@ class UncheckedContact:
         return cls(PeerID(statement.peer_id), statement, signed)
 
     def check(self, now: float) -> Contact:
-        """The contact, if its peer signed it and it is valid now. Raises RecordError."""
+        """The contact, if its peer signed it and it is valid now. `now`: Unix time in seconds. Raises RecordError."""
         # this form also refuses NaN
         if not now < self.statement.expires_at <= now + LIFETIME_S + CLOCK_TOLERANCE_S:
             raise RecordError("the contact has expired, or is valid for more than an hour")

@@ -74,15 +74,15 @@ class Publisher:
 
     def check_may_publish(self, swarm: Swarm) -> None:
         """Raises LibraryError if its token was revoked, or has expired."""
-        badge = swarm.admission.badge
-        if badge is not None and self.signer.peer_id == swarm.host.peer_id:
-            try:
-                swarm.admission.check_own(badge, swarm.host.peer_id)
-            except RecordError as error:
-                raise LibraryError(
-                    f"nodes no longer host your memories ({error}): ask the founder of swarm "
-                    f"{swarm.keys.name!r} for another invite"
-                ) from error
+        if self.signer.peer_id != swarm.host.peer_id:
+            return
+        try:
+            swarm.admission.check_own()
+        except RecordError as error:
+            raise LibraryError(
+                f"nodes no longer host your memories ({error}): ask the founder of swarm "
+                f"{swarm.keys.name!r} for another invite"
+            ) from error
 
     def signer_beside(self, swarm: Swarm) -> Identity | None:
         """The identity that signs lists in place of the peer; None: the peer itself."""

@@ -58,7 +58,7 @@ from peer.kademlia.validation import Entry, Record, pack_entries, unpack, unpack
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import SnapshotReceiver
 from peer.transport.addresses import Multiaddress
-from peer.transport.contacts import Contact
+from peer.transport.contacts import UncheckedContact
 from peer.transport.endpoints import Endpoint
 from peer.wire import (
     admission_pb2,
@@ -415,7 +415,7 @@ def statements_of_contacts() -> list[bytes]:
 def deliver_contact(data: bytes) -> None:
     """The contact is signed by its peer, and passed on."""
     contact = contact_pb2.Contact(statement=data, signature=NODE.sign(data, CONTACT_DOMAIN))
-    read = Contact.parse(contact, NOW)
+    read = UncheckedContact.read(contact).check(NOW)
     assert read.peer_id == NODE.peer_id
     assert read.certificate_pem
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peer.errors import RecordError, WireError
 from peer.identity import CONTACT_DOMAIN, RECORD_DOMAIN, certificate_pem
-from peer.transport.contacts import MAX_ADDRESSES, MAX_CONTACT_BYTES, Contact, OwnContact, UncheckedContact
+from peer.transport.contacts import MAX_ADDRESSES, MAX_CONTACT_BYTES, OwnContact, UncheckedContact
 from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
 
@@ -48,7 +48,7 @@ def direct(text: str) -> contact_pb2.ContactAddress:
 
 def refused(message: contact_pb2.Contact, now: float = NOW) -> None:
     with pytest.raises((WireError, RecordError)):
-        Contact.parse(message, now)
+        UncheckedContact.read(message).check(now)
 
 
 def test_a_peers_own_contact_says_where_it_is() -> None:
@@ -57,7 +57,7 @@ def test_a_peers_own_contact_says_where_it_is() -> None:
     contact.set([ADDRESS])
     message = contact.message()
     assert message is not None
-    read = Contact.parse(message, NOW)
+    read = UncheckedContact.read(message).check(NOW)
     assert read.peer_id == PEER.peer_id
     assert read.addresses == (ADDRESS,)
     assert read.certificate_pem == certificate_pem(CERTIFICATE, PEER.peer_id)
@@ -73,7 +73,7 @@ def test_it_is_signed_again_when_it_changes_and_when_half_its_hour_is_over() -> 
     def sequence() -> int:
         message = contact.message()
         assert message is not None
-        return Contact.parse(message, now).sequence
+        return UncheckedContact.read(message).check(now).sequence
 
     contact.set([ADDRESS])
     first = sequence()
@@ -153,14 +153,14 @@ def test_addresses_that_are_not_known_here_are_passed_over() -> None:
         direct(ADDRESS),
         direct(ADDRESS),
     ]
-    read = Contact.parse(signed(addresses=addresses), NOW)
+    read = UncheckedContact.read(signed(addresses=addresses)).check(NOW)
     assert read.addresses == ("[2001:db8::1]:4711", ADDRESS)
 
 
 def test_what_others_add_is_not_passed_on() -> None:
     message = signed()
     padded = contact_pb2.Contact.FromString(message.SerializeToString() + b"\x7a\x64" + b"x" * 100)
-    assert Contact.parse(padded, NOW).message == message
+    assert UncheckedContact.read(padded).check(NOW).message == message
 
 
 def test_the_longest_contact_is_within_the_bound() -> None:
@@ -169,4 +169,4 @@ def test_the_longest_contact_is_within_the_bound() -> None:
     message = contact.message()
     assert message is not None
     assert message.ByteSize() < MAX_CONTACT_BYTES - 1024, "with room for a key of 4096 bits"
-    assert len(Contact.parse(message, NOW).addresses) == MAX_ADDRESSES
+    assert len(UncheckedContact.read(message).check(NOW).addresses) == MAX_ADDRESSES
