@@ -96,14 +96,14 @@ def has_few_parts(data: bytes, kind: Descriptor, most: int) -> bool:
             nested = _with_messages(kind)
             while at < end:
                 left -= 1
-                tag, at = read_varint(data, at)
+                tag, at = _read_varint(data, at)
                 match tag & 7:  # the wire type of the field
                     case 0:
-                        _, at = read_varint(data, at)
+                        _, at = _read_varint(data, at)
                     case 1:
                         at += 8
                     case 2:
-                        size, at = read_varint(data, at)
+                        size, at = _read_varint(data, at)
                         if inner := nested.get(tag >> 3):
                             unread.append((inner, at, at + size))
                         at += size
@@ -125,7 +125,7 @@ def _with_messages(kind: Descriptor) -> Mapping[int, Descriptor]:
     return {n: each for n, each in kinds.items() if any(f.message_type is not None for f in each.fields)}
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     """The number, and where it ends. Raises IndexError if it does not end within 64 bits."""
     if (number := data[at]) < 128:
         return number, at + 1

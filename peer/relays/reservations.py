@@ -154,9 +154,9 @@ class Reservations:
         """Holds a reservation until it ends. Raises UnreachableError or OSError."""
         relay, call = await self._reserve(contact)
         try:
-            at_relay = Multiaddress.of(relay.addresses[0], relay.peer_id)
-            circuit = Multiaddress(f"{at_relay}/p2p-circuit/p2p/{self._client.peer_id}")
-            self._held[relay.peer_id] = circuit
+            self._held[relay.peer_id] = Multiaddress.of(
+                relay.addresses[0], self._client.peer_id, relay.peer_id
+            )
             self.refusal = ""
             await first_of(_say_there(call), self._read_replies(relay, call))
         finally:

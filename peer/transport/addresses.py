@@ -11,27 +11,28 @@ import ipaddress
 import itertools
 import re
 import socket
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Self, TypeAlias, TypeVar
+from collections.abc import Iterable
+from typing import Self, TypeVar
 
 import base58
 import psutil
 
 from peer.errors import AddressError, PortError
 from peer.identity import PeerID, is_peer_id
-from peer.parsing import read_varint
-from peer.transport.endpoints import (
-    AddressScope,
-    Endpoint,
-    bounded,
-    parse_ip4,
-    parse_ip6,
-    parse_name,
-    parse_port,
-)
+from peer.transport.endpoints import AddressScope, Endpoint, bounded, parse_port
 
-_PEER_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}")
+_PEER = r"Qm[1-9A-HJ-NP-Za-km-z]{44}"
+_TEXT = re.compile(rf"/(ip4|ip6|dns[46]?)/([^/]+)/tcp/([0-9]+)/p2p/({_PEER})(?:/p2p-circuit/p2p/({_PEER}))?")
+_CODES = {"ip4": b"\x04", "ip6": b"\x29", "dns": b"\x35", "dns4": b"\x36", "dns6": b"\x37"}
+"""The kinds of hosts in p2pd's bytes, as the table at https://github.com/multiformats/multiaddr lists them."""
+_TCP, _P2P, _CIRCUIT = b"\x06", b"\xa5\x03\x22", b"\xa2\x02"
+"""What precedes a port, and a PeerID; and the mark of a relay."""
+_DIALLED = (
+    rb"(?s)(?:\x04(.{4})|\x29(.{16})|([\x35-\x37])(?:[\x01-\x7f]|[\x80-\xff]\x01)([a-z0-9.-]+))"
+    rb"\x06(..)\xa5\x03\x22(\x12\x20.{32})"
+)
+_BYTES = re.compile(_DIALLED + rb"(?:\xa2\x02\xa5\x03\x22(\x12\x20.{32}))?")
+_BYTES_OF_CIRCUIT = re.compile(_DIALLED + _CIRCUIT)
 
 
 class Multiaddress(str):
@@ -42,45 +43,57 @@ class Multiaddress(str):
     """The peer at the endpoint: the peer itself, or its relay."""
     peer_id: PeerID
     """The peer that the address leads to."""
-    _parts: "_Parts"
 
     def __new__(cls, text: str) -> Self:
         """Raises AddressError."""
-        return cls._of(_parsed(text))
+        match = _TEXT.fullmatch(bounded(text))
+        if match is None:
+            raise AddressError(
+                "a multiaddress of a peer is /ip4/…/tcp/…/p2p/…, optionally followed by /p2p-circuit/p2p/…"
+            )
+        kind, host, port, dialled, target = match.groups()
+        endpoint = Endpoint.of(host, parse_port(port))
+        if kind[:3] != _kind_of(endpoint):
+            raise AddressError(f"not a host of kind {kind}")
+        circuit = "" if target is None else f"/p2p-circuit/p2p/{target}"
+        self = super().__new__(cls, f"/{kind}/{endpoint.host}/tcp/{port}/p2p/{dialled}{circuit}")
+        self.endpoint, self.dialled = endpoint, _parse_peer(dialled)
+        self.peer_id = self.dialled if target is None else _parse_peer(target)
+        return self
 
     @classmethod
-    def of(cls, endpoint: Endpoint, peer_id: PeerID) -> Self:
-        """A multiaddress without a relay."""
-        return cls(f"{multiaddress(endpoint)}/p2p/{peer_id.to_base58()}")
+    def of(cls, endpoint: Endpoint, peer_id: PeerID, relay: PeerID | None = None) -> Self:
+        """`relay`: the peer at the endpoint, if the address leads through a relay."""
+        way = f"{peer_id}" if relay is None else f"{relay}/p2p-circuit/p2p/{peer_id}"
+        return cls(f"{multiaddress(endpoint)}/p2p/{way}")
 
     @classmethod
     def decode(cls, data: bytes, peer_id: PeerID | None = None) -> Self:
         """Decodes p2pd's bytes. With `peer_id`, the bytes lack that peer. Raises AddressError."""
-        parts = _decoded(data)
-        return cls._of(parts if peer_id is None else [*parts, (_P2P, peer_id.to_bytes())])
-
-    @classmethod
-    def _of(cls, parts: "_Parts") -> Self:
-        kinds = tuple(protocol for protocol, _ in parts)
-        if kinds[1:] not in _FORMS or kinds[0] not in _HOSTS:
-            raise AddressError(
-                "a multiaddress of a peer is /ip4/…/tcp/…/p2p/…, optionally followed by /p2p-circuit/p2p/…"
-            )
-        self = super().__new__(cls, _text(parts))
-        host, port = (protocol.read(value) for protocol, value in parts[:2])
-        self.endpoint = Endpoint.of(host, int(port))
-        self.dialled, self.peer_id = PeerID(parts[2][1]), PeerID(parts[-1][1])
-        self._parts = tuple(parts)
-        return self
+        if peer_id is not None:
+            data += _P2P + peer_id.to_bytes()
+        match = _BYTES.fullmatch(data)
+        if match is None:
+            raise AddressError("the multiaddress is of an unknown kind, or cut off")
+        ip4, ip6, code, name, port, dialled, target = match.groups()
+        if name is None:
+            kind, host = "ip4" if ip6 is None else "ip6", str(ipaddress.ip_address(ip4 or ip6))
+        else:
+            kind, host = next(kind for kind, its_code in _CODES.items() if its_code == code), name.decode()
+        circuit = "" if target is None else f"/p2p-circuit/p2p/{PeerID(target)}"
+        address = cls(f"/{kind}/{host}/tcp/{int.from_bytes(port, 'big')}/p2p/{PeerID(dialled)}{circuit}")
+        if address.to_bytes() != data:
+            raise AddressError("the multiaddress is not written in the shortest way")
+        return address
 
     def at(self, other: Endpoint) -> "Multiaddress":
         """The same peers at another endpoint."""
-        return Multiaddress(multiaddress(other) + _text(self._parts[2:]))
+        return Multiaddress.of(other, self.peer_id, self.dialled if self.is_relayed else None)
 
     @property
     def is_relayed(self) -> bool:
         """Whether it leads through a relay."""
-        return len(self._parts) > 3
+        return "/p2p-circuit/" in self
 
     @property
     def is_public(self) -> bool:
@@ -89,11 +102,19 @@ class Multiaddress(str):
 
     def to_bytes(self, *, without_peer: bool = False) -> bytes:
         """Encodes it for p2pd. `without_peer`: leaves out the peer that it leads to."""
-        return _encoded(self._parts[:-1] if without_peer else self._parts)
+        data = self.endpoint_bytes()
+        if self.is_relayed:
+            data += _P2P + self.dialled.to_bytes() + _CIRCUIT
+        return data if without_peer else data + _P2P + self.peer_id.to_bytes()
 
     def endpoint_bytes(self) -> bytes:
         """The part that says what to dial, encoded for p2pd."""
-        return _encoded(self._parts[:2])
+        host, ip = self.endpoint.host.encode(), self.endpoint.ip
+        size = bytes([len(host)] if len(host) < 128 else [len(host) & 127 | 128, 1])
+        code = _CODES[self.split("/", 2)[1]]
+        return (
+            code + (size + host if ip is None else ip.packed) + _TCP + self.endpoint.port.to_bytes(2, "big")
+        )
 
 
 def default_listen_address() -> str:
@@ -147,128 +168,20 @@ def known_bytes(encoded: Iterable[bytes], peer_id: PeerID) -> list[Multiaddress]
 
 def multiaddress(endpoint: Endpoint) -> str:
     """The multiaddress of an endpoint, without a peer."""
-    kind = "dns" if endpoint.ip is None else f"ip{endpoint.ip.version}"
-    return f"/{kind}/{endpoint.host}/tcp/{endpoint.port}"
+    return f"/{_kind_of(endpoint)}/{endpoint.host}/tcp/{endpoint.port}"
 
 
 def is_circuit(data: bytes) -> bool:
     """Whether p2pd's bytes for the other end of a connection lead through a relay. False for an unknown kind."""
-    try:
-        return any(protocol is _CIRCUIT for protocol, _ in _decoded(data))
-    except AddressError:
-        return False
+    return _BYTES_OF_CIRCUIT.match(data) is not None
 
 
-@dataclass(frozen=True)
-class _Protocol:
-    """One part of a multiaddress, as its table at https://github.com/multiformats/multiaddr lists it."""
-
-    name: str
-    code: int
-    size: int | None
-    """The size of its value, in bytes; None: the value begins with its size."""
-    write: Callable[[str], bytes]
-    """Encodes text. Raises AddressError."""
-    read: Callable[[bytes], str]
-    """Decodes a value to the text that `write` encodes to the same bytes. Raises AddressError."""
+def _kind_of(endpoint: Endpoint) -> str:
+    return "dns" if endpoint.ip is None else f"ip{endpoint.ip.version}"
 
 
-def _peer_bytes(text: str) -> bytes:
-    if _PEER_ID.fullmatch(text) is None:
-        raise AddressError("not a PeerID")
-    return _checked_peer(base58.b58decode(text))
-
-
-def _checked_peer(data: bytes) -> bytes:
+def _parse_peer(text: str) -> PeerID:
+    data: bytes = base58.b58decode(text)
     if not is_peer_id(data):
         raise AddressError("not a PeerID")
-    return data
-
-
-def _ascii(data: bytes) -> str:
-    try:
-        return data.decode("ascii")
-    except UnicodeDecodeError as error:
-        raise AddressError("not a host name") from error
-
-
-def _host_name(name: str, code: int) -> _Protocol:
-    return _Protocol(
-        name, code, None, lambda text: parse_name(text).encode(), lambda data: parse_name(_ascii(data))
-    )
-
-
-_IP4 = _Protocol(
-    "ip4", 4, 4, lambda text: parse_ip4(text).packed, lambda data: str(ipaddress.IPv4Address(data))
-)
-_IP6 = _Protocol(
-    "ip6",
-    41,
-    16,
-    lambda text: parse_ip6(text).packed,
-    lambda data: str(parse_ip6(str(ipaddress.IPv6Address(data)))),
-)
-_TCP = _Protocol(
-    "tcp",
-    6,
-    2,
-    lambda text: parse_port(text).to_bytes(2, "big"),
-    lambda data: str(int.from_bytes(data, "big")),
-)
-_P2P = _Protocol("p2p", 421, None, _peer_bytes, lambda data: PeerID(_checked_peer(data)).to_base58())
-_CIRCUIT = _Protocol("p2p-circuit", 290, 0, lambda text: b"", lambda data: "")
-_HOSTS = (_IP4, _IP6, _host_name("dns", 53), _host_name("dns4", 54), _host_name("dns6", 55))
-_FORMS = ((_TCP, _P2P), (_TCP, _P2P, _CIRCUIT, _P2P))
-"""What may follow a host."""
-_BY_NAME = {protocol.name: protocol for protocol in (*_HOSTS, _TCP, _P2P, _CIRCUIT)}
-_BY_CODE = {protocol.code: protocol for protocol in _BY_NAME.values()}
-
-_Parts: TypeAlias = Sequence[tuple[_Protocol, bytes]]
-
-
-def _parsed(text: str) -> _Parts:
-    first, *words = bounded(text).split("/")
-    if first:
-        raise AddressError("a multiaddress begins with /")
-    parts = []
-    rest = iter(words)
-    for word in rest:
-        protocol = _BY_NAME.get(word)
-        if protocol is None:
-            raise AddressError("the multiaddress is of an unknown kind")
-        parts.append((protocol, b"" if protocol.size == 0 else protocol.write(next(rest, ""))))
-    return parts
-
-
-def _text(parts: _Parts) -> str:
-    return "".join(f"/{p.name}" if p.size == 0 else f"/{p.name}/{p.read(value)}" for p, value in parts)
-
-
-def _encoded(parts: _Parts) -> bytes:
-    return b"".join(
-        _varint(p.code) + (_varint(len(value)) if p.size is None else b"") + value for p, value in parts
-    )
-
-
-def _decoded(data: bytes) -> _Parts:
-    parts = []
-    at = 0
-    try:
-        while at < len(data):
-            code, at = read_varint(data, at)
-            protocol = _BY_CODE.get(code)
-            if protocol is None:
-                raise AddressError("the multiaddress is of an unknown kind")
-            size, at = read_varint(data, at) if protocol.size is None else (protocol.size, at)
-            parts.append((protocol, data[at : at + size]))
-            at += size
-    except IndexError:
-        at = -1
-    if at != len(data):
-        raise AddressError("the multiaddress is cut off")
-    return parts
-
-
-def _varint(number: int) -> bytes:
-    """The varint of a number below 2^14, such as a code or a size."""
-    return bytes([number]) if number < 128 else bytes([number & 127 | 128, number >> 7])
+    return PeerID(data)

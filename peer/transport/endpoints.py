@@ -172,13 +172,6 @@ def _ip4_or_none(text: str) -> ipaddress.IPv4Address | None:
         return None
 
 
-def parse_ip4(text: str) -> ipaddress.IPv4Address:
-    address = _ip4_or_none(text)
-    if address is None:
-        raise AddressError("not an IPv4 address")
-    return address
-
-
 def parse_ip6(text: str) -> ipaddress.IPv6Address:
     """Parses an IPv6 address without a zone, and without an embedded IPv4 address."""
     try:

@@ -16,9 +16,8 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peer.errors import AddressError
 from peer.platform.processes import die_with_parent
-from peer.transport.endpoints import AddressScope, Endpoint, parse_ip4, scope_of
+from peer.transport.endpoints import AddressScope, Endpoint, scope_of
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -124,8 +123,8 @@ class PortMapping:
     def helps(host: str) -> bool:
         """Whether a machine that listens there may be hidden behind a router."""
         try:
-            return scope_of(parse_ip4(host)) is AddressScope.PRIVATE
-        except AddressError:
+            return scope_of(IPv4Address(host)) is AddressScope.PRIVATE
+        except ValueError:
             return False
 
     @property
