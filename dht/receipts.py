@@ -7,7 +7,8 @@ program that counts receipts decides how far to trust them: see `talkoot.credit`
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
+from operator import add
 
 from google.protobuf.message import DecodeError
 
@@ -39,13 +40,7 @@ class Work:
     checks_failed: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.pairs + other.pairs,
-            self.updates + other.updates,
-            self.queries + other.queries,
-            self.checks_passed + other.checks_passed,
-            self.checks_failed + other.checks_failed,
-        )
+        return Work(*map(add, astuple(self), astuple(other)))
 
     def capped(self) -> "Work":
         """The same work, with each number cut at the limit."""
@@ -62,13 +57,7 @@ class Work:
         )
 
     def message(self) -> credit_pb2.Work:
-        return credit_pb2.Work(
-            pairs=self.pairs,
-            updates=self.updates,
-            queries=self.queries,
-            checks_passed=self.checks_passed,
-            checks_failed=self.checks_failed,
-        )
+        return credit_pb2.Work(**asdict(self))
 
     @classmethod
     def of(cls, message: credit_pb2.Work) -> "Work":

@@ -70,10 +70,6 @@ class FairBudget:
     def held(self, owner: Hashable) -> int:
         return self._sums.get(owner, 0)
 
-    @property
-    def owners(self) -> int:
-        return len(self._held)
-
     def _add(self, reservation: Reservation, size: int) -> None:
         owner = reservation.owner
         wanted = self.held(owner) + size

@@ -111,10 +111,6 @@ class RoutingTable:
     def __len__(self) -> int:
         return sum(len(bucket.nodes) + len(bucket.spare) for bucket in self._buckets)
 
-    @property
-    def buckets(self) -> int:
-        return len(self._buckets)
-
     def add(self, node: int, peer_id: PeerID, near: str = "") -> PeerID | None:
         """Adds a node that has just been heard from. `near`: its neighbourhood; empty: it counts for itself.
 
