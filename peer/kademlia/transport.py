@@ -27,7 +27,7 @@ from peer.rpc.channels import CLIENT_OPTIONS, ChannelPool, KnownPeer, Options
 from peer.rpc.sessions import SessionClient, Sessions
 from peer.transport.contacts import OwnContact
 from peer.transport.dialling import Dialling
-from peer.transport.endpoints import AddressScope, address_of
+from peer.transport.endpoints import address_of
 from peer.wire import contact_pb2, dht_pb2, session_pb2
 
 _CHANNELS = 512
@@ -72,15 +72,13 @@ class GrpcTransport:
         swarm_id: str,
         contacts: ContactBook,
         own: OwnContact,
-        dialling: Dialling | None = None,
+        dialling: Dialling,
     ) -> None:
-        """`contacts`: the process's. `dialling`: the process's rules; None: any address on this machine may be
-        dialled.
-        """
+        """`contacts`, `dialling`: the process's."""
         self.peer_id: PeerID = identity.peer_id
         self.contacts = contacts
         self._own = own
-        self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
+        self._dialling = dialling
         self._pool = ChannelPool(_CHANNELS, dialling=self._dialling, options=_OPTIONS, try_s=_TRY_S)
         self._sessions = SessionClient(identity, swarm_id, (session_pb2.RIGHT_DHT,))
         self._handlers: dict[str, Handler] = {}
