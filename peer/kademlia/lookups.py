@@ -133,9 +133,9 @@ class Lookups:
         guard: ParseGuard | None = None,
     ) -> None:
         """`guard`: the process's."""
-        self._dht = dht
+        self.dht = dht
         self.round_trips: RttEstimator = RttEstimator()
-        self._store_trips = RttEstimator()
+        self.store_trips: RttEstimator = RttEstimator()
         self.checker: EntryChecker = EntryChecker(guard)
         self.reach: UsualReach = UsualReach()
         self.rng: random.Random = rng or random.SystemRandom()
@@ -162,13 +162,13 @@ class Lookups:
         if limits.witnesses and now >= self._sample_at:
             self._sample_at = now + _SAMPLE_EVERY_S
             self.spawn(self.sample())
-        run = _Run(self, self._dht, keys, limits, besides_self, patience_s, room)
+        run = _Run(self, keys, limits, besides_self, patience_s, room)
         await run.until_finished()
         slices = TimeSlices()
         for key, found in run.found.items():
             self._remember(key, found)
             if found.entries:
-                self._dht.storage.put(key, found.entries)
+                self.dht.storage.put(key, found.entries)
             await slices.pause()
         return run.found
 
@@ -176,12 +176,12 @@ class Lookups:
         """Looks up random keys, to learn the usual reach. Nobody can have prepared for these keys. This also finds
         nodes everywhere.
         """
-        spent = self._dht.spent_bytes
+        spent = self.dht.spent_bytes
         keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
-        run = _Run(self, self._dht, keys, _NEAREST, besides_self=False, room=0)
+        run = _Run(self, keys, _NEAREST, besides_self=False, room=0)
         await run.until_finished()
         self._sample_at = asyncio.get_running_loop().time() + pause_after_sample(
-            self._dht.spent_bytes - spent, self._dht.node_id
+            self.dht.spent_bytes - spent, self.dht.node_id
         )
         for key, found in run.found.items():
             # other nodes have answered too, on the way there, and they are not all of the nearest
@@ -189,8 +189,8 @@ class Lookups:
 
     def usual_reach(self) -> int:
         """The distance from a key within which its holders usually are."""
-        own = self._dht.node_id
-        neighbours = self._dht.table.nearest(own, BUCKET_SIZE)
+        own = self.dht.node_id
+        neighbours = self.dht.table.nearest(own, BUCKET_SIZE)
         return self.reach.distance(own, [node for node, _ in neighbours])
 
     @property
@@ -200,7 +200,7 @@ class Lookups:
 
     def witnesses(self, number: int) -> dict[int, PeerID]:
         """The known nodes nearest to random places. Nodes that crowd near one key are rarely drawn."""
-        return dict(node for _ in range(number) for node in self._dht.table.nearest(self._random_key(), 1))
+        return dict(node for _ in range(number) for node in self.dht.table.nearest(self._random_key(), 1))
 
     def _random_key(self) -> int:
         return self.rng.getrandbits(ID_BITS)
@@ -208,14 +208,6 @@ class Lookups:
     def near(self, key: int) -> Mapping[int, PeerID]:
         """Nodes near the key from the last look-up. The next look-up starts there, and usually needs one round."""
         return self._near.get(key, {})
-
-    @property
-    def store_timeout_s(self) -> float:
-        """A peer that takes longer to store something is late. Slow peers can't raise this by much."""
-        return min(self._store_trips.timeout_s, _PATIENCE_S)
-
-    def note_store(self, took_s: float) -> None:
-        self._store_trips.note(took_s)
 
     def _remember(self, key: int, found: Found) -> None:
         nearest = found.search.nearest()[: DEFAULT_LIMITS.front]
@@ -229,13 +221,12 @@ class Lookups:
         liars, so some of the others, drawn at random, get the items as well. If a node is late, the next one gets its
         items too.
         """
-        dht = self._dht
         by_key: dict[int, list[Item]] = {}
         for item in items:
             by_key.setdefault(key_id_of(item.key), []).append(item)
-        kept = await _store_here(dht, by_key)
+        kept = await _store_here(self.dht, by_key)
         found = await self.find(list(by_key), _NEAREST, patience_s=_PATIENCE_S, room=0)
-        writing = _Writing(self, dht, by_key, found, kept)
+        writing = _Writing(self, by_key, found, kept)
         await writing.until_finished()
         return writing.accepted
 
@@ -292,7 +283,6 @@ class _Writing:
     def __init__(
         self,
         lookups: Lookups,
-        dht: KademliaNode,
         by_key: Mapping[int, Sequence[Item]],
         found: Mapping[int, "Found"],
         kept: Collection[tuple[str, int | bytes]],
@@ -300,7 +290,7 @@ class _Writing:
         """`kept`: the items that this peer has stored itself."""
         self.accepted: set[tuple[str, int | bytes]] = set()
         self._lookups = lookups
-        self._dht = dht
+        self._dht = lookups.dht
         self._by_key = by_key
         self._found = found
         self._kept = kept
@@ -365,7 +355,8 @@ class _Writing:
                 self._missing[key] -= 1
                 by_node.setdefault(node, []).append(key)
                 peers[node] = self._found[key].peers[node]
-        late_at = now + self._lookups.store_timeout_s
+        # slow peers can't raise this by much
+        late_at = now + min(self._lookups.store_trips.timeout_s, _PATIENCE_S)
         for node, its_keys in by_node.items():
             for part in _parts(its_keys, self._by_key):
                 call = self._lookups.spawn(self._store_at(peers[node], part))
@@ -381,7 +372,7 @@ class _Writing:
         stored = await self._dht.store(peer, [_row(key, item) for key, item in items])
         if not stored:
             return False
-        self._lookups.note_store(self._clock() - began)
+        self._lookups.store_trips.note(self._clock() - began)
         # the peer's answer may be too short
         self.accepted.update(_name(item) for (_, item), ok in zip(items, stored, strict=False) if ok)
         return True
@@ -406,7 +397,6 @@ class _Run:
     def __init__(
         self,
         lookups: Lookups,
-        dht: KademliaNode,
         keys: Collection[int],
         limits: SearchLimits,
         besides_self: bool,
@@ -414,7 +404,7 @@ class _Run:
         room: int | None = None,
     ) -> None:
         self._lookups = lookups
-        self._dht = dht
+        self._dht = lookups.dht
         self._room = room
         self._clock = asyncio.get_running_loop().time
         self._patient_until = self._clock() + patience_s
