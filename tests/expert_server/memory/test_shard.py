@@ -96,7 +96,7 @@ def test_a_secondary_shard_proves_where_each_text_lies_or_what_stands_for_it(
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_a_changed_secondary_file_is_refused(data: st.DataObject) -> None:
-    _, vectors = some_passages(BLOCK + 3, 4)
+    _, vectors = some_passages(BLOCK + 3, dimensions=4)
     whole, info = secondary(b"r" * 32, vectors)
     file = bytearray(whole.without({b"r" * 32: [5]}) or b"")
     begin = 8 + int.from_bytes(file[:8], "little")
@@ -126,7 +126,7 @@ def test_a_shard_on_disk_is_read_when_it_is_needed_and_noticed_when_it_is_anothe
 
 
 def test_the_file_is_small_and_the_same_each_time_and_others_can_read_it() -> None:
-    passages, vectors = some_passages(1000, 256)
+    passages, vectors = some_passages(1000, dimensions=256)
     data = PrimaryShard.build(passages, vectors)
     assert data == PrimaryShard.build(passages, vectors)
     assert len(data) < 1000 * (256 + 60)
@@ -138,7 +138,7 @@ def test_the_file_is_small_and_the_same_each_time_and_others_can_read_it() -> No
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_a_changed_file_is_refused(data: st.DataObject) -> None:
-    passages, vectors = some_passages(BLOCK + 3, 4)
+    passages, vectors = some_passages(BLOCK + 3, dimensions=4)
     file = bytearray(PrimaryShard.build(passages, vectors))
     info = shard_info(bytes(file), passages, vectors)
     begin = 8 + int.from_bytes(file[:8], "little")
@@ -151,7 +151,7 @@ def test_a_changed_file_is_refused(data: st.DataObject) -> None:
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_a_changed_header_is_refused_or_says_the_same(data: st.DataObject) -> None:
-    passages, vectors = some_passages(BLOCK + 3, 4)
+    passages, vectors = some_passages(BLOCK + 3, dimensions=4)
     file = bytearray(PrimaryShard.build(passages, vectors))
     info = shard_info(bytes(file), passages, vectors)
     place = data.draw(st.integers(0, 7 + int.from_bytes(file[:8], "little")))
@@ -168,7 +168,7 @@ def test_a_changed_header_is_refused_or_says_the_same(data: st.DataObject) -> No
 
 @given(st.integers(0, 5000))
 def test_a_cut_file_is_refused(size: int) -> None:
-    passages, vectors = some_passages(BLOCK + 3, 4)
+    passages, vectors = some_passages(BLOCK + 3, dimensions=4)
     file = PrimaryShard.build(passages, vectors)
     info = shard_info(file, passages, vectors)
     with pytest.raises(WireError):
@@ -190,8 +190,16 @@ def test_other_dimensions_and_too_large_a_file_are_refused() -> None:
         Shard.parse(file, ShardInfo(info.cell, info.root, info.leaves - 1, info.size), 256)
 
 
+def test_another_shard_of_the_same_form_is_refused() -> None:
+    passages, vectors = some_passages(BLOCK + 3)
+    other = PrimaryShard.build(*some_passages(BLOCK + 3, seed=1))
+    info = shard_info(other, passages, vectors)
+    with pytest.raises(WireError, match="other passages than its root says"):
+        Shard.parse(other, info, vectors.shape[1])
+
+
 def test_a_block_that_inflates_to_far_more_is_refused_early() -> None:
-    passages, vectors = some_passages(BLOCK, 4)
+    passages, vectors = some_passages(BLOCK, dimensions=4)
     arrays = decode_arrays(PrimaryShard.build(passages, vectors))
     bomb = io.BytesIO()
     compressor = zlib.compressobj(9)
