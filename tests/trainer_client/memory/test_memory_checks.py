@@ -79,6 +79,25 @@ def test_an_answer_is_refused_or_has_only_what_was_asked_for(
             assert claim.text.root in text_roots if info.is_secondary else claim.text == claim.found
 
 
+@pytest.mark.parametrize(
+    "lie", ["a passage beyond the end", "a passage twice", "a shard that was not asked for"]
+)
+def test_an_answer_with_one_impossible_place_is_refused(lie: str) -> None:
+    ask = an_ask([0], 1)
+    reply = answered(ask, [3])
+    ask.parse(reply, ONE)
+    found = reply.found[0]
+    if lie == "a passage beyond the end":
+        found.positions[0] = ask.shards[0].leaves
+    elif lie == "a passage twice":
+        for column in (found.shards, found.positions, found.scores, found.texts, found.text_positions):
+            column[1] = column[0]
+    else:
+        reply.missing.append(1)
+    with pytest.raises(WireError):
+        ask.parse(reply, ONE)
+
+
 @pytest.mark.parametrize("queries", [1, 40])
 def test_no_honest_answer_is_larger_than_answers_may_be(queries: int) -> None:
     everything = list(range(len(MEMORY_HERE.manifest.shards)))
