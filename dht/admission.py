@@ -329,7 +329,7 @@ def make_badge(token: admission_pb2.Token, peer_id: PeerID) -> admission_pb2.Bad
 def read_grant(data: bytes) -> Grant:
     """Parses a grant. Raises RecordError. The founder's signature is checked only by `check_badge`."""
     if len(data) > MAX_GRANT_BYTES:
-        raise RecordError(f"a grant of {len(data)} bytes; at most {MAX_GRANT_BYTES}")
+        raise RecordError(f"the grant has {len(data)} bytes, more than {MAX_GRANT_BYTES}")
     grant = admission_pb2.Grant()
     try:
         grant.ParseFromString(data)

@@ -352,11 +352,11 @@ def read_replicas(
     for message in [payload.announcement] if is_alone else hosting.replicas:
         uid = UID(layer, (*coordinate, *message.following))
         if is_alone is bool(message.following) or uid in found:
-            raise RecordError("a record of replicas that are elsewhere, or listed twice")
+            raise RecordError("the record lists replicas that belong under another key, or lists one twice")
         try:
             state = ReplicaState(message.state)
         except ValueError as error:
-            raise RecordError(f"a replica in state {message.state}") from error
+            raise RecordError(f"the replica has the unknown state {message.state}") from error
         found[uid] = Replica(
             uid,
             peer_id,

@@ -77,7 +77,7 @@ class Invite:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InviteError(
-                f"can't read the invite from {path}: {reason}; pass the file that holds the line"
+                f"can't read the invite from {path}: {reason}; pass the file that contains the line"
             ) from error
         try:
             return cls.parse(text)
@@ -93,7 +93,7 @@ class Invite:
         if begins is None:
             raise InviteError(
                 f"an invite starts with {_SCHEME!r}: copy the whole line that you were given, or pass @FILE with "
-                "the file that holds it"
+                "the file that contains it"
             )
         if begins[0] != _SCHEME:
             raise InviteError(
@@ -133,7 +133,7 @@ def invite_of(join: str | None) -> Invite:
     """The invite that was passed as --join. Raises SettingsError if there was none, and InviteError."""
     if join is None:
         raise SettingsError(
-            "pass --join INVITE: the line that you were given, or @FILE with the file that holds it"
+            "pass --join INVITE, where INVITE is the line that you were given, or @FILE with the file that contains it"
         )
     return Invite.read(join)
 
@@ -215,7 +215,7 @@ class InviteLedger:
             wait_for_lock(descriptor, _LOCK_DEADLINE_S)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise StartError(f"another command changes {self._path}: try again") from error
+            raise StartError(f"another command is changing {self._path}: try again") from error
         try:
             yield
         finally:

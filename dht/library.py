@@ -99,9 +99,9 @@ class LibraryEntry:
     def parse(cls, message: records_pb2.LibraryEntry, publisher: PeerID) -> Self:
         """Raises WireError or RecordError."""
         if len(message.manifest_sha256) != HASH_BYTES or not 0 < message.manifest_bytes <= MAX_MANIFEST_BYTES:
-            raise RecordError("a memory without a manifest")
+            raise RecordError("a memory lacks a manifest")
         if message.revision < 1 or len(message.licenses) > MAX_LISTED_LICENSES or message.shards > MAX_SHARDS:
-            raise RecordError("a memory without a revision, or of more licences or shards than there can be")
+            raise RecordError("a memory has no revision, or more licences or shards than are allowed")
         return cls(
             MemoryID.of(message.name, publisher),
             publisher,
@@ -346,7 +346,7 @@ def read_library(payload: records_pb2.RecordPayload, publisher: PeerID) -> tuple
     """Parses a publisher's checked record. Raises RecordError or WireError."""
     entries = tuple(LibraryEntry.parse(message, publisher) for message in payload.library.memories)
     if len({entry.memory for entry in entries}) < len(entries):
-        raise RecordError("two memories of one name by one publisher")
+        raise RecordError("the publisher lists two memories with the same name")
     return entries
 
 
@@ -355,11 +355,11 @@ def read_cell(payload: records_pb2.RecordPayload, peer_id: PeerID) -> CellHost |
     try:
         state = ReplicaState(payload.cell.state)
     except ValueError as error:
-        raise RecordError(f"a cell in state {payload.cell.state}") from error
+        raise RecordError(f"the cell has the unknown state {payload.cell.state}") from error
     if state is ReplicaState.WITHDRAWN:
         return None
     if state is ReplicaState.CLAIMED:
-        raise RecordError("a cell that is claimed")
+        raise RecordError("a cell can't be claimed")
     shards = payload.cell.shards
     return CellHost(
         peer_id,
@@ -394,7 +394,9 @@ def find_memory(libraries: Mapping[PeerID, Sequence[LibraryEntry]], name: str | 
         return found[0]
     ids = ", ".join(sorted(str(entry.memory) for entry in found or listed)[:_MOST_NAMED])
     if name is None:
-        raise LibraryError(f"several memories are published in this swarm: say which (--memory NAME): {ids}")
+        raise LibraryError(
+            f"several memories are published in this swarm: pass one of them as --memory NAME: {ids}"
+        )
     if found:
         raise LibraryError(f"several publishers have a memory {name!r}: pass one of {ids}")
     raise LibraryError(f"no memory {printable(name, 40)!r} is published in this swarm: pass one of {ids}")

@@ -203,43 +203,43 @@ class MemoryManifest:
     def parse(cls, data: bytes) -> Self:
         """Raises WireError."""
         if len(data) > MAX_MANIFEST_BYTES:
-            raise WireError(f"a memory's manifest of {len(data)} bytes; at most {MAX_MANIFEST_BYTES}")
+            raise WireError(f"the memory's manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
         # millions of empty fields would fit into it, and each takes thirty times its size once it is parsed
         if not has_few_parts(data, memory_pb2.MemoryManifest.DESCRIPTOR, _MAX_FIELDS):
-            raise WireError(f"a memory's manifest that is broken, or of more than {_MAX_FIELDS} fields")
+            raise WireError(f"the memory's manifest is broken, or has more than {_MAX_FIELDS} fields")
         message = memory_pb2.MemoryManifest()
         try:
             message.ParseFromString(data)
         except DecodeError as error:
-            raise WireError("a memory's manifest that can't be parsed") from error
+            raise WireError("the memory's manifest can't be parsed") from error
         if message.format != FORMAT:
             raise WireError(
-                f"a memory of format {message.format}, and this Talkoot knows format {FORMAT}: update the older of them"
+                f"the memory has format {message.format}, but this Talkoot reads format {FORMAT}: update the older side"
             )
         grid = check_grid(message.grid)
         if not 1 <= message.dimensions <= MAX_DIMENSIONS:
-            raise WireError(f"a memory's vectors of {message.dimensions} numbers")
+            raise WireError(f"the memory's vectors can't have {message.dimensions} numbers")
         if not _KIND_PATTERN.fullmatch(message.encoder_kind):
-            raise WireError("a memory's encoder of no kind")
+            raise WireError("the memory's encoder has no kind")
         if len(message.licenses) > MAX_LICENSES or any(
             len(text) > MAX_LICENSE_CHARACTERS for text in message.licenses
         ):
-            raise WireError("a memory of more licences than there can be")
+            raise WireError("the memory has too many licences")
         if not message.shards:
-            raise WireError("a memory without shards")
+            raise WireError("the memory has no shards")
         revoked = sum(len(some.positions) for some in message.revoked)
         if len(message.shards) > MAX_SHARDS or max(revoked, len(message.revoked)) > MAX_REVOKED:
-            raise WireError("a memory of more shards or revoked passages than there can be")
+            raise WireError("the memory has too many shards or revoked passages")
         in_cell = Counter(entry.cell for entry in message.shards)
         if max(in_cell.values(), default=0) > MAX_SHARDS_OF_CELL:
-            raise WireError(f"a memory of more than {MAX_SHARDS_OF_CELL} shards in one cell")
+            raise WireError(f"the memory has more than {MAX_SHARDS_OF_CELL} shards in one cell")
         if not math.isfinite(message.created_at) or message.revision < 1:
-            raise WireError("a memory's manifest without a revision or a time")
+            raise WireError("the memory's manifest has no revision or no time")
         shards = tuple(_shard(entry, grid) for entry in message.shards)
         kinds = {(shard.root, shard.leaves, shard.size, shard.is_secondary) for shard in shards}
         # otherwise a reader would think that an honest host's positions are wrong
         if len(kinds) > len({shard.root for shard in shards}):
-            raise WireError("a memory in which a shard is listed with two sizes or kinds")
+            raise WireError("the memory lists a shard with two sizes or kinds")
         return cls(
             check_name(message.name),
             message.revision,
@@ -363,9 +363,9 @@ def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
     """Returns the grid. Raises WireError if it is not valid for a memory."""
     grid = tuple(sizes[: MAX_LEVELS + 1])
     if not 1 <= len(grid) <= MAX_LEVELS or not all(1 <= size <= _LARGEST_GRID for size in grid):
-        raise WireError(f"a memory's grid of {grid}")
+        raise WireError(f"the memory's grid {grid} is not valid")
     if math.prod(grid) > MAX_CELLS:
-        raise WireError(f"a memory's grid of {math.prod(grid)} cells; at most {MAX_CELLS}")
+        raise WireError(f"the memory's grid has {math.prod(grid)} cells, more than {MAX_CELLS}")
     return grid
 
 
@@ -394,7 +394,7 @@ def _part(sha256: bytes, size: int, most: int) -> Part:
 
 def _hash(data: bytes) -> bytes:
     if len(data) != HASH_BYTES:
-        raise WireError(f"a hash of {len(data)} bytes")
+        raise WireError(f"a hash has {len(data)} bytes")
     return data
 
 
@@ -414,5 +414,5 @@ def _revoked(message: memory_pb2.RevokedPassages, shards: Sequence[ShardInfo]) -
     shard = shards[message.shard]
     for position in message.positions:
         if position >= shard.leaves:
-            raise WireError(f"a revoked passage after the last of {shard.leaves}")
+            raise WireError(f"a revoked passage is beyond the last one, which is number {shard.leaves - 1}")
         yield Place(shard.root, position)

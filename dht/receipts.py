@@ -128,7 +128,7 @@ def sign_receipt(
 def check_receipt(signed: credit_pb2.SignedReceipt, swarm_id: str, node: PeerID) -> Receipt:
     """Parses and verifies a receipt for a node of this swarm. Raises RecordError. The signature is checked last."""
     if signed.ByteSize() > MAX_RECEIPT_BYTES:
-        raise RecordError(f"a receipt of {signed.ByteSize()} bytes; at most {MAX_RECEIPT_BYTES}")
+        raise RecordError(f"the receipt has {signed.ByteSize()} bytes, more than {MAX_RECEIPT_BYTES}")
     receipt = credit_pb2.Receipt()
     try:
         receipt.ParseFromString(signed.receipt)

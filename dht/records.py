@@ -301,7 +301,7 @@ def choose_shard(shards: Sequence[str], others: Mapping[str, int]) -> str:
 def _parsed(data: bytes) -> tuple[records_pb2.SignedRecord, records_pb2.RecordPayload]:
     """The record's content, before it is verified."""
     if len(data) > MAX_RECORD_BYTES:
-        raise RecordError(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")
+        raise RecordError(f"the record has {len(data)} bytes, more than {MAX_RECORD_BYTES}")
     record, payload = records_pb2.SignedRecord(), records_pb2.RecordPayload()
     try:
         record.ParseFromString(data)
@@ -354,10 +354,10 @@ def _check_replicas(payload: records_pb2.RecordPayload) -> None:
     """Raises RecordError."""
     replicas = payload.hosting.replicas
     if len(replicas) > MAX_REPLICAS_OF_RECORD:
-        raise RecordError(f"{len(replicas)} replicas in one record; at most {MAX_REPLICAS_OF_RECORD}")
+        raise RecordError(f"the record has {len(replicas)} replicas, more than {MAX_REPLICAS_OF_RECORD}")
     for replica in (payload.announcement, *replicas):
         if replica.update_count > MAX_UPDATE_COUNT:
-            raise RecordError(f"a replica after {replica.update_count} updates; nobody takes so many")
+            raise RecordError(f"a replica claims {replica.update_count} updates, more than are possible")
 
 
 def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:
@@ -365,10 +365,10 @@ def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:
     if payload.HasField("library") and (
         size > MAX_LIBRARY_BYTES or len(payload.library.memories) > MAX_MEMORIES
     ):
-        raise RecordError("a library of more memories than one publisher may have")
+        raise RecordError("the library has more memories than one publisher may have")
     shards = len(payload.cell.shards)
     if shards % SHORT_ROOT_BYTES or shards > SHORT_ROOT_BYTES * MAX_SHARDS_OF_CELL:
-        raise RecordError(f"a cell's shards in {shards} bytes")
+        raise RecordError(f"a cell's list of shards has {shards} bytes, which is not a valid length")
 
 
 def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPayload | None) -> None:

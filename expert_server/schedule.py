@@ -68,7 +68,7 @@ def _clocks(text: str) -> tuple[int, int]:
     try:
         start, end = map(_clock, text.split("-"))
     except ValueError:
-        raise ValueError(f"{text!r} is no range of the day: {_HOW}") from None
+        raise ValueError(f"{text!r} is not a range of the day: {_HOW}") from None
     return start, end
 
 

@@ -85,14 +85,14 @@ def _decoded(data: bytes | memoryview) -> dict[str, tuple[npt.NDArray[Any], int]
     try:
         metadata, places = read_outline(data, MAX_OUTLINE_BYTES)
     except StateError as error:
-        raise WireError(f"a file of arrays: {error}") from error
+        raise WireError(f"the file of arrays can't be read: {error}") from error
     if metadata is not None:
         raise WireError("a file of arrays must not have metadata")
     arrays: dict[str, tuple[npt.NDArray[Any], int]] = {}
     for place in places:
         shape, dtype = place.form
         if dtype not in _TYPES:
-            raise WireError(f"a file of arrays with numbers of type {dtype}")
+            raise WireError(f"the file of arrays has numbers of the unknown type {dtype}")
         kind = np.dtype(_TYPES[dtype])
         if place.start == place.end:
             arrays[place.name] = np.empty(shape, kind), place.start

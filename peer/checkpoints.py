@@ -97,7 +97,7 @@ def decode_checkpoint(
         # only the keys that were written: another release may have written fewer than this software knows
         written = header.model_dump_json(exclude={"sha256"}, exclude_unset=True)
     except ValueError as error:
-        raise StateError(f"its header is not as it was written: {printable(str(error))}") from error
+        raise StateError(f"its header was changed: {printable(str(error))}") from error
     check(header, {place.name: place.form for place in places})
     content = memoryview(data)
     parts = ((place.name, place.form, content[place.start : place.end]) for place in places)
@@ -136,7 +136,7 @@ def read_outline(data: bytes | memoryview, most: int) -> tuple[Any, list[Place]]
     if not 8 < begin <= len(data) or begin % _ALIGNMENT:
         raise StateError("it can't be read: it is not a safetensors file")
     if begin - 8 > most:
-        raise StateError(f"it can't be read: an outline of {begin - 8} bytes; at most {most}")
+        raise StateError(f"it can't be read: its outline has {begin - 8} bytes, more than {most}")
     try:
         outline = json.loads(
             str(data[8:begin], "utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant
@@ -197,15 +197,15 @@ def _read_place(name: str, entry: Any, begin: int) -> Place:
 def _read_header(metadata: Any, kind: type[H]) -> H:
     """Raises StateError."""
     if not isinstance(metadata, dict) or metadata.keys() != {_HEADER_KEY}:
-        raise StateError("it has no header of a checkpoint")
+        raise StateError("it lacks the header of a checkpoint")
     text = metadata[_HEADER_KEY]
     if not isinstance(text, str):
-        raise StateError("it has no header of a checkpoint")
+        raise StateError("it lacks the header of a checkpoint")
     try:
         values = from_json(text, allow_inf_nan=False)
         version = values["format_version"]
     except (KeyError, TypeError, ValueError) as error:
-        raise StateError("it has no header of a checkpoint") from error
+        raise StateError("it lacks the header of a checkpoint") from error
     if version != FORMAT_VERSION:
         later = isinstance(version, int) and version > FORMAT_VERSION
         raise StateError(
@@ -227,7 +227,7 @@ def _tensors(data: bytes, places: Iterable[Place]) -> dict[str, Tensor]:
             tensors[place.name] = torch.empty(shape, dtype=dtype)
             continue
         if dtype is torch.bool and max(buffer[place.start : place.end]) > 1:
-            raise StateError(f"{place.name!r} has numbers instead of truth values")
+            raise StateError(f"{place.name!r} has numbers instead of booleans")
         flat = torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=place.start)
         tensors[place.name] = flat.reshape(shape)
     return tensors

@@ -147,7 +147,7 @@ def decode(data: bytearray | memoryview, width: int, codec: "expert_pb2.Codec") 
     row_bytes = encoded_bytes(1, width, codec)
     rows, rest = divmod(len(data), row_bytes)
     if rest:
-        raise WireError(f"{len(data)} bytes; expected rows of {row_bytes}")
+        raise WireError(f"{len(data)} bytes are not whole rows of {row_bytes} bytes")
     if codec == expert_pb2.CODEC_FP32:
         tensor_RD = np.frombuffer(data, dtype="<f4").reshape(rows, width)
     else:
@@ -183,7 +183,7 @@ def decode_scalars(data: bytes, codec: "expert_pb2.Codec") -> Floats:
     """
     size = scalar_bytes(codec)
     if len(data) % size:
-        raise WireError(f"{len(data)} bytes; expected numbers of {size} bytes")
+        raise WireError(f"{len(data)} bytes are not whole numbers of {size} bytes")
     if size == 4:
         return np.frombuffer(data, "<f4").astype(np.float32)
     numbers_N: Floats = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)

@@ -112,9 +112,11 @@ class Identity:
                 f"can't use the identity file {path}: {error.strerror}; pass another --state"
             ) from error
         except _NO_KEY as error:
-            raise StartError(f"{path} holds no libp2p RSA key: move it away to get a new identity") from error
+            raise StartError(
+                f"{path} does not contain a libp2p RSA key: move it away to get a new identity"
+            ) from error
         if not isinstance(key, rsa.RSAPrivateKey):
-            raise StartError(f"{path} holds no RSA key: move it away to get a new identity")
+            raise StartError(f"{path} does not contain an RSA key: move it away to get a new identity")
         public_key = _public_bytes(key.public_key())
         return cls(key, path, peer_id_of(public_key), public_key)
 
@@ -169,7 +171,7 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
     except _NO_KEY as error:
         raise RecordError("the record carries no public key") from error
     if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 4096:
-        raise RecordError("the record's key is no RSA key of 2048 to 4096 bits")
+        raise RecordError("the record's key is not an RSA key of 2048 to 4096 bits")
     if key.public_numbers().e != _EXPONENT:
         raise RecordError(f"the record's key does not have the exponent {_EXPONENT}")
     try:
@@ -191,7 +193,7 @@ def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
     except (*_NO_KEY, x509.InvalidVersion) as error:
         raise RecordError("the record carries no certificate") from error
     if not isinstance(public_key, rsa.RSAPublicKey):
-        raise RecordError("the certificate's key is no RSA key")
+        raise RecordError("the certificate's key is not an RSA key")
     encoded = _public_bytes(public_key)
     if peer_id_of(encoded) != peer_id:
         raise RecordError(f"the certificate is not that of peer {peer_id}")

@@ -234,7 +234,7 @@ class CreditReader:
             async with asyncio.timeout(deadline_s):
                 await asyncio.gather(*(self._read(node, at_once) for node in due))
         except TimeoutError:
-            logger.debug("some nodes have not given their receipts within %.0f s", deadline_s)
+            logger.debug("some nodes have not sent their receipts within %.0f s", deadline_s)
         revoked = self._admission.revoked
         if self._ledger.has_changed or revoked != self._revoked:
             self._revoked = revoked
@@ -278,10 +278,12 @@ class CreditReader:
                                 break
             except grpc.aio.AioRpcError as error:
                 said = printable(error.details() or "")
-                logger.debug("node %s gives no receipts: %s: %s", node.peer_id, error.code().name, said)
+                logger.debug(
+                    "could not get the receipts of node %s: %s: %s", node.peer_id, error.code().name, said
+                )
                 return
             except (ExpertError, UnreachableError, TimeoutError) as error:
-                logger.debug("node %s gives no receipts: %s", node.peer_id, error)
+                logger.debug("could not get the receipts of node %s: %s", node.peer_id, error)
                 return
             self._tried[node.peer_id] = self._clock(), node.signed
             self._guard.read("receipt", node.peer_id, lambda: self._ledger.take(node.peer_id, receipts))

@@ -196,7 +196,7 @@ class ReceiptSender:
             async with asyncio.timeout(_FAREWELL_S):
                 await self.give(self._clock(), _FAREWELL_S, MAX_NODES)
         except TimeoutError:
-            logger.debug("some nodes were left without a last receipt")
+            logger.debug("some nodes did not get a last receipt")
         await self._accounts.save()
 
     async def give(self, before: float, deadline_s: float, most: int = _AT_ONCE) -> int:

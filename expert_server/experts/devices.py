@@ -61,7 +61,7 @@ def _device_name(name: str, found: Found) -> str:
         if int(number) >= len(found.cuda):
             there = ", ".join(f"cuda:{n}" for n in range(len(found.cuda))) or "no CUDA GPU"
             raise SettingsError(
-                f"device {name}: torch finds {there} here; "
+                f"device {name}: torch finds {there} on this machine; "
                 "`python -m torch.utils.collect_env` shows GPUs, driver and what torch is built for"
             )
         return f"cuda:{int(number)}"

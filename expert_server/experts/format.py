@@ -108,7 +108,7 @@ class StateForm:
                 raise StateError(f"the state of expert {uid} lacks the accumulated gradients")
         _check_outline(uid, outline, expected)
         if update_count < 0 or (self.moments and bool(update_count) != bool(stepped)):
-            raise StateError(f"{update_count} updates, and moments of {len(stepped)} parameters")
+            raise StateError(f"{update_count} updates don't fit moments of {len(stepped)} parameters")
         return stepped
 
     @property
@@ -234,7 +234,7 @@ def block_from_bytes(data: bytes, swarm_id: str, uid: UID, form: StateForm) -> S
 def _check_owner(header: Header, swarm_id: str, uid: UID) -> None:
     for name, found, expected in (("swarm", header.swarm_id, swarm_id), ("expert", header.uid, str(uid))):
         if found != expected:
-            raise StateError(f"it is of {name} {printable(found)}, not {expected}")
+            raise StateError(f"its {name} is {printable(found)}, not {expected}")
 
 
 def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int, form: StateForm) -> Checkpoint:
@@ -245,7 +245,7 @@ def from_bytes(data: bytes, swarm_id: str, uid: UID, update_count: int, form: St
     def check(header: Header, outline: Outline) -> None:
         _check_owner(header, swarm_id, uid)
         if header.update_count != update_count:
-            raise StateError(f"it is of update count {header.update_count}, not {update_count}")
+            raise StateError(f"its update count is {header.update_count}, not {update_count}")
         form.check(uid, outline, update_count)
 
     _, state = decode_checkpoint(data, Header, check, form.max_outline_bytes)

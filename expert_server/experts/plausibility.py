@@ -75,12 +75,12 @@ def require_plausible(
         # tensors that begin as zeros grow to the scale of the others
         usual = max(max(scale.tensors[name], scale.whole) for scale in known)
         if not size <= _MOST_SCALE * usual + steps * _step(spec, parameters[name].numel()):
-            raise StateError(f"{name!r} of expert {uid} is far larger than training makes it: {size:.3g}")
+            raise StateError(f"{name!r} of expert {uid} is far larger than training can make it: {size:.3g}")
     least = min(scale.whole for scale in known) / _MOST_SCALE
     least *= (1 - spec.learning_rate * spec.weight_decay) ** update_count
     # if decay is part of the gradient, it can lead to zero
     if found.whole < least and (spec.name == "adamw" or not spec.weight_decay):
-        raise StateError(f"the parameters of expert {uid} are far smaller than training makes them")
+        raise StateError(f"the parameters of expert {uid} are far smaller than training can make them")
     for name, tensor in parameters.items():
         _check_moments(uid, name, tensor, state, spec)
     _check_accumulated(uid, names, state)
@@ -120,7 +120,7 @@ def _check_moments(
         and second is not None
         and (first.abs() > _LARGEST_MOVE * (second.sqrt() + _EPSILON)).any()
     ):
-        raise StateError(f"the moments of {name!r} of expert {uid} would throw it far away at the next step")
+        raise StateError(f"the moments of {name!r} of expert {uid} would move it far away in the next step")
 
 
 def _check_accumulated(uid: UID, names: Collection[str], state: Mapping[str, Tensor]) -> None:

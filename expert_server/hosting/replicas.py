@@ -401,7 +401,7 @@ class LocalReplicas:
         await self.announce(taken)
         if failed:
             logger.warning(
-                "could not take %s that others host, because no host gave a state",
+                "could not take %s that others host, because no host sent its state",
                 counted(len(failed), "expert"),
             )
         return taken

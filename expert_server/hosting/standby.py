@@ -108,7 +108,7 @@ class StandbyCopies:
                 self.copied.inc()
                 self._copied_at[replica.uid] = self._clock()
             except (TransferError, StateError, OSError) as error:
-                logger.info("no copy of expert %s: %s", replica.uid, error)
+                logger.info("could not copy expert %s: %s", replica.uid, error)
 
         await side_by_side(map(copy, some), _FETCHES)
 

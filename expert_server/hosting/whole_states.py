@@ -94,7 +94,7 @@ class WholeStates:
                 partial(_replace, expert, chosen, peer_id.to_base58(), version)
             )
         except StateError as error:
-            logger.warning("refused the states that were given of %s: %s", expert.uid, error)
+            logger.warning("refused all states of expert %s: %s", expert.uid, error)
             return None
         return TakenState(peer_id, chosen.update_count) if is_taken else None
 

@@ -218,10 +218,10 @@ class PublisherFollower:
             async with asyncio.timeout(_MANIFEST_S):
                 data = await self._fetcher.fetch(entry.memory, hosts | {entry.publisher}, name, size, check)
         except TimeoutError:
-            raise TransferError(f"its manifest did not come within {_MANIFEST_S:.0f} s") from None
+            raise TransferError(f"its manifest did not arrive within {_MANIFEST_S:.0f} s") from None
         manifest = await asyncio.to_thread(MemoryManifest.parse, data)
         if (manifest.name, manifest.revision) != (entry.memory.name, entry.revision):
-            raise WireError(f"its manifest is that of revision {manifest.revision} of {manifest.name}")
+            raise WireError(f"its manifest belongs to revision {manifest.revision} of {manifest.name}")
         return data, manifest
 
     def _has_room(self, entry: LibraryEntry, manifest: MemoryManifest) -> bool:

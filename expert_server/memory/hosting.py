@@ -236,7 +236,7 @@ class MemoryHosting:
             if store in self._complete:
                 return
             if self._fetcher.is_put_off(memory):
-                raise TransferError("its encoder or codebook did not come")
+                raise TransferError("its encoder or codebook did not arrive")
             for part in await asyncio.to_thread(store.missing_parts):
                 check = partial(has_sha256, part.sha256)
                 try:

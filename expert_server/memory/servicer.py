@@ -234,7 +234,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                 try:
                     data, sha256 = await asyncio.to_thread(store.file, name)
                 except OSError as error:
-                    raise ExpertError(StatusCode.NOT_FOUND, "that part is not here") from error
+                    raise ExpertError(StatusCode.NOT_FOUND, "this node does not have that part") from error
                 if request.sha256 not in (b"", sha256):
                     raise ExpertError(
                         StatusCode.FAILED_PRECONDITION, "that file is no longer kept: start again without one"
@@ -327,12 +327,12 @@ def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
     count, rest = divmod(len(request.vectors), dimensions)
     if rest or not 1 <= count <= MAX_QUERIES:
         raise WireError(
-            f"queries of {len(request.vectors)} bytes: of {dimensions} each, 1 to {MAX_QUERIES} can be asked at once"
+            f"the queries have {len(request.vectors)} bytes: ask 1 to {MAX_QUERIES} at once, of {dimensions} bytes each"
         )
     if not 1 <= request.k <= MAX_K:
-        raise WireError(f"{request.k} passages for each query; ask for 1 to {MAX_K}")
+        raise WireError(f"{request.k} passages were asked for: ask for 1 to {MAX_K} for each query")
     if not 1 <= len(request.shards) <= MAX_SEARCHED:
-        raise WireError(f"{len(request.shards)} shards; search 1 to {MAX_SEARCHED} at once")
+        raise WireError(f"{len(request.shards)} shards were asked for: search 1 to {MAX_SEARCHED} at once")
     return np.frombuffer(request.vectors, np.int8).reshape(count, dimensions)
 
 
@@ -356,7 +356,7 @@ def _groups(
             groups[named].shards.append(shard)
     cost = sum(len(group.queries) * sum(map(len, group.shards)) for group in groups.values())
     if cost > MAX_SCORES:
-        raise WireError(f"{cost} passages to compare; at most {MAX_SCORES}: ask for less at once")
+        raise WireError(f"this search compares {cost} passages, more than {MAX_SCORES}: ask for less at once")
     return [group for group in groups.values() if group.shards]
 
 

@@ -100,7 +100,7 @@ class Shard(ABC):
         """See `parse`. Raises WireError, also if a text can't be read."""
         revoked, hashes = arrays["revoked"].view(np.uint8), arrays["hashes"].view(np.uint8)
         if (revoked > 1).any() or revoked.sum() != len(hashes):
-            raise WireError("a shard whose revoked passages are not those that it has hashes of")
+            raise WireError("the shard's hashes are not those of its revoked passages")
         self._vectors: Rows = arrays["vectors"]
         self._revoked, self._hashes = revoked.view(np.bool_), hashes
         self._ends = np.cumsum(revoked, dtype=np.int32) if len(hashes) else None
@@ -116,11 +116,11 @@ class Shard(ABC):
     def parse(data: bytes | memoryview, info: ShardInfo, dimensions: int) -> "Shard":
         """Raises WireError if this is not a file of that shard. Its content still has to be checked: see `check`."""
         if len(data) > most_bytes(info):
-            raise WireError(f"a shard of {len(data)} bytes; at most {most_bytes(info)}")
+            raise WireError(f"the shard has {len(data)} bytes, more than {most_bytes(info)}")
         kind = SecondaryShard if info.is_secondary else PrimaryShard
         shard = kind._of_arrays(decode_arrays(data), info.leaves, dimensions)
         if shard.root != info.root:
-            raise WireError("the shard has other passages than its root says")
+            raise WireError("the shard's passages don't match its root")
         return shard
 
     @classmethod
@@ -140,7 +140,7 @@ class Shard(ABC):
         }
         if {name: (array.shape, array.dtype.type) for name, array in arrays.items()} != forms:
             raise WireError(
-                "not the file of such a shard: if an older version built the memory, build it again"
+                "this is not the file of such a shard: if an older version built the memory, build it again"
             )
         return cls(arrays)
 
@@ -274,7 +274,7 @@ class PrimaryShard(Shard):
         offsets = arrays["offsets"].view(np.int64)
         # compared rather than subtracted: differences of a stranger's numbers may overflow
         if offsets[0] != 0 or offsets[-1] != arrays["blocks"].size or (offsets[1:] <= offsets[:-1]).any():
-            raise WireError("a shard whose blocks are not where they should be")
+            raise WireError("the shard's blocks are not where they should be")
         self._offsets = offsets
         self._blocks: Rows = arrays["blocks"]
         super().__init__(arrays)
@@ -352,16 +352,16 @@ class PrimaryShard(Shard):
         try:
             data = inflating.decompress(self._block(block), count * (_LENGTH_BYTES + _MOST_PASSAGE_BYTES))
         except zlib.error as error:
-            raise WireError("a shard with a block that can't be inflated") from error
+            raise WireError("a block of the shard can't be inflated") from error
         if not inflating.eof or inflating.unused_data:
-            raise WireError("a shard with a block that is not whole, or too large")
+            raise WireError("a block of the shard is cut off or too large")
         passages, place = [], 0
         for _ in range(count):
             begin = place + _LENGTH_BYTES
             place = begin + int.from_bytes(data[place:begin], "little")
             passages.append(data[begin:place])
         if place != len(data):
-            raise WireError("a block of the shard has other passages than the shard")
+            raise WireError("the passages of a block don't match those of the shard")
         return passages
 
 
@@ -372,7 +372,7 @@ class SecondaryShard(Shard):
         """See `parse`."""
         roots, references = arrays["roots"], arrays["references"].view("<u2").astype(np.uint16)
         if not 1 <= len(roots) <= len(references) or references[:, 0].max() >= len(roots):
-            raise WireError("a secondary shard whose texts are not where they should be")
+            raise WireError("the secondary shard's texts are not where they should be")
         self._references = references
         self._roots = [root.tobytes() for root in roots]
         super().__init__(arrays)
@@ -487,7 +487,7 @@ def _parsed(data: bytes) -> Passage:
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise WireError("a shard with a passage that can't be parsed") from error
+        raise WireError("a passage of the shard can't be parsed") from error
     passage = Passage.parse(message)
     if not data or passage.message().SerializeToString(deterministic=True) != data:
         raise WireError("a passage in the shard is not in canonical form")

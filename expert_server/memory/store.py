@@ -115,7 +115,7 @@ class MemoryStore:
         kept = shard.without(self.manifest.revoked_in) or data
         if len(kept) > most_bytes(info):
             raise WireError(
-                f"a shard of {len(kept)} bytes without what was revoked; at most {most_bytes(info)}"
+                f"the shard has {len(kept)} bytes without its revoked passages, more than {most_bytes(info)}"
             )
         return kept
 
@@ -131,7 +131,7 @@ class MemoryStore:
             self.load(root)
         except WireError as error:  # the disk does not return what was written
             self.drop(root)
-            raise OSError(f"{path} does not hold what was written to it: {error}") from error
+            raise OSError(f"{path} has changed since it was written: {error}") from error
 
     def stop_serving(self, root: bytes) -> None:
         """Stops serving a shard. Its file stays."""
@@ -168,11 +168,11 @@ class MemoryStore:
         new, old = MemoryManifest.parse(manifest), self.manifest
         if new.name != old.name or new.revision <= old.revision:
             raise WireError(
-                f"revision {new.revision} of {new.name!r}; here is {old.revision} of {old.name!r}"
+                f"revision {new.revision} of {new.name!r} can't follow revision {old.revision} of {old.name!r}"
             )
         if new.index != old.index:
             raise WireError(
-                "a revision with another encoder or other cells: shards would not be found any more"
+                "the revision has another encoder or other cells, so that shards could no longer be found"
             )
         write_atomically(self.folder / MANIFEST, manifest)
         self._set_manifest(manifest)
@@ -228,7 +228,7 @@ class MemoryStore:
         """Raises WireError."""
         info = self.manifest.by_root.get(root)
         if info is None:
-            raise WireError("no shard of this revision of the memory")
+            raise WireError("this revision of the memory has no such shard")
         return info
 
     def _has_part(self, part: Part) -> bool:
@@ -256,6 +256,6 @@ def _read(path: Path, info: ShardInfo) -> tuple[PlainFile, bytes]:
     if not stat.S_ISREG(about.st_mode):
         raise WireError("the shard is not a file")
     if not 0 < about.st_size <= most_bytes(info):
-        raise WireError(f"a shard of {about.st_size} bytes; at most {most_bytes(info)}")
+        raise WireError(f"the shard has {about.st_size} bytes, more than {most_bytes(info)}")
     file = PlainFile(path)
     return file, file[: most_bytes(info)]

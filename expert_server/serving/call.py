@@ -501,7 +501,7 @@ class RequestStream:
     async def _next_chunk(self, missing: int) -> bytes:
         request = await self._next(min(missing, CHUNK_BYTES))
         if request is None:
-            raise WireError(f"the payload ended {missing} bytes before what the header says")
+            raise WireError(f"the payload is {missing} bytes shorter than the header says")
         return _checked(b"" if request.HasField("header") else request.chunk, least=1)
 
     async def _next(self, expected: int) -> expert_pb2.CallRequest | None:

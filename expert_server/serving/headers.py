@@ -102,9 +102,11 @@ class HeaderParser:
         """
         require_same_swarm(self._swarm_id, header.protocol_version, header.swarm_id)
         if len(header.request_id) != 16:
-            raise WireError(f"a request id of {len(header.request_id)} bytes; expected 16")
+            raise WireError(f"the request id has {len(header.request_id)} bytes instead of 16")
         if header.width != self._manifest.width:
-            raise WireError(f"width {header.width}; this swarm's experts have {self._manifest.width}")
+            raise WireError(
+                f"the rows have width {header.width}, but this swarm's experts have {self._manifest.width}"
+            )
         encoded_bytes(1, header.width, header.codec)  # refuses an unknown codec
         if header.kept_request_id:
             return self._parse_kept(header, direction, caller, reserve)
@@ -137,14 +139,14 @@ class HeaderParser:
             raise WireError(_NO_SEQUENCES)
         rows = header.kept_rows
         if not rows:
-            raise WireError("a kept forward call of no rows")
+            raise WireError("a kept forward call must have rows")
         self._require_size(rows)
         cached = self._cache.take((caller, header.kept_request_id))
         if cached is None:
             return ParsedHeader(rows, None)
         assignment = cached.assignment
         if len(assignment) != rows:
-            raise WireError(f"the kept forward call is of {len(assignment)} rows, not {rows}")
+            raise WireError(f"the kept forward call has {len(assignment)} rows, not {rows}")
         counts = rows, len(assignment.rows), len(assignment.lengths), len(assignment.uids)
         reserve(CallSize(*counts, header.width, direction).bytes)
         return ParsedHeader(rows, assignment, cached)
@@ -153,9 +155,9 @@ class HeaderParser:
         """The numbers of rows and pairs, before any of them is looked at."""
         rows = len(header.positions)
         if not rows:
-            raise WireError("a call of no rows")
+            raise WireError("a call must have rows")
         if not 1 <= len(header.experts) <= MAX_EXPERTS_IN_CALL:
-            raise WireError(f"{len(header.experts)} experts in one call; expected 1 to {MAX_EXPERTS_IN_CALL}")
+            raise WireError(f"the call names {len(header.experts)} experts: name 1 to {MAX_EXPERTS_IN_CALL}")
         pairs = sum(len(expert.rows) or rows for expert in header.experts)
         top_k = self._manifest.routing.top_k
         if not rows <= pairs <= rows * top_k:
@@ -170,7 +172,7 @@ class HeaderParser:
         if size > self._max_call_bytes:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
-                f"a call of {size} bytes; at most {self._max_call_bytes}: send fewer rows at once",
+                f"the call has {size} bytes, more than {self._max_call_bytes}: send fewer rows at once",
             )
 
 
@@ -191,7 +193,7 @@ def parse_assignment(header: expert_pb2.CallHeader, manifest: Manifest) -> Assig
     counts = np.array([len(its_rows) for its_rows in rows_of])
     for uid, count, weights in zip(uids, counts, weights_of, strict=True):
         if len(weights) != count:
-            raise WireError(f"{len(weights)} weights for the {count} rows of expert {uid}")
+            raise WireError(f"expert {uid} has {count} rows, but {len(weights)} weights")
     assignment = Assignment(
         uids, lengths, positions, np.cumsum(counts), np.concatenate(rows_of), np.concatenate(weights_of)
     )
@@ -217,10 +219,12 @@ def parse_held(
     if (count := sum(map(len, assignment.first_pairs))) > MAX_SEQUENCES_IN_CALL:
         raise ExpertError(
             StatusCode.RESOURCE_EXHAUSTED,
-            f"{count} sequences of experts in one call; at most {MAX_SEQUENCES_IN_CALL}: send fewer at once",
+            f"the call has {count} sequences of experts, more than {MAX_SEQUENCES_IN_CALL}: send fewer at once",
         )
     if len(numbers) != segments or len(set(numbers)) < segments:
-        raise WireError(f"{len(set(numbers))} different numbers of sequences for {segments} segments")
+        raise WireError(
+            f"{segments} segments need as many different sequence numbers, not {len(set(numbers))}"
+        )
     held = []
     for expert, pairs in zip(header.experts, assignment.first_pairs, strict=True):
         first_rows = assignment.rows[pairs]
@@ -249,30 +253,30 @@ def _cache_bytes(manifest: Manifest, pairs: int, held: Sequence[HeldSegments]) -
 
 def _check_positions(lengths: Integers, positions: Integers, context: int) -> None:
     if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(positions):
-        raise WireError(f"segments of {lengths.sum()} rows for the {len(positions)} rows of the call")
+        raise WireError(f"the segments have {lengths.sum()} rows, but the call has {len(positions)}")
     if positions.max() >= context:
-        raise WireError(f"position {positions.max()}; this swarm's context is {context} tokens")
+        raise WireError(f"position {positions.max()} is beyond this swarm's context of {context} tokens")
     starts = np.cumsum(lengths)[:-1]
     rising = np.diff(positions) > 0
     rising[starts - 1] = True  # positions may fall from one segment to the next
     if not rising.all():
-        raise WireError("positions do not rise within a segment")
+        raise WireError("positions must rise within a segment")
 
 
 def _check_pairs(assignment: Assignment, top_k: int) -> None:
     rows, weights, count = assignment.rows, assignment.weights, len(assignment)
     if rows.max() >= count:
-        raise WireError(f"row {rows.max()} of an expert; the call has {count} rows")
+        raise WireError(f"an expert gets row {rows.max()}, but the call has {count} rows")
     rising = np.diff(rows) > 0
     rising[assignment.ends[:-1] - 1] = True
     if not rising.all():
-        raise WireError("the rows of an expert do not rise")
+        raise WireError("the rows of an expert must rise")
     if not ((weights > 0) & np.isfinite(weights)).all():
-        raise WireError("a weight that is not finite and above 0")
+        raise WireError("a weight must be finite and above 0")
     experts_of_row = np.bincount(rows, minlength=count)
     if not experts_of_row.min():
         raise WireError(f"row {experts_of_row.argmin()} is for no expert")
     if experts_of_row.max() > top_k:
         raise WireError(
-            f"row {experts_of_row.argmax()} is for {experts_of_row.max()} experts; at most {top_k}"
+            f"row {experts_of_row.argmax()} is for {experts_of_row.max()} experts, more than {top_k}"
         )

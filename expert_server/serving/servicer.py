@@ -240,6 +240,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         """Raises ExpertError if the caller's budget is spent, or if this backward call was seen before."""
         self.budgets.take(caller, direction, call.pairs, call.uids, time.monotonic())
         if direction == "backward" and not self._seen.is_new(caller, call.header.request_id):
-            raise ExpertError(StatusCode.ALREADY_EXISTS, "this request id was seen before: not applied again")
+            raise ExpertError(
+                StatusCode.ALREADY_EXISTS, "this request id was seen before, so the call is not applied again"
+            )
         if direction == "backward":
             self._trainers[caller] = time.monotonic()

@@ -104,7 +104,7 @@ class CheckpointStore:
         if uid not in self._strays:
             self._strays.add(uid)
             logger.warning(
-                "passing over the checkpoints in %s: the swarm's grid has no such expert",
+                "skipping the checkpoints in %s: the swarm's grid has no such expert",
                 self._folder / str(uid),
             )
 
@@ -160,7 +160,7 @@ class CheckpointStore:
 
     def pass_over(self, uid: UID, entry: Entry, reason: StateError) -> None:
         """Logs a warning. The file stays, for people to look at, until newer ones replace it."""
-        logger.warning("passing over the checkpoint %s: %s", self.path(uid, *entry), reason)
+        logger.warning("skipping the checkpoint %s: %s", self.path(uid, *entry), reason)
 
     def remove_averaged(self, uid: UID) -> None:
         """Removes states that were saved between an average that turned bad and the rollback."""

@@ -207,7 +207,8 @@ class SnapshotTaker:
         # calls whose peer breaks off continue, and count until they end
         if len(self._blocks) >= _MAX_BLOCKS:
             raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED, "the parameters of other experts are being copied"
+                StatusCode.RESOURCE_EXHAUSTED,
+                "the node is copying other experts' parameters: try again later",
             )
         made = self._blocks.spawn(self._make_block(uid, peer_id, version), f"take the parameters of {uid}")
         return await asyncio.shield(made)
@@ -438,7 +439,7 @@ class StateClient:
         except (grpc.aio.AioRpcError, TransferError, ExpertError) as error:
             # the session may be the cause: open another next time
             self._service.sessions.ended(node.peer_id, session)
-            logger.debug("%s was asked in vain: %s", node.peer_id, error)
+            logger.debug("%s did not answer a request to fetch states: %s", node.peer_id, error)
             return 0
         return min(int(reply.accepted), len(uids))
 

@@ -319,7 +319,7 @@ class DHTServer:
         if subkey == DICTIONARY:
             return self._checker.unpack(sender, value)
         if not math.isfinite(expires_at):
-            raise WireError("an entry that never expires")
+            raise WireError("an entry must expire")
         return {unpack_subkey(subkey): Entry(value, expires_at)}
 
 

@@ -197,7 +197,7 @@ class GrpcTransport:
             except (asyncio.CancelledError, grpc.aio.UsageError):
                 if is_cancelled():
                     raise
-        raise UnreachableError(f"the channel to {peer_id} was closed meanwhile")
+        raise UnreachableError(f"the channel to {peer_id} was closed during the call")
 
     async def _find(self, peer_id: PeerID, deadline_s: float) -> KnownPeer:
         """Where the peer is: what its own contact says, or else the owner. Raises UnreachableError."""

@@ -144,7 +144,7 @@ def unpack_entries(data: bytes) -> Entries:
     If there are too many, a random sample is kept, so that nobody can choose which are lost.
     """
     if len(data) > MAX_MESSAGE_BYTES:
-        raise WireError(f"a dictionary of {len(data)} bytes")
+        raise WireError(f"a dictionary has {len(data)} bytes, more than is allowed")
     outer = _unpack(data, _mark_dictionary, max_array_len=0, max_map_len=0)
     if not isinstance(outer, msgpack.ExtType):
         raise WireError("not a dictionary")

@@ -92,7 +92,7 @@ class RelayClient:
         pem = self._certificate_of(peer_id) or self._fetched.get(peer_id)
         if pem is None:
             if not self._dialling.begin(endpoint, peer_id):
-                raise UnreachableError(f"a relay at {endpoint} is not dialled now")
+                raise UnreachableError(f"the address {endpoint} of a relay may not be dialled now")
             pem = self._fetched[peer_id] = await fetch_certificate(endpoint, peer_id, _FETCH_S)
             self._dialling.reached(endpoint, peer_id)
         return KnownPeer(peer_id, (endpoint,), pem)

@@ -36,7 +36,7 @@ def read_piece(piece: Piece) -> bytes:
 def read_peer(data: bytes) -> PeerID:
     """A PeerID that a stranger wrote. Raises ExpertError (INVALID_ARGUMENT)."""
     if not is_peer_id(data):
-        raise ExpertError(StatusCode.INVALID_ARGUMENT, "not the PeerID of a peer")
+        raise ExpertError(StatusCode.INVALID_ARGUMENT, "this is not a PeerID")
     return PeerID(data)
 
 

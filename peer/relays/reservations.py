@@ -185,7 +185,7 @@ class Reservations:
                 return
             wait_s = bucket.take(1, time.monotonic())
             if wait_s > _ABUSE_S:
-                raise ConnectionError("it names callers without end")
+                raise ConnectionError("it announces too many callers")
             if not reply.circuit:
                 continue
             if wait_s or self._exit is None or self._circuits[relay.peer_id] >= _CIRCUITS_OF_RELAY:

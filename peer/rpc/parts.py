@@ -134,7 +134,7 @@ class PartClient:
                     self._failed[peer_id] = None
         finally:
             await cancel_all(fetching)
-        raise TransferError(f"part {name.hex()[:8]} of memory {memory} did not come: {reason}")
+        raise TransferError(f"part {name.hex()[:8]} of memory {memory} did not arrive: {reason}")
 
     async def _fetch_checked(
         self, peer: Contact, memory: str, name: bytes, max_bytes: int, check: Callable[[bytes], T]

@@ -137,10 +137,11 @@ class SnapshotReceiver:
             raise StateError("a state must begin with its header")
         if header.total_bytes > self._max_bytes:
             raise StateError(
-                f"a state of {header.total_bytes} bytes; at most {self._max_bytes} are possible in this swarm"
+                f"the state has {header.total_bytes} bytes, more than the {self._max_bytes} that are "
+                "possible in this swarm"
             )
         if header.update_count > MAX_UPDATE_COUNT:
-            raise StateError(f"a state after {header.update_count} updates; nobody takes so many")
+            raise StateError(f"the state claims {header.update_count} updates, more than are possible")
         if (self.header is not None and header != self.header) or (sha256 and header.sha256 != sha256):
             raise StateError("this is not the snapshot that was asked for")
         self.header = header
@@ -162,7 +163,7 @@ class SnapshotReceiver:
         if self.header is None or not self.is_whole:
             raise StateError("the state is incomplete")
         if hashlib.sha256(self._data).digest() != self.header.sha256:
-            raise StateError("the checksum does not match: the state was changed on its way")
+            raise StateError("the checksum does not match: the state was changed in transit")
         return self.header, bytes(self._data)
 
 
@@ -211,7 +212,7 @@ class SnapshotClient:
             async with asyncio.timeout(self.limit_s):
                 return await self._download(peer, method, request, what, down)
         except TimeoutError:
-            raise TransferError(f"{what} did not come within {self.limit_s:.0f} s") from None
+            raise TransferError(f"{what} did not arrive within {self.limit_s:.0f} s") from None
 
     async def _download(
         self, peer: Contact, method: str, request: Any, what: str, down: RateLimit
@@ -236,17 +237,17 @@ class SnapshotClient:
                 busy += status is StatusCode.RESOURCE_EXHAUSTED
                 if status is StatusCode.DEADLINE_EXCEEDED and incoming.header is None:
                     raise TransferError(
-                        f"{what} did not come: {reason}"
+                        f"{what} did not arrive: {reason}"
                     ) from error  # the peer does not answer
                 if status is StatusCode.FAILED_PRECONDITION and incoming.header and not wanted:
                     incoming = self.incoming()  # the snapshot is gone, as after a restart: start over
                 elif status not in _PASSING:
-                    raise TransferError(f"{what} was not given: {reason}", True) from error
+                    raise TransferError(f"{what} was refused: {reason}", True) from error
             if incoming.is_whole:
                 return incoming
             attempts += 1
             if attempts - busy >= _ATTEMPTS or busy >= _BUSY_ATTEMPTS:
-                raise TransferError(f"{what} did not come: {reason}", answered=busy > 0)
+                raise TransferError(f"{what} did not arrive: {reason}", answered=busy > 0)
             await asyncio.sleep(_BACKOFF_S * 2 ** min(attempts - 1, 3))
             self.sessions.ended(
                 peer.peer_id, session
@@ -378,6 +379,6 @@ async def _receive(call: Any, incoming: SnapshotReceiver, down: RateLimit, what:
     try:
         await receive(call, incoming, down, wanted)
     except TimeoutError as error:
-        raise TransferError(f"{what} did not come: {error}") from None
+        raise TransferError(f"{what} did not arrive: {error}") from None
     finally:
         call.cancel()

@@ -72,7 +72,7 @@ def ip_address(text: str) -> IpAddress:
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address.scope_id is not None:
-        raise ValueError("an address with a zone is only valid on one machine")
+        raise ValueError("an address with a zone is valid on one machine only")
     return address.ipv4_mapped or address
 
 

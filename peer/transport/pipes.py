@@ -122,7 +122,7 @@ class Listeners:
             # short, because a unix socket's path has at most 107 bytes
             bound, address = bind_within(self._folder, str(peer_id.to_base58()[-16:]))
         except OSError as error:
-            raise UnreachableError(f"can't open a way to {peer_id}: {error}") from error
+            raise UnreachableError(f"can't connect to {peer_id}: {error}") from error
         listener = _Listener(address, bound)
         self._keep(peer_id, listener)
         try:
@@ -134,7 +134,7 @@ class Listeners:
         except OSError as error:
             listener.close()
             self._listeners.pop(peer_id, None)  # the next call tries again
-            raise UnreachableError(f"can't open a way to {peer_id}: {error}") from error
+            raise UnreachableError(f"can't connect to {peer_id}: {error}") from error
         return listener
 
     def _keep(self, peer_id: PeerID, listener: "_Listener") -> None:

@@ -246,7 +246,7 @@ def expert(picture: Picture | None, uid: str, now: float) -> Json:
     if picture is None:
         raise ApiError(503, "the swarm has not been read yet")
     if not _is_uid(picture, uid):
-        raise ApiError(404, f"{uid[:40]!r} is no expert of this swarm: write layer.i.j, such as 0.1.3")
+        raise ApiError(404, f"{uid[:40]!r} is not an expert of this swarm: write layer.i.j, such as 0.1.3")
     replicas = []
     for row in picture.replicas.get(uid, []):
         shown = {key: value for key, value in row.items() if key not in {"expires_at", "updated_at"}}

@@ -91,7 +91,7 @@ class Report(BaseModel):
             with path.open("rb") as file:
                 report = cls.model_validate_json(file.read(_MAX_BYTES))
         except FileNotFoundError:
-            raise DataError(f"this machine was not checked yet with {state}: {again}") from None
+            raise DataError(f"no check was made yet with {state}: {again}") from None
         except (OSError, ValidationError) as error:
             raise DataError(f"can't read {path}: {again}") from error
         if report.version != _REPORT_VERSION:

@@ -114,7 +114,7 @@ async def _fetch_manifest(swarm: Swarm, entry: LibraryEntry, hosts: Collection[N
         return await parts.fetch_any(hosts, str(entry.memory), entry.manifest.sha256, size, check)
     except TransferError as error:
         raise LibraryError(
-            f"no live host gives the list of shards of {entry.memory}, so it can't be inspected now: {error}"
+            f"no live host could send the list of shards of {entry.memory}, so it can't be inspected now: {error}"
         ) from error
     finally:
         await parts.close()

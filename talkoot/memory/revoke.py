@@ -93,7 +93,7 @@ class Selection:
             raise LibraryError(f"no passage of {store.folder} contains that text")
         if len(found) + len(store.manifest.revoked) > MAX_REVOKED:
             raise LibraryError(
-                f"that would be {len(found) + len(store.manifest.revoked):,} revoked passages; at most "
+                f"the memory would have {len(found) + len(store.manifest.revoked):,} revoked passages, more than "
                 f"{MAX_REVOKED:,}: build the memory again without them, under another name"
             )
         return found

@@ -96,7 +96,7 @@ def dense_of_trainers(
     age = client.run(_take(swarm, model, form))
     if age is None:
         raise SwarmError(
-            f"none of the swarm's trainers gave its dense part: try again in a minute, or {_ELSE}"
+            f"none of the swarm's trainers sent its dense part: try again in a minute, or {_ELSE}"
         )
     same = [trainer for trainer in trainers if trainer.dense_fingerprint == form.fingerprint]
     losses = [trainer.validation_loss for trainer in same if trainer.validation_loss is not None]

@@ -205,7 +205,7 @@ class _Export:
                 "no live node hosts an expert of this swarm: `talkoot status` shows who is there"
             )
         if missing:
-            logger.warning("%s that no live node hosts will be masked", counted(len(missing), "expert"))
+            logger.warning("%s without a live host will be masked", counted(len(missing), "expert"))
 
     def _most_used(
         self, dense: ExportedDense, watched: WatchedExperts, share: float, path: str
@@ -270,7 +270,7 @@ class _Export:
                 sources[uid] = self._source(taken)
             elif not self._plan.allow_missing:
                 raise SwarmError(
-                    f"no host of expert {uid} gave usable parameters: run the same command again (complete layers are "
+                    f"no host of expert {uid} sent usable parameters: run the same command again (complete layers are "
                     "kept), or pass --allow-missing"
                 )
             advance()

@@ -460,7 +460,7 @@ class ModelFolder:
             missing = frozenset(parse_uid(text, manifest) for text in config.missing_experts)
         except ValidationError as error:
             raise ModelError(
-                f"{path / CONFIG} is not that of a Talkoot model: "
+                f"{path / CONFIG} is not the configuration of a Talkoot model: "
                 + printable(describe_validation_error(error, _Config), 1000)
             ) from error
         except WireError as error:

@@ -333,7 +333,7 @@ def listen_address(settings: NodeSettings) -> str:
         Endpoint.of(host, 1)
     except (ValueError, AddressError):
         raise SettingsError(
-            f"host {host!r} is not an IP address: pass this machine's, such as 192.0.2.7"
+            f"host {host!r} is not an IP address: pass this machine's address, such as 192.0.2.7"
         ) from None
     if address.is_unspecified:
         raise SettingsError(f"nobody can reach a node at {host}: pass the address that others see as --host")

@@ -139,7 +139,8 @@ def model_of_folder(path: Path) -> ServedModel:
                 f'--model {path} --join INVITE "…"`'
             )
         logger.warning(
-            "the model learned to read the memory %s, which is not in the folder: it writes without it, and worse",
+            "the model learned to read the memory %s, which is not in the folder. Without it, the "
+            "model writes less well",
             name,
         )
     live = len(opened.experts.blocks)

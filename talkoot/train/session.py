@@ -72,8 +72,8 @@ def run_train(
     """Raises UserError if it can't train, and Stopped after a signal. A stopped run prints its summary too."""
     if (join is None) == (local is None):
         raise SettingsError(
-            "pass --join INVITE, the line that you were given or @FILE with the file that holds it, or "
-            "--local SWARM.TOML; not both"
+            "pass either --join INVITE or --local SWARM.TOML. INVITE is the line that you were given, or @FILE with "
+            "the file that contains it"
         )
     if local is not None and (resume or settings.checkpoint is not None):
         raise SettingsError(
@@ -338,7 +338,7 @@ def _begin_averaging(
         age = client.take_whole(averaging)
         if age is not None:
             logger.info(
-                "starts from another trainer's dense part, which was trained for %s",
+                "starting from another trainer's dense part, which has taken %s",
                 counted(age, "step"),
             )
     return averaging

@@ -164,7 +164,7 @@ def run_evaluate(
 
     def read_texts(tokenizer: Tokenizer, settings: TrainerSettings, folder: Path) -> None:
         if settings.answers_questions:
-            raise SettingsError('this run\'s model answers questions: talkoot ask --join INVITE "…"')
+            raise SettingsError('this run\'s model answers questions: use `talkoot ask --join INVITE "…"`')
         for number, (name, files) in enumerate(texts.items()):
             # a separate folder, because one folder holds one text
             read[name] = encode_corpus(files, settings.field, tokenizer, folder / f"text-{number}").tokens

@@ -220,7 +220,7 @@ def test_a_library_has_no_more_than_its_bounds() -> None:
 
 @pytest.mark.parametrize("length", [1, 7, 9, 8 * MAX_SHARDS_OF_CELL + 8])
 def test_a_cell_of_cut_or_too_many_roots_is_refused(length: int) -> None:
-    refused(as_stored(FOUNDER, cell(bytes(length))), "a cell's shards")
+    refused(as_stored(FOUNDER, cell(bytes(length))), "a cell's list of shards")
     VALIDATOR.check(as_stored(FOUNDER, cell(bytes(8 * MAX_SHARDS_OF_CELL))))
 
 
@@ -270,7 +270,7 @@ def test_a_library_with_a_wrong_entry_is_refused(changes: dict[str, Any]) -> Non
 
 
 def test_one_publisher_has_no_two_memories_of_one_name() -> None:
-    with pytest.raises(RecordError, match="two memories of one name"):
+    with pytest.raises(RecordError, match="two memories with the same name"):
         read_library(library(entry(), entry(revision=2)), FOUNDER.peer_id)
 
 
@@ -283,7 +283,7 @@ def test_texts_of_a_publisher_are_harmless_on_a_terminal() -> None:
 
 @pytest.mark.parametrize("state", [0, ReplicaState.CLAIMED.value, 99])
 def test_a_cell_in_another_state_is_refused(state: int) -> None:
-    with pytest.raises(RecordError, match="a cell"):
+    with pytest.raises(RecordError, match=r"the cell has the unknown state|a cell can't be claimed"):
         read_cell(cell(state=state), FOUNDER.peer_id)
 
 

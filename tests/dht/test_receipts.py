@@ -108,7 +108,7 @@ def test_a_node_has_no_more_than_all_nodes_have() -> None:
 
 
 def test_what_is_too_large_or_no_message_is_refused_before_its_signature_is_checked() -> None:
-    refused(forged(swarm_id="s" * MAX_RECEIPT_BYTES), "bytes; at most")
+    refused(forged(swarm_id="s" * MAX_RECEIPT_BYTES), "bytes, more than")
     refused(credit_pb2.SignedReceipt(receipt=b"\xff\xff"), "can't be parsed")
     refused(credit_pb2.SignedReceipt(), "for swarm ''")
 

@@ -98,7 +98,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config of 1 GB": (lambda f: os.truncate(f / CONFIG, 2**30), "has more than"),
     "index of 1 TB": (lambda f: os.truncate(f / INDEX, 2**40), "has more than"),
-    "config of lists": (lambda f: (f / CONFIG).write_text("[" + "[]," * 2**18 + "0]"), "not that of a Talkoot"),
+    "config of lists": (lambda f: (f / CONFIG).write_text("[" + "[]," * 2**18 + "0]"), "not the "
+    "configuration of a Talkoot"),
     "config of wrong experts": (
         lambda f: change_json(f / CONFIG, missing_experts=[1] * 2**18),
         "missing_experts",
@@ -107,7 +108,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_json(f / CONFIG, manifest={f"\x1b[31m{n}": n for n in range(2**15)}),
         "unknown",
     ),
-    "config that is nested": (lambda f: (f / CONFIG).write_text('{"a":' * 2**17), "not that of a Talkoot"),
+    "config that is nested": (lambda f: (f / CONFIG).write_text('{"a":' * 2**17), "not the configuration of a Talkoot"),
     "index that is nested": (lambda f: (f / INDEX).write_text('{"weight_map":' + "[" * 2**20), "not an index"),
     "index of lists": (lambda f: change_json(f / INDEX, weight_map={"x": [[]] * 2**20}), "not an index"),
     "index that is a number": (lambda f: (f / INDEX).write_text("7"), "not an index"),

@@ -145,7 +145,7 @@ def to_state_with(dtype: str, shape: list[int], content: bytes) -> bytes:
 
 def test_an_outline_larger_than_the_expert_needs_is_not_parsed() -> None:
     many = {f"x{n}": entry("F32", [0], [0, 0]) for n in range(5000)}
-    with pytest.raises(StateError, match="an outline of"):
+    with pytest.raises(StateError, match="its outline has"):
         from_bytes(with_outline(outline_of(STATE) | many, b""), SWARM, AN_UID, 3, FORM)
 
 

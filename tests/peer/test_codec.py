@@ -58,7 +58,7 @@ def test_numbers_beside_tensors_are_exact_or_bfloat16s(
     expected_N = expected_N.clamp(-torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).max)
     np.testing.assert_array_equal(found_N, expected_N.numpy())
     assert encode_scalars(found_N, codec) == data
-    with pytest.raises(WireError, match="expected numbers of 2 bytes"):
+    with pytest.raises(WireError, match="are not whole numbers of 2 bytes"):
         decode_scalars(data + b"x", codec)
 
 
@@ -231,7 +231,7 @@ def test_any_bytes_become_finite_numbers_or_are_refused(
 @given(rows=st.integers(1, 3), off=st.integers(-20, 20).filter(bool))
 def test_bytes_that_are_not_whole_rows_are_refused(codec: "expert_pb2.Codec", rows: int, off: int) -> None:
     size = encoded_bytes(rows, 48, codec) + off
-    with pytest.raises(WireError, match=f"{size} bytes; expected rows of {encoded_bytes(1, 48, codec)}"):
+    with pytest.raises(WireError, match=f"{size} bytes are not whole rows of {encoded_bytes(1, 48, codec)}"):
         decode(bytearray(size), 48, codec)
 
 

@@ -150,7 +150,7 @@ def public_der(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
 
 def test_keys_that_are_too_weak_or_not_rsa_are_refused() -> None:
     for key in (rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP256R1())):
-        with pytest.raises(RecordError, match="no RSA key of 2048 to 4096 bits"):
+        with pytest.raises(RecordError, match="not an RSA key of 2048 to 4096 bits"):
             verify(public_der(key), b"data", b"signature")
 
 

@@ -264,9 +264,11 @@ class Averaging:
                 said = f"{partner.peer_id} is averaging with another trainer, or averaged with this one a moment ago"
                 raise ExpertError(error.code(), said) from error
             reason = f"{error.code().name}: {printable(error.details() or '')}"
-            raise TransferError(f"{partner.peer_id} did not exchange: {reason}") from error
+            raise TransferError(f"{partner.peer_id} did not exchange dense parts: {reason}") from error
         except TimeoutError:
-            raise TransferError(f"{partner.peer_id} did not exchange in {deadline_s:.0f} s") from None
+            raise TransferError(
+                f"{partner.peer_id} did not exchange dense parts within {deadline_s:.0f} s"
+            ) from None
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
@@ -336,7 +338,7 @@ class Averaging:
             return
         self.exchange.breakers.failed(peer_id, time.monotonic())
         self.metrics.ends.labels("failed").inc()
-        logger.debug("no exchange with %s: %s", peer_id, error)
+        logger.debug("could not average with %s: %s", peer_id, error)
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

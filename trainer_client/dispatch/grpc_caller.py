@@ -110,12 +110,12 @@ class ReplyAssembler:
             self._due, self._data = None, bytearray()
             yield AnsweredRows(self._batch, due.places, due.answered, tensor, due.products)
         if blocks:
-            raise WireError("rows that are announced before the tensor of others has come")
+            raise WireError("rows were announced before the tensor of earlier rows had arrived")
         if chunk:
             raise WireError(f"{len(chunk)} bytes more than the announced tensors have")
         if reply.kept:
             if self._backward or not self.complete:
-                raise WireError("said that it has kept the call before its last message")
+                raise WireError("it confirmed too early that it has kept the call")
             self._kept = True
             yield Kept(self._batch, self._request_id)
 
@@ -141,14 +141,14 @@ class ReplyAssembler:
     def _expected(self, rows: expert_pb2.AnsweredRows) -> "_Due":
         places = _places(rows, len(self._unanswered))
         if not self._unanswered[places].all():
-            raise WireError("a second answer to a row")
+            raise WireError("it answered a row twice")
         answered = _answered(rows, self._batch, places)
         experts = self._batch.experts[places][answered]
         if not self._computed[experts].all():
             raise WireError("an answer names an expert that has not reported a result")
         size = encoded_bytes(len(places), self._width, self._codec)
         if rows.payload_bytes != size:
-            raise WireError(f"a tensor of {rows.payload_bytes} bytes; expected {size}")
+            raise WireError(f"it sent a tensor of {rows.payload_bytes} bytes instead of {size}")
         products = None
         if self._backward:
             products = _products(rows, self._batch, places, answered, self._codec)
@@ -156,7 +156,7 @@ class ReplyAssembler:
                 answered = answered & self._counts[places]
                 products = np.where(answered, products, np.float32(0))
         elif rows.products:
-            raise WireError("products in a forward call")
+            raise WireError("it sent products in a forward call")
         self._unanswered[places] = False
         return _Due(places, answered, products, size)
 
@@ -207,7 +207,7 @@ def _products(
     numbers = decode_scalars(rows.products, codec)
     if len(numbers) != np.count_nonzero(answered) or not np.isfinite(numbers).all():
         raise WireError(
-            f"{len(numbers)} products for {np.count_nonzero(answered)} experts, or not all finite"
+            f"it sent {len(numbers)} products for {np.count_nonzero(answered)} experts, or some are not finite"
         )
     found, slots = np.nonzero(answered)
     # row by row, and within a row in the order of the header's experts

@@ -107,14 +107,14 @@ class Ask:
         last: int | None = None
         for number, position, text, text_position, score in zip(*columns, found.scores, strict=True):
             if number >= len(self.shards) or number in missing or query not in asked[number]:
-                raise WireError("a passage of a shard in which its query was not looked up")
+                raise WireError("a passage is from a shard in which its query was not looked up")
             shard = self.shards[number]
             if position >= shard.leaves or (number, position) in places:
                 raise WireError("a passage that the shard does not have, or the same one twice")
             if last is not None and score > last:
                 raise WireError("passages are not in the order of their scores")
             if bool(text) != shard.is_secondary or text > len(text_roots):
-                raise WireError("the text of a passage is nowhere")
+                raise WireError("a passage has no place for its text")
             last = score
             places.add((number, position))
             place = Place(shard.root, position)
@@ -192,10 +192,10 @@ def _given(
     roots = list(asked)
     wanted = {Place(root, position) for root, positions in asked.items() for position in positions}
     if len(reply.passages) > len(wanted):
-        raise WireError(f"{len(wanted)} passages were asked for, and {len(reply.passages)} came")
+        raise WireError(f"{len(wanted)} passages were asked for, but {len(reply.passages)} arrived")
     for message in reply.passages:
         if message.shard >= len(roots):
-            raise WireError("a passage of a shard that was not asked for")
+            raise WireError("a passage is from a shard that was not asked for")
         place = Place(roots[message.shard], message.position)
         if place not in wanted:
             raise WireError("a passage that was not asked for, or the same one twice")
@@ -205,7 +205,7 @@ def _given(
 
 def _prove(message: memory_pb2.ProvenPassage, info: ShardInfo, dimensions: int, host: PeerID) -> Proven:
     if len(message.vector) != dimensions:
-        raise WireError(f"a vector of {len(message.vector)} bytes; expected {dimensions}")
+        raise WireError(f"a vector has {len(message.vector)} bytes instead of {dimensions}")
     proof = prove(message, info)
     return Proven(proof.text, proof.passage, np.frombuffer(proof.vector, np.int8), proof.leaf, host)
 

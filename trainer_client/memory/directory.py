@@ -156,7 +156,7 @@ class MemoryParts:
         if (manifest.name, manifest.revision, manifest.grid) != (
             entry.memory.name, entry.revision, entry.grid,
         ):  # fmt: skip
-            raise WireError(f"the manifest of {entry.memory} is not that of revision {entry.revision}")
+            raise WireError(f"the manifest of {entry.memory} does not belong to revision {entry.revision}")
         filled_C = np.zeros(prod(manifest.grid), np.bool_)
         filled_C[[number_of(cell, manifest.grid) for cell in manifest.by_cell]] = True
         if before is not None:
@@ -221,7 +221,8 @@ class MemoryDirectory:
             return cls(memories, registry, parts, await parts.open(entry))
         except TransferError as error:
             raise LibraryError(
-                f"no live host of memory {entry.memory} gives its index ({error}): wait until a node that hosts it, or "
+                f"no live host of memory {entry.memory} could send its index ({error}): wait until a "
+                "node that hosts it, or "
                 "its publisher, is back"
             ) from error
         except WireError as error:
@@ -353,7 +354,7 @@ class MemoryDirectory:
                     follow_at = loop_time() + _FOLLOW_EVERY_S
                     await self.follow()
             except UnreachableError as error:
-                logger.debug("can't refresh what is known of memory %s: %s", self.memory, error)
+                logger.debug("can't refresh the view of memory %s: %s", self.memory, error)
 
     def _forget(self) -> None:
         """Makes the next search read the hosts again."""

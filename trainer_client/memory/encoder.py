@@ -80,11 +80,11 @@ def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encode
     kinds: dict[str, type[StaticEncoder] | type[DualEncoder]] = {STATIC: StaticEncoder, DUAL: DualEncoder}
     if kind not in kinds:
         raise WireError(
-            f"its encoder is of the kind {kind!r:.40}, which this version of Talkoot does not know: upgrade it"
+            f"its encoder is of the kind {kind!r:.40}, which this version of Talkoot does not know: update it"
         )
     encoder = kinds[kind].from_bytes(data)
     if encoder.dimensions != dimensions:
-        raise WireError(f"an encoder of vectors with {encoder.dimensions} numbers; expected {dimensions}")
+        raise WireError(f"the encoder's vectors have {encoder.dimensions} numbers instead of {dimensions}")
     return encoder
 
 

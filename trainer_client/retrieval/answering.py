@@ -202,7 +202,8 @@ class Reader:
         room = self._room - len(asked)
         if room < 1:
             raise DataError(
-                f"a question of {len(asked)} tokens, but this swarm's models see {self._context}: shorten the question"
+                f"the question has {len(asked)} tokens, but this swarm's models see only "
+                f"{self._context}: shorten the question"
             )
         if passage is None:
             return asked

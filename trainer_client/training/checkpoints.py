@@ -154,7 +154,7 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
         try:
             return _read(path, swarm_id)
         except StateError as error:
-            raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+            raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
     files, tried = RotatingFiles(path, keep=1), set[int]()
     # lists the folder each time, because a running trainer removes older ones in the meantime
     while untried := [number for number in files.numbers() if number not in tried]:
@@ -162,9 +162,9 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
         try:
             checkpoint = _read(files.path(number), swarm_id)
             if checkpoint.header.step != number:
-                raise StateError(f"it is of step {checkpoint.header.step}")
+                raise StateError(f"its step is {checkpoint.header.step}")
         except StateError as error:
-            logger.warning("passing over the checkpoint %s: %s", files.path(number), error)
+            logger.warning("skipping the checkpoint %s: %s", files.path(number), error)
         else:
             return checkpoint
     if tried:

@@ -283,7 +283,7 @@ def _take_history(tensors: dict[str, Tensor]) -> History:
     )
     # a run that has taken no step, as after an import, may not have been validated yet
     if len(validated) != len(validation_losses) or (len(losses) and not len(validated)):
-        raise StateError("its history is not whole")
+        raise StateError("its history is incomplete")
     return History(
         array("d", losses.tolist()), array("q", validated.tolist()), array("d", validation_losses.tolist())
     )

@@ -55,8 +55,12 @@ def test_the_setting_names_devices(setting: str, found: Found, expected: tuple[s
 @pytest.mark.parametrize(
     ("setting", "found", "said"),
     [
-        ("cuda", NOTHING, "device cuda: torch finds no CUDA GPU here; `python -m torch.utils.collect_env`"),
-        ("cuda:2", TWO_GPUS, "device cuda:2: torch finds cuda:0, cuda:1 here"),
+        (
+            "cuda",
+            NOTHING,
+            "device cuda: torch finds no CUDA GPU on this machine; `python -m torch.utils.collect_env`",
+        ),
+        ("cuda:2", TWO_GPUS, "device cuda:2: torch finds cuda:0, cuda:1 on this machine"),
         ("mps", NOTHING, "device mps: torch finds no Metal GPU here"),
         ("cuda:0,cuda", TWO_GPUS, "name each device once"),
         ("gpu", TWO_GPUS, "device 'gpu': expected auto, cpu, mps, cuda"),

@@ -108,7 +108,7 @@ def test_a_state_that_is_not_this_experts_is_refused_and_changes_nothing(
 
 @pytest.mark.parametrize(("steps", "update_count"), [(3, 0), (0, 3), (3, -1)])
 def test_an_update_count_that_does_not_fit_the_moments_is_refused(steps: int, update_count: int) -> None:
-    with pytest.raises(StateError, match=f"{update_count} updates, and moments of"):
+    with pytest.raises(StateError, match=f"{update_count} updates don't fit moments of"):
         trained_expert(0).import_state(trained_expert(steps).export_state(), update_count)
 
 

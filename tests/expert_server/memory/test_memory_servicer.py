@@ -250,7 +250,7 @@ def test_all_parts_are_fetched_and_wrong_ones_come_from_another_host(
         assert await client.fetch(library.node(1), str(memory), store.part.sha256, len(manifest)) == manifest
         with pytest.raises(TransferError, match="NOT_FOUND"):
             await client.fetch(library.node(1), str(memory), b"\1" * 32, 10**6)
-        with pytest.raises(TransferError, match="did not come"):
+        with pytest.raises(TransferError, match="did not arrive"):
             await client.fetch_any([], str(memory), root, 10**6, bytes)
 
     in_library(loop, tmp_path, scenario)

@@ -136,7 +136,7 @@ def test_a_shard_that_left_the_manifest_while_it_came_leaves_no_file(tmp_path: P
     first = MEMORY.roots[0]
     data = store.verified(first, MEMORY.files[first])
     store.follow(_without_first_shard())
-    with pytest.raises(WireError, match="no shard of this revision"):
+    with pytest.raises(WireError, match="this revision of the memory has no such shard"):
         store.save(first, data)
     assert list((tmp_path / "m" / "shards").iterdir()) == []
 
@@ -254,7 +254,7 @@ def test_a_shard_that_grows_beyond_its_size_when_something_is_revoked_is_refused
     info = replace(shard_info(data, passages, vectors, (0, 0)), size=len(data) * 8 // 9 + 1)
     manifest = replace(MEMORY.manifest, shards=(info,), revoked=frozenset({Place(info.root, 4)}))
     store = MemoryStore.create(tmp_path / "m", manifest.serialize())
-    with pytest.raises(WireError, match="without what was revoked"):
+    with pytest.raises(WireError, match="without its revoked passages"):
         store.verified(info.root, data)
 
 

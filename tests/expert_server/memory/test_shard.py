@@ -184,7 +184,7 @@ def test_other_dimensions_and_too_large_a_file_are_refused() -> None:
     with pytest.raises(WireError):
         Shard.parse(file, info, 255)
     small = ShardInfo(info.cell, info.root, info.leaves, len(file) // 2)
-    with pytest.raises(WireError, match=f"at most {most_bytes(small)}"):
+    with pytest.raises(WireError, match=f"more than {most_bytes(small)}"):
         Shard.parse(file, small, 256)
     with pytest.raises(WireError):
         Shard.parse(file, ShardInfo(info.cell, info.root, info.leaves - 1, info.size), 256)

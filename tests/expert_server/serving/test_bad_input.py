@@ -81,7 +81,7 @@ def test_a_claim_of_1_gb_of_kept_rows_with_1_kb_behind_it_is_refused_at_once(run
 
     async def scenario(edge: Edge) -> None:
         outcome = await exchange(edge, "backward", [header_of(call), piece(bytes(1024))], ends=False)
-        refused(outcome, StatusCode.RESOURCE_EXHAUSTED, f"a call of {2**30} bytes")
+        refused(outcome, StatusCode.RESOURCE_EXHAUSTED, f"the call has {2**30} bytes")
         assert edge.updates() == total(edge.runtime.metrics.rows) == 0
         await check_it_goes_on(edge)
 
@@ -121,7 +121,7 @@ def test_gradients_of_another_number_of_rows_than_were_kept_are_refused(run: Run
         assert answers(call, await make(edge, call)).is_kept
         backward = call.kept()
         backward.header.kept_rows = rows
-        said = f"the kept forward call is of {ROWS} rows, not {rows}" if rows else "no rows"
+        said = f"the kept forward call has {ROWS} rows, not {rows}" if rows else "must have rows"
         refused(await make(edge, backward), StatusCode.INVALID_ARGUMENT, said)
         assert edge.updates() == 0
         await check_it_goes_on(edge)

@@ -168,9 +168,9 @@ def holding(*numbers: int, held: Sequence[Sequence[int]] = ()) -> Callable[[Call
 
 
 WRONG: dict[str, tuple[Callable[[Call], object], str]] = {
-    "too few numbers": (holding(1), "1 different numbers of sequences for 2 segments"),
-    "too many numbers": (holding(1, 2, 3), "3 different numbers of sequences for 2 segments"),
-    "a number twice": (holding(1, 1), "1 different numbers of sequences for 2 segments"),
+    "too few numbers": (holding(1), "2 segments need as many different sequence numbers, not 1"),
+    "too many numbers": (holding(1, 2, 3), "2 segments need as many different sequence numbers, not 3"),
+    "a number twice": (holding(1, 1), "2 segments need as many different sequence numbers, not 1"),
     "no numbers": (holding(held=[[0, 1]]), "held rows need numbered sequences"),
     "too few counts": (holding(1, 2, held=[[1]]), "1 counts of held rows for the 2 segments of expert 0.0.0"),
     "too many counts": (holding(1, 2, held=[[0, 0, 0]]), "3 counts of held rows for the 2 segments"),

@@ -95,9 +95,9 @@ WRONG_HEADERS: dict[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
     "wider": (set_header(width=HIDDEN + 1), ("width 17", "experts have 16")),
     "huge width": (set_header(width=2**32 - 1), ("width 4294967295", "experts have 16")),
     "no width": (clear("width"), ("width 0", "experts have 16")),
-    "no rows": (set_rows([], []), ("a call of no rows",)),
-    "no experts": (clear("experts"), ("0 experts in one call; expected 1 to 4096",)),
-    "too many experts": (add_experts(4096), ("4097 experts in one call; expected 1 to 4096",)),
+    "no rows": (set_rows([], []), ("a call must have rows",)),
+    "no experts": (clear("experts"), ("the call names 0 experts: name 1 to 4096",)),
+    "too many experts": (add_experts(4096), ("the call names 4097 experts: name 1 to 4096",)),
     "off the grid": (set_uid("0.2.0"), ("0.2.0 is not on this swarm's grid",)),
     "no such layer": (set_uid("1.0.0"), ("1.0.0 is not on this swarm's grid",)),
     "too few coordinates": (set_uid("0.0"), ("0.0 is not on this swarm's grid",)),
@@ -109,46 +109,52 @@ WRONG_HEADERS: dict[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
     "a newline": (set_uid("0.0.0\n"), ("not an expert UID",)),
     "other digits": (set_uid("0.0.\N{ARABIC-INDIC DIGIT ONE}"), ("not an expert UID",)),
     "a long uid": (set_uid("0." * 50_000), ("not an expert UID",)),
-    "too few rows in segments": (set_rows([3, 1]), ("segments of 4 rows for the 5 rows",)),
-    "too many rows in segments": (set_rows([3, 3]), ("segments of 6 rows for the 5 rows",)),
-    "a claim of 1 GB in segments": (set_rows([2**24]), ("segments of 16777216 rows for the 5 rows",)),
-    "sums that overflow 32 bits": (set_rows([2**32 - 1, ROWS + 1]), ("rows for the 5 rows",)),
-    "no segments": (set_rows([]), ("segments of 0",)),
-    "an empty segment": (set_rows([3, 0, 2]), ("segments of 5 rows",)),
-    "falling positions": (set_rows(LENGTHS, [0, 4, 3, 1, 2]), ("do not rise within a segment",)),
-    "equal positions": (set_rows(LENGTHS, [0, 4, 4, 1, 2]), ("do not rise within a segment",)),
-    "falling in the last segment": (set_rows(LENGTHS, [0, 4, 9, 2, 1]), ("do not rise",)),
+    "too few rows in segments": (set_rows([3, 1]), ("the segments have 4 rows, but the call has 5",)),
+    "too many rows in segments": (set_rows([3, 3]), ("the segments have 6 rows, but the call has 5",)),
+    "a claim of 1 GB in segments": (
+        set_rows([2**24]),
+        ("the segments have 16777216 rows, but the call has 5",),
+    ),
+    "sums that overflow 32 bits": (set_rows([2**32 - 1, ROWS + 1]), ("rows, but the call has 5",)),
+    "no segments": (set_rows([]), ("the segments have 0 rows",)),
+    "an empty segment": (set_rows([3, 0, 2]), ("the segments have 5 rows",)),
+    "falling positions": (set_rows(LENGTHS, [0, 4, 3, 1, 2]), ("positions must rise within a segment",)),
+    "equal positions": (set_rows(LENGTHS, [0, 4, 4, 1, 2]), ("positions must rise within a segment",)),
+    "falling in the last segment": (set_rows(LENGTHS, [0, 4, 9, 2, 1]), ("must rise",)),
     "a position beyond the context": (set_rows(LENGTHS, [0, 4, 9, 1, 16]), ("position 16", "16 tokens")),
     "a huge position": (set_rows(LENGTHS, [0, 4, 9, 1, 2**32 - 1]), ("position 4294967295", "16 tokens")),
     "a row in no expert": (set_experts([0, 1], [1, 2, 4]), ("row 3 is for no expert",)),
     "fewer pairs than rows": (set_experts([0, 1], [2]), ("3 rows of experts for the 5 rows", "1 to 3")),
     "a row in too many experts": (
         set_experts([0, 1], ALL, [1, 2], [1, 3]),
-        ("row 1 is for 4 experts; at most 3",),
+        ("row 1 is for 4 experts, more than 3",),
     ),
     "rows in too many experts": (
         set_experts(ALL, ALL, ALL, [0]),
         ("16 rows of experts for the 5 rows", "1 to 3"),
     ),
     "an expert twice": (add_experts(1), ("an expert is named twice",)),
-    "falling rows": (set_experts([0, 2, 1, 3, 4]), ("rows of an expert do not rise",)),
-    "equal rows": (set_experts([0, 1, 1, 2, 3, 4]), ("rows of an expert do not rise",)),
-    "falling rows of the last": (set_experts(ALL, [4, 3]), ("rows of an expert do not rise",)),
-    "a row beyond the call": (set_experts([0, 1, 2, 3, 5]), ("row 5 of an expert; the call has 5 rows",)),
-    "a huge row": (set_experts(ALL, [2**32 - 1]), ("row 4294967295 of an expert",)),
-    "too few weights": (set_experts(ALL, weights=[1.0] * 4), ("4 weights for the 5 rows of expert 0.0.0",)),
-    "half a weight": (set_weights(bytes(4 * ROWS - 2)), ("18 bytes; expected numbers of 4 bytes",)),
-    "too many weights": (set_experts(ALL, weights=[1.0] * 6), ("6 weights for the 5 rows of expert 0.0.0",)),
+    "falling rows": (set_experts([0, 2, 1, 3, 4]), ("rows of an expert must rise",)),
+    "equal rows": (set_experts([0, 1, 1, 2, 3, 4]), ("rows of an expert must rise",)),
+    "falling rows of the last": (set_experts(ALL, [4, 3]), ("rows of an expert must rise",)),
+    "a row beyond the call": (
+        set_experts([0, 1, 2, 3, 5]),
+        ("an expert gets row 5, but the call has 5 rows",),
+    ),
+    "a huge row": (set_experts(ALL, [2**32 - 1]), ("an expert gets row 4294967295",)),
+    "too few weights": (set_experts(ALL, weights=[1.0] * 4), ("expert 0.0.0 has 5 rows, but 4 weights",)),
+    "half a weight": (set_weights(bytes(4 * ROWS - 2)), ("18 bytes are not whole numbers of 4 bytes",)),
+    "too many weights": (set_experts(ALL, weights=[1.0] * 6), ("expert 0.0.0 has 5 rows, but 6 weights",)),
     **{
         f"a weight of {weight}": (
             set_experts(ALL, weights=[1.0, weight, 1.0, 1.0, 1.0]),
-            ("a weight that is not finite and above 0",),
+            ("a weight must be finite and above 0",),
         )
         for weight in (0.0, -0.0, -1.0, nan, inf, -inf)
     },
-    "no request id": (clear("request_id"), ("a request id of 0 bytes; expected 16",)),
-    "a short request id": (set_header(request_id=b"x" * 15), ("a request id of 15 bytes; expected 16",)),
-    "a long request id": (set_header(request_id=b"x" * 17), ("a request id of 17 bytes; expected 16",)),
+    "no request id": (clear("request_id"), ("the request id has 0 bytes instead of 16",)),
+    "a short request id": (set_header(request_id=b"x" * 15), ("the request id has 15 bytes instead of 16",)),
+    "a long request id": (set_header(request_id=b"x" * 17), ("the request id has 17 bytes instead of 16",)),
     "no codec": (clear("codec"), ("codec 0 is not supported here; supported: CODEC_FP32, CODEC_BF16",)),
     "an unknown codec": (set_header(codec=77), ("codec 77 is not supported here; supported: CODEC_FP32, ",)),
 }
@@ -206,7 +212,7 @@ def test_a_call_of_too_many_bytes_is_refused_before_they_are_sent_by_what_they_b
     async def scenario(edge: Edge) -> None:
         header = [expert_pb2.CallRequest(header=call.header)]
         outcome = await exchange(edge, "forward", header, ends=False)
-        refused(outcome, StatusCode.RESOURCE_EXHAUSTED, "a call of 1048640 bytes; at most 1048576")
+        refused(outcome, StatusCode.RESOURCE_EXHAUSTED, "the call has 1048640 bytes, more than 1048576")
         await check_it_goes_on(edge)
 
     run(scenario, max_call_bytes=2**20)
@@ -220,7 +226,7 @@ def test_a_header_of_the_largest_size_claims_no_memory(run: Runner) -> None:
 
     async def scenario(edge: Edge) -> None:
         outcome = await exchange(edge, "backward", [expert_pb2.CallRequest(header=call.header)], ends=False)
-        refused(outcome, StatusCode.RESOURCE_EXHAUSTED, f"a call of {2 * rows * HIDDEN * 4} bytes")
+        refused(outcome, StatusCode.RESOURCE_EXHAUSTED, f"the call has {2 * rows * HIDDEN * 4} bytes")
         await check_it_goes_on(edge)
 
     run(scenario)

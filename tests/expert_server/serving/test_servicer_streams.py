@@ -66,8 +66,11 @@ WRONG_STREAMS: dict[str, tuple[Callable[[Call], list[expert_pb2.CallRequest]], s
     "an empty chunk": (lambda call: [header_of(call), piece(b""), piece(call.payload)], NOT_A_CHUNK),
     "a message with nothing in it": (lambda call: [header_of(call), expert_pb2.CallRequest()], NOT_A_CHUNK),
     "an oversized chunk": (lambda call: [header_of(call), piece(bytes(MAX_CHUNK_BYTES + 1))], NOT_A_CHUNK),
-    "no payload": (lambda call: [header_of(call)], "the payload ended 320 bytes before"),
-    "a byte too few": (lambda call: [header_of(call), piece(call.payload[:-1])], "ended 1 bytes before"),
+    "no payload": (lambda call: [header_of(call)], "the payload is 320 bytes shorter than"),
+    "a byte too few": (
+        lambda call: [header_of(call), piece(call.payload[:-1])],
+        "the payload is 1 bytes shorter",
+    ),
 }
 
 
@@ -122,7 +125,7 @@ def test_a_claim_of_megabytes_with_a_kilobyte_behind_it_is_refused(run: Runner) 
 
     async def scenario(edge: Edge) -> None:
         outcome = await exchange(edge, "forward", [header_of(call), piece(bytes(1024))])
-        refused(outcome, StatusCode.INVALID_ARGUMENT, f"the payload ended {4 * 2**20 - 1024} bytes before")
+        refused(outcome, StatusCode.INVALID_ARGUMENT, f"the payload is {4 * 2**20 - 1024} bytes shorter than")
         await check_it_goes_on(edge)
 
     run(scenario)

@@ -80,7 +80,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a folder": (put_folder, "can't be read"),
     "a dead link": (put_dead_link, "can't be read"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"more"), "can't be read"),
-    "no header": (lambda path: safetensors.torch.save_file({}, path), "no header of a checkpoint"),
+    "no header": (lambda path: safetensors.torch.save_file({}, path), "lacks the header of a checkpoint"),
     "header of another kind": (lambda path: rewrite(path, uid=None), "header is not valid"),
     "another key": (lambda path: rewrite(path, more=1), "checksum"),
     "later format version": (
@@ -89,9 +89,9 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no format version": (lambda path: rewrite(path, format_version="x"), "has format version 'x', .* reads 1$"),
     "time": (lambda path: rewrite(path, saved_at=7.0), "checksum"),
-    "update count": (lambda path: rewrite(path, update_count=9), "of update count 9, not 3"),
-    "foreign swarm": (lambda path: link_from(path, "banya-QmOther", AN_UID), "of swarm banya-QmOther, not sauna"),
-    "foreign expert": (lambda path: link_from(path, SWARM, OTHER_UID), r"of expert 0\.1\.1, not 1\.0\.1"),
+    "update count": (lambda path: rewrite(path, update_count=9), "its update count is 9, not 3"),
+    "foreign swarm": (lambda path: link_from(path, "banya-QmOther", AN_UID), "its swarm is banya-QmOther, not sauna"),
+    "foreign expert": (lambda path: link_from(path, SWARM, OTHER_UID), r"its expert is 0\.1\.1, not 1\.0\.1"),
     "last byte": (lambda path: flip(path, -1), "checksum"),
     "wrong shape": (lambda path: replace_state(path, changed(WEIGHT, lambda t: t[:5])), r"is \(\(5, 8\)"),
     "not finite": (lambda path: replace_state(path, changed(MOMENT, lambda t: t / 0)), "not finite"),
@@ -136,7 +136,7 @@ def test_a_broken_or_foreign_checkpoint_is_passed_over_for_the_one_before(
     assert restored.update_count == 2
     assert_same(restored.export_state(), before)
     (line,) = warnings_in(caplog)
-    assert line.startswith(f"passing over the checkpoint {path}: ")
+    assert line.startswith(f"skipping the checkpoint {path}: ")
     assert re.search(reason, line)
 
 

@@ -206,7 +206,7 @@ def test_garbage_on_disk_is_passed_over_for_the_true_copy(
 
     play(scenario)
     (line,) = warnings_in(caplog)
-    assert "far larger than training makes it" in line
+    assert "far larger than training can make it" in line
 
 
 def test_an_average_that_turned_bad_leaves_nothing_that_a_restart_would_take(play: Play) -> None:

@@ -123,7 +123,7 @@ def test_who_asks_and_breaks_off_makes_a_node_copy_no_more_at_once(play: Callabl
             asking = asyncio.ensure_future(taker.block_for(a_peer(1), AN_UID, expert.version))
             await asyncio.sleep(0)
             asking.cancel()
-        with pytest.raises(ExpertError, match="being copied"):
+        with pytest.raises(ExpertError, match="is copying other experts"):
             await taker.block_for(a_peer(2), AN_UID, expert.version)
         let_go.set()
         assert await busy

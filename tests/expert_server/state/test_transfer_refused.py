@@ -97,14 +97,14 @@ DATA = packed(make_expert(3))
 
 
 WRONG: dict[str, tuple[Callable[[state_pb2.FetchRequest], Replies], str]] = {
-    "claims 1 GB": (sends(DATA, total_bytes=2**30), "a state of 1073741824 bytes; at most"),
+    "claims 1 GB": (sends(DATA, total_bytes=2**30), "the state has 1073741824 bytes, more than"),
     "a wrong checksum": (sends(DATA, sha256=bytes(32)), "checksum does not match"),
     "a flipped bit": (sends(DATA[:-1] + bytes([DATA[-1] ^ 1]), sha256=hashlib.sha256(DATA).digest()), "checksum"),
     "longer": (sends(DATA, total_bytes=len(DATA) - 700), "longer than its header says"),
-    "another swarm's": (sends(packed(make_expert(3), "banya-QmOther")), "it is of swarm banya-QmOther"),
-    "another expert's": (sends(packed(make_expert(3, OTHER_UID))), r"it is of expert 0\.1\.1, not 1\.0\.1"),
-    "another count": (sends(DATA, update_count=4), "of update count 3, not 4"),
-    "too many updates": (sends(DATA, update_count=10**18), "nobody takes so many"),
+    "another swarm's": (sends(packed(make_expert(3), "banya-QmOther")), "its swarm is banya-QmOther"),
+    "another expert's": (sends(packed(make_expert(3, OTHER_UID))), r"its expert is 0\.1\.1, not 1\.0\.1"),
+    "another count": (sends(DATA, update_count=4), "its update count is 3, not 4"),
+    "too many updates": (sends(DATA, update_count=10**18), "more than are possible"),
     "garbage": (sends(b"garbage" * 100), "can't be read"),
     "no header": (lambda _: says(state_pb2.FetchReply(chunk=b"1")), "must begin with its header"),
     "two headers": (lambda _: says(header_of(DATA), header_of(DATA)), "after the header come chunks"),

@@ -342,7 +342,7 @@ def test_report_is_kept(tmp_path: Path) -> None:
     "text", ["", "no json", "[]", '{"version": 9, "checked_at": 1, "swarm": null, "findings": []}']
 )
 def test_kept_report_that_is_broken_is_told(tmp_path: Path, text: str) -> None:
-    with pytest.raises(DataError, match="not checked yet"):
+    with pytest.raises(DataError, match="no check was made yet"):
         Report.load(tmp_path)
     (tmp_path / "check.json").write_text(text)
     with pytest.raises(DataError, match="without --cached"):

@@ -228,7 +228,7 @@ def _reading(objective: str, **changes: Any) -> Callable[[Path], None]:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no model folder"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), "has no config.json: pass a folder"),
-    "no json": (lambda folder: (folder / CONFIG).write_text("{"), "not that of a Talkoot model"),
+    "no json": (lambda folder: (folder / CONFIG).write_text("{"), "not the configuration of a Talkoot model"),
     "another model": (lambda f: change_json(f / CONFIG, model_type="llama"), "model_type"),
     "a later format": (lambda f: change_json(f / CONFIG, format_version=2), "update Talkoot"),
     "unknown manifest": (lambda f: change_json(f / CONFIG, manifest={"name": "x-y", "z": 1}), "z"),

@@ -148,7 +148,7 @@ def test_passages_that_do_not_say_it_are_no_sources() -> None:
     [
         (" ", {}, "messages: ask something"),
         ("what? " * 2000, {}, "shorten it to 10000"),
-        (f"what is {'and ' * 20}?", {}, "tokens, but this swarm's models see 64: shorten the question"),
+        (f"what is {'and ' * 20}?", {}, "tokens, but this swarm's models see only 64: shorten the question"),
         ("what?", {"logprobs": True}, "logprobs: an answer has none"),
         ("what?", {"max_tokens": 10**9}, "max_tokens: at most"),
     ],

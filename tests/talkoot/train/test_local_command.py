@@ -37,7 +37,7 @@ def test_it_trains_all_experts_in_one_process(tmp_path: Path) -> None:
 
 def test_one_of_join_and_local_must_be_given() -> None:
     ended = run_here("train", "--local", "swarm.toml", "--join", "talkoot2")
-    assert_one_clear_line(ended, "pass --join INVITE", "or --local SWARM.TOML; not both")
+    assert_one_clear_line(ended, "pass either --join INVITE or --local SWARM.TOML")
 
 
 def test_local_mode_saves_and_resumes_nothing() -> None:

@@ -411,9 +411,9 @@ def test_broken_and_foreign_checkpoints_are_one_clear_line(
 
     path.write_bytes(path.read_bytes()[:-100])
     talkoot(*resume).is_one_clear_line("all checkpoints in", "are broken: pass another run's folder")
-    assert f"passing over the checkpoint {path}: it can't be read" in caplog.text
+    assert f"skipping the checkpoint {path}: it can't be read" in caplog.text
     talkoot("generate", "--join", founder.invite, "--checkpoint", path).is_one_clear_line(
-        "is not a whole checkpoint"
+        "is not a complete checkpoint"
     )
     path.unlink()
     talkoot(*resume).is_one_clear_line("no checkpoint in", "give the folder that `talkoot train` named")

@@ -143,7 +143,7 @@ HEADER = state_pb2.StateHeader(update_count=3, total_bytes=500, sha256=bytes(32)
 LIES: dict[str, tuple[list[state_pb2.FetchReply], str]] = {
     "nothing": ([], "must begin with its header"),
     "no header": ([state_pb2.FetchReply(chunk=b"1")], "must begin with its header"),
-    "1 GB": ([state_pb2.FetchReply(header=state_pb2.StateHeader(total_bytes=2**30, sha256=bytes(32)))], "at most"),
+    "1 GB": ([state_pb2.FetchReply(header=state_pb2.StateHeader(total_bytes=2**30, sha256=bytes(32)))], "more than"),
     "too short": ([state_pb2.FetchReply(header=HEADER), state_pb2.FetchReply(chunk=b"1")], "is incomplete"),
     "too long": ([state_pb2.FetchReply(header=HEADER), state_pb2.FetchReply(chunk=b"1" * 501)], "longer"),
     "garbage": ([state_pb2.FetchReply(header=HEADER), state_pb2.FetchReply(chunk=b"1" * 500)], "checksum"),

@@ -157,7 +157,7 @@ def test_an_encoder_of_another_kind_or_size_is_refused() -> None:
     data = make_encoder().to_bytes()
     with pytest.raises(WireError, match="dpr"):
         load_encoder("dpr", data, 8)
-    with pytest.raises(WireError, match="expected 16"):
+    with pytest.raises(WireError, match="numbers instead of 16"):
         load_encoder(STATIC, data, 16)
 
 

@@ -249,7 +249,7 @@ def test_a_new_revision_is_followed_and_what_it_revokes_is_never_returned(play: 
 def test_an_encoder_that_this_version_does_not_have_is_one_clear_error(play: Play) -> None:
     async def scenario(swarm: MemorySwarm) -> None:
         await swarm.host()
-        with pytest.raises(LibraryError, match=r"memory docs-\S+ can't be used: .*'vast'.*: upgrade it"):
+        with pytest.raises(LibraryError, match=r"memory docs-\S+ can't be used: .*'vast'.*: update it"):
             await (await swarm.searcher()).open()
 
     play(scenario)

@@ -273,7 +273,7 @@ def test_an_encoder_has_its_context_for_the_passage_and_the_question() -> None:
 def test_questions_that_do_not_fit_are_named_before_anything_is_learned(manifest: Manifest) -> None:
     reader = model_of(settings(), manifest).reader
     reader.check(QUESTIONS)
-    with pytest.raises(DataError, match=r"question 6, 'why w+': a question of \d+ tokens"):
+    with pytest.raises(DataError, match=r"question 6, 'why w+': the question has \d+ tokens"):
         reader.check([*QUESTIONS, Question("why " + "w" * 80, ("so",))])
     with pytest.raises(DataError, match=r"question 1, 'why\?': the answer 'a+' has \d+ tokens"):
         reader.check([Question("why?", ("a" * 80,)), *QUESTIONS])

@@ -163,7 +163,7 @@ def test_what_is_not_whole_is_passed_over_for_the_one_before(
     change(tmp_path / "4.safetensors")
     assert_is(load_checkpoint(tmp_path, SWARM), 3)
     (warning,) = warnings_in(caplog)
-    assert warning.startswith(f"passing over the checkpoint {tmp_path / '4.safetensors'}: ")
+    assert warning.startswith(f"skipping the checkpoint {tmp_path / '4.safetensors'}: ")
     assert reason in warning
 
 
@@ -175,7 +175,9 @@ def test_when_none_is_whole_that_is_said(tmp_path: Path) -> None:
         CheckpointError, match=r"all checkpoints in .* are broken: .* in another folder and without --res"
     ):
         load_checkpoint(tmp_path, SWARM)
-    with pytest.raises(CheckpointError, match=r"3\.safetensors is not a whole checkpoint: it can't be read"):
+    with pytest.raises(
+        CheckpointError, match=r"3\.safetensors is not a complete checkpoint: it can't be read"
+    ):
         load_checkpoint(tmp_path / "3.safetensors", SWARM)
 
 
