@@ -94,7 +94,7 @@ class NodeInfo:
     """Where it serves metrics to others; empty: nowhere."""
     rows_per_s: float | None = None
     renew_every_s: float = DEFAULT_RENEW_S
-    """The longest time in seconds between two renewals of the record, as far as the node can tell."""
+    """The longest time in seconds between two renewals of the record, according to the node."""
     contributed_rows: int = 0
     """Over all runs of the node, like the next two."""
     contributed_updates: int = 0

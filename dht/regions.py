@@ -34,8 +34,8 @@ _SPLIT_FOR_S = 600.0
 prefix when it looks for one expert.
 """
 _READ_AGAIN_S = 3600.0
-"""How long hosts at longer prefixes show that a prefix is still split. After that, the prefix is read again, because
-others may announce there by now.
+"""If hosts announce at longer prefixes, a prefix that has split is read again only after this time. By then, others may
+announce there.
 """
 _WRITE_FOR_S = 300.0
 """How long a writer relies on what it has read of a region: whether it had split, and how many announce there.
@@ -66,7 +66,7 @@ class Region:
     size: int
     """The size of their announcements, in bytes."""
     unread: int = 0
-    """About how many more nodes announce there, beside those that were read."""
+    """About how many more nodes announce there than were read."""
 
     def serves(self, uid: Prefix) -> bool:
         """Whether a node that announces there serves the expert."""
@@ -74,7 +74,8 @@ class Region:
 
     def leads_to(self, coordinate: int, only_active: bool) -> bool:
         """Whether hosts may announce below this next coordinate, because the index marks it as active. Unless
-        `only_active`, any marked coordinate of the same piece is enough, because somebody may hide entries.
+        `only_active`, it is enough that any coordinate in the same piece of the index is marked, because somebody may
+        hide entries.
         """
         if only_active:
             return coordinate in self.active

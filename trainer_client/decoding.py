@@ -30,7 +30,7 @@ computed without keeping rows.
 _MOST_FORGOTTEN = 3
 """How many times a node may forget a sequence before replicas of its experts on other nodes are preferred."""
 _MOST_ROWS = 2048
-"""When sequences are computed from their first tokens on, the most rows that are computed at once."""
+"""The most rows that are computed at once when whole sequences are computed."""
 
 
 def require_finite(predicted: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class LanguageModel(MixtureModel):
         return len(self._remote()) == len(self.mixtures) and all(each.can_extend for each in self._remote())
 
     def begin(self, avoided: frozenset[PeerID] = frozenset()) -> "SequenceState":
-        """The state of a sequence of which nothing has been computed yet. `avoided`: as in `HeldSequence`."""
+        """The state of a sequence before anything has been computed. `avoided`: as in `HeldSequence`."""
         return SequenceState([each for each in self.local if isinstance(each, LocalPart)], avoided)
 
     @torch.no_grad()

@@ -275,8 +275,8 @@ class Expert:
         """Returns the gradient of each part's inputs [R, D], and takes one optimizer step for all parts together.
 
         If the parts have fewer rows than `rows_per_update`, their gradients accumulate, and the step is taken for all
-        accumulated rows once there are enough. Gradients of another size (`AccumulatedGradients.are_like`) don't join:
-        the accumulated ones then take a step of their own first.
+        accumulated rows once there are enough. If their size differs too much from that of the accumulated gradients
+        (`AccumulatedGradients.are_like`), a step is first taken for the latter.
 
         The step is skipped if the gradient of a parameter is not finite; the accumulated gradients stay. Raises
         ExpertError (INTERNAL), and takes no step, if the gradient of an input is not finite.

@@ -192,7 +192,7 @@ class HostingManager:
         self._room = settings.experts if settings.experts is not None else replicas.fitting()
         self._spare = settings.spare if settings.spare is not None else (self._room + 1) // 2
         self._vacant_looks: dict[UID, int] = {}
-        """For each expert, in how many looks in a row nobody hosted it."""
+        """For each expert, how many looks in a row found no host."""
         self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, _EXCHANGE_EVERY_S)
         self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
         self._hurried = asyncio.Event()

@@ -159,7 +159,7 @@ def further_replica(
 
 
 def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
-    """The experts with a single replica, at another peer, of which this peer should keep a copy; with that replica.
+    """The experts that only one other peer hosts and of which this peer should keep a copy, with that peer's replica.
 
     Of all other peers that host anything, the one that prefers the expert most keeps the copy.
     """

@@ -66,7 +66,7 @@ class WholeStates:
     async def take(
         self, expert: Expert, hosts: Sequence[Replica], cap: Callable[[int], int], unreachable: set[PeerID]
     ) -> TakenState | None:
-        """Takes one of the states of the first three `hosts` that give a good one, unless the expert changes meanwhile.
+        """Takes one of the states of the first three `hosts` that send a good one, unless the expert changes meanwhile.
         `cap`: limits a claimed update count to what is believed. The resulting count is the lower median of the claims.
         Hosts in `unreachable` are not asked, and those that do not answer, or stall, are added. Returns None if nothing
         was taken. Raises UnreachableError.

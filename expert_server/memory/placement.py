@@ -74,9 +74,9 @@ class Placement:
         self._enough = enough
         self._seen: Mapping[ShardKey, SeenShard] = {}
         self._lacking: dict[ShardKey, int] = {}
-        """In how many looks in a row each shard had too few replicas."""
+        """For each shard, how many looks in a row found too few replicas."""
         self._spare: dict[ShardKey, int] = {}
-        """For each of this node's shards, in how many looks in a row enough hosts that prefer it more served it."""
+        """For each of this node's shards, how many looks in a row found enough other hosts that prefer it more."""
         self._forgotten: set[MemoryID] = set()
 
     def note(self, seen: Mapping[ShardKey, SeenShard], mine: Collection[ShardKey]) -> None:

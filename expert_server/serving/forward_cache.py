@@ -77,7 +77,7 @@ class ForwardCache:
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
     def put(self, key: CacheKey, forward: CachedForward, now: float) -> bool:
-        """Adds a call without graphs. Returns whether it is cached: not if it exceeds the budget by itself."""
+        """Adds a call without graphs. Returns whether it is cached; it is not if it exceeds the budget by itself."""
         self._drop_expired(now)
         if forward.bytes > self._budget_bytes:
             return False

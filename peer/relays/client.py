@@ -83,7 +83,7 @@ class RelayClient:
         self._fetched = BoundedDict[PeerID, bytes](_DIAL_CHANNELS)
 
     async def relay(self, peer_id: PeerID, endpoint: Endpoint) -> KnownPeer:
-        """A relay of which only its PeerID and endpoint are known. Raises UnreachableError."""
+        """A relay whose PeerID and endpoint are known. Raises UnreachableError."""
         if peer_id == self.peer_id:
             own = self._own_endpoint()
             if own is None:

@@ -25,7 +25,7 @@ _CIRCUITS = 256
 _TRIED = 4
 """How many relays of one peer are tried."""
 _HEAD_START_S = 1.0
-"""How long one relay is tried alone before the next is tried beside it."""
+"""How long one relay is tried alone before the next is tried in parallel."""
 _DIAL_S = 15.0
 
 

@@ -1,4 +1,4 @@
-"""Fetches the TLS certificate of a peer of which only the PeerID and an endpoint are known."""
+"""Fetches the TLS certificate of a peer whose PeerID and endpoint are known."""
 
 import asyncio
 import ssl

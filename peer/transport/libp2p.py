@@ -1,4 +1,4 @@
-"""libp2p beside gRPC: streams to peers behind routers, by hole punching or through libp2p relays.
+"""libp2p in addition to gRPC: streams to peers behind routers, by hole punching or through libp2p relays.
 
 p2pd, a Go process, opens them; hivemind brings it, on platforms that it supports. A peer works without p2pd: it then
 reaches peers behind routers by relays over gRPC, which is a longer way. So nothing here prevents a peer from starting,

@@ -251,8 +251,8 @@ async def ask_peers(
 ) -> list[Finding]:
     """Asks some nodes of the swarm. `host`, `port`: where a node would serve here; port 0: any free one.
 
-    `upnp`: asks the router to forward the port meanwhile, as a node would. Raises PortError if the port can't be used,
-    and UnreachableError if the DHT does not answer.
+    `upnp`: asks the router to forward the port during the checks, as a node would. Raises PortError if the port can't
+    be used, and UnreachableError if the DHT does not answer.
     """
     others = await _others(swarm)
     links: list[Link] = []

@@ -26,7 +26,7 @@ class TalkootConfig(PretrainedConfig):
     ) -> None:
         """`routing`: router, top_k, balance. `missing_experts`: `layer.i.j` of experts that are not in the folder.
 
-        `memory`: how Talkoot reads passages for the model, and `beside` the shapes of the tensors for that.
+        `memory`: how Talkoot reads passages for the model. `beside` in it: the shapes of the tensors for that.
         """
         self.manifest: dict[str, Any] = manifest or {}
         self.routing: dict[str, Any] = routing or {}

@@ -219,9 +219,9 @@ def through(module: nn.Module, x: Tensor) -> Tensor:
 class Mixture(nn.Module):
     """Sends each row to the experts that its router chooses, and adds the weighted sum of their updates.
 
-    During generation, a mixture has its own layers in the cache. The last one holds the experts of each row, -1 for
-    none, as keys [B, K, S, 1], and their weights as values: with a prefix, all later rows take these. If experts
-    attend, one before it holds their keys and values of these rows, [B, K * H, S, C].
+    During generation, a mixture has its own layers in the cache. The last one holds the experts of each row (-1 for
+    none) as keys [B, K, S, 1], and their weights as values. With a prefix, all later rows use the same ones. If experts
+    attend, the layer before it holds their keys and values [B, K * H, S, C].
     """
 
     def __init__(self, config: TalkootConfig, layer: int) -> None:

@@ -90,7 +90,7 @@ RULES: Mapping[Objective, _Rule] = {
 
 
 class PairDataset:
-    """Pairs made from the sequences of a `Dataset`. A batch depends only on the step, as there."""
+    """Pairs made from the sequences of a `Dataset`. As in a `Dataset`, a batch depends only on the step."""
 
     def __init__(
         self,

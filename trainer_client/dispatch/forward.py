@@ -331,7 +331,7 @@ class ForwardRun:
         return choose_replicas(batch.uids, self._directory.view, self._rng, avoided, times, self._asked)
 
     def _hedge(self) -> None:
-        """Also asks another replica of each slow expert, as far as the policy allows. The first answer counts."""
+        """Also asks another replica of each slow expert, if the policy allows it. The first answer counts."""
         metrics = self._calls.metrics
 
         def may_hedge() -> bool:

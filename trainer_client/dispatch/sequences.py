@@ -39,7 +39,7 @@ def new_numbers(count: int) -> list[int]:
 
 
 def note_held(held: Sequence[HeldSequence], selection: Selection, result: ForwardPass) -> None:
-    """Records what is held after sequences were sent from their first rows on.
+    """Records what experts keep after sequences were sent as a whole.
 
     A sequence can be continued if every expert of its rows has answered all rows that it was sent, in one call.
     """
