@@ -20,7 +20,7 @@ TalkootError
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
 ├── StateError                  saved tensors that are broken, or not those of this expert or model
 │   └── OutOfReachError         another peer's copy is too far away from one's own to be averaged with
-├── TransferError               an expert's state that did not come from another node
+├── TransferError               an expert's state that could not be fetched from another node
 │   └── VersionGoneError        parameters that have changed since the version that was asked for
 └── ExpertError                 an expert did not do what was asked; has a gRPC status
 """

@@ -229,7 +229,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
             store, name = self._store(request), _root(request.name)
             if request.offset and not request.sha256:
-                raise WireError("an offset belongs to a file: give its checksum")
+                raise WireError("an offset needs the checksum of its file")
             with self._slots.taken(caller, MAX_SHARD_BYTES):
                 try:
                     data, sha256 = await asyncio.to_thread(store.file, name)

@@ -180,7 +180,7 @@ class CheckpointStore:
         able = {s: n for s, n in others.items() if n <= proven or self._is_old(self.path(uid, n, s))}
         if not able:
             raise StateError(
-                f"states of expert {uid} by {len(others)} other peers are kept, which may be needed"
+                f"{len(others)} states of expert {uid} from other peers are already kept, and may be needed"
             )
         files = self._files(uid, min(able, key=able.__getitem__))
         files.remove(files.numbers())

@@ -177,7 +177,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         uid = parse_uid(request.uid, self._manifest)
         if request.offset and not request.sha256:
-            raise WireError("an offset belongs to a snapshot: give its checksum")
+            raise WireError("an offset needs the checksum of its snapshot")
         if request.version and (request.sha256 or request.parameters):
             raise WireError(
                 "a version can't be asked for together with a checksum or `parameters`: leave those out"

@@ -78,7 +78,7 @@ def folder_in(definition: str) -> Path:
         unit.read_string(definition)
         return Path(unit["X-Talkoot"]["State"])
     except (configparser.Error, KeyError) as error:
-        raise ValueError("no state folder in the unit") from error
+        raise ValueError("the unit names no state folder") from error
 
 
 def require() -> None:

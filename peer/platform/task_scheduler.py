@@ -66,7 +66,7 @@ def folder_in(definition: str) -> Path:
         raise ValueError("no task of this command") from error
     folder = task.findtext(f"{{{_SCHEMA}}}Actions/{{{_SCHEMA}}}Exec/{{{_SCHEMA}}}WorkingDirectory")
     if not folder:
-        raise ValueError("no folder in the task")
+        raise ValueError("the task names no folder")
     return Path(folder)
 
 

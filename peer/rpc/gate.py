@@ -349,7 +349,7 @@ class Requests:
         return message
 
 
-_SILENT = "the call's next message did not come in time"
+_SILENT = "the call's next message did not arrive in time"
 _UNREAD = "the call's replies were not read in time"
 
 

@@ -383,7 +383,7 @@ def _given_encoder(file: Path, base: _Base | None) -> DualEncoder:
         with os.fdopen(open_plainly(file, os.O_RDONLY), "rb") as opened:
             data = opened.read(MAX_ENCODER_BYTES + 1)
         if len(data) > MAX_ENCODER_BYTES:
-            raise WireError(f"an encoder of more than {bytes_in_words(MAX_ENCODER_BYTES)}")
+            raise WireError(f"the encoder has more than {bytes_in_words(MAX_ENCODER_BYTES)}")
         return DualEncoder.from_bytes(data)
     except OSError as error:
         raise DataError(f"--encoder: can't read {file}: {error.strerror or error}") from error

@@ -329,7 +329,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
         require_same_swarm(self._exchange.form.swarm_id, request.protocol_version, request.swarm_id)
         self._require_same_form(request.fingerprint)
         if request.offset and not request.sha256:
-            raise WireError("an offset belongs to a snapshot: give its checksum")
+            raise WireError("an offset needs the checksum of its snapshot")
         with self._takers.taken(caller, self._exchange.form.max_bytes):
             snapshot = await self._exchange.cached_snapshot(request.sha256)
             await self._send(snapshot, None, request.offset, context)

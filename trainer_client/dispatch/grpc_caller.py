@@ -87,7 +87,7 @@ class ReplyAssembler:
             computed &= self._counts
         lacking = self._unanswered & computed.any(axis=1)
         if lacking.any():
-            raise WireError(f"no answer to {lacking.sum()} rows that experts have computed")
+            raise WireError(f"it did not answer {lacking.sum()} rows that experts have computed")
 
     def take(self, reply: expert_pb2.CallReply) -> Iterator[CallReply]:
         """The replies that this message completes. Raises WireError if the message can't follow the ones before it."""
@@ -177,7 +177,7 @@ def _places(rows: expert_pb2.AnsweredRows, count: int) -> Integers:
         return np.arange(count)
     places = np.array(rows.rows, dtype=np.int64)
     if places[-1] >= count or (np.diff(places) <= 0).any():
-        raise WireError(f"answers to rows that do not rise within the call's {count}")
+        raise WireError(f"the numbers of answered rows must rise, and be below {count}")
     return places
 
 

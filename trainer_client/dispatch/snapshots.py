@@ -58,7 +58,7 @@ class BlockClient:
             async with asyncio.timeout(deadline_s):
                 await self._receive(node, uid, version, deadline_s, incoming)
         except TimeoutError:
-            raise TransferError(f"expert {uid} of {node.peer_id} did not come in time") from None
+            raise TransferError(f"expert {uid} of {node.peer_id} did not arrive in time") from None
         header, data = await asyncio.to_thread(incoming.whole)
         precision = _PRECISIONS.get(header.precision)
         if precision is None:
@@ -92,4 +92,4 @@ class BlockClient:
         except (ExpertError, UnreachableError) as error:
             raise TransferError(str(error)) from error
         if not incoming.is_whole:
-            raise TransferError(f"expert {uid} of {node.peer_id} ended early")
+            raise TransferError(f"expert {uid} of {node.peer_id} was cut off")

@@ -39,10 +39,12 @@ class Codebook:
         centroids_CD = arrays.get("centroids")
         if centroids_CD is None or len(arrays) != 1 or centroids_CD.dtype != np.float16:
             raise WireError(
-                f"a codebook of arrays {sorted(arrays)[:8]!r:.200}; expected centroids in float16"
+                f"the codebook has the arrays {sorted(arrays)[:8]!r:.200} instead of centroids in float16"
             )
         if centroids_CD.shape != (prod(grid), dimensions):
-            raise WireError(f"a codebook of shape {centroids_CD.shape}; expected {(prod(grid), dimensions)}")
+            raise WireError(
+                f"the codebook has the shape {centroids_CD.shape} instead of {(prod(grid), dimensions)}"
+            )
         if not (np.abs(centroids_CD) <= _LARGEST).all():
             raise WireError("the codebook has numbers that are too large, or values that are not numbers")
         return cls(centroids_CD)

@@ -232,7 +232,9 @@ def _decode(data: bytes | memoryview, expected: _Forms) -> _Arrays:
     arrays = decode_arrays(data)
     forms = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
     if forms != expected:
-        raise WireError(f"an encoder of arrays {sorted(arrays)[:8]!r:.200}; expected {sorted(expected)}")
+        raise WireError(
+            f"the encoder has the arrays {sorted(arrays)[:8]!r:.200} instead of {sorted(expected)}"
+        )
     return arrays
 
 
@@ -241,7 +243,7 @@ def _parse_vectors(arrays: _Arrays, prefix: str, words: int) -> tuple[Vectors, F
     vectors_VD, scales_V = arrays[f"{prefix}vectors"], arrays[f"{prefix}scales"]
     count, dimensions = vectors_VD.shape
     if count != words or not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise WireError(f"an encoder of {count} words with {dimensions} numbers each")
+        raise WireError(f"the encoder can't have {count} words with {dimensions} numbers each")
     _check_numbers(scales_V, words)
     return vectors_VD, scales_V
 
@@ -249,7 +251,7 @@ def _parse_vectors(arrays: _Arrays, prefix: str, words: int) -> tuple[Vectors, F
 def _parse_vocabulary(arrays: _Arrays, count: int) -> tuple[list[str], Floats]:
     """Reads the words, and how rare they are."""
     if not 1 <= count <= MAX_WORDS:
-        raise WireError(f"an encoder of {count} words")
+        raise WireError(f"the encoder can't have {count} words")
     _check_numbers(arrays["rarities"], count)
     return _parse_words(arrays["words"], count), arrays["rarities"]
 
@@ -272,5 +274,5 @@ def _parse_words(data: npt.NDArray[np.uint8], count: int) -> list[str]:
         raise WireError(f"the encoder has {count} vectors, but not as many different words")
     for word in words:
         if len(word) > MAX_WORD_CHARACTERS or words_of(word) != [word]:
-            raise WireError(f"an encoder with {printable(word, 40)!r} as a word")
+            raise WireError(f"the encoder can't have the word {printable(word, 40)!r}")
     return words

@@ -64,7 +64,7 @@ def test_a_flood_of_sources_costs_none_that_may_be_needed(tmp_path: Path) -> Non
     for number, peer in enumerate(PEERS[:MAX_SOURCES]):
         store.save(AN_UID, given(peer, 10 + number))
     before = store.newest()
-    with pytest.raises(StateError, match="which may be needed"):
+    with pytest.raises(StateError, match="and may be needed"):
         store.save(AN_UID, given(PEERS[-1], 10**9))
     assert store.newest() == before
     store.save(AN_UID, given(PEERS[0], 500))  # one that is known may go on

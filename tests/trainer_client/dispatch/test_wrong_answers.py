@@ -220,7 +220,7 @@ def test_a_node_that_has_kept_the_call_need_not_answer_rows_that_do_not_count() 
     counts[3:] = False
     assembler = ReplyAssembler(replace(call, counts=counts), bytes(16), WIDTH, expert_pb2.CODEC_FP32)
     list(assembler.take(computed(0, 1)))
-    with pytest.raises(WireError, match="no answer to 3 rows"):
+    with pytest.raises(WireError, match="did not answer 3 rows"):
         assembler.end()
     message = block([0, 1, 2], BYTES, products=[1] * 3)
     message.chunk = random_rows(3).tobytes()
