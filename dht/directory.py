@@ -348,7 +348,7 @@ class Directory:
         }
 
     def _bounded(self, frontier: list[Prefix], depth: int) -> list[Prefix]:
-        """The way to the experts that are known to live, then other prefixes at random, within the limit.
+        """The prefixes to read, at most as many as the limit: those of experts known to live, then others at random.
 
         Anybody can announce that a coordinate is active; that must not cost more than this peer can read.
         """

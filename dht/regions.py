@@ -159,7 +159,7 @@ class RegionMap:
         return self._now() + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
 
     def recent(self, prefix: Prefix, pieces: Collection[int]) -> Region | None:
-        """What was read a moment ago, with at least these pieces of the index."""
+        """The region as it was read a moment ago, if at least these pieces of its index were read; else None."""
         read_at, read, region = self._just_read.get(prefix, (0.0, frozenset[int](), None))
         return region if read_at > self._now() - _JUST_READ_S and read.issuperset(pieces) else None
 

@@ -101,7 +101,8 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
                 # behind a proxy on this machine, such as a container's, all callers have the proxy's address
                 if not self._dialling.allows(Endpoint.of(str(address), request.port)):
                     raise ExpertError(
-                        StatusCode.FAILED_PRECONDITION, f"{address} is nearer than this swarm: not dialled"
+                        StatusCode.FAILED_PRECONDITION,
+                        f"{address} is in a nearer network than this swarm's addresses: not dialled",
                     )
                 return await self._dial(address, request.port)
         raise AssertionError("abort raises")

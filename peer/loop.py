@@ -43,7 +43,7 @@ _SLICE_S = 0.002
 _TICK_S = 0.025
 _LATELY_S = 60.0
 _MOST_MISSED = 4000
-"""The most ticks that one late tick stands for. They cover a stall of 100 s."""
+"""The most ticks that one late tick stands for: as many as a stall of 100 s misses."""
 
 
 def is_cancelled() -> bool:

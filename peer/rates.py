@@ -142,7 +142,7 @@ class FairTurns:
         self._bucket = TokenBucket(rate, burst, time.monotonic())
         self._most, self._most_near, self._most_same = most, near, same
         self._waiting = OrderedDict[str, OrderedDict[str, deque[asyncio.Future[None]]]]()
-        """Waiting turns by neighbourhood and source. The first ones are served next."""
+        """Waiting turns by neighbourhood and source, in the order in which they are served."""
         self._count = Multiset[str]()
         """How many wait in each neighbourhood."""
         self._timer: asyncio.TimerHandle | None = None
@@ -193,7 +193,7 @@ class FairTurns:
 
 
 class SharedBudget(Generic[K]):
-    """What callers may take, each and all together. When all take too much, they have equal shares.
+    """Limits what each caller takes, and what all take together. When all want too much, they get equal shares.
 
     Virtual time, as in fair queueing (Demers, Keshav & Shenker 1989), is the total that a caller would have got if it
     had always taken its share. So a caller that takes little is always allowed, whatever others do. Pure: `now` is an

@@ -372,7 +372,8 @@ def choose_partners(
 
 
 def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> float:
-    """Averages the expert's state at `base` with `theirs`, as far as its own moves allow, and keeps its updates since.
+    """Averages the expert's state at `base` with `theirs`, and then adds the updates that it has had since. The result
+    is no further from `base` than the expert's own moves allow.
 
     `share`: the weight of `theirs`. Returns the share of the way to `theirs` that was accepted, 0 to 1. Raises
     StateError, and changes nothing, if anything but updates has changed the expert since `base`, or if a state is not

@@ -36,7 +36,7 @@ _KEEP_EVERY_S = 3600.0
 
 @dataclass(frozen=True)
 class HostingRules:
-    """What its owner lets a node host."""
+    """Which memories a node hosts, by its owner's settings."""
 
     disk_bytes: int
     """Disk space for memories; 0: host none."""

@@ -93,7 +93,7 @@ class Survey:
 
     @property
     def fewest(self) -> int:
-        """The replicas of the shard with the fewest."""
+        """The number of replicas of the shard that has the fewest."""
         return 0 if len(self.replicas) < self.entry.shards else min(self.replicas.values(), default=0)
 
     @property

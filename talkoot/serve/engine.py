@@ -211,7 +211,7 @@ class Work(Protocol):
     """What is done in each round for the streams that have a place."""
 
     def compute(self, streams: Sequence[Stream]) -> Sequence[Advance | None]:
-        """The next step of each stream; None for a stream without news. Raises UserError if none of them can be
+        """The next step of each stream; None if a stream has nothing new. Raises UserError if none of them can be
         continued.
         """
 

@@ -160,7 +160,7 @@ def test_no_machine_is_dialled_that_is_nearer_than_the_swarm(play: Play) -> None
         peers.servicer._dialling = Dialling(AddressScope.PRIVATE)
         with socket.create_server((LOCAL, 0)) as listener:
             listener.setblocking(False)
-            with pytest.raises(UnreachableError, match="nearer than this swarm"):
+            with pytest.raises(UnreachableError, match="nearer network than this swarm"):
                 await call_dial_back(peers.channel, SWARM, listener.getsockname()[1])
             with pytest.raises(BlockingIOError):
                 listener.accept()

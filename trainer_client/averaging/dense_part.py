@@ -255,8 +255,8 @@ class SharedParameters:
     def require_in_reach(self, base: DensePart, theirs: Tensors, moves: Distances) -> None:
         """Raises OutOfReachError if `theirs` is further from `base` than trainers of similar speed are from each other.
 
-        `moves`: the moves up to `base`. A trainer that has not moved can't judge this: it refuses nobody, and accepts
-        no change (`merge`). May be called when `moves_to` may.
+        `moves`: the moves up to `base`. A trainer that has not moved can't judge a distance, so it never raises; but
+        `merge` then changes nothing. May be called when `moves_to` may.
         """
         names = self._tensors.keys() - self._buffers
         reach = self._own_moves.reach(moves, names)

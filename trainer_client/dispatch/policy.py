@@ -261,7 +261,7 @@ def products_fit(
     answers_RD: Floats,
     error: tuple[float, float],
 ) -> Booleans:
-    """In which rows the products <G, f_k> are those of the experts in the answer S = sum of p_k f_k: [R].
+    """Which rows' products <G, f_k> can belong to the experts whose answer was S = sum of p_k f_k: [R].
 
     Their mean weighted by the shares p is <G, S>, up to rounding. Because of rounding on the wire, the node has G' in
     place of our G, and we have S' in place of its S. So the two results differ by at most |G' - G| |S| + |G| |S' - S|.
