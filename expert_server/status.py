@@ -138,7 +138,7 @@ class ContributionAccount:
         self._serves_since = now if serves else None
 
     def total(self, rows: int, updates: int) -> Contribution:
-        """`rows`, `updates`: those of this run."""
+        """The contribution of all runs. `rows`, `updates`: how many there were in this run."""
         before = self._before
         return Contribution(
             rows=before.rows + rows,

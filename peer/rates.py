@@ -269,7 +269,7 @@ class RateLimit:
             left -= piece
 
     def spend(self, size: int) -> None:
-        """Lets `size` bytes pass at once. Those that wait are delayed instead."""
+        """Lets `size` bytes pass at once. Bytes that wait in `take` are delayed instead."""
         if self._bucket is not None:
             self._bucket.take(size, self._clock())
         self._passed.inc(size)

@@ -104,7 +104,7 @@ class LanguageModel(MixtureModel):
     def forward(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
         """Logits of the token after each position. int64 [B, T] -> [B, T, V]
 
-        `neighbours_BUNL`: those of each whole chunk, int64 and -1 where there is none; None: no chunk has any.
+        `neighbours_BUNL`: the neighbours of each whole chunk, int64 and -1 where there is none; None: no chunk has any.
         """
         logits_BTV: Tensor = self.head(self.norm(self.states(tokens_BT, neighbours_BUNL)))
         return logits_BTV

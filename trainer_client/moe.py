@@ -153,7 +153,7 @@ class RemoteMixtureOfExperts(nn.Module):
         [T, D] is one sequence, [B, T, D] are B sequences, and further dimensions mean more sequences. Each sequence is
         computed by itself, and causally unless the layer is an encoder's. Mixes in float32, even under autocast.
 
-        `segments`: those of packed rows [R, D], in place of the dimensions.
+        `segments`: if x is packed rows [R, D] of several sequences, which rows belong to which.
         """
         assert x.shape[-1] == self.hidden, f"{x.shape[-1]} columns, and this swarm's model has {self.hidden}"
         if not x.numel():

@@ -541,8 +541,7 @@ class Expert:
         return False
 
     def _prepare_step(self, callers: Mapping[str, int], norm: Tensor | None = None) -> StepOutcome:
-        """Makes the step due, or skips it if the gradients are not finite. `norm`: that of the gradients, if it is
-        known.
+        """Makes the step due, or skips it if the gradients are not finite. `norm`: the gradients' norm, if it is known.
 
         `callers`: the callers that sent the gradients, and their rows.
         """

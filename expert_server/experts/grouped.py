@@ -68,7 +68,7 @@ class GroupedBlock:
     def forward(
         self, parameters: Sequence[Sequence[Tensor]], parts: Sequence[Rows], keep: bool
     ) -> SharedPass:
-        """Computes each expert's part. `parameters`: those of each expert, in the block's order. `keep`: with
+        """Computes each expert's part. `parameters`: for each expert, its own, in the block's order. `keep`: with
         a graph.
         """
         stacks = [torch.stack([each.detach() for each in same]) for same in zip(*parameters, strict=True)]
@@ -109,7 +109,7 @@ def backward(
 ) -> tuple[list[Tensor], list[ParameterGradients]]:
     """Returns the gradients of each expert's inputs [R, D], and of each expert's parameters.
 
-    `gradients`: those of each expert's updates. The pass can't be used again.
+    `gradients`: for each expert, the gradients of its updates. The pass can't be used again.
     """
     x_RD, u_RD, stacks = shared.take()
     run_backward(u_RD, torch.cat(list(gradients)))

@@ -399,7 +399,7 @@ class HostingManager:
     async def _proven(
         self, uids: Collection[UID], replicas: Mapping[UID, Collection[Replica]], enough: int
     ) -> list[UID]:
-        """Those of this node's experts that at least `enough` of the other hosts really have."""
+        """Returns the experts, of `uids`, that at least `enough` other hosts proved to have."""
         me, proven = self._swarm.host.peer_id, []
 
         async def prove(uid: UID) -> None:
@@ -445,7 +445,7 @@ class HostingManager:
             raise UnreachableError("the DHT does not return this node's own announcements")
 
     def _vacant_again(self, replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, int]:
-        """Those of these experts that are vacant, with the number of looks in a row that found them vacant."""
+        """The vacant experts, each with the number of looks in a row that found it vacant."""
         return {uid: self._vacant_looks.get(uid, 0) + 1 for uid in self._vacant(replicas)}
 
     def _regressed_elsewhere(

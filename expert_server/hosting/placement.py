@@ -413,7 +413,7 @@ class HostingSurvey:
     ) -> dict[UID, tuple[Replica, ...]]:
         """The replicas of experts that may need this node, and of others. Raises UnreachableError.
 
-        `hosted`: this node's experts. `saved`: those of which it has checkpoints.
+        `hosted`: the experts that this node hosts. `saved`: other experts of which it has checkpoints.
         """
         split = self._split | self._known_split()
         own = self._in_turn({*hosted, *saved}, split)
@@ -441,7 +441,7 @@ class HostingSurvey:
         return bool(self._had_host[uid.layer, *uid.coordinate])
 
     def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
-        """Those of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
+        """Which of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
         held = {uid for uid in mine if self._manifest.holds(uid)}
         known = [uid for uid in self._own if uid in held]
         self._own = deque([*held.difference(known), *known])

@@ -201,7 +201,7 @@ class Best:
             kept[queries] = np.take_along_axis(np.concatenate((kept[queries], new), axis=1), best, axis=1)
 
     def reply(self, shards: Sequence[Shard | None]) -> memory_pb2.SearchReply:
-        """The reply to the call. `shards`: those of the request."""
+        """The reply to the call. `shards`: the shards that the request names; None for one that is not hosted."""
         text_roots: dict[bytes, int] = {}
         reply = memory_pb2.SearchReply()
         for row, scores in enumerate(self.scores):

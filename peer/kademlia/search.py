@@ -337,7 +337,7 @@ class IterativeSearch:
     def _spread(
         self, nodes: Container[int], are_wanted: Callable[[int], bool] = lambda node: True
     ) -> Iterator[tuple[int, bool]]:
-        """Those of these nodes that are wanted, and whether each is the first of its neighbourhood.
+        """Which of these nodes are wanted, and whether each is the first of its neighbourhood.
 
         The first ones of all neighbourhoods come first, nearest first, and then the others.
         """

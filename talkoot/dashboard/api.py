@@ -166,7 +166,7 @@ def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
 def node(
     picture: Picture | None, peer_id: str, credit: Mapping[PeerID, Credit] = MappingProxyType({})
 ) -> Json:
-    """One node. `credit`: that of all nodes."""
+    """One node. `credit`: the credit of all nodes."""
     row = _find(picture, peer_id)
     hosted = [] if picture is None else picture.hosted.get(peer_id, [])
     found = credit.get(PeerID.from_base58(peer_id))

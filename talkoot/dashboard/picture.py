@@ -278,7 +278,7 @@ def paint(
     checks: Mapping[MemoryID, HostChecks] = MappingProxyType({}),
 ) -> Picture:
     """The picture of the last reading. `credit`: the work that trainers have signed, for nodes whose receipts were
-    read. `checks`: those of the hosts of memories.
+    read. `checks`: the results of checking the hosts of memories.
     """
     live_nodes, live_trainers = nodes.live(), trainers.live()
     replicas = {

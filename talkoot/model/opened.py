@@ -31,7 +31,7 @@ class OpenedExperts:
     """The experts of a folder, as a mixture sees them. For inference; any thread may use them."""
 
     def __init__(self, manifest: Manifest, blocks: Mapping[UID, nn.Module]) -> None:
-        """`blocks`: those of all experts in the folder."""
+        """`blocks`: the block of each expert in the folder."""
         self.blocks = blocks
         self._view = View(manifest, {}, {}, 0.0)
         grid = manifest.experts.grid

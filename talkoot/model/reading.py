@@ -36,7 +36,7 @@ class FolderMemory(BaseModel):
 
     @classmethod
     def of(cls, settings: TrainerSettings, encoder: str | None, tensors: dict[str, Tensor]) -> Self | None:
-        """None for a model that reads no memory. `encoder`, `tensors`: those of its checkpoint."""
+        """None for a model that reads no memory. `encoder`, `tensors`: from its checkpoint."""
         if settings.memory is None:
             return None
         names = cls.model_fields.keys() - {"encoder", "dimensions"}

@@ -267,8 +267,8 @@ class _Products:
         return np.where(self.came, self.shares * (self.values - mean[:, None]), np.float32(0))
 
     def fit(self, inputs: Floats, exact: Booleans, error: tuple[float, float]) -> Booleans:
-        """In which rows the products match the answers: [n]. `inputs` [n, W]. `exact` [n]: whether the node used the
-        updates in the answers, and did not compute them again. `error`: see `products_fit`.
+        """Whether each row's products match its answers: [n]. `inputs` [n, W]. `exact` [n]: whether the node used the
+        updates that it had sent, and did not compute them again. `error`: see `products_fit`.
         """
         fits = are_bounded(self.values, self.gradients, inputs)
         checked = exact & self.whole

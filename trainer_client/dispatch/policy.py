@@ -245,7 +245,7 @@ def is_constant(inputs_RD: Floats, answer_RD: Floats) -> bool:
 
 
 def are_bounded(products_RK: Floats, gradients_RD: Floats, inputs_RD: Floats) -> Booleans:
-    """In which rows the products of the gradient and the updates have a possible size, because updates are not huge:
+    """Whether each row's products of the gradient and the updates have a possible size, because updates are not huge:
     [R].
     """
     lengths = np.linalg.norm(gradients_RD.astype(np.float64), axis=1)
@@ -261,7 +261,7 @@ def products_fit(
     answers_RD: Floats,
     error: tuple[float, float],
 ) -> Booleans:
-    """Which rows' products <G, f_k> can belong to the experts whose answer was S = sum of p_k f_k: [R].
+    """Whether each row's products <G, f_k> can belong to the experts whose answer was S = sum of p_k f_k: [R].
 
     Their mean weighted by the shares p is <G, S>, up to rounding. Because of rounding on the wire, the node has G' in
     place of our G, and we have S' in place of its S. So the two results differ by at most |G' - G| |S| + |G| |S' - S|.

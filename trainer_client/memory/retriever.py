@@ -272,7 +272,7 @@ class Retriever:
     async def revoked(
         self, places: Collection[Place], manifest: MemoryManifest, node: NodeInfo, ends: float
     ) -> Collection[Place]:
-        """Those of the passages that were revoked according to the host. Raises ExpertError."""
+        """Which of the passages were revoked, according to the host. Raises ExpertError."""
         request, asked = self._read_request(places)
         parse = partial(parse_revoked, asked=asked, manifest=manifest)
         return await self.calls.call(node, "Read", request, False, parse, lambda _: True, ends)

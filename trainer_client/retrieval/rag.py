@@ -59,7 +59,7 @@ def next_token_log_probabilities(passages_K: Tensor, next_NKV: Tensor) -> Tensor
 
 
 def beam_search(following: NextTokens, beam: int, end: int, longest: int) -> list[Hypothesis]:
-    """The best answers found, best first, at most `beam`. Those without `end` have `longest` tokens.
+    """The best answers found, best first, at most `beam`. An answer without `end` has `longest` tokens.
 
     At each step, the `beam` best are kept, including finished ones, because no answer becomes more probable with more
     tokens.
