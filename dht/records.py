@@ -340,12 +340,12 @@ def _check_kind(payload: records_pb2.RecordPayload) -> None:
     body = payload.WhichOneof("body") or ""
     ending = _LONG_LIVED.get(body)
     if ending != next((each for each in _LONG_LIVED.values() if payload.key.endswith(each)), None):
-        raise RecordError("the record is of another kind than its key")
+        raise RecordError("the record's kind does not match its key")
     if ending is None:
         return
     swarm_id = payload.key.removesuffix(ending)
     if "." in swarm_id:  # otherwise one writer could store records at many keys for weeks
-        raise RecordError("the record is of another kind than its key")
+        raise RecordError("the record's kind does not match its key")
     if body in _FOUNDERS and not swarm_id.endswith(_author_suffix(PeerID(payload.peer_id))):
         raise RecordError("only the swarm's founder writes this record")
 

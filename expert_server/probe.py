@@ -249,7 +249,7 @@ class _Probe:
         self._swarm_id = swarm_id
 
     async def exchange(self, sizes: list[tuple[int, int]]) -> float:
-        """Sends requests of these sizes (bytes sent, bytes wanted back). Returns the time in the last reply."""
+        """Sends requests of these sizes (bytes sent, bytes wanted back). Returns the time that the last reply gives."""
         for sent, wanted in sizes:
             request = probe_pb2.ProbeRequest(
                 protocol_version=PROTOCOL_VERSION,

@@ -264,7 +264,7 @@ class TaskSet:
 
     @contextmanager
     def including_current(self) -> Iterator[None]:
-        """Adds the current task to the set, for callbacks that run in tasks of somebody else."""
+        """Adds the current task to the set, for callbacks that run in tasks which others made."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

@@ -60,7 +60,7 @@ _NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
 
 
 def preference(uid: UID, peer_id: PeerID) -> bytes:
-    """How much a peer prefers an expert; larger is more (rendezvous hashing)."""
+    """How much a peer prefers an expert, as a number that grows with preference (rendezvous hashing)."""
     return hashlib.sha256(f"{uid}@{peer_id.to_base58()}".encode()).digest()
 
 

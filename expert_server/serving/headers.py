@@ -223,7 +223,7 @@ def parse_held(
         )
     if len(numbers) != segments or len(set(numbers)) < segments:
         raise WireError(
-            f"{segments} segments need as many different sequence numbers, not {len(set(numbers))}"
+            f"the call has {segments} segments, but {len(set(numbers))} different sequence numbers"
         )
     held = []
     for expert, pairs in zip(header.experts, assignment.first_pairs, strict=True):
@@ -231,7 +231,7 @@ def parse_held(
         counts = np.array(expert.held, np.int64) if expert.held else np.zeros(len(first_rows), np.int64)
         if len(counts) != len(first_rows):
             raise WireError(
-                f"{len(counts)} counts of held rows for the {len(first_rows)} segments of expert {expert.uid}"
+                f"expert {expert.uid} has {len(first_rows)} segments, but {len(counts)} counts of held rows"
             )
         if (counts > assignment.positions[first_rows]).any():
             raise WireError(f"expert {expert.uid} can't hold more earlier rows of a sequence than there are")

@@ -67,8 +67,8 @@ class HintQueue:
     """
 
     def __init__(self, limit: int, average_every_s: float) -> None:
-        """`limit`: experts over all hints. `average_every_s`: the time between two hints of a peer for the
-        same expert.
+        """`limit`: how many experts all waiting hints together may name. `average_every_s`: the time between two hints
+        of a peer for the same expert.
         """
         self._room = FairBudget(limit)
         self._average_every_s = average_every_s

@@ -232,8 +232,8 @@ class IterativeSearch:
         return node in self._asked and node not in self._answered
 
     def ask_witness(self, node: int) -> bool:
-        """Adds a witness, which is asked however far it is from the key. The search waits for one witness. Returns
-        False if the node was already asked.
+        """Adds a witness: a node that is asked however far it is from the key. The search does not end before one
+        witness has answered. Returns False if the node was already asked.
         """
         self._learn([node], 1, self._known)
         if node in self._asked or not self._send_to(node):

@@ -60,7 +60,7 @@ class Contact:
 
 @dataclass(frozen=True, slots=True)
 class UncheckedContact:
-    """What a contact says. It is not yet proved that its peer has said it."""
+    """What a contact says, before it is checked whether its peer signed it."""
 
     peer_id: PeerID
     statement: contact_pb2.ContactStatement

@@ -193,7 +193,7 @@ def test_a_library_is_under_its_own_key_alone(key: str) -> None:
     payload = library(entry())
     refused(stored(key, FOUNDER.peer_id.to_bytes(), sign_record(FOUNDER, payload)), "another key or subkey")
     payload.key = key
-    refused(as_stored(FOUNDER, payload), "another kind than its key")
+    refused(as_stored(FOUNDER, payload), "kind does not match its key")
 
 
 def test_nothing_else_is_under_the_librarys_key() -> None:
@@ -204,7 +204,7 @@ def test_nothing_else_is_under_the_librarys_key() -> None:
         records_pb2.RecordPayload(key=KEYS.library, expires_at=EXPIRES_AT, manifest_json=b"{}"),
         records_pb2.RecordPayload(key=KEYS.library, expires_at=EXPIRES_AT),
     ):
-        refused(as_stored(FOUNDER, payload), "another kind than its key")
+        refused(as_stored(FOUNDER, payload), "kind does not match its key")
     for subkey in (3, FOUNDER.peer_id.to_bytes()):
         refused(stored(KEYS.library, subkey, KEYS.library), "no index entries")
 

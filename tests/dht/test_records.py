@@ -216,7 +216,7 @@ def test_only_the_founder_writes_under_a_founders_keys(
         records_pb2.RecordPayload(key=keys.revocations, expires_at=EXPIRES_AT, revocations=revocations),
     ):
         value = sign_record(other, payload)
-        refused(stored(payload.key, subkey, value), "only the swarm's founder|another kind than its key")
+        refused(stored(payload.key, subkey, value), "only the swarm's founder|kind does not match its key")
     for key in (keys.manifest, keys.revocations):
         refused(stored(key, 3, key), "no index entries")
 
@@ -229,7 +229,7 @@ def test_a_manifest_is_under_the_key_that_names_its_founder(
     for wrong in (key, keys.revocations, keys.node(identity.peer_id)):
         payload.key = wrong
         value = sign_record(identity, payload)
-        refused(stored(wrong, identity.peer_id.to_bytes(), value), "only the swarm's founder|another kind")
+        refused(stored(wrong, identity.peer_id.to_bytes(), value), "only the swarm's founder|kind does not match")
 
 
 def test_a_signed_expiry_that_is_no_number_is_refused(identity: Identity, keys: SwarmKeys) -> None:

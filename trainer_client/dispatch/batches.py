@@ -45,7 +45,7 @@ class Segments:
 
     @classmethod
     def whole(cls, sequences: int, length: int) -> Self:
-        """Segments of sequences that are complete from their first row on."""
+        """Segments of whole sequences of this length."""
         return cls(np.full(sequences, length), np.tile(np.arange(length), sequences))
 
     @classmethod

@@ -242,7 +242,9 @@ class CallTracker:
             return reply.error.status in _NOT_THE_PEERS_FAULT
         fault = self._screening.find_fault(call, reply)
         if fault is not None:
-            raise ExpertError(StatusCode.DATA_LOSS, f"a {fault} answer for {call.batch.uids[0]} and others")
+            raise ExpertError(
+                StatusCode.DATA_LOSS, f"the answer for {call.batch.uids[0]} and others is {fault}"
+            )
         # the code that waits for forward answers counts those that it uses
         if call.direction == "backward":
             self.credit.note(call.node, pairs=int(reply.answered.sum()))

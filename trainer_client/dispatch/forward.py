@@ -276,7 +276,9 @@ class ForwardRun:
         self._failed.update(sent.batch.experts_in(self._close(sent, slots)))
 
     def _is_own(self, batch: NodeBatch, at: "Integers | slice" = slice(None)) -> Booleans:
-        """Which slots of a batch still belong to the same expert: [n, K], for all rows or those `at` some places."""
+        """Which slots of a batch still belong to the same expert: [n, K], for all rows, or only for those `at` some
+        places.
+        """
         own: Booleans = (self.result.coordinates[batch.rows[at]] == batch.coordinates[at]).all(axis=-1)
         return own & batch.asked[at]
 

@@ -95,7 +95,7 @@ class ReplyAssembler:
         is_empty = not (reply.experts or reply.rows or chunk or reply.kept)
         if is_empty or self._kept or len(chunk) > MAX_CHUNK_BYTES:
             what = f"{len(reply.experts)} experts, {len(reply.rows)} blocks of rows and {len(chunk)} bytes"
-            raise WireError(f"an unexpected message of {what}")
+            raise WireError(f"a message of {what} is not expected now")
         for expert in reply.experts:
             yield self._reply_of(expert)
         blocks = deque(reply.rows)
@@ -112,7 +112,7 @@ class ReplyAssembler:
         if blocks:
             raise WireError("rows were announced before the tensor of earlier rows had arrived")
         if chunk:
-            raise WireError(f"{len(chunk)} bytes more than the announced tensors have")
+            raise WireError(f"the chunk is {len(chunk)} bytes longer than the announced tensors")
         if reply.kept:
             if self._backward or not self.complete:
                 raise WireError("it confirmed too early that it has kept the call")
@@ -187,7 +187,7 @@ def _answered(rows: expert_pb2.AnsweredRows, batch: NodeBatch, places: Integers)
     if not rows.masks:
         return asked
     if len(rows.masks) != len(places):
-        raise WireError(f"{len(rows.masks)} masks for {len(places)} rows")
+        raise WireError(f"{len(places)} rows were announced, but {len(rows.masks)} masks")
     masks = np.array(rows.masks, dtype=np.uint64)[:, None]
     bits = np.uint64(1) << batch.ranks[places].astype(np.uint64)
     answered: Booleans = asked & (masks & bits != 0)

@@ -75,13 +75,11 @@ class Ask:
         """Raises WireError for a reply that no honest host gives."""
         missing = set(reply.missing[: len(self.shards)])
         if len(missing) != len(reply.missing) or not missing <= set(range(len(self.shards))):
-            raise WireError(
-                "an answer that names shards as missing that the search did not ask for, or names one twice"
-            )
+            raise WireError("the list of missing shards has one that was not asked for, or one twice")
         if len(reply.found) != len(self.sent):
-            raise WireError(f"a search of {len(self.sent)} queries with {len(reply.found)} answers")
+            raise WireError(f"the search has {len(self.sent)} queries, but {len(reply.found)} answers")
         if any(len(root) != HASH_BYTES for root in reply.text_roots):
-            raise WireError("a search with texts in shards that have no name")
+            raise WireError("a text's shard has no valid name")
         asked = [frozenset(queries) for queries in self.queries]
         claims = {}
         for query, found in zip(self.sent, reply.found, strict=True):
@@ -101,7 +99,7 @@ class Ask:
         count = len(found.scores)
         columns = found.shards, found.positions, found.texts, found.text_positions
         if count > self.k or any(len(column) != count for column in columns):
-            raise WireError(f"a search for {self.k} passages with {count} scores, or not as many places")
+            raise WireError(f"{count} scores came for {self.k} passages, or not as many places as scores")
         claims = []
         places = set()
         last: int | None = None
@@ -110,7 +108,7 @@ class Ask:
                 raise WireError("a passage is from a shard in which its query was not looked up")
             shard = self.shards[number]
             if position >= shard.leaves or (number, position) in places:
-                raise WireError("a passage that the shard does not have, or the same one twice")
+                raise WireError("the answer has a passage that is not in its shard, or one twice")
             if last is not None and score > last:
                 raise WireError("passages are not in the order of their scores")
             if bool(text) != shard.is_secondary or text > len(text_roots):
@@ -198,7 +196,7 @@ def _given(
             raise WireError("a passage is from a shard that was not asked for")
         place = Place(roots[message.shard], message.position)
         if place not in wanted:
-            raise WireError("a passage that was not asked for, or the same one twice")
+            raise WireError("the answer has a passage that was not asked for, or one twice")
         wanted.remove(place)
         yield place, message, manifest.by_root[place.root]
 

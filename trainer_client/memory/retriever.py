@@ -641,4 +641,4 @@ def check_query(texts: Sequence[str], k: int, cells: int) -> None:
         raise DataError(f"{cells} cells were asked for: ask for at least 1")
     longest = max(map(len, texts), default=0)
     if longest > MOST_CHARACTERS:
-        raise DataError(f"a question of {longest} characters: shorten it to {MOST_CHARACTERS}")
+        raise DataError(f"a question has {longest} characters: shorten it to {MOST_CHARACTERS}")

@@ -130,7 +130,9 @@ class NeighbourLookup:
         self._lock = threading.Lock()
 
     def written(self, chunks: Sequence[Sequence[int]]) -> list[Neighbours]:
-        """The neighbours of chunks of a text that is being written. Here they can't reveal anything."""
+        """The neighbours of chunks of a text that is being written. All are allowed: the text that follows does not
+        exist yet, so no neighbour can reveal it.
+        """
         some = [Chunk(self._decode(tokens)) for tokens in chunks]
         return [self._neighbours(candidates[: self.spec.neighbours]) for candidates in self._candidates(some)]
 

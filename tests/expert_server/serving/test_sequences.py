@@ -168,12 +168,12 @@ def holding(*numbers: int, held: Sequence[Sequence[int]] = ()) -> Callable[[Call
 
 
 WRONG: dict[str, tuple[Callable[[Call], object], str]] = {
-    "too few numbers": (holding(1), "2 segments need as many different sequence numbers, not 1"),
-    "too many numbers": (holding(1, 2, 3), "2 segments need as many different sequence numbers, not 3"),
-    "a number twice": (holding(1, 1), "2 segments need as many different sequence numbers, not 1"),
+    "too few numbers": (holding(1), "2 segments, but 1 different sequence numbers"),
+    "too many numbers": (holding(1, 2, 3), "2 segments, but 3 different sequence numbers"),
+    "a number twice": (holding(1, 1), "2 segments, but 1 different sequence numbers"),
     "no numbers": (holding(held=[[0, 1]]), "held rows need numbered sequences"),
-    "too few counts": (holding(1, 2, held=[[1]]), "1 counts of held rows for the 2 segments of expert 0.0.0"),
-    "too many counts": (holding(1, 2, held=[[0, 0, 0]]), "3 counts of held rows for the 2 segments"),
+    "too few counts": (holding(1, 2, held=[[1]]), "expert 0.0.0 has 2 segments, but 1 counts of held rows"),
+    "too many counts": (holding(1, 2, held=[[0, 0, 0]]), "has 2 segments, but 3 counts of held rows"),
     "more than there can be": (
         holding(1, 2, held=[[0, 2]]),
         "can't hold more earlier rows of a sequence than there are",

@@ -137,7 +137,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "of another step": (
         lambda path: write(path.parent, 5) and (path.parent / "5.safetensors").rename(path),
-        "step 5",
+        "its step is 5",
     ),
     "a weight that is not finite": (
         lambda path: path.write_bytes(
