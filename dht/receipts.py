@@ -61,7 +61,7 @@ class Work:
 
     @classmethod
     def of(cls, message: credit_pb2.Work) -> "Work":
-        """The work in a message, whether it is sane or not."""
+        """The work in a message, unchecked."""
         return cls(
             message.pairs, message.updates, message.queries, message.checks_passed, message.checks_failed
         )

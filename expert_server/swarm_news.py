@@ -18,7 +18,8 @@ _MOST_ASKED = 16
 _MOST_READ = 8
 """The most trainers whose records are read, drawn at random. Trainers average, so their losses are alike."""
 TRAINERS_EVERY_S = 300.0
-"""The pause between two looks at the trainers. A look takes 0.1 MB, more than seven rounds of announcements may cost.
+"""The pause between two looks at the trainers. A look takes 0.1 MB, which is more than seven rounds of announcements
+may take.
 """
 
 

@@ -60,7 +60,7 @@ class Credit:
     signers: tuple[tuple[PeerID, Work], ...]
     """The trainers who signed for the most work, with how much each."""
     share: float | None
-    """The share of all tokens' votes; None in an open swarm."""
+    """The node's share of what all tokens give to nodes, each in proportion to signed work; None in an open swarm."""
 
 
 def signed_figures(node: NodeInfo, credit: Credit | None) -> dict[str, int | float | None]:

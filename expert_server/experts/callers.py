@@ -31,7 +31,7 @@ MOST_PULL = 2.0
 _RECENT_CALLS = 8
 """How many calls of a caller determine its usual size."""
 _MOST_DIRECTIONS = 64
-"""How many callers' directions are kept. A new one displaces one of the group with the most."""
+"""How many callers' directions are kept. When there are more, the group with the most loses one."""
 _MOST_ENTRIES = 4096
 """The most numbers that are stored for a window. If many callers share each step, the window has fewer steps."""
 _NOTHING = 1e-9

@@ -366,7 +366,7 @@ async def replicas_to_meet(
 def choose_partners(
     replicas: Mapping[UID, Collection[Replica]], me: PeerID, rng: random.Random
 ) -> list[Replica]:
-    """One of the other replicas, for each of about half of the experts that other nodes serve too."""
+    """Chooses about half of the experts that other nodes serve too, and for each of them one of its other replicas."""
     found = [serving_elsewhere(hosts, me) for _, hosts in sorted(replicas.items())]
     return [rng.choice(others) for others in found if others and rng.random() < _TAKES_INITIATIVE]
 

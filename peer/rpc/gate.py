@@ -63,7 +63,7 @@ calls would cost too much.
 """
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
-"""How long the same failure is not logged again."""
+"""After a failure was logged, the same one is not logged again for this long."""
 
 
 @dataclass(eq=False, slots=True)

@@ -75,8 +75,8 @@ class PartClient:
         )
 
     async def fetch(self, peer: Contact, memory: str, name: bytes, max_bytes: int) -> bytes:
-        """The file that the peer claims is that part. Raises TransferError if it did not arrive, and StateError if it
-        is not a file of that size.
+        """Fetches a file that should be the part of this name, which is not checked here. Raises TransferError if it
+        did not arrive, and StateError if it is not a file of that size.
         """
         request = memory_pb2.FetchPartRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, memory=memory, name=name
