@@ -229,7 +229,9 @@ def test_a_manifest_is_under_the_key_that_names_its_founder(
     for wrong in (key, keys.revocations, keys.node(identity.peer_id)):
         payload.key = wrong
         value = sign_record(identity, payload)
-        refused(stored(wrong, identity.peer_id.to_bytes(), value), "only the swarm's founder|kind does not match")
+        refused(
+            stored(wrong, identity.peer_id.to_bytes(), value), "only the swarm's founder|kind does not match"
+        )
 
 
 def test_a_signed_expiry_that_is_no_number_is_refused(identity: Identity, keys: SwarmKeys) -> None:
