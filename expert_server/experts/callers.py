@@ -156,9 +156,9 @@ class Callers:
     def note_direction(self, caller: str, rows: int, direction: NDArray[np.float64]) -> None:
         """Records which way these rows would move the expert (`direction_of`), after `note_rows`.
 
-        A direction that is not finite is ignored, since no step follows from such gradients either. Earlier gradients
-        count as if they had at most `MOST_SIZE` times the present usual size, because they may be from a time when
-        nobody else called, and nothing limited them.
+        A direction that is not finite is ignored. Only gradients that are not finite have one, and no step follows from
+        those. Earlier gradients count as if they had at most `MOST_SIZE` times the present usual size, because they may
+        be from a time when nobody else called, and nothing limited them.
         """
         if not isfinite(direction @ direction):
             return

@@ -56,5 +56,16 @@ def test_more_rows_weigh_more_and_only_some_are_looked_at() -> None:
     assert 4 < np.linalg.norm(many) / np.linalg.norm(few) < 64
 
 
-def test_what_overflows_is_not_finite() -> None:
-    assert not np.isfinite(direction_of(make_rows(4, 32, scale=3e38))).all()
+@pytest.mark.parametrize("width", [8, 256])
+def test_a_row_whose_sums_overflow_hides_no_other_rows(width: int) -> None:
+    """Some blocks' norms turn such inputs into zeros, and the block then learns from the other rows."""
+    plain, hiding = make_rows(100, width), make_rows(100, width)
+    hiding.inputs[0] = 3.3e38
+    assert cosine(plain, hiding) > 0.5
+
+
+def test_gradients_at_the_end_of_float32_have_a_direction() -> None:
+    rows = make_rows(100, 32)
+    assert rows.gradients is not None
+    huge = Rows(rows.inputs, rows.lengths, rows.positions, rows.gradients.sign() * 3.3e38)
+    assert np.isfinite(direction_of(huge)).all()

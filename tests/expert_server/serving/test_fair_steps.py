@@ -141,6 +141,27 @@ def test_gradients_of_flipped_signs_are_dropped_and_all_honest_ones_count(kind: 
     assert withheld["flip"] >= 11 * (1 + 4)
 
 
+def test_a_row_of_huge_inputs_hides_no_flipped_gradients() -> None:
+    """Its norm overflows where gradients are compared. In the expert, it becomes a row of zeros."""
+    expert = Expert(FIRST, make_manifest("ffn"))
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
+    steps = list[StepOutcome]()
+    for _ in range(12):
+        for caller in ("a", "b", "c", "d", "flipping"):
+            inputs = torch.randn(64, HIDDEN, generator=generator)
+            ones = torch.ones(64, dtype=torch.int64)
+            error = expert.forward(Rows(inputs, ones, torch.zeros_like(ones))) - inputs @ target
+            if caller == "flipping":
+                inputs[0], error[0] = 3.3e38 * (torch.arange(HIDDEN) % 2), 0
+                error *= -3
+            rows = Rows(inputs, ones, torch.zeros_like(ones), error)
+            result = result_of(compute(expert, [WorkItem(FIRST, "backward", rows, NEVER, caller)])[0])
+            if caller == "flipping":
+                steps.append(result.step)
+    assert steps[1:] == [StepOutcome.WITHHELD] * 11
+
+
 def losses_beside_a_flood(runtime: Runtime, turns: int, keys: int = 1, group: str = "") -> list[float]:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
