@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from peer.errors import DataError
@@ -12,7 +14,11 @@ _NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 """Normalizers that can't make a text much longer."""
 _SPLITS = frozenset({"ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"})
 _ODDITIES = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-_REPEATS = re.compile(r"[*+?{(]")
+_REPEATS = re.compile(r"[*+?{(]|\\g")
+"""Repetitions, groups, and calls of the whole pattern within itself."""
+_LONGEST_PATTERN = 1000
+"""A pattern may have many alternatives, which are all tried at each character."""
+_MOST_STEPS = 16
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
@@ -50,9 +56,12 @@ def parse_tokenizer(text: str) -> Tokenizer:
         model = found["model"]
         is_bytes = model["merges"] == [] and model["vocab"] == _bytes_as_json()["model"]["vocab"]
         is_plain = model.get("type", "BPE") == "BPE" and not any(map(model.get, _ODDITIES))
-        normalizer, splits = found.get("normalizer"), _steps(found.get("pre_tokenizer"))
+        normalizer = found.get("normalizer")
+        splits = list(islice(_steps(found.get("pre_tokenizer")), _MOST_STEPS + 1))
         is_bounded = normalizer is None or normalizer["type"] in _NORMALIZERS
-        is_bounded = is_bounded and all(map(_is_bounded, splits))
+        is_bounded = is_bounded and len(splits) <= _MOST_STEPS and all(map(_is_bounded, splits))
+        # each one may write a byte as two
+        is_bounded = is_bounded and sum(step["type"] == "ByteLevel" for step in splits if step) <= 1
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"this is not a tokenizer: {printable(str(error))}") from error
     if not is_plain:
@@ -62,15 +71,20 @@ def parse_tokenizer(text: str) -> Tokenizer:
     return ByteTokenizer() if is_bytes else load_tokenizer(text)
 
 
-def _steps(pre_tokenizer: Any) -> list[Any]:
+def _steps(pre_tokenizer: Any) -> Iterator[Any]:
     if pre_tokenizer is not None and pre_tokenizer["type"] == "Sequence":
-        return [step for each in pre_tokenizer["pretokenizers"] for step in _steps(each)]
-    return [pre_tokenizer]
+        for each in pre_tokenizer["pretokenizers"]:
+            yield from _steps(each)
+    else:
+        yield pre_tokenizer
 
 
 def _is_bounded(step: Any) -> bool:
     """Whether the time of a step that splits a text is proportional to the text's length."""
     if step is None or step["type"] != "Split":
         return step is None or step["type"] in _SPLITS
+    if "Regex" not in step["pattern"]:
+        return True
+    pattern = step["pattern"]["Regex"]
     # no repetition, so no backtracking
-    return "Regex" not in step["pattern"] or not _REPEATS.search(step["pattern"]["Regex"])
+    return len(pattern) <= _LONGEST_PATTERN and not _REPEATS.search(pattern)

@@ -197,19 +197,34 @@ def adding(token: int) -> dict[str, Any]:
             "add_prefix_space": False}  # fmt: skip
 
 
+def repeating(many: int) -> dict[str, Any]:
+    """Adds `many` tokens `many` times to each text, in a file of a few times `many` bytes."""
+    token, text = {"SpecialToken": {"id": "z", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    rest = {"Sequence": {"id": "B", "type_id": 0}}
+    added = {"id": "z", "ids": [0] * many, "tokens": ["z"] * many}
+    return {"type": "TemplateProcessing", "single": [text, *[token] * many], "pair": [text, rest],
+            "special_tokens": {"z": added}}  # fmt: skip
+
+
+def steps(*pre_tokenizers: dict[str, Any]) -> dict[str, Any]:
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*pre_tokenizers]}}
+
+
+def splitting(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "makes texts long": {
         "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 2**20}
     },
-    "tracks back": {
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": "^(a+)+$"}, "behavior": "Isolated", "invert": False},
-                level(),
-            ],
-        }
-    },
+    "doubles bytes again and again": steps(*[level()] * 40),
+    "has steps without end": steps(*[DIGITS] * 100_000, level()),
+    "tracks back": steps(splitting("^(a+)+$"), level()),
+    "tracks back without repetition": steps(splitting(r"a\g<0>\g<0>b|a"), level()),
+    "has alternatives without end": steps(splitting("|".join("a" * n for n in range(1, 1000))), level()),
+    "adds a million tokens to each text": {"post_processor": repeating(1000)},
     "adds a token that is not there": {"post_processor": adding(60_000)},
     "has no type": {"pre_tokenizer": {}},
     "is of no type": {"normalizer": {"type": ["NFC"]}},
@@ -241,13 +256,8 @@ def test_a_tokenizer_neither_pads_nor_cuts_texts() -> None:
 
 
 def test_tokenizers_that_take_a_bounded_time_are_read(folder: Path) -> None:
-    split = {"type": "Split", "pattern": {"Regex": "[0-9][0-9]"}, "behavior": "Isolated", "invert": False}
-    steps = [{"type": "Digits", "individual_digits": True}, split, level()]
-    change_json(
-        folder / TOKENIZER,
-        normalizer={"type": "NFC"},
-        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
-    )
+    changes = steps(DIGITS, splitting("[0-9][0-9]"), level())
+    change_json(folder / TOKENIZER, normalizer={"type": "NFC"}, post_processor=repeating(2), **changes)
     assert ModelFolder.open(folder).tokenizer.encode("In 1967").size
 
 

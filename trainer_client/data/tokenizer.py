@@ -18,6 +18,8 @@ MOST_TOKENS = 2**16
 """A token takes two bytes on disk."""
 _LEARNED_FROM = 2**26
 """Byte pairs are learned from about this many characters, spread over the whole text."""
+_MOST_ADDED = 16
+"""The most tokens that a tokenizer may add to each text, such as the first and the last one."""
 
 Tokens = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -76,6 +78,8 @@ class BytePairTokenizer:
             or not set(ByteLevel.alphabet()) <= vocabulary.keys() <= _words(vocabulary, stands_for)
         ):
             raise DataError(f"this is not a tokenizer of byte pairs with at most {MOST_TOKENS} tokens")
+        if (added := self._library.num_special_tokens_to_add(False)) > _MOST_ADDED:
+            raise DataError(f"this tokenizer adds {added} tokens to each text; at most {_MOST_ADDED}")
         # parts that have nothing to do with training
         self._library.no_padding()
         self._library.no_truncation()
