@@ -173,6 +173,7 @@ class Averaging:
         self._unsubscribe()
         await self._servicer.close()
         await self._server.stop(None)
+        await self.exchange.close()
         await self._service.close()
 
     async def find_partners(self) -> None:

@@ -43,6 +43,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MAX_SNAPSHOTS = 2
 _SNAPSHOT_LIFETIME_S = 300.0
 """How long a snapshot is kept, so that an interrupted download can resume."""
+_FRESH = 10.0
+"""For how long a newcomer gets a kept snapshot rather than a new one, as a multiple of the time that it took to make.
+Otherwise strangers could keep a trainer busy with copies.
+"""
 _BACKOFF_S, _LONGEST_BACKOFF_S = 10.0, 900.0
 _MAX_TAKERS = 4
 _CALLERS = 1024
@@ -85,6 +89,7 @@ class Snapshot:
     """For each trainer with which this one had averaged before, the ages of both after that."""
     data: bytes
     sha256: bytes
+    fresh_until: float
     expires_at: float
 
     def header(self, peer_id: PeerID | None = None) -> state_pb2.StateHeader:
@@ -132,6 +137,15 @@ class DenseExchange:
         self._guard = guard or ParseGuard()
         self._history: AveragingHistory[bytes] = AveragingHistory()
         self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(_MAX_SNAPSHOTS, _SNAPSHOT_LIFETIME_S)
+        self._copying = TaskSet()
+        self._snapshot: asyncio.Task[Snapshot] | None = None
+        """Makes a snapshot now; None: none is being made."""
+        self._kept: asyncio.Task[Snapshot] | None = None
+        """Makes a snapshot for newcomers now; None: none is being made."""
+
+    async def close(self) -> None:
+        """Gives up snapshots that are being made."""
+        await self._copying.aclose()
 
     def begin(self) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED) while another exchange is in progress."""
@@ -153,14 +167,14 @@ class DenseExchange:
         self.is_running = False
 
     async def snapshot(self) -> Snapshot:
-        """A snapshot of the present dense part."""
-        met = self._history.of(self.form.fingerprint)
-        part, data, sha256 = await asyncio.to_thread(self._pack)
-        expires_at = time.monotonic() + _SNAPSHOT_LIFETIME_S
-        return Snapshot(self.form.fingerprint, part, met, data, sha256, expires_at)
+        """A snapshot of the present dense part. One is made at a time, even if those who asked for others have left."""
+        while self._snapshot is not None:
+            await asyncio.wait({self._snapshot})
+        self._snapshot = self._copying.spawn(self._make_snapshot(), "copy the dense part")
+        return await asyncio.shield(self._snapshot)
 
     async def cached_snapshot(self, sha256: bytes) -> Snapshot:
-        """The snapshot with that checksum. If `sha256` is empty, a current one, which is then kept for a while.
+        """The snapshot with that checksum. If `sha256` is empty, a recent one, which is then kept for a while.
 
         Raises ExpertError (FAILED_PRECONDITION) if there is no snapshot with that checksum any more.
         """
@@ -171,12 +185,13 @@ class DenseExchange:
                     StatusCode.FAILED_PRECONDITION, "that snapshot has expired: begin again without one"
                 )
             return found
-        for cached in self._snapshots.all(time.monotonic()):
-            if cached.part.age == self.part.age and cached.met == self._history.of(self.form.fingerprint):
+        now, met = time.monotonic(), self._history.of(self.form.fingerprint)
+        for cached in self._snapshots.all(now):
+            if now < cached.fresh_until or (cached.part.age == self.part.age and cached.met == met):
                 return cached
-        snapshot = await self.snapshot()
-        self._snapshots.put(snapshot, time.monotonic())
-        return snapshot
+        if self._kept is None:
+            self._kept = self._copying.spawn(self._keep_snapshot(), "copy the dense part for newcomers")
+        return await asyncio.shield(self._kept)
 
     async def check(self, mine: DensePart, incoming: SnapshotReceiver, peer_id: PeerID) -> PeerDensePart:
         """Raises StateError if the received dense part must not be averaged with."""
@@ -219,6 +234,24 @@ class DenseExchange:
 
     def receiver(self) -> SnapshotReceiver:
         return SnapshotReceiver(self.form.max_bytes, self.metrics.bytes.labels("received").inc)
+
+    async def _keep_snapshot(self) -> Snapshot:
+        try:
+            snapshot = await self.snapshot()
+        finally:
+            self._kept = None
+        self._snapshots.put(snapshot, time.monotonic())
+        return snapshot
+
+    async def _make_snapshot(self) -> Snapshot:
+        began, met = time.monotonic(), self._history.of(self.form.fingerprint)
+        try:
+            part, data, sha256 = await asyncio.to_thread(self._pack)
+        finally:
+            self._snapshot = None
+        now = time.monotonic()
+        fresh_until, expires_at = now + _FRESH * (now - began), now + _SNAPSHOT_LIFETIME_S
+        return Snapshot(self.form.fingerprint, part, met, data, sha256, fresh_until, expires_at)
 
     def _pack(self) -> tuple[DensePart, bytes, bytes]:
         part = self.part.read()

@@ -1,6 +1,7 @@
 """Trainers average their dense parts over real sockets."""
 
 import contextlib
+import time
 from collections.abc import Callable
 
 import pytest
@@ -236,6 +237,8 @@ def test_who_joins_takes_the_next_when_the_oldest_is_gone_or_useless(play: Play)
         joiner.part.replace(joiner.part.read().tensors, 0)
         next(young.part.model.parameters()).data.fill_(torch.nan)
         take_step(young.part)
+        kept = young.exchange._snapshots.in_memory
+        await square.until(lambda: all(each.fresh_until <= time.monotonic() for each in kept))
         assert await joiner.take_whole() is None
         assert joiner.part.read().tensors["0.weight"].isfinite().all()
 
