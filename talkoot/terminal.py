@@ -70,8 +70,9 @@ class Terminal:
             logger.info(first)
             yield logger.info
             return
-        with self.err.status(first) as status:
-            yield status.update
+        # as text, because rich reads plain strings as markup here, and a stranger's words may be among them
+        with self.err.status(Text(first)) as status:
+            yield lambda stage: status.update(Text(stage))
 
 
 class FittingTable:

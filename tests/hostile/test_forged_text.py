@@ -1,5 +1,6 @@
 """A server sends escape sequences and line breaks that others quote: they show one line of plain text."""
 
+import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from callers import numbered_identities
 from grpc import StatusCode
 from real_swarm import MANIFEST, UIDS, Play, Village, playing
+from rich.console import Console
 from stranger import Stranger
 from victim import honest_caller
 
@@ -16,6 +18,7 @@ from peer.errors import TransferError, UnreachableError
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2, probe_pb2
+from talkoot.terminal import LogFormat, Terminal
 
 FORGED = "\x1b[2J\x1b]0;owned\x07\n12:00:00 error: your key is\r\u202e gone\n" + "x" * 2000
 
@@ -102,3 +105,13 @@ def test_an_error_of_one_expert_and_a_refused_session_are_quoted_so_too(play: Pl
             check(str(refused.value))
 
     play(scenario)
+
+
+def test_a_strangers_words_beside_a_spinner_are_no_markup() -> None:
+    """`talkoot stop` shows the node's last log line there, and a stranger may be quoted in it."""
+    words = "refused by [fe80::1]:31337: [/x][link=https://owned.example]here[/link]"
+    terminal, shown = Terminal(LogFormat.TEXT), io.StringIO()
+    terminal.err, terminal.live = Console(file=shown, force_terminal=True, soft_wrap=True, width=120), True
+    with terminal.stages(words) as stage:
+        stage(words)
+    assert words in shown.getvalue()
