@@ -305,6 +305,7 @@ def leave_out(rules: Collection[str], start: Start) -> None:
     """Makes an honest peer do without these rules for as long as the file exists."""
     from expert_server.experts.callers import Callers
     from expert_server.experts.expert import Expert
+    from expert_server.experts.format import BLOCK, Checkpoint
     from expert_server.hosting import averaging
     from expert_server.serving import compute
     from expert_server.state import transfer
@@ -316,9 +317,17 @@ def leave_out(rules: Collection[str], start: Start) -> None:
     spent_s = np.memmap(start.file.with_name(f"{SPENT}-{os.getpid()}"), np.float64, "w+", shape=len(RULES))
     counting = Lock()
 
-    def replaced(rule: str, owner: Any, name: str, plain: Callable[..., Any] | None = None) -> None:
+    def replaced(
+        rule: str,
+        owner: Any,
+        name: str,
+        plain: Callable[..., Any] | None = None,
+        counts: Callable[..., bool] = lambda *_: True,
+    ) -> None:
         """Replaces a rule's function by what peers would do without the rule, `plain`. None: nothing is replaced, and
         only the time that the function takes is counted.
+
+        `counts`: whether a call with these arguments is part of the rule.
         """
         true, index = getattr(owner, name), RULES.index(rule)
 
@@ -328,8 +337,9 @@ def leave_out(rules: Collection[str], start: Start) -> None:
                 return chosen(*arguments, **named)
             finally:
                 took_s = time.thread_time() - began
-                with counting:
-                    spent_s[index] += took_s
+                if counts(*arguments):
+                    with counting:
+                        spent_s[index] += took_s
 
         patch.object(owner, name, either).start()
 
@@ -342,15 +352,14 @@ def leave_out(rules: Collection[str], start: Start) -> None:
             1.0,
         )
 
+    def has_only_parameters(checkpoint: Checkpoint, *_: Any) -> bool:
+        return all(name.startswith(BLOCK) for name in checkpoint.state)
+
     if "checks" in rules:
         replaced("checks", SpotChecks, "note", lambda *_: None)
-        for owner, name in (
-            (Sample, "wrong_rows"),
-            (BlockLoader, "load"),
-            (Expert, "export_block"),
-            (transfer, "block_to_bytes"),
-        ):
+        for owner, name in ((Sample, "wrong_rows"), (BlockLoader, "load"), (Expert, "export_block")):
             replaced("checks", owner, name)
+        replaced("checks", transfer, "_encode", counts=has_only_parameters)
     if "averages" in rules:
         for name, value in (("present", {}), ("radii", {}), ("reach", float("inf")), ("start", None)):
             replaced("averages", OwnMoves, name, lambda *_, value=value: value)
