@@ -14,7 +14,7 @@ from benchmarks.internet.dht_model import ModelDHT, ModelLookups
 from benchmarks.internet.stand_ins import CountedCheckpoints, CountedExpert, CountingRuntime, SharedRegistry
 from benchmarks.internet.world import HomeLine, Link, Peer, World
 from benchmarks.simulated_p2p import SimulatedIdentity
-from dht.announcements import Activity, NodeInfo, Reachability
+from dht.announcements import Activity, NodeInfo, Reachability, Replica
 from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
@@ -316,12 +316,16 @@ class SimulatedNode:
         if is_last:
             found = [rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         else:
-            found = choose_partners(replicas, me, rng)
+            found = choose_partners(replicas, me, self._unshared, rng)
         nodes = await self.registry.nodes({replica.peer_id for replica in found}) if found else {}
         for replica in found:
             if replica.peer_id in nodes:
                 with contextlib.suppress(TransferError):
                     await self._meet(replica.uid, nodes[replica.peer_id])
+
+    def _unshared(self, replica: Replica) -> int | None:
+        expert = self.runtime.experts.get(replica.uid)
+        return None if expert is None else expert.update_count - expert.shared_count
 
     async def _meet(self, uid: UID, node: NodeInfo) -> None:
         """Replaces both replicas by their average, unless a transfer fails."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -45,8 +46,8 @@ from peer.wire import state_pb2
 logger: logging.Logger = logging.getLogger(__name__)
 
 _TAKES_INITIATIVE = 0.5
-"""The share of its replicated experts for which a node starts an average. Other nodes start the rest, so each replica
-is averaged about once.
+"""The share of its replicated experts for which a node starts an average in each round: those with the most updates
+since the replicas met. Other nodes start the rest, so each replica is averaged about once.
 """
 _PAUSE = 4
 """The shortest pause after a round, as a multiple of the round's duration, because slow uplinks have other things to
@@ -58,8 +59,8 @@ _MAX_HINTS = 256
 """The most pending requests of other nodes to fetch an expert."""
 _AT_ONCE = 4
 """How many requests of one kind are followed at the same time, and how many averages are started at the same time."""
-_REFUSED = 4096
-"""Other nodes' replicas that are remembered as out of reach."""
+_REMEMBERED = 4096
+"""Other nodes' replicas that are remembered as out of reach, and those remembered as tried."""
 _LONGEST_REFUSED = 32
 """The longest time that a replica out of reach is avoided, as a multiple of `average_every_s`. The time starts at one
 and doubles.
@@ -114,8 +115,10 @@ class ReplicaAveraging:
         """Events that are set when an average (True) or an adoption (False) was asked for."""
         self._runs = False
         self._last_averaging: asyncio.Task[None] | None = None
-        self._refused = BoundedDict[tuple[UID, PeerID], tuple[int, float]](_REFUSED)
+        self._refused = BoundedDict[tuple[UID, PeerID], tuple[int, float]](_REMEMBERED)
         """How many times in a row another node's replica was out of reach, and until when it is avoided."""
+        self._tried = BoundedDict[tuple[UID, PeerID], int](_REMEMBERED)
+        """The update count of this node's own replica when it last tried to meet another one."""
         self._meeting = WeakValueDictionary[UID, asyncio.Lock]()
         """Experts that are being averaged. Each is averaged with one replica at a time, because the snapshot that was
         sent must stay the base.
@@ -150,14 +153,30 @@ class ReplicaAveraging:
         """Averages about half of the experts that other nodes serve too. Raises UnreachableError."""
         me = self._swarm.host.peer_id
         replicas = await replicas_to_meet(self._swarm.registry, self._replicas.experts, self._seen(), me)
-        partners = choose_partners(replicas, me, self._rng)
+        partners = choose_partners(replicas, me, self._unshared, self._rng)
+        for replica in partners:
+            count = self._replicas.experts[replica.uid].update_count
+            self._tried[replica.uid, replica.peer_id] = count
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
         meetings = (
             self._attempt(self.meet(replica.uid, nodes[replica.peer_id]))
             for replica in partners
-            if replica.peer_id in nodes and self._is_worth_meeting(replica)
+            if replica.peer_id in nodes
         )
         await side_by_side(meetings, _AT_ONCE)
+
+    def _unshared(self, replica: Replica) -> int | None:
+        """The updates of this node's own replica since it last met that one, or tried to: otherwise those that can't be
+        reached would always come first. None if the replica is not worth meeting.
+        """
+        uid, peer_id = replica.uid, replica.peer_id
+        expert = self._replicas.experts.get(uid)
+        if expert is None or not self._is_worth_meeting(replica):
+            return None
+        met = self._replicas.history.of(uid).get(peer_id)
+        counts = (met.mine if met else 0, self._tried.get((uid, peer_id), 0))
+        # a higher count belongs to a state that this node no longer has
+        return expert.update_count - max((c for c in counts if c <= expert.update_count), default=0)
 
     async def average_before_leaving(self, limit_s: float) -> None:
         """Averages the experts a last time before they are given up, so that none of this node's updates is lost.
@@ -364,11 +383,21 @@ async def replicas_to_meet(
 
 
 def choose_partners(
-    replicas: Mapping[UID, Collection[Replica]], me: PeerID, rng: random.Random
+    replicas: Mapping[UID, Collection[Replica]],
+    me: PeerID,
+    unshared: Callable[[Replica], int | None],
+    rng: random.Random,
 ) -> list[Replica]:
-    """Chooses about half of the experts that other nodes serve too, and for each of them one of its other replicas."""
+    """Chooses about half of the experts that other nodes serve too, and for each of them one of its other replicas:
+    those that lack the most updates. `unshared`: how many of this node's updates another replica lacks; None if the two
+    need not meet.
+    """
     found = [serving_elsewhere(hosts, me) for _, hosts in sorted(replicas.items())]
-    return [rng.choice(others) for others in found if others and rng.random() < _TAKES_INITIATIVE]
+    drawn = [rng.choice(others) for others in found if others]
+    rng.shuffle(drawn)  # random among equals
+    lacking = [(updates, replica) for replica in drawn if (updates := unshared(replica)) is not None]
+    most = int(_TAKES_INITIATIVE * len(drawn) + rng.random())
+    return [replica for _, replica in sorted(lacking, key=itemgetter(0), reverse=True)][:most]
 
 
 def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: str, share: float) -> float:

@@ -10,7 +10,7 @@ from callers import numbered_identities
 from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, playing, serving
 from test_restart import step, train
 
-from dht.announcements import Replica, ReplicaState
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.manifest import Manifest
 from dht.swarm import join_swarm
 from dht.uid import UID
@@ -18,7 +18,8 @@ from expert_server.experts.expert import Expert
 from expert_server.experts.format import State
 from expert_server.hosting.averaging import choose_partners
 from expert_server.node import Node
-from peer.errors import StateError
+from expert_server.state.transfer import Fetched
+from peer.errors import StateError, TransferError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
@@ -339,6 +340,27 @@ def test_when_no_replica_gives_its_state_none_is_made_up(play: Play) -> None:
     play(scenario)
 
 
+def test_a_node_first_averages_what_others_lack_most_and_passes_over_what_it_just_tried(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, _ = await couple(village, 1)
+        tried: list[UID] = []
+
+        async def fetch(_: NodeInfo, uid: UID) -> Fetched:
+            tried.append(uid)
+            raise TransferError("the partner does not answer")
+
+        first.replicas.states.fetch = fetch  # type: ignore[method-assign, assignment]
+        await train(first, dict.fromkeys(UIDS, 1) | dict.fromkeys(UIDS[::2], 3))
+        await first.averaging.average_some()
+        assert sorted(tried) == sorted(UIDS[::2])
+        await first.averaging.average_some()
+        assert sorted(tried) == sorted(UIDS), (
+            "half of all in each round, whether they could be averaged or not"
+        )
+
+    play(scenario)
+
+
 def test_partners_are_others_that_serve_and_about_half_of_the_experts_seek_one() -> None:
     me, *others = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(4))
 
@@ -346,12 +368,32 @@ def test_partners_are_others_that_serve_and_about_half_of_the_experts_seek_one()
         found = zip((me, *others), (ReplicaState.SERVING, *states), strict=False)
         return [Replica(uid, peer, state, 0, 0, 0.0, 1.0) for peer, state in found]
 
+    def partners(hosts: dict[UID, list[Replica]]) -> list[Replica]:
+        return choose_partners(hosts, me, lambda _: 0, random.Random(0))
+
     uids = [UID(0, (n, 0)) for n in range(400)]
-    serving_twice = {uid: hosts(uid, ReplicaState.SERVING, ReplicaState.SERVING) for uid in uids}
-    partners = choose_partners(serving_twice, me, random.Random(0))
-    assert {replica.peer_id for replica in partners} == set(others[:2])
-    assert 150 < len(partners) < 250
-    assert len({replica.uid for replica in partners}) == len(partners)
+    chosen = partners({uid: hosts(uid, ReplicaState.SERVING, ReplicaState.SERVING) for uid in uids})
+    assert {replica.peer_id for replica in chosen} == set(others[:2])
+    assert len(chosen) == 200
+    assert len({replica.uid for replica in chosen}) == len(chosen)
+    assert len({replica.uid.coordinate[0] // 10 for replica in chosen}) == 40, "random ones"
     for state in (ReplicaState.LEAVING, ReplicaState.CLAIMED):
-        assert choose_partners({uid: hosts(uid, state) for uid in uids}, me, random.Random(0)) == []
-    assert choose_partners({uid: hosts(uid) for uid in uids}, me, random.Random(0)) == []
+        assert partners({uid: hosts(uid, state) for uid in uids}) == []
+    assert partners({uid: hosts(uid) for uid in uids}) == []
+
+
+def test_those_that_lack_the_most_updates_are_met_first() -> None:
+    me, other = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(2))
+    uids = [UID(0, (n, 0)) for n in range(9)]
+    hosts = {uid: [Replica(uid, other, ReplicaState.SERVING, 0, 0, 0.0, 1.0)] for uid in uids}
+
+    def unshared(replica: Replica) -> int | None:
+        number = replica.uid.coordinate[0]
+        return None if number == 8 else number
+
+    numbers = [
+        [replica.uid.coordinate[0] for replica in choose_partners(hosts, me, unshared, random.Random(seed))]
+        for seed in range(40)
+    ]
+    assert all(found in ([7, 6, 5, 4], [7, 6, 5, 4, 3]) for found in numbers)
+    assert {len(found) for found in numbers} == {4, 5}, "half of nine, on average"
