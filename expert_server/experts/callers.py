@@ -184,7 +184,8 @@ class Callers:
         """Whether the caller has caused more than its share of the steps in the window, or opposes the others."""
         if caller not in self._rows:
             return False
-        if caller in self._contrary:
+        # found contrary while there were others, who have left since: no direction has been noted that could clear it
+        if caller in self._contrary and self.compares_directions:
             return True
         group = self._group_of[caller]
         even = 1 / len(self._groups)

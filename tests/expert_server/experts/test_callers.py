@@ -438,6 +438,27 @@ def test_of_two_callers_none_is_held_back_and_one_that_turns_round_is_held_back_
     assert not callers.is_held_back("b")
 
 
+def test_a_caller_that_pointed_against_others_is_held_back_no_longer_once_they_have_left() -> None:
+    """Directions are noted only among three callers or more, as `compute` does it."""
+    now = 0.0
+    callers, true = Callers(clock=lambda: now), np.eye(8)[0]
+
+    def call(caller: str, direction: NDArray[np.float64]) -> bool:
+        callers.note_rows(caller, 64, 1.0)
+        if callers.compares_directions:
+            callers.note_direction(caller, 64, direction)
+        return callers.is_held_back(caller)
+
+    for _ in range(3):
+        assert not any([call("a", true), call("c", true)])
+        call("b", -true)
+    callers.note_step({"a": 64, "c": 64})
+    now += LONGEST_S / 2
+    assert call("b", -true)
+    now += LONGEST_S / 2 + 1
+    assert not call("b", -true)
+
+
 def test_keys_of_one_group_push_out_the_directions_of_no_others() -> None:
     callers, true = Callers(), np.eye(8)[0]
     for n in range(5):
