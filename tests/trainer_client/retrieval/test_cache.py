@@ -126,7 +126,11 @@ def test_a_file_that_breaks_in_use_or_has_another_form_begins_anew(tmp_path: Pat
     [
         b"not compressed",
         zlib.compress(b"[]"),
-        zlib.compress(bytes(2**24)),
+        zlib.compress(
+            ReadReply(
+                passages=[ProvenPassage(passage=passage("x" * 1000).message())] * 1500
+            ).SerializeToString()
+        ),
         zlib.compress(
             ReadReply(passages=[ProvenPassage(passage=passage("x" * 10**5).message())]).SerializeToString()
         ),
