@@ -60,7 +60,6 @@ class Pace:
     """Waits for the messages of a sender or receiver that may be slow, but must not stall. It falls behind while its
     bytes arrive slower than `rate`, and catches up while they arrive faster. Once it is `grace_s` behind, it is given
     up. So `size` bytes take at most `grace_s` + size / `rate` seconds.
-
     """
 
     def __init__(self, rate: float, grace_s: float, what: str = "it") -> None:

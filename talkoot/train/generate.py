@@ -63,7 +63,7 @@ def run_generate(
 
 
 def _text(trained: TextModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
-    """`read` is called with the passages that the model was given."""
+    """Adds the passages that the model was given to `read`."""
     run, find = trained.run, trained.find
 
     def found(chunks: Sequence[Sequence[int]]) -> Sequence[Neighbours]:

@@ -151,7 +151,7 @@ class CircuitBreakers:
 
 
 class Latencies:
-    """The durations of one trainer's successful calls. Bounded, however many calls and nodes there are."""
+    """How long one trainer's calls took lately. Bounded, however many calls and nodes there are."""
 
     def __init__(self) -> None:
         self.calls: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
