@@ -2,17 +2,52 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from dense_trainers import SWARM, Play, Square, identities, play
 from test_dense_part import make_model, take_step
 
 from peer import PROTOCOL_VERSION
 from peer.wire import dense_pb2
+from trainer_client.averaging.averager import Averaging
 from trainer_client.averaging.dense_part import DensePart
+from trainer_client.averaging.exchange import DenseExchange
 
 __all__ = ["identities", "play"]
 
 COPY_S, EVERY_S = 0.05, 0.01
+
+
+class Copies:
+    """Makes a trainer's copies as slow as those of a large model, and counts them."""
+
+    def __init__(self, exchange: DenseExchange) -> None:
+        self._pack, self._running = exchange._pack, 0
+        self.most, self.busy_s = 0, 0.0
+        """The most copies at the same time, and the time of all together."""
+        exchange._pack = self._slowly  # type: ignore[method-assign]
+
+    def _slowly(self) -> tuple[DensePart, bytes, bytes]:
+        began = time.monotonic()
+        self._running += 1
+        self.most = max(self.most, self._running)
+        time.sleep(COPY_S)
+        self._running -= 1
+        self.busy_s += time.monotonic() - began
+        return self._pack()
+
+
+async def check(square: Square, victim: Averaging, begin: Callable[[], Any]) -> None:
+    """`begin` begins a call, which is then broken off."""
+    copies, began = Copies(victim.exchange), time.monotonic()
+    for _ in range(100):
+        call = begin()
+        take_step(victim.part)
+        await asyncio.sleep(EVERY_S)
+        call.cancel()
+    assert copies.most == 1
+    assert copies.busy_s < 0.2 * (time.monotonic() - began) + 2 * COPY_S
 
 
 def test_a_trainer_copies_its_dense_part_seldom_though_strangers_break_off_again_and_again(
@@ -20,28 +55,32 @@ def test_a_trainer_copies_its_dense_part_seldom_though_strangers_break_off_again
 ) -> None:
     async def scenario(square: Square) -> None:
         victim, stranger = [await square.trainer(make_model(), 10) for _ in range(2)]
-        pack, running, most, busy_s = victim.exchange._pack, 0, 0, 0.0
-
-        def slow_pack() -> tuple[DensePart, bytes, bytes]:
-            nonlocal running, most, busy_s
-            running, began = running + 1, time.monotonic()
-            most = max(most, running)
-            time.sleep(COPY_S)
-            running, busy_s = running - 1, busy_s + time.monotonic() - began
-            return pack()
-
-        victim.exchange._pack = slow_pack  # type: ignore[method-assign]  # as slow as with a large model
+        stub, session = await stranger._service.stub(square.info(victim))
         request = dense_pb2.TakeRequest(
             protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, fingerprint=victim.form.fingerprint
         )
+        await check(square, victim, lambda: stub.Take(request, timeout=60, metadata=session))
+
+    play(scenario)
+
+
+def test_nor_do_strangers_that_begin_exchanges_under_ever_new_keys(play: Play) -> None:
+    async def scenario(square: Square) -> None:
+        victim, stranger = [await square.trainer(make_model(), 10) for _ in range(2)]
+        victim.exchange.refused.failed = lambda *_: None  # type: ignore[method-assign]  # as if each key were new
         stub, session = await stranger._service.stub(square.info(victim))
-        began = time.monotonic()
-        for _ in range(100):
-            call = stub.Take(request, timeout=60, metadata=session)
-            take_step(victim.part)
-            await asyncio.sleep(EVERY_S)
-            call.cancel()
-        assert most == 1
-        assert busy_s < 0.2 * (time.monotonic() - began) + 2 * COPY_S
+        offer = dense_pb2.DenseOffer(
+            protocol_version=PROTOCOL_VERSION, swarm_id=SWARM, fingerprint=victim.form.fingerprint,
+            header=(await stranger.exchange.snapshot()).header(),
+        )  # fmt: skip
+
+        def begin() -> Any:
+            async def requests() -> AsyncIterator[dense_pb2.ExchangeRequest]:
+                yield dense_pb2.ExchangeRequest(offer=offer)
+                await asyncio.sleep(60)
+
+            return stub.Exchange(requests(), timeout=60, metadata=session)
+
+        await check(square, victim, begin)
 
     play(scenario)

@@ -134,6 +134,10 @@ class DenseExchange:
         self.ended_at_step: int = 0
         """This trainer's step count at the end of the last exchange that it began, or that changed its dense part."""
         self.is_running = False
+        self._broke_off = False
+        """Whether the last exchange that another trainer began broke off."""
+        self._fresh_until = 0.0
+        """Until when the last snapshot is fresh."""
         self._guard = guard or ParseGuard()
         self._history: AveragingHistory[bytes] = AveragingHistory()
         self._snapshots: SnapshotCache[Snapshot] = SnapshotCache(_MAX_SNAPSHOTS, _SNAPSHOT_LIFETIME_S)
@@ -156,15 +160,20 @@ class DenseExchange:
         self.is_running = True
 
     def end(self) -> None:
-        self.break_off()
+        self.is_running = self._broke_off = False
         self.ended_at_step = self.part.steps
 
     def break_off(self) -> None:
         """Ends an exchange that another trainer began and that failed. This trainer's own next exchange is not
         postponed: otherwise strangers who begin one exchange after another, each with a new key, would keep it from
-        all.
+        all. But other trainers have to wait for a moment, because each exchange costs a copy of the dense part.
         """
-        self.is_running = False
+        self.is_running, self._broke_off = False, True
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether other trainers have to wait, because an exchange broke off a moment ago."""
+        return self._broke_off and (self._snapshot is not None or time.monotonic() < self._fresh_until)
 
     async def snapshot(self) -> Snapshot:
         """A snapshot of the present dense part. One is made at a time, even if those who asked for others have left."""
@@ -250,8 +259,9 @@ class DenseExchange:
         finally:
             self._snapshot = None
         now = time.monotonic()
-        fresh_until, expires_at = now + _FRESH * (now - began), now + _SNAPSHOT_LIFETIME_S
-        return Snapshot(self.form.fingerprint, part, met, data, sha256, fresh_until, expires_at)
+        self._fresh_until = now + _FRESH * (now - began)
+        expires_at = now + _SNAPSHOT_LIFETIME_S
+        return Snapshot(self.form.fingerprint, part, met, data, sha256, self._fresh_until, expires_at)
 
     def _pack(self) -> tuple[DensePart, bytes, bytes]:
         part = self.part.read()
@@ -384,6 +394,10 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
         if caller in exchange.refused.open_at(time.monotonic()):
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, "your dense part could not be used: try again later"
+            )
+        if exchange.is_resting:
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED, "another exchange has just broken off: try again soon"
             )
         if exchange.part.steps < self._next_at_step.get(caller, 0):
             raise ExpertError(
