@@ -194,7 +194,7 @@ def test_another_shard_of_the_same_form_is_refused() -> None:
     passages, vectors = some_passages(BLOCK + 3)
     other = PrimaryShard.build(*some_passages(BLOCK + 3, seed=1))
     info = shard_info(other, passages, vectors)
-    with pytest.raises(WireError, match="other passages than its root says"):
+    with pytest.raises(WireError, match="passages don't match its root"):
         Shard.parse(other, info, vectors.shape[1])
 
 
