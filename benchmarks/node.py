@@ -211,6 +211,8 @@ def measure_hivemind(limit_s: float) -> dict[str, float | str]:
         }
     except TimeoutError:
         return {"hivemind_many_experts": f"not serving after {limit_s:.0f} s"}
+    except SystemExit:
+        return {"hivemind_many_experts": "did not start"}
     finally:
         server.close()
 
