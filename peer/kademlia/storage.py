@@ -116,7 +116,8 @@ class BoundedStorage:
 
     def put(self, key: int, entries: Entries) -> set[Subkey]:
         """Stores the entries that are newer than the stored ones. Returns their subkeys."""
-        now, held = self._now(), self.get(key)
+        now = self._now()
+        held = self._live(key, now)
         new = {
             subkey: entry
             for subkey, entry in entries.items()
@@ -133,7 +134,10 @@ class BoundedStorage:
 
     def get(self, key: int) -> Entries:
         """The entries that have not expired."""
-        now, stored = self._now(), self._stored.get(key)
+        return self._live(key, self._now())
+
+    def _live(self, key: int, now: float) -> Entries:
+        stored = self._stored.get(key)
         if stored is None or stored.last_expiry <= now:
             return {}
         entries = unpack_entries(stored.packed)
@@ -147,7 +151,7 @@ class BoundedStorage:
         if stored is None or stored.last_expiry <= now:
             return b""
         if stored.first_expiry <= now:
-            self._set(key, self.get(key))
+            self._set(key, self._live(key, now))
             self._report()
         return self._stored[key].packed
 

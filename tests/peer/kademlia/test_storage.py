@@ -119,6 +119,15 @@ def test_expired_entries_are_gone_whoever_asks(clock: Clock) -> None:
     assert not stored.packed(KEY)
 
 
+def test_an_entry_that_expires_while_it_is_read_is_still_returned() -> None:
+    times = [NOW]
+    stored = BoundedStorage(StoreBounds(), StoreMetrics(), lambda: times.pop(0) if times[1:] else times[0])
+    put(stored, KEY, 1, b"short", NOW + 10)
+    put(stored, KEY, 2, b"long", NOW + 30)
+    times = [NOW + 20, NOW + 40]
+    assert set(unpack_entries(stored.packed(KEY))) == {2}
+
+
 def test_an_entry_larger_than_a_key_is_refused(clock: Clock) -> None:
     stored, counts = storage(clock, key_bytes=1000)
     assert not put(stored, KEY, 1, bytes(1000), NOW + 10)
