@@ -169,7 +169,7 @@ def hivemind_client(bootstrap: Sequence[str]) -> dict[str, list[float]]:
 
 def run_pair(side: str, nodes: int) -> dict[str, list[float]]:
     """Runs a village and its client, each in a process session of its own, so that none of its processes are left
-    afterwards. Raises SystemExit if either fails.
+    afterwards. Raises TimeoutError if the village is not ready in time, and SystemExit if either fails.
     """
     with (
         scratch_folder() as folder,

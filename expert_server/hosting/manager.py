@@ -306,10 +306,7 @@ class HostingManager:
 
     async def _hand_over(self, handover: Handover, timeout_s: float) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                await first_of(handover.run(), self._hurried.wait())
-        except TimeoutError:
-            pass
+            await first_of(handover.run(), self._hurried.wait(), asyncio.sleep(timeout_s))
         except UnreachableError as error:
             logger.warning("could not hand experts over: %s", error)
         except Exception:  # the experts must still be saved
