@@ -16,7 +16,7 @@ each row, D hidden size, W width of the experts, G_d size of grid dimension d.
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -138,6 +138,12 @@ class RemoteMixtureOfExperts(nn.Module):
         """From now on, draws noise, random choices and dropout for this training step. A resumed run draws the same."""
         self._rng = np.random.default_rng((self._routing.seed, self.layer, number))
         self._loads.take()  # drops the load of a skipped step
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a mixture belongs to its SwarmClient, and can't be copied or pickled: save `state_dict()`, and load it "
+            "into another `swarm.mixture(layer)`"
+        )
 
     def rebalance(self, computed: "RemoteMixtureOfExperts") -> None:
         """Corrects the bias of each expert by the rows that it got from `computed`, this mixture or a copy, since the

@@ -4,8 +4,11 @@ causal.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from io import BytesIO
 
 import numpy as np
+import pytest
 import torch
 from expert_fakes import (
     SILENT,
@@ -274,6 +277,15 @@ def test_bfloat16_goes_in_and_comes_out() -> None:
     assert half_BTD.grad is not None
     assert half_BTD.grad.dtype == torch.bfloat16
     torch.testing.assert_close(y_BTD.float(), expected_BTD, rtol=0.02, atol=0.02)
+
+
+def test_who_copies_or_pickles_a_mixture_is_told_what_to_save() -> None:
+    swarm = FakeSwarm(make_manifest((3,)))
+    with mixtures(swarm, k=2) as make_mixture:
+        model = nn.Sequential(make_mixture(0))
+        for keep in (deepcopy, lambda model: torch.save(model, BytesIO())):
+            with pytest.raises(TypeError, match=r"save `state_dict\(\)`"):
+                keep(model)
 
 
 def test_the_state_holds_only_the_gate_and_the_biases() -> None:
