@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import platformdirs
 from prometheus_client import Gauge
+from torch import Tensor
 
 from dht.admission import RIGHTS, Denylist, Role
 from dht.directory import Directory
@@ -174,7 +175,15 @@ class SwarmClient:
         return self._joined.swarm
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine on this client's loop, and waits for it. Don't call it on the loop's own thread."""
+        """Runs a coroutine on this client's loop, and waits for it. Don't call it on the loop's own thread.
+
+        Raises RuntimeError once this client is closed.
+        """
+        if self._loop.loop.is_closed():
+            coroutine.close()
+            raise RuntimeError(
+                "this SwarmClient is closed: use its mixtures and memories before you close it, or inside its `with`"
+            )
         return self._loop.run(coroutine)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
@@ -212,7 +221,7 @@ class SwarmClient:
         if choose_by is not None:
             routing = replace(routing, choose_by=choose_by, prefix=routing_prefix)
         return RemoteMixtureOfExperts(
-            layer, self.manifest, self.dispatcher, self._loop.run, routing, gradient_scale
+            layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale
         )
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
@@ -238,7 +247,7 @@ class SwarmClient:
             report(
                 f"waiting for experts, at most {limit_s:.0f} s: {live} of {total} live, {enough} are enough"
             )
-            self._loop.run(self._refresh_soon())
+            self.run(self._refresh_soon())
 
     def _require_admitted(self) -> None:
         try:
@@ -284,10 +293,9 @@ class SwarmClient:
         """
         if not 0 <= step < 2**63:
             raise ValueError(f"step {step}: the number of steps so far, from 0")
-        # also converts numbers of numpy and torch, and drops their graphs
-        self._joined.announcer.note_step(index(step), float(loss), _float(tokens_per_s))
+        self._joined.announcer.note_step(index(step), _float(loss), _optional(tokens_per_s))
         if validation_loss is not None:
-            self._joined.announcer.note_validation(float(validation_loss), _float(bits_per_byte))
+            self._joined.announcer.note_validation(_float(validation_loss), _optional(bits_per_byte))
 
     def note(self, progress: Progress) -> None:
         """Announces a step of `Training`. May be called on any thread."""
@@ -305,13 +313,13 @@ class SwarmClient:
         """
         form = DenseForm.of(part.model, self._joined.swarm.keys.swarm_id, *meanings)
         exchange = DenseExchange(form, part, self._joined.averaging_metrics, guard=self._joined.swarm.guard)
-        return self._loop.run(self._average(exchange))
+        return self.run(self._average(exchange))
 
     def take_whole(self, averaging: Averaging) -> int | None:
         """Adopts another trainer's dense part: see `Averaging.take_whole`. Returns its age in steps; None if no trainer
         gave an older one.
         """
-        return self._loop.run(averaging.take_whole())
+        return self.run(averaging.take_whole())
 
     def memory(self, name: str | None = None) -> Memory:
         """The memory of that name or id, for searching; None: the swarm's only one.
@@ -319,7 +327,7 @@ class SwarmClient:
         The first time, its index is fetched: some MB, which are kept on disk. Raises LibraryError if there is no such
         memory or its index can't be fetched, and UnreachableError if the DHT does not answer.
         """
-        return Memory(self._loop.run(self._joined.memories.open(name)), self._loop.run)
+        return Memory(self.run(self._joined.memories.open(name)), self.run)
 
     def close(self) -> None:
         """Leaves the swarm. Closing twice is harmless."""
@@ -474,5 +482,10 @@ def _listen_address(invite: Invite) -> str:
     return "127.0.0.1" if on_loopback else default_listen_address()
 
 
-def _float(value: float | None) -> float | None:
-    return None if value is None else float(value)
+def _float(value: float) -> float:
+    """Also of a number of numpy or torch. torch warns if a tensor with a graph is passed to `float`."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def _optional(value: float | None) -> float | None:
+    return None if value is None else _float(value)

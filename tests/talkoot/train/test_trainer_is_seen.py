@@ -1,5 +1,6 @@
 """What a swarm sees of a trainer while it trains."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,11 +81,22 @@ def test_a_loop_of_ones_own_reports_and_leaves_its_result(
         for step in (-1, 2**63, 3.5):
             with pytest.raises((ValueError, TypeError)):
                 client.report(step, 2.0)  # type: ignore[arg-type]  # what a loop of one's own may say
-        client.report(4, torch.tensor(2.25), validation_loss=2.0)  # type: ignore[arg-type]  # so too
+        with warnings.catch_warnings(action="error"):  # torch warns if a number keeps its graph
+            loss = torch.tensor(2.25, requires_grad=True)
+            client.report(4, loss, validation_loss=2.0)  # type: ignore[arg-type]  # so too
     wait_until(lambda: is_said(4, True), "its farewell in the swarm")
     (found,) = founder.loop.run(records(), 120)
     assert (found.is_own_loop, found.loss, found.validation_loss) == (True, 2.25, 2.0)
     assert (found.bits_per_byte, found.tokens_per_s) == (None, None)
+
+
+def test_a_mixture_whose_client_is_closed_says_so(founder: Founder, tmp_path: Path) -> None:
+    with SwarmClient.join(founder.invite, state=tmp_path / "state") as client:
+        mixture = client.mixture(layer=0)
+        output = mixture(torch.randn(2, client.manifest.model.hidden))
+    for use in (lambda: mixture(output), output.sum().backward, client.memory):
+        with pytest.raises(RuntimeError, match="this SwarmClient is closed"):
+            use()
 
 
 def test_who_only_reads_is_no_trainer(founder: Founder, tmp_path: Path) -> None:
