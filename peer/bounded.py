@@ -36,8 +36,9 @@ class Totals:
     def __init__(self) -> None:
         self.of: dict[str, int] = {}
         """Owners without anything have no entry."""
-        self._heap: list[tuple[int, str]] = []
-        """For each owner, minus its total when it last grew, and perhaps older entries."""
+        self._heap: list[tuple[int, int, str]] = []
+        """For each owner, minus its total when it last grew, and a number that rises. Perhaps also older entries."""
+        self._added = 0
 
     def add(self, owner: str, amount: int) -> None:
         """`amount`: negative for what the owner no longer has."""
@@ -45,19 +46,20 @@ class Totals:
         if not total:
             del self.of[owner]
         elif amount > 0:
-            heappush(self._heap, (-total, owner))
+            self._added += 1
+            heappush(self._heap, (-total, self._added, owner))
             if len(self._heap) > 2 * len(self.of) + _SPARE:
-                self._heap = [(-size, name) for name, size in self.of.items()]
+                self._heap = [(-size, number, name) for number, (name, size) in enumerate(self.of.items())]
                 heapify(self._heap)
 
     def richest(self) -> str:
-        """The owner with the most. There must be one."""
+        """The owner with the most; of several, one that has had it for longer. There must be one."""
         while True:
-            noted, owner = self._heap[0]
+            noted, number, owner = self._heap[0]
             total = self.of.get(owner, 0)
             if total == -noted:
                 return owner
             if total:
-                heapreplace(self._heap, (-total, owner))
+                heapreplace(self._heap, (-total, number, owner))
             else:
                 heappop(self._heap)
