@@ -206,29 +206,30 @@ class MemoryHosting:
         return fitting
 
     async def _take(self, key: ShardKey, cell: Cell) -> None:
-        """Fetches a shard, if it still has too few replicas."""
+        """Fetches a shard, if it still has too few replicas. If that fails, the other shards' downloads go on."""
         hosted, store = self.hosted, self.hosted.stores.get(key.memory)
         if hosted.leaving or store is None or hosted.is_full or self._fetcher.is_put_off(key.memory):
             return
-        shard = (await self._seen_now(key, cell)).get(key)
-        if shard is None or len(shard.serving) >= WANTED_REPLICAS or key.root in store.shards:
-            return
-        hosts = shard.serving | shard.leaving
         verified, wrong = partial(store.verified, key.root), self._metrics.fetches.labels("wrong").inc
         try:
+            shard = (await self._seen_now(key, cell)).get(key)
+            if shard is None or len(shard.serving) >= WANTED_REPLICAS or key.root in store.shards:
+                return
+            hosts = shard.serving | shard.leaving
             await self._complete_store(key.memory, store, hosts)
             data = await self._fetcher.fetch(
                 key.memory, hosts, key.root, most_bytes(shard.info), verified, wrong
             )
             await hosted.write(key.memory, store, partial(store.save, key.root, data))
-        except (TransferError, WireError) as error:
+        except (TransferError, UnreachableError, WireError) as error:
             self._metrics.fetches.labels("failed").inc()
             logger.info("shard %s was not taken: %s", key, error)
         except OSError as error:
             hosted.note_full(error)
         else:
             self._metrics.fetches.labels("fetched").inc()
-            await hosted.announce(key.memory)
+            with suppress(UnreachableError):  # or the next round announces it
+                await hosted.announce(key.memory)
 
     async def _complete_store(self, memory: MemoryID, store: MemoryStore, hosts: Collection[PeerID]) -> None:
         """Fetches the encoder and the codebook, which every host keeps. Raises TransferError, WireError and OSError."""

@@ -340,6 +340,46 @@ def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
     play(scenario)
 
 
+def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell_hosts, fetch = MemoryRegistry.cell_hosts, PartFetcher.fetch
+    unread = MEMORY.manifest.by_root[MEMORY.roots[-1]].cell
+    has_failed = asyncio.Event()
+
+    async def failing(registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell]) -> Any:
+        if list(cells) == [unread]:
+            has_failed.set()
+            raise UnreachableError("no other peer of the swarm answers")
+        return await cell_hosts(registry, memory, cells)
+
+    async def late(fetcher: PartFetcher, memory: MemoryID, hosts: Any, name: bytes, *more: Any) -> Any:
+        if name in MEMORY.files:
+            await has_failed.wait()
+        return await fetch(fetcher, memory, hosts, name, *more)
+
+    def called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
+        return True
+
+    monkeypatch.setattr("expert_server.memory.placement.is_called", called)
+    monkeypatch.setattr("expert_server.memory.hosting._TAKEN_AT_ONCE", len(MEMORY.roots))
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        await village.run(founder)
+        await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
+        node = await village.join(1, await founder.swarm.invite(), **HOST)
+        node.memories.resume()
+        await node.memories.publishers.follow()
+        monkeypatch.setattr(MemoryRegistry, "cell_hosts", failing)
+        monkeypatch.setattr(PartFetcher, "fetch", late)
+        await node.memories.look()
+        taken = {key.root for key in node.memories.hosted.mine()}
+        assert taken == set(MEMORY.roots[:-1])
+
+    play(scenario)
+
+
 def test_folders_that_are_no_memory_are_left_alone(play: Play, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(village: Village) -> None:
         MEMORY.write(folder(village, 0, MEMORY))
