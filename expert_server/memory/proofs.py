@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import grpc
+from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from dht.memory import MemoryID, Place, ShardInfo, prove
@@ -35,11 +36,19 @@ _PROOF_S = 10.0
 _TRIES = 3
 """How many passages a host is asked to prove, since one may have been revoked without this node's knowledge."""
 _DOUBTED_S = 300.0
-"""How long all announcements of a host are ignored after it failed to prove a claim."""
+"""How long all announcements of a host are ignored after it answered without a proof."""
 _MISSED_S = 15.0
-"""How long the announcements of a host are ignored if its node record was not found. This is short, because the record
-may only be late. The time doubles with each further failure.
+"""How long the announcements of a host are ignored if it was not reached. This is short, because its node record may
+only be late or old, as when it has just started again. The time doubles with each further failure.
 """
+_NOT_REACHED = {
+    StatusCode.CANCELLED,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.RESOURCE_EXHAUSTED,
+    StatusCode.UNAUTHENTICATED,  # the session has ended
+    StatusCode.UNAVAILABLE,
+}
+"""A call that ends with one of these statuses says nothing about what the host has."""
 _REMEMBERED = 4096
 
 
@@ -61,7 +70,7 @@ class ReplicaProofs:
         self._clock = clock
         self._doubted_until = BoundedDict[PeerID, float](_REMEMBERED)
         self._missed_for = BoundedDict[PeerID, float](_REMEMBERED)
-        """How long each host was last doubted because its node record was not found."""
+        """How long each host was last doubted because it was not reached."""
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
         """The result of a look, without the claims of doubted hosts."""
@@ -84,19 +93,26 @@ class ReplicaProofs:
         """
         hosts = {peer_id for peer_id, _ in claims}
         nodes = await self._swarm.registry.nodes(hosts)
-        for peer_id in hosts - nodes.keys():
-            self._missed_for[peer_id] = min(2 * self._missed_for.get(peer_id, _MISSED_S / 2), _DOUBTED_S)
-            self._doubt(peer_id, self._missed_for[peer_id])
+        missed = hosts - nodes.keys()
         found: set[tuple[PeerID, ShardKey]] = set()
 
         async def check(peer_id: PeerID, key: ShardKey) -> None:
-            if await self._proves(nodes[peer_id], key, seen[key]):
+            try:
+                is_proven = await self._proves(nodes[peer_id], key, seen[key])
+            except (TransferError, TimeoutError) as error:
+                logger.debug("%s was not reached for a proof of shard %s: %s", peer_id, key, error)
+                missed.add(peer_id)
+                return
+            if is_proven:
                 found.add((peer_id, key))
                 self._missed_for.pop(peer_id, None)
             else:
                 self._doubt(peer_id, _DOUBTED_S)
 
         await side_by_side((check(*claim) for claim in claims if claim[0] in nodes), _AT_ONCE)
+        for peer_id in missed:
+            self._missed_for[peer_id] = min(2 * self._missed_for.get(peer_id, _MISSED_S / 2), _DOUBTED_S)
+            self._doubt(peer_id, self._missed_for[peer_id])
         return found
 
     def _doubted(self) -> set[PeerID]:
@@ -107,6 +123,7 @@ class ReplicaProofs:
         self._doubted_until[peer_id] = max(self._doubted_until.get(peer_id, 0.0), self._clock() + seconds)
 
     async def _proves(self, node: NodeInfo, key: ShardKey, shard: SeenShard) -> bool:
+        """Raises TransferError and TimeoutError if the host was not reached."""
         info = shard.info
         request = memory_pb2.ReadRequest(
             protocol_version=PROTOCOL_VERSION,
@@ -126,9 +143,17 @@ class ReplicaProofs:
                     reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
             revoked = self._revoked(key.memory)
             return any(_is_proven(given, shard.info, revoked) for given in _asked_for(reply, request))
-        except (grpc.aio.AioRpcError, ExpertError, TransferError, WireError, TimeoutError) as error:
+        except (grpc.aio.AioRpcError, ExpertError, WireError) as error:
+            if _status_of(error) in _NOT_REACHED:
+                raise TransferError(str(error)) from error
             logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
             return False
+
+
+def _status_of(error: Exception) -> StatusCode | None:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code()
+    return error.status if isinstance(error, ExpertError) else None
 
 
 def _asked_for(

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import pytest
 from callers import numbered_identities
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from memory_folders import SampleMemory
 from memory_peers import until
 from published_memories import HOST, folder, memory_id, publishing, until_hosted
@@ -18,6 +20,7 @@ from dht.memory import MemoryID
 from expert_server.memory.placement import SeenShard, ShardKey
 from expert_server.memory.proofs import ReplicaProofs
 from expert_server.node import Node
+from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.parts import PartClient
@@ -117,31 +120,77 @@ def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: 
     play(scenario)
 
 
-def test_a_host_whose_record_is_late_is_doubted_for_a_short_time_and_one_that_has_none_for_longer(
-    identities: list[Identity],
+class OneHost:
+    """Proofs asked of one host that is not reached, on a clock that stands still."""
+
+    def __init__(self, host: PeerID, failure: Exception | None) -> None:
+        """`failure`: what asking for a proof raises; None: the host has no node record."""
+        self.now = 1000.0
+        self.host = host
+
+        async def nodes(peers: set[PeerID]) -> dict[PeerID, Any]:
+            return {} if failure is None else {host: SimpleNamespace(peer_id=host)}
+
+        async def stub(node: object) -> tuple[object, tuple[()]]:
+            assert failure is not None
+            raise failure
+
+        keys = SimpleNamespace(swarm_id="sauna")
+        swarm: Any = SimpleNamespace(registry=SimpleNamespace(nodes=nodes), keys=keys)
+        parts: Any = SimpleNamespace(service=lambda least_bytes: SimpleNamespace(stub=stub))
+        self.proofs = ReplicaProofs(swarm, parts, lambda memory: (), clock=lambda: self.now)
+        memory = MemoryID("some", "publisher")
+        self.seen = {
+            ShardKey(memory, info.root): SeenShard(info, frozenset({host}), frozenset())
+            for info in MEMORY.manifest.shards
+        }
+
+    def is_counted(self) -> bool:
+        return any(shard.serving for shard in self.proofs.counted(self.seen).values())
+
+    def doubted_s(self) -> float:
+        """Asks for proofs of all its shards. Returns how long it is doubted then, in steps of 5 s."""
+        began = self.now
+        assert asyncio.run(self.proofs.proven({(self.host, key) for key in self.seen}, self.seen)) == set()
+        while not self.is_counted():
+            self.now += 5
+        return self.now - began
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        None,
+        TransferError("its address refuses connections"),
+        TimeoutError(),
+        ExpertError(StatusCode.UNAVAILABLE, "no session: failed to connect"),
+        ExpertError(StatusCode.RESOURCE_EXHAUSTED, "no session: too many calls are in progress"),
+        AioRpcError(StatusCode.UNAUTHENTICATED, Metadata(), Metadata()),
+    ],
+    ids=["no record", "refused", "late", "gone", "busy", "no session"],
+)
+def test_a_host_that_is_not_reached_is_doubted_for_a_short_time_and_then_for_longer(
+    identities: list[Identity], failure: Exception | None
 ) -> None:
-    now, host = 1000.0, identities[1].peer_id
+    """Its record may be late, or from before it was started again. All claims of one moment count as one failure."""
+    host = OneHost(identities[1].peer_id, failure)
+    assert [host.doubted_s() for _ in range(6)] == [15, 30, 60, 120, 240, 300]
 
-    async def nodes(peers: set[PeerID]) -> dict[PeerID, NodeInfo]:
-        return {}
 
-    swarm: Any = SimpleNamespace(registry=SimpleNamespace(nodes=nodes))
-    proofs = ReplicaProofs(swarm, cast(PartClient, None), lambda memory: (), clock=lambda: now)
-    info = MEMORY.manifest.shards[0]
-    key = ShardKey(MemoryID("some", "publisher"), info.root)
-    seen = {key: SeenShard(info, frozenset({host}), frozenset())}
-
-    def is_counted() -> bool:
-        return host in proofs.counted(seen)[key].serving
-
-    pauses_s = list[float]()
-    for _ in range(6):
-        began = now
-        assert asyncio.run(proofs.proven({(host, key)}, seen)) == set()
-        while not is_counted():
-            now += 5
-        pauses_s.append(now - began)
-    assert pauses_s == [15, 30, 60, 120, 240, 300]
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ExpertError(StatusCode.DATA_LOSS, "the server gave no usable session"),
+        AioRpcError(StatusCode.NOT_FOUND, Metadata(), Metadata()),
+        AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()),
+        WireError("a proof that leads to another root"),
+    ],
+    ids=["no usable session", "not found", "fails", "wrong"],
+)
+def test_a_host_that_answers_without_a_proof_is_doubted_for_long_at_once(
+    identities: list[Identity], failure: Exception
+) -> None:
+    assert OneHost(identities[1].peer_id, failure).doubted_s() == 300
 
 
 def test_a_host_that_is_doubted_is_not_asked_for_more_proofs_meanwhile(identities: list[Identity]) -> None:
