@@ -14,7 +14,6 @@ import contextlib
 import os
 import re
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import psutil
 from expert_fakes import Request, collect, make_call
 from loop_lags import Bystander
+from preloaded import Preloaded
 from stranger import ALL_RIGHTS, LOCAL, new_identity
 
 from dht.announcements import NodeInfo
@@ -32,7 +32,6 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.uid import UID
 from peer.identity import Identity
-from peer.platform.processes import die_with_parent
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from talkoot.demo.links import free_ports
@@ -179,12 +178,12 @@ def _running(
     log, state = folder / f"{name}.log", folder / name
     environment = {f"TALKOOT_{prefix}_{key.upper()}": str(value) for key, value in settings.items()}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            die_with_parent([sys.executable, "-P", "-m", "talkoot.cli", *arguments, "--state", str(state)]),
+        process = Preloaded(
+            *("talkoot.cli", *arguments, "--state", str(state)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | environment,
         )
     try:
         yield process, log, state

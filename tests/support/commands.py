@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
+from preloaded import Preloaded
 from typer.testing import CliRunner
 
 from talkoot.cli import app
@@ -27,9 +28,16 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, env=os.environ | environment
-    )
+    """Runs the command in a process that has imported torch."""
+    pipe = subprocess.PIPE
+    with Preloaded(
+        "talkoot.cli", *arguments, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=DEADLINE_S)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def run_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer.platform.processes import die_with_parent
+from preloaded import Preloaded
+
 from peer.platform.sockets import sweep_socket_folders
 
 HOST = "127.0.0.1"
@@ -65,12 +65,12 @@ class _Processes:
         log = (self._folder / f"{name}.log").open("wb")
         state = ("--state", str(self._folder / name))
         with log:
-            process = subprocess.Popen(
-                die_with_parent([sys.executable, "-P", "-m", "talkoot.cli", *arguments, *state]),
+            process = Preloaded(
+                *("talkoot.cli", *arguments, *state),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in settings.items()},
+                env=os.environ | {k: str(v) for k, v in settings.items()},
             )
         self._running.append((name, process))
         return process

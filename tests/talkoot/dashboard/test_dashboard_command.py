@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import wait_until
+from commands import run, wait_until
 from other_processes import gone
+from preloaded import Preloaded
 from simulated_readings import peer
 
 from dht.invites import Invite
@@ -35,10 +35,6 @@ def dead_invite(closed_port: int) -> str:
     return str(Invite(SwarmKeys("sauna", author), (Multiaddress(address),)))
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "talkoot.cli", "dashboard", *arguments]
-
-
 def test_a_free_port_is_found_and_named() -> None:
     with listen("127.0.0.1", 0) as listener:
         assert address_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}/"
@@ -52,10 +48,7 @@ def test_an_address_that_is_not_this_machines_is_refused() -> None:
 def test_a_port_in_use_is_one_line_and_status_2(dead_invite: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        ended = subprocess.run(
-            command("--join", dead_invite, "--port", str(port), "--state", str(tmp_path)),
-            capture_output=True, text=True, timeout=LIMIT_S,
-        )  # fmt: skip
+        ended = run("dashboard", "--join", dead_invite, "--port", str(port), "--state", str(tmp_path))
     assert ended.returncode == 2
     assert ended.stderr == (
         f"error: can't listen on 127.0.0.1 port {port}: Address already in use; pass another --port or --host [T104]\n"
@@ -63,8 +56,8 @@ def test_a_port_in_use_is_one_line_and_status_2(dead_invite: str, tmp_path: Path
 
 
 def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: str, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command("--join", dead_invite, "--port", "0", "--state", str(tmp_path / "state")),
+    process = Preloaded(
+        *("talkoot.cli", "dashboard", "--join", dead_invite, "--port", "0", "--state", str(tmp_path / "state")),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     try:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import command, run_here
+from commands import run_here
+from preloaded import Preloaded
 from training_swarm import talkoot
 from victim import MANIFEST_TOML, NodeVictim, founder, member
 
@@ -67,7 +68,7 @@ def test_a_memory_is_built_published_found_and_taken_back(
         stack.enter_context(member(tmp_path, node.invite, "second", **hosting))
         own = ("--state", str(node.state), "--host", "127.0.0.1", "--announce-every-s", "2", "--p2pd", "off")
         publish = ("memory", "publish", str(folder), *own, "--log-format", "json")
-        with subprocess.Popen(command(*publish), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as killed:
+        with Preloaded("talkoot.cli", *publish, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as killed:
             assert killed.stdout is not None
             assert killed.stdout.readline()
             killed.kill()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_here, wait_until
+from commands import DEADLINE_S, HOST, assert_one_clear_line, run, run_here, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from preloaded import Preloaded
 
 from peer.errors import SettingsError, StartError
 from talkoot import terminal
@@ -40,11 +41,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
     manifest, invite, state = folder / "swarm.toml", folder / "invite", folder / "state"
     manifest.write_text('name = "steered"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
     with (folder / "errors").open("wb") as errors:
-        process = subprocess.Popen(
-            command(
-                *("node", "--new", str(manifest), "--host", HOST, "--state", str(state), "--threads", "1"),
-                *("--experts", "4", "--invite-file", str(invite)),
-            ),
+        process = Preloaded(
+            *("talkoot.cli", "node", "--new", str(manifest), "--host", HOST, "--state", str(state)),
+            *("--threads", "1", "--experts", "4", "--invite-file", str(invite)),
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
@@ -96,8 +95,8 @@ def test_machine_that_can_not_serve_is_an_exit_status(tmp_path: Path) -> None:
 
 
 def test_logs_are_followed_while_the_node_leaves_in_order(node: RunningNode) -> None:
-    follow = command("logs", "--follow", "-n", "1", "--state", str(node.state))
-    with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as following:
+    follow = ("talkoot.cli", "logs", "--follow", "-n", "1", "--state", str(node.state))
+    with Preloaded(*follow, stdout=subprocess.PIPE, text=True) as following:
         try:
             assert following.stdout is not None
             assert following.stdout.readline()  # now it has begun

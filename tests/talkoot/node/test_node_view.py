@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import command, run_here, wait_until
+from commands import run_here, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_processes import name_of
+from preloaded import Preloaded
 from rich.console import Console
 from rich.live import Live
 
@@ -334,11 +335,8 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(
     hours = f"{begins:%H}:00-{begins + timedelta(hours=1):%H}:00"
     found = ["node", "--new", str(manifest), "--host", "127.0.0.1", "--state", str(tmp_path / "state")]
     options = ["--schedule", hours, "--log-format", "json"]
-    with subprocess.Popen(
-        command(*found, *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+    with Preloaded(
+        *("talkoot.cli", *found, *options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
             assert process.stdout is not None

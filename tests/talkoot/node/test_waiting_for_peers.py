@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, wait_until
+from commands import DEADLINE_S, HOST, assert_one_clear_line, run, wait_until
+from preloaded import Preloaded
 
 from dht.invites import Invite
 from dht.manifest import Manifest
@@ -58,8 +59,8 @@ def test_who_was_there_waits_and_leaves_at_once_when_told(founder: Identity, tmp
     invite = invite_of(founder, port)
     remember(invite, tmp_path)
     log = tmp_path / "node.log"
-    with subprocess.Popen(
-        command("node", "--join", str(invite), *STATED, str(tmp_path)), stderr=subprocess.PIPE
+    with Preloaded(
+        *("talkoot.cli", "node", "--join", str(invite), *STATED, str(tmp_path)), stderr=subprocess.PIPE
     ) as process:
         try:
             wait_until(lambda: log.exists() and "Trying again in 4 s" in log.read_text(), "the second try")

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from commands import wait_until
 from model_folders import RandomModel
 from openai import OpenAI
 from other_processes import gone
+from preloaded import Preloaded
 from served_model import LIMIT_S, served
 from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
 
@@ -45,11 +45,9 @@ def run(founder: Founder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_swarms_model_is_served_until_ctrl_c(founder: Founder, run: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "talkoot.cli", "serve", "--join", founder.invite, "--state", str(run)),
-            *("--port", "0", "--threads", "1"),
-        ],
+    process = Preloaded(
+        *("talkoot.cli", "serve", "--join", founder.invite, "--state", str(run)),
+        *("--port", "0", "--threads", "1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

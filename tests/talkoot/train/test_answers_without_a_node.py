@@ -1,7 +1,6 @@
 """Questions to a swarm of real node processes, one of which is killed half-way."""
 
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from memory_samples import SampleMemory
+from preloaded import Preloaded
 from published_memories import publish_library, until_hosted
 from real_swarm import eventually
 from training_swarm import HOST, MANIFEST
@@ -23,7 +23,6 @@ from dht.swarm import Swarm, found_swarm
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
-from peer.platform.processes import die_with_parent
 from talkoot.train.ask import Answered, QuestionAnswerer
 from trainer_client.client import SwarmClient
 from trainer_client.data.tokenizer import ByteTokenizer
@@ -73,12 +72,10 @@ def founded(loop: LoopThread, folder: Path, manifest: Manifest) -> Iterator[Foun
         for number in range(2):
             state = folder / f"node-{number}"
             MEMORY.write(state / "memory" / str(memory))
-            command = [sys.executable, "-m", "talkoot.cli", "node", "--join", invite, "--state", str(state)]
+            command = ("talkoot.cli", "node", "--join", invite, "--state", str(state), *NODE)
             running.logs.append(folder / f"node-{number}.log")
             with running.logs[-1].open("wb") as log:
-                running.nodes.append(
-                    subprocess.Popen(die_with_parent([*command, *NODE]), stdout=log, stderr=log)
-                )
+                running.nodes.append(Preloaded(*command, stdout=log, stderr=log))
             stack.callback(end, running.nodes[-1])
 
         async def all_serve() -> bool:

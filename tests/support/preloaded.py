@@ -1,0 +1,189 @@
+"""Starts Python programs in child processes that have imported torch already.
+
+A fresh interpreter takes two seconds of processor time to import torch, and the tests start hundreds of programs. So
+each process of tests has a server that imports torch and other packages, but nothing of Talkoot, and forks for each
+program. The new process takes its arguments, environment, folder and streams from the request, and runs a module as
+`python -m` does. It is a child of the process of tests, and ends with it.
+
+Tests of what a program imports, and of how it looks to the system, start a fresh interpreter.
+"""
+
+import atexit
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import IO, Any
+
+_PACKAGES = (
+    *(
+        "torch",
+        "numpy",
+        "scipy.stats",
+        "safetensors.torch",
+        "msgpack",
+        "psutil",
+        "pydantic",
+        "prometheus_client",
+    ),
+    *("cryptography.hazmat.primitives.serialization", "google.protobuf.json_format", "typer", "rich.live"),
+)
+"""Not grpc, which reads its settings from the environment while it is imported."""
+_LONGEST_REQUEST = 2**18
+_DEADLINE_S = 120.0
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
+"""As linux/prctl.h numbers them."""
+_KILL = 9
+_ONE_FORK = threading.Lock()
+
+
+class Preloaded(subprocess.Popen[Any]):
+    """Runs `python -m MODULE ARGUMENTS`. The other arguments are those of `Popen`.
+
+    With variables in `env` that Python or the loader reads when a program starts, it starts a fresh interpreter.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        text: bool | None = None,
+        start_new_session: bool = False,
+    ) -> None:
+        self._request: Mapping[str, Any] = {
+            "parent": os.getpid(),
+            "words": [module, *arguments],
+            "environment": dict(os.environ if env is None else env),
+            "folder": os.getcwd(),
+            "in_new_session": start_new_session,
+        }
+        super().__init__(
+            [sys.executable, "-m", module, *arguments],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=env,
+            text=text,
+            start_new_session=start_new_session,
+        )
+
+    def _execute_child(self, *arguments: Any) -> None:
+        """Stands in for the method of `Popen` that starts the process and sets its pid."""
+        server = _server()
+        if not server.can_be(self._request["environment"]):
+            super()._execute_child(*arguments)  # type: ignore[misc]  # it is not public
+            return
+        pipes = arguments[10:16]
+        streams = [own if end == -1 else end for own, end in enumerate((pipes[0], pipes[3], pipes[5]))]
+        try:
+            self.pid = server.fork(self._request, streams)
+            self._child_created = True
+        finally:
+            self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]  # the child's ends
+
+
+class _Server:
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_DEADLINE_S)
+        self._read_at_start = _read_at_start(os.environ)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1"},  # read when torch is loaded; tests share the machine
+                pass_fds=[theirs.fileno()],
+            )
+
+    def can_be(self, environment: Mapping[str, str]) -> bool:
+        """Whether its processes are what a program with this environment is."""
+        return _read_at_start(environment) == self._read_at_start
+
+    def fork(self, request: Mapping[str, Any], streams: Sequence[int]) -> int:
+        """Returns the pid of a new child of this process."""
+        prctl = ctypes.CDLL(None).prctl
+        with _ONE_FORK:
+            prctl(_SET_CHILD_SUBREAPER, 1)
+            try:
+                socket.send_fds(self._socket, [json.dumps(request).encode()], streams)
+                return int(self._socket.recv(32))
+            finally:
+                prctl(_SET_CHILD_SUBREAPER, 0)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait(_DEADLINE_S)
+
+
+@cache
+def _server() -> _Server:
+    server = _Server()
+    atexit.register(server.close)
+    return server
+
+
+def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "LD_"))}
+
+
+def _serve(requests: socket.socket) -> None:
+    """Forks for each request. Returns in the processes that it forks, which then run `_become`'s module."""
+    for package in _PACKAGES:
+        importlib.import_module(package)
+    gc.freeze()
+    while True:
+        message, streams, _, _ = socket.recv_fds(requests, _LONGEST_REQUEST, 3)
+        if not message:
+            sys.exit()
+        if (between := os.fork()) == 0:
+            if os.fork():
+                os._exit(0)  # so the process of tests inherits the new one
+            return _become(json.loads(message), streams, requests)
+        os.waitpid(between, 0)
+        for stream in streams:
+            os.close(stream)
+
+
+def _become(request: Mapping[str, Any], streams: Sequence[int], requests: socket.socket) -> None:
+    """Makes this process what a fresh interpreter would be."""
+    deadline = time.monotonic() + _DEADLINE_S
+    while os.getppid() != request["parent"]:
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.001)
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, _KILL)
+    requests.send(str(os.getpid()).encode())
+    requests.close()
+    for own, stream in enumerate(streams):
+        os.dup2(stream, own)
+        os.close(stream)
+    if request["in_new_session"]:
+        os.setsid()
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.path[0] = request["folder"]
+    sys.argv = request["words"]
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  # as long as the process runs
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
