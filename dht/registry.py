@@ -234,9 +234,7 @@ class Registry:
         await self.store_again([Item(record.payload.key, author, record.data, record.expires_at)])
 
     async def store_again(self, items: Sequence[Item]) -> None:
-        """Stores records that others have signed. A peer that already has one refuses it, which does not count as a
-        failure.
-        """
+        """Stores records that others have signed. A peer that has a later one refuses it, which is no failure."""
         await self._in_time(self.lookups.store(items))
 
     async def find_founders(self, key: str) -> FounderRecord | None:

@@ -115,7 +115,11 @@ class BoundedStorage:
         self._report()
 
     def put(self, key: int, entries: Entries) -> set[Subkey]:
-        """Stores the entries that are newer than the stored ones. Returns their subkeys."""
+        """Stores the entries that are newer than the stored ones. Returns the subkeys of those that it holds now.
+
+        They include entries that it already held: a writer whose call was repeated, or that has handed them on by way
+        of another peer, must not read that they were refused.
+        """
         now = self._now()
         held = self._live(key, now)
         new = {
@@ -130,7 +134,7 @@ class BoundedStorage:
             self._drop_expired(now)
             self._make_room_beside(key)
             self._report()
-        return set(new)
+        return new.keys() | {subkey for subkey, entry in entries.items() if held.get(subkey) == entry}
 
     def get(self, key: int) -> Entries:
         """The entries that have not expired."""

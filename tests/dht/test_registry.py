@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -30,6 +30,8 @@ from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.errors import UnreachableError
 from peer.host import Host
+from peer.identity import PeerID
+from peer.kademlia.node import KademliaNode, Row
 from peer.kademlia.validation import unpack
 from peer.loop import LoopThread
 from peer.metrics import new_registry
@@ -175,6 +177,31 @@ def test_a_node_that_first_reaches_nobody_reads_later_what_it_said_before(swarm:
             await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
         again._deadline_s = patient_s
         await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        assert (await swarm.registry(2).nodes([host.peer_id]))[host.peer_id].expert_count == 4
+
+    swarm.run(scenario())
+
+
+def test_records_that_the_holders_already_have_count_as_stored(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when an answer was lost, and the call was repeated. A node that read a refusal there would not start."""
+    store = KademliaNode.store
+
+    async def repeated(node: KademliaNode, peer_id: PeerID, rows: Sequence[Row]) -> Sequence[bool] | None:
+        await store(node, peer_id, rows)
+        return await store(node, peer_id, rows)
+
+    async def not_here(dht: KademliaNode, by_key: object) -> set[object]:
+        return set()
+
+    async def scenario() -> None:
+        monkeypatch.setattr(KademliaNode, "store", repeated)
+        monkeypatch.setattr(
+            "peer.kademlia.lookups._store_here", not_here
+        )  # others are nearer, in larger swarms
+        host = swarm.hosts[1]
+        await swarm.registry(1).publish_node(node_record(host, expert_count=4), LIFETIME_S)
         assert (await swarm.registry(2).nodes([host.peer_id]))[host.peer_id].expert_count == 4
 
     swarm.run(scenario())

@@ -53,6 +53,8 @@ def test_an_older_record_stored_again_does_not_end_the_newer_one(clock: Clock) -
     assert put(stored, KEY, 1, b"old", NOW + 10)
     assert put(stored, KEY, 1, b"new", NOW + 30)
     assert not put(stored, KEY, 1, b"old", NOW + 10)
+    assert put(stored, KEY, 1, b"new", NOW + 30), "it holds just this"
+    assert not put(stored, KEY, 1, b"other", NOW + 30)
     assert not put(stored, KEY, 2, b"expired", NOW - 1)
     clock.now = NOW + 20
     assert values(stored, KEY) == {1: b"new"}
