@@ -68,6 +68,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
 """How long a stopping node tries to withdraw its record."""
+_FIRST_RECORD_PAUSES_S = (0.5, 2.0)
+"""How long a node that starts waits before it tries again to store its record."""
 _CALLS_GRACE_S = 1.0
 """How long a stopping node lets calls finish."""
 _LATELY_S = 60.0
@@ -265,7 +267,7 @@ class Node:
             ):
                 await node.reachability.begin(host, swarm.host.port, stage)
             stage("looking for experts that need a host")
-            await node._publish_record()  # before it announces experts
+            await node._publish_first_record()  # before it announces experts
             with tolerating("take the first experts", node.restarts):
                 await node._pauses.look()
             if not node._pauses.hosts:
@@ -371,6 +373,16 @@ class Node:
             period_s=self.period.seconds,
         )
         await self.swarm.registry.publish_node(record, self.period.lifetime_s)
+
+    async def _publish_first_record(self) -> None:
+        """Tries again if nobody takes it: those that it knows after joining may just have gone. Raises
+        UnreachableError.
+        """
+        for pause_s in _FIRST_RECORD_PAUSES_S:
+            with contextlib.suppress(UnreachableError):
+                return await self._publish_record()
+            await asyncio.sleep(pause_s)
+        return await self._publish_record()
 
     async def _look_around(self) -> None:
         """Looks for experts that need a host. Separate from announcements, which must not wait while states are

@@ -35,12 +35,12 @@ from dht.uid import UID
 from expert_server.node import Node, NodeTiming
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
-from peer.errors import DaemonError
+from peer.errors import DaemonError, UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.wire import expert_pb2, expert_pb2_grpc
+from peer.wire import expert_pb2, expert_pb2_grpc, records_pb2
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +322,28 @@ def test_a_node_stores_its_record_before_it_announces_experts(
 def fetch(address: str) -> tuple[str, str]:
     with urllib.request.urlopen(address, timeout=60) as response:
         return response.headers["Content-Type"], response.read().decode()
+
+
+def test_a_node_starts_even_if_nobody_takes_its_record_at_first(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.node._FIRST_RECORD_PAUSES_S", (0.01, 0.01))
+    publish, refusals = Registry.publish_node, [1, 2]
+
+    async def refused_twice(registry: Registry, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
+        if refusals:
+            refusals.pop()
+            raise UnreachableError("no DHT peer accepted our records")
+        await publish(registry, node, lifetime_s)
+
+    async def scenario(village: Village) -> None:
+        founder = await village.found()
+        monkeypatch.setattr(Registry, "publish_node", refused_twice)
+        node = await village.join(1, await founder.swarm.invite())
+        me = node.swarm.host.peer_id
+        assert me in await founder.swarm.registry.nodes([me])
+
+    play(scenario)
 
 
 def test_a_mistake_in_one_task_does_not_end_the_node(
