@@ -375,6 +375,8 @@ class SecondaryShard(Shard):
             raise WireError("the secondary shard's texts are not where they should be")
         self._references = references
         self._roots = [root.tobytes() for root in roots]
+        if len(set(self._roots)) < len(self._roots):
+            raise WireError("the secondary shard names a shard of texts twice")
         super().__init__(arrays)
 
     @classmethod
@@ -408,12 +410,10 @@ class SecondaryShard(Shard):
         return Place(self._roots[number], there)
 
     def _named(self, revoked: Revoked) -> NDArray[np.bool_]:
-        named = np.zeros(len(self), np.bool_)
-        for number, root in enumerate(self._roots):
-            if positions := revoked.get(root):
-                numbers, there = self._references.T
-                named |= (numbers == number) & np.isin(there, list(positions))
-        return named
+        # each pair of numbers is compared as one, because texts may be in thousands of shards
+        named = [(n, there) for n, root in enumerate(self._roots) for there in revoked.get(root, ())]
+        pairs = np.array(named, np.uint16).reshape(-1, 2)
+        return np.isin(self._references.view(np.uint32), pairs.view(np.uint32))[:, 0]
 
     def _file(self, vectors: Vectors, revoked: NDArray[np.bool_]) -> bytes:
         before = self._vectors[:]

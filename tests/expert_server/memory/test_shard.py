@@ -1,6 +1,7 @@
 """Shards of memories: built passages are found and proven, changed ones are refused, and revoked ones are gone."""
 
 import io
+import time
 import zlib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from expert_server.memory.shard import (
     Shard,
     most_bytes,
 )
-from peer.arrays import decode_arrays
+from peer.arrays import decode_arrays, encode_arrays
 from peer.errors import WireError
 from peer.files import PlainFile
 from peer.merkle import proves
@@ -104,6 +105,33 @@ def test_a_changed_secondary_file_is_refused(data: st.DataObject) -> None:
     file[place] ^= data.draw(st.integers(1, 255))
     with pytest.raises(WireError):
         Shard.parse(bytes(file), info, 4).check({b"r" * 32: [5]})
+
+
+def test_a_secondary_file_that_names_a_shard_twice_is_refused() -> None:
+    """Its leaves are those of the honest file, but each root would be compared with the revoked passages."""
+    _, vectors = some_passages(10)
+    texts = [Place(b"r" * 32, position) for position in range(10)]
+    whole = SecondaryShard.build(texts, vectors)
+    info = ShardInfo((1,), SecondaryShard.root_of(whole), 10, len(whole), is_secondary=True)
+    arrays = decode_arrays(whole)
+    references = arrays["references"].copy()
+    references[:, 0] = np.arange(10)
+    file = encode_arrays({**arrays, "roots": arrays["roots"].repeat(10, axis=0), "references": references})
+    with pytest.raises(WireError, match="twice"):
+        Shard.parse(file, info, vectors.shape[1])
+
+
+def test_passages_whose_texts_are_in_many_shards_are_revoked_quickly() -> None:
+    count = 20_000
+    texts = [Place(number.to_bytes(32), number) for number in range(count)]
+    vectors = np.ones((count, 1), np.int8)
+    file = SecondaryShard.build(texts, vectors)
+    info = ShardInfo((1,), SecondaryShard.root_of(file), count, len(file), is_secondary=True)
+    shard = Shard.parse(file, info, 1)
+    began = time.process_time()
+    assert not shard.has_any({place.root: {place.position + 1} for place in texts})
+    assert shard.has_any(by_root(texts))
+    assert time.process_time() - began < 2.0
 
 
 def test_a_shard_on_disk_is_read_when_it_is_needed_and_noticed_when_it_is_another(tmp_path: Path) -> None:
