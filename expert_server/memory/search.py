@@ -7,10 +7,10 @@ import threading
 import timeit
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from typing import TypeAlias
 
@@ -34,6 +34,12 @@ _FEWEST_DIMENSIONS = 16
 """The fewest dimensions for which torch's product of bytes is used: with a single one, its result is wrong."""
 _ROWS = 2048
 """Vectors that are multiplied at a time, if they must be converted to floats first."""
+_AT_ONCE = 16
+"""The bytes that torch's product of floats and bytes reads at once."""
+_ROUNDING = 256
+"""A product rounded to bfloat16 differs from the exact one by at most this part of it."""
+_MANY = 64
+"""Which way is the quickest is measured for up to this many queries."""
 
 
 @dataclass(eq=False)
@@ -236,17 +242,22 @@ def search_together(
     scores = np.empty((len(queries), k), np.int32)
     step = max(1, MOST_PRODUCTS // count)
     for start in range(0, len(queries), step) if k else ():
-        some = torch.from_numpy(queries[start : start + step].copy())
+        some = queries[start : start + step]
+        multiply = _quickest_way(len(some), queries.shape[1])
+        left = torch.from_numpy(some.copy())
         products, order, end = np.empty((len(some), count), np.int32), list[int](), 0
         for rows_ND, together in _one_by_one(shards) if vectors is None else vectors.stretches(shards):
             begin, end = end, end + len(rows_ND)
-            _inner_products(some, rows_ND, products[:, begin:end])
+            found_QN = products[:, begin:end]
+            multiply(left, _tensor(rows_ND), torch.from_numpy(found_QN))
             order += together
             for number in together:
                 shard = shards[number]
                 if shard.live < len(shard):
                     products[:, begin : begin + len(shard)][:, shard.revoked()] = NO_SCORE
                 begin += len(shard)
+            if multiply is _rounded_products:
+                _correct_best(some, rows_ND, found_QN, k)
         begins = np.cumsum([0, *(len(shards[number]) for number in order[:-1])])
         for row, found in enumerate(products, start):
             least = np.partition(found, count - k)[count - k]
@@ -262,15 +273,19 @@ def _one_by_one(shards: Sequence[Shard]) -> Iterator[Stretch]:
     return ((shard.vectors(), [number]) for number, shard in enumerate(shards))
 
 
-def _inner_products(queries: torch.Tensor, rows_ND: Vectors, products_QN: NDArray[np.int32]) -> None:
-    """Writes the products of all pairs to `products_QN`."""
+def _tensor(rows_ND: Vectors) -> torch.Tensor:
     # torch warns of arrays that are not writable, and takes an axis of one row for what numpy says of it
     own = rows_ND.flags.writeable and rows_ND.strides == (rows_ND.shape[1], 1)
-    rows, found = torch.from_numpy(rows_ND if own else rows_ND.copy()), torch.from_numpy(products_QN)
-    if queries.shape[1] >= _FEWEST_DIMENSIONS and _multiplies_bytes():
-        found.copy_(torch._int_mm(queries, rows.T))
-    else:
-        _float_products(queries, rows, found)
+    return torch.from_numpy(rows_ND if own else rows_ND.copy())
+
+
+def _byte_products(queries: torch.Tensor, rows: torch.Tensor, found: torch.Tensor) -> None:
+    """Writes the products of all pairs to `found`, as the other ways do.
+
+    On some processors, the sums saturate. On those that have no instruction for it, this takes up to 20 times as long
+    as with floats.
+    """
+    found.copy_(torch._int_mm(queries, rows.T))
 
 
 def _float_products(queries: torch.Tensor, rows: torch.Tensor, found: torch.Tensor) -> None:
@@ -282,34 +297,60 @@ def _float_products(queries: torch.Tensor, rows: torch.Tensor, found: torch.Tens
         found[:, at : at + len(some)] = left @ floats[: len(some)].T
 
 
-@cache
-def _multiplies_bytes() -> bool:
-    """Whether torch's product of bytes is exact here, and faster than products of floats.
+def _rounded_products(queries: torch.Tensor, rows: torch.Tensor, found: torch.Tensor) -> None:
+    """Converts the vectors to floats in registers, which is quicker for a few queries, and rounds the sums to bfloat16.
 
-    On some processors, its sums saturate. On those that have no instruction for it, it takes up to 20 times as long.
+    The best passages still have to be found among those with the best of these: see `_correct_best`.
     """
-    return _is_exact() and _is_fast()
+    if rows.shape[1] % _AT_ONCE or rows.data_ptr() % _AT_ONCE:
+        _float_products(queries, rows, found)
+    else:
+        ones = torch.ones(len(rows), dtype=torch.bfloat16)
+        found.copy_(torch._weight_int8pack_mm(queries.bfloat16(), rows, ones))
 
 
-def _is_exact() -> bool:
+def _correct_best(queries: Vectors, rows_ND: Vectors, products_QN: NDArray[np.int32], k: int) -> None:
+    """Replaces rounded products by exact ones if they may be among the k best, and by NO_SCORE otherwise."""
+    for query, products in zip(queries.astype(np.float32), products_QN, strict=True):
+        least = int(np.partition(products, -k)[-k]) if k < len(products) else NO_SCORE
+        # it is rounded, and so is a better one that seems worse
+        near = np.flatnonzero(products >= max(least - 4 * abs(least) // _ROUNDING, NO_SCORE + 1))
+        products[:] = NO_SCORE
+        products[near] = rows_ND[near].astype(np.float32) @ query
+
+
+Way: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def _quickest_way(queries: int, dimensions: int) -> Way:
+    """Of the ways that are right on this processor, the quickest for about this many queries."""
+    if dimensions < _FEWEST_DIMENSIONS:
+        return _float_products
+    return _quickest(min(1 << (queries - 1).bit_length(), _MANY))
+
+
+@cache
+def _quickest(queries: int) -> Way:
+    left, rows = torch.ones(queries, 256, dtype=torch.int8), torch.ones(_ROWS, 256, dtype=torch.int8)
+    found = torch.empty(queries, _ROWS, dtype=torch.int32)
+    ways = filter(_is_right, (_float_products, _byte_products, _rounded_products))
+    return min(ways, key=lambda way: min(timeit.repeat(partial(way, left, rows, found), number=1, repeat=5)))
+
+
+@cache
+def _is_right(way: Way) -> bool:
     rng = np.random.default_rng(0)
     for queries, dimensions in ((1, 256), (5, 1024), (64, 250)):
         rows = rng.integers(-128, 128, (queries + 66, dimensions), np.int8)
         # the last vector is the only query of the first round, and the one most likely to saturate
         rows[-4:] = np.array([[0], [-128], [-127], [127]], np.int8)
         left, right = torch.from_numpy(rows[-queries:]), torch.from_numpy(rows)
+        found, exact = torch.empty(queries, len(rows), dtype=torch.int32), left.long() @ right.long().T
         try:
-            found = torch._int_mm(left, right.T)
+            way(left, right, found)
         except (AttributeError, RuntimeError):
             return False
-        if not torch.equal(found.long(), left.long() @ right.long().T):
+        most = exact.abs() // (_ROUNDING if way is _rounded_products else 2**31)
+        if ((found - exact).abs() > most).any():
             return False
     return True
-
-
-def _is_fast() -> bool:
-    queries, rows = torch.ones(8, 256, dtype=torch.int8), torch.ones(_ROWS, 256, dtype=torch.int8)
-    found = torch.empty(len(queries), len(rows), dtype=torch.int32)
-    ways = (lambda: torch._int_mm(queries, rows.T)), (lambda: _float_products(queries, rows, found))
-    as_bytes, as_floats = (min(timeit.repeat(way, number=1, repeat=5)) for way in ways)
-    return as_bytes < as_floats

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -54,30 +55,59 @@ def test_search_is_exact_and_never_finds_what_was_revoked(
         assert scores[row].tolist() == exact[row, best].tolist()
 
 
-EXACT_BYTES = search._is_exact()
+WAYS = [
+    way
+    for way in (search._byte_products, search._float_products, search._rounded_products)
+    if search._is_right(way)
+]
+"""The ways to multiply vectors that are right on this processor."""
 
 
-@given(st.lists(shards(), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
+@given(st.lists(shards(), min_size=1, max_size=4), st.integers(1, 40), st.sampled_from(WAYS))
 @settings(deadline=None)
 def test_shards_are_searched_together_as_one(
-    built: list[tuple[list[Passage], Vectors]], k: int, has_instructions: bool
+    built: list[tuple[list[Passage], Vectors]], k: int, way: search.Way
 ) -> None:
-    """Tested with torch's products of bytes, where they are exact, and with those of floats."""
-    dimensions = 18  # enough for products of bytes
+    dimensions = 32  # enough for each way
     some, every = [], []
     for number, (passages, vectors) in enumerate(built):
         vectors = np.resize(vectors, (len(passages), dimensions))
         some.append(opened(PrimaryShard.build(passages, vectors), passages, vectors))
         every += [(number, position, vector) for position, vector in enumerate(vectors.astype(int))]
-    query = np.array([-128, 127, 5, -3, 0, 1, 77, -77, 2], np.int8).repeat(2)
+    query = np.array([-128, 127, 5, -3, 0, 1, 77, -77], np.int8).repeat(4)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(search, "_multiplies_bytes", lambda: has_instructions and EXACT_BYTES)
+        patched.setattr(search, "_quickest_way", lambda queries, dimensions: way)
         found = search_together(some, query[None], k)
     ranked = sorted(
         (-int(query.astype(int) @ vector), number, position) for number, position, vector in every
     )[:k]
     numbers, positions, scores = (array[0].tolist() for array in found)
     assert [(-score, *place) for score, *place in zip(scores, numbers, positions, strict=True)] == ranked
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_passages_that_differ_less_than_products_are_rounded_are_ranked(
+    way: search.Way, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_quickest_way", lambda queries, dimensions: way)
+    rng = np.random.default_rng(0)
+    passages, _ = some_passages(500)
+    alike = rng.integers(-100, 100, 256) + rng.integers(-1, 2, (500, 256))
+    vectors = alike.astype(np.int8)
+    shard: Shard = opened(PrimaryShard.build(passages, vectors), passages, vectors)
+    gone = set(range(0, 500, 7))
+    file = shard.without({shard.root: gone})
+    assert file is not None
+    shard = Shard.parse(file, replace(shard_info(b"", passages, vectors), size=len(file)), 256)
+    queries = (sign * vectors[:3]).astype(np.int8)
+    _, positions, scores = search_together([shard], queries, 20)
+    exact = queries.astype(int) @ vectors.T.astype(int)
+    rounded = torch.from_numpy(exact).bfloat16()
+    assert all(len(row.unique()) < 20 for row in rounded)
+    for row in range(3):
+        ranked = sorted((-exact[row, position], position) for position in set(range(500)) - gone)[:20]
+        assert list(zip((-scores[row]).tolist(), positions[row].tolist(), strict=True)) == ranked
 
 
 @given(
