@@ -283,7 +283,10 @@ def weigh(parser: argparse.ArgumentParser, options: argparse.Namespace, console:
     without = options.only or RULES
     if unknown := [rule for rule in without if rule not in RULES]:
         parser.error(f"--only: {unknown[0]} is none of {', '.join(RULES)}")
-    plan = HostilePlan(average_every_s=2.0, check_share=options.check_share, without=tuple(without))
+    # peers average as often as they do by default
+    plan = HostilePlan(
+        average_every_s=60.0, average_every=20, check_share=options.check_share, without=tuple(without)
+    )
     pairs = 5 if options.quick else 80
     found = uvloop.run(measure_overhead(plan, pairs, console))
     costs = ", ".join(f"{rule} {_percent(*found['costs'][rule])}" for rule in without)

@@ -5,6 +5,7 @@ Shape suffixes: R = rows, D = width, K = `_SIZE`.
 
 import secrets
 from functools import cache
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -38,19 +39,22 @@ def direction_of(rows: Rows) -> NDArray[np.float64]:
     """
     assert rows.gradients is not None, "only backward has gradients"
     step = -(-len(rows) // _MOST_ROWS)
-    sample = slice(secrets.randbelow(step), None, step)
     # numpy's calls take a third as long as torch's: with narrow experts, this is most of the time
-    inputs_RD, gradients_RD = rows.inputs.numpy()[sample], rows.gradients.numpy()[sample]
+    inputs_RD, gradients_RD = rows.inputs.numpy(), rows.gradients.numpy()
+    if step > 1:
+        sample = slice(secrets.randbelow(step), None, step)
+        inputs_RD, gradients_RD = inputs_RD[sample], gradients_RD[sample]
     with np.errstate(over="ignore", invalid="ignore"):
         sketch = _sketch(inputs_RD, gradients_RD)
-    # the sums may overflow float32 where a block that begins with a norm does not
-    if not np.isfinite(sketch).all():
-        sketch = _sketch(inputs_RD.astype(np.float64), gradients_RD.astype(np.float64))
-    return step * sketch.astype(np.float64).ravel()
+        # the sums may overflow float32 where a block that begins with a norm does not
+        if not isfinite(sketch @ sketch):
+            sketch = _sketch(inputs_RD.astype(np.float64), gradients_RD.astype(np.float64))
+    return step * sketch
 
 
-def _sketch(inputs_RD: NDArray[Any], gradients_RD: NDArray[Any]) -> NDArray[Any]:
+def _sketch(inputs_RD: NDArray[Any], gradients_RD: NDArray[Any]) -> NDArray[np.float64]:
     of_inputs_DK, of_gradients_DK = _projections(inputs_RD.shape[1])
     x_RK = inputs_RD @ of_inputs_DK
     x_RK /= np.sqrt(np.einsum("rk,rk->r", x_RK, x_RK))[:, None] + _TINY
-    return (gradients_RD @ of_gradients_DK).T @ x_RK
+    sketch_KK = (gradients_RD @ of_gradients_DK).T @ x_RK
+    return sketch_KK.astype(np.float64).ravel()
