@@ -96,7 +96,7 @@ class LoopThread:
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         """Starts the coroutine on the loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        return asyncio.run_coroutine_threadsafe(_traced(coroutine), self.loop)
 
     def close(self) -> None:
         """Cancels what still runs, waits for it, and ends the thread. Closing twice is harmless."""
@@ -120,6 +120,19 @@ class LoopThread:
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
+
+
+class _TracedTimeoutError(TimeoutError):
+    """Says where it was raised. asyncio copies a plain TimeoutError for another thread, and drops its traceback."""
+
+
+async def _traced(coroutine: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await coroutine
+    except TimeoutError as error:
+        if type(error) is not TimeoutError:
+            raise
+        raise _TracedTimeoutError(*error.args) from error
 
 
 class LoopLag:

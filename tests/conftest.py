@@ -18,6 +18,7 @@ import pytest
 import torch
 from attending import attending_experts
 from hypothesis import settings
+from limited_loop import LimitedLoop
 from make_release import build_wheel, recorded_wheels
 
 from expert_server.settings import NodeSettings
@@ -123,7 +124,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def loop() -> Iterator[LoopThread]:
     """The event loop of the process: gRPC and the DHT run on it, in another thread than the tests."""
-    thread = LoopThread()
+    thread = LimitedLoop()
     yield thread
     thread.close()
 

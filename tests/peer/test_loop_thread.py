@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import os
 import threading
+import traceback
 
 import pytest
 from callers import numbered_identities
@@ -72,6 +73,19 @@ def test_a_streams_handler_that_is_cancelled_is_no_error(
     finally:
         thread.close()
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("inside_s", "whole_s"), [(0.01, 60.0), (60.0, 0.01)])
+def test_a_timeout_names_the_line_that_waited(loop: LoopThread, inside_s: float, whole_s: float) -> None:
+    """Also if the time of the whole call is over, on the loop that all tests share."""
+
+    async def wait_in_vain() -> None:
+        async with asyncio.timeout(inside_s):
+            await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError) as caught:
+        loop.run(wait_in_vain(), whole_s)
+    assert "in wait_in_vain" in "".join(traceback.format_exception(caught.value))
 
 
 def test_what_was_cancelled_before_it_closes_cleans_up_whole(thread: LoopThread) -> None:
