@@ -220,7 +220,7 @@ def test_no_pieces_stop_a_relay_make_it_grow_or_keep_others_out(loop: LoopThread
             assert await caller.ask(hidden.contact) == b"ping"
             await caller.close()
             await until(lambda: not relay.relaying._circuits.used and not relay.relaying._offered)
-            assert relay.relaying._reservations.keys() == {keys[1].peer_id}
+            await until(lambda: relay.relaying._reservations.keys() == {keys[1].peer_id})
             assert psutil.Process().memory_info().rss - before < GROWTH_BYTES
         finally:
             await hidden.close()
