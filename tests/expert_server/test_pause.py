@@ -215,8 +215,9 @@ def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
         await eventually(serves)
         battery.power_plugged = False
         await eventually(paused)
-        await node.pause("by its owner", for_s=0.5)
+        await node.pause("by its owner", for_s=600)
         assert node.status().pause_reason.startswith("paused: by its owner until ")
+        await node.pause("by its owner", for_s=0.5)
         battery.power_plugged = True
         await eventually(serves)
 
