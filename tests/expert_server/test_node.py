@@ -13,6 +13,7 @@ import psutil
 import pytest
 from callers import numbered_identities
 from real_swarm import (
+    DEADLINE_S,
     LOCAL,
     MANIFEST,
     ONCE_EACH,
@@ -147,8 +148,8 @@ def test_two_joiners_at_once_never_host_the_same_expert(
 
 def test_a_founder_waits_for_no_claims_of_others(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        async with asyncio.timeout(20):
-            node = await village.found(experts=8, timing=NodeTiming(claim_wait_s=30))
+        async with asyncio.timeout(DEADLINE_S):
+            node = await village.found(experts=8, timing=NodeTiming(claim_wait_s=2 * DEADLINE_S))
         assert await serving(node.swarm) == ONCE_EACH
 
     play(scenario)
