@@ -27,6 +27,7 @@ from peer.transport import port_mapping
 from peer.transport.addresses import Multiaddress, default_listen_address, require_free_port
 from peer.transport.endpoints import Endpoint
 from peer.transport.libp2p import Libp2p
+from talkoot.demo.links import free_ports
 
 LOCAL = "127.0.0.1"
 
@@ -52,11 +53,6 @@ def listener() -> Iterator[socket.socket]:
 
 def tcp_address(port: int, identity: Identity, host: str = LOCAL) -> Multiaddress:
     return Multiaddress.of(Endpoint.of(host, port), identity.peer_id)
-
-
-def free_port() -> int:
-    with socket.create_server((LOCAL, 0)) as server:
-        return int(server.getsockname()[1])
 
 
 async def start_and_stop(identity: Identity, bootstrap: list[Multiaddress]) -> None:
@@ -289,7 +285,7 @@ def test_an_address_of_another_machine_is_named() -> None:
 
 
 def test_a_free_port_is_used(loop: LoopThread, identities: list[Identity]) -> None:
-    port = free_port()
+    (port,) = free_ports(LOCAL, 1)
 
     async def scenario() -> list[Multiaddress]:
         host = await Host.start(identities[1], NetworkConfig(LOCAL, port))
