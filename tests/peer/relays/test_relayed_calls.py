@@ -300,8 +300,10 @@ def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
         hidden = await hide(keys[HIDDEN], [relay])
         caller = Caller(keys[CALLER])
         mistakes: list[object] = []
-        asyncio.get_running_loop().set_exception_handler(
-            lambda loop, context: mistakes.append(context["exception"])
+        monkeypatch.setattr(
+            asyncio.get_running_loop(),
+            "call_exception_handler",
+            lambda context: mistakes.append(context["exception"]),
         )
         async with closing(relay, hidden, caller):
             (address,) = hidden.reservations.addresses

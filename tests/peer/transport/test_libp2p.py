@@ -99,11 +99,12 @@ def leaves_nothing(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> Iterato
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     monkeypatch.setattr(p2pd, "die_with_parent", note_socket)
+    usual = loop.loop.get_exception_handler()
     before = daemons(), loop.run(hear(lambda loop, context: complaints.append(context)))
     yield
     gc.collect()
     wait_until(lambda: daemons() <= before[0] and not [path for path in folders if path.exists()])
-    wait_until(lambda: loop.run(hear(None)) <= before[1])
+    wait_until(lambda: loop.run(hear(usual)) <= before[1])
     assert complaints == []
 
 
