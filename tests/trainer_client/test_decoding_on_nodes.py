@@ -158,6 +158,18 @@ def test_nodes_compute_each_row_once(loop: LoopThread, tmp_path: Path, kind: str
         ]
 
 
+def test_what_nodes_keep_is_known_with_the_last_rows_also_on_a_busy_loop(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.loop._SLICE_S", 0.0)  # other tasks get a turn after each reply
+    with on_nodes(loop, tmp_path, make_manifest()) as swarm:
+        decoder = TextDecoder(swarm.model)
+        sequences = [decoder.begin(prompt) for prompt in PROMPTS]
+        assert [swarm.check(decoder, sequences, token) for token in range(3)] == [
+            2 * 2 * n for n in (13, 3, 3)
+        ]
+
+
 def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread, tmp_path: Path) -> None:
     with on_nodes(loop, tmp_path, make_manifest()) as swarm:
         decoder = TextDecoder(swarm.model)

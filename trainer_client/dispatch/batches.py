@@ -328,7 +328,7 @@ class ExpertReply:
 
 @dataclass(frozen=True)
 class Kept:
-    """The node has kept a forward call under this id. The last of a call's replies."""
+    """The node has kept a forward call under this id. It comes before the last rows of the call."""
 
     batch: NodeBatch
     request_id: bytes

@@ -90,7 +90,10 @@ class ReplyAssembler:
             raise WireError(f"it did not answer {lacking.sum()} rows that experts have computed")
 
     def take(self, reply: expert_pb2.CallReply) -> Iterator[CallReply]:
-        """The replies that this message completes. Raises WireError if the message can't follow the ones before it."""
+        """The replies that this message completes. Raises WireError if the message can't follow the ones before it.
+
+        `Kept` comes before the last rows, so whoever has all rows also knows whether the node keeps them.
+        """
         chunk = memoryview(reply.chunk)
         is_empty = not (reply.experts or reply.rows or chunk or reply.kept)
         if is_empty or self._kept or len(chunk) > MAX_CHUNK_BYTES:
@@ -98,7 +101,7 @@ class ReplyAssembler:
             raise WireError(f"a message of {what} is not expected now")
         for expert in reply.experts:
             yield self._reply_of(expert)
-        blocks = deque(reply.rows)
+        blocks, last = deque(reply.rows), list[AnsweredRows]()
         while self._due is not None or blocks:
             due = self._due = self._due or self._expected(blocks.popleft())
             missing = due.payload_bytes - len(self._data)
@@ -108,16 +111,18 @@ class ReplyAssembler:
                 break
             tensor = decode(self._data, self._width, self._codec)
             self._due, self._data = None, bytearray()
-            yield AnsweredRows(self._batch, due.places, due.answered, tensor, due.products)
+            yield from last
+            last = [AnsweredRows(self._batch, due.places, due.answered, tensor, due.products)]
+        self._kept = reply.kept and not self._backward and self.complete and not blocks
+        if self._kept:
+            yield Kept(self._batch, self._request_id)
+        yield from last
         if blocks:
             raise WireError("rows were announced before the tensor of earlier rows had arrived")
         if chunk:
             raise WireError(f"the chunk is {len(chunk)} bytes longer than the announced tensors")
-        if reply.kept:
-            if self._backward or not self.complete:
-                raise WireError("it confirmed too early that it has kept the call")
-            self._kept = True
-            yield Kept(self._batch, self._request_id)
+        if reply.kept and not self._kept:
+            raise WireError("it confirmed too early that it has kept the call")
 
     def _reply_of(self, expert: expert_pb2.ExpertReply) -> ExpertReply:
         if expert.index not in self._waiting:
