@@ -1,7 +1,7 @@
 """The results of a chaos run in figures, each with its target."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -49,12 +49,28 @@ def final_loss(part: Mapping[str, Any]) -> float:
     return statistics.fmean(last) if last else float("nan")
 
 
+def losses_at_same_step(parts: Sequence[Mapping[str, Any]]) -> tuple[int, list[float]]:
+    """The last step at which all trainers of these parts were validated, and each part's mean loss there.
+
+    The step is 0 and the list is empty if there is no such step.
+    """
+    losses = [[dict(one) for one in part["validation_losses"].values()] for part in parts]
+    common = set.intersection(*(set(one) for part in losses for one in part))
+    if not common:
+        return 0, []
+    step = max(common)
+    return step, [statistics.fmean(one[step] for one in part) for part in losses]
+
+
 def show(results: Mapping[str, Any], console: Console) -> None:
     table = Table("", *(part for part in ("calm", "chaos") if part in results), title="chaos beside calm")
     parts = [results[part] for part in ("calm", "chaos") if part in results]
     table.add_row("steps", *(str(p["steps"]) for p in parts))
     table.add_row("longest stall, s", *(f"{p['longest_stall_s']:.2f}" for p in parts))
     table.add_row("final loss", *(f"{final_loss(p):.3f}" for p in parts))
+    step, losses = losses_at_same_step(parts)
+    if step:  # the final loss is lower after more steps
+        table.add_row(f"loss after {step} steps", *(f"{loss:.3f}" for loss in losses))
     table.add_row("deaths", *(str(p["deaths"]) for p in parts))
     if any(p.get("misdeeds") for p in parts):
         table.add_row("misdeeds of strangers", *(str(sum(p.get("misdeeds", {}).values())) for p in parts))

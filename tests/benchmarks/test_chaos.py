@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.chaos.accounts import Death, Loss, Observation, losses
-from benchmarks.chaos.report import verdicts
+from benchmarks.chaos.report import losses_at_same_step, verdicts
 from benchmarks.chaos.schedule import DEATHS, FOUNDER, Deed, make_schedule
 
 ENDS = {Deed.KILL: Deed.RESTART, Deed.STOP: Deed.RESTART, Deed.FREEZE: Deed.THAW, Deed.CUT: Deed.MEND}
@@ -98,6 +98,14 @@ def test_a_state_that_is_not_used_is_lost_unless_it_comes_back_soon() -> None:
     assert ignored.is_lost, "a replica lived"
     never = loss_of(death(survivor=93))
     assert (never.after, never.is_lost, never.updates) == (None, True, 100)
+
+
+def test_losses_are_compared_at_the_last_step_that_all_trainers_reached() -> None:
+    calm = {"validation_losses": {"a": [(50, 3.0), (100, 2.0), (150, 1.0)], "b": [(50, 3.0), (100, 4.0)]}}
+    chaos = {"validation_losses": {"a": [(50, 3.5), (100, 5.0)], "b": [(50, 2.5), (100, 6.0)]}}
+    assert losses_at_same_step([calm, chaos]) == (100, [3.0, 5.5])
+    nobody = {"validation_losses": {"a": [], "b": [(50, 1.0)]}}
+    assert losses_at_same_step([calm, nobody]) == (0, [])
 
 
 def test_the_report_judges_each_target() -> None:
