@@ -55,6 +55,7 @@ from expert_server.experts.graphs import (
 from expert_server.experts.grouped import GroupedBlock
 from expert_server.experts.guard import Guard, StepOutcome
 from expert_server.experts.plausibility import Scale, require_plausible
+from expert_server.experts.reports import UpdateReports
 from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.clipping import OwnMoves, sketch_bytes
@@ -107,6 +108,8 @@ class Expert:
         self._step_is_due = False
         self._accumulated: AccumulatedGradients | None = None
         self.callers: Callers = Callers()
+        self.reports: UpdateReports = UpdateReports()
+        """Only for the loop's thread."""
         self._version: WeightVersion | None = None
         """The present parameters, if a graph was made with them."""
         self._kept_versions = WeakValueDictionary[int, WeightVersion]()

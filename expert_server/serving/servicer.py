@@ -36,7 +36,7 @@ from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.rates import Bandwidth, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
-from peer.rpc.sessions import Sessions
+from peer.rpc.sessions import Session, Sessions
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
 MAX_CALL_S = 60.0
@@ -213,6 +213,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 parsed = self._parser.parse(header, direction, caller, memory.grow)
                 call = Call(header, parsed, direction, stream, replies, caller, session.group)
                 self._admit(direction, call, caller)
+                self._note_reports(call, session)
                 self._note_served(session.caller, Work(pairs=call.pairs))
                 try:
                     await call.answer(self._runtime, self.forward_cache, self.sequences, times)
@@ -245,3 +246,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             )
         if direction == "backward":
             self._trainers[caller] = time.monotonic()
+
+    def _note_reports(self, call: Call, session: Session) -> None:
+        """Records how many updates of each expert its trainer has had made so far, by whichever node."""
+        if call.header.keep and session_pb2.RIGHT_BACKWARD in session.rights:
+            for uid, expert in zip(call.uids, call.header.experts, strict=True):
+                if uid in self._runtime.experts:
+                    self._runtime.experts[uid].reports.note(session.name, session.group, expert.updates)

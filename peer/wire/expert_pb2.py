@@ -24,33 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/expert.proto\x12\ntalkoot.v1\"D\n\x0b\x43\x61llRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x16.talkoot.v1.CallHeader\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"\x9f\x02\n\nCallHeader\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x0c\x12\r\n\x05width\x18\x04 \x01(\r\x12 \n\x05\x63odec\x18\x05 \x01(\x0e\x32\x11.talkoot.v1.Codec\x12\x17\n\x0fsegment_lengths\x18\x06 \x03(\r\x12\x11\n\tpositions\x18\x07 \x03(\r\x12\'\n\x07\x65xperts\x18\x08 \x03(\x0b\x32\x16.talkoot.v1.ExpertRows\x12\x0c\n\x04keep\x18\t \x01(\x08\x12\x17\n\x0fkept_request_id\x18\n \x01(\x0c\x12\x11\n\tkept_rows\x18\x0b \x01(\r\x12\x11\n\tsequences\x18\x0c \x03(\x06\"F\n\nExpertRows\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x03(\r\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\x12\x0c\n\x04held\x18\x04 \x03(\r\"z\n\tCallReply\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.talkoot.v1.ExpertReply\x12&\n\x04rows\x18\x02 \x03(\x0b\x32\x18.talkoot.v1.AnsweredRows\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x0c\n\x04kept\x18\x04 \x01(\x08\"T\n\x0c\x41nsweredRows\x12\x0c\n\x04rows\x18\x01 \x03(\r\x12\r\n\x05masks\x18\x02 \x03(\x04\x12\x10\n\x08products\x18\x03 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\"\xa8\x01\n\x0b\x45xpertReply\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06status\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x14\n\x0cupdate_count\x18\x04 \x01(\x04\x12\x16\n\x0eskipped_update\x18\x05 \x01(\x08\x12\x13\n\x0brolled_back\x18\x06 \x01(\x08\x12\x15\n\rretry_after_s\x18\x07 \x01(\x02\x12\x0f\n\x07version\x18\x08 \x01(\x04\"9\n\x0bInfoRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\"j\n\tInfoReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12)\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x18.talkoot.v1.HostedExpert\"1\n\x0cHostedExpert\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x14\n\x0cupdate_count\x18\x02 \x01(\x04*n\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_FP32\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x12\x0e\n\nCODEC_FP16\x10\x03\x12\x0e\n\nCODEC_INT8\x10\x04\x12\x0e\n\nCODEC_INT4\x10\x05\x32\xc6\x01\n\rExpertService\x12=\n\x07\x46orward\x12\x17.talkoot.v1.CallRequest\x1a\x15.talkoot.v1.CallReply(\x01\x30\x01\x12>\n\x08\x42\x61\x63kward\x12\x17.talkoot.v1.CallRequest\x1a\x15.talkoot.v1.CallReply(\x01\x30\x01\x12\x36\n\x04Info\x12\x17.talkoot.v1.InfoRequest\x1a\x15.talkoot.v1.InfoReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/expert.proto\x12\ntalkoot.v1\"D\n\x0b\x43\x61llRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x16.talkoot.v1.CallHeader\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"\x9f\x02\n\nCallHeader\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\x0c\x12\r\n\x05width\x18\x04 \x01(\r\x12 \n\x05\x63odec\x18\x05 \x01(\x0e\x32\x11.talkoot.v1.Codec\x12\x17\n\x0fsegment_lengths\x18\x06 \x03(\r\x12\x11\n\tpositions\x18\x07 \x03(\r\x12\'\n\x07\x65xperts\x18\x08 \x03(\x0b\x32\x16.talkoot.v1.ExpertRows\x12\x0c\n\x04keep\x18\t \x01(\x08\x12\x17\n\x0fkept_request_id\x18\n \x01(\x0c\x12\x11\n\tkept_rows\x18\x0b \x01(\r\x12\x11\n\tsequences\x18\x0c \x03(\x06\"W\n\nExpertRows\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x03(\r\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\x12\x0c\n\x04held\x18\x04 \x03(\r\x12\x0f\n\x07updates\x18\x05 \x01(\x04\"z\n\tCallReply\x12(\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x17.talkoot.v1.ExpertReply\x12&\n\x04rows\x18\x02 \x03(\x0b\x32\x18.talkoot.v1.AnsweredRows\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x0c\n\x04kept\x18\x04 \x01(\x08\"T\n\x0c\x41nsweredRows\x12\x0c\n\x04rows\x18\x01 \x03(\r\x12\r\n\x05masks\x18\x02 \x03(\x04\x12\x10\n\x08products\x18\x03 \x01(\x0c\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\"\xa8\x01\n\x0b\x45xpertReply\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06status\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x14\n\x0cupdate_count\x18\x04 \x01(\x04\x12\x16\n\x0eskipped_update\x18\x05 \x01(\x08\x12\x13\n\x0brolled_back\x18\x06 \x01(\x08\x12\x15\n\rretry_after_s\x18\x07 \x01(\x02\x12\x0f\n\x07version\x18\x08 \x01(\x04\"9\n\x0bInfoRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\"j\n\tInfoReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12)\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x18.talkoot.v1.HostedExpert\"1\n\x0cHostedExpert\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x14\n\x0cupdate_count\x18\x02 \x01(\x04*n\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_FP32\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x12\x0e\n\nCODEC_FP16\x10\x03\x12\x0e\n\nCODEC_INT8\x10\x04\x12\x0e\n\nCODEC_INT4\x10\x05\x32\xc6\x01\n\rExpertService\x12=\n\x07\x46orward\x12\x17.talkoot.v1.CallRequest\x1a\x15.talkoot.v1.CallReply(\x01\x30\x01\x12>\n\x08\x42\x61\x63kward\x12\x17.talkoot.v1.CallRequest\x1a\x15.talkoot.v1.CallReply(\x01\x30\x01\x12\x36\n\x04Info\x12\x17.talkoot.v1.InfoRequest\x1a\x15.talkoot.v1.InfoReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peer.wire.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=1069
-  _globals['_CODEC']._serialized_end=1179
+  _globals['_CODEC']._serialized_start=1086
+  _globals['_CODEC']._serialized_end=1196
   _globals['_CALLREQUEST']._serialized_start=38
   _globals['_CALLREQUEST']._serialized_end=106
   _globals['_CALLHEADER']._serialized_start=109
   _globals['_CALLHEADER']._serialized_end=396
   _globals['_EXPERTROWS']._serialized_start=398
-  _globals['_EXPERTROWS']._serialized_end=468
-  _globals['_CALLREPLY']._serialized_start=470
-  _globals['_CALLREPLY']._serialized_end=592
-  _globals['_ANSWEREDROWS']._serialized_start=594
-  _globals['_ANSWEREDROWS']._serialized_end=678
-  _globals['_EXPERTREPLY']._serialized_start=681
-  _globals['_EXPERTREPLY']._serialized_end=849
-  _globals['_INFOREQUEST']._serialized_start=851
-  _globals['_INFOREQUEST']._serialized_end=908
-  _globals['_INFOREPLY']._serialized_start=910
-  _globals['_INFOREPLY']._serialized_end=1016
-  _globals['_HOSTEDEXPERT']._serialized_start=1018
-  _globals['_HOSTEDEXPERT']._serialized_end=1067
-  _globals['_EXPERTSERVICE']._serialized_start=1182
-  _globals['_EXPERTSERVICE']._serialized_end=1380
+  _globals['_EXPERTROWS']._serialized_end=485
+  _globals['_CALLREPLY']._serialized_start=487
+  _globals['_CALLREPLY']._serialized_end=609
+  _globals['_ANSWEREDROWS']._serialized_start=611
+  _globals['_ANSWEREDROWS']._serialized_end=695
+  _globals['_EXPERTREPLY']._serialized_start=698
+  _globals['_EXPERTREPLY']._serialized_end=866
+  _globals['_INFOREQUEST']._serialized_start=868
+  _globals['_INFOREQUEST']._serialized_end=925
+  _globals['_INFOREPLY']._serialized_start=927
+  _globals['_INFOREPLY']._serialized_end=1033
+  _globals['_HOSTEDEXPERT']._serialized_start=1035
+  _globals['_HOSTEDEXPERT']._serialized_end=1084
+  _globals['_EXPERTSERVICE']._serialized_start=1199
+  _globals['_EXPERTSERVICE']._serialized_end=1397
 # @@protoc_insertion_point(module_scope)

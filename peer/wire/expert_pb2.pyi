@@ -59,16 +59,18 @@ class CallHeader(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., request_id: _Optional[bytes] = ..., width: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., experts: _Optional[_Iterable[_Union[ExpertRows, _Mapping]]] = ..., keep: _Optional[bool] = ..., kept_request_id: _Optional[bytes] = ..., kept_rows: _Optional[int] = ..., sequences: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExpertRows(_message.Message):
-    __slots__ = ("uid", "rows", "weights", "held")
+    __slots__ = ("uid", "rows", "weights", "held", "updates")
     UID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
     uid: str
     rows: _containers.RepeatedScalarFieldContainer[int]
     weights: bytes
     held: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, uid: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., weights: _Optional[bytes] = ..., held: _Optional[_Iterable[int]] = ...) -> None: ...
+    updates: int
+    def __init__(self, uid: _Optional[str] = ..., rows: _Optional[_Iterable[int]] = ..., weights: _Optional[bytes] = ..., held: _Optional[_Iterable[int]] = ..., updates: _Optional[int] = ...) -> None: ...
 
 class CallReply(_message.Message):
     __slots__ = ("experts", "rows", "chunk", "kept")

@@ -266,6 +266,8 @@ class NodeCall:
     """
     held: Integers | None = None
     """[s, experts], with `numbers`: how many earlier rows of a segment each expert has. None: none."""
+    updates: Sequence[int] = ()
+    """With `keep`: how many updates of each expert of the batch this trainer has got so far, from any node."""
 
     def in_full(self) -> "NodeCall":
         """A backward call with everything that a node needs if it has kept nothing.

@@ -3,14 +3,17 @@
 import asyncio
 import logging
 import time
+from collections import Counter as Counts
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dht.announcements import NodeInfo
+from dht.uid import UID
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError
 from peer.identity import PeerID
@@ -155,6 +158,8 @@ class CallTracker:
         self._heard_at = BoundedDict[PeerID, float](_HEARD)
         """When each peer answered last, the latest at the end."""
         self._screening = AnswerScreening()
+        self._updates = Counts[UID]()
+        """How many updates of each expert were made for this trainer."""
         self._tasks = TaskSet()
         self._closed = False
 
@@ -188,6 +193,8 @@ class CallTracker:
         peer_id = call.node.peer_id
         call_times = self.latencies.calls[call.direction]
         did_well, heard, began = True, False, self.now()
+        if call.keep:
+            call = replace(call, updates=[self._updates[uid] for uid in call.batch.uids])
         failure: ExpertError | None = _CLOSED
         try:
             async with aclosing(self._caller.call(call)) as replies:
@@ -234,6 +241,7 @@ class CallTracker:
             if reply.error is None:
                 is_update = call.direction == "backward" and not reply.skipped_update
                 self.credit.note(call.node, updates=int(is_update))
+                self._updates[reply.uid] += is_update
                 return True
             if call.held is not None and reply.has_forgotten:
                 self.metrics.forgotten_sequences.inc()

@@ -426,6 +426,7 @@ def _expert_rows(call: NodeCall, codec: "expert_pb2.Codec") -> Iterator[expert_p
             rows=None if len(places) == count else places.tolist(),
             weights=None if (weights == 1).all() else encode_scalars(weights, codec),
             held=None if held is None or not held.any() else held.tolist(),
+            updates=call.updates[number] if call.updates else 0,
         )
 
 
