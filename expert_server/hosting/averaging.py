@@ -269,6 +269,8 @@ class ReplicaAveraging:
         expert = self._replicas.experts.get(base.uid)
         if expert is None:
             return  # given up in the meantime
+        if await self._catch_up(expert, fetched.checkpoint, peer_id, believed):
+            return
         average = partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share)
         try:
             belief = await self._replicas.runtime.run(average)
@@ -277,11 +279,41 @@ class ReplicaAveraging:
             await self._note_out_of_reach(expert, peer_id, believed, error.is_untrained)
             raise
         self._refused.pop((base.uid, peer_id), None)
+        expert.reports.note_averaged()
         mine = believed_updates(base.update_count, believed, share, belief)
         history.record(base.uid, peer_id, mine, believed)
         self._replicas.checkpoints.note_replaced(base.uid)
         self.averagings.inc()
         logger.debug("averaged %s with %s: %.2f of it, %.2f believed", base.uid, peer_id, share, belief)
+
+    async def _catch_up(self, expert: Expert, theirs: Checkpoint, peer_id: PeerID, believed: int) -> bool:
+        """Takes over a whole state, as a newcomer does, if trainers left this replica behind. Its few own updates could
+        not lead it after the others. The other side's average includes them.
+
+        Returns whether it did.
+        """
+        uid = expert.uid
+        if not self._lags(uid):
+            return False
+        others = await self._others(uid, peer_id, believed)
+        if not self._lags(uid, len(others)) or not await self._replicas.take_whole(
+            uid, others, {peer_id: theirs}
+        ):
+            return False
+        logger.info("expert %s was behind, and continues from the state of another node", uid)
+        return True
+
+    def _lags(self, uid: UID, others: int = 1) -> bool:
+        expert = self._replicas.experts.get(uid)
+        return expert is not None and expert.reports.is_left_behind(others)
+
+    async def _others(self, uid: UID, peer_id: PeerID, believed: int) -> list[Replica]:
+        """Other nodes' replicas that serve. `believed`: the part of that peer's update count that is believed."""
+        hosts = await self._swarm.registry.replicas([uid])
+        return [
+            replace(r, update_count=believed) if r.peer_id == peer_id else r
+            for r in serving_elsewhere(hosts[uid], self._swarm.host.peer_id)
+        ]
 
     async def _note_out_of_reach(
         self, expert: Expert, peer_id: PeerID, believed: int, is_untrained: bool
@@ -294,11 +326,7 @@ class ReplicaAveraging:
         times = self._refused.get((uid, peer_id), (0, 0.0))[0]
         wait_s = self._every_s * min(2**times, _LONGEST_REFUSED)
         self._refused[uid, peer_id] = min(times + 1, 16), self._clock() + wait_s
-        hosts = await self._swarm.registry.replicas([uid])
-        others = [
-            replace(r, update_count=believed) if r.peer_id == peer_id else r
-            for r in serving_elsewhere(hosts[uid], self._swarm.host.peer_id)
-        ]
+        others = await self._others(uid, peer_id, believed)
         refused = [(uid, r.peer_id) for r in others if (uid, r.peer_id) in self._refused]
         if is_untrained or is_astray(len(refused), len(others)):
             for key in refused:
@@ -306,7 +334,7 @@ class ReplicaAveraging:
             await self._replicas.take_whole(uid, others)
 
     def _is_refused(self, uid: UID, peer_id: PeerID) -> bool:
-        return self._clock() < self._refused.get((uid, peer_id), (0, 0.0))[1]
+        return self._clock() < self._refused.get((uid, peer_id), (0, 0.0))[1] and not self._lags(uid)
 
     def _is_worth_meeting(self, replica: Replica) -> bool:
         """Whether to average with the replica. Not if neither side took an update since the last average, or if it was

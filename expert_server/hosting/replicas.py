@@ -281,10 +281,13 @@ class LocalReplicas:
                 return True
         return False
 
-    async def take_whole(self, uid: UID, hosts: Sequence[Replica]) -> bool:
+    async def take_whole(
+        self, uid: UID, hosts: Sequence[Replica], fetched: Mapping[PeerID, Checkpoint] | None = None
+    ) -> bool:
         """Replaces the state of an expert in service by the medoid of up to three `hosts`, if most of them claim more
         updates. For a replica that can't follow the others by averaging. Does nothing, and returns False, if the expert
-        takes an update while the states are compared. Raises UnreachableError.
+        takes an update while the states are compared. `fetched`: states that hosts have sent already. Raises
+        UnreachableError.
         """
         expert = self.experts.get(uid)
         if expert is None:
@@ -292,7 +295,7 @@ class LocalReplicas:
         others = state_sources(hosts, self._swarm.host.peer_id, self._rng)
         fresher = ahead_of(expert.update_count, others)
         cap = partial(self.history.capped_claim, uid, expert.update_count)
-        return await self._take_whole(expert, fresher, cap, set())
+        return await self._take_whole(expert, fresher, cap, set(), fetched or {})
 
     def is_withheld(self, uid: UID) -> bool:
         """Whether nobody gave this expert's state when it was last tried, a short time ago."""
@@ -441,18 +444,24 @@ class LocalReplicas:
         most = min(most, max(most_updates, saved or 0))
         restored = saved is not None and await self.checkpoints.restore(expert)
         fresher = ahead_of(expert.update_count if restored else -1, others)
-        if await self._take_whole(expert, fresher, lambda claimed: min(claimed, most), unreachable):
+        if await self._take_whole(expert, fresher, lambda claimed: min(claimed, most), unreachable, {}):
             return True
         if restored:
             self.checkpoints.restored.inc()
         return restored or not others
 
     async def _take_whole(
-        self, expert: Expert, hosts: Sequence[Replica], cap: Callable[[int], int], unreachable: set[PeerID]
+        self,
+        expert: Expert,
+        hosts: Sequence[Replica],
+        cap: Callable[[int], int],
+        unreachable: set[PeerID],
+        fetched: Mapping[PeerID, Checkpoint],
     ) -> bool:
-        taken = await self._whole_states.take(expert, hosts, cap, unreachable)
+        taken = await self._whole_states.take(expert, hosts, cap, unreachable, fetched)
         if taken is None:
             return False
+        expert.reports.start_over()
         self.history.record(expert.uid, taken.peer_id, taken.update_count, taken.update_count)
         self.checkpoints.note_replaced(expert.uid)
         return True

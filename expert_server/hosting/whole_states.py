@@ -5,12 +5,13 @@ updates.
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median_low
+from types import MappingProxyType
 
 from dht.announcements import NodeInfo, Replica
 from dht.manifest import Manifest
@@ -40,6 +41,7 @@ _PATIENCE_S = 60.0
 """How much longer to wait for the other hosts once one has given its state. A slow uplink sends a state of 7 MB in a
 minute.
 """
+_NOTHING_FETCHED: Mapping[PeerID, Checkpoint] = MappingProxyType({})
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
 
@@ -64,23 +66,34 @@ class WholeStates:
         self._comparing = asyncio.Semaphore(_AT_ONCE)
 
     async def take(
-        self, expert: Expert, hosts: Sequence[Replica], cap: Callable[[int], int], unreachable: set[PeerID]
+        self,
+        expert: Expert,
+        hosts: Sequence[Replica],
+        cap: Callable[[int], int],
+        unreachable: set[PeerID],
+        fetched: Mapping[PeerID, Checkpoint] = _NOTHING_FETCHED,
     ) -> TakenState | None:
         """Takes one of the states of the first three `hosts` that send a good one, unless the expert changes meanwhile.
         `cap`: limits a claimed update count to what is believed. The resulting count is the lower median of the claims.
-        Hosts in `unreachable` are not asked, and those that do not answer, or stall, are added. Returns None if nothing
-        was taken. Raises UnreachableError.
+        Hosts in `unreachable` are not asked, and those that do not answer, or stall, are added. `fetched`: states that
+        hosts have sent already. Returns None if nothing was taken. Raises UnreachableError.
         """
         peers = {replica.peer_id for replica in hosts} - unreachable
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
         able = [nodes[replica.peer_id] for replica in hosts if replica.peer_id in nodes]
         async with self._comparing if len(able) > 1 else nullcontext():
-            given = await _given(expert.uid, able, partial(self._fetch, expert, cap), unreachable)
+            given = await _given(expert.uid, able, partial(self._fetch, expert, cap, fetched), unreachable)
             return await self._import(expert, given) if given else None
 
-    async def _fetch(self, expert: Expert, cap: Callable[[int], int], node: NodeInfo) -> Checkpoint:
-        fetched = (await self._states.fetch(node, expert.uid)).checkpoint
-        checkpoint = Checkpoint(fetched.state, cap(fetched.update_count))
+    async def _fetch(
+        self,
+        expert: Expert,
+        cap: Callable[[int], int],
+        fetched: Mapping[PeerID, Checkpoint],
+        node: NodeInfo,
+    ) -> Checkpoint:
+        given = fetched.get(node.peer_id) or (await self._states.fetch(node, expert.uid)).checkpoint
+        checkpoint = Checkpoint(given.state, cap(given.update_count))
         await self._runtime.run(partial(expert.require_good, checkpoint.state, checkpoint.update_count))
         return checkpoint
 

@@ -397,3 +397,63 @@ def test_those_that_lack_the_most_updates_are_met_first() -> None:
     ]
     assert all(found in ([7, 6, 5, 4], [7, 6, 5, 4, 3]) for found in numbers)
     assert {len(found) for found in numbers} == {4, 5}, "half of nine, on average"
+
+
+def report(node: Node, uid: UID, here: int, elsewhere: int) -> None:
+    """A trainer says that it got so many updates from the node, and from others."""
+    reports = node.runtime.experts[uid].reports
+    for call in range(here + 1):
+        reports.note("a trainer", "", call + call * elsewhere // here)
+
+
+@pytest.mark.parametrize("starts", ["the one left behind", "the other"])
+def test_a_replica_that_trainers_left_behind_becomes_a_copy_of_the_other(play: Play, starts: str) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2, average_every_s=3600)
+        await village.run(first)
+        await village.run(second)
+        await different_step(second, AN_UID, -0.01)
+        for _ in range(40):
+            await different_step(first, AN_UID)
+        report(first, AN_UID, 40, 1)
+        for node in (first, second):
+            await node.hosting.announce()
+        for number in range(3):  # far away, again and again, and never too late
+            before = await state_of(second, AN_UID), await state_of(first, AN_UID)
+            report(second, AN_UID, 1, 40)
+            pair = (second, first) if starts == "the one left behind" else (first, second)
+            await meet(*pair, AN_UID)
+
+            async def is_even(first_state: State = before[1]) -> bool:
+                return torch.equal((await state_of(second, AN_UID))[NAME], first_state[NAME])
+
+            await eventually(is_even)
+            assert second.runtime.experts[AN_UID].update_count == 42 + 40 * number
+
+            async def averaged(times: int = number + 1) -> bool:
+                return total(first.averaging.averagings) == times
+
+            await eventually(averaged)  # the few updates of the other one are in it
+            assert 0 < way_gone(before[1], before[0], await state_of(first, AN_UID)) < 0.1
+            for _ in range(40):
+                await different_step(first, AN_UID)
+            await different_step(second, AN_UID, -0.01)
+            await first.hosting.announce()
+
+    play(scenario)
+
+
+def test_a_replica_that_is_called_as_often_as_the_other_never_becomes_a_copy(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2)
+        await different_step(second, AN_UID, -0.01)
+        for _ in range(40):
+            await different_step(first, AN_UID)
+        report(second, AN_UID, 40, 40)
+        before = await state_of(second, AN_UID)
+        await first.hosting.announce()
+        await meet(second, first, AN_UID)
+        assert total(second.averaging.refused) == 1, "whatever the other one says that it has taken"
+        torch.testing.assert_close(await state_of(second, AN_UID), before, atol=0, rtol=0)
+
+    play(scenario)
