@@ -54,6 +54,10 @@ _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
 failure.
 """
 _WITHHELD = 4096
+_RESTORED_S = 300.0
+"""How long a restored replica prefers a state with more updates, as it does when it is restored: nodes that were cut
+off are announced again within this time.
+"""
 _HALF_LIFE_S = 300.0
 """The half-life of recent rows."""
 _SAVE_S = 10.0
@@ -113,6 +117,8 @@ class LocalReplicas:
         self._whole_states = WholeStates(swarm, runtime, states, self._rng)
         self._leaving = False
         self._claimed_at: dict[UID, float] = {}
+        self._restored_at: dict[UID, float] = {}
+        """When each expert in service was restored from this node's own checkpoint."""
         self._taking: set[UID] = set()
         """Experts that are being taken."""
         self._built: dict[UID, Expert] = {}
@@ -281,6 +287,12 @@ class LocalReplicas:
                 return True
         return False
 
+    def is_restored(self, uid: UID) -> bool:
+        """Whether an expert in service continues from this node's own checkpoint, and has met no other replica in the
+        short time since. Perhaps it was restored while this node, or the other hosts, were cut off.
+        """
+        return not self.history.of(uid) and self._now() < self._restored_at.get(uid, -math.inf) + _RESTORED_S
+
     async def take_whole(
         self, uid: UID, hosts: Sequence[Replica], fetched: Mapping[PeerID, Checkpoint] | None = None
     ) -> bool:
@@ -321,6 +333,7 @@ class LocalReplicas:
         for expert in experts:
             self.runtime.remove(expert.uid)
             self.history.forget(expert.uid)
+            self._restored_at.pop(expert.uid, None)
         await self.checkpoints.save_all_within(_SAVE_S, experts)
 
     async def _claim_and_serve(self, wanted: list[UID], most_updates: int, enough: int) -> list[UID]:
@@ -447,6 +460,7 @@ class LocalReplicas:
         if await self._take_whole(expert, fresher, lambda claimed: min(claimed, most), unreachable, {}):
             return True
         if restored:
+            self._restored_at[expert.uid] = self._now()
             self.checkpoints.restored.inc()
         return restored or not others
 

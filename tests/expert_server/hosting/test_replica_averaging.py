@@ -457,3 +457,34 @@ def test_a_replica_that_is_called_as_often_as_the_other_never_becomes_a_copy(pla
         torch.testing.assert_close(await state_of(second, AN_UID), before, atol=0, rtol=0)
 
     play(scenario)
+
+
+def test_what_was_restored_while_the_others_were_cut_off_gives_way_to_their_state(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2)
+        await second.stop()
+        await first.swarm.registry.withdraw(UIDS, 60)
+        back = await village.join(1, await first.swarm.invite(), **TWICE)
+        assert total(back.replicas.checkpoints.restored) == 8, "it saw no other host"
+        for _ in range(40):
+            await different_step(first, AN_UID)
+        for uid in (AN_UID, OTHER_UID):
+            await different_step(back, uid, -0.01)
+        for node in (first, back):
+            await node.hosting.announce()
+        states = await state_of(first, AN_UID), await state_of(back, OTHER_UID)
+        for uid in (AN_UID, OTHER_UID):
+            await meet(back, first, uid)
+        torch.testing.assert_close(await state_of(back, AN_UID), states[0], atol=0, rtol=0)
+        assert back.runtime.experts[AN_UID].update_count == 42
+        assert back.runtime.experts[OTHER_UID].update_count == 3, "the other replica is not ahead of this one"
+        assert way_gone(states[1], await state_of(first, OTHER_UID), await state_of(back, OTHER_UID)) < 0.5
+
+        await different_step(back, AN_UID, -0.01)
+        before = await state_of(back, AN_UID)
+        for _ in range(40):
+            await different_step(first, AN_UID)
+        await meet(back, first, AN_UID)
+        torch.testing.assert_close(await state_of(back, AN_UID), before, atol=0, rtol=0)
+
+    play(scenario)
