@@ -78,7 +78,7 @@ class ForwardCache:
 
     def put(self, key: CacheKey, forward: CachedForward, now: float) -> bool:
         """Adds a call without graphs. Returns whether it is cached; it is not if it exceeds the budget by itself."""
-        self._drop_expired(now)
+        self.drop_expired(now)
         if forward.bytes > self._budget_bytes:
             return False
         self._remove(key)
@@ -122,6 +122,11 @@ class ForwardCache:
         """Removes a call that failed, unless another has taken its place."""
         if self._cached.get(key) is forward:
             self._remove(key)
+
+    def drop_expired(self, now: float) -> None:
+        """All calls have the same lifetime, so the oldest expire first."""
+        while self._cached and next(iter(self._cached.values())).expires_at <= now:
+            self._remove(next(iter(self._cached)))
 
     def clear(self) -> None:
         self._cached.clear()
@@ -182,11 +187,6 @@ class ForwardCache:
             sizes[name] -= less
             if not kept.calls:
                 del sizes[name]
-
-    def _drop_expired(self, now: float) -> None:
-        """All calls have the same lifetime, so the oldest expire first."""
-        while self._cached and next(iter(self._cached.values())).expires_at <= now:
-            self._remove(next(iter(self._cached)))
 
 
 @dataclass(slots=True)

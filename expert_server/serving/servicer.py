@@ -226,15 +226,16 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         return sum(at >= since for at in self._trainers.values())
 
     def _look_for_idle(self) -> None:
-        """Drops idle sequences once in a while, as long as there are any."""
-        if self.sequences and not self._looks_for_idle:
+        """Drops idle sequences and expired calls once in a while, as long as there are any."""
+        if (self.sequences or self.forward_cache) and not self._looks_for_idle:
             self._looks_for_idle = True
             asyncio.get_running_loop().call_later(_IDLE_LOOK_S, self._drop_idle)
 
     def _drop_idle(self) -> None:
         self._looks_for_idle = False
-        callers = {session.name for session in self._sessions.all()}
-        self.sequences.drop_idle(time.monotonic(), callers)
+        callers, now = {session.name for session in self._sessions.all()}, time.monotonic()
+        self.sequences.drop_idle(now, callers)
+        self.forward_cache.drop_expired(now)
         self._look_for_idle()
 
     def _admit(self, direction: Direction, call: Call, caller: str) -> None:

@@ -153,6 +153,21 @@ def test_graphs_of_a_caller_that_reads_no_answer_are_the_caches_and_count_there(
     run(scenario, max_kept_bytes=2**28)
 
 
+def test_an_expired_kept_call_is_dropped_though_nobody_calls_any_more(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.serving.servicer._IDLE_LOOK_S", 0.01)
+
+    async def scenario(edge: Edge) -> None:
+        assert (await make(edge, Call().keeping())).code is StatusCode.OK
+        await asyncio.sleep(0.1)
+        (kept,) = edge.cache._cached.values()
+        kept.expires_at = 0.0
+        await wait_until(lambda: len(edge.cache) == 0, 10.0)
+
+    run(scenario, max_kept_bytes=2**20)
+
+
 def test_a_repeated_backward_call_is_applied_once(run: Runner) -> None:
     call = Call("backward", uids=[FIRST, SECOND])
 
