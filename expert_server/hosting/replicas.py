@@ -30,7 +30,7 @@ from peer.bounded import BoundedDict
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
-from peer.loop import side_by_side
+from peer.loop import cancel_all, keep_running, side_by_side
 from peer.metrics import total
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -392,7 +392,8 @@ class LocalReplicas:
         taken: list[UID] = []
         failed: list[UID] = []
         unreachable: set[PeerID] = set()
-        renewing = asyncio.create_task(self._keep_claimed(claims, taken, failed), name="keep claimed")
+        renew = partial(self._keep_claimed, claims, taken, failed)
+        renewing = asyncio.create_task(keep_running("keep experts claimed", renew))
 
         async def serve(uid: UID) -> None:
             expert = await self._build(uid)
@@ -411,8 +412,7 @@ class LocalReplicas:
         try:
             await side_by_side(map(serve, claims), _FETCHES)
         finally:
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
+            await cancel_all([renewing])
         await self.withdraw(failed)
         await self.announce(taken)
         if failed:

@@ -4,7 +4,8 @@ replicas.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from callers import numbered_identities
 from real_swarm import DEADLINE_S, UIDS, Play, Village, end, eventually, playing, serving
 from test_restart import announced, train
 
-from dht.announcements import ReplicaState
+from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
 from dht.uid import UID
 from expert_server.experts.format import State
@@ -156,6 +157,36 @@ def test_a_node_leaves_while_an_expert_of_others_is_fetched_to_prove_it(play: Pl
         leaver.replicas.leave()
         assert not await asyncio.wait_for(proving, DEADLINE_S)
         assert not await leaver.replicas.are_given(uid, [other], 1)
+
+    play(scenario)
+
+
+def test_what_is_being_taken_stays_claimed_though_a_renewal_failed(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.hosting.replicas._ANNOUNCE_EVERY_S", 0.01)
+
+    async def scenario(village: Village) -> None:
+        host = await village.found(experts=8, **LEAVES)
+        joiner, uid = await village.join(1, await host.swarm.invite(), experts=0, spare=1), UIDS[0]
+        states, registry = joiner.replicas.states, joiner.swarm.registry
+        fetch, announce, times, renewed = states.fetch, registry.announce, count(), asyncio.Event()
+
+        async def announce_unless_second(replicas: Collection[ReplicaAnnouncement], *more: Any) -> None:
+            time = next(times) if replicas else 0
+            if time == 1:
+                raise ValueError("a bug")
+            await announce(replicas, *more)
+            if time == 2:
+                renewed.set()
+
+        async def fetch_late(*args: Any, **more: Any) -> Any:
+            await asyncio.wait_for(renewed.wait(), DEADLINE_S)
+            return await fetch(*args, **more)
+
+        monkeypatch.setattr(registry, "announce", announce_unless_second)
+        monkeypatch.setattr(states, "fetch", fetch_late)
+        assert await joiner.replicas.take([uid], MAX_UPDATE_COUNT, enough=2) == [uid]
 
     play(scenario)
 
