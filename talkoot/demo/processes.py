@@ -17,6 +17,8 @@ from peer.platform.processes import CHILD_FLAGS, ask_to_end, die_with_parent
 
 _LEAVES_WITHIN_S = 10.0
 _LINES_SHOWN = 8
+_LONGEST_LINE = 2**24
+"""In bytes. The status of a swarm is one line."""
 _TALKOOT = ("-m", "talkoot.cli")
 _CODE = re.compile(r" \[T[0-9]{3}\]$")
 
@@ -98,6 +100,7 @@ class DemoProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=file,
+                limit=_LONGEST_LINE,
                 creationflags=CHILD_FLAGS,
                 # one thread each, because pools on few cores wait for each other; torch's caches go when the demo ends
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), **environment},
