@@ -173,7 +173,7 @@ def check_numbers(uid: UID, state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise StateError(f"{name!r} of expert {uid} is not finite")
-        moment = name.startswith(OPTIMIZER) and name.endswith((".exp_avg_sq", ".step"))
+        moment = name.startswith(OPTIMIZER) and name.endswith((SECOND_MOMENT, STEP))
         if (moment or name == ACCUMULATED_SIZES) and (tensor < 0).any():
             raise StateError(f"{name!r} of expert {uid} is negative")
 

@@ -16,9 +16,9 @@ from dht.uid import UID
 from expert_server.experts.format import (
     ACCUMULATED_SIZES,
     BLOCK,
-    OPTIMIZER,
     accumulated_rows,
     gradient_name,
+    moment_name,
 )
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import StateError
@@ -103,7 +103,7 @@ def _check_moments(
     """Moments are averages of gradients, which were clipped, so they have a limit."""
     most = 2 * (spec.clip_norm + spec.weight_decay * _norm(parameter))
     first, second, momentum, step = (
-        state.get(f"{OPTIMIZER}{name}.{moment}")
+        state.get(moment_name(name, moment))
         for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
     )
     if step is not None and step > MAX_UPDATE_COUNT:
