@@ -469,6 +469,15 @@ def test_keys_of_one_group_push_out_the_directions_of_no_others() -> None:
     assert {f"honest {n}" for n in range(5)} <= callers._pulls.keys()
 
 
+def test_gradients_that_were_scaled_down_are_not_forgotten_as_if_they_had_counted_in_full() -> None:
+    callers, true = Callers(), np.eye(8)[0]
+    for caller in "abc":
+        note(callers, caller, true)
+    callers.note_rows("liar", 64, 1e3)
+    callers.note_direction("liar", 64, -MOST_SIZE * true)
+    assert note(callers, "liar", true)
+
+
 @pytest.mark.parametrize("keys", [1, 3])
 def test_nobody_earns_a_good_record_with_huge_gradients_while_no_others_call(keys: int) -> None:
     """Their size is not limited then, and a record of that size would outweigh thousands of flipped calls."""

@@ -5,6 +5,7 @@ have.
 from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import count
+from math import sqrt
 from typing import Literal
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import AVERAGED, BLOCK, State
 from expert_server.experts.guard import CHECK_EVERY_UPDATES, PROBATION_UPDATES
+from expert_server.experts.plausibility import Scale, require_plausible
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import StateError
 
@@ -108,6 +110,19 @@ def test_momentum_larger_than_clipped_gradients_make_it_is_refused() -> None:
     state = all_of(".momentum_buffer", lambda t: 1000 + t)(state_of(an_expert(UPDATES, name="sgd")))
     with pytest.raises(StateError, match="larger than clipped gradients"):
         an_expert(name="sgd").import_state(state, UPDATES, STRANGER)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_of_sgd_is_as_long_as_clipped_gradients_make_it(momentum: float) -> None:
+    manifest = make_manifest(learning_rate=0.1, clip_norm=100.0, name="sgd", momentum=momentum)
+    expert, name = Expert(AN_UID, manifest), WEIGHT.removeprefix(BLOCK)
+    scale, state = Scale.of(dict(expert.block.named_parameters())), state_of(expert)
+    step = 0.1 * 100 / (1 - momentum) / sqrt(state[WEIGHT].numel())
+    # the first update counts as three steps
+    largest = (3 * max(scale.tensors[name], scale.whole) + 3 * step) / scale.tensors[name] * state[WEIGHT]
+    require_plausible(AN_UID, state | {WEIGHT: 0.99 * largest}, 1, [scale], manifest.optimizer)
+    with pytest.raises(StateError, match="far larger"):
+        require_plausible(AN_UID, state | {WEIGHT: 1.01 * largest}, 1, [scale], manifest.optimizer)
 
 
 @settings(deadline=None, max_examples=20)
