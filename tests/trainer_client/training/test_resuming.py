@@ -145,6 +145,18 @@ def test_a_router_of_other_parameters_does_not_fit(tmp_path: Path) -> None:
         train_on(swarm, "noisy-top-k", again)
 
 
+def trained_one_step(tmp_path: Path) -> tuple[LanguageModel, Training, dict[str, torch.Tensor]]:
+    """A model, its training, and the training's state."""
+    settings = make_settings(data=str(write_text(tmp_path)), steps=1)
+    dataset = Dataset(start(tmp_path, settings).corpus.tokens, 16)
+    model = LanguageModel(MANIFEST, lambda layer: nn.Identity())
+    training = Training(model, dataset, settings)
+    training.run(lambda progress: None, threading.Event())
+    state = training.export_state()
+    assert state is not None
+    return model, training, state
+
+
 @pytest.mark.parametrize(
     ("moment", "odd", "said"),
     [
@@ -157,13 +169,7 @@ def test_a_router_of_other_parameters_does_not_fit(tmp_path: Path) -> None:
 def test_moments_that_would_break_the_next_step_are_refused_and_change_nothing(
     tmp_path: Path, moment: str, odd: torch.Tensor, said: str
 ) -> None:
-    settings = make_settings(data=str(write_text(tmp_path)), steps=1)
-    dataset = Dataset(start(tmp_path, settings).corpus.tokens, 16)
-    model = LanguageModel(MANIFEST, lambda layer: nn.Identity())
-    training = Training(model, dataset, settings)
-    training.run(lambda progress: None, threading.Event())
-    state = training.export_state()
-    assert state is not None
+    model, training, state = trained_one_step(tmp_path)
     name = f"optimizer.head.weight.{moment}"
     state[name] = odd if odd.shape else odd.expand(state[name].shape).clone()
     state["model.head.weight"] += 1
@@ -171,6 +177,15 @@ def test_moments_that_would_break_the_next_step_are_refused_and_change_nothing(
     with pytest.raises(StateError, match=said):
         training.import_state(state, 1)
     assert torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("gone", [{"validated"}, {"validation_losses"}, {"validated", "validation_losses"}])
+def test_a_run_that_lost_its_validations_is_refused(tmp_path: Path, gone: set[str]) -> None:
+    _, training, state = trained_one_step(tmp_path)
+    left = {name: tensor for name, tensor in state.items() if name.removeprefix("history.") not in gone}
+    with pytest.raises(StateError, match="its history is incomplete"):
+        training.import_state(left, 1)
+    training.import_state(state, 1)
 
 
 # Folders
