@@ -66,8 +66,8 @@ class ReceiptBook:
         """`signer_of`: returns whose token lets a trainer sign; None: anybody may."""
         self.has_changed: bool = False
         """Whether the book has changed since it was saved."""
+        self.swarm_id = swarm_id
         self._signer_of = signer_of
-        self._swarm_id = swarm_id
         self._node = node
         self._most = most
         self._receipts: dict[PeerID, Receipt] = {}
@@ -136,6 +136,10 @@ class ReceiptBook:
         self._served[receipt.trainer] = Work()
         return True
 
+    def check(self, signed: credit_pb2.SignedReceipt) -> Receipt:
+        """Raises RecordError if this is not a receipt for this node that its trainer has signed."""
+        return check_receipt(signed, self.swarm_id, self._node)
+
     def page(self, offset: int) -> credit_pb2.ListReply:
         """A page of receipts, from this offset on. Tokens or neighbourhoods take turns, each with its largest receipts
         first.
@@ -161,7 +165,7 @@ class ReceiptBook:
         except DecodeError as error:
             raise RecordError("it can't be parsed") from error
         for signed in saved.receipts[: self._most]:
-            receipt = check_receipt(signed, self._swarm_id, self._node)
+            receipt = self.check(signed)
             try:
                 signer = self._signer_of(receipt)
             except RecordError:  # its token has been revoked since
@@ -227,8 +231,6 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
     def __init__(
         self,
         book: ReceiptBook,
-        swarm_id: str,
-        node: PeerID,
         sessions: Sessions,
         up: RateLimit,
         metrics: CollectorRegistry | None = None,
@@ -239,8 +241,6 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
         )
         self.outcomes: Counter = start_at_zero(outcomes, "kept", "old", "refused")
         self._book = book
-        self._swarm_id = swarm_id
-        self._node = node
         self._sessions = sessions
         self._up = up
         self._given = TokenBuckets[PeerID](1 / _GIVEN_EVERY_S, _GIVEN_AT_ONCE, _CALLERS)
@@ -263,7 +263,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
         async with abort_on_error(
             context, _MAX_CALL_S, "too many callers are asking for receipts: try again later"
         ):
-            require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
+            require_same_swarm(self._book.swarm_id, request.protocol_version, request.swarm_id)
             if not await self._lists.turn(near_of(context.peer()), context.peer()):
                 raise ExpertError(
                     StatusCode.RESOURCE_EXHAUSTED,
@@ -282,7 +282,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "receipts come too often", wait_s)
         self._given.take(caller, 1, now)
         try:
-            receipt = check_receipt(signed, self._swarm_id, self._node)
+            receipt = self._book.check(signed)
             if receipt.trainer != caller:
                 raise RecordError("the receipt is from another trainer")
             return self._book.take(receipt, near)

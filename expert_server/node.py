@@ -59,10 +59,8 @@ from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, toleratin
 from peer.metrics import MetricsServer, total
 from peer.platform.processes import return_freed_memory
 from peer.rates import Bandwidth, download_limit
-from peer.rpc.parts import PartClient
 from peer.rpc.sessions import Sessions
 from peer.transport.dialling import resolved
-from peer.wire import session_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -105,7 +103,10 @@ class Node:
         self.metrics_address: str = ""
         self._settings = settings
         self._timing = timing
-        swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
+        self._host = ""
+        self._stopping = self._drained = False
+        self._metrics: MetricsServer | None = None
+        swarm_id, metrics = swarm.keys.swarm_id, swarm.metrics
         self.restarts: Restarts = swarm.host.restarts
         self.period: UpkeepPeriod = UpkeepPeriod(
             settings.announce_every_s, lambda: swarm.registry.spent_bytes
@@ -113,28 +114,13 @@ class Node:
         self.traffic: Bandwidth = Bandwidth(
             swarm.host.upload, download_limit(settings.download_mbit, metrics)
         )
-        store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
-        own_sessions = swarm.session_client(*sorted(RIGHTS[Role.NODE]))
-        self.replicas: LocalReplicas = LocalReplicas(
-            swarm,
-            runtime,
-            Checkpoints(store, runtime, metrics),
-            StateClient(
-                swarm_id,
-                manifest,
-                own_sessions,
-                self.traffic.down,
-                swarm.host.channels(CHANNELS),
-                metrics=metrics,
-                guard=swarm.guard,
-            ),
-            devices,
-            period=self.period,
-            claim_wait_s=timing.claim_wait_s,
-        )
+        self._lag = LoopLag(metrics)
+        self._rounds = RetryingRounds(settings.announce_every_s, metrics, self.restarts)
+
+        self.replicas: LocalReplicas = self._make_replicas(state, devices)
         self.hosting: HostingManager = HostingManager(settings, swarm, self.replicas, metrics=metrics)
         self._snapshots = SnapshotTaker(
-            runtime, swarm_id, self.replicas.history.of, snapshots_of(settings, manifest)
+            runtime, swarm_id, self.replicas.history.of, snapshots_of(settings, swarm.manifest)
         )
         self.averaging: ReplicaAveraging = ReplicaAveraging(
             settings,
@@ -149,43 +135,27 @@ class Node:
         self._standby = StandbyCopies(
             settings, swarm, self.replicas, lambda: self.hosting.seen, metrics=metrics
         )
+        self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, clock.now)
         memory_metrics = MemoryMetrics(metrics)
-        memory_sessions = swarm.session_client(session_pb2.RIGHT_MEMORY)
-        self._parts = PartClient(
-            swarm_id,
-            memory_sessions,
-            swarm.host.channels(CHANNELS),
-            self.traffic.down,
-            count=memory_metrics.bytes.labels("received").inc,
-        )
         self.memories: MemoryHosting = MemoryHosting(
             state / "memory",
             HostingRules.of(settings),
             swarm,
-            self._parts,
-            period=self.period,
-            metrics=metrics,
+            self.traffic.down,
+            self.period,
+            memory_metrics.bytes.labels("received").inc,
         )
-        self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, clock.now)
+
         self._access = AccessControl(swarm, state)
         self.sessions: Sessions = self._access.sessions
-        kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
-        limits = CallLimits(
-            max_call_s=timing.max_call_s,
-            max_kept_bytes=kept_bytes,
-            budget=BudgetLimits.of(settings),
-            max_memory_bytes=call_memory_of(settings),
-        )
         self._receipts = ReceiptBook(
             swarm_id,
             swarm.host.peer_id,
             lambda receipt: swarm.admission.signer_of(receipt.trainer, receipt.badge),
         )
         self._receipt_file = ReceiptFile(state / "receipts" / swarm_id, self._receipts)
-        note_served = self._receipts.note_served
-        self._servicer = ExpertServicer(
-            runtime, manifest, swarm_id, limits, self.sessions, self.traffic, metrics, note_served
-        )
+        kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
+        self._servicer = self._make_servicer(kept_bytes)
         self._memory_servicer = MemoryServicer(
             self.memories.hosted.served,
             swarm_id,
@@ -193,32 +163,62 @@ class Node:
             self.traffic.up,
             memory_metrics,
             threads_of(settings),
-            note_served=note_served,
+            note_served=self._receipts.note_served,
         )
-        self._credit_servicer = CreditServicer(
-            self._receipts,
-            swarm_id,
-            swarm.host.peer_id,
-            self.sessions,
-            self.traffic.up,
-            metrics,
-        )
+
+        rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
+        self.reachability: ReachabilityMonitor = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
         self.news: SwarmNews = SwarmNews(
             swarm.registry, lambda: self.hosting.seen, lambda: self._servicer.trainers(_LATELY_S)
         )
-        self._expert_bytes = expert_bytes(manifest)
-        self._most_bytes = settings.memory or most_bytes(
-            settings, manifest, self.hosting.capacity, kept_bytes
-        )
         self._account = ContributionAccount(state / "contribution.json")
         self._records = NodeRecordBuilder(settings, swarm.host.certificate, clock.now())
-        rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
-        self.reachability: ReachabilityMonitor = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
-        self._rounds = RetryingRounds(settings.announce_every_s, metrics, self.restarts)
-        self._lag = LoopLag(metrics)
-        self._stopping = self._drained = False
-        self._host = ""
-        self._metrics: MetricsServer | None = None
+        self._expert_bytes = expert_bytes(swarm.manifest)
+        self._most_bytes = settings.memory or most_bytes(
+            settings, swarm.manifest, self.hosting.capacity, kept_bytes
+        )
+
+    def _make_replicas(self, state: Path, devices: Sequence[ComputeDevice]) -> LocalReplicas:
+        swarm, settings = self.swarm, self._settings
+        swarm_id, manifest, metrics = swarm.keys.swarm_id, swarm.manifest, swarm.metrics
+        store = CheckpointStore(state / "checkpoints", swarm_id, manifest, settings.checkpoints_kept)
+        states = StateClient(
+            swarm_id,
+            manifest,
+            swarm.session_client(*sorted(RIGHTS[Role.NODE])),
+            self.traffic.down,
+            swarm.host.channels(CHANNELS),
+            metrics=metrics,
+            guard=swarm.guard,
+        )
+        return LocalReplicas(
+            swarm,
+            self.runtime,
+            Checkpoints(store, self.runtime, metrics),
+            states,
+            devices,
+            period=self.period,
+            claim_wait_s=self._timing.claim_wait_s,
+        )
+
+    def _make_servicer(self, kept_bytes: int) -> ExpertServicer:
+        """`kept_bytes`: memory for kept forward passes."""
+        limits = CallLimits(
+            max_call_s=self._timing.max_call_s,
+            max_kept_bytes=kept_bytes,
+            budget=BudgetLimits.of(self._settings),
+            max_memory_bytes=call_memory_of(self._settings),
+        )
+        return ExpertServicer(
+            self.runtime,
+            self.swarm.manifest,
+            self.swarm.keys.swarm_id,
+            limits,
+            self.sessions,
+            self.traffic,
+            self.swarm.metrics,
+            self._receipts.note_served,
+        )
 
     @classmethod
     async def start(
@@ -283,17 +283,18 @@ class Node:
         settings, server = self._settings, self.swarm.host.server
         assert server is not None, "a node's host has a server"
         self._host = host
+        swarm_id, up = self.swarm.keys.swarm_id, self.traffic.up
         states = StateServicer(
-            self._snapshots, self.swarm.manifest, self.swarm.keys.swarm_id, self.replicas.states.metrics,
-            self.averaging.accept_hint, self.traffic.up, self.sessions,
+            self._snapshots, self.swarm.manifest, swarm_id, self.replicas.states.metrics,
+            self.averaging.accept_hint, up, self.sessions,
         )  # fmt: skip
         add_services(
             server.services,
             self._servicer,
             states,
             self._memory_servicer,
-            self._credit_servicer,
-            ProbeServicer(self.swarm.keys.swarm_id, self.traffic, dialling=self.swarm.host.dialling),
+            CreditServicer(self._receipts, self.sessions, up, self.swarm.metrics),
+            ProbeServicer(swarm_id, self.traffic, dialling=self.swarm.host.dialling),
             HealthServicer(lambda: self.state is NodeState.SERVING),
         )
         await self.swarm.host.serve_tunnel(server.open_for)
@@ -471,7 +472,7 @@ class Node:
         if self.swarm.host.server is not None:
             await self.swarm.host.server.stop(_CALLS_GRACE_S)
         await self.replicas.states.close()
-        await self._parts.close()
+        await self.memories.close()
         await self._memory_servicer.close()
         await self.runtime.stop()
         self._lag.stop()

@@ -7,7 +7,7 @@ period, independently of downloads, so that revoked passages disappear soon.
 import asyncio
 import logging
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,9 @@ from peer.formatting import counted
 from peer.identity import PeerID
 from peer.loop import first_of, side_by_side
 from peer.metrics import start_at_zero
+from peer.rates import RateLimit
 from peer.rpc.parts import PartClient, has_sha256
+from peer.wire import session_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ _LOOK_EVERY_S = 1.0
 _WITHDRAW_S = 2.0
 """How long a leaving node tries to withdraw its announcements."""
 _REMEMBERED = 4096
+_CHANNELS = 64
 
 
 class HostingMetrics:
@@ -67,19 +70,20 @@ class HostingMetrics:
 
 
 class MemoryHosting:
-    """The memories of one node. Open it, then run its loops; release it before the node leaves."""
+    """The memories of one node. Open it, then run its loops; release it before the node leaves, and close it."""
 
     def __init__(
         self,
         folder: Path,
         rules: HostingRules,
         swarm: Swarm,
-        parts: PartClient,
-        *,
+        down: RateLimit,
         period: UpkeepPeriod,
-        metrics: CollectorRegistry | None = None,
+        count_received: Callable[[int], None],
     ) -> None:
-        """`folder`: contains a folder for each memory. `parts`: fetches from others. `period`: of announcements."""
+        """`folder`: contains a folder for each memory. `down`: limits the download of parts. `period`: of
+        announcements. `count_received`: called with the number of bytes of parts that others gave.
+        """
         self._rules = rules
         self._swarm = swarm
         self._memories = memories = MemoryRegistry(swarm.registry)
@@ -88,13 +92,15 @@ class MemoryHosting:
         self.hosted: HostedMemories = HostedMemories(
             folder, rules.disk_bytes, memories, period, self._placement.forget
         )
-        self._metrics = HostingMetrics(self.hosted, metrics)
-        self._fetcher = PartFetcher(swarm, parts, period)
+        self._metrics = HostingMetrics(self.hosted, swarm.metrics)
+        sessions, channels = swarm.session_client(session_pb2.RIGHT_MEMORY), swarm.host.channels(_CHANNELS)
+        self._parts = PartClient(swarm.keys.swarm_id, sessions, channels, down, count=count_received)
+        self._fetcher = PartFetcher(swarm, self._parts, period)
         self.publishers: PublisherFollower = PublisherFollower(
             self.hosted, rules, swarm, memories, self._fetcher, self._metrics.revisions.inc
         )
         self._survey = MemorySurvey(memories)
-        self._proofs = ReplicaProofs(swarm, parts, self.hosted.revoked)
+        self._proofs = ReplicaProofs(swarm, self._parts, self.hosted.revoked)
         self._completing = BoundedDict[MemoryID, asyncio.Lock](_REMEMBERED)
         self._complete = WeakSet[MemoryStore]()
         """Stores that have their encoder and codebook."""
@@ -188,6 +194,10 @@ class MemoryHosting:
     def hurry(self) -> None:
         """Ends the wait of `release`."""
         self._hurried.set()
+
+    async def close(self) -> None:
+        """Ends the calls to other hosts."""
+        await self._parts.close()
 
     # taking
 

@@ -65,7 +65,7 @@ async def credit_node(*, knows_receipts: bool = True) -> AsyncIterator[CreditNod
     )  # fmt: skip
     node = CreditNode(info, book, None, ChannelPool(16))
     if knows_receipts:
-        node.servicer = CreditServicer(book, SWARM, NODE.peer_id, sessions, RateLimit(None))
+        node.servicer = CreditServicer(book, sessions, RateLimit(None))
         credit_pb2_grpc.add_CreditServiceServicer_to_server(node.servicer, server)
     await server.start()
     async with contextlib.AsyncExitStack() as stack:
