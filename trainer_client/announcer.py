@@ -14,6 +14,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
 from peer.errors import UnreachableError
 from peer.metrics import MetricsServer, total
 from peer.transport.addresses import default_listen_address
+from peer.transport.endpoints import AddressScope
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import Averaging
 from trainer_client.dispatch.calls import DispatchMetrics
@@ -218,6 +219,6 @@ def _latency(quantiles: Latency | None) -> records_pb2.Latency | None:
 
 
 def reached_at(invite: Invite) -> str:
-    """The address that others in the swarm would use: loopback if the whole swarm is on it."""
-    local = all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in invite.bootstrap)
-    return "127.0.0.1" if local else default_listen_address()
+    """The address where a trainer listens and others in the swarm reach it: loopback if the whole swarm is on it."""
+    is_local = all(address.endpoint.scope is AddressScope.LOOPBACK for address in invite.bootstrap)
+    return "127.0.0.1" if is_local else default_listen_address()

@@ -31,10 +31,9 @@ from peer.files import StateFolder
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopLag, LoopThread, TaskSet
-from peer.rpc.channels import WAYS
+from peer.rpc.channels import WAYS, ChannelPool
+from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
-from peer.transport.addresses import default_listen_address
-from peer.transport.endpoints import AddressScope
 from trainer_client.announcer import TrainerAnnouncer, reached_at
 from trainer_client.averaging.averager import MAX_CALLS, Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
@@ -97,6 +96,15 @@ class _Joined:
     memories: Memories
     tasks: TaskSet
 
+    def recheck(self) -> None:
+        """Ends the sessions of other trainers that are no longer admitted."""
+        for averaging in self.averagings:
+            averaging.sessions.recheck()
+
+    async def close_averagings(self) -> None:
+        for averaging in self.averagings:
+            await averaging.close()
+
 
 class SwarmClient:
     """Joins a swarm as a trainer. A context manager: leaving it stops everything it started."""
@@ -123,6 +131,10 @@ class SwarmClient:
         self._invite = invite
         self._settings = settings
         self._stage = stage
+        self._through = through
+        self._reads_only = reads_only
+        self._make_loader = make_loader
+        self._timing = timing
         self._is_own_loop = is_own_loop
         self._waits = 0
         """Consecutive waits of `has_experts`."""
@@ -130,7 +142,7 @@ class SwarmClient:
         self._loop = LoopThread()
         self._exits = contextlib.AsyncExitStack()
         try:
-            self._joined = self._loop.run(self._join(through, reads_only, make_loader, timing))
+            self._joined = self._loop.run(self._join())
         except BaseException:
             self.close()
             raise
@@ -336,55 +348,28 @@ class SwarmClient:
         self._loop.close()
         self._folder.close()
 
-    async def _join(
-        self,
-        through: Callable[[ExpertCaller], ExpertCaller],
-        reads_only: bool,
-        make_loader: Callable[[Manifest, str], ExpertLoader | None],
-        timing: TrainerTiming,
-    ) -> _Joined:
+    async def _join(self) -> _Joined:
         """Builds all parts. `self._exits` stops those that were started, the last one first."""
-        settings, exits = self._settings, self._exits
-        identity = Identity.load_or_create(self._folder.path / "identity.key")
-        swarm = await join_swarm(
-            identity,
-            self._invite,
-            NetworkConfig(_listen_address(self._invite), serves_dht=False, p2pd=settings.p2pd == "auto"),
-            state=self._folder.path,
-            roles=(Role.TRAINER, Role.READER) if reads_only else (Role.TRAINER,),
-            denylist=Denylist(settings.denylist or self._folder.path / DENYLIST, settings.deny),
-            stage=self._stage,
-        )
-        exits.push_async_callback(swarm.stop)
-        self._settings = settings = settings.in_swarm(swarm.manifest)
-        lag = LoopLag(swarm.metrics)
-        lag.start()
-        exits.callback(lag.stop)
+        exits, timing = self._exits, self._timing
+        role = Role.READER if self._reads_only else Role.TRAINER
+        swarm = await self._join_swarm(role)
+        self._settings = settings = self._settings.in_swarm(swarm.manifest)
         self._stage("reading who hosts what")
         routing = Routing.of(settings, swarm.manifest, _seed_of(swarm))
         directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=timing.refresh_every_s)
         await directory.refresh()
 
-        channels = swarm.host.channels(_MAX_CHANNELS)
+        channels = _channels_to_nodes(swarm)
         exits.push_async_callback(channels.close)
-        called = Gauge(
-            "talkoot_trainer_nodes",
-            "Nodes that this trainer called lately, by the way that it took last.",
-            ["way"],
-            registry=swarm.metrics,
-        )
-        for way in WAYS:
-            called.labels(way).set_function(partial(channels.called_by, way))
-        sessions = swarm.session_client(*sorted(RIGHTS[Role.READER if reads_only else Role.TRAINER]))
+        sessions = swarm.session_client(*sorted(RIGHTS[role]))
         exits.push_async_callback(sessions.close)
-        codec = codec_of(swarm.manifest.wire.codec)
-        metrics = DispatchMetrics(swarm.metrics)
-        credit = CreditAccounts(self._folder.path / "credit" / f"{swarm.keys.swarm_id}.json")
+        swarm_id = swarm.keys.swarm_id
+        credit = CreditAccounts(self._folder.path / "credit" / f"{swarm_id}.json")
         await credit.open()
         receipts = ReceiptSender(
             credit,
-            identity,
-            swarm.keys.swarm_id,
+            swarm.host.identity,
+            swarm_id,
             swarm.admission,
             channels,
             sessions,
@@ -392,46 +377,72 @@ class SwarmClient:
             metrics=swarm.metrics,
         )
         exits.push_async_callback(receipts.close)
-        caller = GrpcCaller(channels, swarm.keys.swarm_id, swarm.manifest.width, codec, sessions, metrics)
-        checking, loader = None, make_loader(swarm.manifest, swarm.keys.swarm_id)
+        dispatcher = self._make_dispatcher(swarm, directory, channels, sessions, credit)
+        memories = Memories(swarm, channels, self._folder.path / "memories", credit)
+        exits.push_async_callback(memories.close)
+        announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher, is_own_loop=self._is_own_loop)
+        exits.push_async_callback(announcer.close)
+        exits.push_async_callback(dispatcher.close)
+        tasks, averaging_metrics = TaskSet(swarm.host.restarts), AveragingMetrics(swarm.metrics)
+        joined = _Joined(
+            swarm, directory, dispatcher, routing, announcer, averaging_metrics, [], memories, tasks
+        )
+        exits.push_async_callback(joined.close_averagings)
+        exits.push_async_callback(tasks.aclose)
+
+        warmer = SessionWarmer(sessions, channels, lambda: directory.view.nodes.values())
+        tasks.supervise("keep the view of the swarm fresh", directory.keep_fresh)
+        tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
+        tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, joined.recheck))
+        if not self._reads_only:
+            tasks.supervise("announce this trainer", announcer.run)
+        tasks.supervise("open sessions with nodes", warmer.run)
+        tasks.supervise("sign for nodes", receipts.run)
+        return joined
+
+    async def _join_swarm(self, role: Role) -> Swarm:
+        """A trainer's invite also admits a reader."""
+        settings = self._settings
+        swarm = await join_swarm(
+            Identity.load_or_create(self._folder.path / "identity.key"),
+            self._invite,
+            NetworkConfig(reached_at(self._invite), serves_dht=False, p2pd=settings.p2pd == "auto"),
+            state=self._folder.path,
+            roles=tuple(dict.fromkeys((Role.TRAINER, role))),
+            denylist=Denylist(settings.denylist or self._folder.path / DENYLIST, settings.deny),
+            stage=self._stage,
+        )
+        self._exits.push_async_callback(swarm.stop)
+        lag = LoopLag(swarm.metrics)
+        lag.start()
+        self._exits.callback(lag.stop)
+        return swarm
+
+    def _make_dispatcher(
+        self,
+        swarm: Swarm,
+        directory: Directory,
+        channels: ChannelPool,
+        sessions: SessionClient,
+        credit: CreditAccounts,
+    ) -> Dispatcher:
+        settings, manifest, swarm_id = self._settings, swarm.manifest, swarm.keys.swarm_id
+        metrics, codec = DispatchMetrics(swarm.metrics), codec_of(manifest.wire.codec)
+        caller = GrpcCaller(channels, swarm_id, manifest.width, codec, sessions, metrics)
+        checking, loader = None, self._make_loader(manifest, swarm_id)
         if loader is not None and settings.check_share:
-            source = BlockClient(channels, sessions, swarm.keys.swarm_id, loader.max_bytes)
+            source = BlockClient(channels, sessions, swarm_id, loader.max_bytes)
             checking = Checking(settings.check_share, source, loader, swarm.guard)
-        dispatcher = Dispatcher(
+        least_s = self._timing.least_deadline_s
+        return Dispatcher(
             directory,
-            through(caller),
-            WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min, timing.least_deadline_s),
+            self._through(caller),
+            WaitPolicy(settings.call_deadline_s, settings.grace_s, settings.k_min, least_s),
             checking=checking,
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
             metrics=metrics,
             credit=credit,
-        )
-        memories = Memories(swarm, channels, self._folder.path / "memories", credit)
-        exits.push_async_callback(memories.close)
-        tasks = TaskSet(swarm.host.restarts)
-        announcer = TrainerAnnouncer(swarm, self._invite, settings, dispatcher, is_own_loop=self._is_own_loop)
-        exits.push_async_callback(announcer.close)
-        exits.push_async_callback(dispatcher.close)
-        averagings: list[Averaging] = []
-        exits.push_async_callback(_close_all, averagings)
-        exits.push_async_callback(tasks.aclose)
-
-        def recheck() -> None:
-            for averaging in averagings:
-                averaging.sessions.recheck()
-
-        warmer = SessionWarmer(sessions, channels, lambda: directory.view.nodes.values())
-        tasks.supervise("keep the view of the swarm fresh", directory.keep_fresh)
-        tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
-        tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, recheck))
-        if not reads_only:
-            tasks.supervise("announce this trainer", announcer.run)
-        tasks.supervise("open sessions with nodes", warmer.run)
-        tasks.supervise("sign for nodes", receipts.run)
-        averaging_metrics = AveragingMetrics(swarm.metrics)
-        return _Joined(
-            swarm, directory, dispatcher, routing, announcer, averaging_metrics, averagings, memories, tasks
         )
 
     async def _average(self, exchange: DenseExchange) -> Averaging:
@@ -467,19 +478,21 @@ class SwarmClient:
             await self._joined.directory.refresh()
 
 
-async def _close_all(averagings: list[Averaging]) -> None:
-    for averaging in averagings:
-        await averaging.close()
+def _channels_to_nodes(swarm: Swarm) -> ChannelPool:
+    channels = swarm.host.channels(_MAX_CHANNELS)
+    called = Gauge(
+        "talkoot_trainer_nodes",
+        "Nodes that this trainer called lately, by the way that it took last.",
+        ["way"],
+        registry=swarm.metrics,
+    )
+    for way in WAYS:
+        called.labels(way).set_function(partial(channels.called_by, way))
+    return channels
 
 
 def _seed_of(swarm: Swarm) -> int:
     return int.from_bytes(swarm.host.peer_id.to_bytes()[-8:], "big") >> 1
-
-
-def _listen_address(invite: Invite) -> str:
-    """A trainer listens for nodes behind routers, which connect to it directly if possible."""
-    on_loopback = all(address.endpoint.scope is AddressScope.LOOPBACK for address in invite.bootstrap)
-    return "127.0.0.1" if on_loopback else default_listen_address()
 
 
 def _float(value: float) -> float:
