@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -299,6 +299,7 @@ class ReplicationWatch:
         self._terminal = terminal
         self._publication = publication
         self._latest: Replication | None = None
+        self._changed_at = time.monotonic()
         self._sent = (time.monotonic(), publication.uploaded_bytes)
 
     @property
@@ -313,29 +314,10 @@ class ReplicationWatch:
 
     async def until_replicated(self) -> None:
         """Returns once each shard has two replicas on other peers."""
-        changed_at = shown_at = time.monotonic()
-        shown = ""
         with self._shown() as show:
-            while True:
-                began = time.monotonic()
-                with contextlib.suppress(UnreachableError):
-                    await self._publication.check_listed()
-                    found = await self._publication.replication()
-                    if self._latest is None or found.by_root != self._latest.by_root:
-                        changed_at = time.monotonic()
-                    self._latest = found
-                    if not found.below(WANTED_REPLICAS):
-                        break
-                if self._latest is not None:
-                    text = (
-                        f"{self._latest.in_words}{self._rate()}{self._advice(time.monotonic() - changed_at)}"
-                    )
-                    is_due = self._terminal.live or time.monotonic() - shown_at >= _SHOW_EVERY_S or not shown
-                    if text != shown and is_due:
-                        show(text)
-                        shown, shown_at = text, time.monotonic()
-                await asyncio.sleep(pause_after(time.monotonic() - began))
+            await look_until_done(self._publication, self._look, self._text, self._terminal.live, show)
         entry, latest = self._publication.entry, self._latest
+        assert latest is not None, "the last look was complete"
         if self._terminal.json:
             self._terminal.event("published", {**entry_values(entry), "replicas": latest.fewest})
         else:
@@ -343,6 +325,13 @@ class ReplicationWatch:
                 f"done: each shard of {entry.memory} has {latest.fewest} replicas or more, on "
                 f"{counted(len(latest.hosts), 'node')}. They keep it without you"
             )
+
+    async def _look(self) -> bool:
+        found = await self._publication.replication()
+        if self._latest is None or found.by_root != self._latest.by_root:
+            self._changed_at = time.monotonic()
+        self._latest = found
+        return not found.below(WANTED_REPLICAS)
 
     @contextmanager
     def _shown(self) -> Iterator[Callable[[str], None]]:
@@ -372,16 +361,39 @@ class ReplicationWatch:
         self._sent = now, sent
         return f"; {bytes_in_words((sent - before) / max(now - then, 1e-3))}/s up" if now > then else ""
 
-    def _advice(self, waited_s: float) -> str:
-        """What may be wrong; empty while others take shards."""
-        if waited_s < _PATIENCE_S or self._latest is None:
+    def _text(self) -> str:
+        """What others have, and what may be wrong unless they take shards; empty if nothing is known."""
+        if self._latest is None:
             return ""
-        return ". " + advice(len(self._latest.hosts), self._publication.advice)
+        text = self._latest.in_words + self._rate()
+        if time.monotonic() - self._changed_at < _PATIENCE_S:
+            return text
+        return f"{text}. {advice(len(self._latest.hosts), self._publication.advice)}"
 
 
-def pause_after(look_s: float) -> float:
-    """The pause before the next look at hosts' announcements, given how long the last one took."""
-    return max(_LOOK_EVERY_S, look_s / _LOOKING)
+async def look_until_done(
+    publication: Publication,
+    look: Callable[[], Awaitable[bool]],
+    in_words: Callable[[], str],
+    is_live: bool,
+    show: Callable[[str], None],
+) -> None:
+    """Looks what the memory's hosts have until `look` returns True. Shows what was found, `in_words`, but not often
+    unless on a live terminal. Raises LibraryError if the memory, or this revision of it, is no longer listed.
+    """
+    shown, shown_at = "", 0.0
+    while True:
+        began = time.monotonic()
+        with contextlib.suppress(UnreachableError):
+            await publication.check_listed()
+            if await look():
+                return
+        text = in_words()
+        if text != shown and (is_live or not shown or time.monotonic() - shown_at >= _SHOW_EVERY_S):
+            show(text)
+            shown, shown_at = text, time.monotonic()
+        look_s = time.monotonic() - began
+        await asyncio.sleep(max(_LOOK_EVERY_S, look_s / _LOOKING))
 
 
 def advice(hosts: int, reachability: str) -> str:

@@ -18,11 +18,10 @@ from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
 from peer.errors import LibraryError, RecordError, SettingsError
 from peer.files import StateFolder
-from peer.host import NetworkConfig
 from peer.identity import Identity
 from talkoot.node.control import node_folder
 from talkoot.node.invites import FILE, FoundedSwarm
-from talkoot.node.launch import announced_address
+from talkoot.node.launch import network_config
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -44,20 +43,10 @@ class Publisher:
     @asynccontextmanager
     async def joined(self, settings: NodeSettings, host: str, stage: Stage) -> AsyncIterator[Swarm]:
         """Runs the peer, listening on `host`, while inside. Raises UserError, also if the publisher may not publish."""
-        config = NetworkConfig(
-            host,
-            settings.port,
-            announced_address(settings, host),
-            most_calls=settings.max_calls,
-            p2pd=settings.p2pd == "auto",
-            p2pd_port=settings.p2pd_port,
-            maps_port=settings.asks_router and not host.startswith("127."),
-            upload_mbit=settings.upload_mbit,
-        )
         swarm = await join_swarm(
             self.identity,
             self.invite,
-            config,
+            network_config(settings, host),
             state=self.state,
             roles=(Role.LIBRARIAN,),
             stage=stage,

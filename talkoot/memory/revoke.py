@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -18,14 +17,14 @@ from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MemoryStore
 from expert_server.settings import NodeSettings
 from peer import clock
-from peer.errors import LibraryError, SettingsError, StateError, TransferError, UnreachableError, WireError
+from peer.errors import LibraryError, SettingsError, StateError, TransferError, WireError
 from peer.formatting import counted, printable
 from peer.identity import PeerID
 from peer.loop import new_loop, side_by_side
 from peer.merkle import HASH_BYTES
 from peer.rpc.parts import has_sha256
 from talkoot.memory.inspection import open_memory
-from talkoot.memory.publish import Publication, pause_after
+from talkoot.memory.publish import Publication, look_until_done
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.node.launch import listen_address
 from talkoot.signals import run_until_stopped
@@ -36,7 +35,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 _FEWEST_DIGITS = 16
 _SHOWN = 20
 _SHOWN_CHARACTERS = 100
-_SHOW_EVERY_S = 10.0
 _ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
 """The deadline for a host to send the manifest, and how many hosts are asked at the same time."""
 
@@ -219,21 +217,10 @@ class _FollowerWatch:
         )
 
     async def until_all_follow(self) -> None:
-        shown, shown_at = "", time.monotonic()
         with self._terminal.stages("waiting for its hosts") as show:
-            while True:
-                began = time.monotonic()
-                with contextlib.suppress(UnreachableError):
-                    await self._publication.check_listed()
-                    await self._look()
-                    if self._hosts <= self._following:
-                        break
-                if self.in_words != shown and (
-                    self._terminal.live or not shown or time.monotonic() - shown_at >= _SHOW_EVERY_S
-                ):
-                    show(self.in_words)
-                    shown, shown_at = self.in_words, time.monotonic()
-                await asyncio.sleep(pause_after(time.monotonic() - began))
+            await look_until_done(
+                self._publication, self._look, lambda: self.in_words, self._terminal.live, show
+            )
         entry = self._publication.entry
         if self._terminal.json:
             values = {"memory": str(entry.memory), "revision": entry.revision, "hosts": len(self._hosts)}
@@ -245,11 +232,14 @@ class _FollowerWatch:
                 "done: nobody hosts the memory now. Those who had it delete them when they return"
             )
 
-    async def _look(self) -> None:
-        """A host that serves the new manifest has deleted the passages revoked in it. Raises UnreachableError."""
+    async def _look(self) -> bool:
+        """Whether all hosts serve the new manifest, because those that do have deleted the passages revoked in it.
+        Raises UnreachableError.
+        """
         self._hosts = (await self._publication.announced()).hosts
         contacts = await self._swarm.registry.nodes(self._hosts - self._following)
         await side_by_side((self._ask(contact) for contact in contacts.values()), _ASKED_AT_ONCE)
+        return self._hosts <= self._following
 
     async def _ask(self, host: NodeInfo) -> None:
         memory, manifest = str(self._publication.entry.memory), self._publication.entry.manifest

@@ -193,17 +193,10 @@ class _NodeRun:
 
     async def _found_or_join(self, identity: Identity, stage: Stage) -> Swarm:
         settings, host, state = self._settings, self._host, self._state
-        announce = announced_address(settings, host)
-        config = NetworkConfig(
-            host,
-            settings.port or last_port(state, host),
-            announce,
-            most_calls=settings.max_calls,
+        config = replace(
+            network_config(settings, host),
+            port=settings.port or last_port(state, host),
             relay_mbit=settings.relay_mbit,
-            p2pd=settings.p2pd == "auto",
-            p2pd_port=settings.p2pd_port,
-            maps_port=settings.asks_router and not host.startswith("127."),
-            upload_mbit=settings.upload_mbit,
             store=StoreBounds(settings.max_dht_bytes),
         )
         denylist = Denylist(settings.denylist or state / DENYLIST, settings.deny)
@@ -318,11 +311,21 @@ def _first(error: BaseException) -> BaseException:
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
-def announced_address(settings: NodeSettings, host: str) -> Endpoint | None:
-    """Where others reach this node; None: where it listens."""
-    if not (settings.announce_host or settings.announce_port):
-        return None
-    return Endpoint.of(settings.announce_host or host, settings.announce_port or settings.port)
+def network_config(settings: NodeSettings, host: str) -> NetworkConfig:
+    """Where a peer with these settings listens, and how others reach it. It does not relay."""
+    announce = None
+    if settings.announce_host or settings.announce_port:
+        announce = Endpoint.of(settings.announce_host or host, settings.announce_port or settings.port)
+    return NetworkConfig(
+        host,
+        settings.port,
+        announce,
+        most_calls=settings.max_calls,
+        p2pd=settings.p2pd == "auto",
+        p2pd_port=settings.p2pd_port,
+        maps_port=settings.asks_router and not host.startswith("127."),
+        upload_mbit=settings.upload_mbit,
+    )
 
 
 def listen_address(settings: NodeSettings) -> str:
