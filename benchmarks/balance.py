@@ -24,6 +24,7 @@ from dht.directory import LiveExperts
 from dht.manifest import Manifest
 from peer.codec import Integers
 from talkoot.train.local import LocalExperts, run_at_once
+from trainer_client.averaging.dense_part import PeerDensePart
 from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts
@@ -127,7 +128,8 @@ def train(plan: Plan, texts: dict[str, bytes], trainers: int) -> dict[str, Any]:
             for number, run in enumerate(runs):
                 other = parts[(number + 1) % trainers]
                 moves = run.part.moves_to(parts[number])
-                run.part.merge("", parts[number], other.tensors, other.age, 0.5, 0.0, moves)
+                theirs = PeerDensePart(other.tensors, other.age, 0.0, moves)
+                run.part.merge("", parts[number], theirs, 0.5)
 
     together = threading.Barrier(trainers, between_steps, timeout=_LONGEST_STEP_S)
 

@@ -73,7 +73,7 @@ from peer.wire import (
 )
 from talkoot.dashboard import api
 from talkoot.node import control
-from trainer_client.averaging.dense_part import DenseForm, SharedParameters, require_near
+from trainer_client.averaging.dense_part import DenseForm, PeerDensePart, SharedParameters, require_near
 from trainer_client.balancing import LoadBias
 from trainer_client.dispatch.grpc_caller import ReplyAssembler
 from trainer_client.memory.checks import Ask, Findings, parse_passages
@@ -371,7 +371,7 @@ def deliver_dense(data: bytes) -> None:
     form, part, _ = dense()
     own, theirs = part.read(), form.from_bytes(data, 3)
     require_near(form.trained(own.tensors), form.trained(theirs))
-    part.merge("liar", own, theirs, 3, 0.5, 0.0, part.moves_to(own))
+    part.merge("liar", own, PeerDensePart(theirs, 3, 0.0, part.moves_to(own)), 0.5)
     with part.stepping():
         pass
     assert all(torch.equal(tensor, own.tensors[name]) for name, tensor in part.read().tensors.items())

@@ -22,7 +22,7 @@ from dht.directory import prefix_tables
 from dht.manifest import Manifest
 from peer.codec import Floats
 from peer.errors import SettingsError, StateError
-from trainer_client.averaging.dense_part import DenseForm, SharedParameters
+from trainer_client.averaging.dense_part import DenseForm, PeerDensePart, SharedParameters
 from trainer_client.balancing import Load, LoadBias, LoadSum
 from trainer_client.model import LanguageModel
 from trainer_client.moe import RemoteMixtureOfExperts, rebalance
@@ -352,7 +352,8 @@ def test_biases_are_averaged_with_the_dense_part() -> None:
                 model.get_buffer(name)[0] = 2.0
                 there.get_buffer(name).copy_(model.get_buffer(name) - 0.5)
         before, part = biases_of(model), one.part.read()
-        one.part.merge("other", part, other.part.read().tensors, 1, 0.5, 0.0, one.part.moves_to(part))
+        theirs = PeerDensePart(other.part.read().tensors, 1, 0.0, one.part.moves_to(part))
+        one.part.merge("other", part, theirs, 0.5)
         with one.part.stepping():
             pass
         assert all(torch.equal(tensor, before[name] - 0.25) for name, tensor in biases_of(model).items())
@@ -367,7 +368,7 @@ def test_another_trainers_biases_move_ones_own_no_further_than_own_steps_do(thei
         balance.bias.copy_(torch.linspace(-0.25, 0.5, 16))
     own = part.read()
     lie = {name: torch.tensor(theirs) for name in own.tensors}
-    part.merge("liar", own, lie, 1, 0.5, 0.0, part.moves_to(own))
+    part.merge("liar", own, PeerDensePart(lie, 1, 0.0, part.moves_to(own)), 0.5)
     with part.stepping():
         pass
     moved = part.read().tensors["bias"] - own.tensors["bias"]

@@ -39,12 +39,17 @@ from peer.transport.dialling import resolved
 from peer.transport.endpoints import Endpoint
 from peer.transport.pipes import Pipe
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2
-from trainer_client.averaging.dense_part import DenseForm, DenseMerge, DensePart, SharedParameters
+from trainer_client.averaging.dense_part import (
+    DenseForm,
+    DenseMerge,
+    DensePart,
+    PeerDensePart,
+    SharedParameters,
+)
 from trainer_client.averaging.exchange import (
     AveragingMetrics,
     DenseExchange,
     DenseServicer,
-    PeerDensePart,
     Snapshot,
 )
 

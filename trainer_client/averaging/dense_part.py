@@ -164,6 +164,18 @@ class DensePart:
     """Steps that have gone into it, including those of other trainers that it was averaged with."""
 
 
+@dataclass(frozen=True, eq=False)
+class PeerDensePart:
+    """Another trainer's dense part, checked."""
+
+    tensors: Tensors
+    age: int
+    difference: float
+    """The norm of the difference to this trainer's own, relative to the norm of the latter."""
+    moves: Distances
+    """How far this trainer's own steps had moved its dense part by the same moment, since its last averaging."""
+
+
 @dataclass(frozen=True)
 class DenseMerge:
     """One averaging, from this trainer's side."""
@@ -184,11 +196,8 @@ class DenseMerge:
 class _Waiting:
     peer: str
     base: DensePart
-    theirs: Tensors
-    their_age: int
+    theirs: PeerDensePart
     share: float
-    difference: float
-    moves: Distances
     done: "Future[DenseMerge]" = field(default_factory=Future)
 
 
@@ -265,23 +274,14 @@ class SharedParameters:
                 "it is further from this trainer's dense part than this trainer's own steps explain"
             )
 
-    def merge(
-        self,
-        peer: str,
-        base: DensePart,
-        theirs: Tensors,
-        their_age: int,
-        share: float,
-        difference: float,
-        moves: Distances,
-    ) -> "Future[DenseMerge]":
+    def merge(self, peer: str, base: DensePart, theirs: PeerDensePart, share: float) -> "Future[DenseMerge]":
         """Moves the parameters, at the end of the next step, by up to `share` of the way from `base` to `theirs`.
 
         `base` was read from this object, and `theirs` is what the other trainer had at that time. Each tensor moves no
-        further than this trainer's own steps move it between averagings (`peer.clipping`). `moves`: the moves up to
-        `base`. The age grows by the accepted share of the difference. May be called on any thread.
+        further than this trainer's own steps move it between averagings (`peer.clipping`). The age grows by the
+        accepted share of the difference. May be called on any thread.
         """
-        waiting = _Waiting(peer, base, theirs, their_age, share, difference, moves)
+        waiting = _Waiting(peer, base, theirs, share)
         self._waiting.append(waiting)
         return waiting.done
 
@@ -305,16 +305,16 @@ class SharedParameters:
     def _merge(self, waiting: _Waiting) -> None:
         if not waiting.done.set_running_or_notify_cancel():
             return
-        base, share = waiting.base, waiting.share
+        base, theirs, share = waiting.base, waiting.theirs, waiting.share
         current = {name: tensor.cpu() for name, tensor in self._tensors.items()}
-        radii = self._own_moves.radii(waiting.moves)
-        clipped = clip(current, base.tensors, waiting.theirs, radii, share)
-        self._own_moves.note(waiting.moves)
+        radii = self._own_moves.radii(theirs.moves)
+        clipped = clip(current, base.tensors, theirs.tensors, radii, share)
+        self._own_moves.note(theirs.moves)
         self._own_moves.start(at_base(clipped.tensors, current, base.tensors))
         for name, tensor in self._tensors.items():
             tensor.copy_(clipped.tensors[name])
-        believed = believed_updates(base.age, waiting.their_age, share, clipped.belief)
+        believed = believed_updates(base.age, theirs.age, share, clipped.belief)
         self._age = min(believed + self._age - base.age, MAX_AGE)
-        merge = DenseMerge(waiting.peer, share, self._age, waiting.difference, clipped.belief)
+        merge = DenseMerge(waiting.peer, share, self._age, theirs.difference, clipped.belief)
         self._merges.append(merge)
         waiting.done.set_result(merge)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 from grpc import StatusCode
@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from peer.averaging import AveragingHistory, Meeting, last_meeting, partner_weight
 from peer.bounded import BoundedDict
-from peer.clipping import Distances, Tensors, believed_updates
+from peer.clipping import believed_updates
 from peer.errors import ExpertError, OutOfReachError, StateError, WireError
 from peer.identity import PeerID
 from peer.loop import TaskSet
@@ -33,6 +33,7 @@ from trainer_client.averaging.dense_part import (
     DenseForm,
     DenseMerge,
     DensePart,
+    PeerDensePart,
     SharedParameters,
     require_near,
 )
@@ -100,17 +101,6 @@ class Snapshot:
             sha256=self.sha256,
             met_update_count=self.met[peer_id].mine if peer_id is not None and peer_id in self.met else 0,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class PeerDensePart:
-    """Another trainer's dense part, checked."""
-
-    tensors: Tensors
-    age: int
-    difference: float
-    moves: Distances
-    """How far this trainer's own steps had moved its dense part by the same moment, since its last averaging."""
 
 
 class DenseExchange:
@@ -222,20 +212,12 @@ class DenseExchange:
     ) -> DenseMerge:
         """Merges at the end of the next step, and waits for that."""
         met = last_meeting(base.met.get(peer_id), met_update_count)
-        their_age = self._history.capped_claim(self.form.fingerprint, base.part.age, theirs.age)
-        share = partner_weight(base.part.age, their_age, met)
-        done = self.part.merge(
-            peer_id.to_base58(),
-            base.part,
-            theirs.tensors,
-            their_age,
-            share,
-            theirs.difference,
-            theirs.moves,
-        )
+        age = self._history.capped_claim(self.form.fingerprint, base.part.age, theirs.age)
+        share = partner_weight(base.part.age, age, met)
+        done = self.part.merge(peer_id.to_base58(), base.part, replace(theirs, age=age), share)
         merge = await asyncio.wrap_future(done)
-        after = believed_updates(base.part.age, their_age, share, merge.belief)
-        self._history.record(self.form.fingerprint, peer_id, after, their_age)
+        after = believed_updates(base.part.age, age, share, merge.belief)
+        self._history.record(self.form.fingerprint, peer_id, after, age)
         self.breakers.succeeded(peer_id)
         self.refused.succeeded(peer_id)
         self.metrics.ends.labels("averaged").inc()

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from peer.errors import ExpertError, StateError, TransferError
 from peer.metrics import total
 from trainer_client.averaging.averager import Averaging
-from trainer_client.averaging.dense_part import DenseMerge
-from trainer_client.averaging.exchange import PeerDensePart
+from trainer_client.averaging.dense_part import DenseMerge, PeerDensePart
 
 __all__ = ["identities", "play"]
 

@@ -17,6 +17,7 @@ from trainer_client.averaging.dense_part import (
     DenseForm,
     DenseMerge,
     DensePart,
+    PeerDensePart,
     SharedParameters,
     require_near,
 )
@@ -60,7 +61,8 @@ def meet(one: SharedParameters, other: SharedParameters) -> None:
 
 def merge(part: SharedParameters, mine: DensePart, theirs: DensePart) -> "Future[DenseMerge]":
     share = partner_weight(mine.age, theirs.age, NEVER)
-    return part.merge("other", mine, theirs.tensors, theirs.age, share, 0.0, part.moves_to(mine))
+    given = PeerDensePart(theirs.tensors, theirs.age, 0.0, part.moves_to(mine))
+    return part.merge("other", mine, given, share)
 
 
 def part_of(seed: int, age: int) -> SharedParameters:

@@ -24,7 +24,7 @@ from peer.rpc.sessions import Metadata, SessionServicer
 from peer.transport.endpoints import Endpoint
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
 from trainer_client.averaging.averager import choose_partner
-from trainer_client.averaging.exchange import PeerDensePart
+from trainer_client.averaging.dense_part import PeerDensePart
 
 __all__ = ["identities", "play"]
 
