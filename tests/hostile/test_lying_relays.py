@@ -373,6 +373,28 @@ def test_one_caller_has_few_circuits_and_dials_seldom(
     play(loop, scenario)
 
 
+def test_dials_that_flood_one_peer_leave_another_its_callers(
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.relays.service._TURNS_PER_S", 0.01)
+    monkeypatch.setattr("peer.relays.service._TURNS_AT_ONCE", 1)
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        flooded, other, caller = (Rude(relay, keys[number]) for number in (HIDDEN, OTHER, CALLER))
+        async with closing(relay, flooded, other, caller):
+            await (await flooded.reserve()).read()
+            reservation = await other.reserve()
+            await reservation.read()
+            for _ in range(8):
+                await caller.dial(keys[HIDDEN])
+            await until(lambda: total(relay.relaying.refused, reason="hasty"))
+            await caller.dial(keys[OTHER])
+            assert (await offered(reservation)).caller == keys[CALLER].peer_id.to_bytes()
+
+    play(loop, scenario)
+
+
 def test_a_peer_that_says_too_often_that_it_is_there_loses_its_reservation(
     loop: LoopThread, keys: list[Identity]
 ) -> None:
