@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from expert_fakes import make_manifest
 from model_folders import RandomModel
+from preloaded import run_preloaded
 
 from benchmarks.village import RunningNode, running_village
 from dht.manifest import Manifest
@@ -102,13 +102,8 @@ def node() -> Iterator[RunningNode]:
 
 
 def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # the node needs the other cores
-    )
+    words = ("-W", "ignore", *map(str, arguments))
+    return run_preloaded(*words, env=os.environ | {"HF_HUB_OFFLINE": "1"}, limit_s=240)
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def _running(
     environment = {f"TALKOOT_{prefix}_{key.upper()}": str(value) for key, value in settings.items()}
     with log.open("wb") as output:
         process = Preloaded(
-            *("talkoot.cli", *arguments, "--state", str(state)),
+            *("-m", "talkoot.cli", *arguments, "--state", str(state)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

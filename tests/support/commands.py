@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-from preloaded import Preloaded
+from preloaded import run_preloaded
 from typer.testing import CliRunner
 
 from talkoot.cli import app
@@ -29,15 +29,7 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process that has imported torch."""
-    pipe = subprocess.PIPE
-    with Preloaded(
-        "talkoot.cli", *arguments, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=DEADLINE_S)
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    return run_preloaded("-m", "talkoot.cli", *arguments, env=os.environ | environment)
 
 
 def run_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

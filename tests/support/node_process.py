@@ -3,12 +3,11 @@
 import contextlib
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+from preloaded import Preloaded
 from real_swarm import LOCAL
 from victim import NodeVictim
 
@@ -57,8 +56,8 @@ def started(
     environment = {f"TALKOOT_NODE_{name.upper()}": str(value) for name, value in settings.items()}
     main = _MAIN.format(timing=timing or NodeTiming(), full=str(folder / "full"))
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", main, "node", *map(str, arguments)],
+        process = Preloaded(
+            *("-c", main, "node", *map(str, arguments)),
             stdout=output,
             stderr=output,
             env=os.environ | environment,

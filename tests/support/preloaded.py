@@ -2,8 +2,8 @@
 
 A fresh interpreter takes two seconds of processor time to import torch, and the tests start hundreds of programs. So
 each process of tests has a server that imports torch and other packages, but nothing of Talkoot, and forks for each
-program. The new process takes its arguments, environment, folder and streams from the request, and runs a module as
-`python -m` does. It is a child of the process of tests, and ends with it.
+program. The new process takes its arguments, environment, folder and streams from the request, and runs what a fresh
+interpreter would run. It is a child of the process of tests, and ends with it.
 
 Tests of what a program imports, and of how it looks to the system, start a fresh interpreter.
 """
@@ -20,8 +20,11 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 _PACKAGES = (
@@ -47,15 +50,15 @@ _ONE_FORK = threading.Lock()
 
 
 class Preloaded(subprocess.Popen[Any]):
-    """Runs `python -m MODULE ARGUMENTS`. The other arguments are those of `Popen`.
+    """Runs `python WORDS`, where the words begin with `-m MODULE`, `-c CODE` or a file, after `-W ignore` or nothing.
+    The other arguments are those of `Popen`.
 
     With variables in `env` that Python or the loader reads when a program starts, it starts a fresh interpreter.
     """
 
     def __init__(
         self,
-        module: str,
-        *arguments: str,
+        *words: str,
         stdin: int | IO[Any] | None = None,
         stdout: int | IO[Any] | None = None,
         stderr: int | IO[Any] | None = None,
@@ -65,13 +68,13 @@ class Preloaded(subprocess.Popen[Any]):
     ) -> None:
         self._request: Mapping[str, Any] = {
             "parent": os.getpid(),
-            "words": [module, *arguments],
+            "words": words,
             "environment": dict(os.environ if env is None else env),
             "folder": os.getcwd(),
             "in_new_session": start_new_session,
         }
         super().__init__(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, *words],
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -93,6 +96,19 @@ class Preloaded(subprocess.Popen[Any]):
             self._child_created = True
         finally:
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]  # the child's ends
+
+
+def run_preloaded(
+    *words: str, env: Mapping[str, str], limit_s: float = _DEADLINE_S
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, as `subprocess.run` does, and returns what it printed."""
+    pipe = subprocess.PIPE
+    with Preloaded(*words, stdout=pipe, stderr=pipe, env=env, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=limit_s)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 class _Server:
@@ -142,7 +158,7 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _serve(requests: socket.socket) -> None:
-    """Forks for each request. Returns in the processes that it forks, which then run `_become`'s module."""
+    """Forks for each request. Returns in the processes that it forks."""
     for package in _PACKAGES:
         importlib.import_module(package)
     gc.freeze()
@@ -177,13 +193,29 @@ def _become(request: Mapping[str, Any], streams: Sequence[int], requests: socket
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.path[0] = request["folder"]
     sys.argv = request["words"]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # as long as the process runs
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
+def _run() -> None:
+    """Does what the interpreter does with `sys.argv` before a program sees it."""
+    if sys.argv[:2] == ["-W", "ignore"]:
+        warnings.simplefilter("ignore")
+        del sys.argv[:2]
+    how = sys.argv[0]
+    sys.path[0] = str(Path(how).resolve().parent) if how[0] != "-" else os.getcwd()
+    if how == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    elif how == "-c":
+        sys.modules["__main__"] = main = ModuleType("__main__")
+        exec(compile(sys.argv.pop(1), "<string>", "exec"), main.__dict__)
+    else:
+        runpy.run_path(how, run_name="__main__")
+
+
 if __name__ == "__main__":
     _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    _run()

@@ -44,7 +44,7 @@ def founding(folder: Path, *options: str) -> Iterator[Founder]:
     manifest.write_text('name = "taken"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
     log = (folder / "log").open("w+")
     process = Preloaded(
-        *("talkoot.cli", "node", "--new", str(manifest), "--host", HOST, "--state", str(state)),
+        *("-m", "talkoot.cli", "node", "--new", str(manifest), "--host", HOST, "--state", str(state)),
         *("--threads", "1", "--invite-file", str(invite), *options),
         stdout=subprocess.PIPE,
         stderr=log,
@@ -459,7 +459,7 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
     with listening() as port, (tmp_path / "log").open("w+") as log:
         begin = partial(
             Preloaded,
-            *("talkoot.cli", name, "--join", silent_invite(founder, port), *host, *state),
+            *("-m", "talkoot.cli", name, "--join", silent_invite(founder, port), *host, *state),
             stderr=log,
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},

@@ -7,8 +7,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from commands import wait_until
+from preloaded import Preloaded, run_preloaded
 from training_swarm import TEXT, Ended, talkoot
 
 pytestmark = [
@@ -82,14 +81,7 @@ class Reader:
 
     def types(self, written: str, limit_s: float = 240.0) -> str:
         """Types a command, waits until it ends, and returns its output."""
-        ended = subprocess.run(
-            self._shell(written),
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            cwd=self.folder,
-            env=self._environment(),
-        )
+        ended = run_preloaded(*self._words(written), env=self._environment(), limit_s=limit_s)
         assert ended.returncode == 0, f"{written}: {ended.stderr}"
         return ended.stdout + ended.stderr
 
@@ -104,9 +96,7 @@ class Reader:
         """Runs a command in a terminal until the block ends. Yields the file with its output."""
         log = self.folder / name
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                self._shell(written), stdout=output, stderr=output, cwd=self.folder, env=self._environment()
-            )
+            process = Preloaded(*self._words(written), stdout=output, stderr=output, env=self._environment())
         try:
             yield log
             assert process.poll() is None, log.read_text()
@@ -115,13 +105,13 @@ class Reader:
             process.wait(60)
         assert "Traceback" not in log.read_text(), log.read_text()
 
-    def _shell(self, written: str) -> list[str]:
-        command = f"{shlex.quote(sys.executable)} -W ignore -m talkoot.cli"
-        return ["bash", "-c", f'talkoot() {{ exec {command} "$@"; }}; {self.line(written)}']
+    def _words(self, written: str) -> list[str]:
+        command, *words = shlex.split(self.line(written))
+        assert command == "talkoot"
+        return ["-W", "ignore", "-m", "talkoot.cli", *words]
 
     def _environment(self) -> dict[str, str]:
-        state = {"XDG_STATE_HOME": str(self.folder / self.home)}
-        return os.environ | SMALL | state | {"PYTHONPATH": str(ROOT)}
+        return os.environ | {"XDG_STATE_HOME": str(self.folder / self.home)}
 
 
 @pytest.fixture
