@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dht.manifest import Manifest, ModelSpec
-from peer.layers import Activation
+from peer.choices import Activation
 from trainer_client.settings import TrainerSettings
 
 EXPERT_RATE = 2e-3

@@ -12,10 +12,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dht.presets import PRESETS, PresetName, completed, default_preset
 from dht.uid import UID, grid_coordinates
 from peer import PROTOCOL_VERSION
+from peer.choices import Activation, Norm, OptimizerName, check_heads
 from peer.codec import CodecName, codec_of, encoded_bytes
 from peer.errors import SettingsError, SwarmError, WireError
-from peer.layers import Activation, Norm, check_heads
-from peer.optimizer import OptimizerName
 from peer.settings import describe_validation_error, read_toml
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]

@@ -122,7 +122,7 @@ def _narrow(hidden: int) -> int:
 
 
 def _narrowest_codec(width: int) -> "CodecName":
-    from peer.codec import block_of_int4  # here: it loads torch, which reading settings must not
+    from peer.codec import block_of_int4  # here: it loads numpy, which reading settings must not
 
     try:
         block_of_int4(width)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dht.manifest import Manifest, ModelSpec
 from dht.uid import UID
+from peer.choices import Activation, Norm
 from peer.errors import SwarmError
-from peer.layers import Activation, Norm, TransformerLayer, make_feed_forward, make_norm, seeded
+from peer.layers import TransformerLayer, make_feed_forward, make_norm, seeded
 
 ENTRY_POINT_GROUP = "talkoot.expert_kinds"
 

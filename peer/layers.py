@@ -8,16 +8,15 @@ a segment and those before it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-M = TypeVar("M", bound=nn.Module)
+from peer.choices import Activation, Norm, check_heads
 
-Norm: TypeAlias = Literal["layer", "rms"]
-Activation: TypeAlias = Literal["gelu", "swiglu", "geglu"]
+M = TypeVar("M", bound=nn.Module)
 
 _NORM_EPSILON = 1e-5
 """torch's default for LayerNorm. Its default for RMSNorm lets gradients of rows near zero grow 3000-fold."""
@@ -69,16 +68,6 @@ class Gate(nn.Module):
         gate, values = x.chunk(2, dim=-1)
         output: Tensor = self.function(gate) * values
         return output
-
-
-def check_heads(hidden: int, heads: int, head_size: int | None = None, name: str = "hidden") -> None:
-    """Raises ValueError if a head has an odd number of columns: rotary positions turn pairs of them."""
-    if head_size is None and hidden % (2 * heads):
-        raise ValueError(
-            f"{name} ({hidden}) must be an even multiple of heads ({heads}), unless head_size is set"
-        )
-    if head_size is not None and head_size % 2:
-        raise ValueError(f"head_size ({head_size}) must be even")
 
 
 class KeyValueCache:

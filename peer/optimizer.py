@@ -6,12 +6,11 @@ Creating the first of those imports torch's compiler, which takes a second of CP
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import is_
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-OptimizerName: TypeAlias = Literal["adamw", "adam", "sgd"]
+from peer.choices import OptimizerName
 
 _MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq", "step"),

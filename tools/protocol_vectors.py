@@ -28,7 +28,8 @@ from expert_server.serving.call import CallTensors
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import HeaderParser
 from peer import PROTOCOL_VERSION
-from peer.codec import CodecName, Floats, codec_of, decode, encode, encode_scalars
+from peer.codec import CodecName, Floats, codec_of, encode_scalars
+from peer.encoding import decode, encode
 from peer.errors import RecordError
 from peer.identity import (
     CONTACT_DOMAIN,

@@ -36,15 +36,8 @@ from expert_server.serving.headers import (
 )
 from expert_server.serving.runtime import Runtime
 from expert_server.serving.sequence_cache import SequenceCache
-from peer.codec import (
-    CHUNK_BYTES,
-    MAX_CHUNK_BYTES,
-    Floats,
-    decode,
-    encode,
-    encode_scalars,
-    encoded_bytes,
-)
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, Floats, encode_scalars, encoded_bytes
+from peer.encoding import decode, encode
 from peer.errors import ExpertError, WireError
 from peer.layers import KeyValueCache
 from peer.rates import Pace, RateLimit

@@ -28,7 +28,8 @@ from expert_server.experts.graphs import Rows
 from expert_server.experts.grouped import MOST_EXPERTS, MOST_ROWS
 from expert_server.serving.batching import Result, WorkItem
 from expert_server.serving.compute import compute_together
-from peer.codec import Floats, codec_of, decode, encode
+from peer.codec import Floats, codec_of
+from peer.encoding import decode, encode
 from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
 from trainer_client.dispatch.batches import ExpertPart, ForwardPass, NodeBatch, RoutedRows

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from dht.manifest import ExpertSpec, Manifest, ModelSpec, WireSpec
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
+from peer.choices import Activation, Norm
 from peer.errors import SettingsError, SwarmError
-from peer.layers import Activation, Norm
 
 
 @pytest.mark.parametrize("text", ["Apache-2.0", "CC-BY-SA-4.0", "MIT"])

@@ -11,8 +11,9 @@ from torch import nn
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of, require_kind
+from peer.choices import Activation, Norm
 from peer.errors import SwarmError
-from peer.layers import Activation, Norm, TransformerLayer
+from peer.layers import TransformerLayer
 
 
 class Doubling(nn.Module):

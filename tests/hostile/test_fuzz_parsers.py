@@ -51,7 +51,8 @@ from expert_server.memory.shard import PrimaryShard, Shard
 from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import HeaderParser
 from peer import PROTOCOL_VERSION
-from peer.codec import CodecName, codec_of, decode, encode
+from peer.codec import CodecName, codec_of
+from peer.encoding import decode, encode
 from peer.errors import AddressError, TalkootError, UserError
 from peer.identity import CONTACT_DOMAIN, RECEIPT_DOMAIN, SESSION_DOMAIN
 from peer.kademlia.validation import Entry, Record, pack_entries, unpack, unpack_entries, unpack_subkey

@@ -20,13 +20,12 @@ from peer.codec import (
     MAX_MESSAGE_BYTES,
     Floats,
     chunks,
-    decode,
     decode_scalars,
-    encode,
     encode_scalars,
     encoded_bytes,
     scalar_bytes,
 )
+from peer.encoding import decode, encode
 from peer.errors import WireError
 from peer.wire import expert_pb2
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from peer.codec import Floats, block_of_int4, decode, encode, encoded_bytes
+from peer.codec import Floats, block_of_int4, encoded_bytes
+from peer.encoding import decode, encode
 from peer.errors import WireError
 from peer.wire import expert_pb2
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer.codec import CodecName, Floats, codec_of, decode, encode, unexplained
+from peer.codec import CodecName, Floats, codec_of
+from peer.encoding import decode, encode, unexplained
 
 CODECS: list[CodecName] = ["fp32", "bf16", "fp16", "int8", "int4"]
 WIDTH = 64

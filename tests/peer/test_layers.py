@@ -6,15 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peer.layers import (
-    Activation,
-    Norm,
-    TransformerLayer,
-    group_by_length,
-    make_feed_forward,
-    make_norm,
-    seeded,
-)
+from peer.choices import Activation, Norm
+from peer.layers import TransformerLayer, group_by_length, make_feed_forward, make_norm, seeded
 
 HIDDEN, HEADS, FEED_FORWARD = 16, 2, 32
 

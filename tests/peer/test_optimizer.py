@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peer.optimizer import Optimizer, OptimizerName
+from peer.choices import OptimizerName
+from peer.optimizer import Optimizer
 
 SHAPES = [(7, 5), (5,), (3, 2, 2), (1,), ()]
 

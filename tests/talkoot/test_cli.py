@@ -135,6 +135,7 @@ def test_help_shows_no_types_of_python(path: tuple[str, ...]) -> None:
         *(
             ("node", "--memory", "lots"),
             ("train", "--join", "hello"),
+            ("status", "--join", "hello"),
             ("serve", "--max-tokens", "0"),
             ("nod",),
         ),

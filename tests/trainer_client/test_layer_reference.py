@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from dht.beam_search import Selection
 from dht.uid import UID
+from peer.choices import Norm
 from peer.identity import PeerID
-from peer.layers import Norm
 from trainer_client.moe import RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Gate
 from trainer_client.settings import RouterName

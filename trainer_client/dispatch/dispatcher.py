@@ -16,7 +16,8 @@ import numpy as np
 from dht.announcements import NodeInfo
 from dht.beam_search import Selection
 from dht.directory import Directory, LiveExperts
-from peer.codec import Booleans, Floats, codec_of, rounding_error
+from peer.codec import Booleans, Floats, codec_of
+from peer.encoding import rounding_error
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 from trainer_client.credit import CreditAccounts

@@ -27,12 +27,11 @@ from peer.codec import (
     Floats,
     Integers,
     chunks,
-    decode,
     decode_scalars,
-    encode,
     encode_scalars,
     encoded_bytes,
 )
+from peer.encoding import decode, encode
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID

@@ -24,17 +24,8 @@ import torch
 from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.bounded import BoundedDict
-from peer.codec import (
-    Booleans,
-    CodecName,
-    Floats,
-    Integers,
-    codec_of,
-    decode,
-    encode,
-    encoded_bytes,
-    unexplained,
-)
+from peer.codec import Booleans, CodecName, Floats, Integers, codec_of, encoded_bytes
+from peer.encoding import decode, encode, unexplained
 from peer.errors import StateError, TransferError, VersionGoneError
 from peer.identity import PeerID
 from peer.loop import TaskSet

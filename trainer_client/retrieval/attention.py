@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.manifest import ModelSpec
+from peer.choices import check_heads
 from peer.errors import SettingsError
-from peer.layers import check_heads, make_norm, rotary_frequencies, rotate, seeded
+from peer.layers import make_norm, rotary_frequencies, rotate, seeded
 from trainer_client.dispatch.batches import Segments
 from trainer_client.settings import TrainerSettings
 

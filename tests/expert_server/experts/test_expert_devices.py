@@ -27,9 +27,10 @@ from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import NODES_BYTES, Rows
 from expert_server.experts.guard import StepOutcome
+from peer.choices import Activation, Norm
 from peer.clipping import OwnMoves
 from peer.errors import ExpertError
-from peer.layers import Activation, KeyValueCache, Norm
+from peer.layers import KeyValueCache
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch finds none"

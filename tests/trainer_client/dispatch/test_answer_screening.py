@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expert_server.blocks import build_block
-from peer.codec import CodecName, Floats, codec_of, decode, encode
+from peer.codec import CodecName, Floats, codec_of
+from peer.encoding import decode, encode
 from peer.metrics import total
 from trainer_client.dispatch.batches import Direction
 from trainer_client.dispatch.dispatcher import Dispatcher

@@ -11,16 +11,8 @@ from expert_fakes import WELL, FakeSwarm, make_manifest, make_peer_id, random_ro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.codec import (
-    CodecName,
-    Floats,
-    codec_of,
-    decode,
-    decode_scalars,
-    encode,
-    encode_scalars,
-    rounding_error,
-)
+from peer.codec import CodecName, Floats, codec_of, decode_scalars, encode_scalars
+from peer.encoding import decode, encode, rounding_error
 from peer.metrics import total
 from trainer_client.dispatch.batches import AnsweredRows, CallReply, Kept, NodeCall
 from trainer_client.dispatch.policy import are_bounded, products_fit

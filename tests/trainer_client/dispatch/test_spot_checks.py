@@ -32,7 +32,8 @@ from expert_server.experts.graphs import Rows, SharedGraph
 from expert_server.serving.batching import Entry, Result, WorkItem
 from expert_server.serving.compute import compute_together
 from expert_server.serving.runtime import Runtime
-from peer.codec import CodecName, Floats, Integers, codec_of, decode, encode
+from peer.codec import CodecName, Floats, Integers, codec_of
+from peer.encoding import decode, encode
 from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
 from peer.loop import LoopThread
