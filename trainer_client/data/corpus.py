@@ -146,15 +146,9 @@ class Dataset:
 
     def batch(self, step: int, batch_size: int) -> Tensor:
         """The int64 tokens [B, T + 1] of a step, always the same."""
-        positions_B = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs_B, indices_B = np.divmod(positions_B, self.sequences)
-        starts_B = np.empty_like(positions_B)
-        for epoch in np.unique(epochs_B):
-            here = epochs_B == epoch
-            *keys, cut = shuffle_keys(self._seed, int(epoch))
-            order = shuffled(indices_B[here], self.sequences, keys)
-            starts_B[here] = order * self.context + int(cut) % self._cuts * self._align
-        return self._sequences(self.train, starts_B)
+        places_B, numbers_B = drawn_places(step, batch_size, self.sequences, self._seed)
+        cuts_B = (numbers_B % np.uint64(self._cuts)).astype(np.int64)
+        return self._sequences(self.train, places_B * self.context + cuts_B * self._align)
 
     def validation_batches(self, batch_size: int, count: int) -> list[Tensor]:
         """`count` batches [B, T + 1], spread evenly over the validation text: the same for every seed."""
@@ -170,9 +164,20 @@ class Dataset:
         return torch.from_numpy(tokens[places_BT].astype(np.int64))
 
 
-def shuffle_keys(seed: int, epoch: int) -> list[np.uint64]:
-    """Keys for `shuffled`, and one more number for any other use."""
-    return list(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS + 1, np.uint64))
+def drawn_places(
+    step: int, batch_size: int, count: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Which of `count` items are in a step's batch: [B]. In an epoch each comes once, and each epoch has its own order.
+    Also returns a number for each, which is random for its epoch.
+    """
+    epochs_B, places_B = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), count)
+    numbers_B = np.empty(batch_size, np.uint64)
+    for epoch in np.unique(epochs_B):
+        here = epochs_B == epoch
+        *keys, number = np.random.SeedSequence([seed, int(epoch)]).generate_state(_ROUNDS + 1, np.uint64)
+        places_B[here] = shuffled(places_B[here], count, keys)
+        numbers_B[here] = number
+    return places_B, numbers_B
 
 
 def shuffled(indices_N: NDArray[np.int64], count: int, keys: Sequence[np.uint64]) -> NDArray[np.int64]:

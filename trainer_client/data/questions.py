@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from peer.errors import DataError
-from trainer_client.data.corpus import shuffle_keys, shuffled
+from trainer_client.data.corpus import drawn_places
 from trainer_client.data.sources import as_text, read_json_lines, unreadable
 
 MOST_QUESTIONS = 1_000_000
@@ -125,12 +125,7 @@ class QuestionBatches:
 
     def batch(self, step: int, batch_size: int) -> list[Question]:
         """The questions of a step, always the same."""
-        positions_B = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs_B, places_B = np.divmod(positions_B, self.sequences)
-        for epoch in np.unique(epochs_B):
-            here = epochs_B == epoch
-            *keys, _ = shuffle_keys(self._seed, int(epoch))
-            places_B[here] = shuffled(places_B[here], self.sequences, keys)
+        places_B, _ = drawn_places(step, batch_size, self.sequences, self._seed)
         return [self.train[place] for place in places_B.tolist()]
 
     def validation_batches(self, batch_size: int, count: int) -> list[list[Question]]:
