@@ -147,7 +147,7 @@ class Placement:
 
     def _keener(self, key: ShardKey) -> list[PeerID]:
         own = preference(key, self._peer_id)
-        return [p for p in self._seen[key].serving if p != self._peer_id and preference(key, p) > own]
+        return [p for p in self._seen[key].serving if preference(key, p) > own]
 
     @staticmethod
     def _count(counts: dict[ShardKey, int], key: ShardKey, is_so: bool) -> None:

@@ -2,16 +2,31 @@
 last one.
 """
 
+import asyncio
 import random
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dht.memory import MemoryID, ShardInfo
-from expert_server.memory.placement import Placement, SeenShard, ShardKey, is_called, preference
+from dht.announcements import ReplicaState
+from dht.library import CellHost
+from dht.memory import Cell, MemoryID, ShardInfo
+from expert_server.memory import placement as placement_of
+from expert_server.memory.placement import (
+    MemorySurvey,
+    Placement,
+    SeenShard,
+    ShardKey,
+    is_called,
+    preference,
+    seen_shards,
+)
 from peer.identity import PeerID
 
 ENOUGH = 2
@@ -23,7 +38,7 @@ def peer(number: int) -> PeerID:
 
 
 def shard(number: int, size: int = 100) -> ShardInfo:
-    return ShardInfo((number,), number.to_bytes(32), 1, size)
+    return ShardInfo((number,), number.to_bytes(8) + bytes(24), 1, size)
 
 
 @dataclass
@@ -187,3 +202,121 @@ def test_a_look_between_two_at_what_is_lacking_calls_more_and_spares_nothing_soo
     assert placement.lacking() == placement.to_take(1000) == [keys["lacking"]]
     placement.note(seen, {keys["mine"]})
     assert placement.to_drop(100) == [], "four whole looks have to see a replica to spare"
+
+
+def test_a_node_never_takes_what_it_hosts() -> None:
+    info, me = shard(1), peer(0)
+    placement, key = Placement(me, ENOUGH), ShardKey(MEMORY, shard(1).root)
+    placement.note({key: SeenShard(info, frozenset({me}), frozenset())}, {key})
+    assert placement.to_take(1) == placement.lacking() == []
+
+
+def test_what_only_a_leaving_host_has_is_looked_for_again() -> None:
+    placement, key = Placement(peer(0), ENOUGH), ShardKey(MEMORY, shard(1).root)
+    placement.note({key: SeenShard(shard(1), frozenset(), frozenset({peer(1)}))}, ())
+    assert placement.lacking() == [key]
+
+
+def test_the_replica_with_the_most_others_is_dropped_first_and_none_that_the_last_look_left_out() -> None:
+    me = peer(0)
+    placement, keys = Placement(me, ENOUGH), [ShardKey(MEMORY, shard(n).root) for n in range(8)]
+    seen = {
+        key: SeenShard(shard(n), frozenset(map(peer, range(20 + n))), frozenset())
+        for n, key in enumerate(keys)
+    }
+    for _ in range(4):
+        placement.note(seen, set(keys))
+    able = [key for key in keys if len(placement.keener(key)) >= ENOUGH]
+    assert len(able) > 2
+    assert placement.to_drop(200) == [able[-1], able[-2]]
+    placement.note({key: seen[key] for key in able[:-1]}, set(keys))
+    assert placement.to_drop(100) == [able[-2]]
+
+
+def test_a_memory_that_changed_is_counted_anew() -> None:
+    info, key, others = shard(1), ShardKey(MEMORY, shard(1).root), frozenset(map(peer, range(1, 40)))
+    placement = Placement(peer(0), ENOUGH)
+    for _ in range(4):
+        placement.note({key: SeenShard(info, others, frozenset())}, {key})
+    assert placement.to_drop(100) == [key]
+    placement.forget(MEMORY)
+    placement.note({key: SeenShard(info, others, frozenset())}, {key})
+    assert placement.to_drop(100) == []
+
+
+# What a node reads
+
+
+class Cells:
+    """The announcements of one memory, with one shard in each cell."""
+
+    def __init__(self, cells: int, active: int) -> None:
+        """Each of the first `active` cells has a host that serves, and one that leaves."""
+        self.infos = [shard(n) for n in range(cells)]
+        self.active = active
+        self.read: list[Cell] = []
+        by_cell = {info.cell: (info,) for info in self.infos}
+        self.manifest: Any = SimpleNamespace(
+            grid=(cells,), by_cell=by_cell, by_root={info.root: info for info in self.infos}
+        )
+
+    @property
+    def survey(self) -> MemorySurvey:
+        memories: Any = self
+        return MemorySurvey(memories)
+
+    def key(self, number: int) -> ShardKey:
+        return ShardKey(MEMORY, self.infos[number].root)
+
+    async def active_cells(self, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:
+        return frozenset(info.cell for info in self.infos[: self.active])
+
+    async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
+        self.read += cells
+        states = ReplicaState.SERVING, ReplicaState.LEAVING, ReplicaState.CLAIMED
+        return {
+            (n,): tuple(
+                CellHost(peer(of), state, frozenset({self.infos[n].short})) for of, state in enumerate(states)
+            )
+            if n < self.active
+            else ()
+            for (n,) in cells
+        }
+
+
+def test_of_many_cells_a_node_reads_its_own_and_some_others_and_knows_those_that_nobody_announces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement_of, "READ_WHOLE", 20)
+    monkeypatch.setattr(placement_of, "SAMPLED", 5)
+    cells = Cells(30, active=25)
+    mine = {cells.key(3), ShardKey(MEMORY, b"gone"), ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32))}
+    seen = asyncio.run(cells.survey.read({MEMORY: cells.manifest}, mine))
+    assert 5 <= len(set(cells.read)) == len(cells.read) <= 6
+    assert (3,) in cells.read
+    vacant = {cells.key(n) for n in range(25, 30)}
+    assert seen.keys() == vacant | {cells.key(n) for (n,) in cells.read}
+    assert {key for key, found in seen.items() if not found.serving} == vacant
+
+
+def test_of_few_cells_a_node_reads_all() -> None:
+    cells = Cells(30, active=25)
+    seen = asyncio.run(cells.survey.read({MEMORY: cells.manifest}, ()))
+    assert len(seen) == len(cells.read) == 30
+    assert seen[cells.key(0)] == SeenShard(shard(0), frozenset({peer(0)}), frozenset({peer(1)}))
+
+
+def test_what_was_lacking_is_read_again_as_far_as_it_is_still_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement_of, "SAMPLED", 5)
+    cells, gone = Cells(30, active=25), ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32))
+    asked = [cells.key(1), cells.key(29), gone, ShardKey(MEMORY, b"gone")]
+    seen = asyncio.run(cells.survey.read_again({MEMORY: cells.manifest}, asked))
+    assert seen.keys() == {cells.key(1), cells.key(29)}
+    asyncio.run(cells.survey.read_again({MEMORY: cells.manifest}, [cells.key(n) for n in range(30)]))
+    assert len(cells.read) == 2 + 5
+
+
+def test_only_shards_that_a_host_names_are_its_own() -> None:
+    host = CellHost(peer(1), ReplicaState.SERVING, frozenset({shard(1).short}))
+    seen = seen_shards(MEMORY, [shard(1), shard(2)], [host])
+    assert [len(found.serving) for found in seen.values()] == [1, 0]
