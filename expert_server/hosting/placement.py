@@ -315,7 +315,7 @@ def exchange(
     state. `unread`: as in `further_replica`.
     """
     counts = _counts(replicas, unread)
-    given = [uid for uid in mine if _can_go(replicas.get(uid, ()), uid, peer_id, enough)]
+    given = [uid for uid in mine if len(keener(replicas.get(uid, ()), uid, peer_id)) >= max(1, enough)]
     if not given:
         return None
     gives = min(
@@ -363,10 +363,6 @@ class ExchangeHysteresis:
     def failed(self) -> None:
         """Records that the exchange failed. Another may follow soon, because strangers may have made it fail."""
         self._seen = 0
-
-
-def _can_go(hosts: Collection[Replica], uid: UID, peer_id: PeerID, enough: int) -> bool:
-    return len(keener(hosts, uid, peer_id)) >= max(1, enough)
 
 
 def _serving(hosts: Collection[Replica]) -> list[Replica]:

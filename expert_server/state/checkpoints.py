@@ -328,10 +328,8 @@ class Checkpoints:
         entry = Entry(checkpoint.update_count, checkpoint.source)
         self._on_disk[expert.uid] = entry, checkpoint.accumulated_rows
 
-    async def save_all_within(self, seconds: float, experts: Collection[Expert] | None = None) -> None:
+    async def save_all_within(self, seconds: float, experts: Collection[Expert]) -> None:
         """Saves what has changed, or as much of it as there is time for."""
-        if experts is None:
-            experts = list(self._runtime.experts.values())
         try:
             async with asyncio.timeout(seconds):
                 await self.save_changed(experts)

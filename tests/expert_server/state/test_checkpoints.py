@@ -318,7 +318,7 @@ def test_the_last_save_is_bounded_in_time(
     async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
         released = threading.Event()
         monkeypatch.setattr(CheckpointStore, "save", lambda *_: released.wait(600))
-        await checkpoints.save_all_within(0.1)
+        await checkpoints.save_all_within(0.1, [expert])
         released.set()
 
     play(scenario)
