@@ -573,6 +573,18 @@ def test_failures_with_very_many_right_rows_between_them_ban_nobody(rows_between
     asyncio.run(scenario())
 
 
+def test_a_long_good_record_excuses_no_more_lies_than_a_short_one() -> None:
+    calls = CallTracker(None, CircuitBreakers())  # type: ignore[arg-type]  # nobody is called
+    checks = SpotChecks(calls, None, "fp32", random.Random(0))
+    sent, reply, of_batch = answered(0, 3, 0.0)
+    sample = Sample.draw(sent, reply, of_batch, random.Random(0))
+    for _ in range(200_000 // len(sample.places)):
+        checks._pass(sample)
+    for _ in range(4):
+        checks._fail(sample, "for a test", 10, "bf16")
+    assert calls.breakers.banned(calls.now()) == 1
+
+
 # Parameters from a stranger
 
 
