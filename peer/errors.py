@@ -76,6 +76,10 @@ class StateFolderError(StartError):
     code = "T105"
 
 
+class StateFolderInUseError(StateFolderError):
+    """A state folder that is in use."""
+
+
 class DaemonError(StartError):
     """p2pd is missing, does not start or has died."""
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from peer.errors import RecordError, StateFolderError
+from peer.errors import RecordError, StateFolderError, StateFolderInUseError
 from peer.platform.files import lock, open_plainly, sync_folder, user_id
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -21,7 +21,9 @@ class StateFolder:
     """A peer's folder on disk, locked by one process at a time. The kernel frees the lock when the process ends."""
 
     def __init__(self, path: Path) -> None:
-        """Raises StateFolderError if the folder can't be used, another process uses it, or others can write to it."""
+        """Raises StateFolderError if the folder can't be used or others can write to it, and StateFolderInUseError if
+        it is in use, by this process or another.
+        """
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -38,7 +40,7 @@ class StateFolder:
             lock(self._lock.fileno())
         except BlockingIOError:
             self._lock.close()
-            raise StateFolderError(
+            raise StateFolderInUseError(
                 f"another process uses the state folder {path}: stop it, or pass another --state"
             ) from None
 

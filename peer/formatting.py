@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import reprlib
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?)b?|b?)", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
@@ -46,6 +47,11 @@ def counted(number: int, noun: str, form: str = "") -> str:
 def endpoint(host: str, port: int) -> str:
     """`host:port`, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def in_brief(value: object) -> str:
+    """A wrong argument, for an error message, such as `'0'` or `tensor([1., 2.])`."""
+    return printable(reprlib.repr(value))
 
 
 def printable(text: str, most: int = 200) -> str:

@@ -26,8 +26,9 @@ from dht.manifest import Manifest
 from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.codec import codec_of
-from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
+from peer.errors import InviteError, RecordError, StateFolderInUseError, SwarmError, UnreachableError
 from peer.files import StateFolder
+from peer.formatting import in_brief
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopLag, LoopThread, TaskSet
@@ -153,11 +154,22 @@ class SwarmClient:
 
         `invite`: the invite's line, or `@FILE` for the file that contains it. Settings are those of `talkoot train`,
         such as `router`, `top_k`, `grace_s`, and `state`: a folder for one process at a time, by default
-        `talkoot/trainer` in the user's folder for program state. Raises UserError.
+        `talkoot/trainer` in the user's folder for program state. Only one client at a time can use it. Raises
+        UserError, and TypeError if the invite is not text.
         """
+        if not isinstance(invite, str):
+            raise TypeError(
+                f"pass the invite as text, either its line or '@FILE', and not {in_brief(invite)}"
+            )
         values = TrainerSettings.load(**settings)
         state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
-        client = cls(Invite.read(invite), values, state, is_own_loop=True)
+        try:
+            client = cls(Invite.read(invite), values, state, is_own_loop=True)
+        except StateFolderInUseError as error:
+            raise StateFolderInUseError(
+                f"the state folder {state} is in use. If this program has joined before, close that SwarmClient first "
+                "(`swarm.close()`). If another program uses the folder, stop it. Or join with state='another-folder'"
+            ) from error
         try:
             client.wait_for_experts(wait_s, lambda text: None, share=1 / client.manifest.experts_total)
         except BaseException:
@@ -227,14 +239,18 @@ class SwarmClient:
         """The mixture of the swarm's experts in one layer of the model, counted from 0. Raises SettingsError.
 
         Unless `choose_by` is given, it routes as the manifest says. If the manifest has a `prefix`, it routes by the
-        first tokens of each sequence, and none of these may be predicted in the loss.
+        first tokens of each sequence, and none of these may be predicted in the loss. `torch.compile` leaves it as it
+        is, and compiles the rest of the model.
         """
         routing = self._joined.routing
         if choose_by is not None:
             routing = replace(routing, choose_by=choose_by, prefix=routing_prefix)
-        return RemoteMixtureOfExperts(
+        mixture = RemoteMixtureOfExperts(
             layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale
         )
+        if self._is_own_loop:
+            mixture.disable_compiling()
+        return mixture
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Waits until `share` of all experts are live, for at most `limit_s` seconds; after that, one is enough.
@@ -300,14 +316,20 @@ class SwarmClient:
     ) -> None:
         """Reports the training's progress to the swarm's dashboards, after `step` steps of a loop of your own.
 
-        Losses are in nats per token. `bits_per_byte`: of the validation. May be called on any thread, after each step.
-        Raises ValueError for a step below 0.
+        Losses are in nats per token: numbers, or tensors with one element. `bits_per_byte`: of the validation. May be
+        called on any thread, after each step. Raises ValueError for a step below 0, and TypeError for other types.
         """
-        if not 0 <= step < 2**63:
-            raise ValueError(f"step {step}: the number of steps so far, from 0")
-        self._joined.announcer.note_step(index(step), _float(loss), _optional(tokens_per_s))
+        try:
+            number = index(step)
+        except TypeError:
+            raise TypeError(f"pass the step as a whole number, and not {in_brief(step)}") from None
+        if not 0 <= number < 2**63:
+            raise ValueError(f"step {number}: the number of steps so far, from 0")
+        speed = None if tokens_per_s is None else _float(tokens_per_s, "tokens_per_s")
+        self._joined.announcer.note_step(number, _float(loss, "the loss"), speed)
         if validation_loss is not None:
-            self._joined.announcer.note_validation(_float(validation_loss), _optional(bits_per_byte))
+            bits = None if bits_per_byte is None else _float(bits_per_byte, "bits_per_byte")
+            self._joined.announcer.note_validation(_float(validation_loss, "validation_loss"), bits)
 
     def note(self, progress: Progress) -> None:
         """Announces a step of `Training`. May be called on any thread."""
@@ -495,10 +517,16 @@ def _seed_of(swarm: Swarm) -> int:
     return int.from_bytes(swarm.host.peer_id.to_bytes()[-8:], "big") >> 1
 
 
-def _float(value: float) -> float:
-    """Also of a number of numpy or torch. torch warns if a tensor with a graph is passed to `float`."""
-    return float(value.detach() if isinstance(value, Tensor) else value)
+def _float(value: float, name: str) -> float:
+    """Also of a number of numpy or torch. torch warns if a tensor with a graph is passed to `float`.
 
-
-def _optional(value: float | None) -> float | None:
-    return None if value is None else _float(value)
+    Raises TypeError.
+    """
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"pass {name} as a number or as a tensor with one element, and not {in_brief(value)}"
+        ) from None

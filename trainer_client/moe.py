@@ -13,7 +13,9 @@ Shapes: B sequences, T positions, R = B * T rows, U routed rows (each token, or 
 each row, D hidden size, W width of the experts, G_d size of grid dimension d.
 """
 
+import operator
 import threading
+import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -28,6 +30,7 @@ from dht.directory import LiveExperts, PrefixTables
 from dht.manifest import Manifest, ModelSpec
 from peer.codec import Floats, Integers
 from peer.errors import SettingsError
+from peer.formatting import in_brief
 from peer.layers import make_feed_forward, make_norm
 from trainer_client.balancing import LoadBias, LoadSpread, LoadSum, balancing_loss, load_spread
 from trainer_client.dispatch.batches import ForwardPass, HeldSequence, RoutedRows, Segments
@@ -37,6 +40,10 @@ T = TypeVar("T")
 
 RunOnLoop = Callable[[Coroutine[Any, Any, T]], T]
 """Runs a coroutine on the loop's thread and waits for it."""
+
+
+_MOST_UNBALANCED_STEPS = 10
+"""After so many optimizer steps without `rebalance`, a mixture warns."""
 
 
 class Experts(Protocol):
@@ -101,12 +108,18 @@ class RemoteMixtureOfExperts(nn.Module):
         gradient_scale: Callable[[], float] | None = None,
     ) -> None:
         """`layer`: in the model, from 0. `gradient_scale`: a GradScaler's `get_scale`, if one is used: experts receive
-        unscaled gradients. Raises SettingsError if the swarm has no such layer.
+        unscaled gradients. Raises SettingsError if the swarm has no such layer, and TypeError if it is not a number.
         """
         super().__init__()
-        if not 0 <= layer < manifest.model.layers:
-            raise SettingsError(f"layer {layer}: this swarm has layers 0 to {manifest.model.layers - 1}")
-        self.layer = layer
+        last = manifest.model.layers - 1
+        try:
+            self.layer: int = operator.index(layer)
+        except TypeError:
+            raise TypeError(
+                f"pass the layer as a whole number from 0 to {last}, and not {in_brief(layer)}"
+            ) from None
+        if not 0 <= layer <= last:
+            raise SettingsError(f"layer {layer}: this swarm has layers 0 to {last}")
         self.hidden: int = manifest.model.hidden
         self.k: int = routing.k
         self._kind = manifest.experts.kind
@@ -122,6 +135,8 @@ class RemoteMixtureOfExperts(nn.Module):
         self.shared: nn.Module | None = _shared_expert(manifest.model)
         self.balance: LoadBias | None = LoadBias(manifest.experts.grid) if routing.has_bias else None
         self._loads = LoadSum()
+        self._versions: set[int] = set()
+        """The versions of the gate's weights that computed forward passes in training since the last `rebalance`."""
         self._experts = experts
         self._run = run
         self._gradient_scale = gradient_scale
@@ -138,6 +153,14 @@ class RemoteMixtureOfExperts(nn.Module):
         """From now on, draws noise, random choices and dropout for this training step. A resumed run draws the same."""
         self._rng = np.random.default_rng((self._routing.seed, self.layer, number))
         self._loads.take()  # drops the load of a skipped step
+        self._versions.clear()
+
+    def disable_compiling(self) -> None:
+        """Makes `torch.compile` leave this layer as it is, because calls to nodes can't be compiled.
+
+        It imports torch's compiler, which takes seconds, unless an optimizer has done so before.
+        """
+        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign, no-untyped-call]  # torch's lacks types
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -150,6 +173,8 @@ class RemoteMixtureOfExperts(nn.Module):
         last call.
         """
         load = computed._loads.take()
+        self._versions.clear()
+        computed._versions.clear()
         if self.balance is not None and load is not None:
             self.balance.correct(load)
 
@@ -254,9 +279,21 @@ class RemoteMixtureOfExperts(nn.Module):
         loss = None
         if self.balance is not None and selection.valid.any():
             self._loads.add(self.balance.measure(scores, selection, alive))
+            self._warn_if_not_rebalanced()
         if self._routing.has_balancing_loss:
             loss = self._routing.balance_weight * balancing_loss(scores, selection, alive)
         self._last.routed = Routed(loss, load_spread(selection, alive))
+
+    def _warn_if_not_rebalanced(self) -> None:
+        """Every optimizer step gives the weights another version."""
+        self._versions.add(self.gate.linear.weight._version)
+        if len(self._versions) > _MOST_UNBALANCED_STEPS:
+            self._versions.clear()
+            warnings.warn(
+                f"{_MOST_UNBALANCED_STEPS} optimizer steps without talkoot.rebalance(model): call it after each step, "
+                "or a few experts get most of the tokens",
+                stacklevel=2,
+            )
 
     def _drop(self, updates_RKW: Tensor) -> Tensor:
         rate = self._routing.expert_dropout
@@ -321,8 +358,11 @@ def _through(module: nn.Module, rows: Tensor) -> Tensor:
 def rebalance(model: nn.Module, computed: nn.Module | None = None) -> None:
     """Corrects the biases of all mixtures in a model. Call it after each optimizer step, on its thread.
 
-    `computed`: the copy of the model in which the step was computed; None: the model itself.
+    `computed`: the copy of the model in which the step was computed; None: the model itself. Raises TypeError if it is
+    not a model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"pass the model that contains the mixtures, an nn.Module, and not {in_brief(model)}")
     for own, other in zip(model.modules(), (computed or model).modules(), strict=True):
         if isinstance(own, RemoteMixtureOfExperts) and isinstance(other, RemoteMixtureOfExperts):
             own.rebalance(other)

@@ -2,6 +2,7 @@
 causal.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 
 from dht.beam_search import default_beam_size, select_experts
 from dht.uid import UID
+from peer.errors import SettingsError
 from peer.loop import LoopThread
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import WaitPolicy
 from trainer_client.model import LanguageModel
-from trainer_client.moe import RemoteMixtureOfExperts
+from trainer_client.moe import RemoteMixtureOfExperts, rebalance
 from trainer_client.routers import Gate, Routing
 
 HIDDEN = 8
@@ -374,3 +376,53 @@ def test_a_later_position_sees_an_earlier_token_through_an_expert() -> None:
         before_BTV, after_BTV = model(tokens_BT), model(changed_BT)
     torch.testing.assert_close(after_BTV[0, :2], before_BTV[0, :2], rtol=0, atol=1e-6)
     assert not torch.isclose(after_BTV[0, 3:], before_BTV[0, 3:], atol=1e-4).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("layer", ["0", None, 0.0])
+def test_a_layer_that_is_no_whole_number_is_refused_with_the_numbers_to_pass(layer: object) -> None:
+    swarm = FakeSwarm(make_manifest((4,)))
+    with mixtures(swarm, 1) as make_mixture:
+        with pytest.raises(TypeError, match=f"a whole number from 0 to 0, and not {layer!r}"):
+            make_mixture(layer)  # type: ignore[arg-type]  # what a beginner may pass
+        with pytest.raises(SettingsError, match="layer 1: this swarm has layers 0 to 0"):
+            make_mixture(1)
+        assert make_mixture(np.int64(0)).layer == 0  # type: ignore[arg-type]  # as a loop over an array has it
+
+
+def test_rebalance_of_something_else_says_what_to_pass() -> None:
+    with pytest.raises(TypeError, match=r"pass the model .*, and not None"):
+        rebalance(None)  # type: ignore[arg-type]  # what a beginner may pass
+
+
+@pytest.mark.parametrize("steps_between", [1, 11])
+def test_a_loop_that_forgets_to_rebalance_is_warned(steps_between: int) -> None:
+    swarm = FakeSwarm(make_manifest((2, 3)))
+    x_BTD, _ = random_tensors(0, 2, 4)
+    with mixtures(swarm, 2) as make_mixture:
+        mixture = make_mixture(0)
+        optimizer = torch.optim.AdamW(mixture.parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(24):
+                for _ in range(3):  # passes of one step, whose gradients accumulate
+                    torch.autograd.backward(mixture(x_BTD).sum())
+                optimizer.step()
+                if (step + 1) % steps_between == 0:
+                    rebalance(mixture)
+    said = [str(each.message) for each in caught if "rebalance(model)" in str(each.message)]
+    assert len(said) == (0 if steps_between == 1 else 2)
+
+
+def test_a_compiled_model_computes_the_mixture_as_it_is() -> None:
+    swarm = FakeSwarm(make_manifest((2, 3)))
+    x_BTD, gradient_BTD = random_tensors(0, 2, 4)
+    torch.manual_seed(0)
+    with mixtures(swarm, 2) as make_mixture:
+        mixture = make_mixture(0)
+        mixture.disable_compiling()
+        model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), mixture, nn.Linear(HIDDEN, HIDDEN))
+        compiled = torch.compile(model, backend="aot_eager")
+        inputs = [x_BTD, *model[0].parameters(), *mixture.gate.parameters()]
+        found, expected = (torch.autograd.grad(one(x_BTD), inputs, gradient_BTD) for one in (compiled, model))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ from training_swarm import Founder, founded
 
 from dht.announcements import TrainerInfo
 from dht.invites import Invite
+from peer.errors import StartError
 from peer.loop import LoopThread
 from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
@@ -81,6 +82,13 @@ def test_a_loop_of_ones_own_reports_and_leaves_its_result(
         for step in (-1, 2**63, 3.5):
             with pytest.raises((ValueError, TypeError)):
                 client.report(step, 2.0)  # type: ignore[arg-type]  # what a loop of one's own may say
+        with pytest.raises(TypeError, match="pass the step as a whole number, and not 'x'"):
+            client.report("x", 2.0)  # type: ignore[arg-type]  # so too
+        for loss in ("x", "2.0", None, torch.ones(3)):
+            with pytest.raises(TypeError, match="pass the loss as a number or as a tensor with one element"):
+                client.report(4, loss)  # type: ignore[arg-type]  # so too
+        with pytest.raises(TypeError, match=r"pass validation_loss as a number .*, and not 'x'"):
+            client.report(4, 2.5, validation_loss="x")  # type: ignore[arg-type]  # so too
         with warnings.catch_warnings(action="error"):  # torch warns if a number keeps its graph
             loss = torch.tensor(2.25, requires_grad=True)
             client.report(4, loss, validation_loss=2.0)  # type: ignore[arg-type]  # so too
@@ -97,6 +105,20 @@ def test_a_mixture_whose_client_is_closed_says_so(founder: Founder, tmp_path: Pa
     for use in (lambda: mixture(output), output.sum().backward, client.memory):
         with pytest.raises(RuntimeError, match="this SwarmClient is closed"):
             use()
+
+
+def test_joining_with_what_is_no_invite_says_what_to_pass(tmp_path: Path) -> None:
+    for wrong in (None, 5, b"talkoot2"):
+        with pytest.raises(TypeError, match=f"pass the invite as text, .*, and not {wrong!r}"):
+            SwarmClient.join(wrong, state=tmp_path)  # type: ignore[arg-type]  # what a beginner may pass
+
+
+def test_joining_again_says_to_close_the_first_client(founder: Founder, tmp_path: Path) -> None:
+    with (
+        SwarmClient.join(founder.invite, state=tmp_path / "state"),
+        pytest.raises(StartError, match=r"close that SwarmClient first \(`swarm.close\(\)`\)"),
+    ):
+        SwarmClient.join(founder.invite, state=tmp_path / "state")
 
 
 def test_who_only_reads_is_no_trainer(founder: Founder, tmp_path: Path) -> None:
