@@ -225,6 +225,18 @@ class ChannelPool:
             raise UnreachableError(f"node {peer.peer_id} does not answer at {', '.join(ways)}")
         return channel_or_none
 
+    async def forget_broken(self, peer: Contact) -> None:
+        """Closes the channel to a peer if its connection has failed, so that the next call dials at once.
+
+        gRPC itself would wait, for up to 5 s after several attempts in vain, and fail all calls meanwhile.
+        """
+        way = self._worked.get(peer.peer_id, "")
+        channel = self._channels.get((way, peer.certificate_pem))
+        if channel is not None and channel.get_state() in _BROKEN:
+            self._worked.pop(peer.peer_id, None)
+            self._channels.pop((way, peer.certificate_pem), None)
+            await channel.close()
+
     async def close(self) -> None:
         """Ends calls in progress. No peer can be called any more."""
         self._is_closed = True

@@ -136,6 +136,22 @@ def test_a_joining_peer_is_told_whether_it_can_be_reached() -> None:
     play(scenario)
 
 
+def test_a_peer_that_starts_again_is_reached_by_one_that_called_it_in_vain() -> None:
+    async def scenario() -> None:
+        async with dht_peers(1) as (peer,):
+            async with running(await DHTPeer.start(1)) as first:
+                (reply,) = await first.join(peer)
+                assert reply.reaches_us
+                assert await peer.node.ping(first.peer_id)
+            for _ in range(3):
+                assert await peer.node.ping(first.peer_id) is None
+            async with running(await DHTPeer.start(1, port=first.port)) as again:
+                (reply,) = await again.join(peer)
+                assert reply.reaches_us
+
+    play(scenario)
+
+
 def test_a_node_that_becomes_a_client_answers_nothing_but_pings() -> None:
     async def scenario() -> None:
         async with dht_peers(2) as (one, other):
