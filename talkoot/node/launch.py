@@ -34,7 +34,7 @@ from peer.transport.addresses import Multiaddress, default_listen_address, requi
 from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder
 from talkoot.node.invites import FoundedSwarm, invite_advice
-from talkoot.node.view import NodeRates, RateMeter, line, panel, summary
+from talkoot.node.view import NodeRates, RateMeter, line, live_panel, summary
 from talkoot.node.week import WeeklySummary
 from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import Terminal, log_file
@@ -283,7 +283,7 @@ class _NodeRun:
                 await _watch(
                     node,
                     _LOOK_EVERY_S,
-                    lambda status, rates: live.update(panel(swarm, status, rates), refresh=True),
+                    lambda status, rates: live.update(live_panel(swarm, status, rates), refresh=True),
                 )
         else:
             await _watch(node, _LINE_EVERY_S, lambda status, rates: logger.info(line(status, rates)))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rich.console import Group
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -66,15 +67,23 @@ def state_in_words(status: NodeStatus) -> str:
     )
 
 
+def live_panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Group:
+    """The panel, and an empty line for the `^C` that a terminal shows. After the panel's last column, it would move the
+    cursor down a line, and a part of the panel would stay on the screen.
+    """
+    return Group(panel(swarm, status, rates), "")
+
+
 def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
     """The panel, as wide as the terminal. It never breaks words, and is red only if something is wrong."""
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(ratio=1, overflow="fold")
     grid.add_row("state", Text(_state_and_use(status), style=_STYLES.get(status.state, "")))
-    grid.add_row("trained", _trained(status))
-    grid.add_row("computed", _computed(status, rates))
-    grid.add_row("model", _model(status))
+    if _may_host_experts(status):
+        grid.add_row("trained", _trained(status))
+        grid.add_row("computed", _computed(status, rates))
+        grid.add_row("model", _model(status))
     grid.add_row("experts", _share(status))
     if status.memory_disk_bytes:
         grid.add_row("memories", _memories(status, rates))
@@ -128,11 +137,16 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
 def _state_and_use(status: NodeStatus) -> str:
     """The state, and whether anybody uses the node if it serves."""
     words = state_in_words(status)
-    if status.state is not NodeState.SERVING or status.trainers_now:
+    if status.state is not NodeState.SERVING or status.trainers_now or not _may_host_experts(status):
         return words
     if not status.swarm_trainers:
         return f"{words}; idle: nobody trains" if status.swarm_trainers == 0 else words
     return f"{words}; idle: no trainer needs this node now"
+
+
+def _may_host_experts(status: NodeStatus) -> bool:
+    """False for a node that only hosts passages, or only leads others into the swarm."""
+    return bool(status.capacity or status.rows)
 
 
 def _trained(status: NodeStatus) -> str:
@@ -150,14 +164,16 @@ def _computed(status: NodeStatus, rates: NodeRates) -> str:
 
 def _model(status: NodeStatus) -> str:
     if status.loss is None or status.loss_at_first is None:
-        return "no trainer has measured its loss yet"
-    return f"validation loss {status.loss:.3f}; {status.loss_at_first:.3f} when this node joined"
+        return "no validation loss known yet; the node looks every 5 minutes"
+    return f"validation loss {status.loss:.3f}; {status.loss_at_first:.3f} when this node first looked"
 
 
 def _share(status: NodeStatus) -> str:
     of_all = status.experts / status.swarm_experts if status.swarm_experts else 0.0
     hosted = f"{status.experts:,} of the swarm's {status.swarm_experts:,} ({of_all:.0%})"
-    return f"{hosted}, room for {max(0, status.capacity - status.experts):,} more"
+    if status.capacity <= status.experts:
+        return hosted if status.capacity else f"{hosted}: it takes none"
+    return f"{hosted}, room for {status.capacity - status.experts:,} more"
 
 
 def _moved(status: NodeStatus) -> str:

@@ -23,7 +23,16 @@ from rich.live import Live
 from dht.receipts import SignedWork, Work
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
-from talkoot.node.view import NodeRates, RateMeter, hours_in_words, line, panel, state_in_words, summary
+from talkoot.node.view import (
+    NodeRates,
+    RateMeter,
+    hours_in_words,
+    line,
+    live_panel,
+    panel,
+    state_in_words,
+    summary,
+)
 from talkoot.terminal import to_json
 
 WIDTH = 80
@@ -121,7 +130,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "state     serving ",
         "trained   11 experts trained with 1,234 updates",
         "computed  54,120 rows for 3 trainers; 412 rows/s now, 512 rows waiting",
-        "model     validation loss 3.215; 4.100 when this node joined",
+        "model     validation loss 3.215; 4.100 when this node first looked",
         "experts   12 of the swarm's 32 (38%), room for 6 more",
         "up 1.2 of 8 Mbit/s   down 0.8 Mbit/s",
         "34% busy, 2 threads",
@@ -145,6 +154,32 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
 )
 def test_idleness_is_told(changes: dict[str, Any], said: str) -> None:
     assert any(f"state     {said}" in row for row in shown(replace(STATUS, **changes), NodeRates()))
+
+
+def test_a_node_without_experts_says_nothing_of_training() -> None:
+    status = replace(
+        STATUS, experts=0, capacity=0, rows=0, trainers_now=0, swarm_trainers=0, memory_disk_bytes=7
+    )
+    text = "\n".join(shown(status, NodeRates()))
+    assert "experts   0 of the swarm's 32 (0%): it takes none " in text
+    for silent in ("idle", "trained   ", "model     ", "computed  "):
+        assert silent not in text
+    assert "memories  " in text
+
+
+def test_a_full_node_has_no_room() -> None:
+    assert any(
+        "experts   18 of the swarm's 32 (56%) " in row
+        for row in shown(replace(STATUS, experts=18), NodeRates())
+    )
+
+
+def test_no_part_of_the_panel_stays_when_the_terminal_shows_a_ctrl_c() -> None:
+    """The terminal writes ^C where the cursor is. In the last column, that would move the cursor to the next line."""
+    file = io.StringIO()
+    with Live(console=terminal(file), auto_refresh=False, transient=True) as live:
+        live.update(live_panel("sauna", STATUS, NodeRates()), refresh=True)
+        assert file.getvalue().endswith("\n"), "the cursor is in the first column of an empty line"
 
 
 @pytest.mark.parametrize("state", NodeState)
