@@ -176,6 +176,11 @@ class TrainerInfo:
         """Whether its owner runs a training loop of their own, which has no known end."""
         return self.steps == 0
 
+    @property
+    def reported_step(self) -> int | None:
+        """How many steps it has taken; None: its owner's loop reports none."""
+        return None if self.is_own_loop and not self.step and self.loss is None else self.step
+
 
 class ReplicaState(Enum):
     """The stages of a replica's life."""

@@ -488,7 +488,7 @@ def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
         "peer_id": seen.name,
         "short": seen.name[-8:],
         "name": trainer.name or None,
-        "step": trainer.step,
+        "step": trainer.reported_step,
         "steps": trainer.steps or None,
         "loss": trainer.loss,
         "validation_loss": trainer.validation_loss,

@@ -488,6 +488,12 @@ def test_a_loop_of_ones_own_is_called_so() -> None:
     assert (row["state"], row["step"], row["steps"]) == ("own loop", 7, None)
 
 
+def test_a_loop_of_ones_own_that_reports_nothing_has_unknown_steps_not_none() -> None:
+    silent = trainer(0, steps=0, step=0, loss=None)
+    waiting = trainer(1, steps=9, step=0, loss=None)
+    assert [row["step"] for row in picture_of([node(0)], [silent, waiting]).trainers] == [None, 0]
+
+
 def test_trainers_that_are_live_come_first() -> None:
     rows = [{"state": "gone", "seen_at": 1.0, "peer_id": "a"}, {"state": "training", "seen_at": 1.0, "peer_id": "b"},
             {"state": "gone", "seen_at": 2.0, "peer_id": "c"}]  # fmt: skip
