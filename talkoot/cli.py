@@ -56,7 +56,7 @@ Use what a swarm has learned:
   talkoot serve --join INVITE       serve the model to programs and to a page
   talkoot export --join INVITE      keep the model in a folder
   talkoot search --join INVITE "…"  find passages of text that nodes host
-  talkoot ask --join INVITE "…"     answer a question from these passages
+  talkoot ask --join INVITE "…"     let your model answer from these passages
 
 An invite is one line that somebody gives you. Without one:
 

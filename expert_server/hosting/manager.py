@@ -261,7 +261,7 @@ class HostingManager:
         # runs beside a look: that peer waits at most ten seconds for an heir, and a look may take minutes
         if taken := await self._take(await self._given_up_by(leaving, uids)):
             self.adopted.inc(len(taken))
-            logger.info("adopted %s of %s, which leaves", counted(len(taken), "expert"), leaving)
+            logger.info("adopted %s of %s, which leaves or pauses", counted(len(taken), "expert"), leaving)
 
     async def _given_up_by(self, leaving: PeerID, uids: Collection[UID]) -> list[UID]:
         replicas = await self._swarm.registry.replicas(uids)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dht.invites import invite_of
 from dht.memory import MemoryID, Passage
-from peer.errors import DataError, ModelError, SettingsError
+from peer.errors import CheckpointError, DataError, ModelError, SettingsError
 from peer.formatting import counted, printable
 from peer.metrics import total
 from talkoot.memory.search import check_found, check_hosts, citation, hit_dict, why_nothing
@@ -148,8 +148,11 @@ def run_ask(
                 "rag-sequence --memory NAME --data QUESTIONS.jsonl`, or give its --checkpoint"
             )
 
-    with joined_run(terminal, signals, join, settings, require_questions) as run:
-        answer_question(terminal, run, question)
+    try:
+        with joined_run(terminal, signals, join, settings, require_questions) as run:
+            answer_question(terminal, run, question)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. Without a model, `talkoot search` finds passages") from error
 
 
 def answer_question(terminal: Terminal, run: JoinedRun, question: str) -> None:

@@ -225,7 +225,7 @@ def test_missing_invite_is_asked_for() -> None:
 
 def test_a_demo_of_no_text_does_not_begin(tmp_path: Path) -> None:
     ended = run_here("demo", "--data", str(tmp_path))
-    assert_one_clear_line(ended, "no .txt, .jsonl or .parquet file in", "[T111]")
+    assert_one_clear_line(ended, "no .txt, .jsonl or .parquet file in", f"'{tmp_path / '*'}'", "[T111]")
     assert "starts" not in ended.stderr
 
 

@@ -120,7 +120,8 @@ def _find(path: str) -> list[Path]:
         files = sorted(file for file in at.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
         if not files:
             raise DataError(
-                f"no .txt, .jsonl or .parquet file in {path}: put some there, or give another folder"
+                f"no .txt, .jsonl or .parquet file in {path}: put some there, or name other text files by a glob in "
+                f"quotes, such as '{at / '*'}'"
             )
         return files
     if at.is_file():

@@ -191,6 +191,9 @@ def test_what_can_not_be_answered_is_one_clear_line(
     used = ("--join", founder.invite, "--state", trained)
     talkoot("ask", "mikä on kiuas?", *used).is_one_clear_line("knows no word of this question")
     talkoot("ask", " ", *used).is_one_clear_line("ask something")
+    talkoot("ask", "what?", "--join", founder.invite, "--state", tmp_path / "new").is_one_clear_line(
+        "no checkpoint of this swarm", "Without a model, `talkoot search` finds passages"
+    )
     talkoot("ask", "what? " * 2000, *used).is_one_clear_line("shorten it to 10000")
     talkoot("ask", f"word1 {'and more ' * 20}?", *used).is_one_clear_line("tokens", "shorten the question")
     talkoot("ask", "what?", *used, "--memory", "other").is_one_clear_line(
