@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from benchmarks.namespaces import Internet, Machine
 
@@ -60,9 +60,9 @@ class Village:
         folder.mkdir()
         if "--state" not in arguments:
             arguments = (*arguments, "--state", folder / "state")
-        words = [sys.executable, "-m", "talkoot.cli", command, "--log-format", "json", *map(str, arguments)]
+        words = ["-m", "talkoot.cli", command, "--log-format", "json", *map(str, arguments)]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-            process = subprocess.Popen(machine.command(words), stdout=out, stderr=err)
+            process = self._start(machine, words, out, err)
         program = Program(process, folder)
         self._programs.append(program)
         return program
@@ -71,6 +71,12 @@ class Village:
         return self.run(
             machine, "node", "--host", machine.address, "--threads", 1, "--announce-every-s", 1, *arguments
         )
+
+    def _start(
+        self, machine: Machine, words: Sequence[str], out: BinaryIO, err: BinaryIO
+    ) -> "subprocess.Popen[bytes]":
+        """Starts Python with these words."""
+        return subprocess.Popen(machine.command([sys.executable, *words]), stdout=out, stderr=err)
 
     def close(self) -> None:
         for program in self._programs:

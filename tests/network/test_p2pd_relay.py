@@ -1,13 +1,13 @@
 """Streams of p2pd to a peer behind a router, through another peer that relays, in network namespaces of the kernel."""
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 import pytest
+from preloaded import Preloaded
 
 from benchmarks.namespaces import Machine, internet, why_not
 
@@ -63,11 +63,8 @@ asyncio.Runner(loop_factory=new_loop).run(main())
 def peer(machine: Machine, folder: Path, kind: str, *given: str) -> Iterator[IO[str]]:
     """Runs a peer on the machine, and yields its output."""
     arguments = [str(folder / f"{machine.namespace}.key"), machine.address, kind, *given]
-    process = subprocess.Popen(
-        machine.command([sys.executable, "-W", "ignore", "-c", PEER, *arguments]),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    words = ("-W", "ignore", "-c", PEER, *arguments)
+    process = Preloaded(*words, stdout=subprocess.PIPE, text=True, network=machine.namespace)
     assert process.stdout is not None
     try:
         yield process.stdout

@@ -1,14 +1,13 @@
 """Relays over gRPC die, in network namespaces of the kernel: the nodes behind them stay reachable, without p2pd."""
 
 import contextlib
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from home_swarm import manifest_in, village_in
+from preloaded import Preloaded
 
 from benchmarks.homes import START_S, Program, Village
 from benchmarks.namespaces import Machine, why_not
@@ -61,7 +60,7 @@ def watching(machine: Machine, folder: Path, invite: str, node: Program) -> Iter
     """Yields a function that returns the hosts of the relays that the node announces now."""
     name = Identity.load_or_create(node.folder / "state" / "identity.key").peer_id.to_base58()
     arguments = ["-W", "ignore", "-c", WATCHER, str(folder), invite, machine.address, name]
-    process = subprocess.Popen(machine.command([sys.executable, *arguments]))
+    process = Preloaded(*arguments, network=machine.namespace)
 
     def relays() -> set[str]:
         assert process.poll() is None

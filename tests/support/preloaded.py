@@ -46,6 +46,8 @@ _DEADLINE_S = 120.0
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 """As linux/prctl.h numbers them."""
 _KILL = 9
+_NETWORK = 0x40000000
+"""CLONE_NEWNET of linux/sched.h."""
 _ONE_FORK = threading.Lock()
 
 
@@ -53,7 +55,8 @@ class Preloaded(subprocess.Popen[Any]):
     """Runs `python WORDS`, where the words begin with `-m MODULE`, `-c CODE` or a file, after `-W ignore` or nothing.
     The other arguments are those of `Popen`.
 
-    With variables in `env` that Python or the loader reads when a program starts, it starts a fresh interpreter.
+    It starts a fresh interpreter on systems other than Linux, and with variables in `env` that Python or the loader
+    reads when a program starts.
     """
 
     def __init__(
@@ -65,16 +68,20 @@ class Preloaded(subprocess.Popen[Any]):
         env: Mapping[str, str] | None = None,
         text: bool | None = None,
         start_new_session: bool = False,
+        network: str | None = None,
     ) -> None:
+        """`network`: the network namespace of the process, by the name that `ip netns` gives it."""
         self._request: Mapping[str, Any] = {
             "parent": os.getpid(),
             "words": words,
             "environment": dict(os.environ if env is None else env),
             "folder": os.getcwd(),
             "in_new_session": start_new_session,
+            "network": network,
         }
+        inside = [] if network is None else ["ip", "netns", "exec", network]
         super().__init__(
-            [sys.executable, *words],
+            [*inside, sys.executable, *words],
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -85,8 +92,7 @@ class Preloaded(subprocess.Popen[Any]):
 
     def _execute_child(self, *arguments: Any) -> None:
         """Stands in for the method of `Popen` that starts the process and sets its pid."""
-        server = _server()
-        if not server.can_be(self._request["environment"]):
+        if sys.platform != "linux" or not (server := _server()).can_be(self._request["environment"]):
             super()._execute_child(*arguments)  # type: ignore[misc]  # it is not public
             return
         pipes = arguments[10:16]
@@ -182,7 +188,8 @@ def _become(request: Mapping[str, Any], streams: Sequence[int], requests: socket
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.001)
-    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, _KILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_SET_PDEATHSIG, _KILL)
     requests.send(str(os.getpid()).encode())
     requests.close()
     for own, stream in enumerate(streams):
@@ -190,6 +197,10 @@ def _become(request: Mapping[str, Any], streams: Sequence[int], requests: socket
         os.close(stream)
     if request["in_new_session"]:
         os.setsid()
+    if request["network"] is not None:
+        with open(f"/run/netns/{request['network']}") as namespace:
+            if libc.setns(namespace.fileno(), _NETWORK):
+                sys.exit("setns failed")
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
