@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import subprocess
 from contextlib import closing
 from pathlib import Path
@@ -19,13 +20,25 @@ from peer.transport.endpoints import Endpoint
 from talkoot.installation import Installation
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> UvHome:
-    home = UvHome.make(tmp_path)
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a user who has installed Talkoot. Its copy `as-installed` lies beside it."""
+    user = tmp_path_factory.mktemp("installed") / "user"
+    user.mkdir()
+    home = UvHome.make(user)
     home.add_uv()
     assert home.install().returncode == 0
     home.calls_file.unlink()
-    return home
+    shutil.copytree(user, user.with_name("as-installed"), symlinks=True)
+    return user
+
+
+@pytest.fixture
+def home(user: Path) -> UvHome:
+    """Restored at the same path, which the environment contains."""
+    shutil.rmtree(user)
+    shutil.copytree(user.with_name("as-installed"), user, symlinks=True)
+    return UvHome(user / "home", user / "programs", user / "calls")
 
 
 @pytest.fixture
