@@ -38,8 +38,8 @@ class Task:
         rows = Rows(inputs, torch.tensor([ROWS]), torch.arange(ROWS))
         return rows, inputs @ self._map + 0.5 * torch.randn(ROWS, HIDDEN, generator=self._generator)
 
-    def train(self, expert: Expert) -> None:
-        for _ in range(UPDATES):
+    def train(self, expert: Expert, updates: int = UPDATES) -> None:
+        for _ in range(updates):
             rows, wanted = self._batch()
             gradients = (expert.forward(rows) - wanted) / ROWS
             expert.backward([Rows(rows.inputs, rows.lengths, rows.positions, gradients)])
@@ -100,7 +100,7 @@ def loss_beside_a_liar(lie: str | None, meet: Callable[[Expert, Checkpoint], Non
     task, (*honest, liar) = Task(3), [Expert(AN_UID, FAST) for _ in range(3)]
     for meeting in range(24):
         for expert in (*honest, liar):
-            task.train(expert)
+            task.train(expert, UPDATES // 2)
         one, other = honest[meeting % 2], [liar, honest[1 - meeting % 2]][meeting // 2 % 2]
         mine, theirs = one.checkpoint(), other.checkpoint()
         if lie is not None and other is liar:
