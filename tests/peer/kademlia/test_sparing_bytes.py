@@ -27,12 +27,14 @@ WRITERS = 8
 def play(
     scenario: Callable[[SimulatedSwarm], Coroutine[Any, Any, None]], nodes: int = 14, contacts: bool = False
 ) -> None:
-    """`contacts`: whether nodes know many others from the start, and name them in contacts as real ones do."""
+    """`contacts`: whether nodes know many others from the start, without having joined, and name them in contacts as
+    real ones do.
+    """
     with simulated_world() as loop:
 
         async def run() -> None:
             swarm = await SimulatedSwarm.start(
-                loop, nodes, 4, Link(rtt_s=0.1), seed=1, with_contacts=contacts
+                loop, nodes, 4, Link(rtt_s=0.1), seed=1, in_place=contacts, with_contacts=contacts
             )
             for peer in swarm.peers:
                 peer.dht.validator = None
