@@ -46,11 +46,11 @@ class UpdateReports:
         by itself.
         """
         known = self._trainers.pop(trainer, None)
-        if known is None or total < known.total:  # a trainer that restarts counts from 0 again
+        if known is None:
             known = _Trainer(group or trainer, total, 0.0)
         else:
             known.here += 1  # the previous call
-            known.elsewhere += max(0, total - known.total - 1)
+            known.elsewhere += max(0, total - known.total - 1)  # a trainer that restarts counts from 0 again
         known.total, known.heard_at = total, self._clock()
         self._trainers[trainer] = known
         if len(self._trainers) > _MOST_TRAINERS:

@@ -47,16 +47,17 @@ def test_a_host_with_less_than_a_quarter_of_the_others_updates_is_left_behind(
     st.lists(st.tuples(st.integers(4, 30), st.integers(1, 3)), min_size=1, max_size=5),
     st.lists(counts, max_size=5),
     st.booleans(),
+    st.integers(1, 4),
 )
 def test_as_many_hostile_trainers_as_honest_ones_make_no_host_believe_that_it_is_left_behind(
-    honest: list[tuple[int, int]], lies: list[int], are_one: bool
+    honest: list[tuple[int, int]], lies: list[int], are_one: bool, others: int
 ) -> None:
     reports = UpdateReports()
     for number, (here, times) in enumerate(honest):
-        report(reports, f"honest {number}", here, here * times)
+        report(reports, f"honest {number}", here, here * times * others)
     for number, lie in enumerate(lies if are_one else lies[: len(honest)]):
         report(reports, f"hostile {number}", 1, lie, "a household" if are_one else "")
-    assert not reports.is_left_behind()
+    assert not reports.is_left_behind(others)
 
 
 def test_a_host_that_its_own_trainers_call_is_not_left_behind_because_others_seldom_do() -> None:
@@ -86,6 +87,8 @@ def test_a_trainer_that_restarts_or_comes_anew_has_reported_nothing() -> None:
     assert not reports.is_left_behind(), "it may have trained with a replica that has long gone"
     report(reports, "a trainer", 20, 20)
     assert not reports.is_left_behind()
+    report(reports, "a trainer", 1, 200)
+    assert reports.is_left_behind()
 
 
 def test_trainers_that_left_do_not_outvote_those_that_train() -> None:
@@ -105,6 +108,8 @@ def test_many_keys_displace_each_other_and_no_honest_trainer() -> None:
     report(reports, "honest", 20, 20)
     for number in range(1000):
         report(reports, f"hostile {number}", 1, 100, "a household")
+        reports.note("hostile 0", "a household", number)
     assert len(reports._trainers) == 256
     assert "honest" in reports._trainers
+    assert reports._trainers["hostile 0"].here == 1001, "those that reported longest ago are forgotten"
     assert not reports.is_left_behind()
