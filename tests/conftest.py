@@ -17,7 +17,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import pytest
 import torch
 from attending import attending_experts
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from limited_loop import LimitedLoop
 from make_release import build_wheel, recorded_wheels
 
@@ -25,7 +25,13 @@ from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
 
-settings.register_profile("talkoot", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "talkoot",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],  # on a busy machine, everything is
+)
 settings.load_profile("talkoot")
 sys.dont_write_bytecode = False  # else every process that a test starts compiles all modules again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
