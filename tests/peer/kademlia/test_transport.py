@@ -12,6 +12,7 @@ import pytest
 from callers import a_caller, numbered_identity
 from dht_peers import LOCAL, SWARM, DHTPeer, dht_peers, running
 from grpc import StatusCode
+from limited_loop import LimitedLoop
 from stranger import new_identities
 
 from peer.clock import SwarmClock
@@ -20,7 +21,6 @@ from peer.kademlia.lookups import Item, Lookups
 from peer.kademlia.node import CALL_DEADLINE_S
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.validation import MAX_MESSAGE_BYTES, EntryChecker
-from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import SessionServicer
 from peer.transport.addresses import Multiaddress
@@ -33,8 +33,11 @@ FIND = "/talkoot.v1.DhtService/Find"
 
 
 def play(scenario: Callable[[], Awaitable[None]]) -> None:
-    with contextlib.closing(LoopThread()) as loop:
-        loop.run(asyncio.wait_for(scenario(), 120))
+    async def run() -> None:
+        await scenario()
+
+    with contextlib.closing(LimitedLoop()) as loop:
+        loop.run(run(), 120)
 
 
 async def until(is_so: Callable[[], bool]) -> None:
