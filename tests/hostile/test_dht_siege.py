@@ -25,7 +25,7 @@ ATTACK_S = 2.5
 LOOKS = 20
 LOOK_S, _PATIENCE_S = 3.0, 30.0
 """The longest time for a look-up on a core of its own, and on any machine."""
-DEADLINE_S = 60.0
+DEADLINE_S = 240.0
 LOOPS = 6
 UPLOAD_MBIT = 8.0
 FORGED = 80
@@ -194,7 +194,7 @@ def test_a_siege_with_large_and_many_messages_holds_no_loop(loop: LoopThread, no
             print("lag", lags.quantile(1.0), lags.quantile(0.99))
             await asyncio.to_thread(lags.check)
 
-    loop.run(scenario(), 120)
+    loop.run(scenario(), 300)
 
 
 def test_small_questions_get_no_flood_of_answers(loop: LoopThread, node: NodeVictim) -> None:
@@ -234,7 +234,7 @@ def test_small_questions_get_no_flood_of_answers(loop: LoopThread, node: NodeVic
             print("lag", lags.quantile(1.0), lags.quantile(0.99))
             await asyncio.to_thread(lags.check)
 
-    loop.run(scenario(), 120)
+    loop.run(scenario(), 300)
 
 
 def test_what_strangers_store_takes_the_memory_that_the_metric_says(
@@ -263,4 +263,4 @@ def test_what_strangers_store_takes_the_memory_that_the_metric_says(
             assert stored() < 64 * 2**20
             assert node.rss_bytes - before < 1.2 * stored() + 30 * 2**20
 
-    loop.run(scenario(), 120)
+    loop.run(scenario(), 300)

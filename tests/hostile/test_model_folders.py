@@ -180,7 +180,7 @@ def test_large_folders_take_bounded_memory(written: Path, tmp_path: Path) -> Non
         "    try: ModelFolder.open(Path(path))\n    except ModelError as error: print(error)"
     )
     command = [sys.executable, "-c", program, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     refused = done.stdout.splitlines()
     assert len(refused) == len(folders)
