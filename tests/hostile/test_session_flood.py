@@ -75,7 +75,7 @@ def test_honest_newcomers_open_sessions_while_strangers_flood(loop: LoopThread, 
             while (
                 time.monotonic() < began + ATTACK_S or came < NEWCOMERS or flood.outcomes.total() <= ATTEMPTS
             ):
-                assert time.monotonic() < began + 60, f"{came} newcomers, {flood.outcomes.total()} attempts"
+                assert time.monotonic() < began + 240, f"{came} newcomers, {flood.outcomes.total()} attempts"
                 async with honest_caller(info, swarm_id, manifest) as newcomer:
                     came += 1
                     failed += not await newcomer.call()
@@ -89,7 +89,7 @@ def test_honest_newcomers_open_sessions_while_strangers_flood(loop: LoopThread, 
             await asyncio.to_thread(lags.check)
 
     with founder(tmp_path) as node:
-        loop.run(scenario(node.metrics_address), 120)
+        loop.run(scenario(node.metrics_address), 300)
 
 
 def write(path: Path) -> Path:
