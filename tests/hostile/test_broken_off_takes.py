@@ -40,11 +40,12 @@ class Copies:
 
 async def check(square: Square, victim: Averaging, begin: Callable[[], Any]) -> None:
     """`begin` begins a call, which is then broken off."""
-    copies, began = Copies(victim.exchange), time.monotonic()
-    for _ in range(100):
+    copies, began, number = Copies(victim.exchange), time.monotonic(), 0
+    while number < 100 or not copies.most:
         call = begin()
         take_step(victim.part)
-        await asyncio.sleep(EVERY_S)
+        number += 1
+        await asyncio.sleep(EVERY_S * max(1, number // 50))  # on a busy machine, a call arrives later
         call.cancel()
     assert copies.most == 1
     assert copies.busy_s < 0.2 * (time.monotonic() - began) + 2 * COPY_S
