@@ -340,8 +340,8 @@ def test_a_changed_token_changes_no_logit_before_it(
     with mixtures(swarm, k) as make_mixture, torch.no_grad():
         model = make_model(swarm, make_mixture)
         before_BTV, after_BTV = model(tokens_BT), model(changed_BT)
-    torch.testing.assert_close(after_BTV[0, :at], before_BTV[0, :at], rtol=0, atol=1e-6)
-    torch.testing.assert_close(after_BTV[1], before_BTV[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after_BTV[0, :at], before_BTV[0, :at], rtol=0, atol=5e-6)
+    torch.testing.assert_close(after_BTV[1], before_BTV[1], rtol=0, atol=5e-6)
     assert not torch.allclose(after_BTV[0, at], before_BTV[0, at], atol=1e-3)
 
 
