@@ -28,21 +28,21 @@ Write = Callable[[Mapping[str, Any]], None]
 _LINE_EVERY_STEPS = 10
 _PLOT_POINTS = 2000
 _COUNTS = {
-    "skipped_steps": "steps skipped",
-    "hedged_calls": "calls made twice",
-    "hedges_won": "experts answered first by the second call",
-    "repeated_calls": "calls repeated",
-    "reselected_rows": "rows sent to other experts",
-    "unanswered_rows": "rows without an answer",
-    "late_gradients": "gradients too late",
-    "checked_rows": "rows checked",
-    "failed_spot_checks": "checks failed",
-    "wrong_answers": "wrong answers",
-    "skipped_updates": "updates of experts skipped",
-    "rollbacks": "experts rolled back",
-    "averagings": "averagings with other trainers",
-    "memory_failed_lookups": "look-ups in the memory failed",
-    "memory_late_batches": "batches without the memory, which was too slow",
+    "skipped_steps": ("step", "skipped"),
+    "hedged_calls": ("call", "made twice"),
+    "hedges_won": ("expert", "answered first by the second call"),
+    "repeated_calls": ("call", "repeated"),
+    "reselected_rows": ("row", "sent to other experts"),
+    "unanswered_rows": ("row", "without an answer"),
+    "late_gradients": ("gradient", "too late"),
+    "checked_rows": ("row", "checked"),
+    "failed_spot_checks": ("check", "failed"),
+    "wrong_answers": ("answer", "wrong"),
+    "skipped_updates": ("update", "of experts skipped"),
+    "rollbacks": ("rollback", "of experts"),
+    "averagings": ("averaging", "with other trainers"),
+    "memory_failed_lookups": ("look-up", "in the memory failed"),
+    "memory_late_batches": ("time", "without the memory, which was too slow"),
 }
 """Counts that are 0 in most runs. The summary shows them only if they are not."""
 _CONNECTING = "the first calls take longest: connections and sessions are opened"
@@ -114,8 +114,11 @@ def summary_lines(values: Values) -> Iterator[str]:
         )
     failures = ", ".join(f"{count} {cause}" for cause, count in sorted(values["failures"].items()))
     yield f"calls that failed: {failures or 'none'}; longest stall {values['longest_stall_s']:.1f} s"
-    if counts := ", ".join(f"{values[name]} {words}" for name, words in _COUNTS.items() if values.get(name)):
-        yield f"also: {counts}"
+    counts = (
+        f"{counted(values[name], noun)} {rest}" for name, (noun, rest) in _COUNTS.items() if values.get(name)
+    )
+    if also := ", ".join(counts):
+        yield f"also: {also}"
 
 
 @contextmanager

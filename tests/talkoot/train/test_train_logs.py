@@ -160,6 +160,9 @@ def test_the_summary_is_in_words() -> None:
         "calls that failed: 3 unavailable; longest stall 0.2 s",
         "also: 4 averagings with other trainers",
     ]
+    once = SUMMARY | {"hedged_calls": 1, "checked_rows": 48, "averagings": 1}
+    *_, also = summary_lines(once)
+    assert also == "also: 1 call made twice, 48 rows checked, 1 averaging with other trainers"
     stopped = SUMMARY | {"stopped": True, "resumed_at": 150, "steps": 151, "failures": {}}
     lines = list(summary_lines(stopped))
     assert lines[0] == "stopped after 1 step (151 in all) in 90 s at 4,096 tokens/s"
