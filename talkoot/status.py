@@ -191,7 +191,9 @@ async def _show_live(terminal: Terminal, read: Read) -> None:
     reading, trouble = await read(), ""
     with Live(console=terminal.out, auto_refresh=False, screen=True, vertical_overflow="crop") as live:
         while True:
-            live.update(Group(*_renderables(reading), Text(trouble, style="red")), refresh=True)
+            # first, because what does not fit is cut off at the end
+            warned = [Text(trouble, style="red")] if trouble else []
+            live.update(Group(*warned, *_renderables(reading)), refresh=True)
             await asyncio.sleep(_WATCH_EVERY_S)
             try:
                 reading, trouble = await read(), ""

@@ -18,11 +18,12 @@ from dht.receipts import SignedWork, Work
 from dht.records import FounderRecord, SwarmKeys
 from dht.swarm import Swarm
 from dht.uid import UID
-from peer.errors import SettingsError
+from peer.errors import SettingsError, UnreachableError
 from peer.identity import PeerID
 from peer.wire import records_pb2
 from talkoot.credit import Credit
-from talkoot.status import SwarmReader, SwarmReading, _renderables
+from talkoot.status import SwarmReader, SwarmReading, _renderables, _show_live
+from talkoot.terminal import Terminal
 from trainer_client.settings import TrainerSettings
 
 MODEL = manifest((2, 2), layers=1)
@@ -179,6 +180,29 @@ def test_status_leaves_out_columns_that_do_not_fit_and_breaks_no_word() -> None:
     assert "too narrow for: expires, version" in narrow
     for word in ("experts", "serving", "trainer 5", "7/100", "validation loss", "[red]kuusi[/red]"):
         assert word in narrow
+
+
+def test_a_low_terminal_shows_first_that_the_swarm_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("talkoot.status._WATCH_EVERY_S", 0.0)
+    file = io.StringIO()
+    terminal = SimpleNamespace(out=Console(file=file, width=80, height=10, force_terminal=True))
+    outcomes: list[SwarmReading | Exception] = [
+        reading(),
+        UnreachableError("no DHT peer answered"),
+        EOFError(),
+    ]
+
+    async def read() -> SwarmReading:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    with pytest.raises(EOFError):
+        asyncio.run(_show_live(cast(Terminal, terminal), read))
+    first, second = file.getvalue().split("cannot reach the swarm: no DHT peer answered")
+    assert "swarm sauna" in first
+    assert "swarm sauna" in second
 
 
 def test_status_without_trainers_has_no_table_of_them() -> None:
