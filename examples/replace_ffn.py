@@ -90,6 +90,7 @@ def main() -> None:
             torch.autograd.backward(loss)  # the experts take their own steps
             optimizer.step()
             talkoot.rebalance(model)  # so that all experts get about as many rows
+            swarm.report(step + 1, loss.item())  # for dashboards
             if step % 10 == 0 or step == options.steps - 1:
                 print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
 
