@@ -34,6 +34,8 @@ Mode = Literal["open", "token"]
 MAX_DENIED = 65_536
 MAX_REVOKED = 1024
 MAX_GRANT_BYTES = 512
+MAX_BADGE_BYTES = 1152
+"""The limit for a badge: a grant, and two signatures of at most 512 and 64 bytes."""
 _LONGEST_FILE = 8 * 2**20
 """At most this many bytes of the denylist are read."""
 BADGE_DOMAIN = b"talkoot badge v1\0"
@@ -343,6 +345,8 @@ def read_grant(data: bytes) -> Grant:
 
 def check_badge(badge: admission_pb2.Badge, peer_id: PeerID, swarm_id: str, founder_key: bytes) -> Grant:
     """The founder's grant to this peer. Raises RecordError. Checks neither expiry nor revocation."""
+    if badge.ByteSize() > MAX_BADGE_BYTES:  # it may have unknown fields, and is remembered with them
+        raise RecordError(f"the badge has {badge.ByteSize()} bytes, more than {MAX_BADGE_BYTES}")
     grant = _checked(badge.SerializeToString(deterministic=True), peer_id.to_bytes(), founder_key)
     if grant.swarm_id != swarm_id:
         raise RecordError(f"the badge is for swarm {grant.swarm_id[:64]!r}")

@@ -14,7 +14,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -61,10 +60,12 @@ _LONG_LIVED = {"manifest_json": ".manifest", "revocations": ".revoked", "library
 these keys.
 """
 _MAX_INDEX_BYTES = 128
-_VERIFIED = 4096
-"""How many verified records are remembered. Each takes about 1 KB."""
 _REFUSED = 4096
 _COORDINATE_LIMIT = 4096
+_verified_before = BoundedDict[bytes, None](4096)
+"""Digests of the records that were verified last, because several peers answer with the same record. The records
+themselves are not kept: once it is parsed, a record of 16 KiB can take half a megabyte.
+"""
 _SHARD_PATTERN = re.compile(r"\.nodes\.([0-9a-f]{2,4})$|\.trainers\.([0-9a-f]{1,4})$")
 _PIECE_PATTERN = re.compile(r":([1-9][0-9]?)$")
 
@@ -311,16 +312,19 @@ def _parsed(data: bytes) -> tuple[records_pb2.SignedRecord, records_pb2.RecordPa
     return record, payload
 
 
-@lru_cache(maxsize=_VERIFIED)
 def _verified(data: bytes) -> records_pb2.RecordPayload:
-    """Cached, because several peers answer with the same record. So callers must not change the result."""
+    """The payload of a record, after all checks that depend on nothing else. Raises RecordError."""
     record, payload = _parsed(data)
+    digest = hashlib.blake2b(data, digest_size=32).digest()
+    if digest in _verified_before:
+        return payload
     if peer_id_of(record.public_key).to_bytes() != payload.peer_id:
         raise RecordError("the record's key is not its writer's")
     _check_replicas(payload)
     _check_kind(payload)
     _check_memories(payload, len(data))
     verify(record.public_key, record.payload, record.signature)
+    _verified_before[digest] = None
     return payload
 
 

@@ -139,6 +139,14 @@ def test_a_badge_that_was_seen_is_of_no_use_to_another(
     denied(rules(founder), bob, badge, "another peer's")
 
 
+def test_a_badge_with_unknown_fields_that_would_be_remembered_is_refused(
+    founder: Identity, alice: Identity
+) -> None:
+    data = make_badge(token_of(founder), alice.peer_id).SerializeToString()
+    padded = admission_pb2.Badge.FromString(data + b"\xfa\x01\x80\x10" + bytes(2048))  # field 31
+    denied(rules(founder), alice, padded, "bytes, more than 1152")
+
+
 def test_a_token_of_another_founder_or_swarm_lets_nobody_in(
     founder: Identity, alice: Identity, bob: Identity
 ) -> None:
