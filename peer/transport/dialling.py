@@ -45,7 +45,8 @@ class Dialling:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`nearest`: the nearest scope that is dialled. `trusted`: the endpoints in the invite, which no stranger
-        wrote.
+        wrote. If a peer proves itself at one of them in a private network, this peer is in that network, too, and dials
+        private addresses from then on.
         """
         refused = Counter(
             "talkoot_dials_refused",
@@ -92,6 +93,8 @@ class Dialling:
 
     def reached(self, endpoint: Endpoint, peer_id: PeerID) -> None:
         """The peer proved that it is there. Dialling it again is not limited."""
+        if endpoint in self._trusted and endpoint.scope is AddressScope.PRIVATE:
+            self._nearest = min(self._nearest, AddressScope.PRIVATE)
         if self.is_known(endpoint, peer_id):
             return
         self._peers[endpoint, peer_id] = None
@@ -114,14 +117,14 @@ class Dialling:
 
 
 def nearest_scope(endpoints: Iterable[Endpoint]) -> AddressScope:
-    """The nearest scope that a swarm's peers dial, from the addresses in its invite.
+    """The nearest scope that a swarm's peers dial, from the addresses in its invite: that of the one that is valid
+    furthest.
 
-    It is loopback only if there are no other addresses: then all peers are on this machine.
+    Many invites of public swarms also name a private address, that of a founder at home. It must not open the home
+    networks of all others to strangers.
     """
-    scopes = {endpoint.scope for endpoint in endpoints} - {None, AddressScope.NONE}
-    if scopes == {AddressScope.LOOPBACK}:
-        return AddressScope.LOOPBACK
-    return AddressScope.PRIVATE if AddressScope.PRIVATE in scopes else AddressScope.GLOBAL
+    scopes = (endpoint.scope for endpoint in endpoints)
+    return max((scope for scope in scopes if scope), default=AddressScope.GLOBAL)
 
 
 async def resolved(addresses: Iterable[Address]) -> list[Address]:

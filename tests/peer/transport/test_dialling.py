@@ -65,6 +65,23 @@ def test_what_the_invite_names_is_dialled_wherever_it_is() -> None:
     assert not dialling.begin(Endpoint("192.168.1.1:81"), peer(0))
 
 
+def test_an_invite_with_a_private_address_opens_no_home_network_to_strangers() -> None:
+    public, private = Endpoint("44.1.1.1:80"), Endpoint("192.168.1.5:80")
+    dialling = Dialling(nearest_scope([private, public]), [private, public])
+    dialling.reached(public, peer(0))
+    assert dialling.begin(private, peer(0)), "the founder may be in the same network"
+    assert not dialling.begin(Endpoint("192.168.1.1:80"), peer(1))
+    dialling.reached(private, peer(0))
+    assert dialling.begin(Endpoint("192.168.1.1:80"), peer(1)), "this peer is in the founder's network"
+    assert not dialling.begin(Endpoint("127.0.0.1:80"), peer(1))
+
+
+def test_no_stranger_proves_that_this_peer_is_in_its_network() -> None:
+    dialling = Dialling(AddressScope.GLOBAL, [Endpoint("44.1.1.1:80")])
+    dialling.reached(Endpoint("192.168.1.5:80"), peer(0))
+    assert not dialling.begin(Endpoint("192.168.1.1:80"), peer(1))
+
+
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 3), st.integers(0, 9)), max_size=200))
 def test_a_victim_is_dialled_a_few_times_a_minute_whoever_is_said_to_be_there(
     tries: list[tuple[float, int, int]],
@@ -126,7 +143,7 @@ def test_who_claims_a_nodes_endpoint_does_not_use_up_the_nodes_dials() -> None:
         (["127.0.0.1", "::1"], AddressScope.LOOPBACK),
         (["127.0.0.1", "44.1.1.1"], AddressScope.GLOBAL),
         (["127.0.0.1", "10.0.0.1"], AddressScope.PRIVATE),
-        (["10.0.0.1", "44.1.1.1"], AddressScope.PRIVATE),
+        (["10.0.0.1", "44.1.1.1"], AddressScope.GLOBAL),
         (["44.1.1.1", "home.example"], AddressScope.GLOBAL),
         (["169.254.169.254"], AddressScope.GLOBAL),
         ([], AddressScope.GLOBAL),
