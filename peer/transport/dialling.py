@@ -23,7 +23,7 @@ ENDPOINT_BURST = 4
 """How often one IP address and port may be dialled although the named peer was not found there."""
 ENDPOINT_EVERY_S = 15.0
 MACHINE_BURST = 16
-"""How many failed dials of one IP address are allowed in a row, over all its ports. For IPv6, this counts all 2^64
+"""How many failed dials of one IP address are allowed in a row, over all its ports. For IPv6, this counts all
 addresses of a line.
 """
 MACHINE_EVERY_S = 6.0

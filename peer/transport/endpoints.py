@@ -46,6 +46,7 @@ _METADATA = frozenset(
 _THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST = ipaddress.ip_network("2000::/3")
+_LINE_BITS = 56
 
 
 def scope_of(address: IpAddress) -> AddressScope:
@@ -145,10 +146,12 @@ def address_of(peer: str) -> IpAddress | None:
 
 
 def neighbourhood(address: IpAddress) -> str:
-    """What counts as one caller: an IPv4 address, or the 2^64 IPv6 addresses that one line usually has."""
+    """What counts as one caller: an IPv4 address, or an IPv6 /56 network, which providers are advised to give each home
+    (RIPE-690). A line with 256 networks of 64 bits must not count as 256 callers.
+    """
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
-    return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+    return str(ipaddress.IPv6Network((int(address), _LINE_BITS), strict=False))
 
 
 def is_public(host: str) -> bool:

@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from peer.errors import DataError
 from peer.formatting import counted
+from peer.transport.endpoints import neighbourhood
 from talkoot.serve.api import RequestError
 
 RETRY_S = 5
@@ -47,12 +48,11 @@ class ApiKeys:
 
 
 def _network(address: str) -> str:
-    """A whole IPv6 network of 64 bits counts as one client."""
+    """All addresses of one line count as one client."""
     try:
-        parsed = ipaddress.ip_address(address)
+        return neighbourhood(ipaddress.ip_address(address))
     except ValueError:
         return address
-    return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((int(parsed), 64), strict=False))
 
 
 class Places:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from peer.errors import AddressError
 from peer.identity import PeerID
+from peer.rpc.connections import origin_of
 from peer.transport.addresses import Multiaddress, is_circuit, known, known_bytes, multiaddress
 from peer.transport.endpoints import AddressScope, Endpoint, scope_of
 
@@ -165,3 +166,10 @@ def test_the_scope_of_an_address(text: str, scope: str) -> None:
 @given(st.ip_addresses())
 def test_every_address_has_a_scope(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
     assert scope_of(address) is not AddressScope.GLOBAL or address.is_global or address.version == 6
+
+
+def test_all_networks_of_one_line_are_one_neighbourhood() -> None:
+    line = {origin_of(f"ipv6:[2a00:1450:4001:8{n:03x}::{n:x}]:{n}") for n in range(1, 256)}
+    assert line == {"2a00:1450:4001:8000::/56"}
+    assert origin_of("ipv6:[2a00:1450:4001:8100::1]:1") not in line, "another line"
+    assert origin_of("ipv4:44.1.1.1:1") != origin_of("ipv4:44.1.1.2:1")
