@@ -57,7 +57,7 @@ class Served:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    ends = asyncio.get_running_loop().time() + 20
+    ends = asyncio.get_running_loop().time() + 60
     while not condition():
         assert asyncio.get_running_loop().time() < ends
         await asyncio.sleep(0.05)
@@ -109,7 +109,12 @@ def test_replies_that_nobody_reads_are_not_kept(play: Any) -> None:
     play(scenario)
 
 
-def test_a_caller_that_takes_no_byte_any_more_gives_its_places_back(play: Any) -> None:
+def test_a_caller_that_takes_no_byte_any_more_gives_its_places_back(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine, the first stream must not be given up before the last one has begun.
+    monkeypatch.setattr(gate, "_UNREAD_S", 2.0)
+
     async def scenario(served: Served) -> None:
         flows = asyncio.Event()
         flows.set()
