@@ -123,13 +123,13 @@ def test_a_disk_that_is_full_and_a_kill_lose_nothing_that_was_saved(loop: LoopTh
 
     with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.2) as node:
         least = loop.run(until_the_disk_is_full(node), 120)
-        node.process.wait(10)
+        node.process.wait(60)
         kept = saved(node, tmp_path)
         assert kept in (least, least + 1)
     with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0) as node:
         loop.run(what_is_left(node), 120)
         node.process.terminate()
-        node.process.wait(20)
+        node.process.wait(60)
         assert saved(node, tmp_path) == kept + 1  # saved when it stopped politely
 
 
@@ -155,7 +155,7 @@ def test_a_node_that_is_killed_at_any_moment_goes_on_from_its_newest_whole_check
     for _ in range(20):
         with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.01) as node:
             loop.run(train_on(node, newest), 120)
-            node.process.wait(10)
+            node.process.wait(60)
         newest = saved(node, tmp_path)
     assert newest > 20
 

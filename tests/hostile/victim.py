@@ -54,7 +54,7 @@ grid = [2, 2]
 top_k = 2
 """
 _START_S = 120.0
-_STOP_S = 30.0
+_STOP_S = 60.0
 _PATIENCE_S = 30.0
 """How long an honest call is waited for, whether or not it is still in time."""
 

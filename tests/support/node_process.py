@@ -63,7 +63,7 @@ def started(
             env=os.environ | environment,
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while "metrics at" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -75,7 +75,7 @@ def started(
         yield NodeVictim(process, log, folder / "state", metrics[1], invite=Invite.parse(made[1]))
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
     _, fault, what = log.read_text().partition("Traceback")
     assert not fault, what[:5000]
 

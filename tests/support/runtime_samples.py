@@ -95,7 +95,7 @@ class HeldThread:
 
     def _hold(self) -> None:
         self._reached.set()
-        assert self._release.wait(10)
+        assert self._release.wait(60)
 
 
 class HeldExpert(Expert):
@@ -112,7 +112,7 @@ class HeldExpert(Expert):
     def forward(self, rows: Rows) -> Tensor:
         self.threads.append(torch.get_num_threads())
         self._reached.set()
-        assert self._release.wait(10)
+        assert self._release.wait(60)
         return super().forward(rows)
 
     async def is_computing(self) -> bool:

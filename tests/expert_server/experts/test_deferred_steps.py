@@ -91,7 +91,7 @@ class SlowStepper(Expert):
     def settle(self) -> bool:
         if not self.step_is_due:
             return True
-        assert self.release.wait(10)
+        assert self.release.wait(60)
         is_good = super().settle()
         self.settled.set()
         return is_good

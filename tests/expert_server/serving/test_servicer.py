@@ -230,7 +230,7 @@ def hold(edge: Edge, uid: UID, monkeypatch: pytest.MonkeyPatch) -> threading.Eve
 
     def waiting(compute: Callable[[Rows], Any]) -> Callable[[Rows], Any]:
         def computed(rows: Rows) -> Any:
-            assert let_go.wait(30)
+            assert let_go.wait(60)
             return compute(rows)
 
         return computed
