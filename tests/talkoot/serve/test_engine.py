@@ -108,7 +108,7 @@ def test_streams_share_batches_and_are_as_if_alone(model: ServedModel) -> None:
 
 def test_a_stream_that_lost_its_place_goes_on_where_it_was(model: ServedModel) -> None:
     """This holds beyond the context length, too."""
-    long = [job("In the sauna", 150, seed=n) for n in range(3)]
+    long = [job("In the sauna", 75, seed=n) for n in range(3)]
     short = [job("one must behave", 20, seed=n) for n in range(4)]
 
     async def scenario(engine: Engine, decoder: CountedDecoder) -> list[Piece]:
