@@ -46,6 +46,9 @@ RECEIPT_DOMAIN = b"talkoot receipt v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
 _MAX_PUBLIC_KEY_BYTES = 600
 """The limit in DER. A key of 4096 bits takes 550 bytes."""
+_MAX_CERTIFICATE_BYTES = 2048
+"""The limit in DER. With a key of 4096 bits, a certificate has 1,350 bytes. Peers remember those of thousands of others.
+"""
 _EXPONENT = 65537
 """The exponent of all of libp2p's RSA keys. With a large one, verifying a signature would be as slow as signing."""
 
@@ -188,6 +191,8 @@ def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
 
 def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
     """The key in a DER certificate, as DER SubjectPublicKeyInfo, if it is the peer's. Raises RecordError."""
+    if len(certificate) > _MAX_CERTIFICATE_BYTES:
+        raise RecordError(f"the certificate has {len(certificate)} bytes, more than {_MAX_CERTIFICATE_BYTES}")
     try:
         public_key = x509.load_der_x509_certificate(certificate).public_key()
     except (*_NO_KEY, x509.InvalidVersion) as error:

@@ -1,11 +1,12 @@
 """A peer's key: what is derived from it, and what is refused."""
 
 import stat
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hivemind.p2p import PeerID as P2PPeerID
 from hivemind.proto import crypto_pb2
@@ -184,6 +185,19 @@ def test_the_private_key_is_that_of_the_certificate(identity: Identity) -> None:
 def test_the_certificate_of_another_peer_is_refused(identity: Identity, other: Identity) -> None:
     with pytest.raises(RecordError, match="not that of peer"):
         certificate_pem(other.make_certificate(), identity.peer_id)
+
+
+def test_a_certificate_with_padding_that_all_peers_would_remember_is_refused(identity: Identity) -> None:
+    padding = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), bytes(2048))
+    padded = (
+        x509.CertificateBuilder(x509.Name([]), x509.Name([]), identity.key.public_key(), 1)
+        .not_valid_before(datetime(2025, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(2099, 1, 1, tzinfo=UTC))
+        .add_extension(padding, critical=False)
+        .sign(identity.key, hashes.SHA256())
+    )
+    with pytest.raises(RecordError, match="bytes, more than 2048"):
+        certificate_pem(padded.public_bytes(serialization.Encoding.DER), identity.peer_id)
 
 
 @given(st.binary(max_size=200))
