@@ -63,3 +63,22 @@ class Totals:
                 heapreplace(self._heap, (-total, number, owner))
             else:
                 heappop(self._heap)
+
+
+class GroupedTotals:
+    """How much each owner has, and each group of owners. An owner is in one group as long as it has anything."""
+
+    def __init__(self) -> None:
+        self._groups = Totals()
+        self._members: dict[str, Totals] = {}
+
+    def add(self, group: str, owner: str, amount: int) -> None:
+        members = self._members.setdefault(group, Totals())
+        self._groups.add(group, amount)
+        members.add(owner, amount)
+        if not members.of:
+            del self._members[group]
+
+    def richest(self) -> str:
+        """The owner with the most in the group with the most. There must be one."""
+        return self._members[self._groups.richest()].richest()

@@ -47,8 +47,7 @@ RECEIPT_DOMAIN = b"talkoot receipt v1\0"
 _MAX_PUBLIC_KEY_BYTES = 600
 """The limit in DER. A key of 4096 bits takes 550 bytes."""
 _MAX_CERTIFICATE_BYTES = 2048
-"""The limit in DER. With a key of 4096 bits, a certificate has 1,350 bytes. Peers remember those of thousands of others.
-"""
+"""The limit in DER. With a key of 4096 bits, a certificate has 1,350 bytes. Peers remember those of many others."""
 _EXPONENT = 65537
 """The exponent of all of libp2p's RSA keys. With a large one, verifying a signature would be as slow as signing."""
 

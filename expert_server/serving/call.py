@@ -299,14 +299,14 @@ class Call:
         room.
         """
         if self.parsed.held:
-            yield _Holding(sequences, self._caller, self.uids, self.parsed.held)
+            yield _Holding(sequences, self._caller, self._group, self.uids, self.parsed.held)
             return
         if not self.header.keep or self._direction == "backward":
             yield None
             return
         answers, key = tensors.answers, (self._caller, self.header.request_id)
         forward = CachedForward(tensors.assignment, tensors.inputs, answers.tensor, answers.sent, until)
-        if not cache.put(key, forward, time.monotonic()):
+        if not cache.put(key, forward, time.monotonic(), self._group):
             yield None
             return
         try:
@@ -418,10 +418,16 @@ class _Holding:
     """Keeps the rows of a call's experts for the next call."""
 
     def __init__(
-        self, cache: SequenceCache, caller: str, uids: Sequence[UID], held: Sequence[HeldSegments]
+        self,
+        cache: SequenceCache,
+        caller: str,
+        group: str,
+        uids: Sequence[UID],
+        held: Sequence[HeldSegments],
     ) -> None:
         self._cache = cache
         self._caller = caller
+        self._group = group
         self._uids = uids
         self._held = held
         self._rows: dict[int, list[KeyValueCache]] = {}
@@ -439,7 +445,7 @@ class _Holding:
     def put(self, expert: int, now: float) -> None:
         """Call it once they are computed."""
         numbers, rows = self._held[expert].numbers, self._rows.pop(expert)
-        self._kept += self._cache.put(self._caller, self._uids[expert], numbers, rows, now)
+        self._kept += self._cache.put(self._caller, self._uids[expert], numbers, rows, now, self._group)
 
     def complete(self) -> bool:
         """Called when everything is answered. Returns whether the rows of all experts are kept."""

@@ -53,7 +53,8 @@ class CachedForward:
 
 
 class ForwardCache:
-    """Caches calls within a memory budget. When it is full, it evicts from the caller that takes the most memory.
+    """Caches calls within a memory budget. When it is full, it evicts from the caller that takes the most memory: the
+    one with the most in the group that takes the most, because one person can be many callers.
 
     It evicts that caller's oldest graphs first, then its oldest calls. So a stranger evicts only its own calls as long
     as the others take less memory.
@@ -76,14 +77,17 @@ class ForwardCache:
         """Includes what graphs share, such as older parameters of experts. For any thread."""
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
-    def put(self, key: CacheKey, forward: CachedForward, now: float) -> bool:
-        """Adds a call without graphs. Returns whether it is cached; it is not if it exceeds the budget by itself."""
+    def put(self, key: CacheKey, forward: CachedForward, now: float, group: str = "") -> bool:
+        """Adds a call without graphs. Returns whether it is cached; it is not if it exceeds the budget by itself.
+
+        `group`: of callers that may be one person; empty: the caller alone.
+        """
         self.drop_expired(now)
         if forward.bytes > self._budget_bytes:
             return False
         self._remove(key)
         self._cached[key] = forward
-        kept = self._callers.setdefault(key[0], _Kept())
+        kept = self._callers.setdefault(key[0], _Kept(group or key[0]))
         kept.calls[key] = None
         kept.own_bytes += forward.bytes
         self._own_bytes += forward.bytes
@@ -172,8 +176,13 @@ class ForwardCache:
 
     def _evict(self, excess: int) -> None:
         """Frees this much memory, or less if versions have grown meanwhile."""
-        sizes = {name: kept.bytes for name, kept in self._callers.items()}
-        while excess > 0 and sizes:
+        groups: dict[str, dict[str, int]] = {}
+        for name, kept in self._callers.items():
+            groups.setdefault(kept.group, {})[name] = kept.bytes
+        totals = {group: sum(sizes.values()) for group, sizes in groups.items()}
+        while excess > 0 and totals:
+            group = max(totals, key=totals.__getitem__)
+            sizes = groups[group]
             name = max(sizes, key=sizes.__getitem__)
             kept = self._callers[name]
             if kept.graphs:
@@ -185,14 +194,18 @@ class ForwardCache:
                 self._remove(key)
             excess -= freed
             sizes[name] -= less
+            totals[group] -= less
             if not kept.calls:
                 del sizes[name]
+            if not sizes:
+                del totals[group]
 
 
 @dataclass(slots=True)
 class _Kept:
     """What is cached for one caller, oldest first."""
 
+    group: str
     calls: dict[CacheKey, None] = field(default_factory=dict)
     graphs: dict[tuple[CacheKey, int], Version] = field(default_factory=dict)
     """For each graph, what it shares with others."""

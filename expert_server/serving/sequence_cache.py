@@ -11,7 +11,7 @@ from typing import TypeAlias
 from grpc import StatusCode
 
 from dht.uid import UID
-from peer.bounded import Totals
+from peer.bounded import GroupedTotals
 from peer.errors import ExpertError
 from peer.layers import KeyValueCache
 
@@ -32,7 +32,8 @@ class _Entry:
 
 class SequenceCache:
     """Keeps rows of sequences as long as there is room. When it is full, the caller that takes the most memory loses
-    the sequence that it used longest ago. While a call continues a sequence, the sequence is not in the cache, so that
+    the sequence that it used longest ago: the one with the most in the group that takes the most, because one person
+    can be many callers. While a call continues a sequence, the sequence is not in the cache, so that
     no other call can continue it.
     """
 
@@ -41,7 +42,9 @@ class SequenceCache:
         self._room = room
         self._callers: dict[str, OrderedDict[_Key, _Entry]] = {}
         """The entries of each caller, the one used longest ago first. Callers without entries are dropped."""
-        self._bytes = Totals()
+        self._group_of: dict[str, str] = {}
+        """The group of each caller that has entries."""
+        self._bytes = GroupedTotals()
         self.bytes: int = 0
 
     def __len__(self) -> int:
@@ -69,14 +72,20 @@ class SequenceCache:
         return [KeyValueCache() if entry is None else entry.rows for entry in found]
 
     def put(
-        self, caller: str, uid: UID, numbers: Sequence[int], rows: Sequence[KeyValueCache], now: float
+        self,
+        caller: str,
+        uid: UID,
+        numbers: Sequence[int],
+        rows: Sequence[KeyValueCache],
+        now: float,
+        group: str = "",
     ) -> bool:
-        """Returns whether all of them are kept."""
+        """Returns whether all of them are kept. `group`: of callers that may be one person; empty: the caller alone."""
         for number, each in zip(numbers, rows, strict=True):
             self._remove(caller, (uid, number))
             entry = _Entry(each, each.nbytes + ENTRY_BYTES, now + IDLE_S)
             self._callers.setdefault(caller, OrderedDict())[uid, number] = entry
-            self._bytes.add(caller, entry.bytes)
+            self._bytes.add(self._group_of.setdefault(caller, group or caller), caller, entry.bytes)
             self.bytes += entry.bytes
         self.keep_to_room()
         return all((uid, number) in self._callers.get(caller, ()) for number in numbers)
@@ -97,7 +106,8 @@ class SequenceCache:
 
     def clear(self) -> None:
         self._callers.clear()
-        self._bytes = Totals()
+        self._group_of.clear()
+        self._bytes = GroupedTotals()
         self.bytes = 0
 
     def _remove(self, caller: str, key: _Key) -> int:
@@ -106,8 +116,8 @@ class SequenceCache:
         entry = entries.pop(key, None) if entries is not None else None
         if entries is None or entry is None:
             return 0
-        self._bytes.add(caller, -entry.bytes)
+        self._bytes.add(self._group_of[caller], caller, -entry.bytes)
         self.bytes -= entry.bytes
         if not entries:
-            del self._callers[caller]
+            del self._callers[caller], self._group_of[caller]
         return entry.bytes

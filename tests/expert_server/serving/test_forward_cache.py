@@ -161,6 +161,16 @@ def test_a_stranger_that_fills_it_evicts_only_its_own_calls() -> None:
     assert graphs_of(store, *honest) == [[0]] * 8
 
 
+def test_many_keys_of_one_line_evict_only_their_own_calls() -> None:
+    store = ForwardCache(20 * BARE)
+    honest = [key(number) for number in range(8)]
+    assert all(put(store, each) for each in honest)
+    for number in range(100):
+        store.put(key(number, f"stranger {number}"), a_forward(), 0.0, "one line")
+    assert len(store) == 20
+    assert graphs_of(store, *honest) == [[]] * 8
+
+
 def test_a_stranger_whose_small_graphs_hold_many_older_parameters_loses_them_first() -> None:
     store = ForwardCache(20 * BARE + 3000)
     assert put(store, key(0), a_graph(1200))

@@ -28,6 +28,11 @@ def put(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, 
     return cache.put(caller, uid, [number], [rows()], now)
 
 
+def sizes(cache: SequenceCache) -> dict[str, int]:
+    """The bytes of each caller."""
+    return {name: sum(entry.bytes for entry in entries.values()) for name, entries in cache._callers.items()}
+
+
 def has(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, count: int = 16) -> bool:
     """Whether the cache has the sequence. Also takes it out."""
     try:
@@ -47,6 +52,20 @@ def test_rows_are_taken_once_by_their_caller_for_their_expert_in_their_number() 
     assert not has(cache, 7, count=2)
     assert has(cache, 7)
     assert not has(cache, 7)
+    assert len(cache) == cache.bytes == 0
+
+
+def test_many_keys_of_one_line_lose_their_own_sequences() -> None:
+    cache = SequenceCache(lambda: 64 * ENTRY)
+    for number in range(16):
+        assert put(cache, number, caller="honest")
+    for number in range(4):
+        for key in range(64):
+            cache.put(f"key {key}", FIRST, [number], [rows()], 0.0, "one line")
+    assert cache.bytes == 64 * ENTRY
+    assert all(has(cache, number, caller="honest") for number in range(16))
+    assert cache.bytes == 48 * ENTRY
+    cache.drop_idle(0.0, callers=())
     assert len(cache) == cache.bytes == 0
 
 
@@ -114,16 +133,16 @@ def test_it_keeps_to_its_room_and_takes_nothing_from_those_within_their_share(
     room = entries * ENTRY
     cache = SequenceCache(lambda: room)
     for caller, number, count, takes in events:
-        before = {name: size for name, size in cache._bytes.of.items() if name != caller}
+        before = {name: size for name, size in sizes(cache).items() if name != caller}
         if takes:
             has(cache, number, caller, count=count)
         else:
             cache.put(caller, FIRST, [number], [rows(count)], 0.0)
-        assert cache.bytes == sum(cache._bytes.of.values()) <= room
+        assert cache.bytes == sum(sizes(cache).values()) <= room
         owners = len({*before, caller})
         for name, size in before.items():
             if size <= room // owners - 4 * ENTRY:
-                assert cache._bytes.of[name] == size
+                assert sizes(cache)[name] == size
 
 
 def test_a_flood_takes_as_long_however_many_keep_something() -> None:
