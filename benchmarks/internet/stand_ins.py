@@ -21,6 +21,7 @@ from dht.regions import Prefix, Region
 from dht.registry import Entries, Registry
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint
+from expert_server.experts.reports import UpdateReports
 from expert_server.hosting.manager import Handover
 from expert_server.hosting.replicas import LocalReplicas
 from peer.averaging import AveragingHistory
@@ -73,6 +74,7 @@ class CountedExpert:
         self.generation: object = object()
         self.accumulated_rows = 0
         self.source = self.refuted = ""
+        self.reports = UpdateReports()
         self.rate = 0.0
         """Updates per second, set by the runtime that serves the expert."""
         self.clock: Any = None
