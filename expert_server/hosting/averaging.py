@@ -266,11 +266,11 @@ class ReplicaAveraging:
         theirs = replace(fetched.checkpoint, update_count=believed)
         met = last_meeting(base.met.get(peer_id), fetched.met_update_count)
         share = partner_weight(base.update_count, believed, met)
+        if await self._catch_up(base.uid, fetched.checkpoint, peer_id, believed):
+            return
         expert = self._replicas.experts.get(base.uid)
         if expert is None:
             return  # given up in the meantime
-        if await self._catch_up(expert, fetched.checkpoint, peer_id, believed):
-            return
         average = partial(average_into, expert, base, theirs, self._swarm.keys.swarm_id, share)
         try:
             belief = await self._replicas.runtime.run(average)
@@ -286,13 +286,12 @@ class ReplicaAveraging:
         self.averagings.inc()
         logger.debug("averaged %s with %s: %.2f of it, %.2f believed", base.uid, peer_id, share, belief)
 
-    async def _catch_up(self, expert: Expert, theirs: Checkpoint, peer_id: PeerID, believed: int) -> bool:
+    async def _catch_up(self, uid: UID, theirs: Checkpoint, peer_id: PeerID, believed: int) -> bool:
         """Takes over a whole state, as a newcomer does, if trainers left this replica behind, or if it was just
         restored. Its few own updates could not lead it after the others. The other side's average includes them.
 
         Returns whether it did.
         """
-        uid = expert.uid
         if not self._lags(uid):
             return False
         others = await self._others(uid, peer_id, believed)
