@@ -75,9 +75,9 @@ class StateFolderError(StartError):
 
     code = "T105"
 
-
-class StateFolderInUseError(StateFolderError):
-    """A state folder that is in use."""
+    def __init__(self, message: str, *, is_in_use: bool = False) -> None:
+        super().__init__(message)
+        self.is_in_use = is_in_use
 
 
 class DaemonError(StartError):

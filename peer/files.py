@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from peer.errors import RecordError, StateFolderError, StateFolderInUseError
+from peer.errors import RecordError, StateFolderError
 from peer.platform.files import lock, open_plainly, sync_folder, user_id
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ class StateFolder:
     """A peer's folder on disk, locked by one process at a time. The kernel frees the lock when the process ends."""
 
     def __init__(self, path: Path) -> None:
-        """Raises StateFolderError if the folder can't be used or others can write to it, and StateFolderInUseError if
-        it is in use, by this process or another.
+        """Raises StateFolderError if the folder can't be used, others can write to it, or this process or another
+        uses it.
         """
         self.path = path
         try:
@@ -40,9 +40,8 @@ class StateFolder:
             lock(self._lock.fileno())
         except BlockingIOError:
             self._lock.close()
-            raise StateFolderInUseError(
-                f"another process uses the state folder {path}: stop it, or pass another --state"
-            ) from None
+            message = f"another process uses the state folder {path}: stop it, or pass another --state"
+            raise StateFolderError(message, is_in_use=True) from None
 
     def close(self) -> None:
         self._lock.close()

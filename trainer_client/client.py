@@ -26,7 +26,7 @@ from dht.manifest import Manifest
 from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.codec import codec_of
-from peer.errors import InviteError, RecordError, StateFolderInUseError, SwarmError, UnreachableError
+from peer.errors import InviteError, RecordError, StateFolderError, SwarmError, UnreachableError
 from peer.files import StateFolder
 from peer.formatting import in_brief
 from peer.host import NetworkConfig
@@ -165,8 +165,10 @@ class SwarmClient:
         state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
         try:
             client = cls(Invite.read(invite), values, state, is_own_loop=True)
-        except StateFolderInUseError as error:
-            raise StateFolderInUseError(
+        except StateFolderError as error:
+            if not error.is_in_use:
+                raise
+            raise StateFolderError(
                 f"the state folder {state} is in use. If this program has joined before, close that SwarmClient first "
                 "(`swarm.close()`). If another program uses the folder, stop it. Or join with state='another-folder'"
             ) from error

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,9 +65,10 @@ class Held:
     tasks: int
 
 
-def held(loop: LoopThread) -> Held:
+def held(loop: LoopThread, others: Set[int]) -> Held:
+    """`others`: children that other tests have started."""
     return Held(
-        len(children()),
+        len(children() - others),
         int(psutil.Process().num_fds()),
         threading.active_count(),
         len(asyncio.all_tasks(loop.loop)),
@@ -105,17 +106,18 @@ def test_boots_and_stops_leave_nothing(
         finally:
             await node.stop()
 
+    others = children()
     loop.run(start_all_of_the_pool(), 60)
     for boot in range(boots):
         loop.run(boot_and_stop(waits_for_p2pd=boot % 2 == 0), 120)
         assert sockets() == []
         if boot == 4:
-            after_five = held(loop)
+            after_five = held(loop, others)
     assert after_five.children == 0
     deadline = time.monotonic() + 60
-    while held(loop) != after_five and time.monotonic() < deadline:
+    while held(loop, others) != after_five and time.monotonic() < deadline:
         time.sleep(0.05)  # the last boot's descriptors and threads end a moment later
-    now = held(loop)
+    now = held(loop, others)
     assert now.children == 0
     assert now.descriptors <= after_five.descriptors + _WAKE_UPS
     assert now.threads <= after_five.threads

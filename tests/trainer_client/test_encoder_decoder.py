@@ -22,6 +22,7 @@ from trainer_client.dispatch.batches import Segments
 from trainer_client.encoder_decoder import EncoderDecoder, make_model
 from trainer_client.inference import generate
 from trainer_client.model import LanguageModel, require_memory
+from trainer_client.moe import rebalance
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.settings import Sampling, TrainerSettings
 
@@ -222,6 +223,7 @@ def test_it_learns_to_copy_its_source() -> None:
         optimizer.zero_grad()
         torch.autograd.backward(model.loss(pairs))
         optimizer.step()
+        rebalance(model)
     assert model.loss(pairs).item() < first / 4
     assert all(expert.update_count for expert in swarm.dispatcher.experts.values())
 

@@ -270,9 +270,14 @@ def test_pages_beyond_the_bound_are_refused(tmp_path: Path) -> None:
 
 # Service discovery
 
-LOCAL, HOME, PUBLIC = (
+LOCAL, HOME, MIXED, PUBLIC = (
     [Multiaddress.of(Endpoint(text), peer(0)) for text in texts]
-    for texts in (["127.0.0.1:1"], ["192.168.1.5:1", "8.8.8.8:1"], ["8.8.8.8:1", "example.org:1"])
+    for texts in (
+        ["127.0.0.1:1"],
+        ["192.168.1.5:1"],
+        ["192.168.1.5:1", "8.8.8.8:1"],
+        ["8.8.8.8:1", "example.org:1"],
+    )
 )
 
 
@@ -280,7 +285,7 @@ LOCAL, HOME, PUBLIC = (
     ("address", "swarms"),
     [
         ("127.0.0.1:9100", [LOCAL]), ("[::1]:9100", [LOCAL]), ("192.168.1.9:9100", [LOCAL, HOME]),
-        ("1.1.1.1:9100", [LOCAL, HOME, PUBLIC]), ("[::ffff:127.0.0.1]:9100", []),
+        ("1.1.1.1:9100", [LOCAL, HOME, MIXED, PUBLIC]), ("[::ffff:127.0.0.1]:9100", []),
         ("[::ffff:192.168.1.9]:9100", []), ("[::ffff:1.1.1.1]:9100", []), ("a.example:9100", []),
         ("[::ffff:169.254.169.254]:80", []), ("[::ffff:0.0.0.0]:80", []), ("169.254.169.254:80", []), ("", []),
     ],
@@ -289,7 +294,7 @@ def test_only_what_the_swarm_itself_could_reach_is_scraped(
     address: str, swarms: list[list[Multiaddress]]
 ) -> None:
     picture = picture_of([node(0, metrics_address=address)])
-    for bootstrap in (LOCAL, HOME, PUBLIC):
+    for bootstrap in (LOCAL, HOME, MIXED, PUBLIC):
         found = targets(picture, bootstrap)
         assert bool(found) is (bootstrap in swarms)
 
