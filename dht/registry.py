@@ -346,14 +346,18 @@ class Registry:
             # records of an earlier run may expire later than this run's, whose first periods are short. Holders keep
             # the record that expires last, so new records are made to expire after them.
             with suppress(UnreachableError):  # the next record reads it
-                own = (await self._infos(kind, [me], FRUGAL, with_left=True)).get(me)
+                own = (await self._infos(kind, [me], DEFAULT_LIMITS, with_left=True)).get(me)
                 # its last announcement of experts may expire later by one period
                 self._earlier_until = 0.0 if own is None else own.expires_at + own.renew_every_s
         shard = kind.shard_key(await self._own_shard(kind))
         payload.key = kind.record_key(me)
         payload.expires_at = self.later(payload.key, self.now() + lifetime_s)
         record = Item(payload.key, subkey, self.seal(payload), payload.expires_at)
-        await self.store([record, Item(shard, subkey, shard, payload.expires_at)])
+        try:
+            await self.store([record, Item(shard, subkey, shard, payload.expires_at)])
+        except UnreachableError:
+            self._earlier_until = None  # perhaps holders have a later record that nobody returned in time
+            raise
 
     async def _own_shard(self, kind: "_PeerKind[Any]") -> str:
         """The shard in which this peer should be listed, according to a recent check."""

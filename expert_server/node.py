@@ -66,8 +66,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0
 """How long a stopping node tries to withdraw its record."""
-_FIRST_RECORD_PAUSES_S = (0.5, 2.0)
-"""How long a node that starts waits before it tries again to store its record."""
+_FIRST_RECORD_PAUSES_S = (0.5, 2.0, 5.0, 10.0, 20.0)
+"""How long a node that starts waits before it tries again to store its record: its line may be down for a while."""
 _CALLS_GRACE_S = 1.0
 """How long a stopping node lets calls finish."""
 _LATELY_S = 60.0
@@ -380,8 +380,10 @@ class Node:
         UnreachableError.
         """
         for pause_s in _FIRST_RECORD_PAUSES_S:
-            with contextlib.suppress(UnreachableError):
+            try:
                 return await self._publish_record()
+            except UnreachableError as error:
+                logger.warning("%s; trying again in %g s", error, pause_s)
             await asyncio.sleep(pause_s)
         return await self._publish_record()
 

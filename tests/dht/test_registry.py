@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,6 +177,28 @@ def test_a_node_that_first_reaches_nobody_reads_later_what_it_said_before(swarm:
         with pytest.raises(UnreachableError):
             await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
         again._deadline_s = patient_s
+        await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        assert (await swarm.registry(2).nodes([host.peer_id]))[host.peer_id].expert_count == 4
+
+    swarm.run(scenario())
+
+
+def test_a_node_whose_earlier_record_was_not_found_at_first_reads_it_again(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it has just joined, perhaps only this peer itself answers in time."""
+    infos, missed = Registry._infos, [1]
+
+    async def missing_once(registry: Registry, kind: object, peers: object, *more: Any, **names: Any) -> Any:
+        return {} if missed and missed.pop() else await infos(registry, kind, peers, *more, **names)  # type: ignore[arg-type]  # as they come
+
+    async def scenario() -> None:
+        host = swarm.hosts[1]
+        await swarm.registry(1).publish_node(node_record(host, renew_every_s=150.0), 450.0)
+        again = swarm.registry(1, time.time)
+        monkeypatch.setattr(Registry, "_infos", missing_once)
+        with pytest.raises(UnreachableError):
+            await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
         await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
         assert (await swarm.registry(2).nodes([host.peer_id]))[host.peer_id].expert_count == 4
 
