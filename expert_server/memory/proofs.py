@@ -36,14 +36,15 @@ _PROOF_S = 10.0
 _TRIES = 3
 """How many passages a host is asked to prove, since one may have been revoked without this node's knowledge."""
 _DOUBTED_S = 300.0
-"""How long all announcements of a host are ignored after it answered without a proof."""
+"""How long all announcements of a host are ignored after it gave a wrong proof."""
 _MISSED_S = 15.0
-"""How long the announcements of a host are ignored if it was not reached. This is short, because its node record may
-only be late or old, as when it has just started again. The time doubles with each further failure.
+"""How long the announcements of a host are ignored if it was not reached or gave no passage. This is short, because its
+node record may only be late or old, as when it has just started again. The time doubles with each further failure.
 """
 _NOT_REACHED = {
     StatusCode.CANCELLED,
     StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.NOT_FOUND,  # it may have just started, and serves nothing before it has verified its disk
     StatusCode.RESOURCE_EXHAUSTED,
     StatusCode.UNAUTHENTICATED,  # the session has ended
     StatusCode.UNAVAILABLE,
@@ -142,7 +143,10 @@ class ReplicaProofs:
                 with while_open():
                     reply = await stub.Read(request, timeout=_PROOF_S, metadata=session)
             revoked = self._revoked(key.memory)
-            return any(_is_proven(given, shard.info, revoked) for given in _asked_for(reply, request))
+            passages = list(_asked_for(reply, request))
+            if not passages:
+                raise TransferError("it gives none of the passages")
+            return any(_is_proven(given, shard.info, revoked) for given in passages)
         except (grpc.aio.AioRpcError, ExpertError, WireError) as error:
             if _status_of(error) in _NOT_REACHED:
                 raise TransferError(str(error)) from error

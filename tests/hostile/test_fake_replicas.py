@@ -166,13 +166,14 @@ class OneHost:
         ExpertError(StatusCode.UNAVAILABLE, "no session: failed to connect"),
         ExpertError(StatusCode.RESOURCE_EXHAUSTED, "no session: too many calls are in progress"),
         AioRpcError(StatusCode.UNAUTHENTICATED, Metadata(), Metadata()),
+        AioRpcError(StatusCode.NOT_FOUND, Metadata(), Metadata()),
     ],
-    ids=["no record", "refused", "late", "gone", "busy", "no session"],
+    ids=["no record", "refused", "late", "gone", "busy", "no session", "not found"],
 )
 def test_a_host_that_is_not_reached_is_doubted_for_a_short_time_and_then_for_longer(
     identities: list[Identity], failure: Exception | None
 ) -> None:
-    """Its record may be late, or from before it was started again. All claims of one moment count as one failure."""
+    """Its record may be late, or old, or it has to verify its disk. All claims of one moment count as one failure."""
     host = OneHost(identities[1].peer_id, failure)
     assert [host.doubted_s() for _ in range(6)] == [15, 30, 60, 120, 240, 300]
 
@@ -181,13 +182,12 @@ def test_a_host_that_is_not_reached_is_doubted_for_a_short_time_and_then_for_lon
     "failure",
     [
         ExpertError(StatusCode.DATA_LOSS, "the server gave no usable session"),
-        AioRpcError(StatusCode.NOT_FOUND, Metadata(), Metadata()),
         AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()),
         WireError("a proof that leads to another root"),
     ],
-    ids=["no usable session", "not found", "fails", "wrong"],
+    ids=["no usable session", "fails", "wrong"],
 )
-def test_a_host_that_answers_without_a_proof_is_doubted_for_long_at_once(
+def test_a_host_that_gives_a_wrong_proof_or_fails_is_doubted_for_long_at_once(
     identities: list[Identity], failure: Exception
 ) -> None:
     assert OneHost(identities[1].peer_id, failure).doubted_s() == 300

@@ -132,6 +132,7 @@ def test_what_came_stays_when_the_publisher_vanishes_half_way_and_the_rest_comes
     monkeypatch.setattr(PartFetcher, "fetch", half)
     # between the publisher's end and its return, it can't prove what it announces
     monkeypatch.setattr("expert_server.memory.proofs._MISSED_S", 0.5)
+    monkeypatch.setattr("expert_server.memory.proofs._DOUBTED_S", 1.0)
 
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
