@@ -227,10 +227,7 @@ class GrpcTransport:
             self.contacts.called(session.caller, session.near)
             if (address := address_of(context.peer())) is not None:
                 self._dialling.met(session.caller, address)
-            if (contact := self.contacts.get(session.caller)) is not None:  # it may have started again
-                await self._pool.forget_broken(
-                    KnownPeer(session.caller, contact.addresses, contact.certificate_pem)
-                )
+            await self._pool.forget_broken(session.caller)  # it may have started again
             if len(request) > MAX_MESSAGE_BYTES:
                 raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, f"at most {MAX_MESSAGE_BYTES} bytes")
             handler = self._handlers.get(method)

@@ -151,6 +151,8 @@ class ChannelPool:
         self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._channels = BoundedDict[tuple[str, bytes], grpc.aio.Channel](limit)
         self._worked = BoundedDict[PeerID, str](limit)
+        self._direct = BoundedDict[PeerID, tuple[str, bytes]](limit)
+        """The key in `_channels` of the channel to each peer that was found without a detour."""
         self._called = BoundedDict[PeerID, Way](limit)
         """For each peer, the way of the channel that was given out last."""
         self._tries: dict[tuple[PeerID, tuple[str, ...]], asyncio.Task[grpc.aio.Channel | None]] = {}
@@ -225,16 +227,16 @@ class ChannelPool:
             raise UnreachableError(f"node {peer.peer_id} does not answer at {', '.join(ways)}")
         return channel_or_none
 
-    async def forget_broken(self, peer: Contact) -> None:
+    async def forget_broken(self, peer_id: PeerID) -> None:
         """Closes the channel to a peer if its connection has failed, so that the next call dials at once.
 
         gRPC itself would wait, for up to 5 s after several attempts in vain, and fail all calls meanwhile.
         """
-        way = self._worked.get(peer.peer_id, "")
-        channel = self._channels.get((way, peer.certificate_pem))
-        if channel is not None and channel.get_state() in _BROKEN:
-            self._worked.pop(peer.peer_id, None)
-            self._channels.pop((way, peer.certificate_pem), None)
+        key = self._direct.get(peer_id)
+        channel = None if key is None else self._channels.get(key)
+        if key is not None and channel is not None and channel.get_state() in _BROKEN:
+            self._worked.pop(peer_id, None)
+            del self._channels[key]
             await channel.close()
 
     async def close(self) -> None:
@@ -282,7 +284,10 @@ class ChannelPool:
             self._worked[peer.peer_id] = found[0]
             self._found_at[peer.peer_id] = time.monotonic()
             self._called[peer.peer_id] = _kind(found[0])
-            if found[0] not in self._detours:
+            if found[0] in self._detours:
+                self._direct.pop(peer.peer_id, None)
+            else:
+                self._direct[peer.peer_id] = found[0], peer.certificate_pem
                 self._dialling.reached(Endpoint(found[0]), peer.peer_id)
         await self._close_unknown(peer, opened)
         return None if found is None else found[1]
