@@ -23,7 +23,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import PeerID
 from peer.loop import side_by_side
-from peer.rpc.calls import while_open
+from peer.rpc.calls import status_of, while_open
 from peer.rpc.parts import PartClient
 from peer.wire import memory_pb2
 
@@ -41,7 +41,7 @@ _MISSED_S = 15.0
 """How long the announcements of a host are ignored if it was not reached or gave no passage. This is short, because its
 node record may only be late or old, as when it has just started again. The time doubles with each further failure.
 """
-_NOT_REACHED = {
+_INCONCLUSIVE = {
     StatusCode.CANCELLED,
     StatusCode.DEADLINE_EXCEEDED,
     StatusCode.NOT_FOUND,  # it may have just started, and serves nothing before it has verified its disk
@@ -71,7 +71,7 @@ class ReplicaProofs:
         self._clock = clock
         self._doubted_until = BoundedDict[PeerID, float](_REMEMBERED)
         self._missed_for = BoundedDict[PeerID, float](_REMEMBERED)
-        """How long each host was last doubted because it was not reached."""
+        """How long each host was last doubted because it was not reached or gave no passage."""
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
         """The result of a look, without the claims of doubted hosts."""
@@ -101,7 +101,7 @@ class ReplicaProofs:
             try:
                 is_proven = await self._proves(nodes[peer_id], key, seen[key])
             except (TransferError, TimeoutError) as error:
-                logger.debug("%s was not reached for a proof of shard %s: %s", peer_id, key, error)
+                logger.debug("%s gave no proof of shard %s: %s", peer_id, key, error)
                 missed.add(peer_id)
                 return
             if is_proven:
@@ -124,7 +124,7 @@ class ReplicaProofs:
         self._doubted_until[peer_id] = max(self._doubted_until.get(peer_id, 0.0), self._clock() + seconds)
 
     async def _proves(self, node: NodeInfo, key: ShardKey, shard: SeenShard) -> bool:
-        """Raises TransferError and TimeoutError if the host was not reached."""
+        """Raises TransferError and TimeoutError if the host was not reached or gave no passage."""
         info = shard.info
         request = memory_pb2.ReadRequest(
             protocol_version=PROTOCOL_VERSION,
@@ -148,16 +148,10 @@ class ReplicaProofs:
                 raise TransferError("it gives none of the passages")
             return any(_is_proven(given, shard.info, revoked) for given in passages)
         except (grpc.aio.AioRpcError, ExpertError, WireError) as error:
-            if _status_of(error) in _NOT_REACHED:
-                raise TransferError(str(error)) from error
-            logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
-            return False
-
-
-def _status_of(error: Exception) -> StatusCode | None:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.code()
-    return error.status if isinstance(error, ExpertError) else None
+            if isinstance(error, WireError) or status_of(error) not in _INCONCLUSIVE:
+                logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
+                return False
+            raise TransferError(str(error)) from error
 
 
 def _asked_for(

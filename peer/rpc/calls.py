@@ -70,6 +70,11 @@ async def abort_on_error(
         await context.abort(StatusCode.DEADLINE_EXCEEDED, str(error) or late)
 
 
+def status_of(error: ExpertError | grpc.aio.AioRpcError) -> StatusCode:
+    """How a call ended that this peer made."""
+    return error.status if isinstance(error, ExpertError) else error.code()
+
+
 def retry_metadata(retry_after_s: float) -> tuple[tuple[str, str], ...]:
     """The trailing metadata that tells a refused caller when to retry; empty if that is not known."""
     return ((_RETRY_KEY, f"{retry_after_s:.3f}"),) if retry_after_s else ()

@@ -23,7 +23,7 @@ from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.formatting import printable
 from peer.identity import PeerID
 from peer.rates import Pace, RateLimit
-from peer.rpc.calls import make_stub, while_open
+from peer.rpc.calls import make_stub, status_of, while_open
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import Metadata, SessionClient
 from peer.wire import state_pb2
@@ -231,7 +231,7 @@ class SnapshotClient:
                     await _receive(call, incoming, down, what, wanted)
                 reason = "the stream ended early"
             except (grpc.aio.AioRpcError, ExpertError) as error:
-                status = error.status if isinstance(error, ExpertError) else error.code()
+                status = status_of(error)
                 said = str(error) if isinstance(error, ExpertError) else printable(error.details() or "")
                 reason = f"{status.name}: {said}"
                 busy += status is StatusCode.RESOURCE_EXHAUSTED
