@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median_low
-from types import MappingProxyType
 
 from dht.announcements import NodeInfo, Replica
 from dht.manifest import Manifest
@@ -41,7 +40,6 @@ _PATIENCE_S = 60.0
 """How much longer to wait for the other hosts once one has given its state. A slow uplink sends a state of 7 MB in a
 minute.
 """
-_NOTHING_FETCHED: Mapping[PeerID, Checkpoint] = MappingProxyType({})
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
 
@@ -71,7 +69,7 @@ class WholeStates:
         hosts: Sequence[Replica],
         cap: Callable[[int], int],
         unreachable: set[PeerID],
-        fetched: Mapping[PeerID, Checkpoint] = _NOTHING_FETCHED,
+        fetched: Mapping[PeerID, Checkpoint],
     ) -> TakenState | None:
         """Takes one of the states of the first three `hosts` that send a good one, unless the expert changes meanwhile.
         `cap`: limits a claimed update count to what is believed. The resulting count is the lower median of the claims.
