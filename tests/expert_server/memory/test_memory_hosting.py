@@ -304,6 +304,17 @@ def test_a_licence_that_only_the_manifest_names_is_refused_once(
     play(scenario)
 
 
+async def a_host_that_has_not_looked(village: Village) -> Node:
+    """It knows the founder's memory, of which it has no shards. Its look must be started by hand."""
+    founder = await publishing(village, MEMORY)
+    await village.run(founder)
+    await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
+    node = await village.join(1, await founder.swarm.invite(), **HOST)
+    node.memories.resume()
+    await node.memories.publishers.follow()
+    return node
+
+
 def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,12 +331,7 @@ def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
     monkeypatch.setattr("expert_server.memory.placement.is_called", second_look)
 
     async def scenario(village: Village) -> None:
-        founder = await publishing(village, MEMORY)
-        await village.run(founder)
-        await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
-        node = await village.join(1, await founder.swarm.invite(), **HOST)
-        node.memories.resume()
-        await node.memories.publishers.follow()
+        node = await a_host_that_has_not_looked(village)
         monkeypatch.setattr(MemoryRegistry, "cell_hosts", counting)
         await node.memories.look_again()
         assert reads == [], "nothing was seen to lack anything"
@@ -368,12 +374,7 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
     monkeypatch.setattr("expert_server.memory.hosting._TAKEN_AT_ONCE", len(MEMORY.roots))
 
     async def scenario(village: Village) -> None:
-        founder = await publishing(village, MEMORY)
-        await village.run(founder)
-        await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
-        node = await village.join(1, await founder.swarm.invite(), **HOST)
-        node.memories.resume()
-        await node.memories.publishers.follow()
+        node = await a_host_that_has_not_looked(village)
         monkeypatch.setattr(MemoryRegistry, "cell_hosts", failing)
         monkeypatch.setattr(PartFetcher, "fetch", late)
         await node.memories.look()
