@@ -310,12 +310,11 @@ def _rounded_products(queries: torch.Tensor, rows: torch.Tensor, found: torch.Te
 
 
 def _correct_best(queries: Vectors, rows_ND: Vectors, products_QN: NDArray[np.int32], k: int) -> None:
-    """Replaces rounded products by exact ones if they may be among the k best, and by NO_SCORE otherwise."""
+    """Replaces rounded products by exact ones if they may be among the k best. All others are less than these."""
     for query, products in zip(queries.astype(np.float32), products_QN, strict=True):
         least = int(np.partition(products, -k)[-k]) if k < len(products) else NO_SCORE
         # it is rounded, and so is a better one that seems worse
         near = np.flatnonzero(products >= max(least - 4 * abs(least) // _ROUNDING, NO_SCORE + 1))
-        products[:] = NO_SCORE
         products[near] = rows_ND[near].astype(np.float32) @ query
 
 
