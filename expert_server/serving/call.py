@@ -243,14 +243,14 @@ class Call:
         return () if self.parsed.assignment is None else self.parsed.assignment.uids
 
     async def answer(
-        self, runtime: Runtime, cache: ForwardCache, sequences: SequenceCache, times: CallTimes
+        self,
+        tensors: CallTensors,
+        runtime: Runtime,
+        cache: ForwardCache,
+        sequences: SequenceCache,
+        times: CallTimes,
     ) -> None:
-        """Reads the payload, has it computed, and writes the replies.
-
-        Raises ExpertError (FAILED_PRECONDITION) if the forward call is no longer kept, WireError if the payload has the
-        wrong length or a number that is not finite, and TimeoutError if it stalls.
-        """
-        tensors = await self._receive()
+        """Has the payload computed, and writes the replies. `tensors`: what `receive` returned."""
         uids = tensors.assignment.uids
         parts = await self._converted(tensors.rows_of_experts, len(tensors.assignment.rows), len(uids))
         with self._keeping(tensors, cache, sequences, times.kept_until) as kept:
@@ -272,7 +272,12 @@ class Call:
                 await asyncio.gather(writing, return_exceptions=True)
                 await self._replies.settle()
 
-    async def _receive(self) -> CallTensors:
+    async def receive(self) -> CallTensors:
+        """Reads the payload.
+
+        Raises ExpertError (FAILED_PRECONDITION) if the forward call is no longer kept, WireError if the payload has the
+        wrong length or a number that is not finite, and TimeoutError if it stalls.
+        """
         size = encoded_bytes(self.parsed.rows, self.header.width, self.header.codec)
         assignment, cached = self.parsed.assignment, self.parsed.cached
         if assignment is None:

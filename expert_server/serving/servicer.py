@@ -213,10 +213,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 parsed = self._parser.parse(header, direction, caller, memory.grow)
                 call = Call(header, parsed, direction, stream, replies, caller, session.group)
                 self._admit(direction, call, caller)
-                self._note_reports(call, session)
-                self._note_served(session.caller, Work(pairs=call.pairs))
+                tensors = await call.receive()
+                self._note_received(direction, call, session)
                 try:
-                    await call.answer(self._runtime, self.forward_cache, self.sequences, times)
+                    await call.answer(tensors, self._runtime, self.forward_cache, self.sequences, times)
                 finally:
                     self._look_for_idle()
 
@@ -245,11 +245,16 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             raise ExpertError(
                 StatusCode.ALREADY_EXISTS, "this request id was seen before, so the call is not applied again"
             )
-        if direction == "backward":
-            self._trainers[caller] = time.monotonic()
 
-    def _note_reports(self, call: Call, session: Session) -> None:
-        """Records how many updates of each expert its trainer has had made so far, by whichever node."""
+    def _note_received(self, direction: Direction, call: Call, session: Session) -> None:
+        """Counts a call whose payload has arrived. A caller that only sends headers must not vote on which replica was
+        left behind, or sign receipts. A call that is broken off later counts, because slow replicas are left behind by
+        such calls.
+        """
+        self._note_served(session.caller, Work(pairs=call.pairs))
+        if direction == "backward":
+            self._trainers[session.name] = time.monotonic()
+        # how many updates of each expert the trainer has had made so far, by whichever node
         if call.header.keep and session_pb2.RIGHT_BACKWARD in session.rights:
             for uid, expert in zip(call.uids, call.header.experts, strict=True):
                 if uid in self._runtime.experts:
