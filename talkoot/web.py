@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import uvicorn
@@ -12,10 +13,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from peer.errors import PortError
 from peer.formatting import endpoint, host_in, is_loopback
+from peer.rpc.connections import most_connections
+from peer.transport.endpoints import ip_address, neighbourhood
 
 SEND_DEADLINE_S = 15.0
 """A stream is closed if its reader takes nothing for this long."""
 _MAX_CONNECTIONS = 1000
+"""The most connections, if there are descriptors for so many."""
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
 """How long a connection may last without a complete request, or with an answer that the client does not read."""
 _LEAST_TAKEN = 2**16
@@ -65,7 +69,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["async
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_MAX_CONNECTIONS,
+            limit_concurrency=min(_MAX_CONNECTIONS, most_connections()),
             timeout_keep_alive=10,
         )
     )
@@ -91,19 +95,42 @@ def ends_by_itself(scope: Scope) -> None:
 
 class Connection(H11Protocol):
     """A connection that ends if its client neither sends a request nor takes its answer. uvicorn alone waits
-    for ever.
+    for ever, and if there are too many connections, it answers nobody.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
-        self._look(None, self.loop.time())
+        self.near: str = _near(self.client)
+        """The neighbourhood of the client."""
+        self.since: float = self.loop.time()
+        self._make_room()
+        self._look(None, self.since)
+
+    @property
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _make_room(self) -> None:
+        """If there are too many connections, ends one of the neighbourhood with the most: the oldest on which nothing
+        is being answered, or else the oldest. For a client of that neighbourhood, it ends none that is being answered.
+        """
+        open_ones = [
+            each
+            for each in self.connections
+            if isinstance(each, Connection) and not each.transport.is_closing()
+        ]
+        if self.limit_concurrency is None or len(open_ones) < self.limit_concurrency:
+            return
+        ((crowd, _),) = Counter(each.near for each in open_ones).most_common(1)
+        own = (each for each in open_ones if each.near == crowd)
+        oldest = min(own, key=lambda each: (each.is_answering, each.since))
+        (self if oldest.is_answering and crowd == self.near else oldest).transport.abort()
 
     def _look(self, before: object, since: float) -> None:
         """Looks at the connection. `before`: its state at the last look. `since`: when that state was first seen."""
         if self not in self.connections:  # a closed transport still holds data that was not taken
             return
-        now, cycle = self.loop.time(), self.cycle
-        answering = cycle is not None and not cycle.response_complete
+        now, cycle, answering = self.loop.time(), self.cycle, self.is_answering
         doing = cycle, answering, self.transport.get_write_buffer_size() // _LEAST_TAKEN
         if doing != before:
             since = now
@@ -111,6 +138,13 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         self.loop.call_later(_LOOK_EVERY_S, self._look, doing, since)
+
+
+def _near(client: tuple[str, int] | None) -> str:
+    try:
+        return "" if client is None else neighbourhood(ip_address(client[0]))
+    except ValueError:
+        return ""
 
 
 class _Server(uvicorn.Server):
@@ -128,13 +162,13 @@ async def disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
 
 
 class BrowserProtection:
-    """Sends security headers, and on loopback answers only requests for a loopback host.
-
-    Otherwise any web page could read a visitor's page here, through a name that resolves to 127.0.0.1 (DNS rebinding).
+    """Sends security headers, and refuses what other sites' pages request. On loopback, it answers only requests for a
+    loopback host: otherwise any web page could read a visitor's page here, through a name that resolves to 127.0.0.1
+    (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, host: str, refusal: ASGIApp) -> None:
-        """`host`: the address it listens on. `refusal`: answers requests for another host, with status 421."""
+        """`host`: the address it listens on. `refusal`: answers what is refused, with status 421."""
         self._app = app
         self._local = is_loopback(host)
         self._refusal = refusal
@@ -149,8 +183,17 @@ class BrowserProtection:
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
-        refused = self._local and not is_loopback(_host_of(scope))
+        refused = (self._local and not is_loopback(_host_of(scope))) or _is_of_another_site(scope)
         await (self._refusal if refused else self._app)(scope, receive, send_safely)
+
+
+def _is_of_another_site(scope: Scope) -> bool:
+    """Whether a browser says that another site's page made this request, and not by a link. Such a page can't read the
+    answer, but it could take all event streams.
+    """
+    headers = dict(scope["headers"])
+    is_link = headers.get(b"sec-fetch-dest") == b"document" and scope["method"] in {"GET", "HEAD"}
+    return headers.get(b"sec-fetch-site") == b"cross-site" and not is_link
 
 
 def _host_of(scope: Scope) -> str:

@@ -37,7 +37,12 @@ _EXPERT_S = 2 * 86400.0
 """How far back the history of an expert goes."""
 _EXPERT_POINTS = 12_000
 """Enough points to show each tier in full."""
-_REFUSAL = JSONResponse({"error": "this dashboard answers at 127.0.0.1 and localhost alone"}, 421)
+_REFUSAL = JSONResponse(
+    {
+        "error": "refused: a dashboard answers no other site's page, and on loopback only as 127.0.0.1 or localhost"
+    },
+    421,
+)
 
 
 class Streams:

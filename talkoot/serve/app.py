@@ -38,7 +38,9 @@ _MOST_DRAINED, _DRAIN_S = 2**25, 5.0
 refusal only after they have sent the body.
 """
 _REFUSAL = JSONResponse(
-    api.error_json(421, "this server answers at 127.0.0.1 and localhost alone, unless it listens elsewhere"),
+    api.error_json(
+        421, "this server answers no other site's page, and on loopback only as 127.0.0.1 or localhost"
+    ),
     421,
 )
 

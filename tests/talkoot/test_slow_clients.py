@@ -103,3 +103,34 @@ def test_a_stream_that_ends_by_itself_stays_open(monkeypatch: pytest.MonkeyPatch
         writer.write(GET.replace(b"/ ", b"/events ") + b"\r\n")
 
     assert not is_let_go(listening, monkeypatch, within_s=2.0)
+
+
+def test_silent_connections_of_one_client_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are. One that is being answered stays."""
+    monkeypatch.setattr(web, "_MAX_CONNECTIONS", 10)
+
+    async def small(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/events":
+            await app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def scenario() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        writers: list[asyncio.StreamWriter] = []
+        async with web.serving(small, listener), asyncio.timeout(60):
+            reader, stream = await asyncio.open_connection(*listener.getsockname())
+            stream.write(GET.replace(b"/ ", b"/events ") + b"\r\n")
+            assert b"200" in await reader.readline()
+            for _ in range(30):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writers.append(writer)
+            asking, asked = await asyncio.open_connection(*listener.getsockname())
+            asked.write(GET + b"\r\n")
+            assert b"200" in await asking.readline()
+            assert not stream.is_closing()
+            assert not reader.at_eof()
+            for writer in (stream, asked, *writers):
+                writer.transport.abort()
+
+    asyncio.run(scenario())
