@@ -5,9 +5,11 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 from prometheus_client import CollectorRegistry, Gauge
 
@@ -17,17 +19,19 @@ from dht.swarm import Stage, Swarm
 from expert_server.probe import DialledBack, call_dial_back
 from expert_server.settings import NodeSettings
 from peer.errors import UnreachableError
-from peer.loop import tolerating
+from peer.loop import first_few, tolerating
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import Multiaddress
-from peer.transport.endpoints import AddressScope, Endpoint, is_public
+from peer.transport.endpoints import AddressScope, Endpoint, is_public, neighbourhood
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 _ASKED = 3
-"""How many nodes are asked to dial back."""
+"""How many nodes must say whether they could dial back. Nodes are asked until so many have answered."""
 _ASK_S = 20.0
 """The longest time for asking all nodes."""
+_ASK_ONE_S = 9.0
+"""The longest time for asking one node."""
 _ASK_AGAIN_S = 600.0
 """Time until other nodes are asked again."""
 _UNANSWERED = 2
@@ -55,6 +59,21 @@ def judge(dials: Sequence[DialledBack]) -> Judgement:
         # a single liar must not make this node announce another machine's address
         reached_at=tuple(address for address, times in seen.most_common() if 2 * times >= reached),
     )
+
+
+def in_order(nodes: Iterable[NodeInfo]) -> list[NodeInfo]:
+    """The order in which nodes are asked: those on the internet first, and one of each neighbourhood before a second,
+    because one person may run many nodes.
+    """
+    seen = Counter[str]()
+    found: list[tuple[bool, int, NodeInfo]] = []
+    for node in nodes:
+        if node.addresses:
+            first = node.addresses[0]
+            near = first.host if first.ip is None else neighbourhood(first.ip)
+            found.append((first.scope is not AddressScope.GLOBAL, seen[near], node))
+            seen[near] += 1
+    return [node for _, _, node in sorted(found, key=itemgetter(0, 1))]
 
 
 @dataclass(frozen=True)
@@ -287,28 +306,35 @@ class ReachabilityMonitor:
 
     async def _dials(self) -> Sequence[DialledBack]:
         some = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
-        nodes = [node for node in some if node.addresses]
-        nodes.sort(
-            key=lambda node: node.addresses[0].scope is not AddressScope.GLOBAL
-        )  # the internet's first
         pool = ChannelPool(dialling=self._swarm.host.dialling)
+        dials: list[DialledBack] = []
+
+        async def ask(node: NodeInfo) -> DialledBack | None:
+            dial = await self._dial(pool, node)
+            dials.extend([] if dial is None else [dial])
+            return dial
+
         try:
-            async with asyncio.timeout(_ASK_S):
-                dials = await asyncio.gather(*(self._dial(pool, node) for node in nodes[:_ASKED]))
-        except TimeoutError:
-            return []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_ASK_S):
+                    await first_few(map(ask, in_order(some)), _ASKED, _ASK_S)
         finally:
             await pool.close()
-        return [dial for dial in dials if dial is not None]
+        return dials
 
     async def _dial(self, pool: ChannelPool, node: NodeInfo) -> DialledBack | None:
         try:
-            with tolerating("ask a node to dial back"):  # the others are asked all the same
-                channel = await pool.reach(node)
-                return await call_dial_back(channel, self._swarm.keys.swarm_id, self._announced_port)
+            # the others are asked all the same
+            with tolerating("ask a node to dial back"), suppress(TimeoutError):
+                async with asyncio.timeout(_ASK_ONE_S):
+                    return await self._ask_to_dial(pool, node)
         except UnreachableError as error:
             logger.debug("%s did not dial back: %s", node.peer_id, error)
         return None
+
+    async def _ask_to_dial(self, pool: ChannelPool, node: NodeInfo) -> DialledBack:
+        channel = await pool.reach(node)
+        return await call_dial_back(channel, self._swarm.keys.swarm_id, self._announced_port)
 
     @property
     def _announced_port(self) -> int:

@@ -13,6 +13,7 @@ from dht.announcements import Reachability
 from expert_server.probe import DialledBack
 from expert_server.reachability import ReachabilityMonitor
 from expert_server.settings import NodeSettings
+from peer.errors import UnreachableError
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
@@ -119,6 +120,37 @@ def test_what_others_told_holds_while_nobody_can_be_asked(
     assert monitor.status.kind is Reachability.DIRECT
     assert monitor.addresses == host.announced == ("44.1.1.2:2", "192.168.1.2:2")
     assert host.serves
+
+
+def test_one_node_that_answers_does_not_decide_while_others_stall_or_are_dead(
+    identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of one neighbourhood are asked after all others."""
+    monkeypatch.setattr("expert_server.reachability._ASK_ONE_S", 0.5)
+    near = [_node(f"44.1.1.1:{port}") for port in range(1, 4)]
+    stalls, dead, honest = _node("44.2.1.1:1"), _node("44.3.1.1:1"), [_node(f"44.4.1.{n}:1") for n in (1, 2)]
+    asked: list[Any] = []
+
+    async def some(*_: object) -> list[Any]:
+        return [*near, stalls, dead, *honest]
+
+    async def ask(_: ReachabilityMonitor, pool: object, node: Any) -> DialledBack:
+        asked.append(node)
+        if node is stalls:
+            await asyncio.sleep(60)
+        if node is dead:
+            raise UnreachableError("it is dead")
+        return DialledBack(node not in near, "44.1.1.2", "")
+
+    monkeypatch.setattr("expert_server.reachability.some_nodes", some)
+    monkeypatch.setattr(ReachabilityMonitor, "_ask_to_dial", ask)
+    monitor = asyncio.run(after_rounds(1, LonelyHost(identity.peer_id, (PUBLIC,)), "192.168.1.2"))
+    assert monitor.status.kind is Reachability.DIRECT
+    assert asked == [near[0], stalls, dead, *honest]
+
+
+def _node(endpoint: str) -> Any:
+    return SimpleNamespace(addresses=(Endpoint(endpoint),), peer_id=endpoint)
 
 
 @pytest.mark.parametrize("mode", ["public", "private"])
