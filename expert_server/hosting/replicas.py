@@ -314,11 +314,12 @@ class LocalReplicas:
         return self._withheld.get(uid, (0, 0.0))[1] > self._now()
 
     async def release(self, uids: Collection[UID]) -> None:
-        """Withdraws some experts, takes them out of service, and saves them. If it raises UnreachableError, it keeps
-        them.
+        """Withdraws some experts that others proved to have, takes them out of service, and saves them. If it raises
+        UnreachableError, it keeps them.
         """
         await self.withdraw(uids)
         await self._remove([self.experts[uid] for uid in uids])
+        await self.checkpoints.give_up(uids)
 
     async def release_all(self) -> None:
         """Gives up all experts, even if the DHT does not answer: their announcements then expire."""

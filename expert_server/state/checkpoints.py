@@ -38,6 +38,12 @@ _OLD_S = 7 * 86400.0
 _SOURCE = re.compile(rf"{AVERAGED}|[1-9A-HJ-NP-Za-km-z]{{2,64}}")
 """A PeerID, or the name of averages."""
 _REFUTED = 1024
+MAX_GIVEN_UP = 16
+"""Of how many experts that this node gave up, because others proved to have them, the checkpoints are kept. Strangers
+can make a node give up one expert after the other.
+"""
+_GIVEN_UP = "given_up"
+"""The file that marks the checkpoints of such an expert."""
 
 
 class Entry(NamedTuple):
@@ -133,6 +139,7 @@ class CheckpointStore:
         data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
         source = checkpoint.source
         with self._writing:
+            self._unmark(uid)
             if source not in ("", AVERAGED):
                 self._make_room(uid, source)
             files = self._files(uid, source)
@@ -161,6 +168,42 @@ class CheckpointStore:
     def pass_over(self, uid: UID, entry: Entry, reason: StateError) -> None:
         """Logs a warning. The file stays, for people to look at, until newer ones replace it."""
         logger.warning("skipping the checkpoint %s: %s", self.path(uid, *entry), reason)
+
+    def give_up(self, uids: Iterable[UID], hosted: Collection[UID], keep: int = MAX_GIVEN_UP) -> None:
+        """Marks experts that others have proved to have. Removes the checkpoints of all marked experts but the last
+        `keep`. Those of `hosted` ones stay, and so do those of experts that this node lost in any other way: they may
+        be the only ones. Raises OSError.
+        """
+        with self._writing:
+            for uid in uids:
+                if self.entries(uid):
+                    self._mark(uid).write_bytes(b"")
+            marked: list[tuple[int, UID]] = []
+            for uid in self.newest():
+                with suppress(FileNotFoundError):
+                    marked.append((self._mark(uid).stat().st_mtime_ns, uid))
+            for _, uid in sorted(marked, reverse=True)[keep:]:
+                if uid not in hosted:
+                    self._remove(uid)
+
+    def _mark(self, uid: UID) -> Path:
+        return self._folder / str(uid) / _GIVEN_UP
+
+    def _unmark(self, uid: UID) -> None:
+        if (mark := self._mark(uid)).exists():
+            mark.unlink()
+
+    def _remove(self, uid: UID) -> None:
+        """Removes all checkpoints of an expert. Other files in its folders stay."""
+        for entry in self.entries(uid):
+            files = self._files(uid, entry.source)
+            files.remove([entry.update_count])
+            if entry.source:
+                with suppress(OSError):
+                    files.folder.rmdir()
+        self._unmark(uid)
+        with suppress(OSError):
+            (self._folder / str(uid)).rmdir()
 
     def remove_averaged(self, uid: UID) -> None:
         """Removes states that were saved between an average that turned bad and the rollback."""
@@ -287,6 +330,13 @@ class Checkpoints:
     async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Saves the state of an expert that is served elsewhere. Raises OSError and StateError as `save` does."""
         await asyncio.to_thread(self._store.save, uid, checkpoint)
+
+    async def give_up(self, uids: Collection[UID]) -> None:
+        """Call it when experts were given up, and saved, because others proved to have them."""
+        try:
+            await asyncio.to_thread(self._store.give_up, uids, set(self._runtime.experts))
+        except OSError as error:
+            logger.warning("could not remove old checkpoints: %s", error.strerror or error)
 
     async def save_every(self, seconds: float) -> None:
         """Saves what has changed, for ever."""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from checkpoint_samples import (
 )
 
 from dht.manifest import ExpertSpec
+from dht.uid import UID
 from expert_server.experts.expert import Expert
+from expert_server.experts.format import AVERAGED
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints, CheckpointStore
 from peer.loop import LoopThread
@@ -106,6 +109,29 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
         "07.safetensors", "2.safetensors", "9.safetensors.bak", "notes.txt",
     ]  # fmt: skip
     assert store.newest() == {AN_UID: {"": 2}}
+
+
+def test_of_experts_that_were_given_up_only_the_last_few_are_kept(tmp_path: Path) -> None:
+    """Experts that are hosted, or that nobody else proved to have, stay."""
+    store, uids = (
+        make_store(tmp_path),
+        [UID(layer, (a, b)) for layer in (0, 1) for a in (0, 1) for b in (0, 1)],
+    )
+    for uid in uids:
+        for count, source in ((1, ""), (2, ""), (3, "QmSomebody"), (4, AVERAGED)):
+            checkpoint = step(Expert(uid, MANIFEST), count).checkpoint()
+            store.save(uid, replace(checkpoint, source=source))
+    lost, hosted, *given_up = uids
+    (tmp_path / SWARM / str(lost) / "notes").write_text("mine")
+    store.give_up([hosted], set())
+    for uid in given_up:
+        store.give_up([uid], {hosted}, keep=2)
+    assert set(store.newest()) == {lost, hosted, *given_up[-2:]}
+    assert sorted(path.name for path in (tmp_path / SWARM).iterdir()) == sorted(map(str, store.newest()))
+    store.save(given_up[-2], step(Expert(given_up[-2], MANIFEST), 5).checkpoint())
+    store.give_up([lost], {hosted}, keep=0)
+    assert set(store.newest()) == {hosted, given_up[-2]}, "what was saved again is needed again"
+    assert (tmp_path / SWARM / str(lost) / "notes").read_text() == "mine"
 
 
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
