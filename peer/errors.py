@@ -152,7 +152,9 @@ class OutOfReachError(StateError):
     """Another peer's copy is too far away from one's own to be averaged with."""
 
     def __init__(self, message: str, *, is_untrained: bool = False) -> None:
-        """`is_untrained`: this peer's own copy has taken no update since it was fetched, so it may not move at all."""
+        """`is_untrained`: this peer's own copy was fetched, or is new, and has taken no update since, so it may not
+        move at all.
+        """
         super().__init__(message)
         self.is_untrained = is_untrained
 

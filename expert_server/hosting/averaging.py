@@ -446,7 +446,8 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
     block = {name: tensor for name, tensor in moving_tensors(before).items() if name.startswith(BLOCK)}
     away, reach = distance(block, theirs.state), moves.reach(present, block)
     if away > reach:
-        is_untrained = moves.are_none(present)
+        # a state from this node's own checkpoint was trained here, though not since the node started
+        is_untrained = moves.are_none(present) and bool(expert.source or not expert.update_count)
         if not present:
             moves.start(moving_tensors(before))  # after a rollback, moves are measured from here
         message = f"expert {expert.uid} is {away:.3g} away from this node's, which reaches {reach:.3g}"

@@ -1,6 +1,7 @@
 """Replicas of one expert on real nodes: they take different updates, meet, and have the same state again."""
 
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -403,7 +404,7 @@ def report(node: Node, uid: UID, here: int, elsewhere: int) -> None:
     """A trainer says that it got so many updates from the node, and from others."""
     reports = node.runtime.experts[uid].reports
     for call in range(here + 1):
-        reports.note("a trainer", "", call + call * elsewhere // here)
+        reports.note("a trainer", "a line", call + call * elsewhere // here)
 
 
 @pytest.mark.parametrize("starts", ["the one left behind", "the other"])
@@ -486,5 +487,35 @@ def test_what_was_restored_while_the_others_were_cut_off_gives_way_to_their_stat
             await different_step(first, AN_UID)
         await meet(back, first, AN_UID)
         torch.testing.assert_close(await state_of(back, AN_UID), before, atol=0, rtol=0)
+
+    play(scenario)
+
+
+def test_what_was_trained_here_does_not_give_way_to_the_only_other_host_once_it_was_restored_long_ago(
+    play: Play,
+) -> None:
+    """A stranger that hosts the expert too, and claims more updates, could otherwise replace it at night."""
+
+    async def scenario(village: Village) -> None:
+        founder = await village.found(experts=0, spare=0)
+        invite = await founder.swarm.invite()
+        first = await village.join(1, invite, **TWICE)
+        await first.hosting.replicate()
+        await train(first, dict.fromkeys(UIDS, 3))
+        await first.stop()
+        first = await village.join(1, invite, **TWICE)
+        assert total(first.replicas.checkpoints.restored) == 8
+        stranger = await village.join(2, invite, **TWICE)
+        await stranger.hosting.replicate()
+        for _ in range(40):
+            await different_step(stranger, AN_UID)
+        first.replicas._restored_at.clear()  # it was long ago
+        for node in (first, stranger):
+            await node.hosting.announce()
+        before = await state_of(first, AN_UID)
+        with suppress(TransferError, StateError):
+            await meet(first, stranger, AN_UID)
+        assert total(first.averaging.refused) == 1
+        torch.testing.assert_close(await state_of(first, AN_UID), before, atol=0, rtol=0)
 
     play(scenario)
