@@ -193,6 +193,7 @@ class CallTracker:
         peer_id = call.node.peer_id
         call_times = self.latencies.calls[call.direction]
         did_well, heard, began = True, False, self.now()
+        answered = 0
         if call.keep:
             call = replace(call, updates=[self._updates[uid] for uid in call.batch.uids])
         failure: ExpertError | None = _CLOSED
@@ -200,9 +201,14 @@ class CallTracker:
             async with aclosing(self._caller.call(call)) as replies:
                 async for reply in replies:
                     if not heard:
-                        self.latencies.note_node(peer_id, self.now() - began, self.now())
                         self._heard_at[peer_id] = self.now()
                         heard = True
+                    if isinstance(reply, AnsweredRows):
+                        # not at the first message: a slow node could send one early and look quick
+                        half, before = (len(call.batch.rows) + 1) // 2, answered
+                        answered += len(reply.places)
+                        if before < half <= answered:
+                            self.latencies.note_node(peer_id, self.now() - began, self.now())
                     if isinstance(reply, Kept):
                         progress.kept = reply.request_id
                         continue

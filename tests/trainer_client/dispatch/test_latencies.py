@@ -1,10 +1,19 @@
 """Quantiles are those of the latest calls, and memory does not grow with the number of calls."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 
 from dht.announcements import Latency
+from dht.uid import UID
 from peer.identity import PeerID
-from trainer_client.dispatch.policy import CallTimes, Latencies
+from trainer_client.dispatch.batches import AnsweredRows, CallEnded, ExpertReply, NodeBatch, NodeCall
+from trainer_client.dispatch.calls import CallTracker, Replies
+from trainer_client.dispatch.policy import CallTimes, CircuitBreakers, Latencies
 
 
 def peer(number: int) -> PeerID:
@@ -53,3 +62,34 @@ def test_a_node_that_has_not_answered_for_a_minute_counts_as_unknown() -> None:
     assert set(latencies.nodes_lately(80.0)) == {peer(2)}
     latencies.note_node(peer(1), 1.0, 80.0)
     assert latencies.nodes_lately(80.0)[peer(1)] == 1.0, "the slow call of old no longer counts"
+
+
+def test_a_slow_node_does_not_look_quick_by_an_early_reply() -> None:
+    """Its time is that of half of the rows."""
+    batch, rows = NodeBatch.apart([UID(0, (0, 0))], [8], range(8)), np.random.default_rng(0)
+    inputs, answers = rows.standard_normal((2, 8, 4), np.float32)
+    now = 0.0
+
+    class SlowCaller:
+        async def call(self, call: NodeCall) -> AsyncIterator[Any]:
+            nonlocal now
+            yield ExpertReply(batch, batch.uids[0])
+            for first, last, at in ((0, 1, 0.5), (1, 4, 9.0), (4, 8, 20.0)):
+                now = at
+                places = np.arange(first, last)
+                yield AnsweredRows(batch, places, np.ones((last - first, 1), np.bool_), answers[places])
+
+    async def scenario() -> None:
+        caller: Any = SlowCaller()
+        tracker = CallTracker(caller, CircuitBreakers(), lambda: now)
+        node: Any = SimpleNamespace(peer_id=peer(1))
+        replies = Replies()
+        tracker.start(NodeCall(node, "forward", batch, 60.0, inputs, np.ones((8, 1), np.float32)), replies)
+        async with asyncio.timeout(60):
+            while not isinstance(reply := await replies.get(), CallEnded):
+                pass
+        assert reply.error is None
+        assert tracker.latencies.nodes == {peer(1): 9.0}
+        await tracker.close()
+
+    asyncio.run(scenario())
