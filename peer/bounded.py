@@ -1,8 +1,9 @@
 """A dictionary with a bound, and who has the most: strangers must not be able to make a peer remember more and more."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -82,3 +83,50 @@ class GroupedTotals:
     def richest(self) -> str:
         """The owner with the most in the group with the most. There must be one."""
         return self._members[self._groups.richest()].richest()
+
+
+class Owner(NamedTuple):
+    """Who holds or wants something, and with whom it shares. Groups have equal shares, and so have the owners in each.
+    So one person with many keys, which are all in one group, gets one share.
+    """
+
+    group: Hashable
+    name: Hashable
+
+    @classmethod
+    def alone(cls, name: Hashable) -> "Owner":
+        """An owner that is a group by itself."""
+        return cls(name, name)
+
+
+class Displacement:
+    """Whose things make room for a newcomer's: the owner with the most in the group with the most, unless the
+    newcomer's group would then be the one with the most. If so, the owner with the most in that group, unless it would
+    be the newcomer. So nobody within its share is refused, or loses anything.
+    """
+
+    def __init__(self, held: Mapping[Owner, int], newcomer: Owner, size: int) -> None:
+        """`held`: how much each owner has. `size`: how much more the newcomer wants."""
+        self._newcomer = newcomer
+        self._wanted = held.get(newcomer, 0) + size
+        self._others = {owner: amount for owner, amount in held.items() if owner != newcomer}
+        self._groups = Counter[Hashable]({newcomer.group: self._wanted})
+        for owner, amount in self._others.items():
+            self._groups[owner.group] += amount
+
+    def richest(self) -> Owner | None:
+        """The owner that must make room next; None if none must, because it would be unfair."""
+        own = self._newcomer.group
+        group = max(self._groups, key=self._groups.__getitem__)
+        if self._groups[group] <= self._groups[own]:
+            group = own
+        others = [owner for owner in self._others if owner.group == group]
+        found = max(others, key=self._others.__getitem__, default=None)
+        if found is None or (group == own and self._others[found] <= self._wanted):
+            return None
+        return found
+
+    def take(self, owner: Owner, amount: int) -> None:
+        """Records what the owner has given up."""
+        self._others[owner] -= amount
+        self._groups[owner.group] -= amount

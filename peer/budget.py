@@ -1,18 +1,20 @@
 """One budget for the memory that strangers' messages take, shared fairly. Memory is reserved before anything is read.
 
 Longest queue drop (Wei, Coyle & Hsiao 1991), with bytes in place of packets: an owner may hold whatever is free. If
-nothing is free, the owner that holds the most gives up its latest reservation, unless it is also the one that asks for
-more. So an owner that holds no more than its share (the limit divided by the number of owners) is never refused and
+nothing is free, the owner that holds the most, in the group that holds the most, gives up its latest reservation,
+unless it is also the one that asks for more (`peer.bounded.Displacement`). So an owner that holds no more than its
+share (the limit divided by the number of groups, and then by the number of owners in its group) is never refused and
 never loses anything.
 """
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from peer.bounded import Displacement, Owner
 from peer.errors import ExpertError
 from peer.metrics import start_at_zero
 
@@ -25,8 +27,8 @@ class Reservation:
 
     __slots__ = ("_budget", "_revoke", "owner", "size")
 
-    def __init__(self, budget: "FairBudget", owner: Hashable, revoke: Callable[[], None]) -> None:
-        self.owner: Hashable = owner
+    def __init__(self, budget: "FairBudget", owner: Owner, revoke: Callable[[], None]) -> None:
+        self.owner: Owner = owner
         self.size: int = 0
         self._budget = budget
         self._revoke = revoke
@@ -54,11 +56,11 @@ class FairBudget:
         self.used: int = 0
         self.revoked: int = 0
         """How many reservations were taken back."""
-        self._held: dict[Hashable, dict[Reservation, None]] = {}
+        self._held: dict[Owner, dict[Reservation, None]] = {}
         """Reservations by owner, the latest last. An owner without reservations has no entry."""
-        self._sums: dict[Hashable, int] = {}
+        self._sums: dict[Owner, int] = {}
 
-    def reserve(self, owner: Hashable, size: int, revoke: Callable[[], None]) -> Reservation:
+    def reserve(self, owner: Owner, size: int, revoke: Callable[[], None]) -> Reservation:
         """Raises ExpertError (RESOURCE_EXHAUSTED) if there is no room for it.
 
         `revoke` is called if the reservation is taken back. It must free what was reserved, and must not raise.
@@ -67,7 +69,7 @@ class FairBudget:
         self._add(reservation, size)
         return reservation
 
-    def held(self, owner: Hashable) -> int:
+    def held(self, owner: Owner) -> int:
         return self._sums.get(owner, 0)
 
     def _add(self, reservation: Reservation, size: int) -> None:
@@ -78,7 +80,7 @@ class FairBudget:
                 StatusCode.RESOURCE_EXHAUSTED,
                 f"this needs {reservation.size + size} bytes; at most {self.limit} can be had: send less at once",
             )
-        for richest in self._to_revoke(owner, wanted, self.used + size - self.limit):
+        for richest in self._to_revoke(owner, size, self.used + size - self.limit):
             self.revoked += 1
             richest.revoke()
         self._held.setdefault(owner, {})[reservation] = None
@@ -86,23 +88,23 @@ class FairBudget:
         reservation.size += size
         self.used += size
 
-    def _to_revoke(self, owner: Hashable, wanted: int, missing: int) -> list[Reservation]:
+    def _to_revoke(self, owner: Owner, size: int, missing: int) -> list[Reservation]:
         """The reservations to take from others to free `missing` bytes. Raises ExpertError if that would be unfair."""
         found: list[Reservation] = []
         if missing <= 0:
             return found
-        sums = {name: held for name, held in self._sums.items() if name != owner}
-        latest = {name: reversed(self._held[name]) for name in sums}
+        displacement = Displacement(self._sums, owner, size)
+        latest = {name: reversed(held) for name, held in self._held.items()}
         while missing > 0:
-            richest = max(sums, key=sums.__getitem__, default=None)
-            if richest is None or sums[richest] <= wanted:
+            richest = displacement.richest()
+            if richest is None:
                 raise ExpertError(
                     StatusCode.RESOURCE_EXHAUSTED,
                     f"no memory: {self.used} of {self.limit} bytes are in use, {self.held(owner)} of them by you",
                     retry_after_s=_RETRY_S,
                 )
             found.append(next(latest[richest]))
-            sums[richest] -= found[-1].size
+            displacement.take(richest, found[-1].size)
             missing -= found[-1].size
         return found
 
@@ -133,7 +135,7 @@ class MemoryBudget(FairBudget):
         used.set_function(lambda: self.used)
 
     @contextmanager
-    def holding(self, owner: Hashable, size: int) -> Iterator[Reservation]:
+    def holding(self, owner: Owner, size: int) -> Iterator[Reservation]:
         """Reserves memory for what the current task does inside.
 
         Raises ExpertError (RESOURCE_EXHAUSTED) if no memory is free, or if others need this memory before the end.

@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections import Counter as Multiset
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter
 
-from peer.bounded import BoundedDict
+from peer.bounded import BoundedDict, Owner
 from peer.metrics import total
 
 K = TypeVar("K")
@@ -125,6 +125,62 @@ class TokenBuckets(Generic[K]):
             bucket.give_back(amount)
 
 
+class FairLine(Generic[T]):
+    """Things that wait in line. Groups take turns, and so do the owners in each. Pure."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[Hashable, OrderedDict[Hashable, deque[T]]] = OrderedDict()
+        """Those whose turn was longest ago come first. Groups and owners with nothing in line have no entry."""
+        self._counts = Multiset[Hashable]()
+        """How much of each group is in line."""
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def of_group(self, group: Hashable) -> int:
+        """How much of a group is in line."""
+        return self._counts[group]
+
+    def of(self, owner: Owner) -> int:
+        """How much of one owner is in line."""
+        owners = self._groups.get(owner.group, OrderedDict())
+        return len(owners.get(owner.name, ()))
+
+    def put(self, owner: Owner, item: T) -> None:
+        self._groups.setdefault(owner.group, OrderedDict()).setdefault(owner.name, deque()).append(item)
+        self._counts[owner.group] += 1
+
+    def pop(self) -> T:
+        """The next in line. There must be one."""
+        group, owners = self._groups.popitem(last=False)
+        name, items = owners.popitem(last=False)
+        item = items.popleft()
+        if items:
+            owners[name] = items
+        if owners:
+            self._groups[group] = owners
+        self._note_left(group)
+        return item
+
+    def remove(self, owner: Owner, item: T) -> None:
+        """Takes an item out of the line, if it is still there."""
+        owners = self._groups.get(owner.group, OrderedDict())
+        items = owners.get(owner.name, deque())
+        if item not in items:
+            return
+        items.remove(item)
+        if not items:
+            del owners[owner.name]
+        if not owners:
+            del self._groups[owner.group]
+        self._note_left(owner.group)
+
+    def _note_left(self, group: Hashable) -> None:
+        self._counts[group] -= 1
+        if not self._counts[group]:
+            del self._counts[group]
+
+
 class FairTurns:
     """Gives out turns at a rate. Callers that must wait are served in a fair order. For one event loop.
 
@@ -140,28 +196,21 @@ class FairTurns:
         """
         self._bucket = TokenBucket(rate, burst, time.monotonic())
         self._most, self._most_near, self._most_same = most, near, same
-        self._waiting = OrderedDict[str, OrderedDict[str, deque[asyncio.Future[None]]]]()
-        """Waiting turns by neighbourhood and source, in the order in which they are served."""
-        self._count = Multiset[str]()
-        """How many wait in each neighbourhood."""
+        self._line = FairLine[asyncio.Future[None]]()
         self._timer: asyncio.TimerHandle | None = None
 
     async def turn(self, near: str, source: str) -> bool:
         """Waits for a turn of this source in this neighbourhood. False at once if too many wait."""
-        if not self._waiting and not self._bucket.take(0, time.monotonic()):
+        if not self._line and not self._bucket.take(0, time.monotonic()):
             self._bucket.take(1, time.monotonic())
             return True
-        waiting = self._waiting[near].get(source) if near in self._waiting else None
-        if (
-            (waiting is not None and len(waiting) >= self._most_same)
-            or self._count[near] >= self._most_near
-            or self._count.total() >= self._most
-        ):
+        owner = Owner(near, source)
+        is_full = len(self._line) >= self._most or self._line.of_group(near) >= self._most_near
+        if is_full or self._line.of(owner) >= self._most_same:
             return False
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._waiting.setdefault(near, OrderedDict()).setdefault(source, deque()).append(future)
-        self._count[near] += 1
+        self._line.put(owner, future)
         if self._timer is None:
             self._timer = loop.call_later(self._bucket.take(0, time.monotonic()), self._serve)
         await future
@@ -169,26 +218,13 @@ class FairTurns:
 
     def _serve(self) -> None:
         self._timer = None
-        while self._waiting:
-            if not (future := self._next()).done():  # its caller may have been cancelled
+        while self._line:
+            if not (future := self._line.pop()).done():  # its caller may have been cancelled
                 future.set_result(None)
                 wait_s = self._bucket.take(1, time.monotonic())
                 if wait_s:
                     self._timer = asyncio.get_running_loop().call_later(wait_s, self._serve)
                     return
-
-    def _next(self) -> "asyncio.Future[None]":
-        near, sources = self._waiting.popitem(last=False)
-        source, futures = sources.popitem(last=False)
-        future = futures.popleft()
-        if futures:
-            sources[source] = futures
-        if sources:
-            self._waiting[near] = sources
-        self._count[near] -= 1
-        if not self._count[near]:
-            del self._count[near]
-        return future
 
 
 class SharedBudget(Generic[K]):

@@ -115,9 +115,9 @@ class Callers:
         self._group_of: dict[str, _Group] = {}
         """The group of each caller with rows in the window."""
 
-    def note_rows(self, caller: str, rows: int, size: float, group: str = "") -> float:
+    def note_rows(self, caller: str, group: str, rows: int, size: float) -> float:
         """Records a part of a backward batch before its step. `size`: the root mean square of its gradients. `group`:
-        callers that may be the same person; empty for a caller by itself.
+        see `Session.group`.
 
         Returns a factor of at most 1 that scales this size down to `MOST_SIZE` times the usual one. A caller's usual
         size is the median of its last calls. The usual size is the median over callers, in which each group counts
@@ -130,8 +130,7 @@ class Callers:
             self.note_step({})  # many keys have sent gradients, and no step could be made of any
         self._rows_since[caller] = self._rows_since.get(caller, 0) + rows
         if caller not in self._rows:
-            name = group or caller
-            self._group_of[caller] = self._groups.setdefault(name, _Group(name))
+            self._group_of[caller] = self._groups.setdefault(group, _Group(group))
             self._group_of[caller].members += 1
         self._group_of[caller].rows += rows
         self._rows[caller] = self._rows.get(caller, 0) + rows

@@ -42,12 +42,11 @@ class UpdateReports:
 
     def note(self, trainer: str, group: str, total: int) -> None:
         """Records a report, which comes with each call that leads to an update here. `total`: how many updates of the
-        expert the trainer has got so far, from all hosts. `group`: trainers that may be one person; empty for a trainer
-        by itself.
+        expert the trainer has got so far, from all hosts. `group`: see `Session.group`.
         """
         known = self._trainers.pop(trainer, None)
         if known is None:
-            known = _Trainer(group or trainer, total, 0.0)
+            known = _Trainer(group, total, 0.0)
         else:
             known.here += 1  # the previous call
             known.elsewhere += max(0, total - known.total - 1)  # a trainer that restarts counts from 0 again

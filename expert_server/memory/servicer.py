@@ -8,7 +8,6 @@ import asyncio
 import errno
 import logging
 import time
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -28,12 +27,13 @@ from dht.receipts import Work
 from expert_server.memory.search import Best, ShardGroup, VectorCache, search_together
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore
+from peer.bounded import Owner
 from peer.budget import FairBudget, interruptible
 from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
 from peer.merkle import HASH_BYTES
 from peer.metrics import SECONDS, start_at_zero
-from peer.rates import RateLimit
+from peer.rates import FairLine, RateLimit
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import TransferSlots, send
@@ -83,28 +83,25 @@ class MemoryMetrics:
 
 
 class Turns:
-    """Lets a few calls compute at a time. Waiting calls take turns by caller. For one event loop.
+    """Lets a few calls compute at a time. Waiting calls take turns by group of callers, and then by caller. For one
+    event loop.
 
     A call keeps its place until its task ends, because unread replies take memory, too. If all places are taken, a new
-    call gets a place from the caller with the most, if that caller has more than the new call's caller would have. The
-    displaced call is refused.
+    call may get a place from the caller with the most (`FairBudget`). The displaced call is refused.
     """
 
     def __init__(self, at_once: int, most: int) -> None:
         """`most`: calls that wait, compute, or have an unread reply."""
         self._free = at_once
         self._places = FairBudget(most)
-        self._waiting: OrderedDict[PeerID, deque[asyncio.Future[None]]] = OrderedDict()
-        """Waiting calls by caller; the caller whose turn was longest ago comes first. A caller without calls has no
-        entry.
-        """
+        self._waiting = FairLine[asyncio.Future[None]]()
 
     def __len__(self) -> int:
         """The number of waiting calls."""
-        return sum(not turn.cancelled() for turns in self._waiting.values() for turn in turns)
+        return len(self._waiting)
 
     @asynccontextmanager
-    async def turn(self, caller: PeerID) -> AsyncIterator[None]:
+    async def turn(self, caller: Owner) -> AsyncIterator[None]:
         """Waits for a turn. Raises ExpertError (RESOURCE_EXHAUSTED), also if others need the place."""
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
@@ -118,31 +115,25 @@ class Turns:
                 self._free += 1
                 self._next()
 
-    async def _wait(self, caller: PeerID) -> None:
+    async def _wait(self, caller: Owner) -> None:
         if self._free:
             self._free -= 1
             return
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(caller, deque()).append(turn)
+        self._waiting.put(caller, turn)
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # its turn may come at the same moment
+            if turn.cancelled():
+                self._waiting.remove(caller, turn)
+            else:  # its turn came at the same moment
                 self._free += 1
                 self._next()
-            elif turn in self._waiting.get(caller, ()):
-                self._waiting[caller].remove(turn)
-                if not self._waiting[caller]:
-                    del self._waiting[caller]
             raise
 
     def _next(self) -> None:
         while self._free and self._waiting:
-            caller, turns = next(iter(self._waiting.items()))
-            turn = turns.popleft()
-            self._waiting.move_to_end(caller)
-            if not turns:
-                del self._waiting[caller]
+            turn = self._waiting.pop()
             if not turn.cancelled():
                 self._free -= 1
                 turn.set_result(None)
@@ -189,25 +180,25 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         self, request: memory_pb2.SearchRequest, context: SearchContext
     ) -> memory_pb2.SearchReply:
         async with self._answering(context):
-            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
+            session = self._sessions.require(context, session_pb2.RIGHT_MEMORY)
             store = self._store(request)
             queries = _vectors(request, store.manifest.dimensions)
             served = store.shards
             shards = [served.get(_root(wanted.root)) for wanted in request.shards]
             groups = _groups(request, shards, len(queries))
             reply = await self._compute(
-                caller, store, partial(self._search, queries, request.k, shards, groups)
+                session.owner, store, partial(self._search, queries, request.k, shards, groups)
             )
             reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
             self.metrics.queries.inc(len(queries))
-            self._note_served(caller, Work(queries=len(queries)))
+            self._note_served(session.caller, Work(queries=len(queries)))
             await self._up.take(reply.ByteSize())
             return reply
         raise AssertionError("abort raises")
 
     async def Read(self, request: memory_pb2.ReadRequest, context: ReadContext) -> memory_pb2.ReadReply:
         async with self._answering(context):
-            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
+            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).owner
             store = self._store(request)
             if len(request.shards) > MAX_READ or sum(len(s.positions) for s in request.shards) > MAX_READ:
                 raise WireError(f"more than {MAX_READ} passages: read fewer at once")
@@ -226,7 +217,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
 
     async def FetchPart(self, request: memory_pb2.FetchPartRequest, context: FetchContext) -> None:
         async with abort_on_error(context, _MAX_TRANSFER_S, "the part was not read in time"):
-            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).caller
+            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).owner
             store, name = self._store(request), _root(request.name)
             if request.offset and not request.sha256:
                 raise WireError("an offset needs the checksum of its file")
@@ -270,9 +261,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             raise ExpertError(StatusCode.NOT_FOUND, f"memory {request.memory[:64]!r} is not hosted here")
         return store
 
-    async def _compute(
-        self, caller: PeerID, store: MemoryStore, work: Callable[[Callable[[], bool]], T]
-    ) -> T:
+    async def _compute(self, caller: Owner, store: MemoryStore, work: Callable[[Callable[[], bool]], T]) -> T:
         """Runs `work` on a thread and returns its result. `work` itself checks whether the call has been given up, and
         then ends.
         """

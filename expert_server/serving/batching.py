@@ -1,15 +1,15 @@
 """Which work is computed next: the queue that merges work into batches and is fair to every caller. Pure.
 
-Start-time fair queueing (Goyal, Vin & Cheng 1996) over callers, by rows. Each caller has a virtual time: the rows
-computed for it. The caller with the least determines the expert and direction of the next batch: backward before
-forward, then by deadline. Other callers' work for that expert joins in the same order. Experts with a batch in progress
-are skipped.
+Start-time fair queueing (Goyal, Vin & Cheng 1996) over groups of callers, by rows. Each group has a virtual time: the
+rows computed for it. So has each caller, and the group with the least leaves its turn to the caller with the least in
+it. That caller determines the expert and direction of the next batch: backward before forward, then by deadline. Other
+callers' work for that expert joins in the same order. Experts with a batch in progress are skipped.
 
 Shape suffixes: R = rows, D = width.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count, islice
@@ -23,6 +23,7 @@ from dht.uid import UID
 from expert_server.experts.graphs import ForwardGraph, Rows, SharedGraph, SharedPass
 from expert_server.experts.grouped import MOST_EXPERTS
 from expert_server.experts.guard import StepOutcome
+from peer.bounded import Displacement, Owner
 from peer.errors import ExpertError
 
 Direction: TypeAlias = Literal["forward", "backward"]
@@ -31,7 +32,7 @@ Key: TypeAlias = tuple[UID, Direction]
 _RATE_MEMORY = 0.9  # the weight of the previous rate when a new batch is measured
 _RETRY_UNMEASURED_S = 1.0
 _RETRY_LEAST_S, _RETRY_MOST_S = 0.05, 30.0
-_REMEMBERED_CALLERS = 1024
+_REMEMBERED_GROUPS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,10 +46,10 @@ class WorkItem:
     """Monotonic seconds. After it, nobody waits for the result."""
     caller: str
     """The caller, for fairness and for the log."""
+    group: str
+    """With whom the caller shares: see `Session.group`."""
     keep: bool = False
     """In forward: whether a backward call will follow."""
-    group: str = ""
-    """Callers in one group may be one person under several keys; empty for a caller by itself."""
 
     def __post_init__(self) -> None:
         assert (self.rows.gradients is None) == (self.direction == "forward"), "only backward has gradients"
@@ -62,6 +63,10 @@ class WorkItem:
         """The forward pass that it shares with other experts' work, if no backward pass has used it."""
         graph = self.rows.graph
         return graph.version if isinstance(graph, SharedGraph) and graph.version.is_whole else None
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.group, self.caller)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +116,13 @@ class Entry:
 
 
 class BatchQueue:
-    """A bounded queue that merges work of one expert and direction into batches, and is fair to every caller.
+    """A bounded queue that merges work of one expert and direction into batches, and is fair to every group of callers,
+    and to the callers in each.
 
-    Among callers that always have work waiting, none is ever ahead of another by more rows than one batch, one work
-    item, or what is computed together with one item (`pop_alike`), whichever is largest. A caller that arrives or
-    returns starts at the same point as those furthest behind.
+    Among groups that always have work waiting, none is ever ahead of another by more rows than one batch, one work
+    item, or what is computed together with one item (`pop_alike`), whichever is largest. The same holds for the callers
+    in a group. A group that arrives or returns starts at the same point as those furthest behind. A caller that does so
+    starts behind the others in its group: otherwise, one person with new keys again and again would go first each time.
     """
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
@@ -130,32 +137,34 @@ class BatchQueue:
         """For each expert and direction, a line for each caller with such work. Lines are never empty."""
         self._callers: dict[str, _Caller] = {}
         """Callers with work waiting."""
+        self._groups: dict[str, _Group] = {}
+        """Groups with work waiting."""
         self._ahead: dict[str, int] = {}
-        """Virtual times of callers that left while they were ahead of others."""
+        """Virtual times of groups that left while they were ahead of others."""
         self._virtual_time = 0
-        """The smallest virtual time of all callers when the last batch was chosen. No caller's is smaller."""
+        """The smallest virtual time of all groups when the last batch was chosen. No group's is smaller."""
         self._measured_rows = self._measured_s = 0.0
 
     def make_room(self, work: WorkItem) -> list[Entry]:
         """If there is no room for this work, takes out work of the callers with the most rows, latest deadlines first.
-        Takes out nothing if this work's caller would be the one with the most. So a caller that keeps to its share (the
-        room divided by the number of callers) always has room, and loses nothing (longest queue drop, as in
-        `peer.budget`).
+        Takes out nothing if this work's caller would be the one with the most. So a caller that keeps to its share
+        always has room, and loses nothing (longest queue drop, as in `peer.budget`).
         """
         missing = self.rows + len(work.rows) - self._max_queued_rows
         if missing <= 0:
             return []
-        wanted = self._rows_of(work.caller) + len(work.rows)
-        rows = {name: caller.rows for name, caller in self._callers.items() if name != work.caller}
+        names = {Owner(caller.group.name, name): name for name, caller in self._callers.items()}
+        rows = {owner: self._rows_of(name) for owner, name in names.items()}
+        displacement = Displacement(rows, self._owner(work), len(work.rows))
         taken: list[Entry] = []
         while missing > 0:
-            largest = max(rows, key=rows.__getitem__, default=work.caller)
-            if rows.get(largest, 0) <= wanted:
+            largest = displacement.richest()
+            if largest is None:
                 for entry in taken:
                     self._callers[entry.work.caller].latest.put_back(entry)
                 return []
-            taken.append(self._callers[largest].latest.pop())
-            rows[largest] -= len(taken[-1].work.rows)
+            taken.append(self._callers[names[largest]].latest.pop())
+            displacement.take(largest, len(taken[-1].work.rows))
             missing -= len(taken[-1].work.rows)
         return [self._take(entry) for entry in taken]
 
@@ -176,7 +185,7 @@ class BatchQueue:
         entry = Entry(work, next(self._order), future, discard)
         self._waiting[entry.order] = entry
         self.rows += len(work.rows)
-        caller = self._callers.get(work.caller) or self._enter(work.caller)
+        caller = self._callers.get(work.caller) or self._enter(work)
         caller.rows += len(work.rows)
         lines = self._by_key.setdefault(work.key, {})
         if work.caller not in lines:
@@ -225,7 +234,7 @@ class BatchQueue:
                 break
             found.append(self._waiting[order])
         for each in found:
-            self._callers[first.caller].virtual_time += len(each.work.rows)
+            self._charge(each.work)
             self._take(each)
         return found
 
@@ -256,51 +265,80 @@ class BatchQueue:
             return _RETRY_UNMEASURED_S
         rows = self.rows
         if caller is not None:  # it takes turns with the others
-            rows = min(rows, self._rows_of(caller) * len(self._callers))
+            own = self._callers.get(caller)
+            rows = 0 if own is None else min(rows, own.rows * len(self._groups) * own.group.callers)
         estimate = rows * self._measured_s / self._measured_rows
         return min(max(estimate, _RETRY_LEAST_S), _RETRY_MOST_S)
 
     def _rows_of(self, caller: str) -> int:
         return self._callers[caller].rows if caller in self._callers else 0
 
+    def _owner(self, work: WorkItem) -> Owner:
+        """A caller stays in one group as long as it has work waiting, even if its session changes."""
+        caller = self._callers.get(work.caller)
+        return Owner(work.group if caller is None else caller.group.name, work.caller)
+
     def _take_batch(self, busy: Set[UID], held: Mapping[str, Set[UID]]) -> list[Entry]:
-        """Takes the next batch. A caller does not join if it would then be more than a batch ahead of the caller whose
-        turn it is.
+        """Takes the next batch. A caller does not join if its group would then be more than a batch ahead of the group
+        whose turn it is, or if it would be so far ahead of another caller in its group.
         """
-        callers = self._callers.values()
-        choosers = [
-            (caller.virtual_time, *first)
-            for caller in callers
+        choosers = self._turns(
+            (caller, first)
+            for caller in self._callers.values()
             if (first := self._first(caller, busy | held.get(caller.name, frozenset())))
-        ]
+        )
         if not choosers:
             return []
-        self._virtual_time = min(caller.virtual_time for caller in callers)
-        virtual_time, _, _, order = min(choosers)
+        self._virtual_time = min(group.virtual_time for group in self._groups.values())
+        virtual_time, (_, _, order), _ = choosers[0]
         most = virtual_time + self._max_batch_rows
+        least_in = {callers[0][2].group.name: callers[0][0] for _, _, callers in choosers}
         uid, lines = self._waiting[order].work.uid, self._by_key[self._waiting[order].work.key]
-        turns = [
-            (self._callers[name].virtual_time, line.first(), name)
-            for name, line in lines.items()
-            if uid not in held.get(name, ())
-        ]
-        heapify(turns)  # the chooser's turn comes first
+        able = [(self._callers[name], line) for name, line in lines.items() if uid not in held.get(name, ())]
+        turns = self._turns((caller, line.first()) for caller, line in able)  # the chooser's turn comes first
         batch: list[Entry] = []
         rows = 0
         while turns:
-            virtual_time, (_, _, order), name = turns[0]
+            virtual_time, (_, _, order), callers = turns[0]
+            _, _, caller = callers[0]
             entry = self._waiting[order]
-            rows += len(entry.work.rows)
-            virtual_time += len(entry.work.rows)
-            if batch and (rows > self._max_batch_rows or virtual_time > most):
+            size = len(entry.work.rows)
+            if batch and (rows + size > self._max_batch_rows or virtual_time + size > most):
                 break
-            self._callers[name].virtual_time = virtual_time
+            if batch and caller.virtual_time + size > least_in[caller.group.name] + self._max_batch_rows:
+                heappop(turns)
+                continue
+            rows += size
+            self._charge(entry.work)
             batch.append(self._take(entry))
-            if name in lines:
-                heapreplace(turns, (virtual_time, lines[name].first(), name))
+            if caller.name in lines:
+                heapreplace(callers, (caller.virtual_time, lines[caller.name].first(), caller))
+            else:
+                heappop(callers)
+            if callers:
+                heapreplace(turns, (caller.group.virtual_time, callers[0][1], callers))
             else:
                 heappop(turns)
         return batch
+
+    @staticmethod
+    def _turns(firsts: "Iterable[tuple[_Caller, _Turn]]") -> "list[_GroupTurn]":
+        """A heap of the groups, each with a heap of its callers, from the first entry of each caller."""
+        callers: dict[str, list[_CallerTurn]] = {}
+        for caller, first in firsts:
+            callers.setdefault(caller.group.name, []).append((caller.virtual_time, first, caller))
+        turns: list[_GroupTurn] = []
+        for own in callers.values():
+            heapify(own)
+            turns.append((own[0][2].group.virtual_time, own[0][1], own))
+        heapify(turns)
+        return turns
+
+    def _charge(self, work: WorkItem) -> None:
+        caller = self._callers[work.caller]
+        caller.virtual_time += len(work.rows)
+        caller.group.virtual_time += len(work.rows)
+        caller.group.latest = max(caller.group.latest, caller.virtual_time)
 
     def _first(self, caller: "_Caller", busy: Set[UID]) -> "_Turn | None":
         """The caller's first entry for an expert that is not busy."""
@@ -326,25 +364,32 @@ class BatchQueue:
             self._leave(caller)
         return entry
 
-    def _enter(self, name: str) -> "_Caller":
-        virtual_time = max(self._ahead.pop(name, 0), self._virtual_time)
+    def _enter(self, work: WorkItem) -> "_Caller":
+        group = self._groups.get(work.group)
+        if group is None:
+            virtual_time = max(self._ahead.pop(work.group, 0), self._virtual_time)
+            group = self._groups[work.group] = _Group(work.group, virtual_time)
         line, latest = _Line(self._waiting), _Line(self._waiting, is_reversed=True)
-        caller = self._callers[name] = _Caller(name, virtual_time, line, latest)
+        caller = self._callers[work.caller] = _Caller(work.caller, group, group.latest, line, latest)
+        group.callers += 1
         return caller
 
     def _leave(self, caller: "_Caller") -> None:
-        """Remembers for a while how far ahead a leaving caller was. Otherwise it would gain by leaving and
-        returning.
-        """
+        """Remembers for a while how far ahead a leaving group was. Otherwise it would gain by leaving and returning."""
         del self._callers[caller.name]
-        if not self._callers:
+        group = caller.group
+        group.callers -= 1
+        if group.callers:
+            return
+        del self._groups[group.name]
+        if not self._groups:
             self._ahead.clear()
             self._virtual_time = 0
             return
-        self._ahead[caller.name] = caller.virtual_time
-        if len(self._ahead) > _REMEMBERED_CALLERS:
+        self._ahead[group.name] = group.virtual_time
+        if len(self._ahead) > _REMEMBERED_GROUPS:
             ahead = {name: time for name, time in self._ahead.items() if time > self._virtual_time}
-            self._ahead = dict(islice(ahead.items(), max(0, len(ahead) - _REMEMBERED_CALLERS // 2), None))
+            self._ahead = dict(islice(ahead.items(), max(0, len(ahead) - _REMEMBERED_GROUPS // 2), None))
 
 
 _Turn: TypeAlias = tuple[int, float, int]
@@ -403,10 +448,28 @@ class _Line:
 
 
 @dataclass(slots=True)
-class _Caller:
+class _Group:
     name: str
     virtual_time: int
+    """The rows computed for all its callers."""
+    callers: int = 0
+    latest: int = 0
+    """The largest virtual time of any of its callers."""
+
+
+@dataclass(slots=True)
+class _Caller:
+    name: str
+    group: _Group
+    virtual_time: int
+    """The rows computed for it, compared with others in its group."""
     line: _Line
     latest: _Line
     """The caller's entries in reverse order."""
     rows: int = 0
+
+
+_CallerTurn: TypeAlias = tuple[int, _Turn, _Caller]
+"""A caller's virtual time, and its first entry. No two entries are equal, so that callers are never compared."""
+_GroupTurn: TypeAlias = tuple[int, _Turn, list[_CallerTurn]]
+"""A group's virtual time, the first entry of the caller whose turn it is, and the turns of all its callers."""

@@ -216,7 +216,7 @@ class Call:
         caller: str,
         group: str,
     ) -> None:
-        """`group`: see `WorkItem`."""
+        """`group`: see `Session.group`."""
         self.header = header
         self.parsed = parsed
         self._direction = direction
@@ -311,7 +311,7 @@ class Call:
             return
         answers, key = tensors.answers, (self._caller, self.header.request_id)
         forward = CachedForward(tensors.assignment, tensors.inputs, answers.tensor, answers.sent, until)
-        if not cache.put(key, forward, time.monotonic(), self._group):
+        if not cache.put(key, self._group, forward, time.monotonic()):
             yield None
             return
         try:
@@ -336,7 +336,7 @@ class Call:
             if isinstance(kept, _Holding):
                 rows = replace(rows, caches=kept.take(expert))
             keep = isinstance(kept, _Keeping)
-            work = WorkItem(uid, self._direction, rows, deadline, self._caller, keep, self._group)
+            work = WorkItem(uid, self._direction, rows, deadline, self._caller, self._group, keep)
             entry = self._computing[expert] = runtime.enqueue(work)
             entry.future.add_done_callback(lambda _: self._end(expert, entry, runtime, kept))
         except ExpertError as error:  # affects only this expert
@@ -450,7 +450,7 @@ class _Holding:
     def put(self, expert: int, now: float) -> None:
         """Call it once they are computed."""
         numbers, rows = self._held[expert].numbers, self._rows.pop(expert)
-        self._kept += self._cache.put(self._caller, self._uids[expert], numbers, rows, now, self._group)
+        self._kept += self._cache.put(self._caller, self._group, self._uids[expert], numbers, rows, now)
 
     def complete(self) -> bool:
         """Called when everything is answered. Returns whether the rows of all experts are kept."""

@@ -146,7 +146,7 @@ def _clipped(expert: Expert, work: WorkItem) -> tuple[WorkItem, float]:
     """Records the work's rows and their direction, and scales gradients down if they are much larger than other
     callers'. Also returns the factor, at most 1.
     """
-    factor = expert.callers.note_rows(work.caller, len(work.rows), size_of([work.rows]), work.group)
+    factor = expert.callers.note_rows(work.caller, work.group, len(work.rows), size_of([work.rows]))
     if factor != 1.0:
         assert work.rows.gradients is not None, "only backward has gradients"
         work = replace(work, rows=replace(work.rows, gradients=work.rows.gradients * factor))

@@ -77,17 +77,17 @@ class ForwardCache:
         """Includes what graphs share, such as older parameters of experts. For any thread."""
         return self._own_bytes + sum(version.bytes for version in list(self._versions))
 
-    def put(self, key: CacheKey, forward: CachedForward, now: float, group: str = "") -> bool:
+    def put(self, key: CacheKey, group: str, forward: CachedForward, now: float) -> bool:
         """Adds a call without graphs. Returns whether it is cached; it is not if it exceeds the budget by itself.
 
-        `group`: of callers that may be one person; empty: the caller alone.
+        `group`: see `Session.group`.
         """
         self.drop_expired(now)
         if forward.bytes > self._budget_bytes:
             return False
         self._remove(key)
         self._cached[key] = forward
-        kept = self._callers.setdefault(key[0], _Kept(group or key[0]))
+        kept = self._callers.setdefault(key[0], _Kept(group))
         kept.calls[key] = None
         kept.own_bytes += forward.bytes
         self._own_bytes += forward.bytes

@@ -74,18 +74,18 @@ class SequenceCache:
     def put(
         self,
         caller: str,
+        group: str,
         uid: UID,
         numbers: Sequence[int],
         rows: Sequence[KeyValueCache],
         now: float,
-        group: str = "",
     ) -> bool:
-        """Returns whether all of them are kept. `group`: of callers that may be one person; empty: the caller alone."""
+        """Returns whether all of them are kept. `group`: see `Session.group`."""
         for number, each in zip(numbers, rows, strict=True):
             self._remove(caller, (uid, number))
             entry = _Entry(each, each.nbytes + ENTRY_BYTES, now + IDLE_S)
             self._callers.setdefault(caller, OrderedDict())[uid, number] = entry
-            self._bytes.add(self._group_of.setdefault(caller, group or caller), caller, entry.bytes)
+            self._bytes.add(self._group_of.setdefault(caller, group), caller, entry.bytes)
             self.bytes += entry.bytes
         self.keep_to_room()
         return all((uid, number) in self._callers.get(caller, ()) for number in numbers)

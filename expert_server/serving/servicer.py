@@ -206,7 +206,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         async with abort_on_error(context, longest_s, f"the call lasted longer than {longest_s:.1f} s"):
             session = self._sessions.require(context, _RIGHTS[direction])
             caller = session.name
-            with self.memory.holding(caller, OPEN_CALL_BYTES) as memory:
+            with self.memory.holding(session.owner, OPEN_CALL_BYTES) as memory:
                 stream = RequestStream(requests, self._traffic.down)
                 replies = ReplyStream(context, self._traffic.up)
                 header = await stream.header()

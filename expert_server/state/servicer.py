@@ -19,7 +19,7 @@ from expert_server.state.transfer import (
     TransferMetrics,
     largest_state_bytes,
 )
-from peer.bounded import BoundedDict
+from peer.bounded import BoundedDict, Owner
 from peer.budget import FairBudget, Reservation
 from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
@@ -115,7 +115,9 @@ class HintQueue:
             own[key] = hint, own[key][1]  # for an average, the newest snapshots
             return True
         try:
-            reservation = self._room.reserve(hint.peer_id, 1, partial(self._drop, hint.peer_id, key))
+            reservation = self._room.reserve(
+                Owner.alone(hint.peer_id), 1, partial(self._drop, hint.peer_id, key)
+            )
         except ExpertError:
             return False
         self._waiting.setdefault(hint.peer_id, {})[key] = hint, reservation
@@ -173,7 +175,8 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
         raise AssertionError("abort raises")
 
     async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
-        caller = self._sessions.require(context, _right_for(request)).caller
+        session = self._sessions.require(context, _right_for(request))
+        caller = session.caller
         require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
         uid = parse_uid(request.uid, self._manifest)
         if request.offset and not request.sha256:
@@ -182,7 +185,7 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
             raise WireError(
                 "a version can't be asked for together with a checksum or `parameters`: leave those out"
             )
-        with self._slots.taken(caller, self._state_bytes):
+        with self._slots.taken(session.owner, self._state_bytes):
             given = await self._wanted(request, uid, caller)
             count = self._metrics.bytes.labels("sent").inc
             await send(context, given.header(caller), given.data, request.offset, self._up, count)

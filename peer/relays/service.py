@@ -17,6 +17,7 @@ import grpc
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from peer.bounded import Owner
 from peer.budget import FairBudget, interruptible
 from peer.budget import Reservation as Place
 from peer.errors import ExpertError
@@ -192,7 +193,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         """A new reservation ends the peer's previous one, whose connection may have broken."""
         if (earlier := self._reservations.pop(session.caller, None)) is not None:
             earlier.end()
-        if self._places.held(session.near) >= _RESERVATIONS_NEAR:
+        if self._places.held(Owner.alone(session.near)) >= _RESERVATIONS_NEAR:
             self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
         with self._holding([self._places], session.near, interrupt) as end:
             reservation = self._reservations[session.caller] = _Reservation(end)
@@ -243,7 +244,9 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         try:
             try:
                 for budget in budgets:
-                    places.append(budget.reserve(near, 1, revoke))  # if one fails, the others are given up
+                    places.append(
+                        budget.reserve(Owner.alone(near), 1, revoke)
+                    )  # if one fails, the others are given up
             except ExpertError:
                 self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
             yield end

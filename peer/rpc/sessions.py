@@ -23,7 +23,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from peer import PROTOCOL_VERSION, clock
-from peer.bounded import BoundedDict
+from peer.bounded import BoundedDict, Owner
 from peer.errors import ExpertError, RecordError
 from peer.formatting import printable
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, peer_id_of, verify
@@ -113,10 +113,15 @@ class Session:
 
     @property
     def group(self) -> str:
-        """Callers in one group may be one person under several keys: those with the same token, or in one
-        neighbourhood.
+        """With whom the caller shares. Callers in one group may be one person under several keys: those with the same
+        token, or in one neighbourhood. Never empty: a caller whose neighbourhood is not known is a group by itself.
         """
-        return f"token {self.serial}" if self.serial else self.near
+        return f"token {self.serial}" if self.serial else self.near or self.name
+
+    @property
+    def owner(self) -> Owner:
+        """The caller and its group, for everything that callers share."""
+        return Owner(self.group, self.name)
 
 
 class Challenges:

@@ -16,12 +16,11 @@ import grpc
 from grpc import StatusCode
 
 from peer.averaging import MAX_UPDATE_COUNT
-from peer.bounded import BoundedDict
+from peer.bounded import BoundedDict, Displacement, Owner
 from peer.budget import interruptible
 from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, WireError
 from peer.formatting import printable
-from peer.identity import PeerID
 from peer.rates import Pace, RateLimit
 from peer.rpc.calls import make_stub, status_of, while_open
 from peer.rpc.channels import ChannelPool, Contact
@@ -270,18 +269,19 @@ class TransferPace(Pace):
 
 
 class TransferSlots:
-    """Limits the transfers in progress, and shares them fairly between peers. For one event loop.
+    """Limits the transfers in progress, and shares them fairly between groups of peers, and then between the peers in
+    each. For one event loop.
 
-    If all slots are taken, the peer with the most gives one to a newcomer. If no peer has more slots than the newcomer
-    would then have, the newcomer gets the oldest slot, once that transfer has had enough time at a fair rate. A
-    transfer that loses its slot may resume later.
+    If all slots are taken, the peer with the most, in the group with the most, gives one to a newcomer. If no group or
+    peer has more slots than the newcomer's would then have, the newcomer gets the oldest slot, once that transfer has
+    had enough time at a fair rate. A transfer that loses its slot may resume later.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._clock = clock
-        self._taken: dict[object, tuple[PeerID, float, Callable[[], None]]] = {}
-        """For each slot, the peer, the time after which it has had its share, and what cuts it off; the oldest slot
+        self._taken: dict[object, tuple[Owner, float, Callable[[], None]]] = {}
+        """For each slot, its owner, the time after which it has had its share, and what cuts it off; the oldest slot
         first.
         """
 
@@ -289,33 +289,37 @@ class TransferSlots:
         return len(self._taken)
 
     @contextmanager
-    def taken(self, peer_id: PeerID, size: int) -> Iterator[None]:
+    def taken(self, owner: Owner, size: int) -> Iterator[None]:
         """A slot for a transfer of about `size` bytes by the current task. Raises ExpertError (RESOURCE_EXHAUSTED)."""
         with interruptible(_CUT_OFF) as interrupt:
             if len(self._taken) >= self._most:
-                self._cut_one_off(peer_id)
+                self._cut_one_off(owner)
             enough_at = self._clock() + _FAIR_S + size / _FAIR_BYTES_PER_S
             slot = object()
-            self._taken[slot] = peer_id, enough_at, interrupt
+            self._taken[slot] = owner, enough_at, interrupt
             try:
                 yield
             finally:
                 self._taken.pop(slot, None)
 
-    def _cut_one_off(self, newcomer: PeerID) -> None:
-        count = Counter(peer_id for peer_id, _, _ in self._taken.values())
-        now, own = self._clock(), count[newcomer] + 1
-        greedy = [slot for slot, (peer_id, _, _) in self._taken.items() if count[peer_id] > own]
-        slow = [
+    def _cut_one_off(self, newcomer: Owner) -> None:
+        count = Counter(owner for owner, _, _ in self._taken.values())
+        of_group = Counter(owner.group for owner, _, _ in self._taken.values())
+        now, own, own_group = self._clock(), count[newcomer] + 1, of_group[newcomer.group] + 1
+
+        def may_make_way(owner: Owner) -> bool:
+            is_near = owner.group == newcomer.group
+            return count[owner] >= own if is_near else of_group[owner.group] >= own_group
+
+        greedy = Displacement(count, newcomer, 1).richest()
+        owned = (slot for slot, (owner, _, _) in self._taken.items() if owner == greedy)
+        slow = (
             slot
-            for slot, (peer_id, enough_at, _) in self._taken.items()
-            if now > enough_at and count[peer_id] >= own
-        ]
-        if greedy:
-            victim = max(greedy, key=lambda slot: count[self._taken[slot][0]])
-        elif slow:
-            victim = slow[0]
-        else:
+            for slot, (owner, enough_at, _) in self._taken.items()
+            if now > enough_at and may_make_way(owner)
+        )
+        victim = next(owned if greedy is not None else slow, None)
+        if victim is None:
             message = f"{len(self._taken)} transfers go on here; try again soon"
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_BUSY_S)
         _, _, interrupt = self._taken.pop(victim)

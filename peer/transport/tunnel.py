@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from peer.bounded import Owner
 from peer.budget import FairBudget
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import PeerID
@@ -131,10 +132,10 @@ class Tunnels:
         def give_up() -> None:
             task.cancel()
 
-        is_modest = self._room.held(caller) < self._limits.streams_of_peer
+        is_modest = self._room.held(Owner.alone(caller)) < self._limits.streams_of_peer
         if exit_ is not None and is_modest and not self._opening.wait_s(caller, now):
             with contextlib.suppress(ExpertError):
-                room = self._room.reserve(caller, 1, give_up)
+                room = self._room.reserve(Owner.alone(caller), 1, give_up)
         if exit_ is None or room is None:
             self.opened.labels("refused").inc()
             pipe[1].close()

@@ -149,7 +149,7 @@ class LocalExperts:
                 lengths, positions = map(torch.from_numpy, batch.segments(part.places))
                 caches = result.rows.caches_of(part)
                 asked.append((part, Rows(x_RW, lengths, positions, caches=caches)))
-        works = [WorkItem(part.uid, "forward", rows, inf, "", result.rows.keep) for part, rows in asked]
+        works = [WorkItem(part.uid, "forward", rows, inf, "", "", result.rows.keep) for part, rows in asked]
         for (part, rows), computed in zip(asked, self._computed(works), strict=True):
             with self._noting_failures():
                 if isinstance(computed, ExpertError):
@@ -171,7 +171,7 @@ class LocalExperts:
                 with self._noting_failures():
                     own = self._arrived(gradients[part.places, part.slots], self._next_seed())
                     with_gradients = replace(rows, gradients=torch.from_numpy(own))
-                    works.append(WorkItem(part.uid, "backward", with_gradients, inf, ""))
+                    works.append(WorkItem(part.uid, "backward", with_gradients, inf, "", ""))
                     parts.append(part)
             for part, computed in zip(parts, self._computed(works), strict=True):
                 with self._noting_failures():

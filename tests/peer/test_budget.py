@@ -11,19 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from peer.bounded import Owner
 from peer.budget import FairBudget, MemoryBudget, Reservation
 from peer.errors import ExpertError
 from peer.loop import LoopThread
 
 LIMIT = 100
-OWNERS = ["QmA", "QmB", "QmC", "QmD"]
+OWNERS = [Owner.alone("QmA"), *(Owner("a line", name) for name in ("QmB", "QmC")), Owner.alone("QmD")]
 
 
 @dataclass(eq=False)
 class Use:
     """One use of the budget, such as by a call."""
 
-    owner: str
+    owner: Owner
     lost: bool = False
     reservation: Reservation = field(init=False)
 
@@ -40,7 +41,7 @@ class Budgeting(RuleBasedStateMachine):
         self.live: list[Use] = []
 
     @rule(target=uses, owner=st.sampled_from(OWNERS), size=st.integers(0, 60))
-    def reserve(self, owner: str, size: int) -> Use:
+    def reserve(self, owner: Owner, size: int) -> Use:
         use = Use(owner)
         with self.judging(owner, size):
             use.reservation = self.budget.reserve(owner, size, use.lose)
@@ -60,7 +61,7 @@ class Budgeting(RuleBasedStateMachine):
             use.reservation.release()
             self.live.remove(use)
 
-    def judging(self, owner: str, size: int, had: int = 0) -> "Judge":
+    def judging(self, owner: Owner, size: int, had: int = 0) -> "Judge":
         return Judge(self, owner, size, had)
 
     @invariant()
@@ -79,13 +80,19 @@ class Budgeting(RuleBasedStateMachine):
 class Judge:
     """Checks that a request was treated fairly."""
 
-    def __init__(self, machine: Budgeting, owner: str, size: int, had: int) -> None:
+    def __init__(self, machine: Budgeting, owner: Owner, size: int, had: int) -> None:
         self.machine, self.owner, self.size, self.had = machine, owner, size, had
-        held = {name: machine.budget.held(name) for name in OWNERS}
-        self.wanted = held[owner] + size
-        self.share = LIMIT / len({owner, *(u.owner for u in machine.live)})
-        self.others = {name: amount for name, amount in held.items() if name != owner}
+        self.owners = {owner, *(use.owner for use in machine.live)}
+        self.held = {each: machine.budget.held(each) for each in self.owners}
+        self.wanted = self.held[owner] + size
         self.fits = machine.budget.used + size <= LIMIT
+
+    def share(self, owner: Owner) -> float:
+        groups = {each.group for each in self.owners}
+        return LIMIT / len(groups) / sum(each.group == owner.group for each in self.owners)
+
+    def of_group(self, owner: Owner) -> int:
+        return sum(amount for each, amount in self.held.items() if each.group == owner.group)
 
     def __enter__(self) -> None: ...
 
@@ -93,14 +100,20 @@ class Judge:
         lost = [use for use in self.machine.live if use.lost]
         self.machine.live = [use for use in self.machine.live if not use.lost]
         if kind is None:
-            assert all(self.others[use.owner] > max(self.wanted, self.share) for use in lost)
+            for use in lost:
+                assert self.held[use.owner] > self.share(use.owner)
+                if use.owner.group == self.owner.group:
+                    assert self.held[use.owner] > self.wanted
+                else:  # some of its own group may have made room before
+                    own = sum(u.reservation.size for u in lost if u.owner.group == self.owner.group)
+                    assert self.of_group(use.owner) > self.of_group(self.owner) + self.size - own
             assert not (self.fits and lost)
             return False
         assert isinstance(error, ExpertError)
         assert error.status is StatusCode.RESOURCE_EXHAUSTED
         assert not lost, "whoever is refused takes nothing from others"
         assert not self.fits or self.had + self.size > LIMIT
-        assert self.wanted > self.share, "nobody is refused its share"
+        assert self.wanted > self.share(self.owner), "nobody is refused its share"
         return True
 
 
@@ -108,29 +121,29 @@ TestBudgeting = Budgeting.TestCase
 
 
 @given(st.integers(1, 20), st.integers(1, 9))
-def test_a_newcomer_has_its_share_however_many_strangers_took_everything_before(
+def test_a_newcomer_has_its_share_however_many_keys_of_strangers_took_everything_before(
     strangers: int, size: int
 ) -> None:
     budget = FairBudget(1000)
     uses = []
     for number in range(1000):
-        use = Use(f"stranger {number % strangers}")
+        use = Use(Owner(f"line {number % strangers}", f"key {number % 97}"))
         try:
             use.reservation = budget.reserve(use.owner, size, use.lose)
         except ExpertError:
             break
         uses.append(use)
     share = 1000 // (strangers + 1)
-    honest = Use("honest")
+    honest = Use(Owner.alone("honest"))
     for _ in range(share // size):
         budget.reserve(honest.owner, size, honest.lose)
     assert not honest.lost
-    assert budget.held("honest") == share // size * size
+    assert budget.held(honest.owner) == share // size * size
 
 
 def test_what_never_fits_is_refused_without_a_time_to_come_back() -> None:
     with pytest.raises(ExpertError, match="at most 10 can be had: send less at once") as refused:
-        FairBudget(10).reserve("QmA", 11, lambda: None)
+        FairBudget(10).reserve(OWNERS[0], 11, lambda: None)
     assert refused.value.retry_after_s == 0
 
 
@@ -140,13 +153,13 @@ def test_a_task_whose_memory_others_need_ends_with_an_error_and_not_as_cancelled
         begun = asyncio.Event()
 
         async def call() -> None:
-            with budget.holding("greedy", 10):
+            with budget.holding(Owner.alone("greedy"), 10):
                 begun.set()
                 await asyncio.sleep(60)
 
         greedy = asyncio.create_task(call())
         await begun.wait()
-        with budget.holding("honest", 4):
+        with budget.holding(Owner.alone("honest"), 4):
             (error,) = await asyncio.gather(greedy, return_exceptions=True)
             assert isinstance(error, ExpertError)
             assert error.status is StatusCode.RESOURCE_EXHAUSTED
@@ -163,14 +176,14 @@ def test_a_task_that_is_cancelled_from_outside_stays_cancelled(loop: LoopThread)
         begun = asyncio.Event()
 
         async def call() -> None:
-            with budget.holding("greedy", 10):
+            with budget.holding(Owner.alone("greedy"), 10):
                 begun.set()
                 await asyncio.sleep(60)
 
         greedy = asyncio.create_task(call())
         await begun.wait()
         greedy.cancel()
-        with budget.holding("honest", 4):  # and the memory is taken from it, too
+        with budget.holding(Owner.alone("honest"), 4):  # and the memory is taken from it, too
             await asyncio.wait([greedy])
         assert greedy.cancelled()
         assert budget.used == 0

@@ -42,7 +42,7 @@ def make_work(
     positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
     backward = direction == "backward"
     rows_of_work = Rows(inputs, lengths, positions, gradients if backward else None)
-    return WorkItem(uid, direction, rows_of_work, deadline, caller)
+    return WorkItem(uid, direction, rows_of_work, deadline, caller, caller)
 
 
 def backward_alone(work: WorkItem) -> Tensor:

@@ -350,12 +350,12 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             self._exchange.end()
 
     async def _give(self, request: dense_pb2.TakeRequest, context: TakeContext) -> None:
-        caller = self._sessions.require(context, session_pb2.RIGHT_AVERAGE, session_pb2.RIGHT_EXPORT).caller
+        session = self._sessions.require(context, session_pb2.RIGHT_AVERAGE, session_pb2.RIGHT_EXPORT)
         require_same_swarm(self._exchange.form.swarm_id, request.protocol_version, request.swarm_id)
         self._require_same_form(request.fingerprint)
         if request.offset and not request.sha256:
             raise WireError("an offset needs the checksum of its snapshot")
-        with self._takers.taken(caller, self._exchange.form.max_bytes):
+        with self._takers.taken(session.owner, self._exchange.form.max_bytes):
             snapshot = await self._exchange.cached_snapshot(request.sha256)
             await self._send(snapshot, None, request.offset, context)
         self._exchange.metrics.ends.labels("given").inc()

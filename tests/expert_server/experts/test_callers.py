@@ -49,7 +49,7 @@ class Window:
 def send(callers: Callers, window: Window, batch: dict[str, int]) -> list[str]:
     """Sends one batch, and takes a step with the rows of all callers that may take part. Returns those that may not."""
     for caller, rows in batch.items():
-        callers.note_rows(caller, rows, 1.0)
+        callers.note_rows(caller, caller, rows, 1.0)
         window.sent[-1][caller] += rows
     over = [caller for caller in batch if callers.is_held_back(caller)]
     part = {caller: rows for caller, rows in batch.items() if caller not in over}
@@ -85,7 +85,7 @@ def test_a_minority_that_sends_many_tiny_batches_gets_no_more_steps_than_its_hea
         sender, rows = f"honest {rng.randrange(honest)}", rng.randint(200, 600)
         batches = [(f"hostile {n % hostile}", 1) for n in range(flood)] + [(sender, rows)]
         for caller, size in batches:
-            callers.note_rows(caller, size, 1.0)
+            callers.note_rows(caller, caller, size, 1.0)
             if not callers.is_held_back(caller):
                 callers.note_step({caller: size})
                 window[caller.startswith("hostile")] += turn >= 100  # once the window is full
@@ -102,9 +102,11 @@ def test_one_person_with_many_keys_causes_no_more_steps_than_one_group_may(
     callers, caused = Callers(WINDOW), Counter[bool]()
     for turn in range(200):
         sender = f"honest {rng.randrange(honest)}"
-        batches = [(f"key {n}", 1, "one line") for n in range(keys)] + [(sender, rng.randint(200, 600), "")]
+        batches = [(f"key {n}", 1, "one line") for n in range(keys)] + [
+            (sender, rng.randint(200, 600), sender)
+        ]
         for caller, rows, group in batches:
-            callers.note_rows(caller, rows, 1.0, group)
+            callers.note_rows(caller, group, rows, 1.0)
             if not callers.is_held_back(caller):
                 callers.note_step({caller: rows})
                 caused[caller.startswith("key")] += turn >= 100
@@ -116,9 +118,9 @@ def test_a_caller_leaves_steps_to_others_of_its_group() -> None:
     """However many tiny batches it sends, and however few steps its group has caused."""
     callers, caused = Callers(64), Counter[str]()
     for turn in range(200):
-        batches = [("flood", 1, "school")] * 10 + [("pupil", 100, "school"), ("other", 100, "")]
+        batches = [("flood", 1, "school")] * 10 + [("pupil", 100, "school"), ("other", 100, "other")]
         for caller, rows, group in batches:
-            callers.note_rows(caller, rows, 1.0, group)
+            callers.note_rows(caller, group, rows, 1.0)
             if not callers.is_held_back(caller):
                 callers.note_step({caller: rows})
                 caused[caller] += turn >= 100
@@ -133,7 +135,7 @@ def test_in_groups_the_shares_of_all_still_come_to_all_steps(
     callers = Callers(WINDOW)
     for batch in sent:
         for caller, rows in batch.items():
-            callers.note_rows(caller, rows, 1.0, groups["abcdef".index(caller)])
+            callers.note_rows(caller, groups["abcdef".index(caller)], rows, 1.0)
         callers.note_step(batch)
         assert not all(map(callers.is_held_back, callers._rows))
         assert sum(group.members for group in callers._groups.values()) == len(callers._rows)
@@ -162,7 +164,7 @@ def test_callers_with_batches_alike_are_never_held_back(count: int, seed: int) -
     speeds = [rng.uniform(0.1, 1.0) for _ in names]
     callers = Callers()
     for (caller,) in (rng.choices(names, speeds) for _ in range(600)):
-        callers.note_rows(caller, 64, 1.0)
+        callers.note_rows(caller, caller, 64, 1.0)
         assert not callers.is_held_back(caller)
         callers.note_step({caller: 64})
 
@@ -188,7 +190,7 @@ def test_whoever_goes_on_calling_gets_a_step_in_the_end(
 def test_what_is_remembered_is_bounded() -> None:
     callers = Callers()
     for number in range(10_000):
-        callers.note_rows(f"peer {number}", 1, 1.0)
+        callers.note_rows(f"peer {number}", f"peer {number}", 1, 1.0)
         if number % 50 == 49:
             callers.note_step({f"peer {earlier}": 1 for earlier in range(number - 49, number + 1)})
     remembered = [
@@ -219,7 +221,7 @@ def test_no_minority_moves_the_size_beyond_the_sizes_of_the_others(
         turns += [(f"hostile {n}", size) for n, own in enumerate(hostile) for size in own]
         rng.shuffle(turns)
         for caller, size in turns:
-            factor = callers.note_rows(caller, 1, size)
+            factor = callers.note_rows(caller, caller, 1, size)
             sizes.setdefault(caller, deque(maxlen=8)).append(size)
             usual = [median_low(own) for name, own in sizes.items() if name.startswith("honest")]
             of_hostile = len(sizes) - len(usual)
@@ -235,21 +237,21 @@ def test_many_keys_of_one_group_do_not_set_how_large_gradients_may_be(
 ) -> None:
     callers = Callers()
     for n, own in enumerate(honest):
-        callers.note_rows(f"honest {n}", 1, own)
+        callers.note_rows(f"honest {n}", f"honest {n}", 1, own)
     for n in range(keys):
-        factor = callers.note_rows(f"key {n}", 1, size, "one line")
+        factor = callers.note_rows(f"key {n}", "one line", 1, size)
         assert factor * size <= (1 + 1e-9) * min(size, MOST_SIZE * max(honest))
     for n, own in enumerate(honest):
-        assert callers.note_rows(f"honest {n}", 1, own) * own >= (1 - 1e-9) * min(
+        assert callers.note_rows(f"honest {n}", f"honest {n}", 1, own) * own >= (1 - 1e-9) * min(
             own, MOST_SIZE * min(honest)
         )
 
 
 def test_a_caller_alone_is_not_scaled_and_one_that_sends_nothing_but_zeros_does_not_count() -> None:
     callers = Callers()
-    assert [callers.note_rows("alone", 1, size) for size in (1.0, 1e3, 1e-3, 1e6)] == [1.0] * 4
-    assert callers.note_rows("zeros", 10, 0.0) == 1.0
-    assert callers.note_rows("alone", 1, 1e9) == 1.0
+    assert [callers.note_rows("alone", "alone", 1, size) for size in (1.0, 1e3, 1e-3, 1e6)] == [1.0] * 4
+    assert callers.note_rows("zeros", "zeros", 10, 0.0) == 1.0
+    assert callers.note_rows("alone", "alone", 1, 1e9) == 1.0
 
 
 def test_the_size_follows_training() -> None:
@@ -258,33 +260,33 @@ def test_the_size_follows_training() -> None:
     for step in range(300):
         size = 10.0 ** (abs(step - 150) / 30)
         for caller in "abc":
-            assert callers.note_rows(caller, 1, size) == 1.0
+            assert callers.note_rows(caller, caller, 1, size) == 1.0
 
 
 def test_of_two_callers_the_one_with_tiny_gradients_does_not_shrink_the_others() -> None:
     callers = Callers()
     for _ in range(10):
-        assert callers.note_rows("tiny", 1, 1e-9) == 1.0
-        assert callers.note_rows("honest", 1, 1.0) == 1.0
+        assert callers.note_rows("tiny", "tiny", 1, 1e-9) == 1.0
+        assert callers.note_rows("honest", "honest", 1, 1.0) == 1.0
 
 
 def test_callers_that_left_do_not_count() -> None:
     callers = Callers(WINDOW)
     for caller in ("gone", "also gone"):
-        callers.note_rows(caller, 1, 1e-3)
+        callers.note_rows(caller, caller, 1, 1e-3)
         callers.note_step({caller: 1})
     for _ in range(WINDOW):
         for caller in "ab":
-            callers.note_rows(caller, 1, 1.0)
+            callers.note_rows(caller, caller, 1, 1.0)
             callers.note_step({caller: 1})
-    assert callers.note_rows("a", 1, 3.9) == 1.0
+    assert callers.note_rows("a", "a", 1, 3.9) == 1.0
 
 
 def test_keys_without_end_that_cause_no_step_take_no_memory_without_end() -> None:
     """For example, gradients that overflow cause no step."""
     callers = Callers()
     for number in range(20_000):
-        callers.note_rows(str(number), 1, 0.0)
+        callers.note_rows(str(number), str(number), 1, 0.0)
     assert len(callers._rows) <= 8192
 
 
@@ -293,7 +295,7 @@ def test_those_who_stay_take_steps_again_soon_after_one_with_large_batches_left(
     callers = Callers(clock=lambda: now)
 
     def call(caller: str, rows: int) -> bool:
-        callers.note_rows(caller, rows, 1.0)
+        callers.note_rows(caller, caller, rows, 1.0)
         if callers.is_held_back(caller):
             return False
         callers.note_step({caller: rows})
@@ -318,7 +320,7 @@ def note(
     callers: Callers, caller: str, direction: NDArray[np.float64], group: str = "", rows: int = 64
 ) -> bool:
     """Returns whether the caller is held back. Nobody is for its steps, as there are none."""
-    callers.note_rows(caller, rows, 1.0, group)
+    callers.note_rows(caller, group or caller, rows, 1.0)
     callers.note_direction(caller, rows, direction)
     return callers.is_held_back(caller)
 
@@ -424,7 +426,7 @@ def test_directions_are_compared_only_where_one_of_three_or_more_callers_could_b
     callers = Callers()
     for number in range(4):
         assert callers.compares_directions == (number >= 3)
-        callers.note_rows(str(number), 1, 1.0)
+        callers.note_rows(str(number), str(number), 1, 1.0)
 
 
 def test_of_two_callers_none_is_held_back_and_one_that_turns_round_is_held_back_no_longer() -> None:
@@ -444,7 +446,7 @@ def test_a_caller_that_pointed_against_others_is_held_back_no_longer_once_they_h
     callers, true = Callers(clock=lambda: now), np.eye(8)[0]
 
     def call(caller: str, direction: NDArray[np.float64]) -> bool:
-        callers.note_rows(caller, 64, 1.0)
+        callers.note_rows(caller, caller, 64, 1.0)
         if callers.compares_directions:
             callers.note_direction(caller, 64, direction)
         return callers.is_held_back(caller)
@@ -473,7 +475,7 @@ def test_gradients_that_were_scaled_down_are_not_forgotten_as_if_they_had_counte
     callers, true = Callers(), np.eye(8)[0]
     for caller in "abc":
         note(callers, caller, true)
-    callers.note_rows("liar", 64, 1e3)
+    callers.note_rows("liar", "liar", 64, 1e3)
     callers.note_direction("liar", 64, -MOST_SIZE * true)
     assert note(callers, "liar", true)
 
@@ -483,7 +485,7 @@ def test_nobody_earns_a_good_record_with_huge_gradients_while_no_others_call(key
     """Their size is not limited then, and a record of that size would outweigh thousands of flipped calls."""
     callers, true = Callers(), np.eye(8)[0]
     for key in range(keys):
-        callers.note_rows(f"liar {key}", 64, 1e12, "liar")
+        callers.note_rows(f"liar {key}", "liar", 64, 1e12)
         callers.note_direction(f"liar {key}", 64, 1e12 * true)
     held = 0
     for _ in range(20):

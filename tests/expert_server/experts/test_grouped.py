@@ -52,7 +52,7 @@ def work(
     positions = torch.cat([torch.arange(length) * 2 for length in lengths])
     of_updates = scale * gradients if direction == "backward" else None
     rows = Rows(inputs, torch.tensor(lengths), positions, of_updates, graph)
-    return WorkItem(uid, direction, rows, float("inf"), "a trainer", keep=direction == "forward")
+    return WorkItem(uid, direction, rows, float("inf"), "a trainer", "a line", keep=direction == "forward")
 
 
 def tensor_of(result: Result | ExpertError) -> Tensor:
@@ -128,7 +128,7 @@ def test_brief_work_of_large_experts_is_computed_one_by_one() -> None:
     experts = [Expert(uid, manifest) for uid in manifest.uids()[:4]]
     rows = [Rows(torch.randn(1, 256), torch.tensor([1]), torch.tensor([0])) for _ in experts]
     works = [
-        WorkItem(expert.uid, "forward", own, float("inf"), "a trainer")
+        WorkItem(expert.uid, "forward", own, float("inf"), "a trainer", "a line")
         for expert, own in zip(experts, rows, strict=True)
     ]
     assert all(map(can_join, experts, works))
@@ -244,7 +244,12 @@ def test_sequences_go_on_together_as_each_does_alone(monkeypatch: pytest.MonkeyP
                 rows.inputs.fill_(3e38)
             works.append(
                 WorkItem(
-                    expert.uid, "forward", replace(rows, caches=caches[0][number]), float("inf"), "a trainer"
+                    expert.uid,
+                    "forward",
+                    replace(rows, caches=caches[0][number]),
+                    float("inf"),
+                    "a trainer",
+                    "a line",
                 )
             )
         found = compute_together(together, works)

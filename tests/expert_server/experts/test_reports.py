@@ -19,7 +19,7 @@ class Clock:
 def report(reports: UpdateReports, name: str, here: int, elsewhere: int, group: str = "") -> None:
     """The reports of a trainer that gets so many updates here, and as many elsewhere between its calls."""
     for call in range(here + 1):
-        reports.note(name, group, call + call * elsewhere // max(1, here))
+        reports.note(name, group or name, call + call * elsewhere // max(1, here))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_was_reported_before_an_average_counts_half_and_before_a_whole_stat
 
 def test_a_trainer_that_restarts_or_comes_anew_has_reported_nothing() -> None:
     reports = UpdateReports()
-    reports.note("a trainer", "", 1000)
+    reports.note("a trainer", "a line", 1000)
     assert not reports.is_left_behind(), "it may have trained with a replica that has long gone"
     report(reports, "a trainer", 20, 20)
     assert not reports.is_left_behind()

@@ -19,7 +19,9 @@ def train(expert: Expert, may_defer: bool = False) -> StepOutcome:
 
 
 def asked(keep: bool) -> WorkItem:
-    return WorkItem(AN_UID, "forward", Rows(random_rows(3), LENGTHS, POSITIONS), 1e9, "somebody", keep)
+    return WorkItem(
+        AN_UID, "forward", Rows(random_rows(3), LENGTHS, POSITIONS), 1e9, "somebody", "a line", keep
+    )
 
 
 def test_it_rises_with_the_parameters_and_with_nothing_else() -> None:

@@ -223,7 +223,7 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
         assert view.live_experts() == 0
         assert {r.state for hosts in view.replicas.values() for r in hosts} == {ReplicaState.LEAVING}
         rows = Rows(torch.ones(1, 8), torch.tensor([1]), torch.tensor([0]))
-        work = WorkItem(UIDS[0], "forward", rows, deadline=1e12, caller="test")
+        work = WorkItem(UIDS[0], "forward", rows, deadline=1e12, caller="test", group="test")
         with pytest.raises(ExpertError, match="this node is leaving"):
             node.runtime.enqueue(work)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import pytest
-from callers import new_identity, numbered_identity
+from callers import numbered_identity
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +23,7 @@ from expert_server.memory import search
 from expert_server.memory.servicer import MemoryServicer, Turns
 from expert_server.memory.shard import PrimaryShard
 from peer import PROTOCOL_VERSION
+from peer.bounded import Owner
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import PeerID
 from peer.loop import LoopThread
@@ -327,10 +328,10 @@ def test_a_reader_that_stalls_is_not_taken_for_a_disk_that_fails(
 def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
     async def scenario() -> None:
         turns, order = Turns(1, 100), []
-        greedy, other = new_identity().peer_id, new_identity().peer_id
+        greedy, other = Owner.alone("greedy"), Owner.alone("other")
         begun, go = asyncio.Event(), asyncio.Event()
 
-        async def call(caller: Any, name: str) -> None:
+        async def call(caller: Owner, name: str) -> None:
             async with turns.turn(caller):
                 begun.set()
                 await go.wait()
@@ -354,10 +355,10 @@ def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
 def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) -> None:
     async def scenario() -> None:
         turns = Turns(1, 10)
-        greedy, other = new_identity().peer_id, new_identity().peer_id
+        greedy, other = Owner.alone("greedy"), Owner.alone("other")
         go = asyncio.Event()
 
-        async def call(caller: Any) -> str:
+        async def call(caller: Owner) -> str:
             try:
                 async with turns.turn(caller):
                     await go.wait()
@@ -381,9 +382,9 @@ def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) 
 def test_replies_that_nobody_reads_keep_their_places_until_others_need_them(loop: LoopThread) -> None:
     async def scenario() -> None:
         turns, read = Turns(1, 3), asyncio.Event()
-        greedy, other = new_identity().peer_id, new_identity().peer_id
+        greedy, other = Owner.alone("greedy"), Owner.alone("other")
 
-        async def call(caller: PeerID) -> None:
+        async def call(caller: Owner) -> None:
             async with turns.turn(caller):
                 pass
             await read.wait()
@@ -402,7 +403,7 @@ def test_replies_that_nobody_reads_keep_their_places_until_others_need_them(loop
 
 def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: LoopThread) -> None:
     async def scenario() -> None:
-        turns, go, caller = Turns(1, 10), asyncio.Event(), new_identity().peer_id
+        turns, go, caller = Turns(1, 10), asyncio.Event(), Owner.alone("a reader")
 
         async def call() -> None:
             async with turns.turn(caller):
@@ -425,7 +426,7 @@ def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: Lo
 def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str], at_once: int) -> None:
     async def scenario() -> None:
         turns, running = Turns(at_once, 100), 0
-        callers = [numbered_identity(n).peer_id for n in (1, 2)]
+        callers = [Owner.alone(name) for name in "ab"]
         gates: list[tuple[asyncio.Task[None], asyncio.Event]] = []
 
         async def call(n: int, go: asyncio.Event) -> None:

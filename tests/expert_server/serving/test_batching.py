@@ -31,12 +31,14 @@ def make_work(
     direction: Direction = "forward",
     deadline: float = NEVER,
     caller: str = "a trainer",
+    group: str | None = None,
 ) -> WorkItem:
+    """`group`: by default, the caller is a group by itself."""
     inputs = torch.empty(rows, 1)
     gradients = inputs if direction == "backward" else None
     positions = torch.empty(rows, dtype=torch.int64)
     rows_of_work = Rows(inputs, torch.tensor([rows]), positions, gradients)
-    return WorkItem(uid, direction, rows_of_work, deadline, caller)
+    return WorkItem(uid, direction, rows_of_work, deadline, caller, caller if group is None else group)
 
 
 LOOP = asyncio.new_event_loop()
@@ -306,6 +308,70 @@ def test_a_caller_that_leaves_and_returns_has_not_gained_by_it() -> None:
     assert Counter(served) == {"returning": 2, "steady": 2}
 
 
+@pytest.mark.parametrize("is_new_each_time", [False, True])
+@pytest.mark.parametrize("keys", [1, 8])
+def test_many_keys_of_one_line_have_the_turns_of_one_caller(keys: int, is_new_each_time: bool) -> None:
+    queue, served, made = BatchQueue(10**6, 10), Counter[bool](), count()
+    waiting: list[str] = []
+    for _ in range(60):
+        add(queue, make_work(10, SECOND, deadline=1e6, caller="honest"))
+        while len(waiting) < keys:
+            name = f"key {next(made) if is_new_each_time else len(waiting)}"
+            waiting.append(name)
+            add(queue, make_work(10, deadline=1.0, caller=name, group="one line"))
+        (entry,), _ = queue.pop(0.0)
+        served[entry.work.caller == "honest"] += 1
+        if entry.work.caller != "honest":
+            waiting.remove(entry.work.caller)
+    assert served == {True: 30, False: 30}
+
+
+def test_a_new_key_again_and_again_does_not_keep_others_of_its_line_waiting() -> None:
+    queue, served = BatchQueue(10**6, 10), Counter[str]()
+    for number in range(60):
+        if not queue._rows_of("steady"):
+            add(queue, make_work(10, SECOND, deadline=1e6, caller="steady", group="one line"))
+        if not any(name.startswith("new") for name in queue._callers):
+            add(queue, make_work(10, deadline=1.0, caller=f"new {number}", group="one line"))
+        served.update(entry.work.caller[:3] for entry in queue.pop(0.0)[0])
+    assert served["ste"] >= 29
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=3), st.data())
+def test_groups_and_the_callers_in_each_have_equal_shares(sizes: list[int], data: st.DataObject) -> None:
+    """As long as all of them have work waiting."""
+    owners = [(f"line {n}", f"{n}.{key}") for n, size in enumerate(sizes) for key in range(size)]
+    queue, served, depth = BatchQueue(10**6, MAX_BATCH_ROWS), Counter[str](), 40
+    for _ in range(60):
+        for group, name in owners:
+            while queue._rows_of(name) < depth:
+                rows, uid = data.draw(st.integers(1, MAX_WORK_ROWS)), data.draw(uids)
+                add(queue, make_work(rows, uid, caller=name, group=group))
+        for entry in queue.pop(0.0)[0]:
+            served[entry.work.caller] += len(entry.work.rows)
+            served[entry.work.group] += len(entry.work.rows)
+    for alike in (
+        {group for group, _ in owners},
+        *({n for g, n in owners if g == group} for group, _ in owners),
+    ):
+        assert all(abs(served[a] - served[b]) <= BOUND for a, b in combinations(alike, 2))
+
+
+def test_many_keys_of_one_line_that_fill_the_queue_leave_a_newcomer_its_half() -> None:
+    queue = BatchQueue(100, 10)
+    for number in range(100):
+        add(queue, make_work(1, caller=f"key {number}", group="one line"))
+    entries = [push(queue, make_work(1, caller="honest"))[0] for _ in range(50)]
+    with pytest.raises(ExpertError):
+        push(queue, make_work(1, caller="honest"))
+    with pytest.raises(ExpertError):
+        push(queue, make_work(2, caller="one more key", group="one line"))
+    waiting = queue.clear()
+    assert len(waiting) == 100
+    assert set(entries) <= set(waiting)
+
+
 def test_callers_that_come_and_go_leave_nothing_behind() -> None:
     queue = BatchQueue(10**6, 10)
     add(queue, make_work(1, SECOND, deadline=1e6, caller="stays"))
@@ -315,7 +381,13 @@ def test_callers_that_come_and_go_leave_nothing_behind() -> None:
         queue.pop(0.0)
     assert len(queue._ahead) <= 1024
     queue.clear()
-    assert [queue._ahead, queue._callers, queue._by_key, queue._waiting] == [{}, {}, {}, {}]
+    assert [queue._ahead, queue._groups, queue._callers, queue._by_key, queue._waiting] == [
+        {},
+        {},
+        {},
+        {},
+        {},
+    ]
 
 
 # The bounds

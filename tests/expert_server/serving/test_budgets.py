@@ -116,7 +116,7 @@ def work(caller: str, size: float, seed: int = 0) -> WorkItem:
     width = MANIFEST.width
     inputs, gradients = (torch.randn(4, width, generator=generator) for _ in range(2))
     rows = Rows(inputs, torch.tensor([4]), torch.arange(4), size * gradients)
-    return WorkItem(FIRST, "backward", rows, 1e9, caller)
+    return WorkItem(FIRST, "backward", rows, 1e9, caller, caller)
 
 
 def change(batch: list[WorkItem]) -> torch.Tensor:

@@ -42,7 +42,7 @@ MANIFEST = make_manifest()
 def work(caller: str, rows: int = 4, size: float = 1.0, seed: int = 0) -> WorkItem:
     inputs, gradients = torch.randn(2, rows, HIDDEN, generator=torch.Generator().manual_seed(seed)).unbind()
     part = Rows(inputs, torch.tensor([rows]), torch.arange(rows), size * gradients)
-    return WorkItem(FIRST, "backward", part, NEVER, caller)
+    return WorkItem(FIRST, "backward", part, NEVER, caller, caller)
 
 
 def result_of(result: Result | ExpertError) -> Result:
@@ -59,17 +59,17 @@ def expert_with_one_over(caller: str = "tiny", rows_per_update: int = 1) -> Expe
     """An expert with three callers, one of which has caused most of the steps with few rows."""
     expert = Expert(FIRST, make_manifest(rows_per_update=rows_per_update))
     for name in ("a", "b"):
-        expert.callers.note_rows(name, 100, 4.0)
+        expert.callers.note_rows(name, name, 100, 4.0)
         expert.callers.note_step({name: 100})
     for _ in range(3):
-        expert.callers.note_rows(caller, 1, 4.0)
+        expert.callers.note_rows(caller, caller, 1, 4.0)
         expert.callers.note_step({caller: 1})
     assert expert.callers.is_held_back(caller)
     return expert
 
 
 class _NoRule(Callers):
-    def note_rows(self, caller: str, rows: int, size: float, group: str = "") -> float:
+    def note_rows(self, caller: str, group: str, rows: int, size: float) -> float:
         return 1.0
 
     def note_direction(self, caller: str, rows: int, direction: NDArray[np.float64]) -> None:
@@ -120,7 +120,7 @@ def test_gradients_of_flipped_signs_are_dropped_and_all_honest_ones_count(kind: 
     withheld = Counter[str]()
 
     def call(caller: str, rows: Rows) -> None:
-        sent = WorkItem(FIRST, "backward", rows, NEVER, caller)
+        sent = WorkItem(FIRST, "backward", rows, NEVER, caller, caller)
         withheld[caller[:4]] += result_of(compute(expert, [sent])[0]).withheld_update
 
     for _ in range(12):
@@ -156,7 +156,7 @@ def test_a_row_of_huge_inputs_hides_no_flipped_gradients() -> None:
                 inputs[0], error[0] = 3.3e38 * (torch.arange(HIDDEN) % 2), 0
                 error *= -3
             rows = Rows(inputs, ones, torch.zeros_like(ones), error)
-            result = result_of(compute(expert, [WorkItem(FIRST, "backward", rows, NEVER, caller)])[0])
+            result = result_of(compute(expert, [WorkItem(FIRST, "backward", rows, NEVER, caller, caller)])[0])
             if caller == "flipping":
                 steps.append(result.step)
     assert steps[1:] == [StepOutcome.WITHHELD] * 11
@@ -170,7 +170,7 @@ def losses_beside_a_flood(runtime: Runtime, turns: int, keys: int = 1, group: st
     async def gradients(rows: int) -> Rows:
         inputs = torch.randn(rows, HIDDEN, generator=generator)
         part = Rows(inputs, torch.ones(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
-        updates = (await submit(runtime, WorkItem(FIRST, "forward", part, NEVER, "anybody"))).tensor
+        updates = (await submit(runtime, WorkItem(FIRST, "forward", part, NEVER, "anybody", "a line"))).tensor
         error = updates - inputs @ target
         losses.append(float(error.square().mean()))
         return replace(part, gradients=2 * error / error.numel())
@@ -178,7 +178,8 @@ def losses_beside_a_flood(runtime: Runtime, turns: int, keys: int = 1, group: st
     async def scenario() -> None:
         for turn in range(turns):
             honest = await gradients(500)
-            await submit(runtime, WorkItem(FIRST, "backward", honest, NEVER, f"honest {turn % 4}"))
+            caller = f"honest {turn % 4}"
+            await submit(runtime, WorkItem(FIRST, "backward", honest, NEVER, caller, caller))
             assert honest.gradients is not None
             for row in torch.arange(50)[:, None]:
                 tiny = Rows(
@@ -188,7 +189,7 @@ def losses_beside_a_flood(runtime: Runtime, turns: int, keys: int = 1, group: st
                     -1e3 * honest.gradients[row],
                 )
                 name = f"hostile {int(row) % keys}"
-                await submit(runtime, WorkItem(FIRST, "backward", tiny, NEVER, name, group=group))
+                await submit(runtime, WorkItem(FIRST, "backward", tiny, NEVER, name, group or name))
 
     with_runtime(runtime, scenario)
     return losses
@@ -237,7 +238,7 @@ def test_what_was_withheld_is_in_no_later_step(rows_per_update: int) -> None:
         compute(expert, [work("tiny", 4, seed=seed)])
     assert expert.export_state().keys() == before, "no gradients wait"
     for _ in range(10):
-        expert.callers.note_rows("b", 10, 1.0)
+        expert.callers.note_rows("b", "b", 10, 1.0)
         expert.callers.note_step({"b": 10})
     assert not expert.callers.is_held_back("tiny")
     for each in (expert, plain):
@@ -277,9 +278,9 @@ def test_narrow_experts_computed_together_hold_the_caller_back_as_well() -> None
     uids = MANIFEST.uids()[:5]
     experts = [Expert(uid, MANIFEST) for uid in uids]
     for name in ("a", "b"):
-        experts[1].callers.note_rows(name, 100, 1.0)
+        experts[1].callers.note_rows(name, name, 100, 1.0)
         experts[1].callers.note_step({name: 100})
-    experts[1].callers.note_rows("tiny", 1, 1.0)
+    experts[1].callers.note_rows("tiny", "tiny", 1, 1.0)
     experts[1].callers.note_step({"tiny": 1})
     experts[1].callers.note_step({"tiny": 1})
     works = [replace(work("tiny", 3, 1e3 if n == 1 else 1.0, n), uid=uid) for n, uid in enumerate(uids)]
@@ -297,7 +298,7 @@ def test_the_answer_to_gradients_that_were_scaled_down_is_that_to_what_was_sent(
     """This holds where attention mixes the rows, too: all rows of a call are scaled alike."""
     expert, plain = Expert(FIRST, MANIFEST), Expert(FIRST, MANIFEST)
     for name in "ab":
-        expert.callers.note_rows(name, 4, 1.0)
+        expert.callers.note_rows(name, name, 4, 1.0)
     sent = work("hostile", 6, size)
     result = result_of(compute(expert, [sent])[0])
     assert result.is_clipped

@@ -56,7 +56,7 @@ def key(number: int, caller: str = "QmA") -> tuple[str, bytes]:
 def put(store: ForwardCache, key: tuple[str, bytes], *graphs: Graph) -> bool:
     """Adds a new call. Returns whether it is kept."""
     forward = a_forward()
-    if not store.put(key, forward, now=0.0):
+    if not store.put(key, key[0], forward, 0.0):
         return False
     for expert, graph in enumerate(graphs):
         store.add_graph(key, forward, expert, graph)
@@ -71,7 +71,7 @@ def graphs_of(store: ForwardCache, *keys: tuple[str, bytes]) -> list[list[int] |
 
 def test_a_forward_is_handed_over_once() -> None:
     store, forward = ForwardCache(10_000), a_forward()
-    assert store.put(key(1), forward, now=0.0)
+    assert store.put(key(1), "QmA", forward, 0.0)
     assert store.take(key(1)) is forward
     assert store.take(key(1)) is None
     assert (len(store), store.bytes) == (0, 0)
@@ -79,7 +79,7 @@ def test_a_forward_is_handed_over_once() -> None:
 
 def test_another_caller_cannot_take_it() -> None:
     store = ForwardCache(10_000)
-    store.put(key(1), a_forward(), now=0.0)
+    store.put(key(1), "QmA", a_forward(), 0.0)
     assert store.take(key(2)) is None
     assert store.take(key(1, "QmB")) is None
     assert store.take(key(1)) is not None
@@ -87,7 +87,7 @@ def test_another_caller_cannot_take_it() -> None:
 
 def test_a_call_under_way_is_not_handed_over_and_one_that_failed_is_forgotten() -> None:
     store, forward = ForwardCache(10_000), a_forward(is_complete=False)
-    store.put(key(1), forward, now=0.0)
+    store.put(key(1), "QmA", forward, 0.0)
     assert store.take(key(1)) is None
     assert len(store) == 1
     store.discard(key(1), a_forward())
@@ -98,9 +98,9 @@ def test_a_call_under_way_is_not_handed_over_and_one_that_failed_is_forgotten() 
 
 def test_a_repeated_call_takes_the_place_of_the_first_which_adds_nothing_to_it() -> None:
     store, first, second = ForwardCache(10_000), a_forward(is_complete=False), a_forward(is_complete=False)
-    store.put(key(1), first, now=0.0)
+    store.put(key(1), "QmA", first, 0.0)
     store.add_graph(key(1), first, 0, a_graph())
-    store.put(key(1), second, now=0.0)
+    store.put(key(1), "QmA", second, 0.0)
     store.add_graph(key(1), first, 1, a_graph())
     assert store.bytes == BARE
     assert not store.complete(key(1), first)
@@ -146,8 +146,8 @@ def test_what_is_over_the_budget_by_itself_is_not_kept() -> None:
 
 def test_what_nobody_came_for_expires() -> None:
     store = ForwardCache(10_000)
-    store.put(key(1), a_forward(expires_at=10.0), now=0.0)
-    store.put(key(2), a_forward(expires_at=20.0), now=10.0)
+    store.put(key(1), "QmA", a_forward(expires_at=10.0), 0.0)
+    store.put(key(2), "QmA", a_forward(expires_at=20.0), 10.0)
     assert store.take(key(1)) is None
     assert store.take(key(2)) is not None
 
@@ -166,7 +166,7 @@ def test_many_keys_of_one_line_evict_only_their_own_calls() -> None:
     honest = [key(number) for number in range(8)]
     assert all(put(store, each) for each in honest)
     for number in range(100):
-        store.put(key(number, f"stranger {number}"), a_forward(), 0.0, "one line")
+        store.put(key(number, f"stranger {number}"), "one line", a_forward(), 0.0)
     assert len(store) == 20
     assert graphs_of(store, *honest) == [[]] * 8
 
@@ -217,7 +217,7 @@ def test_to_make_room_for_a_large_call_adds_up_what_is_kept_only_once() -> None:
     asked = 0
     inputs = torch.zeros(45 * (BARE + 1100), dtype=torch.uint8)
     large = CachedForward(ASSIGNMENT, inputs, ROW, np.ones(1, np.bool_), 60.0)
-    assert store.put(key(0, "QmB"), large, now=0.0)
+    assert store.put(key(0, "QmB"), "QmB", large, 0.0)
     assert asked < 1000, "a few times for each"
 
 

@@ -183,6 +183,7 @@ class Stress:
             ),
             deadline=deadline,
             caller=caller,
+            group=caller,
         )
 
     async def _add_and_remove(self) -> None:

@@ -25,7 +25,7 @@ def rows(count: int = 16) -> KeyValueCache:
 
 
 def put(cache: SequenceCache, number: int, caller: str = "A", uid: UID = FIRST, now: float = 0.0) -> bool:
-    return cache.put(caller, uid, [number], [rows()], now)
+    return cache.put(caller, caller, uid, [number], [rows()], now)
 
 
 def sizes(cache: SequenceCache) -> dict[str, int]:
@@ -61,7 +61,7 @@ def test_many_keys_of_one_line_lose_their_own_sequences() -> None:
         assert put(cache, number, caller="honest")
     for number in range(4):
         for key in range(64):
-            cache.put(f"key {key}", FIRST, [number], [rows()], 0.0, "one line")
+            cache.put(f"key {key}", "one line", FIRST, [number], [rows()], 0.0)
     assert cache.bytes == 64 * ENTRY
     assert all(has(cache, number, caller="honest") for number in range(16))
     assert cache.bytes == 48 * ENTRY
@@ -106,7 +106,7 @@ def test_what_finds_no_room_is_not_kept_and_others_make_room_when_it_gets_less()
     room[0] = ENTRY
     cache.keep_to_room()
     assert (has(cache, 1), has(cache, 2)) == (False, True)
-    assert not cache.put("A", FIRST, [3, 4], [rows(), rows()], 0.0)
+    assert not cache.put("A", "A", FIRST, [3, 4], [rows(), rows()], 0.0)
 
 
 def test_what_is_idle_is_dropped_and_so_is_what_is_of_callers_that_have_left() -> None:
@@ -137,7 +137,7 @@ def test_it_keeps_to_its_room_and_takes_nothing_from_those_within_their_share(
         if takes:
             has(cache, number, caller, count=count)
         else:
-            cache.put(caller, FIRST, [number], [rows(count)], 0.0)
+            cache.put(caller, caller, FIRST, [number], [rows(count)], 0.0)
         assert cache.bytes == sum(sizes(cache).values()) <= room
         owners = len({*before, caller})
         for name, size in before.items():
@@ -150,10 +150,10 @@ def test_a_flood_takes_as_long_however_many_keep_something() -> None:
     others, entries = 4096, 2**13
     cache = SequenceCache(lambda: (others + entries) * ENTRY_BYTES)
     for number in range(others):
-        cache.put(str(number), FIRST, [1], [KeyValueCache()], 0.0)
+        cache.put(str(number), str(number), FIRST, [1], [KeyValueCache()], 0.0)
     began = time.thread_time()
-    cache.put("flood", FIRST, range(entries), [KeyValueCache() for _ in range(entries)], 0.0)
+    cache.put("flood", "flood", FIRST, range(entries), [KeyValueCache() for _ in range(entries)], 0.0)
     for number in range(entries):
-        cache.put("flood", SECOND, [number], [KeyValueCache()], 0.0)
+        cache.put("flood", "flood", SECOND, [number], [KeyValueCache()], 0.0)
     assert time.thread_time() - began < 5
     assert len(cache) == others + entries

@@ -8,12 +8,12 @@ from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer.bounded import Owner
 from peer.errors import ExpertError
-from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.rpc.transfer import GRACE_S, LEAST_BYTES_PER_S, TransferPace, TransferSlots
 
-PEERS = [PeerID(b"\x12\x20" + bytes([n]) * 32) for n in range(6)]
+PEERS = [Owner.alone(f"peer {n}") for n in range(6)]
 ENOUGH_S = 20.0
 """Longer than a transfer without any bytes may take while others wait."""
 
@@ -24,15 +24,15 @@ class Hall:
     def __init__(self, most: int) -> None:
         self.now = 0.0
         self.slots = TransferSlots(most, lambda: self.now)
-        self.transfers: list[tuple[PeerID, asyncio.Task[None]]] = []
+        self.transfers: list[tuple[Owner, asyncio.Task[None]]] = []
 
-    async def come(self, peer_id: PeerID) -> "asyncio.Task[None]":
+    async def come(self, owner: Owner) -> "asyncio.Task[None]":
         async def transfer() -> None:
-            with self.slots.taken(peer_id, 0):
+            with self.slots.taken(owner, 0):
                 await asyncio.Event().wait()
 
         task = asyncio.create_task(transfer())
-        self.transfers.append((peer_id, task))
+        self.transfers.append((owner, task))
         await self.settle()
         return task
 
@@ -40,8 +40,8 @@ class Hall:
         for _ in range(4):
             await asyncio.sleep(0)
 
-    def going_on(self) -> Counter[PeerID]:
-        return Counter(peer_id for peer_id, task in self.transfers if not task.done())
+    def going_on(self) -> Counter[Owner]:
+        return Counter(owner for owner, task in self.transfers if not task.done())
 
     async def end(self) -> None:
         for _, task in self.transfers:
@@ -85,6 +85,30 @@ def test_a_newcomer_waits_no_longer_than_a_fair_transfer_takes(loop: LoopThread)
     loop.run(scenario(), 60)
 
 
+def test_many_keys_of_one_line_have_the_slots_of_one_peer_and_share_them(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        hall = Hall(4)
+        keys = [Owner("one line", f"key {n}") for n in range(9)]
+        for key in keys[:4]:
+            await hall.come(key)
+        for _ in range(3):
+            await hall.come(PEERS[0])
+        assert hall.going_on()[PEERS[0]] == 2
+        for key in keys[4:]:
+            await hall.come(key)
+        assert hall.going_on()[PEERS[0]] == 2, "new keys take nothing from other lines"
+        await hall.come(PEERS[1])
+        assert hall.going_on()[PEERS[1]] == 1
+        assert hall.going_on().total() == 4
+        hall.now = ENOUGH_S
+        newcomer = keys[8]
+        await hall.come(newcomer)
+        assert hall.going_on()[newcomer] == 1, "in its own line, a slow transfer makes way"
+        await hall.end()
+
+    loop.run(scenario(), 60)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 5), st.floats(0.0, ENOUGH_S)), max_size=30))
 def test_never_more_than_the_slots_and_everybody_gets_one_in_time(
@@ -97,7 +121,7 @@ def test_never_more_than_the_slots_and_everybody_gets_one_in_time(
             await hall.come(PEERS[number])
             assert hall.going_on().total() == len(hall.slots) <= most
         hall.now += ENOUGH_S
-        newcomer = PeerID(b"\x12\x20" + bytes([99]) * 32)
+        newcomer = Owner.alone("a newcomer")
         await hall.come(newcomer)
         assert hall.going_on()[newcomer] == 1
         await hall.end()

@@ -178,7 +178,7 @@ def test_a_layer_that_is_not_there_is_named() -> None:
 def a_work(rows: int, graph: SharedGraph | None = None) -> WorkItem:
     inputs = torch.empty(rows, 1)
     part = Rows(inputs, torch.tensor([rows]), torch.arange(rows), inputs, graph)
-    return WorkItem(UID(0, (0, 0)), "backward", part, float("inf"), "")
+    return WorkItem(UID(0, (0, 0)), "backward", part, float("inf"), "", "")
 
 
 @given(st.lists(st.integers(1, MOST_ROWS + 5), max_size=60))

@@ -226,7 +226,7 @@ def test_experts_that_compute_together_answer_as_each_alone() -> None:
     )
     rows = Rows(torch.from_numpy(inputs), torch.from_numpy(lengths), torch.from_numpy(positions))
     results = compute_together(
-        experts, [WorkItem(e.uid, "forward", rows, 1e9, "", keep=True) for e in experts]
+        experts, [WorkItem(e.uid, "forward", rows, 1e9, "", "", keep=True) for e in experts]
     )
     for expert, result in zip(experts, results, strict=True):
         assert isinstance(result, Result)
