@@ -3,8 +3,9 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeAlias
 
 import grpc
 from grpc import StatusCode
@@ -25,7 +26,7 @@ from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
 from peer.rates import RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
-from peer.rpc.sessions import Right, Sessions
+from peer.rpc.sessions import Right, Session, Sessions
 from peer.rpc.transfer import TransferSlots, send
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
 
@@ -54,14 +55,21 @@ class FetchHint:
     """For an average, the hash of that peer's snapshot; empty for an adoption."""
     base_sha256: bytes = b""
     """For an average, the hash of this node's snapshot."""
+    group: str = field(kw_only=True)
+    """With whom the peer shares: see `Session.group`."""
 
     @property
     def is_average(self) -> bool:
         return bool(self.sha256)
 
 
+_Waiting: TypeAlias = dict[tuple[UID, bool], tuple[FetchHint, Reservation]]
+"""One peer's hints, by expert and kind."""
+
+
 class HintQueue:
-    """Hints that wait to be followed. Pure. Peers take turns, and share the room fairly. A peer that has asked for an
+    """Hints that wait to be followed. Pure. Groups of peers take turns and share the room fairly, and so do the peers
+    in each. A peer that has asked for an
     expert must wait before it asks again, because each average may move this node's replica towards that peer's
     (`peer.clipping`). Other peers may ask at once.
     """
@@ -72,10 +80,10 @@ class HintQueue:
         """
         self._room = FairBudget(limit)
         self._average_every_s = average_every_s
-        self._waiting: OrderedDict[PeerID, dict[tuple[UID, bool], tuple[FetchHint, Reservation]]] = (
-            OrderedDict()
-        )
-        """Waiting hints by peer; the peer whose turn was longest ago comes first. A peer without hints has no entry."""
+        self._waiting: OrderedDict[str, OrderedDict[PeerID, _Waiting]] = OrderedDict()
+        """Waiting hints by group and peer; those whose turn was longest ago come first. Groups and peers without hints
+        have no entry.
+        """
         self._due_at = BoundedDict[tuple[PeerID, UID, bool], float](_REMEMBERED)
         self._paces = TokenBuckets[PeerID](_EXPERTS_PER_S, MAX_UIDS_IN_ASK)
 
@@ -96,37 +104,43 @@ class HintQueue:
 
     def pop(self, is_average: bool) -> FetchHint | None:
         """The next hint of this kind. All adoptions that one peer asks for are returned as one hint."""
-        for peer_id, waiting in self._waiting.items():
-            keys = [key for key in waiting if key[1] is is_average]
-            if keys:
-                self._waiting.move_to_end(peer_id)
-                keys = keys[:1] if is_average else keys
-                hint = replace(waiting[keys[0]][0], uids=tuple(uid for uid, _ in keys))
-                for key in keys:
-                    waiting[key][1].release()
-                    self._drop(peer_id, key)
-                return hint
+        for group, peers in self._waiting.items():
+            for peer_id, waiting in peers.items():
+                keys = [key for key in waiting if key[1] is is_average]
+                if keys:
+                    self._waiting.move_to_end(group)
+                    peers.move_to_end(peer_id)
+                    keys = keys[:1] if is_average else keys
+                    hint = replace(waiting[keys[0]][0], uids=tuple(uid for uid, _ in keys))
+                    for key in keys:
+                        waiting[key][1].release()
+                        self._drop(group, peer_id, key)
+                    return hint
         return None
 
     def _add(self, hint: FetchHint, uid: UID) -> bool:
         key = uid, hint.is_average
-        own = self._waiting.get(hint.peer_id, {})
+        peers = self._waiting.get(hint.group, OrderedDict())
+        own = peers.get(hint.peer_id, {})
         if key in own:
             own[key] = hint, own[key][1]  # for an average, the newest snapshots
             return True
+        owner, drop = Owner(hint.group, hint.peer_id), partial(self._drop, hint.group, hint.peer_id, key)
         try:
-            reservation = self._room.reserve(
-                Owner.alone(hint.peer_id), 1, partial(self._drop, hint.peer_id, key)
-            )
+            reservation = self._room.reserve(owner, 1, drop)
         except ExpertError:
             return False
-        self._waiting.setdefault(hint.peer_id, {})[key] = hint, reservation
+        peers = self._waiting.setdefault(hint.group, OrderedDict())
+        peers.setdefault(hint.peer_id, {})[key] = hint, reservation
         return True
 
-    def _drop(self, peer_id: PeerID, key: tuple[UID, bool]) -> None:
-        del self._waiting[peer_id][key]
-        if not self._waiting[peer_id]:
-            del self._waiting[peer_id]
+    def _drop(self, group: str, peer_id: PeerID, key: tuple[UID, bool]) -> None:
+        peers = self._waiting[group]
+        del peers[peer_id][key]
+        if not peers[peer_id]:
+            del peers[peer_id]
+        if not peers:
+            del self._waiting[group]
 
 
 FetchContext = grpc.aio.ServicerContext[state_pb2.FetchRequest, state_pb2.FetchReply]
@@ -169,9 +183,9 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
 
     async def Ask(self, request: state_pb2.AskRequest, context: AskContext) -> state_pb2.AskReply:
         async with abort_on_error(context):
-            caller = self._sessions.require(context, session_pb2.RIGHT_FETCH).caller
+            session = self._sessions.require(context, session_pb2.RIGHT_FETCH)
             require_same_swarm(self._swarm_id, request.protocol_version, request.swarm_id)
-            return state_pb2.AskReply(accepted=self._follow(self._hint(request, caller)))
+            return state_pb2.AskReply(accepted=self._follow(self._hint(request, session)))
         raise AssertionError("abort raises")
 
     async def _give(self, request: state_pb2.FetchRequest, context: FetchContext) -> None:
@@ -186,21 +200,21 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
                 "a version can't be asked for together with a checksum or `parameters`: leave those out"
             )
         with self._slots.taken(session.owner, self._state_bytes):
-            given = await self._wanted(request, uid, caller)
+            given = await self._wanted(request, uid, session.owner)
             count = self._metrics.bytes.labels("sent").inc
             await send(context, given.header(caller), given.data, request.offset, self._up, count)
             if isinstance(given, Snapshot):
                 given.note_given(caller)
 
-    async def _wanted(self, request: state_pb2.FetchRequest, uid: UID, caller: PeerID) -> Snapshot | Block:
+    async def _wanted(self, request: state_pb2.FetchRequest, uid: UID, owner: Owner) -> Snapshot | Block:
         """Raises ExpertError."""
         snapshots, sha256 = self._snapshots, request.sha256
         if request.version:
-            return await snapshots.block_for(caller, uid, request.version)
+            return await snapshots.block_for(owner, uid, request.version)
         if not sha256 and request.parameters:
-            return await snapshots.parameters_for(caller, uid)
+            return await snapshots.parameters_for(owner, uid)
         if not sha256:
-            return await snapshots.take_for(caller, uid)
+            return await snapshots.take_for(owner, uid)
         kept: Snapshot | Block | None = (
             snapshots.find_parameters(uid, sha256) if request.parameters else snapshots.find(uid, sha256)
         )
@@ -210,17 +224,18 @@ class StateServicer(state_pb2_grpc.StateServiceServicer):
             )
         return kept
 
-    def _hint(self, request: state_pb2.AskRequest, caller: PeerID) -> FetchHint:
+    def _hint(self, request: state_pb2.AskRequest, session: Session) -> FetchHint:
+        caller, group = session.caller, session.group
         if not 1 <= len(request.uids) <= MAX_UIDS_IN_ASK:
             raise WireError(f"{len(request.uids)} experts; expected 1 to {MAX_UIDS_IN_ASK}")
         uids = tuple(parse_uid(uid, self._manifest) for uid in request.uids)
         match request.reason:
             case state_pb2.ASK_REASON_ADOPT:
-                return FetchHint(caller, uids)
+                return FetchHint(caller, uids, group=group)
             case state_pb2.ASK_REASON_AVERAGE:
                 if len(uids) != 1 or len(request.sha256) != 32 or len(request.base_sha256) != 32:
                     raise WireError("an average is of one expert and two snapshots")
-                return FetchHint(caller, uids, request.sha256, request.base_sha256)
+                return FetchHint(caller, uids, request.sha256, request.base_sha256, group=group)
             case _:
                 raise WireError(f"reason {request.reason} is not known here")
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeAlias, get_args
@@ -29,6 +29,7 @@ from expert_server.experts.format import (
 from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.averaging import Meeting
+from peer.bounded import Owner
 from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
 from peer.loop import TaskSet
@@ -54,9 +55,10 @@ _MAX_EXPORTED = 4
 export fetches that expert from the beginning.
 """
 _PEER_SHARE, _PEER_BURST_S = 0.02, 2.0
+_GROUP_SHARE, _GROUP_BURST_S = 0.05, 5.0
 _ALL_SHARE, _ALL_BURST_S = 0.1, 10.0
-"""The shares of its time that a node spends on new snapshots for one peer and for all, and how many seconds of that may
-be saved up. Beyond that, peers get the newest existing snapshot, or none.
+"""The shares of its time that a node spends on new snapshots for one peer, for one group of peers (`Session.group`) and
+for all, and how many seconds of that may be saved up. Beyond that, peers get the newest existing snapshot, or none.
 """
 _MAX_BLOCKS = 8
 """Parameters that are copied for peers at the same time."""
@@ -176,7 +178,8 @@ class SnapshotTaker:
         self._clock = clock
         self._taking = asyncio.Lock()
         self._tasks = TaskSet()
-        self._of_peer = TokenBuckets[PeerID](_PEER_SHARE, _PEER_BURST_S)
+        self._of_peer = TokenBuckets[Owner](_PEER_SHARE, _PEER_BURST_S)
+        self._of_group = TokenBuckets[tuple[Hashable, Purpose]](_GROUP_SHARE, _GROUP_BURST_S)
         self._blocks = TaskSet()
         self._exported: SnapshotCache[Block] = SnapshotCache(_MAX_EXPORTED, SNAPSHOT_S)
         self._keeps_exported = limit >= MAX_SNAPSHOTS
@@ -189,15 +192,15 @@ class SnapshotTaker:
         """A snapshot of the expert as it is now. Raises ExpertError (NOT_FOUND), or StateError if it is not finite."""
         return await self._take(uid, None)
 
-    async def take_for(self, peer_id: PeerID, uid: UID) -> Snapshot:
+    async def take_for(self, owner: Owner, uid: UID) -> Snapshot:
         """A snapshot for a peer that asked. If it asks for new ones too often, it gets the newest existing one.
 
         Raises ExpertError (RESOURCE_EXHAUSTED) if there is none. A node that is giving up its experts makes as many as
         it is asked for, because none of its updates may be lost.
         """
-        return await self._take(uid, None if self._runtime.is_refusing else peer_id)
+        return await self._take(uid, None if self._runtime.is_refusing else owner)
 
-    async def block_for(self, peer_id: PeerID, uid: UID, version: int | None) -> Block:
+    async def block_for(self, owner: Owner, uid: UID, version: int | None) -> Block:
         """The expert's parameters at this version, or at the present one if it is None, for a peer that asked. They are
         not kept.
 
@@ -210,24 +213,24 @@ class SnapshotTaker:
                 StatusCode.RESOURCE_EXHAUSTED,
                 "the node is copying other experts' parameters: try again later",
             )
-        made = self._blocks.spawn(self._make_block(uid, peer_id, version), f"take the parameters of {uid}")
+        made = self._blocks.spawn(self._make_block(uid, owner, version), f"take the parameters of {uid}")
         return await asyncio.shield(made)
 
-    async def parameters_for(self, peer_id: PeerID, uid: UID) -> Block:
+    async def parameters_for(self, owner: Owner, uid: UID) -> Block:
         """The expert's present parameters, for a peer that keeps them. Raises ExpertError as `block_for`."""
         expert = self._expert(uid)
         for kept in self._exported.all(self._clock()):
             if (kept.key, kept.version) == (uid, expert.version):
                 return kept
-        block = await self.block_for(peer_id, uid, None)
+        block = await self.block_for(owner, uid, None)
         if self._keeps_exported:
             self._exported.put(block, self._clock())
         return block
 
-    async def _make_block(self, uid: UID, peer_id: PeerID, version: int | None) -> Block:
+    async def _make_block(self, uid: UID, owner: Owner, version: int | None) -> Block:
         expert = self._expert(uid)
         purpose: Purpose = "export" if version is None else "check"
-        self._require_pace(peer_id, self._clock(), purpose)
+        self._require_pace(owner, self._clock(), purpose)
 
         def copied() -> tuple[int, State | None, int, float]:
             began = self._clock()
@@ -237,11 +240,11 @@ class SnapshotTaker:
         # without the time that the node's other work takes before it
         copied_version, state, count, spent_s = await self._runtime.run(copied)
         if state is None:
-            self._count_time(peer_id, spent_s, purpose)
+            self._count_time(owner, spent_s, purpose)
             raise ExpertError(StatusCode.FAILED_PRECONDITION, "the parameters have changed since")
         began = self._clock()
         data, sha256 = await asyncio.to_thread(_encode, Checkpoint(state, count), self._swarm_id, uid)
-        self._count_time(peer_id, spent_s + self._clock() - began, purpose)
+        self._count_time(owner, spent_s + self._clock() - began, purpose)
         expires_at = self._clock() + self._exported.lifetime_s
         return Block(uid, copied_version, data, sha256, count, expert.device.precision, expires_at)
 
@@ -252,17 +255,17 @@ class SnapshotTaker:
             raise ExpertError(StatusCode.NOT_FOUND, f"expert {uid} is not hosted here")
         return expert
 
-    async def _take(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
+    async def _take(self, uid: UID, owner: Owner | None) -> Snapshot:
         # shielded, so that the work is not thrown away if a peer breaks off
-        return await asyncio.shield(self._tasks.spawn(self._make(uid, peer_id), f"take a snapshot of {uid}"))
+        return await asyncio.shield(self._tasks.spawn(self._make(uid, owner), f"take a snapshot of {uid}"))
 
-    async def _make(self, uid: UID, peer_id: PeerID | None) -> Snapshot:
+    async def _make(self, uid: UID, owner: Owner | None) -> Snapshot:
         async with self._taking:
             expert = self._expert(uid)
             met = self._met(uid)
             snapshot = self._current(expert, met)
-            if snapshot is None and peer_id is not None:
-                snapshot = self._instead(uid, peer_id)
+            if snapshot is None and owner is not None:
+                snapshot = self._instead(uid, owner)
             if snapshot is None:
                 began = self._clock()
                 checkpoint, generation = await self._runtime.run(
@@ -276,33 +279,35 @@ class SnapshotTaker:
                     met, data, sha256, expires_at,
                 )  # fmt: skip
                 self._snapshots.put(snapshot, now)
-                if peer_id is not None:
-                    self._count_time(peer_id, self._clock() - began, "state")
+                if owner is not None:
+                    self._count_time(owner, self._clock() - began, "state")
             return snapshot
 
-    def _instead(self, uid: UID, peer_id: PeerID) -> Snapshot | None:
+    def _instead(self, uid: UID, owner: Owner) -> Snapshot | None:
         """The existing snapshot that a peer gets in place of a new one; None if a new one may be made. Raises
         ExpertError.
         """
         now = self._clock()
         newest = [kept for kept in self._snapshots.all(now) if kept.uid == uid][-1:]
-        if newest and self._wait_s(peer_id, now, "state"):
+        if newest and self._wait_s(owner, now, "state"):
             return newest[0]
-        self._require_pace(peer_id, now, "state")
+        self._require_pace(owner, now, "state")
         return None
 
-    def _wait_s(self, peer_id: PeerID, now: float, purpose: Purpose) -> float:
-        return max(self._of_peer.wait_s(peer_id, now), self._of_all[purpose].take(0.0, now))
+    def _wait_s(self, owner: Owner, now: float, purpose: Purpose) -> float:
+        of_group = self._of_group.wait_s((owner.group, purpose), now)
+        return max(self._of_peer.wait_s(owner, now), of_group, self._of_all[purpose].take(0.0, now))
 
-    def _require_pace(self, peer_id: PeerID, now: float, purpose: Purpose) -> None:
+    def _require_pace(self, owner: Owner, now: float, purpose: Purpose) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED)."""
-        if wait_s := self._wait_s(peer_id, now, purpose):
+        if wait_s := self._wait_s(owner, now, purpose):
             message = f"too many new snapshots were asked for lately: come back in {wait_s:.1f} s"
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=wait_s)
 
-    def _count_time(self, peer_id: PeerID, spent_s: float, purpose: Purpose) -> None:
+    def _count_time(self, owner: Owner, spent_s: float, purpose: Purpose) -> None:
         now = self._clock()
-        self._of_peer.take(peer_id, spent_s, now)
+        self._of_peer.take(owner, spent_s, now)
+        self._of_group.take((owner.group, purpose), spent_s, now)
         self._of_all[purpose].take(spent_s, now)
 
     @property

@@ -18,8 +18,9 @@ from dht.admission import EXPORT, RIGHTS, Role
 from expert_server.experts.format import StateForm, block_from_bytes
 from expert_server.state.transfer import MAX_SNAPSHOTS, SnapshotTaker
 from peer import PROTOCOL_VERSION
+from peer.bounded import Owner
 from peer.errors import ExpertError, StateError, TransferError, VersionGoneError
-from peer.identity import Identity, PeerID
+from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.calls import make_stub
 from peer.rpc.channels import ChannelPool
@@ -90,8 +91,8 @@ def test_who_asks_for_too_many_is_told_to_wait(
     play(scenario)
 
 
-def a_peer(number: int) -> PeerID:
-    return PeerID(b"\x12\x20" + bytes([number]) * 32)
+def a_peer(number: int) -> Owner:
+    return Owner.alone(f"peer {number}")
 
 
 def test_many_that_check_answers_keep_no_node_from_a_state(play: Callable[[Scenario], None]) -> None:
@@ -109,6 +110,25 @@ def test_many_that_check_answers_keep_no_node_from_a_state(play: Callable[[Scena
         with pytest.raises(ExpertError, match="too many"):
             await ask_all()
         assert (await taker.take_for(a_peer(200), AN_UID)).update_count == 3
+
+    play(scenario)
+
+
+def test_many_keys_of_one_line_that_check_answers_leave_others_half_of_the_time(
+    play: Callable[[Scenario], None],
+) -> None:
+    async def scenario(street: Street) -> None:
+        expert, ticks = make_expert(3), itertools.count()
+        runtime = await street.host(expert)
+        taker = SnapshotTaker(runtime, SWARM, lambda uid: {}, clock=lambda: float(next(ticks)))
+
+        async def ask_all() -> None:
+            for number in range(100):
+                await taker.block_for(Owner("one line", f"key {number}"), AN_UID, expert.version)
+
+        with pytest.raises(ExpertError, match="too many"):
+            await ask_all()
+        assert (await taker.block_for(a_peer(200), AN_UID, expert.version)).update_count == 3
 
     play(scenario)
 

@@ -111,13 +111,14 @@ def test_a_hint_is_passed_on_once_it_is_well_formed(play: Callable[[Scenario], N
         me = street.identity.peer_id
         assert await ask(street.node, state_pb2.ASK_REASON_ADOPT, [AN_UID, OTHER_UID]) == 1
         assert await ask(street.node, state_pb2.ASK_REASON_AVERAGE, [AN_UID], b"a" * 32, b"b" * 32) == 1
-        right = [FetchHint(me, (AN_UID, OTHER_UID)), FetchHint(me, (AN_UID,), b"a" * 32, b"b" * 32)]
-        assert street.hints == right
+        right = [((AN_UID, OTHER_UID), b"", b""), ((AN_UID,), b"a" * 32, b"b" * 32)]
+        expected = [FetchHint(me, *each, group=street.hints[0].group) for each in right]
+        assert street.hints == expected
         assert await ask(street.node, state_pb2.ASK_REASON_AVERAGE, [AN_UID], b"short", b"b" * 32) == 0
         assert await ask(street.node, state_pb2.ASK_REASON_UNSPECIFIED, [AN_UID]) == 0
         assert await ask(street.node, state_pb2.ASK_REASON_ADOPT, []) == 0
         assert await ask(street.node, state_pb2.ASK_REASON_ADOPT, [AN_UID] * 257) == 0
-        assert street.hints == right
+        assert street.hints == expected
 
     play(scenario)
 

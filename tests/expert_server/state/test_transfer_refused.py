@@ -258,7 +258,7 @@ def test_after_a_restart_of_the_server_a_fetch_begins_anew(
                 await receive(*arguments)
             except grpc.aio.AioRpcError:
                 if len(street.hints) == 0:
-                    street.hints.append(FetchHint(street.identity.peer_id, ()))
+                    street.hints.append(FetchHint(street.identity.peer_id, (), group=""))
                     await server.stop(None)
                     await street.host(after)
                 raise
