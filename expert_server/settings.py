@@ -253,20 +253,21 @@ class NodeSettings(RoleSettings):
         default=None,
         gt=0,
         le=10**9,
-        description="rows of experts per second that one caller may send, forward and backward; unset: no limit",
+        description="rows of experts per second that one caller may send, forward and backward; callers with one "
+        "token, or in one neighbourhood, count as one; unset: no limit",
     )
     caller_updates_per_s: float | None = Field(
         default=None,
         gt=0,
         le=10**9,
-        description="optimizer steps per second that one caller may cause, over all experts; each batch counts as a "
-        "step, even if `rows_per_update` requires several batches for one; unset: no limit",
+        description="optimizer steps per second that one such caller may cause, over all experts; each batch counts as "
+        "a step, even if `rows_per_update` requires several batches for one; unset: no limit",
     )
     caller_expert_updates_per_hour: float | None = Field(
         default=None,
         gt=0,
         le=10**9,
-        description="optimizer steps per hour that one caller may cause in one expert; unset: no limit",
+        description="optimizer steps per hour that one such caller may cause in one expert; unset: no limit",
     )
 
     @model_validator(mode="after")

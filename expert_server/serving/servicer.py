@@ -71,7 +71,8 @@ class BudgetLimits:
 
 
 class Budgets:
-    """What the callers of one node may cost it: rows, and steps of its experts. Pure and bounded.
+    """What the callers of one node may cost it: rows, and steps of its experts. Pure and bounded. Callers in one group
+    count as one, because keys are free.
 
     A call is accepted while its caller is within its rate and one burst, however large the call is.
     """
@@ -88,7 +89,7 @@ class Budgets:
         self._of_expert = _buckets(None if hourly is None else hourly / 3600, _EXPERT_BURST_S)
         self._bounded = limits != BudgetLimits()
 
-    def take(self, caller: str, direction: Direction, rows: int, uids: Collection[UID], now: float) -> None:
+    def take(self, group: str, direction: Direction, rows: int, uids: Collection[UID], now: float) -> None:
         """Counts a call: its rows over all of its experts.
 
         Each expert in a backward call counts as one step, even if its rows are merged with others into one step. Raises
@@ -96,10 +97,10 @@ class Budgets:
         """
         if not self._bounded:
             return
-        steps = {(caller, uid) for uid in uids} if direction == "backward" else set[tuple[str, UID]]()
-        waits = {"rows": self._rows.wait_s(caller, now)}
+        steps = {(group, uid) for uid in uids} if direction == "backward" else set[tuple[str, UID]]()
+        waits = {"rows": self._rows.wait_s(group, now)}
         if steps:
-            waits["optimizer steps"] = self._updates.wait_s(caller, now)
+            waits["optimizer steps"] = self._updates.wait_s(group, now)
             waits["steps of one expert"] = max(self._of_expert.wait_s(step, now) for step in steps)
         what, wait_s = max(waits.items(), key=itemgetter(1))
         if wait_s:
@@ -109,9 +110,9 @@ class Budgets:
                 f"your budget of {what} at this node is spent: try again in {wait_s:.1f} s",
                 retry_after_s=wait_s,
             )
-        self._rows.take(caller, rows, now)
+        self._rows.take(group, rows, now)
         for step in steps:
-            self._updates.take(caller, 1, now)
+            self._updates.take(group, 1, now)
             self._of_expert.take(step, 1, now)
 
 
@@ -212,7 +213,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 header = await stream.header()
                 parsed = self._parser.parse(header, direction, caller, memory.grow)
                 call = Call(header, parsed, direction, stream, replies, caller, session.group)
-                self._admit(direction, call, caller)
+                self._admit(direction, call, session)
                 tensors = await call.receive()
                 self._note_received(direction, call, session)
                 try:
@@ -238,10 +239,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self.forward_cache.drop_expired(now)
         self._look_for_idle()
 
-    def _admit(self, direction: Direction, call: Call, caller: str) -> None:
+    def _admit(self, direction: Direction, call: Call, session: Session) -> None:
         """Raises ExpertError if the caller's budget is spent, or if this backward call was seen before."""
-        self.budgets.take(caller, direction, call.pairs, call.uids, time.monotonic())
-        if direction == "backward" and not self._seen.is_new(caller, call.header.request_id):
+        self.budgets.take(session.group, direction, call.pairs, call.uids, time.monotonic())
+        if direction == "backward" and not self._seen.is_new(session.name, call.header.request_id):
             raise ExpertError(
                 StatusCode.ALREADY_EXISTS, "this request id was seen before, so the call is not applied again"
             )

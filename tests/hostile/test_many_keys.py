@@ -26,6 +26,7 @@ from tls_expert_server import (
     wait_until,
 )
 
+from expert_server.serving.servicer import BudgetLimits
 from peer.errors import ExpertError
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -158,6 +159,17 @@ def test_many_keys_of_one_line_take_no_memory_from_an_honest_caller(run: Runner)
         assert edge.memory.used <= 8 * call_bytes
 
     run(scenario, max_memory_bytes=8 * call_bytes)
+
+
+def test_many_keys_of_one_line_have_one_budget_of_rows(run: Runner) -> None:
+    async def scenario(edge: Edge) -> None:
+        honest = edge.as_another(200, "192.0.2.1")
+        keys = [edge.as_another(300 + n, "198.51.100.1") for n in range(2)]
+        outcomes = [await make(caller, Call(seed=n)) for n, caller in enumerate([keys[0], *keys, honest])]
+        codes = [outcome.code for outcome in outcomes]
+        assert codes == [StatusCode.OK, *2 * [StatusCode.RESOURCE_EXHAUSTED], StatusCode.OK]
+
+    run(scenario, budget=BudgetLimits(rows_per_s=0.01))
 
 
 def test_a_caller_that_breaks_off_before_its_payload_has_no_vote_on_who_was_left_behind(run: Runner) -> None:
