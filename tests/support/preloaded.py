@@ -1,7 +1,7 @@
 """Starts Python programs in child processes that have imported torch already.
 
-A fresh interpreter takes two seconds of processor time to import torch, and the tests start hundreds of programs. So
-each process of tests has a server that imports torch and other packages, but nothing of Talkoot, and forks for each
+A fresh interpreter takes two seconds of processor time to import torch, and another for gRPC and Talkoot, and the tests
+start hundreds of programs. So each process of tests has a server that imports what they need, and forks for each
 program. The new process takes its arguments, environment, folder and streams from the request, and runs what a fresh
 interpreter would run. It is a child of the process of tests, and ends with it.
 
@@ -27,20 +27,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
-_PACKAGES = (
-    *(
-        "torch",
-        "numpy",
-        "scipy.stats",
-        "safetensors.torch",
-        "msgpack",
-        "psutil",
-        "pydantic",
-        "prometheus_client",
-    ),
-    *("cryptography.hazmat.primitives.serialization", "google.protobuf.json_format", "typer", "rich.live"),
+_MODULES = (
+    *("torch", "numpy", "scipy.stats", "safetensors.torch"),  # for programs that are not of Talkoot
+    *("talkoot.memory.commands", "talkoot.node.launch", "talkoot.train.generate", "talkoot.train.session"),
+    *("talkoot.dashboard.server", "talkoot.serve.server", "talkoot.memory.search", "talkoot.status"),
+    *("peer.transport.p2pd", "uvicorn.protocols.http.h11_impl"),
 )
-"""Not grpc, which reads its settings from the environment while it is imported."""
+"""What commands import. Not `talkoot.cli`, which is their main module."""
+_QUIET = {"GRPC_VERBOSITY": "ERROR", "GRPC_ENABLE_FORK_SUPPORT": "false"}
+"""What Talkoot sets in the environment before it imports gRPC, which reads it then."""
+_ROOT = Path(__file__).parents[2]
 _LONGEST_REQUEST = 2**18
 _DEADLINE_S = 120.0
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
@@ -160,13 +156,18 @@ def _server() -> _Server:
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "LD_"))}
+    prefixes = ("PYTHON", "LD_", "GRPC_")
+    return _QUIET | {name: value for name, value in environment.items() if name.startswith(prefixes)}
 
 
 def _serve(requests: socket.socket) -> None:
     """Forks for each request. Returns in the processes that it forks."""
-    for package in _PACKAGES:
-        importlib.import_module(package)
+    os.environ.update(_QUIET)
+    sys.path[0] = str(_ROOT)
+    with warnings.catch_warnings(action="ignore"):
+        for module in _MODULES:
+            importlib.import_module(module)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would not have the other threads"
     gc.freeze()
     while True:
         message, streams, _, _ = socket.recv_fds(requests, _LONGEST_REQUEST, 3)
