@@ -26,6 +26,25 @@ from peer.errors import WireError
 from peer.files import PlainFile
 from peer.merkle import proves
 
+PASSAGES, VECTORS = some_passages(BLOCK + 3, dimensions=4)
+FILE = PrimaryShard.build(PASSAGES, VECTORS)
+INFO = shard_info(FILE, PASSAGES, VECTORS)
+GONE = {b"r" * 32: [5]}
+_WHOLE, SECONDARY_INFO = secondary(b"r" * 32, VECTORS)
+SECONDARY_FILE = _WHOLE.without(GONE) or b""
+"""Samples that properties change, byte by byte."""
+
+
+def changed(draw: st.DataObject, file: bytes, first: int, end: int) -> bytes:
+    """The file with another byte in this range."""
+    place = draw.draw(st.integers(first, end - 1))
+    other = file[place] ^ draw.draw(st.integers(1, 255))
+    return file[:place] + bytes([other]) + file[place + 1 :]
+
+
+def header_end(file: bytes) -> int:
+    return 8 + int.from_bytes(file[:8], "little")
+
 
 @given(shards())
 @settings(deadline=None)
@@ -97,14 +116,9 @@ def test_a_secondary_shard_proves_where_each_text_lies_or_what_stands_for_it(
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_a_changed_secondary_file_is_refused(data: st.DataObject) -> None:
-    _, vectors = some_passages(BLOCK + 3, dimensions=4)
-    whole, info = secondary(b"r" * 32, vectors)
-    file = bytearray(whole.without({b"r" * 32: [5]}) or b"")
-    begin = 8 + int.from_bytes(file[:8], "little")
-    place = data.draw(st.integers(begin, len(file) - 1))
-    file[place] ^= data.draw(st.integers(1, 255))
+    file = changed(data, SECONDARY_FILE, header_end(SECONDARY_FILE), len(SECONDARY_FILE))
     with pytest.raises(WireError):
-        Shard.parse(bytes(file), info, 4).check({b"r" * 32: [5]})
+        Shard.parse(file, SECONDARY_INFO, 4).check(GONE)
 
 
 def test_a_secondary_file_that_names_a_shard_twice_is_refused() -> None:
@@ -166,43 +180,31 @@ def test_the_file_is_small_and_the_same_each_time_and_others_can_read_it() -> No
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_a_changed_file_is_refused(data: st.DataObject) -> None:
-    passages, vectors = some_passages(BLOCK + 3, dimensions=4)
-    file = bytearray(PrimaryShard.build(passages, vectors))
-    info = shard_info(bytes(file), passages, vectors)
-    begin = 8 + int.from_bytes(file[:8], "little")
-    place = data.draw(st.integers(begin, len(file) - 1))
-    file[place] ^= data.draw(st.integers(1, 255))
+    file = changed(data, FILE, header_end(FILE), len(FILE))
     with pytest.raises(WireError):
-        Shard.parse(bytes(file), info, 4).check({})
+        Shard.parse(file, INFO, 4).check({})
 
 
 @given(st.data())
 @settings(deadline=None, max_examples=300)
 def test_a_changed_header_is_refused_or_says_the_same(data: st.DataObject) -> None:
-    passages, vectors = some_passages(BLOCK + 3, dimensions=4)
-    file = bytearray(PrimaryShard.build(passages, vectors))
-    info = shard_info(bytes(file), passages, vectors)
-    place = data.draw(st.integers(0, 7 + int.from_bytes(file[:8], "little")))
-    file[place] ^= data.draw(st.integers(1, 255))
+    file = changed(data, FILE, 0, header_end(FILE))
     try:
-        shard = Shard.parse(bytes(file), info, 4)
+        shard = Shard.parse(file, INFO, 4)
         shard.check({})
     except WireError:
         return
     assert isinstance(shard, PrimaryShard)
-    assert list(shard.passages()) == passages
-    assert np.array_equal(shard.vectors(), vectors)
+    assert list(shard.passages()) == PASSAGES
+    assert np.array_equal(shard.vectors(), VECTORS)
 
 
 @given(st.integers(0, 5000))
 def test_a_cut_file_is_refused(size: int) -> None:
-    passages, vectors = some_passages(BLOCK + 3, dimensions=4)
-    file = PrimaryShard.build(passages, vectors)
-    info = shard_info(file, passages, vectors)
     with pytest.raises(WireError):
-        Shard.parse(file[: min(size, len(file) - 1)], info, 4)
+        Shard.parse(FILE[: min(size, len(FILE) - 1)], INFO, 4)
     with pytest.raises(WireError):
-        Shard.parse(file + bytes(1 + size), info, 4)
+        Shard.parse(FILE + bytes(1 + size), INFO, 4)
 
 
 def test_other_dimensions_and_too_large_a_file_are_refused() -> None:
