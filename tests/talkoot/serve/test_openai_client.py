@@ -1,15 +1,17 @@
 """The official `openai` client against a server on a real socket."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
-from openai import OpenAI
+from openai_client import openai_client
 from served_model import CONTEXT, served, small_model
 
 from peer.loop import LoopThread
 from talkoot.serve.model import ServedModel
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 PROMPT = "In the sauna"
 
@@ -26,12 +28,14 @@ def address(loop: LoopThread, model: ServedModel) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def client(address: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=90) as client:
+def client(address: str) -> Iterator["OpenAI"]:
+    with openai_client(address, 90) as client:
         yield client
 
 
-def test_models(client: OpenAI) -> None:
+def test_models(client: "OpenAI") -> None:
+    import openai
+
     assert [each.id for each in client.models.list()] == ["village"]
     assert client.models.retrieve("village").object == "model"
     with pytest.raises(openai.NotFoundError) as failed:
@@ -39,7 +43,7 @@ def test_models(client: OpenAI) -> None:
     assert (failed.value.status_code, failed.value.code) == (404, "model_not_found")
 
 
-def test_completion(client: OpenAI) -> None:
+def test_completion(client: "OpenAI") -> None:
     answer = client.completions.create(model="village", prompt=PROMPT, max_tokens=9, temperature=0)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(PROMPT)
@@ -49,7 +53,7 @@ def test_completion(client: OpenAI) -> None:
     assert answer.model == "village"
 
 
-def test_stream_is_the_same_text(client: OpenAI) -> None:
+def test_stream_is_the_same_text(client: "OpenAI") -> None:
     request: dict[str, Any] = {
         "model": "village",
         "prompt": PROMPT,
@@ -67,7 +71,7 @@ def test_stream_is_the_same_text(client: OpenAI) -> None:
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
-def test_seed_decides_the_text(client: OpenAI) -> None:
+def test_seed_decides_the_text(client: "OpenAI") -> None:
     def text(seed: int) -> str:
         answer = client.completions.create(model="village", prompt=PROMPT, max_tokens=30, seed=seed)
         return answer.choices[0].text
@@ -76,7 +80,7 @@ def test_seed_decides_the_text(client: OpenAI) -> None:
     assert text(1) != text(2)
 
 
-def test_tokens_as_prompt(client: OpenAI) -> None:
+def test_tokens_as_prompt(client: "OpenAI") -> None:
     texts = {
         client.completions.create(model="village", prompt=prompt, temperature=0).choices[0].text
         for prompt in (PROMPT, [PROMPT], list(PROMPT.encode()), [list(PROMPT.encode())])
@@ -84,7 +88,7 @@ def test_tokens_as_prompt(client: OpenAI) -> None:
     assert len(texts) == 1
 
 
-def test_stop_sequence_is_left_out(client: OpenAI) -> None:
+def test_stop_sequence_is_left_out(client: "OpenAI") -> None:
     request: dict[str, Any] = {"model": "village", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     text = client.completions.create(**request).choices[0].text
     stop = text[10:14]
@@ -96,7 +100,7 @@ def test_stop_sequence_is_left_out(client: OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_chat(client: OpenAI) -> None:
+def test_chat(client: "OpenAI") -> None:
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Moi!"}]
     request: dict[str, Any] = {
         "model": "village",
@@ -115,7 +119,7 @@ def test_chat(client: OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-def test_logprobs_of_a_completion(client: OpenAI) -> None:
+def test_logprobs_of_a_completion(client: "OpenAI") -> None:
     answer = client.completions.create(
         model="village", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=3
     ).choices[0]
@@ -130,7 +134,7 @@ def test_logprobs_of_a_completion(client: OpenAI) -> None:
         assert top[token] == logprob == max(top.values())
 
 
-def test_logprobs_of_a_chat_in_a_stream(client: OpenAI) -> None:
+def test_logprobs_of_a_chat_in_a_stream(client: "OpenAI") -> None:
     request: dict[str, Any] = {
         "model": "village",
         "messages": [{"role": "user", "content": "Moi!"}],
@@ -166,8 +170,10 @@ def test_logprobs_of_a_chat_in_a_stream(client: OpenAI) -> None:
     ],
 )
 def test_bad_requests_are_refused(
-    client: OpenAI, request_: dict[str, object], status: int, code: str, said: str
+    client: "OpenAI", request_: dict[str, object], status: int, code: str, said: str
 ) -> None:
+    import openai
+
     with pytest.raises(openai.APIStatusError, match=said) as failed:
         client.completions.create(**{"model": "village", "prompt": PROMPT, **request_})  # type: ignore[call-overload]  # bad on purpose
     assert (failed.value.status_code, failed.value.code) == (status, code)

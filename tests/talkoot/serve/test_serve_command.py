@@ -12,7 +12,7 @@ import psutil
 import pytest
 from commands import wait_until
 from model_folders import RandomModel
-from openai import OpenAI
+from openai_client import openai_client
 from other_processes import gone
 from preloaded import Preloaded
 from served_model import LIMIT_S, served
@@ -59,7 +59,7 @@ def test_a_swarms_model_is_served_until_ctrl_c(founder: Founder, run: Path, tmp_
         assert process.stdout.readline() == f"for OpenAI's clients: base URL {found[1]}v1\n"
         status = httpx.get(f"{found[1]}status", timeout=LIMIT_S).json()
         assert (status["from"], status["experts"]) == ("swarm", {"live": 8, "total": 8})
-        with OpenAI(base_url=f"{found[1]}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client:
+        with openai_client(found[1], LIMIT_S) as client:
             answer = client.completions.create(model="village", prompt="In the sauna", max_tokens=5)
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 5
@@ -88,7 +88,7 @@ def test_a_folders_model_is_served_and_says_the_same(loop: LoopThread, tmp_path:
     expected = "".join(decoded(tokens, model.tokenizer.token_bytes))
     with served(loop, model) as address:
         assert httpx.get(f"{address}status").json()["experts"] == {"live": 7, "total": 8}
-        with OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client:
+        with openai_client(address, LIMIT_S) as client:
             answer = client.completions.create(model="village", prompt="In the sauna", max_tokens=30, seed=5)
     assert answer.choices[0].text == expected
     assert "talkoot" not in answer.to_dict()

@@ -3,11 +3,10 @@
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
-from openai import OpenAI
+from openai_client import openai_client
 from served_model import answering, served
 from shelf import COLOURS, HOST, QUESTIONS, SHELF, TOKENIZER, Shelf, learned, passage
 
@@ -19,6 +18,9 @@ from trainer_client.memory.retriever import Hit, SearchResult
 from trainer_client.retrieval.answering import Answer, RagModel, Source
 from trainer_client.settings import Sampling
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 LIMIT_S = 300.0
 
 
@@ -28,20 +30,20 @@ def model() -> RagModel:
 
 
 @pytest.fixture(scope="module")
-def client(loop: LoopThread, model: RagModel) -> Iterator[OpenAI]:
+def client(loop: LoopThread, model: RagModel) -> Iterator["OpenAI"]:
     with (
         served(loop, answering(model, SHELF)) as address,
-        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client,
+        openai_client(address, LIMIT_S) as client,
     ):
         yield client
 
 
-def chat(client: OpenAI, *messages: tuple[str, str], **more: Any) -> Any:
+def chat(client: "OpenAI", *messages: tuple[str, str], **more: Any) -> Any:
     said: Any = [{"role": role, "content": content} for role, content in messages]
     return client.chat.completions.create(model="sauna", messages=said, **more)
 
 
-def test_a_chats_last_message_is_answered_with_its_sources(client: OpenAI) -> None:
+def test_a_chats_last_message_is_answered_with_its_sources(client: "OpenAI") -> None:
     question = QUESTIONS[0]
     answer = chat(client, ("system", "Be kind."), ("user", question.text), temperature=0.3, max_tokens=50)
     assert answer.choices[0].message.content == question.answer == "red"
@@ -53,7 +55,7 @@ def test_a_chats_last_message_is_answered_with_its_sources(client: OpenAI) -> No
     assert answer.usage.completion_tokens == len("red")
 
 
-def test_an_answer_comes_as_a_stream_and_as_a_completion_too(client: OpenAI) -> None:
+def test_an_answer_comes_as_a_stream_and_as_a_completion_too(client: "OpenAI") -> None:
     question = QUESTIONS[1]
     *_, last = chunks = list(chat(client, ("user", question.text), stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == question.answer
@@ -62,7 +64,7 @@ def test_an_answer_comes_as_a_stream_and_as_a_completion_too(client: OpenAI) -> 
     assert completed.choices[0].text == question.answer
 
 
-def test_many_questions_at_once_are_each_answered_as_if_alone(client: OpenAI) -> None:
+def test_many_questions_at_once_are_each_answered_as_if_alone(client: "OpenAI") -> None:
     with ThreadPoolExecutor(10) as threads:
         asked = [*QUESTIONS, *QUESTIONS]
         answers = threads.map(lambda question: chat(client, ("user", question.text)), asked)
@@ -88,7 +90,7 @@ def test_a_question_whose_hosts_are_slow_holds_no_other_up(loop: LoopThread, mod
     shelf = HeldUp(slow.text)
     with (
         served(loop, answering(model, shelf)) as address,
-        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client,
+        openai_client(address, LIMIT_S) as client,
         ThreadPoolExecutor(Answering.AT_ONCE - 1) as threads,
     ):
         held_up = [threads.submit(chat, client, ("user", slow.text)) for _ in range(Answering.AT_ONCE - 1)]
@@ -119,7 +121,7 @@ def test_a_question_whose_client_hung_up_takes_its_thread_for_one_more_token_at_
     assert len(computed) == 1
 
 
-def test_nothing_found_is_said_as_such_and_has_no_sources(client: OpenAI) -> None:
+def test_nothing_found_is_said_as_such_and_has_no_sources(client: "OpenAI") -> None:
     answer = chat(client, ("user", "miksi?"))
     assert answer.choices[0].message.content == (
         f"Nothing found: memory {SHELF.id} knows no word of this question; ask in the words and the language of its "
@@ -154,13 +156,17 @@ def test_passages_that_do_not_say_it_are_no_sources() -> None:
     ],
 )
 def test_what_can_not_be_answered_is_refused(
-    client: OpenAI, question: str, more: dict[str, Any], said: str
+    client: "OpenAI", question: str, more: dict[str, Any], said: str
 ) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match=said):
         chat(client, ("user", question), **more)
 
 
-def test_only_a_users_text_is_a_question(client: OpenAI) -> None:
+def test_only_a_users_text_is_a_question(client: "OpenAI") -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="the last one must be the user's question"):
         chat(client, ("user", "what?"), ("assistant", "That."))
     with pytest.raises(openai.BadRequestError, match="send one as text"):
@@ -170,10 +176,12 @@ def test_only_a_users_text_is_a_question(client: OpenAI) -> None:
 def test_a_memory_whose_hosts_are_away_is_an_error_until_they_are_back(
     loop: LoopThread, model: RagModel
 ) -> None:
+    import openai
+
     shelf = Shelf([passage("kiuas", "red"), passage("vihta", "green")])
     with (
         served(loop, answering(model, shelf)) as address,
-        OpenAI(base_url=f"{address}v1", api_key="unused", max_retries=0, timeout=LIMIT_S) as client,
+        openai_client(address, LIMIT_S) as client,
     ):
         shelf.is_there = False
         with pytest.raises(openai.InternalServerError, match="nobody is there") as failed:
