@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 FLOORS := peer dht expert_server trainer_client talkoot
 PAGES := $(wildcard *.md docs/*.md)
 SOURCES := $(FLOORS) tests benchmarks docs deploy examples tools
+CHECKS := types types-on-darwin types-on-win32 prose spelling imports rules format
 
-.PHONY: demo test lint figures proto vectors settings picture recording release-fixture clean
+.PHONY: demo test lint $(CHECKS) figures proto vectors settings picture recording release-fixture clean
 
 demo: $(VENV)/runs
 	$(BIN)/talkoot demo
@@ -14,15 +15,32 @@ demo: $(VENV)/runs
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
+# The checks run side by side; mypy, which takes longest, first.
 lint: $(VENV)/installed
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	@$(MAKE) --no-print-directory --jobs $(shell getconf _NPROCESSORS_ONLN) --output-sync=target $(CHECKS)
+
+$(CHECKS): $(VENV)/installed
+
+types:
 	$(BIN)/mypy
-	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin $(FLOORS)
-	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 $(FLOORS)
-	$(BIN)/lint-imports
-	$(BIN)/codespell $(SOURCES) $(PAGES) proto
+
+types-on-darwin types-on-win32: types-on-%:
+	$(BIN)/mypy --platform $* --cache-dir .mypy_cache/$* $(FLOORS)
+
+prose:
 	$(BIN)/proselint check $(PAGES)
+
+spelling:
+	$(BIN)/codespell $(SOURCES) $(PAGES) proto
+
+imports:
+	$(BIN)/lint-imports
+
+rules:
+	$(BIN)/ruff check $(SOURCES)
+
+format:
+	$(BIN)/ruff format --check $(SOURCES)
 
 # Prints how large and how tangled the code is; with AGAINST=REVISION, beside that of a commit.
 figures:
