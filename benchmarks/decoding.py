@@ -121,7 +121,7 @@ def empty_calls(node: RunningNode) -> Iterator[Callable[[], object]]:
         identity = Identity.load_or_create(folder / "key")
         swarm = await join_swarm(identity, node.invite, NetworkConfig(_HOST, serves_dht=False))
         uid = swarm.manifest.uids()[0]
-        (replica, *_) = (await swarm.registry.replicas([uid]))[uid]
+        (replica, *_) = (await swarm.experts.replicas([uid]))[uid]
         info = (await swarm.registry.nodes([replica.peer_id]))[replica.peer_id]
         sessions = SessionClient(identity, node.invite.keys.swarm_id, (session_pb2.RIGHT_FORWARD,))
         caller = GrpcCaller(channels, node.invite.keys.swarm_id, swarm.manifest.width, sessions=sessions)

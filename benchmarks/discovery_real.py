@@ -24,6 +24,7 @@ from benchmarks.scratch import scratch_folder
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.beam_search import select_experts
 from dht.directory import Directory
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
@@ -73,21 +74,21 @@ async def talkoot_village(folder: Path, nodes: int) -> tuple[list[Multiaddress],
         hosts.append(host)
     keys = SwarmKeys("benchmark", hosts[0].peer_id)
     for n, host in enumerate(hosts):
-        registry = _registry(host, keys)
+        experts = _experts(host, keys)
         uids = manifest.uids()[n::nodes]
-        await registry.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], _LIFETIME_S)
+        await experts.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], _LIFETIME_S)
         record = records_pb2.NodeRecord(
             addresses=["127.0.0.1:1"],
             certificate=host.identity.make_certificate(),
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,
         )
-        await registry.publish_node(record, _LIFETIME_S)
+        await experts.registry.publish_node(record, _LIFETIME_S)
     return bootstrap, hosts
 
 
-def _registry(host: Host, keys: SwarmKeys) -> Registry:
-    return Registry(host.dht, keys, host.identity)
+def _experts(host: Host, keys: SwarmKeys) -> ExpertRegistry:
+    return ExpertRegistry(Registry(host.dht, keys, host.identity))
 
 
 async def talkoot_client(folder: Path, bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]:
@@ -105,7 +106,7 @@ async def talkoot_client(folder: Path, bootstrap: Sequence[Multiaddress]) -> dic
             bootstrap=bootstrap,
             validator=RecordValidator(),
         )
-        directory = Directory(_registry(host, keys), manifest, refresh_every_s=3.0)
+        directory = Directory(_experts(host, keys), manifest, refresh_every_s=3.0)
         rng = random.Random(n)
         for k in range(TRIES + 1):
             scores = batches(100 * n + k)

@@ -137,7 +137,7 @@ async def make_trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> Directory:
     trainer = await swarm.make_peer(serves_dht=False)
     await swarm.join(trainer)
     return Directory(
-        trainer.registry,
+        trainer.experts,
         swarm.manifest,
         refresh_every_s=3.0,
         now=loop.unix_time,
@@ -183,7 +183,7 @@ def _note_node_reads(loop: VirtualLoop, directory: Directory) -> list[float]:
     """The list that is returned gets the times at which node records are asked for. At the first of them the
     announcements of the chosen experts are known.
     """
-    registry, times = directory.registry, []
+    registry, times = directory.experts.registry, []
     read = registry.nodes
 
     async def noted(peer_ids: Collection[PeerID], **options: Any) -> dict[PeerID, NodeInfo]:
@@ -208,7 +208,7 @@ async def measure_upkeep(swarm: SimulatedSwarm, count: int, hosts_all: bool = Fa
     some = swarm.rng.sample(swarm.peers, min(count, len(swarm.peers)))
     mine = {id(peer): swarm.manifest.uids() if hosts_all else hosted.get(id(peer), []) for peer in some}
     surveys = {
-        id(peer): HostingSurvey(peer.registry, swarm.manifest, peer.peer_id, swarm.rng) for peer in some
+        id(peer): HostingSurvey(peer.experts, swarm.manifest, peer.peer_id, swarm.rng) for peer in some
     }
     periods = {id(peer): UpkeepPeriod(_PERIOD_S, partial(_spent, peer)) for peer in some}
     spent = 0

@@ -145,7 +145,7 @@ async def step_all(invite: Invite, state: Path) -> int:
     channels = ChannelPool()
     try:
         uids, width = swarm.manifest.uids(), swarm.manifest.width
-        (host,) = {replica.peer_id for r in (await swarm.registry.replicas(uids)).values() for replica in r}
+        (host,) = {replica.peer_id for r in (await swarm.experts.replicas(uids)).values() for replica in r}
         node = (await swarm.registry.nodes([host]))[host]
         batch = NodeBatch.apart(uids, [1] * 4, [0] * 4)
         rows = np.random.default_rng(0).standard_normal((len(batch.rows), width)).astype(np.float32)

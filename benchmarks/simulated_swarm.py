@@ -26,6 +26,7 @@ from benchmarks.simulated_p2p import (
     VirtualLoop,
 )
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
@@ -56,7 +57,11 @@ class SimulatedPeer:
     transport: SimulatedTransport
     dht: KademliaNode
     server: DHTServer
-    registry: Registry
+    experts: ExpertRegistry
+
+    @property
+    def registry(self) -> Registry:
+        return self.experts.registry
 
     @property
     def peer_id(self) -> PeerID:
@@ -125,7 +130,7 @@ class SimulatedSwarm:
         if serves_dht:
             await server.start()
         registry = Registry(dht, self.keys, identity, now=now, rng=rng)
-        return SimulatedPeer(identity, transport, dht, server, registry)
+        return SimulatedPeer(identity, transport, dht, server, ExpertRegistry(registry))
 
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
         """Lets a peer join through one of these peers, or any, and look for its neighbours, as
@@ -165,7 +170,7 @@ class SimulatedSwarm:
     async def announce(self, peer: SimulatedPeer, hosted: Sequence[UID], lifetime_s: float) -> None:
         now = self._loop.unix_time()
         announced = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 1, now) for uid in hosted]
-        await peer.registry.announce(announced, lifetime_s)
+        await peer.experts.announce(announced, lifetime_s)
         await peer.registry.publish_node(_node_record(peer, len(hosted)), lifetime_s)
 
     def kill(self, share: float) -> list[SimulatedPeer]:

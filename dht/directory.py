@@ -18,9 +18,9 @@ import numpy as np
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_experts
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.regions import Prefix
-from dht.registry import Registry
 from dht.uid import UID
 from dht.upkeep import UpkeepPeriod
 from peer import clock
@@ -135,7 +135,7 @@ class Directory:
 
     def __init__(
         self,
-        registry: Registry,
+        experts: ExpertRegistry,
         manifest: Manifest,
         *,
         refresh_every_s: float,
@@ -145,7 +145,7 @@ class Directory:
         self.view = View(manifest, {}, {}, 0.0)
         self.failures = 0
         """Refreshes that have failed since the last success."""
-        self.registry = registry
+        self.experts = experts
         self._manifest = manifest
         self._refresh_every_s = refresh_every_s
         self._now = now
@@ -173,18 +173,18 @@ class Directory:
         living = {uid for uid, hosts in self.view.replicas.items() if hosts}
         self._hurried.clear()
         if self.knows_all:
-            replicas = await self.registry.replicas(self._manifest.uids(), only_active=True)
+            replicas = await self.experts.replicas(self._manifest.uids(), only_active=True)
             missing = [uid for uid, hosts in replicas.items() if not hosts]
             hidden = [uid for uid in missing if uid in living]
             doubted = self._drawn([uid for uid in missing if uid not in living], _DOUBTED)
-            replicas |= await self.registry.replicas(doubted, just_read=True)
+            replicas |= await self.experts.replicas(doubted, just_read=True)
             replicas = {uid: hosts for uid, hosts in replicas.items() if hosts}
-            replicas |= await self.registry.replicas(hidden)
+            replicas |= await self.experts.replicas(hidden)
         else:
             uids = list(dict.fromkeys((*living, *await self._active_uids())))[:_MAX_READ]
-            replicas = await self.registry.replicas(uids)
+            replicas = await self.experts.replicas(uids)
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
-        nodes = await self.registry.nodes(peers)
+        nodes = await self.experts.registry.nodes(peers)
         self.view = View(self._manifest, replicas, self._but_the_gone(nodes), self._now())
         self.failures = 0
         return self.view
@@ -202,7 +202,7 @@ class Directory:
         logged once.
         """
         period = UpkeepPeriod(
-            self._refresh_every_s, lambda: self.registry.spent_bytes, self._rng, _MOST_STRETCHED
+            self._refresh_every_s, lambda: self.experts.registry.spent_bytes, self._rng, _MOST_STRETCHED
         )
         while True:
             await asyncio.sleep(period.drawn_s())
@@ -241,9 +241,7 @@ class Directory:
             await self._read_hidden(avoided)
         if not index.knows(()):
             guessed = index.best(scores, _GUESSED * k, everything=True)
-            self.registry.read_ahead(
-                UID(layer, c) for c in (guessed if len(guessed) <= _MOST_GUESSED else ())
-            )
+            self.experts.read_ahead(UID(layer, c) for c in (guessed if len(guessed) <= _MOST_GUESSED else ()))
         for round_number in range(_SEARCH_ROUNDS):
             passed_over = self._only_at(avoided, layer)
             await self._read_way(layer, index, scores, width, passed_over)
@@ -304,7 +302,7 @@ class Directory:
                 by_size.setdefault(self._manifest.experts.grid[len(prefix[1])], []).append(prefix)
             for found in await asyncio.gather(
                 *(
-                    self.registry.prefixes(some, size, limits=DEFAULT_LIMITS, at_once=True)
+                    self.experts.prefixes(some, size, limits=DEFAULT_LIMITS, at_once=True)
                     for size, some in by_size.items()
                 )
             ):
@@ -316,7 +314,7 @@ class Directory:
         if not uids:
             return
         is_hurried = len(uids) <= _MOST_GUESSED
-        await self._add(await self.registry.replicas(uids, limits=DEFAULT_LIMITS, at_once=is_hurried))
+        await self._add(await self.experts.replicas(uids, limits=DEFAULT_LIMITS, at_once=is_hurried))
         if is_hurried:
             self._hurried.update(uids)
             await self._read_hidden()
@@ -329,12 +327,12 @@ class Directory:
         hidden = [uid for uid in hosted if not self.view.hosts(uid, avoided)]
         if hidden:
             self._hurried.difference_update(hidden)
-            await self._add(await self.registry.replicas(hidden, limits=DEFAULT_LIMITS))
+            await self._add(await self.experts.replicas(hidden, limits=DEFAULT_LIMITS))
 
     async def _add(self, replicas: Mapping[UID, tuple[Replica, ...]]) -> None:
         peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
         unknown = peers - self.view.nodes.keys()
-        nodes = dict(self.view.nodes) | await self.registry.nodes(unknown, limits=DEFAULT_LIMITS)
+        nodes = dict(self.view.nodes) | await self.experts.registry.nodes(unknown, limits=DEFAULT_LIMITS)
         known = {**self.view.replicas, **replicas}
         for uid in sorted(known, key=lambda uid: bool(known[uid]))[: max(0, len(known) - _MAX_READ)]:
             del known[uid]
@@ -362,7 +360,7 @@ class Directory:
         """The active experts of a grid that is too large to know as a whole, as far as a refresh follows them."""
         frontier: list[Prefix] = [(layer, ()) for layer in range(self._manifest.model.layers)]
         for depth, size in enumerate(self._manifest.experts.grid, 1):
-            found = await self.registry.prefixes(frontier, size)
+            found = await self.experts.prefixes(frontier, size)
             for (layer, coordinate), active in found.items():
                 self._indices[layer].note(coordinate, active)
             frontier = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from dht.admission import Denylist, Role, SwarmAdmission
+from dht.experts import ExpertRegistry
 from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocations
 from dht.invites import Invite
 from dht.manifest import Manifest
@@ -52,6 +53,7 @@ class Swarm:
 
     host: Host
     registry: Registry
+    experts: ExpertRegistry
     manifest: Manifest
     manifest_record: ManifestRecord
     membership: Membership
@@ -223,6 +225,7 @@ class _Peer:
         return Swarm(
             host,
             registry,
+            ExpertRegistry(registry),
             manifest,
             ManifestRecord(registry, record, self.manifest_file),
             Membership(host, registry, self._store),

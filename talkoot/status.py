@@ -95,7 +95,7 @@ class SwarmReader:
     ) -> None:
         """`list_every_s`: how often it lists all nodes. Each reading finds those that host experts."""
         self._swarm = swarm
-        self._directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=1.0)
+        self._directory = Directory(swarm.experts, swarm.manifest, refresh_every_s=1.0)
         self._list_every_s = list_every_s
         self._most_nodes = most_nodes
         self._now = now

@@ -380,7 +380,7 @@ class SwarmClient:
         self._settings = settings = self._settings.in_swarm(swarm.manifest)
         self._stage("reading who hosts what")
         routing = Routing.of(settings, swarm.manifest, _seed_of(swarm))
-        directory = Directory(swarm.registry, swarm.manifest, refresh_every_s=timing.refresh_every_s)
+        directory = Directory(swarm.experts, swarm.manifest, refresh_every_s=timing.refresh_every_s)
         await directory.refresh()
 
         channels = _channels_to_nodes(swarm)

@@ -27,7 +27,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dht.registry import Registry
+    from dht.experts import ExpertRegistry
     from expert_server.serving.answers import AnswerAssembler
     from expert_server.state.servicer import StateServicer
     from expert_server.state.transfer import Block, Snapshot, SnapshotTaker, StateClient
@@ -149,7 +149,7 @@ def tiny_calls(call: "NodeCall", count: int, rng: np.random.Generator) -> "Itera
 def lie_in_states(lie: str, seed: int, start: Start) -> None:
     """Alters every state that others fetch from this node. The node's own state stays good, and so do its answers."""
     from dht.announcements import ReplicaAnnouncement
-    from dht.registry import Registry
+    from dht.experts import ExpertRegistry
     from expert_server.experts.format import BLOCK
     from expert_server.state import transfer
     from expert_server.state.servicer import StateServicer
@@ -157,7 +157,7 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
 
     encode, wanted = transfer._encode, StateServicer._wanted
     find, ask = transfer.SnapshotTaker.find, transfer.StateClient.ask
-    announce = Registry.announce
+    announce = ExpertRegistry.announce
     lies = BoundedDict[bytes, tuple[int, bytes, bytes]](_REMEMBERED)
     """For the checksum of each true state: the update count, the data and the checksum of the lie told in its place."""
     truths = BoundedDict[bytes, bytes](_REMEMBERED)
@@ -200,7 +200,10 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
         return ask(self, node, reason, uids, sha256 if told is None else told[2], base_sha256)
 
     def announce_more(
-        self: "Registry", replicas: Collection[ReplicaAnnouncement], lifetime_s: float, queued_rows: int = 0
+        self: "ExpertRegistry",
+        replicas: Collection[ReplicaAnnouncement],
+        lifetime_s: float,
+        queued_rows: int = 0,
     ) -> Any:
         if start.is_on:
             replicas = [replace(r, update_count=r.update_count + CLAIMED) for r in replicas]
@@ -210,7 +213,7 @@ def lie_in_states(lie: str, seed: int, start: Start) -> None:
     patch.object(StateServicer, "_wanted", give_lie).start()
     patch.object(transfer.SnapshotTaker, "find", find_truth).start()
     patch.object(transfer.StateClient, "ask", ask_for_lie).start()
-    patch.object(Registry, "announce", announce_more).start()
+    patch.object(ExpertRegistry, "announce", announce_more).start()
 
 
 def lie_in_dense_parts(lie: str, seed: int, start: Start) -> None:

@@ -330,7 +330,7 @@ class HostileSwarm:
             async with asyncio.timeout(_START_LIMIT_S):
                 while True:
                     with contextlib.suppress(UnreachableError):
-                        hosts = hosts_of(await swarm.registry.replicas(swarm.manifest.uids()))
+                        hosts = hosts_of(await swarm.experts.replicas(swarm.manifest.uids()))
                         if all(len(peers) >= self._plan.hosts for peers in hosts.values()):
                             return hosts
                     await asyncio.sleep(_LOOK_EVERY_S)

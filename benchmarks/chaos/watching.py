@@ -111,7 +111,7 @@ class Watcher:
         """Sends the rows to all replicas that are reachable."""
         uids = self._swarm.manifest.uids()
         with contextlib.suppress(UnreachableError):
-            self._replicas = await self._swarm.registry.replicas(uids)
+            self._replicas = await self._swarm.experts.replicas(uids)
             peers = {replica.peer_id for hosts in self._replicas.values() for replica in hosts}
             self._infos |= await self._swarm.registry.nodes(peers)
         well = [node for node in self._chaos.nodes if node.is_well]

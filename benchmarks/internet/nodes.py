@@ -11,10 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups
-from benchmarks.internet.stand_ins import CountedCheckpoints, CountedExpert, CountingRuntime, SharedRegistry
+from benchmarks.internet.stand_ins import (
+    CountedCheckpoints,
+    CountedExpert,
+    CountingRuntime,
+    SharedExperts,
+    SharedRegistry,
+)
 from benchmarks.internet.world import HomeLine, Link, Peer, World
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.announcements import Activity, NodeInfo, Reachability, Replica
+from dht.experts import ExpertRegistry
 from dht.founder_records import LIFETIME_S, ManifestRecord
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
@@ -135,12 +142,16 @@ class _Membership:
     """Stands for `dht.swarm.Swarm`, with those parts that hosting uses."""
 
     host: SimulatedHost
-    registry: Registry
+    experts: ExpertRegistry
     manifest: Manifest
     manifest_record: ManifestRecord
     peer_store: PeerStore
     guard: ParseGuard
     membership: Membership = field(init=False)
+
+    @property
+    def registry(self) -> Registry:
+        return self.experts.registry
 
     @property
     def keys(self) -> SwarmKeys:
@@ -174,12 +185,13 @@ class SimulatedNode:
             swarm.shared, lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng
         )
         registry.lookups = lookups
+        self.experts = SharedExperts(registry, swarm.shared)
         self.period = UpkeepPeriod(
             self.settings.announce_every_s, lambda: registry.spent_bytes, world.rng("periods")
         )
         member: Any = _Membership(
             SimulatedHost(swarm, peer),
-            registry,
+            self.experts,
             plan.manifest,
             ManifestRecord(registry, swarm.manifest_record, now=now),
             PeerStore(None),
@@ -312,7 +324,7 @@ class SimulatedNode:
         """Averages with one other replica for half of its experts; for all of them before the node leaves."""
         me, rng = self.peer.peer_id, self.swarm.world.rng("averaging")
         seen = {} if is_last else self.hosting.seen
-        replicas = await replicas_to_meet(self.registry, self.runtime.experts, seen, me)
+        replicas = await replicas_to_meet(self.experts, self.runtime.experts, seen, me)
         if is_last:
             found = [rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         else:

@@ -16,6 +16,7 @@ from unittest.mock import patch
 from benchmarks.internet.world import World
 from benchmarks.simulated_p2p import EPOCH, simulated_world
 from dht.announcements import Replica
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.regions import Prefix, Region
 from dht.registry import Entries, Registry
@@ -188,14 +189,6 @@ class SharedRegistry(Registry):
         super().__init__(*args, **kwargs)
         self._shared = shared
 
-    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
-        replicas: dict[UID, Replica] | None = self._shared.get(value)
-        if replicas is None:
-            if len(self._shared) >= _MOST_SHARED:
-                self._shared.clear()
-            replicas = self._shared[value] = super()._replicas_in(prefix, key, subkey, value)
-        return replicas
-
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int | None = None
     ) -> dict[str, Entries]:
@@ -214,6 +207,27 @@ class SharedRegistry(Registry):
         """
         return await call
 
+    def _info(self, kind: Any, value: object, key: str, peer_id: PeerID) -> Any:
+        if value not in self._shared:
+            self._shared[value] = super()._info(kind, value, key, peer_id)
+        return self._shared[value]
+
+
+class SharedExperts(ExpertRegistry):
+    """Like `SharedRegistry`, for what nodes announce of their experts."""
+
+    def __init__(self, registry: Registry, shared: dict[object, Any]) -> None:
+        super().__init__(registry)
+        self._shared = shared
+
+    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
+        replicas: dict[UID, Replica] | None = self._shared.get(value)
+        if replicas is None:
+            if len(self._shared) >= _MOST_SHARED:
+                self._shared.clear()
+            replicas = self._shared[value] = super()._replicas_in(prefix, key, subkey, value)
+        return replicas
+
     def _region(
         self,
         prefix: Prefix,
@@ -227,11 +241,6 @@ class SharedRegistry(Registry):
             answer.region = super()._region(prefix, keys, answers)
         region: Region = answer.region
         return region
-
-    def _info(self, kind: Any, value: object, key: str, peer_id: PeerID) -> Any:
-        if value not in self._shared:
-            self._shared[value] = super()._info(kind, value, key, peer_id)
-        return self._shared[value]
 
 
 async def _end_all() -> None:

@@ -15,7 +15,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
-from dht.registry import Registry
+from dht.experts import ExpertRegistry
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
@@ -152,7 +152,7 @@ class ReplicaAveraging:
     async def average_some(self) -> None:
         """Averages about half of the experts that other nodes serve too. Raises UnreachableError."""
         me = self._swarm.host.peer_id
-        replicas = await replicas_to_meet(self._swarm.registry, self._replicas.experts, self._seen(), me)
+        replicas = await replicas_to_meet(self._swarm.experts, self._replicas.experts, self._seen(), me)
         partners = choose_partners(replicas, me, self._unshared, self._rng)
         for replica in partners:
             count = self._replicas.experts[replica.uid].update_count
@@ -199,7 +199,7 @@ class ReplicaAveraging:
             self._last_averaging.cancel()
 
     async def _average_last(self) -> None:
-        replicas = await self._swarm.registry.replicas(self._replicas.experts)
+        replicas = await self._swarm.experts.replicas(self._replicas.experts)
         me = self._swarm.host.peer_id
         partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
         await self._replicas.runtime.run(partial(self._end_accumulation, {r.uid for r in partners}))
@@ -310,7 +310,7 @@ class ReplicaAveraging:
 
     async def _others(self, uid: UID, peer_id: PeerID, believed: int) -> list[Replica]:
         """Other nodes' replicas that serve. `believed`: the part of that peer's update count that is believed."""
-        hosts = await self._swarm.registry.replicas([uid])
+        hosts = await self._swarm.experts.replicas([uid])
         return [
             replace(r, update_count=believed) if r.peer_id == peer_id else r
             for r in serving_elsewhere(hosts[uid], self._swarm.host.peer_id)
@@ -374,7 +374,7 @@ class ReplicaAveraging:
 
     async def _follow_average(self, hint: FetchHint) -> None:
         """Averages on another peer's request, if that peer serves the expert according to the DHT."""
-        replicas = await self._swarm.registry.replicas(hint.uids)
+        replicas = await self._swarm.experts.replicas(hint.uids)
         hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
         if hint.peer_id in hosts and set(hint.uids) <= self._replicas.experts.keys():
             nodes = await self._swarm.registry.nodes([hint.peer_id])
@@ -402,13 +402,13 @@ def is_astray(out_of_reach: int, others: int) -> bool:
 
 
 async def replicas_to_meet(
-    registry: Registry, uids: Collection[UID], seen: Mapping[UID, Collection[Replica]], me: PeerID
+    experts: ExpertRegistry, uids: Collection[UID], seen: Mapping[UID, Collection[Replica]], me: PeerID
 ) -> dict[UID, Collection[Replica]]:
     """The replicas of these experts that this node saw recently. Reading them again for each average would cost a fifth
     of a node's upkeep, so only experts that nobody else served are read again.
     """
     known = {uid: seen[uid] for uid in uids if serving_elsewhere(seen.get(uid, ()), me)}
-    return {**known, **await registry.replicas([uid for uid in uids if uid not in known])}
+    return {**known, **await experts.replicas([uid for uid in uids if uid not in known])}
 
 
 def choose_partners(

@@ -110,7 +110,7 @@ class Handover:
         served before.
         """
         me = self._swarm.host.peer_id
-        replicas = await self._swarm.registry.replicas(self.alone)
+        replicas = await self._swarm.experts.replicas(self.alone)
         served = [uid for uid, hosts in replicas.items() if serving_elsewhere(hosts, me)]
         self.alone.difference_update(served)
         self.handed_over += sum(uid in self._asked for uid in served)
@@ -194,7 +194,7 @@ class HostingManager:
         self._vacant_looks: dict[UID, int] = {}
         """For each expert, how many looks in a row found no host."""
         self._hysteresis = ExchangeHysteresis(_FIRM_LOOKS, _EXCHANGE_EVERY_S)
-        self._survey = HostingSurvey(swarm.registry, swarm.manifest, swarm.host.peer_id)
+        self._survey = HostingSurvey(swarm.experts, swarm.manifest, swarm.host.peer_id)
         self._hurried = asyncio.Event()
         self._changing = asyncio.Lock()
         """Held while this node looks for experts to take or give up, which takes long if states arrive slowly."""
@@ -245,7 +245,7 @@ class HostingManager:
             return
         async with self._changing:
             own = {*[*self._replicas.experts][:1]}
-            replicas = await self._swarm.registry.replicas(suspects | own)
+            replicas = await self._swarm.experts.replicas(suspects | own)
             self._require_own(own, replicas)
             others = {uid: looks for uid, looks in self._vacant_looks.items() if uid not in suspects}
             self._vacant_looks = others | self._vacant_again(replicas)
@@ -264,7 +264,7 @@ class HostingManager:
             logger.info("adopted %s of %s, which leaves or pauses", counted(len(taken), "expert"), leaving)
 
     async def _given_up_by(self, leaving: PeerID, uids: Collection[UID]) -> list[UID]:
-        replicas = await self._swarm.registry.replicas(uids)
+        replicas = await self._swarm.experts.replicas(uids)
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         return [
             uid
@@ -361,7 +361,7 @@ class HostingManager:
         is_full = self._room <= len(mine) < self.capacity
         # anybody can announce an expert and not give its state: that must not prevent taking others
         able = {uid: hosts for uid, hosts in replicas.items() if not self._replicas.is_withheld(uid)}
-        unread = self._swarm.registry.unread
+        unread = self._swarm.experts.unread
         wish = exchange(able, mine, self._swarm.host.peer_id, enough, unread) if is_full else None
         if not self._hysteresis.is_due(wish, self._now()) or wish is None:
             return
@@ -383,7 +383,7 @@ class HostingManager:
         wanted = under_replicated(others, room, me, self._enough)
         enough = self._enough
         if not wanted and room > 0:
-            more = further_replica(able, mine, me, self._swarm.registry.unread)
+            more = further_replica(able, mine, me, self._swarm.experts.unread)
             if more is not None:
                 # idle nodes may take the same expert at once, as many as its hosts can serve; other nodes one at a time
                 hosts = replicas[more]

@@ -20,9 +20,9 @@ from types import MappingProxyType
 import numpy as np
 
 from dht.announcements import Replica, ReplicaState
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.regions import Prefix
-from dht.registry import Registry
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_plausible_updates
 from peer.identity import PeerID
@@ -387,9 +387,9 @@ class HostingSurvey:
     """
 
     def __init__(
-        self, registry: Registry, manifest: Manifest, peer_id: PeerID, rng: random.Random | None = None
+        self, experts: ExpertRegistry, manifest: Manifest, peer_id: PeerID, rng: random.Random | None = None
     ) -> None:
-        self._registry = registry
+        self._experts = experts
         self._manifest = manifest
         self._peer_id = peer_id
         self._rng = rng or random.SystemRandom()
@@ -414,7 +414,7 @@ class HostingSurvey:
         split = self._split | self._known_split()
         own = self._in_turn({*hosted, *saved}, split)
         rows = [*self._rows(split), *self._rows_of_split(split, own, takes_turns=bool(hosted))]
-        active = await self._registry.prefixes(rows, self._manifest.experts.grid[-1], most=MOST_REGIONS)
+        active = await self._experts.prefixes(rows, self._manifest.experts.grid[-1], most=MOST_REGIONS)
         self._split = self._known_split() | (split - {layer for layer, _ in active})
         split |= self._split
         wanted = set(own)
@@ -425,12 +425,12 @@ class HostingSurvey:
                 self._again = list(dict.fromkeys(map(_row, vacant)))
             wanted.update(vacant, self._others(some, most_others))
         self._looks += 1
-        return self._merged(await self._registry.replicas(wanted, just_read=True))
+        return self._merged(await self._experts.replicas(wanted, just_read=True))
 
     def _known_split(self) -> set[int]:
         first, *_ = self._manifest.experts.grid
         layers = range(self._manifest.model.layers)
-        return {layer for layer in layers if self._registry.regions.has_split(layer, first)}
+        return {layer for layer in layers if self._experts.regions.has_split(layer, first)}
 
     def had_host(self, uid: UID) -> bool:
         """Whether anybody has ever been seen to host or claim the expert."""
@@ -450,7 +450,7 @@ class HostingSurvey:
 
     def _merged(self, found: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
         """The replicas, together with those from earlier looks that have not expired."""
-        now = self._registry.now()
+        now = self._experts.registry.now()
         for uid, hosts in found.items():
             if hosts:
                 self._had_host[uid.layer, *uid.coordinate] = True
@@ -488,7 +488,7 @@ class HostingSurvey:
         mine = [_row(uid) for uid in own if uid.layer in split]
         rng, grid = self._turn(), self._manifest.experts.grid[:-1]
         count = math.prod(grid)
-        peers_per_looker = self._registry.lookups.estimated_nodes / (_LOOKERS * len(split) * count)
+        peers_per_looker = self._experts.registry.lookups.estimated_nodes / (_LOOKERS * len(split) * count)
         # a power of two, because the estimate changes a little all the time, and bounded, because it may be wrong
         pause = 1 << min(6, max(0, round(math.log2(peers_per_looker))))
         first = int.from_bytes(self._peer_id.to_bytes()[-8:])

@@ -245,14 +245,14 @@ class LocalReplicas:
             if uid in self._claimed_at  # otherwise it has been withdrawn already
         ]
         queued_rows = self.runtime.queued_rows
-        await self._swarm.registry.announce(announced, self._period.lifetime_s, queued_rows)
+        await self._swarm.experts.announce(announced, self._period.lifetime_s, queued_rows)
 
     async def withdraw(self, uids: Collection[UID]) -> None:
         """Withdraws the announcements. If it raises UnreachableError, the experts are announced as before."""
         # removed first, so that no concurrent announcement follows the withdrawal
         claimed_at = {uid: self._claimed_at.pop(uid) for uid in uids if uid in self._claimed_at}
         try:
-            await self._swarm.registry.withdraw(uids, self._period.lifetime_s)
+            await self._swarm.experts.withdraw(uids, self._period.lifetime_s)
         except UnreachableError:
             self._claimed_at |= claimed_at
             raise
@@ -339,7 +339,7 @@ class LocalReplicas:
 
     async def _claim_and_serve(self, wanted: list[UID], most_updates: int, enough: int) -> list[UID]:
         """Claims experts, waits for the claims of others, and serves those whose claims it wins."""
-        registry, me = self._swarm.registry, self._swarm.host.peer_id
+        experts, me = self._swarm.experts, self._swarm.host.peer_id
         claimed_at = self._now()
         self._claimed_at |= dict.fromkeys(wanted, claimed_at)
         saved = await self.checkpoints.newest()
@@ -347,9 +347,9 @@ class LocalReplicas:
             uid: ReplicaAnnouncement(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at)
             for uid in wanted
         }
-        await registry.announce(claims.values(), self._period.lifetime_s)
+        await experts.announce(claims.values(), self._period.lifetime_s)
         await self._build_for(self.claim_wait_s, wanted)
-        replicas = await registry.replicas(wanted)
+        replicas = await experts.replicas(wanted)
         lost = lost_claims(wanted, replicas, me, saved, enough)
         await self.withdraw(lost)
         for uid in lost:
@@ -433,7 +433,7 @@ class LocalReplicas:
             with contextlib.suppress(UnreachableError):  # it is announced again soon
                 if clock() >= renew_at:
                     waiting = [claim for uid, claim in claims.items() if uid not in {*taken, *failed}]
-                    await self._swarm.registry.announce(waiting, self._period.lifetime_s)
+                    await self._swarm.experts.announce(waiting, self._period.lifetime_s)
                     renew_at = clock() + self._period.lifetime_s / 3
                 if ready := taken[announced:]:
                     await self.announce(ready)

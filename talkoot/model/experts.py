@@ -86,7 +86,7 @@ class SwarmExperts:
         replicas: dict[UID, tuple[Replica, ...]] = {}
         uids = await self._listed_uids()
         for start in range(0, len(uids), _READ_AT_ONCE):
-            replicas |= await self._swarm.registry.replicas(uids[start : start + _READ_AT_ONCE])
+            replicas |= await self._swarm.experts.replicas(uids[start : start + _READ_AT_ONCE])
         await self._read_nodes({replica.peer_id for replica in chain.from_iterable(replicas.values())})
         self._most_updates = plausible_updates(replicas)
         found = {uid: self._sources(some) for uid, some in replicas.items()}
@@ -110,7 +110,7 @@ class SwarmExperts:
             if now >= self._give_up_at:
                 return None
             await asyncio.sleep(_RETRY_S)
-            replicas = (await self._swarm.registry.replicas([uid]))[uid]
+            replicas = (await self._swarm.experts.replicas([uid]))[uid]
             await self._read_nodes({replica.peer_id for replica in replicas})
             hosts = self._sources(replicas)
 
@@ -169,7 +169,7 @@ class SwarmExperts:
         for size in manifest.experts.grid:
             longer: list[Prefix] = []
             for start in range(0, len(frontier), _READ_AT_ONCE):
-                found = await self._swarm.registry.prefixes(frontier[start : start + _READ_AT_ONCE], size)
+                found = await self._swarm.experts.prefixes(frontier[start : start + _READ_AT_ONCE], size)
                 longer += [
                     (layer, (*c, nxt)) for (layer, c), active in found.items() for nxt in sorted(active)
                 ]

@@ -96,14 +96,14 @@ def test_a_claim_is_renewed_now_and_then_while_a_state_comes_over_a_slow_line(
     with simulated(1) as world:
         swarm = grown(world, 4, 4)
         node = swarm.join(HomeLine(down_bps=8 * swarm.plan.state_bytes / 120), 1)
-        announce, times = node.registry.announce, list[float]()
+        announce, times = node.experts.announce, list[float]()
 
         async def counted(replicas: Collection[ReplicaAnnouncement], *arguments: Any) -> None:
             times.extend([world.time()] * bool(replicas))
             await announce(replicas, *arguments)
 
-        monkeypatch.setattr(node.registry, "announce", counted)
-        reader = next(iter(swarm.nodes.values())).registry
+        monkeypatch.setattr(node.experts, "announce", counted)
+        reader = next(iter(swarm.nodes.values())).experts
         until(world, lambda: bool(times), 60)
         while not node.runtime.experts:
             world.run(5)

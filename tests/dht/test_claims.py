@@ -86,8 +86,8 @@ def test_a_claim_that_is_not_made_good_keeps_others_away_as_long_whatever_it_cou
         for minute in range(120):
             now = world.unix_time()
             claim = ReplicaAnnouncement(HERE, ReplicaState.CLAIMED, update_count, claimed_at=now)
-            await liar.registry.announce([claim], 90.0)
-            found = await honest.registry.replicas([HERE])
+            await liar.experts.announce([claim], 90.0)
+            found = await honest.experts.replicas([HERE])
             counts = now <= began + MAX_CLAIM_S
             assert vacant(found) == ([] if counts else [HERE]), minute
             wins = counts and update_count > 0

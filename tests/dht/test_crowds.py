@@ -67,13 +67,13 @@ async def trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> tuple[SimulatedPe
     """A trainer that has just joined through a random honest peer."""
     peer = await swarm.make_peer(serves_dht=False)
     await swarm.join(peer)
-    return peer, Directory(peer.registry, swarm.manifest, refresh_every_s=10, now=loop.unix_time)
+    return peer, Directory(peer.experts, swarm.manifest, refresh_every_s=10, now=loop.unix_time)
 
 
 async def look_around(swarm: SimulatedSwarm) -> None:
     """All nodes look at the expert, as they regularly do to see which experts need another host."""
     for peer in swarm.peers:
-        await peer.registry.replicas([HIDDEN])
+        await peer.experts.replicas([HIDDEN])
 
 
 @pytest.mark.parametrize("beside", ["prefix", "node"])
@@ -107,7 +107,7 @@ def test_known_experts_stay_in_view_as_long_as_they_live_when_their_prefixes_are
         async def nothing(prefixes: Any, size: int) -> Any:
             return {prefix: set() for prefix in prefixes}
 
-        monkeypatch.setattr(peer.registry, "prefixes", nothing)
+        monkeypatch.setattr(peer.experts, "prefixes", nothing)
         for _ in range(2):
             assert (await directory.refresh()).live_experts() == EXPERTS
         await asyncio.sleep(700)
@@ -133,7 +133,7 @@ def test_of_a_crowd_too_large_to_ask_them_all_the_witnesses_tell() -> None:
             peer, _ = await trainer(loop, swarm)
             for _ in range(4):
                 peer.dht.storage.clear()
-                seen += bool((await peer.registry.replicas([HIDDEN]))[HIDDEN])
+                seen += bool((await peer.experts.replicas([HIDDEN]))[HIDDEN])
         assert seen >= 19
 
     play(scenario)

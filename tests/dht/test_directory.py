@@ -37,6 +37,7 @@ class FakeRegistry:
 
     def __init__(self, active: Collection[tuple[int, ...]], served: Collection[tuple[int, ...]]) -> None:
         self.active = set(active)
+        self.registry = self
         self.served = set(served)
         self.reads: list[str] = []
         self.experts_read: list[UID] = []
@@ -414,7 +415,7 @@ def test_a_swarm_that_does_not_answer_is_said_once_until_it_does(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers = iter([False, False, False, True, False, False])
-    directory = make_directory(SimpleNamespace(spent_bytes=0))
+    directory = make_directory(SimpleNamespace(registry=SimpleNamespace(spent_bytes=0)))
     monkeypatch.setattr(directory, "_refresh_every_s", 0.001)
 
     async def refresh() -> None:

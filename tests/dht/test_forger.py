@@ -18,6 +18,7 @@ from raw_dht import Gullible, read_raw, store_raw
 
 from dht.announcements import NodeInfo, Replica, ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys, sign_record
 from dht.regions import Prefix
@@ -47,6 +48,9 @@ class Swarm:
 
     def registry(self, n: int) -> Registry:
         return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity)
+
+    def experts(self, n: int) -> ExpertRegistry:
+        return ExpertRegistry(self.registry(n))
 
     async def forge(self, key: str, subkey: object, value: object, expires_at: float) -> None:
         """Offers an entry to all peers, and puts it into the forger's own store, which answers everybody with it."""
@@ -84,9 +88,9 @@ def run(loop: LoopThread, swarm: Swarm) -> Any:
         loop.run(scenario, 60)
 
     async def announce() -> None:
-        honest = swarm.registry(0)
+        honest = swarm.experts(0)
         await honest.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING, 7) for uid in UIDS], LIFETIME_S)
-        await honest.publish_node(node_record(swarm.hosts[0].identity), LIFETIME_S)
+        await honest.registry.publish_node(node_record(swarm.hosts[0].identity), LIFETIME_S)
 
     run(announce())
     return run
@@ -112,7 +116,7 @@ async def see_only_honest(swarm: Swarm) -> None:
     """Checks what another honest peer sees: each expert at the peer that announced it, and each node with its
     own key.
     """
-    directory, honest = Directory(swarm.registry(1), MANIFEST, refresh_every_s=60), swarm.hosts[0].peer_id
+    directory, honest = Directory(swarm.experts(1), MANIFEST, refresh_every_s=60), swarm.hosts[0].peer_id
     await directory.refresh()
     view = await directory.refresh()  # The first reading of a small grid uses no prefixes.
     assert {uid for uid in UIDS if honest in {r.peer_id for r in view.hosts(uid)}} == set(UIDS)
@@ -186,14 +190,16 @@ def test_a_forged_or_exchanged_announcement_is_believed_by_nobody(
 def test_a_forger_with_the_victims_address_or_certificate_is_not_taken_for_it(swarm: Swarm, run: Any) -> None:
     async def scenario() -> None:
         victim, forger = swarm.hosts[0], swarm.hosts[2]
-        registry = swarm.registry(2)
-        await registry.announce(
+        experts = swarm.experts(2)
+        await experts.announce(
             [ReplicaAnnouncement(uid, ReplicaState.SERVING, 10**6) for uid in UIDS[:2]], LIFETIME_S
         )
         for certificate in (victim.identity.make_certificate(), forger.identity.make_certificate()):
-            await registry.publish_node(node_record(forger.identity, certificate=certificate), LIFETIME_S)
+            await experts.registry.publish_node(
+                node_record(forger.identity, certificate=certificate), LIFETIME_S
+            )
             await see_only_honest(swarm)
-        await registry.withdraw(UIDS[:2], LIFETIME_S)
+        await experts.withdraw(UIDS[:2], LIFETIME_S)
 
     run(scenario())
 
@@ -204,7 +210,7 @@ def test_all_coordinates_said_to_be_active_cost_a_bounded_number_of_reads(swarm:
         for prefix in ((), (0,), (77,)):
             key = swarm.keys.prefix(0, prefix)
             await asyncio.gather(*(swarm.forge(key, c, key, until) for c in range(0, 4096, 128)))
-        assert all(c < 4096 for c in (await swarm.registry(1).prefixes([(0, ())], 4096))[0, ()])
+        assert all(c < 4096 for c in (await swarm.experts(1).prefixes([(0, ())], 4096))[0, ()])
         await see_only_honest(swarm)
 
     run(scenario())
@@ -234,6 +240,7 @@ class CountingRegistry:
 
     def __init__(self) -> None:
         self.largest = 0
+        self.registry = self
 
     async def prefixes(
         self, prefixes: Collection[Prefix], size: int, **_: Any
@@ -276,7 +283,7 @@ def test_a_flooded_directory_reads_a_bounded_number_and_keeps_what_lives(
 
 def test_a_claim_renewed_for_ever_leaves_the_expert_vacant(swarm: Swarm, run: Any) -> None:
     async def scenario() -> None:
-        reader, claimant = swarm.registry(1), swarm.registry(2)
+        reader, claimant = swarm.experts(1), swarm.experts(2)
         uid = UID(5, (0, 0))  # nobody's
         seen = []
         for _ in range(3):

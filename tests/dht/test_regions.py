@@ -50,7 +50,7 @@ def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Coroutine[Any, Any, N
 
 
 async def announce(peer: SimulatedPeer, *uids: UID, lifetime_s: float = 90.0) -> None:
-    await peer.registry.announce([ReplicaAnnouncement(uid, SERVING, 1) for uid in uids], lifetime_s)
+    await peer.experts.announce([ReplicaAnnouncement(uid, SERVING, 1) for uid in uids], lifetime_s)
 
 
 def hosts_of(found: dict[UID, tuple[Replica, ...]]) -> dict[UID, set[PeerID]]:
@@ -58,7 +58,7 @@ def hosts_of(found: dict[UID, tuple[Replica, ...]]) -> dict[UID, set[PeerID]]:
 
 
 def depths(peer: SimulatedPeer) -> set[int]:
-    return {len(coordinate) for _, coordinate in peer.registry.home_of.values()}
+    return {len(coordinate) for _, coordinate in peer.experts.home_of.values()}
 
 
 @given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 4095)), max_size=40), st.integers(0, 2**31))
@@ -218,19 +218,19 @@ def test_everybody_is_found_while_regions_split() -> None:
             for peer in small:
                 await announce(peer, hosts[peer.peer_id])
             for only_active in (False, True):
-                found = hosts_of(await reader.registry.replicas(uids, only_active=only_active))
+                found = hosts_of(await reader.experts.replicas(uids, only_active=only_active))
                 assert all(large.peer_id in some for some in found.values())
                 missing = [peer for peer in small if peer.peer_id not in found[hosts[peer.peer_id]]]
                 assert not missing
             rows = [(0, (row,)) for row in range(4)]
-            active = await reader.registry.prefixes(rows, 4)
+            active = await reader.experts.prefixes(rows, 4)
             assert all(some == frozenset(range(4)) for some in active.values())
             await asyncio.sleep(60)
         assert all(0 not in depths(peer) for peer in swarm.peers), "all have moved down"
         assert depths(large) == {1}, "one record for each row"
         for peer in small:
-            await peer.registry.withdraw([hosts[peer.peer_id]], 90.0)
-        found = hosts_of(await reader.registry.replicas(uids))
+            await peer.experts.withdraw([hosts[peer.peer_id]], 90.0)
+        found = hosts_of(await reader.experts.replicas(uids))
         assert all(some == {large.peer_id} for some in found.values())
 
     play(scenario, nodes=51)
@@ -240,12 +240,12 @@ def test_who_marks_a_layer_as_split_hides_nobody() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids, reader = swarm.manifest.uids(), swarm.peers[0]
         key = swarm.keys.prefix(0)
-        before = hosts_of(await reader.registry.replicas(uids))
+        before = hosts_of(await reader.experts.replicas(uids))
         for _ in range(3):
             until = loop.unix_time() + 500
             await swarm.peers[1].lookups.store([Item(key, c, key, until) for c in (0, 99)])
             for only_active in (False, True, False):
-                assert hosts_of(await reader.registry.replicas(uids, only_active=only_active)) == before
+                assert hosts_of(await reader.experts.replicas(uids, only_active=only_active)) == before
             await swarm.announce_all(600.0)
             await asyncio.sleep(120)
 
@@ -256,8 +256,8 @@ def test_a_newer_record_with_a_shorter_life_takes_the_place_of_the_older() -> No
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         peer, (one, two, *_) = swarm.peers[2], [UID(0, (0, n)) for n in range(4)]
         await announce(peer, one, two, lifetime_s=500.0)
-        await peer.registry.withdraw([one], 20.0)
-        found = hosts_of(await swarm.peers[3].registry.replicas([one, two]))
+        await peer.experts.withdraw([one], 20.0)
+        found = hosts_of(await swarm.peers[3].experts.replicas([one, two]))
         assert peer.peer_id not in found[one]
         assert peer.peer_id in found[two]
 
@@ -270,17 +270,17 @@ def test_what_is_announced_and_withdrawn_side_by_side_is_not_undone() -> None:
         one, two = UID(0, (0, 0)), UID(0, (1, 0))
 
         async def hosted() -> set[UID]:
-            found = hosts_of(await reader.registry.replicas([one, two]))
+            found = hosts_of(await reader.experts.replicas([one, two]))
             return {uid for uid, hosts in found.items() if peer.peer_id in hosts}
 
-        await asyncio.gather(peer.registry.withdraw([two], 90.0), announce(peer, two))
+        await asyncio.gather(peer.experts.withdraw([two], 90.0), announce(peer, two))
         await announce(peer, one)
         assert await hosted() == {one, two}
-        peer.registry.regions.note((0, ()), [0], SPLIT)
+        peer.experts.regions.note((0, ()), [0], SPLIT)
         for row in (0, 1):
-            peer.registry.regions.note((0, (row,)), [0], NOBODY)
+            peer.experts.regions.note((0, (row,)), [0], NOBODY)
         for stays, goes in ((one, two), (two, one)):
-            await asyncio.gather(announce(peer, one, two), peer.registry.withdraw([goes], 90.0))
+            await asyncio.gather(announce(peer, one, two), peer.experts.withdraw([goes], 90.0))
             assert depths(peer) == {1}
             assert await hosted() == {stays}
 
@@ -290,17 +290,17 @@ def test_what_is_announced_and_withdrawn_side_by_side_is_not_undone() -> None:
 def test_a_record_of_experts_that_do_not_exist_shows_none() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids, liar = swarm.manifest.uids(), swarm.peers[1]
-        before = hosts_of(await swarm.peers[0].registry.replicas(uids))
+        before = hosts_of(await swarm.peers[0].experts.replicas(uids))
         made_up = [{"state": 2, "following": [n, 4000]} for n in range(MAX_REPLICAS_OF_RECORD)]
         key, until = swarm.keys.prefix(0), loop.unix_time() + 600
         payload = records_pb2.RecordPayload(key=key, expires_at=until, hosting={"replicas": made_up})
         stranger: Any = swarm.peers[1].identity
         record = sign_record(stranger, payload)
         assert await liar.lookups.store([Item(key, liar.peer_id.to_bytes(), record, until)])
-        found = hosts_of(await swarm.peers[0].registry.replicas(uids))
+        found = hosts_of(await swarm.peers[0].experts.replicas(uids))
         mine = {uid: hosts - {liar.peer_id} for uid, hosts in before.items()}
         assert {uid: hosts - {liar.peer_id} for uid, hosts in found.items()} == mine
-        active = await swarm.peers[0].registry.prefixes([(0, ())], 4)
+        active = await swarm.peers[0].experts.prefixes([(0, ())], 4)
         assert active[0, ()] <= frozenset(range(4))
         payload.hosting.replicas.add(state=2, following=[0, 0])
         payload.expires_at = until + 1
@@ -312,15 +312,16 @@ def test_a_record_of_experts_that_do_not_exist_shows_none() -> None:
 
 def test_records_that_announce_nothing_any_more_do_not_count_as_hosts_that_were_not_read() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
-        registry, layer, until = swarm.peers[0].registry, (0, ()), swarm.peers[0].registry.now() + 60
+        experts, layer = swarm.peers[0].experts, (0, ())
+        until = experts.registry.now() + 60
         entries = Entries()
         for number, peer in enumerate(swarm.peers):
             said = ReplicaAnnouncement(UID(0, (1, 1)), SERVING if number < 2 else WITHDRAWN, 1)
-            for item in peer.registry._region_items(layer, [said], until, 0).values():
+            for item in peer.experts._region_items(layer, [said], until, 0).values():
                 entries[item.subkey] = item.value, until
         entries.unread = 40
-        key = registry.keys.prefix(*layer)
-        region = registry._region(layer, [key], {key: entries})
+        key = experts.registry.keys.prefix(*layer)
+        region = experts._region(layer, [key], {key: entries})
         assert (region.hosts, region.unread) == (2, 10)
 
     play(scenario, 8)
@@ -333,7 +334,7 @@ def test_who_is_in_a_hurry_waits_for_nothing_below_a_region_that_has_a_host_or_h
         uid, others = UID(0, (1, 1)), [UID(0, (2, n)) for n in range(4)]
         reader = await swarm.make_peer(serves_dht=False)
         await swarm.join(reader)
-        registry, asked = reader.registry, list[str]()
+        experts, registry, asked = reader.experts, reader.registry, list[str]()
         get, below = registry.get, {registry.keys.prefix(*some) for some in (uid, *others)}
 
         async def slow_below(keys: Any, *limits: Any) -> Any:
@@ -344,9 +345,9 @@ def test_who_is_in_a_hurry_waits_for_nothing_below_a_region_that_has_a_host_or_h
 
         monkeypatch.setattr(registry, "get", slow_below)
         began = loop.time()
-        registry.read_ahead([uid, *others])
+        experts.read_ahead([uid, *others])
         found, again = await asyncio.gather(
-            *(registry.replicas([uid, *others], limits=DEFAULT_LIMITS, at_once=True) for _ in range(2))
+            *(experts.replicas([uid, *others], limits=DEFAULT_LIMITS, at_once=True) for _ in range(2))
         )
         assert loop.time() - began < 1000
         assert found == again

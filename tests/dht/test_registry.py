@@ -24,6 +24,7 @@ from three_hosts import (
 
 from dht.announcements import Replica, ReplicaAnnouncement
 from dht.directory import Directory
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.records import SwarmKeys, open_record
 from dht.registry import Registry
@@ -62,8 +63,8 @@ def test_another_peer_sees_what_was_announced(swarm: Swarm) -> None:
     async def scenario() -> None:
         before = time.time()
         announced = [ReplicaAnnouncement(FIRST, SERVING, 41), ReplicaAnnouncement(THIRD, CLAIMED, 0, before)]
-        await swarm.registry(1).announce(announced, LIFETIME_S, queued_rows=12)
-        found = await swarm.registry(2).replicas([FIRST, SECOND, THIRD])
+        await swarm.experts(1).announce(announced, LIFETIME_S, queued_rows=12)
+        found = await swarm.experts(2).replicas([FIRST, SECOND, THIRD])
         (first,), second, (third,) = found[FIRST], found[SECOND], found[THIRD]
         me = swarm.hosts[1].peer_id
         assert first == Replica(FIRST, me, SERVING, 41, 12, 0.0, first.expires_at)
@@ -77,12 +78,12 @@ def test_another_peer_sees_what_was_announced(swarm: Swarm) -> None:
 def test_prefixes_are_the_active_coordinates_of_all_peers(swarm: Swarm) -> None:
     async def scenario() -> None:
         await asyncio.gather(
-            swarm.registry(1).announce(
+            swarm.experts(1).announce(
                 [ReplicaAnnouncement(FIRST, SERVING), ReplicaAnnouncement(THIRD, CLAIMED)], LIFETIME_S
             ),
-            swarm.registry(2).announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S),
+            swarm.experts(2).announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S),
         )
-        found = await swarm.registry(0).prefixes([(0, ()), (1, ()), (0, (0,)), (0, (1,)), (0, (2,))], 4)
+        found = await swarm.experts(0).prefixes([(0, ()), (1, ()), (0, (0,)), (0, (1,)), (0, (2,))], 4)
         assert found == {(0, ()): {0, 2}, (1, ()): {1}, (0, (0,)): {1}, (0, (1,)): set(), (0, (2,)): {3}}
 
     swarm.run(scenario())
@@ -90,11 +91,11 @@ def test_prefixes_are_the_active_coordinates_of_all_peers(swarm: Swarm) -> None:
 
 def test_a_renewed_announcement_takes_the_place_of_the_old(swarm: Swarm) -> None:
     async def scenario() -> None:
-        registry = swarm.registry(1)
-        await registry.announce([ReplicaAnnouncement(FIRST, CLAIMED)], LIFETIME_S)
-        await registry.announce([ReplicaAnnouncement(FIRST, SERVING, 3)], LIFETIME_S)
-        await swarm.registry(2).announce([ReplicaAnnouncement(FIRST, SERVING, 5)], LIFETIME_S)
-        found = (await swarm.registry(0).replicas([FIRST]))[FIRST]
+        experts = swarm.experts(1)
+        await experts.announce([ReplicaAnnouncement(FIRST, CLAIMED)], LIFETIME_S)
+        await experts.announce([ReplicaAnnouncement(FIRST, SERVING, 3)], LIFETIME_S)
+        await swarm.experts(2).announce([ReplicaAnnouncement(FIRST, SERVING, 5)], LIFETIME_S)
+        found = (await swarm.experts(0).replicas([FIRST]))[FIRST]
         counts = {replica.peer_id: (replica.state, replica.update_count) for replica in found}
         assert counts == {swarm.hosts[1].peer_id: (SERVING, 3), swarm.hosts[2].peer_id: (SERVING, 5)}
         assert len(found) == 2
@@ -105,11 +106,11 @@ def test_a_renewed_announcement_takes_the_place_of_the_old(swarm: Swarm) -> None
 def test_withdrawn_replicas_are_gone_at_once_and_the_others_stay(swarm: Swarm) -> None:
     async def scenario() -> None:
         for n in (1, 2):
-            await swarm.registry(n).announce(
+            await swarm.experts(n).announce(
                 [ReplicaAnnouncement(FIRST, SERVING), ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S
             )
-        await swarm.registry(1).withdraw([FIRST], LIFETIME_S)
-        found = await swarm.registry(0).replicas([FIRST, SECOND])
+        await swarm.experts(1).withdraw([FIRST], LIFETIME_S)
+        found = await swarm.experts(0).replicas([FIRST, SECOND])
         assert {replica.peer_id for replica in found[FIRST]} == {swarm.hosts[2].peer_id}
         assert {replica.peer_id for replica in found[SECOND]} == {host.peer_id for host in swarm.hosts[1:]}
 
@@ -154,15 +155,15 @@ def test_a_node_that_is_started_again_goes_on_after_what_it_said_before(swarm: S
     async def scenario() -> None:
         host, earlier = swarm.hosts[1], swarm.registry(1)
         await earlier.publish_node(node_record(host, renew_every_s=150.0), 450.0)
-        await earlier.announce([ReplicaAnnouncement(FIRST, SERVING)], 450.0)
+        await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING)], 450.0)
         if has_left:
             await earlier.leave(450.0)
-        again = swarm.registry(1, time.time)
-        await again.publish_node(node_record(host, expert_count=4), LIFETIME_S)
+        again = swarm.experts(1, time.time)
+        await again.registry.publish_node(node_record(host, expert_count=4), LIFETIME_S)
         await again.announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
         reader = swarm.registry(2)
         assert (await reader.nodes([host.peer_id]))[host.peer_id].expert_count == 4
-        found = await reader.replicas([FIRST, SECOND])
+        found = await swarm.experts(2).replicas([FIRST, SECOND])
         assert [len(found[uid]) for uid in (FIRST, SECOND)] == [0, 1]
 
     swarm.run(scenario())
@@ -238,15 +239,15 @@ def test_a_node_can_be_started_again_soon_after_it_was_started_again(swarm: Swar
         host, reader = swarm.hosts[1], swarm.registry(2)
         await swarm.registry(1).publish_node(node_record(host, renew_every_s=150.0), 450.0)
         for queued_rows in (3, 4, 5):
-            again = swarm.registry(1, time.time)
-            await again.publish_node(node_record(host, expert_count=queued_rows), LIFETIME_S)
+            again = swarm.experts(1, time.time)
+            await again.registry.publish_node(node_record(host, expert_count=queued_rows), LIFETIME_S)
             for _ in range(4):
                 await again.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S, queued_rows)
             assert (await reader.nodes([host.peer_id]))[host.peer_id].expert_count == queued_rows
-            [replica] = (await reader.replicas([FIRST]))[FIRST]
+            [replica] = (await swarm.experts(2).replicas([FIRST]))[FIRST]
             assert replica.queued_rows == queued_rows
             if leaves:
-                await again.leave(LIFETIME_S)
+                await again.registry.leave(LIFETIME_S)
 
     swarm.run(scenario())
 
@@ -284,11 +285,11 @@ def test_all_nodes_are_listed_through_their_shards(swarm: Swarm) -> None:
 
 def test_an_expired_announcement_disappears(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce(
+        await swarm.experts(1).announce(
             [ReplicaAnnouncement(FIRST, SERVING), ReplicaAnnouncement(SECOND, SERVING)], 1.0
         )
-        await swarm.registry(2).announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
-        reader = swarm.registry(0)
+        await swarm.experts(2).announce([ReplicaAnnouncement(SECOND, SERVING)], LIFETIME_S)
+        reader = swarm.experts(0)
 
         async def is_gone() -> bool:
             return not (await reader.replicas([FIRST]))[FIRST]
@@ -301,23 +302,23 @@ def test_an_expired_announcement_disappears(swarm: Swarm) -> None:
 
 def test_a_reader_leaves_out_what_has_expired_by_its_own_clock(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
+        await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
         await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
-        later = swarm.registry(0, now=lambda: time.time() + LIFETIME_S)
+        later = swarm.experts(0, now=lambda: time.time() + LIFETIME_S)
         assert await later.replicas([FIRST]) == {FIRST: ()}
-        assert await later.nodes([swarm.hosts[1].peer_id]) == {}
+        assert await later.registry.nodes([swarm.hosts[1].peer_id]) == {}
 
     swarm.run(scenario())
 
 
 def test_nothing_to_say_and_nothing_to_ask_costs_no_call(swarm: Swarm) -> None:
     async def scenario() -> None:
-        registry = swarm.registry(1)
-        await registry.announce([], LIFETIME_S)
-        await registry.withdraw([], LIFETIME_S)
-        assert await registry.replicas([]) == {}
-        assert await registry.nodes([]) == {}
-        assert await registry.prefixes([], 4) == {}
+        experts = swarm.experts(1)
+        await experts.announce([], LIFETIME_S)
+        await experts.withdraw([], LIFETIME_S)
+        assert await experts.replicas([]) == {}
+        assert await experts.registry.nodes([]) == {}
+        assert await experts.prefixes([], 4) == {}
 
     swarm.run(scenario())
 
@@ -325,7 +326,7 @@ def test_nothing_to_say_and_nothing_to_ask_costs_no_call(swarm: Swarm) -> None:
 def test_a_dht_that_does_not_answer_is_unreachable_in_bounded_time(swarm: Swarm) -> None:
     async def scenario() -> None:
         host = swarm.hosts[1]
-        hurried = Registry(host.dht, swarm.keys, host.identity, deadline_s=0.0)
+        hurried = ExpertRegistry(Registry(host.dht, swarm.keys, host.identity, deadline_s=0.0))
         for call in (
             hurried.replicas([FIRST]),
             hurried.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S),
@@ -343,10 +344,10 @@ def test_what_is_asked_of_the_dht_is_counted(swarm: Swarm) -> None:
         return metrics.get_sample_value(f"talkoot_dht_{name}", labels)
 
     async def scenario() -> None:
-        registry = Registry(host.dht, swarm.keys, host.identity, metrics=metrics)
-        await registry.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
-        await registry.replicas([FIRST, SECOND])
-        await registry.replicas([])  # asks for nothing
+        experts = ExpertRegistry(Registry(host.dht, swarm.keys, host.identity, metrics=metrics))
+        await experts.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
+        await experts.replicas([FIRST, SECOND])
+        await experts.replicas([])  # asks for nothing
         assert value("records_stored_total") == 1
         assert value("keys_read_total") == value("hops_count") == value("hops_bucket", le="12.0") == 2
         assert value("seconds_count", operation="get") == 2
@@ -359,13 +360,13 @@ def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> No
     async def scenario() -> None:
         nodes = {1: [FIRST, SECOND], 2: [SECOND, THIRD]}
         for n, uids in nodes.items():
-            await swarm.registry(n).announce([ReplicaAnnouncement(uid, SERVING) for uid in uids], LIFETIME_S)
+            await swarm.experts(n).announce([ReplicaAnnouncement(uid, SERVING) for uid in uids], LIFETIME_S)
             await swarm.registry(n).publish_node(node_record(swarm.hosts[n]), LIFETIME_S)
         # One is hosted by a peer without a node record, so nobody can call it. The other is only claimed.
-        await swarm.registry(0).announce([ReplicaAnnouncement(UID(1, (2, 2)), SERVING)], LIFETIME_S)
-        await swarm.registry(1).announce([ReplicaAnnouncement(UID(1, (0, 3)), CLAIMED)], LIFETIME_S)
+        await swarm.experts(0).announce([ReplicaAnnouncement(UID(1, (2, 2)), SERVING)], LIFETIME_S)
+        await swarm.experts(1).announce([ReplicaAnnouncement(UID(1, (0, 3)), CLAIMED)], LIFETIME_S)
 
-        directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
+        directory = Directory(swarm.experts(0), MANIFEST, refresh_every_s=60)
         assert directory.view.live_experts() == 0
         before = time.time()
         view = await directory.refresh()
@@ -384,7 +385,7 @@ def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> No
         assert np.argwhere(view.tables(1, only_second)[1]).tolist() == []
         assert {replica.peer_id for replica in view.hosts(SECOND)} == {swarm.hosts[n].peer_id for n in nodes}
 
-        await swarm.registry(2).withdraw([THIRD], LIFETIME_S)
+        await swarm.experts(2).withdraw([THIRD], LIFETIME_S)
         assert (await directory.refresh()).live_experts() == 2
         assert view.live_experts() == 3, "an old view does not change"
 
@@ -426,7 +427,7 @@ def test_two_authors_of_one_name_do_not_see_each_other(swarm: Swarm) -> None:
 
 def test_what_is_stored_can_be_unsealed_by_anyone(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING, 9)], LIFETIME_S)
+        await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING, 9)], LIFETIME_S)
         key, peer_id = swarm.keys.prefix(FIRST.layer), swarm.hosts[1].peer_id
         found = await read_raw(swarm.hosts[2], key)
         payload = open_record(unpack(found[peer_id.to_bytes()].value), key, peer_id, time.time())

@@ -67,12 +67,12 @@ def announcement(key: str, expires_at: float) -> records_pb2.RecordPayload:
 def test_a_peer_cannot_announce_for_another(swarm: Swarm) -> None:
     async def scenario() -> None:
         victim, liar = swarm.hosts[1], swarm.hosts[2]
-        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING, 7)], LIFETIME_S)
+        await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING, 7)], LIFETIME_S)
         key, until = swarm.keys.expert(FIRST), time.time() + 2 * LIFETIME_S
         forged = sign_record(liar.identity, announcement(key, until))
         assert not await swarm.store(2, key, victim.peer_id.to_bytes(), forged, until)
         assert not await swarm.store(2, swarm.keys.expert(SECOND), victim.peer_id.to_bytes(), forged, until)
-        found = await swarm.registry(0).replicas([FIRST, SECOND])
+        found = await swarm.experts(0).replicas([FIRST, SECOND])
         assert [(r.peer_id, r.update_count) for r in found[FIRST]] == [(victim.peer_id, 7)]
         assert found[SECOND] == ()
         assert await swarm.store(2, key, liar.peer_id.to_bytes(), forged, until), "its own it may"
@@ -82,13 +82,13 @@ def test_a_peer_cannot_announce_for_another(swarm: Swarm) -> None:
 
 def test_a_plain_value_does_not_hide_the_announcements(swarm: Swarm) -> None:
     async def scenario() -> None:
-        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
+        await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
         until = time.time() + 500
         for key in (swarm.keys.expert(FIRST), swarm.keys.prefix(0), swarm.keys.prefix(0, (0,))):
             assert not await swarm.store(2, key, None, b"mine", until)
             assert not await swarm.store(2, key, None, key, until)
-        assert len((await swarm.registry(0).replicas([FIRST]))[FIRST]) == 1
-        assert await swarm.registry(0).prefixes([(0, ())], 4) == {(0, ()): {0}}
+        assert len((await swarm.experts(0).replicas([FIRST]))[FIRST]) == 1
+        assert await swarm.experts(0).prefixes([(0, ())], 4) == {(0, ()): {0}}
 
     swarm.run(scenario())
 
@@ -98,8 +98,8 @@ def test_what_is_no_coordinate_does_not_get_into_a_prefix(swarm: Swarm, subkey: 
     async def scenario() -> None:
         prefix = swarm.keys.prefix(0, (0,))
         assert not await swarm.store(2, prefix, subkey, prefix, time.time() + 500)
-        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
-        (active,) = (await swarm.registry(0).prefixes([(0, (0,))], 4096)).values()
+        await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
+        (active,) = (await swarm.experts(0).prefixes([(0, (0,))], 4096)).values()
         assert [type(coordinate) for coordinate in active] == [int]
         assert active == {1}
 
@@ -109,8 +109,8 @@ def test_what_is_no_coordinate_does_not_get_into_a_prefix(swarm: Swarm, subkey: 
 def test_records_that_live_too_long_are_accepted_by_nobody_and_the_writer_is_told(swarm: Swarm) -> None:
     async def scenario() -> None:
         with pytest.raises(UnreachableError, match="no DHT peer accepted our records"):
-            await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], 10_000.0)
-        assert await swarm.registry(0).replicas([FIRST]) == {FIRST: ()}
+            await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING)], 10_000.0)
+        assert await swarm.experts(0).replicas([FIRST]) == {FIRST: ()}
 
     swarm.run(scenario())
 
@@ -120,9 +120,9 @@ def test_experts_off_the_manifests_grid_do_not_disturb_the_directory(swarm: Swar
         # Coordinates outside the manifest's grid, and those of grids with one dimension more or less.
         off = [(2, 99), (77, 0), (2,), (2, 3, 0)]
         stray = [ReplicaAnnouncement(UID(0, coordinate), SERVING) for coordinate in off]
-        await swarm.registry(1).announce([ReplicaAnnouncement(SECOND, SERVING), *stray], LIFETIME_S)
+        await swarm.experts(1).announce([ReplicaAnnouncement(SECOND, SERVING), *stray], LIFETIME_S)
         await swarm.registry(1).publish_node(node_record(swarm.hosts[1]), LIFETIME_S)
-        directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
+        directory = Directory(swarm.experts(0), MANIFEST, refresh_every_s=60)
         for view in (await directory.refresh(), await directory.refresh()):  # the second by its prefixes
             assert set(view.replicas) == {SECOND}
             assert view.live_experts() == 1
@@ -141,8 +141,8 @@ def test_whoever_says_that_it_hosts_hundreds_of_experts_takes_little_of_a_reader
             hosting = records_pb2.Hosting(replicas=replicas)
             record = sign_record(liar, records_pb2.RecordPayload(key=key, expires_at=until, hosting=hosting))
             assert await swarm.store(2, key, liar.peer_id.to_bytes(), record, until)
-        await swarm.registry(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
-        for reader in (swarm.registry(n) for n in range(3)):
+        await swarm.experts(1).announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
+        for reader in (swarm.experts(n) for n in range(3)):
             found = await reader.replicas([FIRST])
             assert [replica.peer_id for replica in found[FIRST]] == [swarm.hosts[1].peer_id]
             region = reader.regions.recent((0, ()), [0])
@@ -161,7 +161,7 @@ def test_an_expert_whose_prefix_nobody_renews_is_found_after_a_few_refreshes(swa
         for prefix, other in ((layer, 2), (row, 3)):
             assert await swarm.store(1, prefix, other, prefix, until)
         await swarm.registry(1).publish_node(node_record(host), LIFETIME_S)
-        directory = Directory(swarm.registry(0), MANIFEST, refresh_every_s=60)
+        directory = Directory(swarm.experts(0), MANIFEST, refresh_every_s=60)
         for _ in range(20):  # each draws 16 of 24
             if (await directory.refresh()).hosts(FIRST):
                 break

@@ -99,7 +99,7 @@ def admitted(node: Node) -> set[PeerID]:
 
 
 async def hosts(swarm: Swarm) -> set[PeerID]:
-    return {r.peer_id for found in (await swarm.registry.replicas(UIDS)).values() for r in found}
+    return {r.peer_id for found in (await swarm.experts.replicas(UIDS)).values() for r in found}
 
 
 async def sees(swarm: Swarm, *nodes: Node) -> None:

@@ -234,7 +234,7 @@ def test_another_swarms_records_are_not_taken_for_this_swarms(
             subkey = identities[1].peer_id.to_bytes()
             for key in (there, here):
                 assert not await store_raw(stranger.host, key, subkey, foreign, until)
-            (replicas,) = (await node.swarm.registry.replicas([UIDS[0]])).values()
+            (replicas,) = (await node.swarm.experts.replicas([UIDS[0]])).values()
             assert [(r.peer_id, r.update_count) for r in replicas] == [(node.swarm.host.peer_id, 0)]
 
     loop.run(scenario(), 120)

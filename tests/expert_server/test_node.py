@@ -30,6 +30,7 @@ from real_swarm import (
 
 from dht.announcements import Replica
 from dht.directory import Directory
+from dht.experts import ExpertRegistry
 from dht.registry import Registry
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
@@ -63,7 +64,7 @@ def test_a_founder_hosts_as_many_experts_as_it_is_told(play: Play) -> None:
         assert len(node.runtime.experts) == 3
         observer = await village.observe(1, await node.swarm.invite())
         assert await serving(observer) == Counter(list(node.runtime.experts))
-        replicas = await observer.registry.replicas(list(node.runtime.experts))
+        replicas = await observer.experts.replicas(list(node.runtime.experts))
         assert {r.peer_id for hosts in replicas.values() for r in hosts} == {node.swarm.host.peer_id}
         status = node.status()
         assert (status.state, status.experts, status.capacity) == (NodeState.SERVING, 3, 5)
@@ -105,7 +106,7 @@ def look_together(swarms: Sequence[Swarm], monkeypatch: pytest.MonkeyPatch) -> N
     """No node claims an expert before all have looked for vacant ones, and none looks again before all have claimed."""
     barrier = asyncio.Barrier(len(swarms))
     for swarm in swarms:
-        monkeypatch.setattr(swarm.registry, "replicas", waiting_twice(swarm.registry.replicas, barrier))
+        monkeypatch.setattr(swarm.experts, "replicas", waiting_twice(swarm.experts.replicas, barrier))
 
 
 def waiting_twice(look: Look, barrier: asyncio.Barrier) -> Look:
@@ -233,7 +234,7 @@ def test_a_node_without_spare_room_adopts_nothing(play: Play, long_lives: None) 
         renewed: set[float] = set()
 
         async def announced_often() -> bool:
-            for hosts in (await observer.registry.replicas(sorted(own))).values():
+            for hosts in (await observer.experts.replicas(sorted(own))).values():
                 renewed.update(replica.expires_at for replica in hosts)
             return len(renewed) >= 5
 
@@ -252,7 +253,7 @@ def test_a_trainer_finds_and_calls_a_node_by_what_the_dht_says(play: Play) -> No
     async def scenario(village: Village) -> None:
         node = await village.found(experts=3)
         observer = await village.observe(1, await node.swarm.invite())
-        view = await Directory(observer.registry, observer.manifest, refresh_every_s=60).refresh()
+        view = await Directory(observer.experts, observer.manifest, refresh_every_s=60).refresh()
         assert view.live_experts() == 3
         (info,) = view.nodes.values()
         assert info.addresses == (node.address,)
@@ -305,14 +306,15 @@ def test_a_node_stores_its_record_before_it_announces_experts(
 ) -> None:
     """If the node is killed in between, its next run reads from the record how long the announcements live."""
     known: list[bool] = []
-    announce = Registry.announce
+    announce = ExpertRegistry.announce
 
-    async def announcing(registry: Registry, *args: Any) -> None:
+    async def announcing(experts: ExpertRegistry, *args: Any) -> None:
+        registry = experts.registry
         known.append(registry.peer_id in await registry.nodes([registry.peer_id]))
-        await announce(registry, *args)
+        await announce(experts, *args)
 
     async def scenario(village: Village) -> None:
-        monkeypatch.setattr(Registry, "announce", announcing)
+        monkeypatch.setattr(ExpertRegistry, "announce", announcing)
         await village.found(experts=2)
         assert known
         assert known[0]

@@ -23,6 +23,7 @@ from real_swarm import (
     serving,
 )
 
+from dht.experts import ExpertRegistry
 from dht.membership import Membership, PeerStore
 from dht.records import RecordValidator
 from dht.registry import Registry
@@ -125,6 +126,7 @@ async def other_half(village: Village, swarm: Swarm) -> Swarm:
         swarm,
         host=host,
         registry=registry,
+        experts=ExpertRegistry(registry),
         membership=membership,
         peer_store=peer_store,
         metrics=new_registry(),

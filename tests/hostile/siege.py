@@ -99,7 +99,7 @@ async def claim_all_experts(stranger: Stranger, rng: random.Random) -> None:
         ReplicaAnnouncement(uid, ReplicaState.SERVING, update_count=rng.randrange(10**6))
         for uid in stranger.swarm.manifest.uids()
     ]
-    await stranger.swarm.registry.announce(replicas, 30.0)
+    await stranger.swarm.experts.announce(replicas, 30.0)
     await asyncio.sleep(2.0)
 
 

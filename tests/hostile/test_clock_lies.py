@@ -106,6 +106,6 @@ def set_clock(set_by: Path, offset: str) -> None:
 
 async def is_announced(swarm: Swarm, manifest: Manifest) -> bool:
     """Whether all experts were announced within the last few seconds."""
-    found = await swarm.registry.replicas(manifest.uids())
+    found = await swarm.experts.replicas(manifest.uids())
     now = time.time()
     return all(hosts and all(now < r.expires_at < now + 60 for r in hosts) for hosts in found.values())

@@ -63,7 +63,7 @@ class HonestReader:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(_PATIENCE_S):
-                    found = await self._swarm.registry.replicas(self._swarm.manifest.uids())
+                    found = await self._swarm.experts.replicas(self._swarm.manifest.uids())
                     nodes = await self._swarm.registry.nodes([self._swarm.keys.author])
                 is_late = time.monotonic() - began > bystander.allows(LOOK_S)
                 self.failed += is_late or not all(found.values()) or not nodes

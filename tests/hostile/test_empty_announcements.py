@@ -31,7 +31,7 @@ async def announce(stranger: Stranger, uids: Collection[UID], update_count: int 
     await stranger.serve({})
     await stranger.publish_node()
     replicas = [ReplicaAnnouncement(uid, ReplicaState.SERVING, update_count) for uid in uids]
-    await stranger.swarm.registry.announce(replicas, 60)
+    await stranger.swarm.experts.announce(replicas, 60)
 
 
 def test_no_expert_is_given_up_to_a_peer_that_does_not_have_it(play: Play) -> None:
@@ -48,7 +48,7 @@ def test_no_expert_is_given_up_to_a_peer_that_does_not_have_it(play: Play) -> No
         )
         async with Stranger.joined(invite, keen) as stranger:
             await announce(stranger, mine, update_count=10)
-            await other.swarm.registry.withdraw(other.runtime.experts, 60)
+            await other.swarm.experts.withdraw(other.runtime.experts, 60)
             for _ in range(5):
                 await host.hosting.announce()
                 await host.hosting.look()

@@ -756,7 +756,7 @@ def test_a_spoilt_request_of_the_dht_gets_an_answer() -> None:
                 request = mutations.protobuf(real[name].SerializeToString(), rng)
                 answer = await peer.transport.handlers[name](STRANGER.peer_id, request)
                 assert isinstance(answer, bytes), (name, seed)
-            await peer.registry.prefixes([(0, ())], 2)
+            await peer.experts.prefixes([(0, ())], 2)
 
         world.run_until_complete(scenario())
 

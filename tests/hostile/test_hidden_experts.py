@@ -56,9 +56,9 @@ def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) 
         watcher = await village.observe(HONEST, invite)
         for lie in (crowd.nothing, crowd.worthless, crowd.nobody):
             await crowd.tell(lie)
-            await host.registry.announce([ReplicaAnnouncement(HIDDEN, ReplicaState.SERVING)], 60.0)
+            await host.experts.announce([ReplicaAnnouncement(HIDDEN, ReplicaState.SERVING)], 60.0)
             for swarm in (host, *others):
-                await swarm.registry.replicas([HIDDEN])  # as nodes do all the time
+                await swarm.experts.replicas([HIDDEN])  # as nodes do all the time
             seen = [await sees(watcher, host) for _ in range(LOOKS)]
             assert sum(seen) >= 0.95 * LOOKS, lie.__name__
 
@@ -69,7 +69,7 @@ async def sees(watcher: Swarm, host: Swarm) -> bool:
     """Whether a look finds the expert's host, without any earlier look."""
     watcher.host.dht.storage.clear()
     watcher.registry.lookups = Lookups(watcher.host.dht)
-    found = await watcher.registry.replicas([HIDDEN])
+    found = await watcher.experts.replicas([HIDDEN])
     return host.host.peer_id in {replica.peer_id for replica in found[HIDDEN]}
 
 

@@ -10,6 +10,7 @@ from stranger import LIFETIME_S, LOCAL, Stranger, new_identities
 from victim import Victim, founder, trainer
 
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.experts import ExpertRegistry
 from dht.records import SwarmKeys
 from dht.registry import Registry
 from dht.swarm import Swarm
@@ -63,7 +64,7 @@ async def name_it(swarm: Swarm, identities: Sequence[Identity], victim: Endpoint
     uids = swarm.manifest.uids()
     serving = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 10**6) for uid in uids]
     for identity in identities:
-        registry = Registry(swarm.host.dht, swarm.keys, identity)
+        experts = ExpertRegistry(Registry(swarm.host.dht, swarm.keys, identity))
         here = f"/ip4/{victim.host}/tcp/{victim.port}/p2p/{identity.peer_id}"
         record = Stranger(swarm).node_record(
             certificate=identity.make_certificate(),
@@ -71,8 +72,8 @@ async def name_it(swarm: Swarm, identities: Sequence[Identity], victim: Endpoint
             tunnel_addresses=[here],
             relay_addresses=[f"{here}/p2p-circuit/p2p/{identity.peer_id}"],
         )
-        await registry.publish_node(record, LIFETIME_S)
-        await registry.announce(serving, LIFETIME_S)
+        await experts.registry.publish_node(record, LIFETIME_S)
+        await experts.announce(serving, LIFETIME_S)
 
 
 async def reads(victims: Sequence[Victim], rounds: int) -> None:

@@ -110,7 +110,7 @@ class HostileHost:
 
     async def _announce(self, state: ReplicaState, uids: Mapping[UID, bytes]) -> None:
         replicas = [ReplicaAnnouncement(uid, state, CLAIMED, time.time()) for uid in uids]
-        await self._stranger.swarm.registry.announce(replicas, 60)
+        await self._stranger.swarm.experts.announce(replicas, 60)
 
     async def _fetch(self, frames: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         uid = UID.parse(state_pb2.FetchRequest.FromString(await anext(frames)).uid)
@@ -172,7 +172,7 @@ def test_states_that_outlived_their_host_are_not_lost_to_a_stranger_that_claims_
         checkpoints = keeper.replicas.checkpoints
         true = await checkpoints.newest_by_source()
         assert true.keys() == set(UIDS)
-        await host.swarm.registry.withdraw(UIDS, 60)
+        await host.swarm.experts.withdraw(UIDS, 60)
 
         async with Stranger.joined(await keeper.swarm.invite()) as stranger:
             hostile, source = HostileHost(stranger), stranger.peer_id.to_base58()
@@ -252,7 +252,7 @@ def test_of_three_hosts_none_that_is_hostile_gives_its_state_to_who_adopts_or_is
 
             states[:] = [await trained(node, 4) for node in (one, other)]
             await offer(1)
-            found = await adopter.swarm.registry.replicas(UIDS)
+            found = await adopter.swarm.experts.replicas(UIDS)
             for uid in UIDS:
                 assert await adopter.replicas.take_whole(uid, found[uid])
             assert set(host.given) == set(UIDS)

@@ -149,29 +149,29 @@ async def measure(loop: VirtualLoop, swarm: SimulatedSwarm, looks: int) -> Seen:
     for _ in range(3):
         await swarm.announce_all(LIFETIME_S)
         for peer in swarm.peers:  # as nodes do all the time
-            found = await peer.registry.replicas(uids)
+            found = await peer.experts.replicas(uids)
             await peer.registry.nodes({replica.peer_id for hosts in found.values() for replica in hosts})
         await asyncio.sleep(60)
     views = []
     for peer in swarm.peers:
         others = {
-            uid for uid in seen_by(await peer.registry.replicas(uids), swarm) if swarm.hosts[uid] is not peer
+            uid for uid in seen_by(await peer.experts.replicas(uids), swarm) if swarm.hosts[uid] is not peer
         }
         views.append(others)
     cold, settled, made_up = 0.0, 0.0, 0
     for _ in range(looks):
         trainer = await swarm.make_peer(serves_dht=False)
         await swarm.join(trainer)
-        found = await trainer.registry.replicas(uids)
+        found = await trainer.experts.replicas(uids)
         cold += len(seen_by(found, swarm)) / len(uids)
         hosts = {uid: {swarm.hosts[uid].peer_id} for uid in uids}
         made_up += sum(not {replica.peer_id for replica in found[uid]} <= hosts[uid] for uid in uids)
         other = await swarm.make_peer(serves_dht=False)
         await swarm.join(other)
-        directory = Directory(other.registry, swarm.manifest, refresh_every_s=10, now=loop.unix_time)
+        directory = Directory(other.experts, swarm.manifest, refresh_every_s=10, now=loop.unix_time)
         await directory.refresh()
         settled += (await directory.refresh()).live_experts() / len(uids)
-    homes = {uid: swarm.hosts[uid].registry.home_of[uid] for uid in uids}
+    homes = {uid: swarm.hosts[uid].experts.home_of[uid] for uid in uids}
     keys = {uid: key_id_of(swarm.keys.prefix(*home)) for uid, home in homes.items()}
     stored = sum(
         any(peer.dht.storage.packed(keys[uid]) for peer in swarm.peers if peer is not swarm.hosts[uid])

@@ -85,7 +85,7 @@ def test_a_node_takes_other_experts_while_some_trickle(play: Play, monkeypatch: 
                 for uid in UIDS
                 if uid not in honest.runtime.experts
             ]
-            await stranger.swarm.registry.announce(theirs, 60.0)
+            await stranger.swarm.experts.announce(theirs, 60.0)
             newcomer = await village.join(1, await honest.swarm.invite(), experts=8, replicas=2)
             await village.run(newcomer)
 

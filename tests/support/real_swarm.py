@@ -122,7 +122,7 @@ async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
 
 async def serving(swarm: Swarm) -> Counter[UID]:
     """How many nodes serve each expert, as read from the DHT."""
-    found = await swarm.registry.replicas(UIDS)
+    found = await swarm.experts.replicas(UIDS)
     return Counter(
         {
             uid: sum(replica.state is ReplicaState.SERVING for replica in hosts)
@@ -133,7 +133,7 @@ async def serving(swarm: Swarm) -> Counter[UID]:
 
 
 async def hosts_of(swarm: Swarm) -> set[Any]:
-    return {replica.peer_id for hosts in (await swarm.registry.replicas(UIDS)).values() for replica in hosts}
+    return {replica.peer_id for hosts in (await swarm.experts.replicas(UIDS)).values() for replica in hosts}
 
 
 ONCE_EACH = Counter(UIDS)

@@ -12,6 +12,7 @@ from callers import numbered_identity
 from raw_dht import store_raw
 
 from dht.announcements import ReplicaState
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
@@ -64,6 +65,7 @@ class Swarm:
     keys: SwarmKeys
     run: Callable[[Coroutine[Any, Any, None]], None]
     _registries: dict[int, Registry] = field(default_factory=dict)
+    _experts: dict[int, ExpertRegistry] = field(default_factory=dict)
 
     def registry(self, n: int, now: Callable[[], float] | None = None) -> Registry:
         """A peer's registry; with another clock, a new one."""
@@ -71,6 +73,13 @@ class Swarm:
             return self._registries[n]
         made = Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity, now=now or time.time)
         return self._registries.setdefault(n, made) if now is None else made
+
+    def experts(self, n: int, now: Callable[[], float] | None = None) -> ExpertRegistry:
+        """What a peer knows of the experts; with another clock, a new one that knows nothing."""
+        if now is not None or n not in self._experts:
+            made = ExpertRegistry(self.registry(n, now))
+            return self._experts.setdefault(n, made) if now is None else made
+        return self._experts[n]
 
     async def store(self, n: int, key: str, subkey: object, value: object, expires_at: float) -> bool:
         """Stores an entry without the registry."""

@@ -37,6 +37,7 @@ class FakeRegistry:
     """A registry that knows some nodes and counts requests."""
 
     def __init__(self, nodes: Collection[NodeInfo], listed: Collection[PeerID]) -> None:
+        self.registry = self
         self.known = {info.peer_id: info for info in nodes}
         self.listed = set(listed)
         self.asked: list[int] = []
@@ -76,6 +77,7 @@ def reader_of(registry: FakeRegistry, clock: list[float]) -> SwarmReader:
     found: Any = registry
     swarm = SimpleNamespace(
         registry=registry,
+        experts=registry,
         manifest=MODEL,
         manifest_record=ManifestRecord(found, manifest_record(registry.expires_at), now=lambda: clock[0]),
         keys=SimpleNamespace(swarm_id="sauna-x"),

@@ -37,6 +37,7 @@ class SwarmRegistry:
     """The DHT of a swarm in which every expert is served."""
 
     def __init__(self, swarm: FakeSwarm) -> None:
+        self.registry = self
         self._swarm = swarm
         self.answers = True
 

@@ -139,7 +139,7 @@ class RealSwarm:
         numbers = {self._invites[node]["peer_id"]: number for number, node in enumerate(self._nodes)}
         reader = await join_swarm(identity, invite, NetworkConfig(_HOST, serves_dht=False), state=folder)
         try:
-            replicas = await reader.registry.replicas(reader.manifest.uids())
+            replicas = await reader.experts.replicas(reader.manifest.uids())
         finally:
             await reader.stop()
         return Hosting(

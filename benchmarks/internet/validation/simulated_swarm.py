@@ -17,6 +17,7 @@ from benchmarks.internet.validation.steady_trainers import Step, settings_of, tr
 from benchmarks.internet.world import World
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.directory import Directory
+from dht.experts import ExpertRegistry
 from dht.registry import Registry
 from peer.identity import PeerID
 from trainer_client.client import TrainerTiming
@@ -145,7 +146,7 @@ class SimulatedRun:
         )
         registry.lookups = lookups
         directory = Directory(
-            registry,
+            ExpertRegistry(registry),
             scenario.manifest,
             refresh_every_s=timing.refresh_every_s,
             now=world.now,

@@ -143,7 +143,7 @@ def test_a_node_leaves_while_an_expert_of_others_is_fetched_to_prove_it(play: Pl
         leaver = await village.found(experts=8, **LEAVES)
         joiner, uid = await village.join(1, await leaver.swarm.invite(), experts=0, spare=1), UIDS[0]
         assert await joiner.replicas.take([uid], MAX_UPDATE_COUNT, enough=2) == [uid]
-        replicas = (await leaver.swarm.registry.replicas([uid]))[uid]
+        replicas = (await leaver.swarm.experts.replicas([uid]))[uid]
         (other,) = serving_elsewhere(replicas, leaver.swarm.host.peer_id)
         asked = asyncio.Event()
 
@@ -169,8 +169,8 @@ def test_what_is_being_taken_stays_claimed_though_a_renewal_failed(
     async def scenario(village: Village) -> None:
         host = await village.found(experts=8, **LEAVES)
         joiner, uid = await village.join(1, await host.swarm.invite(), experts=0, spare=1), UIDS[0]
-        states, registry = joiner.replicas.states, joiner.swarm.registry
-        fetch, announce, times, renewed = states.fetch, registry.announce, count(), asyncio.Event()
+        states, experts = joiner.replicas.states, joiner.swarm.experts
+        fetch, announce, times, renewed = states.fetch, experts.announce, count(), asyncio.Event()
 
         async def announce_unless_second(replicas: Collection[ReplicaAnnouncement], *more: Any) -> None:
             time = next(times) if replicas else 0
@@ -184,7 +184,7 @@ def test_what_is_being_taken_stays_claimed_though_a_renewal_failed(
             await asyncio.wait_for(renewed.wait(), DEADLINE_S)
             return await fetch(*args, **more)
 
-        monkeypatch.setattr(registry, "announce", announce_unless_second)
+        monkeypatch.setattr(experts, "announce", announce_unless_second)
         monkeypatch.setattr(states, "fetch", fetch_late)
         assert await joiner.replicas.take([uid], MAX_UPDATE_COUNT, enough=2) == [uid]
 
@@ -219,7 +219,7 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
         observer = await village.observe(1, await node.swarm.invite())
         node.replicas.leave()
         await node.hosting.announce()
-        view = await Directory(observer.registry, observer.manifest, refresh_every_s=60).refresh()
+        view = await Directory(observer.experts, observer.manifest, refresh_every_s=60).refresh()
         assert view.live_experts() == 0
         assert {r.state for hosts in view.replicas.values() for r in hosts} == {ReplicaState.LEAVING}
         rows = Rows(torch.ones(1, 8), torch.tensor([1]), torch.tensor([0]))
@@ -241,7 +241,7 @@ def test_an_expert_whose_withdrawal_fails_is_still_announced(
             raise UnreachableError("the DHT does not answer")
 
         with monkeypatch.context() as patch:
-            patch.setattr(node.swarm.registry, "withdraw", fail)
+            patch.setattr(node.swarm.experts, "withdraw", fail)
             with pytest.raises(UnreachableError):
                 await node.replicas.release([uid])
         await train(node, {uid: 2})

@@ -217,7 +217,7 @@ def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) 
         for node in staying:
             await node.hosting.look()  # full nodes make room only for what they have seen hosted
             await village.run(node)
-        await second.swarm.registry.withdraw(UIDS, 60)  # or it would take the lifetime of an announcement
+        await second.swarm.experts.withdraw(UIDS, 60)  # or it would take the lifetime of an announcement
         await second.swarm.host.stop()
 
         async def all_are_hosted() -> bool:
@@ -464,7 +464,7 @@ def test_what_was_restored_while_the_others_were_cut_off_gives_way_to_their_stat
     async def scenario(village: Village) -> None:
         first, second = await couple(village, 2)
         await second.stop()
-        await first.swarm.registry.withdraw(UIDS, 60)
+        await first.swarm.experts.withdraw(UIDS, 60)
         back = await village.join(1, await first.swarm.invite(), **TWICE)
         assert total(back.replicas.checkpoints.restored) == 8, "it saw no other host"
         for _ in range(40):

@@ -51,7 +51,7 @@ async def train(node: Node, updates: Mapping[UID, int]) -> dict[UID, State]:
 
 async def announced(node: Node, uids: Collection[UID]) -> dict[UID, int]:
     """The update counts that this node announces in the DHT."""
-    found = await node.swarm.registry.replicas(uids)
+    found = await node.swarm.experts.replicas(uids)
     me = node.swarm.host.peer_id
     return {uid: r.update_count for uid, hosts in found.items() for r in hosts if r.peer_id == me}
 

@@ -119,7 +119,7 @@ def test_who_has_a_copy_is_let_go_first(play: Play) -> None:
         await host.hosting.announce()
         await copied(keeper)
         await other.hosting.look()  # it has seen them hosted
-        await host.swarm.registry.withdraw(UIDS, 60)
+        await host.swarm.experts.withdraw(UIDS, 60)
         for _ in range(2):
             await other.hosting.look()
         assert not other.runtime.experts

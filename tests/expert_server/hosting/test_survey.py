@@ -31,6 +31,7 @@ class FakeRegistry:
 
     def __init__(self, hosted: Collection[UID]) -> None:
         self.hosted = set(hosted)
+        self.registry = self
         self.prefixes_read = self.experts_read = 0
         self.time = 1000.0
         self.regions = RegionMap(self.now, random.Random(0))

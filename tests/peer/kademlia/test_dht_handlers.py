@@ -365,7 +365,7 @@ def test_a_trainer_that_gets_to_know_a_large_swarm_is_served_within_its_share(wo
         swarm = await SimulatedSwarm.start(world, 4, 1024, Link(rtt_s=0.1), seed=1, in_place=True)
         trainer = await swarm.make_peer(serves_dht=False)
         await swarm.join(trainer)
-        directory = Directory(trainer.registry, swarm.manifest, refresh_every_s=3.0, now=world.unix_time)
+        directory = Directory(trainer.experts, swarm.manifest, refresh_every_s=3.0, now=world.unix_time)
         for _ in range(3):
             view = await directory.refresh()
             assert view.live_experts() == 1024
@@ -505,7 +505,7 @@ def test_a_pong_with_a_contact_counts_as_an_answer(world: VirtualLoop) -> None:
 def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         uids = [UID(0, (n, n)) for n in range(1000)]
-        await peer.registry.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
+        await peer.experts.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
         newcomer = await swarm.make_peer()
         await swarm.join(newcomer)
         await asyncio.sleep(10)
@@ -536,7 +536,7 @@ def test_strangers_make_a_node_send_what_it_stores_no_faster_than_a_rate(world: 
         storage, refusals = peer.dht.storage, peer.dht.metrics.not_handed_over
         peer.dht.bounds = StoreBounds(handed_bytes_per_s=10_000.0)
         uids = [UID(0, (n, n)) for n in range(100)]
-        await peer.registry.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
+        await peer.experts.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
         sent, began = swarm.network.traffic.by_method["store"], world.time()
         for _ in range(100):
             newcomer = await swarm.make_peer()

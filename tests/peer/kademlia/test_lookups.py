@@ -45,11 +45,11 @@ def test_a_dead_peer_costs_one_estimated_timeout_and_not_three_seconds(world: Vi
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader = swarm.peers[0]
         for _ in range(3):  # gets to know how long an answer takes
-            await reader.registry.replicas([HOME])
+            await reader.experts.replicas([HOME])
         swarm.kill(0.4)
         swarm.network.peers[reader.peer_id.to_bytes()] = reader.transport
         began = world.time()
-        found = await reader.registry.replicas(swarm.manifest.uids())
+        found = await reader.experts.replicas(swarm.manifest.uids())
         assert world.time() - began < 1.2
         assert all(found.values()), "five holders each, so that some live"
 
@@ -60,11 +60,11 @@ def test_slow_peers_are_waited_for_when_there_are_no_others(world: VirtualLoop) 
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader = swarm.peers[0]
         for _ in range(3):
-            await reader.registry.replicas([HOME])
+            await reader.experts.replicas([HOME])
         swarm.network.link = Link(rtt_s=2.0)
-        found = await reader.registry.replicas(swarm.manifest.uids())
+        found = await reader.experts.replicas(swarm.manifest.uids())
         assert all(found.values())
-        await reader.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
+        await reader.experts.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
 
     play(world, scenario, nodes=3)
 
@@ -78,13 +78,13 @@ def test_late_answers_for_the_first_keys_alone_do_not_hold_a_look_up_up(
     async def scenario(swarm: SimulatedSwarm) -> None:
         reader = swarm.peers[0]
         for _ in range(3):
-            await reader.registry.replicas([HOME])
+            await reader.experts.replicas([HOME])
         swarm.network.link = Link(rtt_s=2.0)
         for peer in swarm.peers:
             cut_off(peer)
         began = world.time()
         with contextlib.suppress(UnreachableError):
-            await reader.registry.replicas(swarm.manifest.uids())
+            await reader.experts.replicas(swarm.manifest.uids())
         assert world.time() - began < 12
 
     play(world, scenario, nodes=nodes)
@@ -121,13 +121,13 @@ def test_a_silent_peer_does_not_hold_announcements_up(
     async def scenario(swarm: SimulatedSwarm) -> None:
         peer, liar = swarm.peers[:2]
         for _ in range(3):
-            await peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
+            await peer.experts.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
         silence(liar, *calls)
         key = key_id_of(swarm.keys.prefix(HOME.layer))
         for n in range(1, 4):
             began = world.time()
             announcing = asyncio.create_task(
-                peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0 + n)
+                peer.experts.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0 + n)
             )
             await asyncio.sleep(0.001)
             until = world.unix_time() - 0.001 + 60 + n
@@ -160,7 +160,7 @@ def test_a_slow_peer_holds_announcements_up_for_a_second_at_most(world: VirtualL
         liar.transport.handlers["store"] = dawdle
         for n in range(10):
             began = world.time()
-            await peer.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0 + n)
+            await peer.experts.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0 + n)
             assert world.time() - began < 1.5
 
     play(world, scenario, nodes=3)
@@ -182,7 +182,7 @@ def test_a_newcomer_that_knows_one_peer_finds_all_though_questions_are_lost(
         for _ in range(10):
             client = await know_one(swarm, swarm.rng.choice(swarm.peers))
             swarm.network.link = Link(loss=0.2)
-            assert all((await client.registry.replicas(swarm.manifest.uids())).values())
+            assert all((await client.experts.replicas(swarm.manifest.uids())).values())
             swarm.network.link = Link()
 
     play(world, scenario, nodes=30, experts=60, in_place=True)
@@ -202,7 +202,7 @@ def test_keys_for_which_nobody_answers_are_not_taken_for_empty(world: VirtualLoo
 
         handlers["find"] = answers_some
         with pytest.raises(UnreachableError, match="no DHT peer answered"):
-            await client.registry.replicas(swarm.manifest.uids())
+            await client.experts.replicas(swarm.manifest.uids())
 
     play(world, scenario, nodes=1, experts=24)
 
@@ -227,7 +227,7 @@ def test_peers_that_claim_the_places_beside_a_key_are_not_found_there(world: Vir
 def test_many_keys_travel_in_few_calls(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         before = swarm.network.traffic.by_method["find"]
-        found = await swarm.peers[0].registry.replicas(swarm.manifest.uids())
+        found = await swarm.peers[0].experts.replicas(swarm.manifest.uids())
         assert all(found.values())
         assert swarm.network.traffic.by_method["find"] - before <= 3 * len(swarm.peers)
 
@@ -238,10 +238,10 @@ def test_256_experts_are_renewed_with_a_bounded_number_of_stores(world: VirtualL
     async def scenario(swarm: SimulatedSwarm) -> None:
         peer = swarm.peers[0]
         announced = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 1) for uid in swarm.manifest.uids()]
-        await peer.registry.announce(announced, 300.0)
+        await peer.experts.announce(announced, 300.0)
         calls = swarm.network.traffic.by_method
         finds, stores, began = calls["find"], calls["store"], world.time()
-        await peer.registry.announce(announced, 301.0)
+        await peer.experts.announce(announced, 301.0)
         assert world.time() - began < 1.0
         assert calls["store"] - stores <= 6, "one record, at 5 to 6 holders"
         assert calls["find"] - finds <= 12
@@ -279,7 +279,7 @@ def test_a_search_finds_the_nearest_of_all_nodes(world: VirtualLoop) -> None:
 def test_a_node_that_knows_nobody_finds_itself_and_what_it_stores(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         lonely = await swarm.make_peer()
-        await lonely.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
+        await lonely.experts.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
         keys = [key_id_of(swarm.keys.prefix(HOME.layer)), key_id_of("nothing")]
         found = await lonely.lookups.find(keys)
         assert [found[key].search.nearest() for key in keys] == [[lonely.dht.node_id]] * 2
@@ -294,9 +294,9 @@ def test_a_client_whose_peers_are_all_silent_is_told_so(world: VirtualLoop) -> N
         await swarm.join(client)
         swarm.kill(1.0)
         with pytest.raises(UnreachableError, match="no DHT peer answered"):
-            await client.registry.replicas([HOME])
+            await client.experts.replicas([HOME])
         with pytest.raises(UnreachableError, match="no DHT peer"):
-            await client.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
+            await client.experts.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
 
     play(world, scenario)
 
@@ -305,11 +305,11 @@ def test_a_bootstrap_that_answers_and_knows_nobody_is_enough_for_two(world: Virt
     async def scenario(swarm: SimulatedSwarm) -> None:
         lonely, newcomer = await swarm.make_peer(), await swarm.make_peer()
         await swarm.join(newcomer, [lonely])
-        assert await newcomer.registry.replicas([HOME]) == {HOME: ()}
-        await lonely.registry.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
-        (replica,) = (await newcomer.registry.replicas([HOME]))[HOME]
+        assert await newcomer.experts.replicas([HOME]) == {HOME: ()}
+        await lonely.experts.announce([ReplicaAnnouncement(HOME, ReplicaState.SERVING)], 60.0)
+        (replica,) = (await newcomer.experts.replicas([HOME]))[HOME]
         assert replica.peer_id == lonely.peer_id
-        assert await newcomer.registry.prefixes([(0, ()), (0, (0,))], 1000) == {(0, ()): {0}, (0, (0,)): {1}}
+        assert await newcomer.experts.prefixes([(0, ()), (0, (0,))], 1000) == {(0, ()): {0}, (0, (0,)): {1}}
 
     play(world, scenario, nodes=2)
 
@@ -320,13 +320,13 @@ def test_every_coordinate_of_a_large_grid_is_read_and_no_value_passes_32_kilobyt
     async def scenario(swarm: SimulatedSwarm) -> None:
         for first in range(0, 1000, 250):
             uids = [UID(1, (coordinate, 999)) for coordinate in range(first, first + 250)]
-            await swarm.peers[0].registry.announce(
+            await swarm.peers[0].experts.announce(
                 [ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 60.0
             )
         reader = await swarm.make_peer(serves_dht=False)
         await swarm.join(reader)
         swarm.network.traffic.largest = 0
-        found = await reader.registry.prefixes([(1, ()), (1, (7,))], 1000)
+        found = await reader.experts.prefixes([(1, ()), (1, (7,))], 1000)
         assert found == {(1, ()): set(range(1000)), (1, (7,)): {999}}
         assert 5_000 < swarm.network.traffic.largest < 32_000
 
@@ -354,10 +354,10 @@ def test_samples_show_within_which_distance_the_holders_are_and_honest_look_ups_
         for reader in swarm.peers[:5]:
             await reader.lookups.sample()
             assert 2 < reader.lookups.usual_reach() * 100 / 2**160 < 11
-            await reader.registry.replicas([HOME])  # samples once more
+            await reader.experts.replicas([HOME])  # samples once more
             await asyncio.sleep(1)
             before = swarm.network.traffic.by_method["find"]
-            await reader.registry.replicas([UID(0, (1, 1))])
+            await reader.experts.replicas([UID(0, (1, 1))])
             assert swarm.network.traffic.by_method["find"] - before <= 20
 
     play(world, scenario, nodes=100, in_place=True)
@@ -384,7 +384,7 @@ def test_a_request_that_fails_through_a_bug_counts_as_unanswered(
         monkeypatch.setattr(asyncio.get_running_loop(), "call_exception_handler", lambda context: None)
         async with asyncio.timeout(60):
             with pytest.raises(UnreachableError, match="no DHT peer answered"):
-                await client.registry.replicas([HOME])
+                await client.experts.replicas([HOME])
 
     play(world, scenario)
 

@@ -250,10 +250,10 @@ def killed_node(founder: Founder, folder: Path, experts: int, **changes: Any) ->
 
 async def _hosts(founder: Founder) -> set[PeerID]:
     """The nodes that serve an expert, as read from the DHT."""
-    registry = founder.node.swarm.registry
-    replicas = chain.from_iterable((await registry.replicas(MANIFEST.uids())).values())
+    experts = founder.node.swarm.experts
+    replicas = chain.from_iterable((await experts.replicas(MANIFEST.uids())).values())
     serving = {replica.peer_id for replica in replicas if replica.state is ReplicaState.SERVING}
-    return serving & (await registry.nodes(serving)).keys()
+    return serving & (await experts.registry.nodes(serving)).keys()
 
 
 def test_experts_that_nobody_hosts_are_named_or_masked(loop: LoopThread, state: Path, tmp_path: Path) -> None:

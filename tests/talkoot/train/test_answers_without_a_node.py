@@ -82,7 +82,7 @@ def founded(loop: LoopThread, folder: Path, manifest: Manifest) -> Iterator[Foun
             assert all(node.poll() is None for node in running.nodes), [
                 log.read_text() for log in running.logs
             ]
-            found = await swarm.registry.replicas(manifest.uids())
+            found = await swarm.experts.replicas(manifest.uids())
             serving = Counter(
                 replica.peer_id
                 for hosts in found.values()
