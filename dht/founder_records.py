@@ -14,7 +14,7 @@ from dht.admission import MAX_REVOKED, SwarmAdmission
 from dht.records import MAX_RECORD_BYTES, FounderRecord
 from dht.registry import Registry
 from peer import clock
-from peer.files import write_atomically
+from peer.files import read_state_file, write_state_file
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -111,28 +111,15 @@ class RecordFile:
 
     def read(self) -> bytes | None:
         """The record saved last, which may no longer be valid; None if there is none, or if it can't be read."""
-        if self.path is None:
-            return None
-        try:
-            with self.path.open("rb") as file:
-                self._saved = file.read(MAX_RECORD_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            logger.warning("can't read %s: %s", self.path, error.strerror)
+        if self.path is not None:
+            lost = "the DHT is asked for that record"
+            self._saved = read_state_file(self.path, MAX_RECORD_BYTES + 1, bytes, lost)
         return self._saved
 
     def save(self, data: bytes) -> None:
         """Writes the record if it has changed. A full disk only causes a warning."""
-        if self.path is None or data == self._saved:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, data)
-        except OSError as error:
-            logger.warning("can't save %s: %s", self.path, error.strerror)
-            return
-        self._saved = data
+        if self.path is not None and data != self._saved and write_state_file(self.path, data):
+            self._saved = data
 
 
 class Revocations:

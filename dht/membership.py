@@ -1,18 +1,19 @@
 """Staying in a swarm: known peers on disk, and a watchdog that rejoins through them if this peer is isolated."""
 
 import asyncio
-import json
 import logging
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from dht.registry import Registry
 from peer import clock
 from peer.bounded import BoundedDict
 from peer.errors import AddressError, UnreachableError
-from peer.files import write_atomically
+from peer.files import read_state_file, write_state_file
 from peer.formatting import printable
 from peer.host import Host
 from peer.identity import PeerID
@@ -43,8 +44,11 @@ class PeerStore:
         self._path = path
         self._met = BoundedDict[PeerID, tuple[tuple[Multiaddress, ...], float]](_MAX_PEERS)
         if path is not None:
-            for addresses, met_at in _read(path):
-                self.add(addresses, met_at)
+            read = read_state_file(
+                path, _MAX_FILE_BYTES, _File.model_validate_json, "earlier peers are forgotten"
+            )
+            for met in reversed((read or _File()).peers[:_MAX_PEERS]):
+                self.add(_usable(path, met.addresses), met.met_at)
         self._saved: frozenset[Multiaddress] | None = None  # the file's content may be wrong or incomplete
 
     def add(self, addresses: Iterable[Multiaddress], now: float) -> None:
@@ -71,16 +75,9 @@ class PeerStore:
         """Writes the addresses to disk atomically if they have changed. A full disk only causes a warning."""
         if self._path is None or (addresses := frozenset(self.addresses())) == self._saved:
             return
-        peers = [
-            {"addresses": list(listed), "met_at": met_at} for listed, met_at in reversed(self._met.values())
-        ]
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps({"peers": peers}, indent=1).encode())
-        except OSError as error:
-            logger.warning("can't save the known peers to %s: %s", self._path, error.strerror)
-            return
-        self._saved = addresses
+        met = [_Met(addresses=list(listed), met_at=met_at) for listed, met_at in reversed(self._met.values())]
+        if write_state_file(self._path, _File(peers=met).model_dump_json(indent=1).encode()):
+            self._saved = addresses
 
 
 class Membership:
@@ -196,23 +193,17 @@ class Membership:
             logger.info("found a known peer again: %s", joined[0])
 
 
-def _read(path: Path) -> list[tuple[list[Multiaddress], float]]:
-    """The addresses of each peer and when it was met, newest last.
+class _Met(BaseModel):
+    """A peer in the file. Whoever edits it only makes this peer dial others, whose answers are checked as usual."""
 
-    Somebody who edits the file can only make this peer dial others, whose answers are checked as usual.
-    """
-    try:
-        with path.open("rb") as file:
-            peers = json.loads(file.read(_MAX_FILE_BYTES))["peers"]
-        return [
-            (list(_usable(path, list(peer["addresses"]))), float(peer["met_at"]))
-            for peer in reversed(peers[:_MAX_PEERS])
-        ]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-        logger.warning("can't read the known peers from %s: %s", path, error)
-        return []
+    addresses: list[object]
+    met_at: float
+
+
+class _File(BaseModel):
+    """The peers that were met, newest first."""
+
+    peers: list[_Met] = []
 
 
 def _usable(path: Path, listed: list[object]) -> Iterator[Multiaddress]:

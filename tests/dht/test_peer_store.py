@@ -108,4 +108,4 @@ def test_a_folder_that_can_not_be_written_is_a_warning(
     peer_store = PeerStore(tmp_path / "peers" / "sauna.json")
     peer_store.add([address(1)], now=0.0)
     peer_store.save()
-    assert "can't save the known peers" in caplog.text
+    assert "could not write" in caplog.text
