@@ -8,12 +8,13 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Self
+from typing import Any, Self
 
 from grpc import StatusCode
 
 from dht.receipts import SignedWork
 from dht.uid import UID
+from peer import PROTOCOL_VERSION
 from peer.bounded import BoundedDict
 from peer.errors import RecordError
 from peer.formatting import printable
@@ -71,40 +72,51 @@ class Activity(_WireEnum):
     LEAVING = records_pb2.NODE_ACTIVITY_LEAVING
 
 
-@dataclass(frozen=True)
-class NodeInfo:
-    """A node's record: who and where it is, and what it does."""
+@dataclass(frozen=True, kw_only=True)
+class PeerInfo:
+    """What the records of nodes and of trainers have in common: who and where the peer is."""
 
     peer_id: PeerID
-    addresses: tuple[Endpoint, ...]
-    """IP addresses of its server. Other peers can use them to join the DHT, too."""
-    certificate_pem: bytes
-    protocol_version: int
-    software_version: str
-    expert_count: int
-    expert_capacity: int
-    rows_processed: int
-    updates: int
-    started_at: float
     expires_at: float
     name: str = ""
     """The name that its owner gave it; empty: none."""
-    activity: Activity = Activity.UNKNOWN
+    protocol_version: int = PROTOCOL_VERSION
+    software_version: str = ""
+    started_at: float = 0.0
+    renew_every_s: float = DEFAULT_RENEW_S
+    """The longest time in seconds between two renewals of the record, according to the peer."""
     metrics_address: str = ""
     """Where it serves metrics to others; empty: nowhere."""
+    addresses: tuple[Endpoint, ...] = ()
+    """IP addresses of its server. Other peers can use those of a node to join the DHT, too."""
+    certificate_pem: bytes = b""
+    """Empty if it serves nothing."""
+    tunnel_addresses: tuple[Multiaddress, ...] = ()
+    """How others reach it if its router accepts no connections."""
+    relay_addresses: tuple[Multiaddress, ...] = ()
+    """Addresses of its gRPC server through relays over gRPC."""
+    left: bool = False
+    """Whether it has left in an orderly way. A trainer's record then has its last figures; a node's says nothing else.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeInfo(PeerInfo):
+    """A node's record, and what the node does."""
+
+    expert_count: int = 0
+    expert_capacity: int = 0
+    rows_processed: int = 0
+    updates: int = 0
+    activity: Activity = Activity.UNKNOWN
     rows_per_s: float | None = None
-    renew_every_s: float = DEFAULT_RENEW_S
-    """The longest time in seconds between two renewals of the record, according to the node."""
     contributed_rows: int = 0
     """Over all runs of the node, like the next two."""
     contributed_updates: int = 0
     contributed_s: float = 0.0
     reachability: Reachability = Reachability.UNKNOWN
-    tunnel_addresses: tuple[Multiaddress, ...] = ()
     unsteady: bool = False
     """Whether some of its tasks fail and restart too often."""
-    relay_addresses: tuple[Multiaddress, ...] = ()
-    """Addresses of its gRPC server through relays over gRPC."""
     memory_shards: int = 0
     """How many shards of memories it hosts."""
     memory_bytes: int = 0
@@ -114,8 +126,6 @@ class NodeInfo:
     memory_queries_per_s: float = 0.0
     signed: SignedWork = field(default_factory=SignedWork)
     """The work that trainers have signed for it, according to the node."""
-    left: bool = False
-    """Whether it has left in an orderly way. If so, the record only says who it was."""
 
 
 @dataclass(frozen=True)
@@ -126,21 +136,15 @@ class Latency:
     p99_s: float
 
 
-@dataclass(frozen=True)
-class TrainerInfo:
-    """A trainer's record. Losses are in nats per token; None: not measured. `steps`: the run's length; 0: an
-    own loop.
+@dataclass(frozen=True, kw_only=True)
+class TrainerInfo(PeerInfo):
+    """A trainer's record. Losses are in nats per token; None: not measured. If it has no certificate, nobody can call
+    it.
     """
 
-    peer_id: PeerID
-    name: str
-    protocol_version: int
-    software_version: str
-    started_at: float
-    renew_every_s: float
-    metrics_address: str
     step: int
     steps: int
+    """The run's length; 0: an own loop."""
     loss: float | None
     validation_loss: float | None
     bits_per_byte: float | None
@@ -150,26 +154,14 @@ class TrainerInfo:
     calls: int
     bytes_sent: int
     bytes_received: int
-    expires_at: float
     failures: Mapping[str, int] = field(default_factory=dict)
     node_latency_s: Mapping[PeerID, float] = field(default_factory=dict)
-    addresses: tuple[Endpoint, ...] = ()
-    """Where others reach it to average dense parts. Without these and without a tunnel or relays, nobody can call
-    it.
-    """
-    certificate_pem: bytes = b""
     dense_fingerprint: bytes = b""
     """The fingerprint of its dense part's form: names, shapes and everything else that must agree. Empty: it averages
     with nobody.
     """
     dense_age: int = 0
     """How many steps its dense part has taken."""
-    tunnel_addresses: tuple[Multiaddress, ...] = ()
-    """How others reach it if its router accepts no connections."""
-    relay_addresses: tuple[Multiaddress, ...] = ()
-    """Addresses of its gRPC server through relays over gRPC."""
-    left: bool = False
-    """Whether it has left in an orderly way. The record then has its last figures."""
 
     @property
     def is_own_loop(self) -> bool:
@@ -263,35 +255,23 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo:
     """Parses a node's checked record. Raises RecordError for a wrong certificate."""
     node = payload.node
     return NodeInfo(
-        peer_id,
-        _endpoints(node.addresses),
-        b"" if node.left else certificate_pem(node.certificate, peer_id),
-        node.protocol_version,
-        printable(node.software_version, _MAX_VERSION_CHARACTERS),
-        node.expert_count,
-        node.expert_capacity,
-        count(node.rows_processed),
-        count(node.updates),
-        number(node.started_at) or 0.0,
-        payload.expires_at,
-        printable(node.name, MAX_NAME_CHARACTERS),
-        Activity.of(node.activity),
-        metrics_endpoint(node.metrics_address),
-        number(node.rows_per_s),
-        renewal(node.renew_every_s),
-        count(node.contributed_rows),
-        count(node.contributed_updates),
-        number(node.contributed_s) or 0.0,
-        Reachability.of(node.reachability),
-        _own(peer_id, node.tunnel_addresses),
-        node.unsteady,
-        _relayed(peer_id, node.relay_addresses),
-        node.memory_shards,
-        count(node.memory_bytes),
-        count(node.memory_queries),
-        number(node.memory_queries_per_s) or 0.0,
-        SignedWork.of(node.signed),
-        node.left,
+        **_common(node, payload, peer_id, serves=not node.left),
+        expert_count=node.expert_count,
+        expert_capacity=node.expert_capacity,
+        rows_processed=count(node.rows_processed),
+        updates=count(node.updates),
+        activity=Activity.of(node.activity),
+        rows_per_s=number(node.rows_per_s),
+        contributed_rows=count(node.contributed_rows),
+        contributed_updates=count(node.contributed_updates),
+        contributed_s=number(node.contributed_s) or 0.0,
+        reachability=Reachability.of(node.reachability),
+        unsteady=node.unsteady,
+        memory_shards=node.memory_shards,
+        memory_bytes=count(node.memory_bytes),
+        memory_queries=count(node.memory_queries),
+        memory_queries_per_s=number(node.memory_queries_per_s) or 0.0,
+        signed=SignedWork.of(node.signed),
     )
 
 
@@ -300,37 +280,48 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
     trainer = payload.trainer
     if payload.WhichOneof("body") != "trainer":
         return None
-    serves = bool(trainer.certificate)
     return TrainerInfo(
-        peer_id,
-        printable(trainer.name, MAX_NAME_CHARACTERS),
-        trainer.protocol_version,
-        printable(trainer.software_version, _MAX_VERSION_CHARACTERS),
-        number(trainer.started_at) or 0.0,
-        renewal(trainer.renew_every_s),
-        metrics_endpoint(trainer.metrics_address),
-        count(trainer.step),
-        count(trainer.steps),
-        number(trainer.loss) if trainer.HasField("loss") else None,
-        number(trainer.validation_loss) if trainer.HasField("validation_loss") else None,
-        number(trainer.bits_per_byte) if trainer.HasField("bits_per_byte") else None,
-        number(trainer.tokens_per_s) if trainer.HasField("tokens_per_s") else None,
-        _latency(trainer.forward) if trainer.HasField("forward") else None,
-        _latency(trainer.backward) if trainer.HasField("backward") else None,
-        count(trainer.calls),
-        count(trainer.bytes_sent),
-        count(trainer.bytes_received),
-        payload.expires_at,
-        {f.cause: count(f.count) for f in trainer.failures[:32] if f.cause in FAILURE_CAUSES},
-        _node_latencies(trainer.nodes[:MAX_LATENCIES]),
-        _endpoints(trainer.addresses) if serves else (),
-        certificate_pem(trainer.certificate, peer_id) if serves else b"",
-        trainer.dense_fingerprint if len(trainer.dense_fingerprint) == 32 else b"",
-        count(trainer.dense_age),
-        _own(peer_id, trainer.tunnel_addresses) if serves else (),
-        _relayed(peer_id, trainer.relay_addresses) if serves else (),
-        trainer.left,
+        **_common(trainer, payload, peer_id, serves=bool(trainer.certificate)),
+        step=count(trainer.step),
+        steps=count(trainer.steps),
+        loss=number(trainer.loss) if trainer.HasField("loss") else None,
+        validation_loss=number(trainer.validation_loss) if trainer.HasField("validation_loss") else None,
+        bits_per_byte=number(trainer.bits_per_byte) if trainer.HasField("bits_per_byte") else None,
+        tokens_per_s=number(trainer.tokens_per_s) if trainer.HasField("tokens_per_s") else None,
+        forward=_latency(trainer.forward) if trainer.HasField("forward") else None,
+        backward=_latency(trainer.backward) if trainer.HasField("backward") else None,
+        calls=count(trainer.calls),
+        bytes_sent=count(trainer.bytes_sent),
+        bytes_received=count(trainer.bytes_received),
+        failures={f.cause: count(f.count) for f in trainer.failures[:32] if f.cause in FAILURE_CAUSES},
+        node_latency_s=_node_latencies(trainer.nodes[:MAX_LATENCIES]),
+        dense_fingerprint=trainer.dense_fingerprint if len(trainer.dense_fingerprint) == 32 else b"",
+        dense_age=count(trainer.dense_age),
     )
+
+
+def _common(
+    said: "records_pb2.NodeRecord | records_pb2.TrainerRecord",
+    payload: records_pb2.RecordPayload,
+    peer_id: PeerID,
+    serves: bool,
+) -> dict[str, Any]:
+    """The fields of a `PeerInfo`. `serves`: whether others call the peer, so that it must show its certificate."""
+    return {
+        "peer_id": peer_id,
+        "expires_at": payload.expires_at,
+        "name": printable(said.name, MAX_NAME_CHARACTERS),
+        "protocol_version": said.protocol_version,
+        "software_version": printable(said.software_version, _MAX_VERSION_CHARACTERS),
+        "started_at": number(said.started_at) or 0.0,
+        "renew_every_s": renewal(said.renew_every_s),
+        "metrics_address": metrics_endpoint(said.metrics_address),
+        "addresses": _endpoints(said.addresses) if serves else (),
+        "certificate_pem": certificate_pem(said.certificate, peer_id) if serves else b"",
+        "tunnel_addresses": _own(peer_id, said.tunnel_addresses) if serves else (),
+        "relay_addresses": _relayed(peer_id, said.relay_addresses) if serves else (),
+        "left": said.left,
+    }
 
 
 def announced(

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.admission import SwarmAdmission
-from dht.announcements import NodeInfo, TrainerInfo, read_node, read_trainer
+from dht.announcements import NodeInfo, PeerInfo, TrainerInfo, read_node, read_trainer
 from dht.records import (
     FEWEST_DIGITS,
     FEWEST_TRAINER_DIGITS,
@@ -48,7 +48,7 @@ _HOPS = (0, 1, 2, 3, 4, 5, 6, 8, 12)
 
 
 T = TypeVar("T")
-Info = TypeVar("Info", NodeInfo, TrainerInfo)
+Info = TypeVar("Info", bound=PeerInfo)
 
 _SHARD_FOR_S = 600.0
 """How long a peer relies, roughly, on the shard it was last listed in before it checks again."""

@@ -106,7 +106,7 @@ def test_reply_of_the_vectors_is_what_a_trainer_takes(direction: Any) -> None:
         (UID(0, (0, 0)), UID(0, (0, 1))),
         np.array([[0, 1], [-1, 1]]),
     )
-    node = NodeInfo(FOUNDER, (), b"", PROTOCOL_VERSION, "0", 2, 2, 0, 0, 0.0, VALID_AT)
+    node = NodeInfo(peer_id=FOUNDER, expires_at=VALID_AT)
     call = NodeCall(node, direction, batch, 1.0, inputs, np.array([[1, 3], [0, 1]], np.float32))
     assembler = ReplyAssembler(call, bytes(range(16)), inputs.shape[1], expert_pb2.CODEC_FP32)
     taken = list(assembler.take(expert_pb2.CallReply.FromString(bytes.fromhex(calls["reply"]))))

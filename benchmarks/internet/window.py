@@ -124,7 +124,7 @@ class Announced:
 
 
 def _node_of(peer_id: PeerID) -> NodeInfo:
-    return NodeInfo(peer_id, (Endpoint("203.0.113.7:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, math.inf)
+    return NodeInfo(peer_id=peer_id, addresses=(Endpoint("203.0.113.7:1"),), expires_at=math.inf)
 
 
 class ReadDirectory(Directory):

@@ -24,7 +24,6 @@ from dht.announcements import NodeInfo
 from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, Vectors, cell_of
 from expert_server.memory.search import search_together
 from expert_server.memory.shard import Shard
-from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
@@ -387,8 +386,4 @@ def _wanted_scores(memory: BuiltMemory, vectors_QD: Vectors, scores_QC: Floats) 
 
 
 def _node(peer_id: PeerID) -> NodeInfo:
-    return NodeInfo(
-        peer_id=peer_id, addresses=(), certificate_pem=b"", protocol_version=PROTOCOL_VERSION,
-        software_version=SOFTWARE_VERSION, expert_count=0, expert_capacity=0, rows_processed=0, updates=0,
-        started_at=0.0, expires_at=math.inf,
-    )  # fmt: skip
+    return NodeInfo(peer_id=peer_id, expires_at=math.inf)

@@ -38,7 +38,7 @@ from dht.announcements import NodeInfo
 from dht.memory import MemoryManifest, cell_of
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from expert_server.memory.store import MemoryStore
-from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
+from peer import PROTOCOL_VERSION
 from peer.identity import Identity, PeerID, certificate_pem
 from peer.loop import LoopThread
 from peer.rates import RateLimit
@@ -182,7 +182,7 @@ def node_of(said: Mapping[str, Any]) -> NodeInfo:
     peer_id = PeerID.from_base58(said["peer_id"])
     pem = certificate_pem(bytes.fromhex(said["certificate"]), peer_id)
     address = Endpoint(f"127.0.0.1:{said['port']}")
-    return NodeInfo(peer_id, (address,), pem, PROTOCOL_VERSION, SOFTWARE_VERSION, 0, 0, 0, 0, 0.0, math.inf)
+    return NodeInfo(peer_id=peer_id, addresses=(address,), certificate_pem=pem, expires_at=math.inf)
 
 
 def host(folder: Path) -> None:

@@ -71,7 +71,7 @@ def make_replica(uid: UID, peer_id: PeerID, queued_rows: int = 0) -> Replica:
 
 
 def make_node(peer_id: PeerID, expires_at: float = math.inf) -> NodeInfo:
-    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, expires_at)
+    return NodeInfo(peer_id=peer_id, addresses=(Endpoint("127.0.0.1:1"),), expires_at=expires_at)
 
 
 def make_directory(registry: Any) -> Directory:

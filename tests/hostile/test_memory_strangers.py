@@ -18,7 +18,6 @@ from stranger import HostileCaller
 from dht.announcements import NodeInfo
 from dht.memory import MemoryID
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
-from peer import PROTOCOL_VERSION
 from peer.identity import certificate_pem
 from peer.loop import LoopThread
 from peer.rates import RateLimit
@@ -47,7 +46,7 @@ def attacking(
             port = await server.start(server_credentials(HOST, certificate), "127.0.0.1", 0)
             stack.push_async_callback(server.stop, None)
             pem, address = certificate_pem(certificate, HOST.peer_id), Endpoint(f"127.0.0.1:{port}")
-            node = NodeInfo(HOST.peer_id, (address,), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12)
+            node = NodeInfo(peer_id=HOST.peer_id, addresses=(address,), certificate_pem=pem, expires_at=1e12)
             stranger = HostileCaller(node, SWARM)
             stack.push_async_callback(stranger.close)
             await stranger.open_session(rights=(session_pb2.RIGHT_MEMORY,))

@@ -13,7 +13,6 @@ from dht.announcements import NodeInfo
 from dht.receipts import Work
 from dht.records import SwarmKeys
 from expert_server.credit import CreditServicer, ReceiptBook
-from peer import PROTOCOL_VERSION
 from peer.identity import Identity, certificate_pem
 from peer.rates import RateLimit
 from peer.rpc.calls import make_stub
@@ -60,9 +59,11 @@ async def credit_node(*, knows_receipts: bool = True) -> AsyncIterator[CreditNod
     certificate = NODE.make_certificate()
     port = server.add_secure_port("127.0.0.1:0", server_credentials(NODE, certificate))
     info = NodeInfo(
-        NODE.peer_id, (Endpoint(f"127.0.0.1:{port}"),), certificate_pem(certificate, NODE.peer_id),
-        PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12,
-    )  # fmt: skip
+        peer_id=NODE.peer_id,
+        addresses=(Endpoint(f"127.0.0.1:{port}"),),
+        certificate_pem=certificate_pem(certificate, NODE.peer_id),
+        expires_at=1e12,
+    )
     node = CreditNode(info, book, None, ChannelPool(16))
     if knows_receipts:
         node.servicer = CreditServicer(book, sessions, RateLimit(None))

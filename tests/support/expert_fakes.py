@@ -475,7 +475,7 @@ def make_peer_id(number: int) -> PeerID:
 
 
 def make_node(peer_id: PeerID) -> NodeInfo:
-    return NodeInfo(peer_id, (Endpoint("127.0.0.1:1"),), b"", 1, "0", 1, 1, 0, 0, 0.0, math.inf)
+    return NodeInfo(peer_id=peer_id, addresses=(Endpoint("127.0.0.1:1"),), expires_at=math.inf)
 
 
 def make_replica(uid: UID, peer_id: PeerID) -> Replica:

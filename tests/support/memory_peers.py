@@ -75,7 +75,7 @@ class Library:
         identity = numbered_identity(number)
         pem = certificate_pem(self.certificates[identity], identity.peer_id)
         address = Endpoint(f"127.0.0.1:{self.servers[identity]}")
-        return NodeInfo(identity.peer_id, (address,), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12)
+        return NodeInfo(peer_id=identity.peer_id, addresses=(address,), certificate_pem=pem, expires_at=1e12)
 
     def client(self, identity: Identity | None = None) -> PartClient:
         client = PartClient(SWARM, a_caller(SWARM, identity, MEMORY_RIGHTS), ChannelPool(16), RateLimit(None))

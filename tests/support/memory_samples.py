@@ -16,7 +16,6 @@ from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, Place, Sha
 from expert_server.memory.search import search_together
 from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from expert_server.memory.store import MemoryStore
-from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES, Floats
 from peer.errors import ExpertError
 from peer.identity import PeerID
@@ -295,7 +294,7 @@ class SampleHost:
 
 def node_info(peer_id: PeerID, port: int = 1, pem: bytes = b"") -> NodeInfo:
     endpoint = Endpoint(f"127.0.0.1:{port}")
-    return NodeInfo(peer_id, (endpoint,), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12)
+    return NodeInfo(peer_id=peer_id, addresses=(endpoint,), certificate_pem=pem, expires_at=1e12)
 
 
 def peer_ids(count: int) -> list[PeerID]:

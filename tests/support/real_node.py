@@ -99,17 +99,10 @@ async def a_node(
     try:
         yield (
             NodeInfo(
-                identity.peer_id,
-                tuple(map(Endpoint, address)),
-                pem,
-                1,
-                "0",
-                2,
-                2,
-                0,
-                0,
-                0.0,
-                time.time() + 60,
+                peer_id=identity.peer_id,
+                addresses=tuple(map(Endpoint, address)),
+                certificate_pem=pem,
+                expires_at=time.time() + 60,
             ),
             runtime,
         )

@@ -18,7 +18,6 @@ from expert_server.experts.format import to_bytes
 from expert_server.serving.runtime import Runtime
 from expert_server.state.servicer import FetchHint, StateServicer
 from expert_server.state.transfer import SnapshotTaker, StateClient
-from peer import PROTOCOL_VERSION
 from peer.averaging import AveragingHistory
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
@@ -95,7 +94,10 @@ class Street:
         pem = certificate_pem(self.certificate, self.identity.peer_id)
         address = f"127.0.0.1:{self.port}"
         return NodeInfo(
-            self.identity.peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "1", 0, 0, 0, 0, 0.0, 1e12
+            peer_id=self.identity.peer_id,
+            addresses=(Endpoint(address),),
+            certificate_pem=pem,
+            expires_at=1e12,
         )
 
 

@@ -18,7 +18,6 @@ from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
 from expert_server.probe import DialledBack, Link, ProbeServicer
 from expert_server.settings import NodeSettings
-from peer import PROTOCOL_VERSION
 from peer.errors import DataError, StartError
 from peer.formatting import age_in_words
 from peer.identity import Identity, certificate_pem
@@ -192,7 +191,7 @@ class Swarm:
         peer_id = self.identity.peer_id
         pem = certificate_pem(certificate, peer_id)
         self.nodes[peer_id] = NodeInfo(
-            peer_id, (Endpoint(address),), pem, PROTOCOL_VERSION, "", 0, 0, 0, 0, 0.0, 0.0
+            peer_id=peer_id, addresses=(Endpoint(address),), certificate_pem=pem, expires_at=0.0
         )
 
     async def ask(self, host: str = LOCAL, port: int = 0) -> dict[str, Finding]:

@@ -155,9 +155,12 @@ class FakeSwarm:
 def relay_node(reachability: Reachability = Reachability.DIRECT) -> NodeInfo:
     addresses = (RELAY, RELAYED, Multiaddress(RELAY.replace("44.1.1.1", "192.168.1.4")))
     return NodeInfo(
-        RELAY.peer_id, (RELAY.endpoint,), b"", 1, "", 0, 0, 0, 0, 0.0, 1e12,
-        reachability=reachability, tunnel_addresses=addresses,
-    )  # fmt: skip
+        peer_id=RELAY.peer_id,
+        addresses=(RELAY.endpoint,),
+        expires_at=1e12,
+        reachability=reachability,
+        tunnel_addresses=addresses,
+    )
 
 
 @pytest.fixture
