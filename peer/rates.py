@@ -1,4 +1,6 @@
-"""Rates: token buckets, fair budgets and turns for many callers, bandwidth limits, and the least rate of a sender."""
+"""Rates: token buckets, pauses after failures, fair budgets and turns for many callers, bandwidth limits, and the least
+rate of a sender.
+"""
 
 import asyncio
 import time
@@ -179,6 +181,44 @@ class FairLine(Generic[T]):
         self._counts[group] -= 1
         if not self._counts[group]:
             del self._counts[group]
+
+
+class Backoff(Generic[K]):
+    """What failed is not tried again for a while, which doubles with each failure in a row. If there are too many keys,
+    the one that failed longest ago is forgotten. Pure: `now` is an argument.
+    """
+
+    def __init__(
+        self,
+        first_s: float,
+        longest_s: float,
+        most: int = 4096,
+        jitter: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        """`most`: keys remembered. `jitter`: draws the share of a pause after which the next try may begin."""
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self._jitter = jitter
+        self._failed = BoundedDict[K, tuple[float, float]](most)
+        """The length of each pause, and when it ends."""
+
+    def failed(self, key: K, now: float) -> None:
+        """Records a failure. Several tries that fail during one pause count once."""
+        pause_s, until = self._failed.get(key, (0.0, now))
+        if now >= until:
+            pause_s = min(max(self._first_s, 2 * pause_s), self._longest_s)
+            self._failed[key] = pause_s, now + pause_s * self._jitter()
+
+    def succeeded(self, key: K) -> None:
+        self._failed.pop(key, None)
+
+    def holds_back(self, key: K, now: float) -> bool:
+        """Whether the key should not be tried now."""
+        return now < self._failed.get(key, (0.0, now))[1]
+
+    def held_back(self, now: float) -> set[K]:
+        """The keys that should not be tried now."""
+        return {key for key, (_, until) in self._failed.items() if now < until}
 
 
 class FairTurns:

@@ -26,12 +26,12 @@ from expert_server.state.checkpoints import Checkpoints
 from expert_server.state.transfer import StateClient
 from peer import clock
 from peer.averaging import AveragingHistory, is_behind, max_plausible_updates
-from peer.bounded import BoundedDict
 from peer.errors import StateError, TransferError, UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
 from peer.loop import cancel_all, keep_running, side_by_side
 from peer.metrics import total
+from peer.rates import Backoff
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
 """If nobody gave an expert's state, how long it is not tried again, at first and at most. The time doubles with each
 failure.
 """
-_WITHHELD = 4096
 _RESTORED_S = 300.0
 """How long a restored replica prefers a state with more updates, as it does when it is restored: nodes that were cut
 off are announced again within this time.
@@ -131,8 +130,8 @@ class LocalReplicas:
         """Tasks that are cancelled when this node leaves."""
         self._first_scale: Scale | None = None
         self._recent_rows = RecentRows()
-        self._withheld = BoundedDict[UID, tuple[int, float]](_WITHHELD)
-        """How many times in a row nobody gave an expert's state, and until when it is not tried again."""
+        self._withheld = Backoff[UID](_WITHHELD_S, _LONGEST_WITHHELD_S)
+        """Experts whose state nobody gave."""
 
     async def first_scale(self) -> Scale:
         """How large the initial parameters of an expert are. All experts draw them from the same distributions."""
@@ -311,7 +310,7 @@ class LocalReplicas:
 
     def is_withheld(self, uid: UID) -> bool:
         """Whether nobody gave this expert's state when it was last tried, a short time ago."""
-        return self._withheld.get(uid, (0, 0.0))[1] > self._now()
+        return self._withheld.holds_back(uid, self._now())
 
     async def release(self, uids: Collection[UID]) -> None:
         """Withdraws some experts that others proved to have, takes them out of service, and saves them. If it raises
@@ -402,13 +401,11 @@ class LocalReplicas:
             del self._built[uid]
             if is_ready:
                 self.runtime.add(expert)
-            (taken if is_ready else failed).append(uid)
-            if is_ready:
-                self._withheld.pop(uid, None)
+                self._withheld.succeeded(uid)
+                taken.append(uid)
             else:
-                times = self._withheld.get(uid, (0, 0.0))[0]
-                wait_s = min(_WITHHELD_S * 2**times, _LONGEST_WITHHELD_S)
-                self._withheld[uid] = min(times + 1, 16), self._now() + wait_s
+                self._withheld.failed(uid, self._now())
+                failed.append(uid)
 
         try:
             await side_by_side(map(serve, claims), _FETCHES)

@@ -19,10 +19,10 @@ from dht.memory import MemoryID, Place, ShardInfo, prove
 from dht.swarm import Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
 from peer import PROTOCOL_VERSION
-from peer.bounded import BoundedDict
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import PeerID
 from peer.loop import side_by_side
+from peer.rates import Backoff
 from peer.rpc.calls import status_of, while_open
 from peer.rpc.parts import PartClient
 from peer.wire import memory_pb2
@@ -50,7 +50,6 @@ _INCONCLUSIVE = {
     StatusCode.UNAVAILABLE,
 }
 """A call that ends with one of these statuses says nothing about what the host has."""
-_REMEMBERED = 4096
 
 
 class ReplicaProofs:
@@ -69,9 +68,10 @@ class ReplicaProofs:
         self._parts = parts
         self._rng = random.SystemRandom()
         self._clock = clock
-        self._doubted_until = BoundedDict[PeerID, float](_REMEMBERED)
-        self._missed_for = BoundedDict[PeerID, float](_REMEMBERED)
-        """How long each host was last doubted because it was not reached or gave no passage."""
+        self._wrong = Backoff[PeerID](_DOUBTED_S, _DOUBTED_S)
+        """Hosts that gave a wrong proof."""
+        self._missed = Backoff[PeerID](_MISSED_S, _DOUBTED_S)
+        """Hosts that were not reached, or gave no passage."""
 
     def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
         """The result of a look, without the claims of doubted hosts."""
@@ -106,22 +106,18 @@ class ReplicaProofs:
                 return
             if is_proven:
                 found.add((peer_id, key))
-                self._missed_for.pop(peer_id, None)
+                self._missed.succeeded(peer_id)
             else:
-                self._doubt(peer_id, _DOUBTED_S)
+                self._wrong.failed(peer_id, self._clock())
 
         await side_by_side((check(*claim) for claim in claims if claim[0] in nodes), _AT_ONCE)
         for peer_id in missed:
-            self._missed_for[peer_id] = min(2 * self._missed_for.get(peer_id, _MISSED_S / 2), _DOUBTED_S)
-            self._doubt(peer_id, self._missed_for[peer_id])
+            self._missed.failed(peer_id, self._clock())
         return found
 
     def _doubted(self) -> set[PeerID]:
         now = self._clock()
-        return {peer_id for peer_id, until in self._doubted_until.items() if until > now}
-
-    def _doubt(self, peer_id: PeerID, seconds: float) -> None:
-        self._doubted_until[peer_id] = max(self._doubted_until.get(peer_id, 0.0), self._clock() + seconds)
+        return self._wrong.held_back(now) | self._missed.held_back(now)
 
     async def _proves(self, node: NodeInfo, key: ShardKey, shard: SeenShard) -> bool:
         """Raises TransferError and TimeoutError if the host was not reached or gave no passage."""

@@ -57,5 +57,5 @@ async def _greet(
         return None
     # the peer read its clock last: the connection, the session and its dial back took longer than its answer's way here
     CLOCK.note(peer_id.to_base58(), answer.dht_time)
-    dht.backoff.answered(peer_id)  # calls to it may still be held back from before its restart
+    dht.backoff.succeeded(peer_id)  # calls to it may still be held back from before its restart
     return BootstrapReply(tuple(addresses), answer.available)

@@ -546,7 +546,7 @@ class _Run:
         contacts = self._contacts if self._wants_contacts(call) else 0
         answers = await self._dht.find(peer, call.keys, self._lookups.checker, have, self._room, contacts)
         if answers is not None:
-            self._dht.backoff.answered(peer)
+            self._dht.backoff.succeeded(peer)
             self._lookups.round_trips.note(self._clock() - began)
         else:
             self._dht.backoff.failed(peer, self._clock())

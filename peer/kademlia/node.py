@@ -22,7 +22,6 @@ from peer.kademlia.routing import (
     BUCKET_SIZE,
     ID_BYTES,
     REPLICAS,
-    Backoff,
     RoutingTable,
     id_bytes,
     node_id_of,
@@ -42,7 +41,7 @@ from peer.kademlia.validation import (
     digest_of,
 )
 from peer.loop import TaskSet, TimeSlices
-from peer.rates import RateLimit, TokenBucket
+from peer.rates import Backoff, RateLimit, TokenBucket
 from peer.transport.addresses import Multiaddress
 from peer.wire import contact_pb2, dht_pb2
 
@@ -63,6 +62,8 @@ forgets the contact, and gets it again within that time.
 """
 _CONTACTS = 256
 """Contacts read in one answer: as many honest peers' contacts as fit into a message."""
+_PAUSES_S = (5.0, 640.0)
+"""How long a peer that did not answer is not asked, at first and at most."""
 _HANDOVER_BURST_S = 16.0
 """How many seconds' worth of its rate the handover may use at once after a pause."""
 
@@ -189,7 +190,8 @@ class KademliaNode:
         self.upload: RateLimit = upload or RateLimit(None)
         self.table: RoutingTable = RoutingTable(self.node_id)
         self.storage: BoundedStorage = BoundedStorage(self.bounds, self.metrics, now, rng)
-        self.backoff: Backoff = Backoff()
+        self.backoff: Backoff[PeerID] = Backoff(*_PAUSES_S)
+        """Peers that did not answer."""
         self.spent_bytes: int = 0
         """Bytes of this peer's calls to others: requests, answers, and a rough overhead for each."""
         self._told = BoundedDict[PeerID, tuple[bytes, float]](_MOST_TOLD)
@@ -335,7 +337,7 @@ class KademliaNode:
             if await self.ping(peer_id) is None:
                 self.backoff.failed(peer_id, asyncio.get_running_loop().time())
             else:
-                self.backoff.answered(peer_id)
+                self.backoff.succeeded(peer_id)
         finally:
             del self._called_back[peer_id]
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import msgpack
 
-from peer.bounded import BoundedDict
 from peer.identity import PeerID
 
 ID_BYTES = 20
@@ -25,8 +24,6 @@ REPLICAS = 5
 """A key is stored at this many of its nearest nodes."""
 _DEPTH_STEP = 5
 """Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
-_REMEMBERED_SILENT = 4096
-_FIRST_PAUSE_S, _MOST_DOUBLINGS = 5.0, 7
 
 
 def node_id_of(peer_id: bytes) -> int:
@@ -227,25 +224,3 @@ class RoutingTable:
         place = self._buckets.index(bucket)
         self._buckets[place : place + 1] = halves
         return halves[halves[1].has(node)]
-
-
-class Backoff:
-    """Peers that did not answer are not asked for a while, which doubles each time. Times are passed in, in seconds."""
-
-    def __init__(self) -> None:
-        self._failures = BoundedDict[PeerID, tuple[int, float]](_REMEMBERED_SILENT)
-        """Failures in a row, and the time until which the peer is not asked."""
-
-    def failed(self, peer_id: PeerID, now: float) -> None:
-        """Records a failed call. Several calls that fail while the peer should not be asked count once."""
-        times, until = self._failures.get(peer_id, (0, -1.0))
-        if now >= until:
-            pause_s = _FIRST_PAUSE_S * 2 ** min(times, _MOST_DOUBLINGS)
-            self._failures[peer_id] = times + 1, now + pause_s
-
-    def answered(self, peer_id: PeerID) -> None:
-        self._failures.pop(peer_id, None)
-
-    def holds_back(self, peer_id: PeerID, now: float) -> bool:
-        """Whether the peer should not be asked now."""
-        return peer_id in self._failures and now < self._failures[peer_id][1]

@@ -16,12 +16,11 @@ from typing import TypeAlias
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import Restarts, TaskSet, first_of
 from peer.metrics import start_at_zero
-from peer.rates import TokenBucket
+from peer.rates import Backoff, TokenBucket
 from peer.relays.client import Call, RelayClient, breaking
 from peer.relays.pieces import BEAT_S, CIRCUIT_BYTES, read_peer
 from peer.rpc.channels import Contact, KnownPeer
@@ -44,6 +43,7 @@ _SILENT_S = 3 * BEAT_S
 _STEADY_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 """Pauses before a failed relay is tried again. They double until the relay has kept a reservation for a while."""
+_REMEMBERED = 1024
 _CIRCUITS_OF_RELAY = 32
 _REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
 _ABUSE_S = 8.0
@@ -69,14 +69,16 @@ class Reservations:
         self.refusal: str = ""
         """Why the last relay that was asked refused; empty if it did not, or if none was asked."""
         self._client = client
-        self._rng = random.SystemRandom()
         self._exit: Exit | None = None
         self._held: dict[PeerID, Multiaddress] = {}
         """The addresses of reservations, by relay."""
         self._busy: dict[PeerID, Contact] = {}
         """Relays that are being tried or hold a reservation."""
-        self._pauses = BoundedDict[PeerID, tuple[float, float]](1024)
-        """For each failed relay, until when it is avoided, and how long that pause is."""
+        rng = random.SystemRandom()
+        self._pauses = Backoff[PeerID](
+            _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REMEMBERED, lambda: rng.uniform(0.5, 1.0)
+        )
+        """Relays that have failed."""
         self._circuits: Multiset[PeerID] = Multiset()
         """Open circuits by relay."""
         self._keeping = TaskSet(restarts)
@@ -128,7 +130,9 @@ class Reservations:
                 logger.debug("a reservation ended: %s", self.refusal)
             finally:
                 del self._busy[contact.peer_id]
-            self._pause(contact.peer_id, time.monotonic() - began)
+            if time.monotonic() - began > _STEADY_S:
+                self._pauses.succeeded(contact.peer_id)
+            self._pauses.failed(contact.peer_id, time.monotonic())
 
     def _choose(self, contacts: Sequence[Contact]) -> Contact | None:
         """The best candidate, if possible on a machine where this peer has no other relay."""
@@ -140,15 +144,9 @@ class Reservations:
             if contact.peer_id not in self._busy
             and contact.peer_id != self._client.peer_id
             and contact.addresses
-            and self._pauses.get(contact.peer_id, (now, 0.0))[0] <= now
+            and not self._pauses.holds_back(contact.peer_id, now)
         ]
         return min(free, key=lambda c: any(address.ip in machines for address in c.addresses), default=None)
-
-    def _pause(self, relay: PeerID, held_s: float) -> None:
-        last_s = self._pauses.get(relay, (0.0, 0.0))[1]
-        pause_s = _FIRST_PAUSE_S if held_s > _STEADY_S else min(2 * last_s, _LONGEST_PAUSE_S)
-        pause_s = max(pause_s, _FIRST_PAUSE_S)
-        self._pauses[relay] = time.monotonic() + pause_s * self._rng.uniform(0.5, 1.0), pause_s
 
     async def _hold(self, contact: Contact) -> None:
         """Holds a reservation until it ends. Raises UnreachableError or OSError."""

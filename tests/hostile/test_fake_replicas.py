@@ -89,7 +89,7 @@ def test_no_host_drops_a_shard_for_replicas_that_are_not_proven(
         monkeypatch.setattr(founder.memories.hosted, "_most_bytes", 1)
         async with asyncio.timeout(60):
             await asked.wait()
-        await until(lambda: bool(founder.memories._proofs._doubted_until))
+        await until(lambda: bool(founder.memories._proofs._doubted()))
         assert founder.memories.hosted.shards == 4
 
     play(scenario)
@@ -112,7 +112,7 @@ def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: 
         }
         claims = {(host, key) for key in seen}
         assert await proofs.proven(claims, seen) == claims
-        assert not proofs._doubted_until
+        assert not proofs._doubted()
         # A peer that claims a revocation where there was none has proven nothing.
         proofs._revoked = lambda memory: frozenset()
         assert await proofs.proven(claims, seen) == set()

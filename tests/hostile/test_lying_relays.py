@@ -553,7 +553,7 @@ def test_a_relay_that_answers_nonsense_is_left_alone(loop: LoopThread, keys: lis
         async with closing(relay, hidden):
             with pytest.raises(UnreachableError, match="not empty"):
                 await hidden.client.open("Reserve", relay.as_relay, relay_pb2.ReserveRequest())
-            await until(lambda: relay.peer_id in hidden.reservations._pauses)
+            await until(lambda: hidden.reservations._pauses.held_back(0.0))
             assert not hidden.reservations.addresses
 
     play(loop, scenario)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peer.loop import LoopThread
 from peer.rates import (
     BURST_S,
+    Backoff,
     FairTurns,
     Pace,
     RateLimit,
@@ -310,3 +311,48 @@ def test_who_takes_little_from_a_shared_budget_passes_while_many_take_all_they_c
                 taken += amount
     assert passed == 40
     assert taken < 40 * 1000 + 2 * 16_000
+
+
+def test_what_fails_again_and_again_is_held_back_for_twice_as_long_each_time() -> None:
+    backoff, now = Backoff[str](5.0, 600.0), 100.0
+    assert not backoff.holds_back("silent", now)
+    for pause_s in (5, 10, 20, 40):
+        backoff.failed("silent", now)
+        backoff.failed("silent", now + 1)  # a try that was under way
+        assert backoff.holds_back("silent", now + pause_s - 0.1)
+        assert backoff.held_back(now + pause_s - 0.1) == {"silent"}
+        assert not backoff.holds_back("another", now)
+        now += pause_s
+        assert not backoff.holds_back("silent", now)
+        assert backoff.held_back(now) == set()
+    backoff.succeeded("silent")
+    backoff.failed("silent", now)
+    assert backoff.holds_back("silent", now + 4.9)
+    assert not backoff.holds_back("silent", now + 5)
+
+
+def test_what_keeps_failing_is_tried_again_after_the_longest_pause() -> None:
+    backoff, now = Backoff[str](5.0, 600.0), 0.0
+    for _ in range(1000):
+        backoff.failed("silent", now)
+        now += 600
+        assert not backoff.holds_back("silent", now)
+    backoff.failed("silent", now)
+    assert backoff.holds_back("silent", now + 599)
+
+
+def test_a_pause_ends_after_the_share_that_is_drawn_and_still_doubles() -> None:
+    backoff, now = Backoff[str](2.0, 300.0, jitter=lambda: 0.5), 0.0
+    for pause_s in (1, 2, 4):
+        backoff.failed("silent", now)
+        assert backoff.holds_back("silent", now + pause_s - 0.1)
+        now += pause_s
+        assert not backoff.holds_back("silent", now)
+
+
+@pytest.mark.parametrize("count", [10, 10_000])
+def test_the_failures_that_are_remembered_are_bounded(count: int) -> None:
+    backoff = Backoff[int](5.0, 600.0)
+    for n in range(count):
+        backoff.failed(n, 0.0)
+    assert len(backoff.held_back(1.0)) == min(count, 4096)

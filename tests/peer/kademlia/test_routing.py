@@ -3,7 +3,6 @@
 import heapq
 import random
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ from peer.kademlia.routing import (
     ID_BITS,
     ID_BYTES,
     REPLICAS,
-    Backoff,
     RoutingTable,
     id_bytes,
     id_of_bytes,
@@ -201,34 +199,3 @@ def test_a_key_is_handed_over_by_its_nearest_holder_to_one_that_becomes_a_holder
     holders_but_us = heapq.nsmallest(REPLICAS, [newcomer, *others], key=key.__xor__)
     expected = newcomer in holders_but_us and min([own, *others], key=key.__xor__) == own
     assert should_hand_over(key, newcomer, own, nearest) == expected
-
-
-def test_a_silent_peer_is_held_back_for_twice_as_long_each_time() -> None:
-    backoff, silent, now = Backoff(), peer(1), 100.0
-    assert not backoff.holds_back(silent, now)
-    for pause_s in (5, 10, 20, 40):
-        backoff.failed(silent, now)
-        backoff.failed(silent, now + 1)  # calls that were under way
-        assert backoff.holds_back(silent, now + pause_s - 0.1)
-        assert not backoff.holds_back(peer(2), now)
-        now += pause_s
-        assert not backoff.holds_back(silent, now)
-    backoff.answered(silent)
-    backoff.failed(silent, now)
-    assert not backoff.holds_back(silent, now + 5)
-
-
-def test_a_peer_that_stays_silent_is_asked_every_ten_minutes_or_so() -> None:
-    backoff, now = Backoff(), 0.0
-    for _ in range(1000):
-        backoff.failed(peer(1), now)
-        now += 700
-        assert not backoff.holds_back(peer(1), now)
-
-
-@pytest.mark.parametrize("count", [10, 10_000])
-def test_the_silent_that_are_remembered_are_bounded(count: int) -> None:
-    backoff = Backoff()
-    for n in range(count):
-        backoff.failed(peer(n), 0.0)
-    assert sum(backoff.holds_back(peer(n), 1.0) for n in range(count)) == min(count, 4096)
