@@ -357,6 +357,39 @@ async def first_few(
         await cancel_all(tasks)
 
 
+async def first_success(
+    works: Iterable[Coroutine[Any, Any, T | None]],
+    head_start_s: float,
+    drop: Callable[[T], object] = lambda result: None,
+) -> T | None:
+    """The first result other than None; None if no work has one. Starts the works in order: the next one when one has
+    ended, or after `head_start_s`, and then beside the others.
+
+    `drop` is called with results that are not returned. Raises the first exception, and ends the others.
+    """
+    queue, running = iter(works), set[asyncio.Task[T | None]]()
+    found: T | None = None
+    try:
+        while found is None:
+            if (work := next(queue, None)) is not None:
+                running.add(asyncio.create_task(work))
+            elif not running:
+                break
+            patience_s = None if work is None else head_start_s
+            done, _ = await asyncio.wait(running, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if found is None:
+                    running.discard(task)
+                    found = task.result()
+        return found
+    finally:
+        for task in running:
+            task.cancel()
+        for late in await asyncio.gather(*running, return_exceptions=True):
+            if late is not None and not isinstance(late, BaseException):
+                drop(late)
+
+
 async def first_of(*works: Coroutine[Any, Any, T]) -> T:
     """Runs the works side by side until one ends, and cancels the others. Returns or raises what that one does."""
     tasks = [asyncio.create_task(work) for work in works]

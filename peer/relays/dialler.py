@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from peer.errors import UnreachableError
 from peer.identity import PeerID
-from peer.loop import TaskSet
+from peer.loop import TaskSet, first_success, tolerating
 from peer.metrics import start_at_zero
 from peer.relays.client import Call, RelayClient
 from peer.transport.addresses import Multiaddress
@@ -42,7 +42,6 @@ class RelayDialler:
         self._listeners = Listeners(_PEERS, self._forward)
         self._tasks = TaskSet()
         """One task for each circuit."""
-        self._tries = TaskSet()
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
         """See `Listeners.open_to`."""
@@ -56,7 +55,6 @@ class RelayDialler:
         """Ends all circuits. Closing twice is harmless."""
         self._listeners.close()
         await self._tasks.aclose()
-        await self._tries.aclose()
 
     async def _forward(self, peer_id: PeerID, addresses: Sequence[Multiaddress], accepted: Pipe) -> None:
         """Handles a connection from this process's own gRPC."""
@@ -78,40 +76,22 @@ class RelayDialler:
 
     async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> Call:
         """A circuit through the first relay that opens one. Cancel the call when done. Raises UnreachableError."""
-        waiting = [a for a in addresses if a.is_relayed and a.peer_id == peer_id and a.dialled != peer_id]
-        del waiting[_TRIED:]
-        tries: set[asyncio.Task[Call]] = set()
+        relayed = [a for a in addresses if a.is_relayed and a.peer_id == peer_id and a.dialled != peer_id]
+        dials = (self._dial(peer_id, address) for address in relayed[:_TRIED])
         found = None
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DIAL_S):
-                while found is None and (waiting or tries):
-                    if waiting:
-                        dial = self._dial(peer_id, waiting.pop(0))
-                        tries.add(self._tries.spawn(dial, "open a circuit through a relay"))
-                    longest_s = _HEAD_START_S if waiting else None
-                    done, _ = await asyncio.wait(
-                        tries, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED
-                    )
-                    worked = [task for task in done if not task.cancelled() and task.exception() is None]
-                    found = worked[0] if worked else None
-                    tries -= done - set(worked)
-        except TimeoutError:
-            pass
-        finally:
-            await _drop(tries - {found})
+                found = await first_success(dials, _HEAD_START_S, drop=lambda call: call.cancel())
         if found is None:
             raise UnreachableError(f"no relay opens a circuit to {peer_id}")
-        return found.result()
+        return found
 
-    async def _dial(self, peer_id: PeerID, address: Multiaddress) -> Call:
-        relay = await self._client.relay(address.dialled, address.endpoint)
-        return await self._client.open("Dial", relay, relay_pb2.CircuitPiece(peer_id=peer_id.to_bytes()))
-
-
-async def _drop(tries: "set[asyncio.Task[Call]]") -> None:
-    """Ends attempts that are no longer needed, and the calls that they have opened."""
-    for task in tries:
-        task.cancel()
-    for result in await asyncio.gather(*tries, return_exceptions=True):
-        if not isinstance(result, BaseException):
-            result.cancel()
+    async def _dial(self, peer_id: PeerID, address: Multiaddress) -> Call | None:
+        try:
+            with tolerating("open a circuit through a relay"):
+                relay = await self._client.relay(address.dialled, address.endpoint)
+                first = relay_pb2.CircuitPiece(peer_id=peer_id.to_bytes())
+                return await self._client.open("Dial", relay, first)
+        except UnreachableError as error:
+            logger.debug("%s", error)
+        return None

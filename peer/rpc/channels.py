@@ -15,7 +15,7 @@ from peer.bounded import BoundedDict
 from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import UnreachableError
 from peer.identity import TLS_NAME, PeerID
-from peer.loop import cancel_all
+from peer.loop import cancel_all, first_success
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
@@ -259,24 +259,21 @@ class ChannelPool:
 
     async def _try(self, peer: Contact, ways: Sequence[str]) -> grpc.aio.Channel | None:
         """Tries one way after another; a slow one continues beside the next. Returns None if none connects."""
-        connecting: dict[asyncio.Task[bool], tuple[str, grpc.aio.Channel]] = {}
         opened: list[str] = []
-        found = None
-        try:
+
+        async def connect(way: str) -> tuple[str, grpc.aio.Channel] | None:
+            channel = await self._open(peer, way)
+            opened.append(way)
+            return (way, channel) if await _connects(channel) else None
+
+        unsteady, found = self._unsteady.get(peer.peer_id), None
+        ways = sorted(ways, key=lambda way: way == unsteady)
+        # UnreachableError: no sockets are left for a detour
+        with contextlib.suppress(TimeoutError, UnreachableError):
             async with asyncio.timeout(self._try_s):
-                unsteady = self._unsteady.get(peer.peer_id)
-                ways = sorted(ways, key=lambda way: way == unsteady)
-                for way in (*filter(partial(self._may_dial, peer), ways), None):
-                    if way is not None:
-                        channel = await self._open(peer, way)
-                        opened.append(way)
-                        connecting[asyncio.create_task(_connects(channel))] = way, channel
-                    if found := await self._first(connecting, None if way is None else _HEAD_START_S):
-                        break
-        except (TimeoutError, UnreachableError):  # UnreachableError: no sockets are left for a detour
-            pass
-        finally:
-            await cancel_all(connecting)
+                found = await first_success(
+                    map(connect, filter(partial(self._may_dial, peer), ways)), _HEAD_START_S
+                )
         if found is None:
             self._failed[peer.peer_id] = time.monotonic()
         else:
@@ -312,22 +309,6 @@ class ChannelPool:
                 channel = self._channels.pop((way, peer.certificate_pem), None)
                 if channel is not None:
                     await channel.close()
-
-    async def _first(
-        self, connecting: dict["asyncio.Task[bool]", tuple[str, grpc.aio.Channel]], longest_s: float | None
-    ) -> tuple[str, grpc.aio.Channel] | None:
-        """The first channel that connects; None if time is up or all have failed. Removes those that failed."""
-        ends = None if longest_s is None else asyncio.get_running_loop().time() + longest_s
-        while connecting:
-            left = None if ends is None else ends - asyncio.get_running_loop().time()
-            done, _ = await asyncio.wait(connecting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                return None
-            for task in done:
-                way = connecting.pop(task)
-                if task.result():
-                    return way
-        return None
 
 
 def _detour_addresses(peer: Contact, way: str) -> Sequence[Multiaddress]:

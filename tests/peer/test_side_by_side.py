@@ -1,11 +1,12 @@
 """Work that waits for many peers is done for a few peers at a time."""
 
 import asyncio
+import contextlib
 
 import pytest
 
 from peer.errors import UnreachableError
-from peer.loop import LoopThread, first_few, side_by_side
+from peer.loop import LoopThread, first_few, first_success, side_by_side
 
 
 def test_one_that_waits_holds_no_other_up_and_only_a_few_run(loop: LoopThread) -> None:
@@ -93,5 +94,64 @@ def test_an_exception_of_a_few_is_raised_and_ends_the_others(loop: LoopThread) -
 
         with pytest.raises(UnreachableError):
             await first_few(map(work, range(3)), 2, 20)
+
+    loop.run(scenario(), 60)
+
+
+def test_a_slow_work_goes_on_beside_the_next_and_late_results_are_dropped(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        started, dropped, may_end = list[str](), list[str](), asyncio.Event()
+
+        async def work(name: str) -> str | None:
+            started.append(name)
+            if name == "fails":
+                return None
+            if name == "hangs":
+                await asyncio.Event().wait()
+            if name in ("slow", "as slow"):
+                await may_end.wait()
+            if name == "last":
+                may_end.set()
+                await asyncio.Event().wait()
+            return name
+
+        names = ("fails", "hangs", "slow", "as slow", "last", "never")
+        found = await first_success(map(work, names), 0.01, drop=dropped.append)
+        assert started == [*names[:-1]]
+        assert sorted([found or "", *dropped]) == ["as slow", "slow"]
+
+    loop.run(scenario(), 60)
+
+
+def test_no_work_has_a_head_start_after_one_that_failed(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        async def work(number: int) -> int | None:
+            return number or None
+
+        assert await first_success(map(work, (0, 0, 3, 4)), 1e6) == 3
+        assert await first_success(map(work, (0, 0)), 1e6) is None
+        assert await first_success(map(work, ()), 1e6) is None
+
+    loop.run(scenario(), 60)
+
+
+def test_results_of_a_search_that_is_given_up_are_dropped(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        dropped, started, are_started = list[int | None](), list[int](), asyncio.Event()
+
+        async def work(number: int) -> int | None:
+            started.append(number)
+            if len(started) == 2:
+                are_started.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            return number  # it had just ended when it was cancelled
+
+        search = asyncio.create_task(first_success(map(work, (1, 2)), 0.0, drop=dropped.append))
+        await are_started.wait()
+        search.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await search
+        assert set(dropped) == {1, 2}
 
     loop.run(scenario(), 60)

@@ -293,18 +293,12 @@ def test_a_session_that_the_relay_forgot_is_opened_again(loop: LoopThread, keys:
 
 
 def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
-    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT)
         hidden = await hide(keys[HIDDEN], [relay])
         caller = Caller(keys[CALLER])
-        mistakes: list[object] = []
-        monkeypatch.setattr(
-            asyncio.get_running_loop(),
-            "call_exception_handler",
-            lambda context: mistakes.append(context["exception"]),
-        )
         async with closing(relay, hidden, caller):
             (address,) = hidden.reservations.addresses
             unlucky = address.at(Endpoint("127.0.0.1:1"))
@@ -320,7 +314,8 @@ def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
             call.cancel()
             with pytest.raises(UnreachableError, match="no relay opens"):
                 await caller.dialler.dial(hidden.served.peer_id, [unlucky])
-        assert mistakes == [mistake, mistake]
+        logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
+        assert logged == [mistake, mistake]
 
     play(loop, scenario)
 
