@@ -437,7 +437,8 @@ class KademliaNode:
                 continue
             taken = len(packed) + ITEM_OVERHEAD_BYTES
             if part and (size + taken > MAX_ANSWER_BYTES or len(part) == MAX_ITEMS):
-                await self.store(peer_id, part)
+                if await self.store(peer_id, part) is None:
+                    return  # it has gone
                 part, size = [], 0
             self.upload.spend(taken)
             part.append(Row(key, DICTIONARY, packed, self.storage.expires_at(key)))

@@ -515,6 +515,26 @@ def test_a_newcomer_is_handed_all_it_should_store_in_messages_within_the_bound(w
     play(world, scenario)
 
 
+def test_a_newcomer_that_goes_away_is_handed_nothing_more(world: VirtualLoop) -> None:
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        uids = [UID(0, (n, n)) for n in range(1000)]
+        await peer.experts.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], 600.0)
+        newcomer, stored = await swarm.make_peer(), list[bytes]()
+
+        async def silent(caller: PeerID, request: bytes) -> bytes:
+            stored.append(request)
+            await asyncio.Event().wait()
+            return b""
+
+        newcomer.transport.handlers["store"] = silent
+        node = dht_pb2.NodeInfo(node_id=id_bytes(newcomer.dht.node_id))
+        await send(peer, "ping", dht_pb2.PingRequest(peer=node), newcomer.peer_id)
+        await asyncio.sleep(60)
+        assert len(stored) == 1
+
+    play(world, scenario)
+
+
 def test_look_ups_by_many_leave_turns_to_others(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
         table = peer.dht.table
