@@ -465,6 +465,7 @@ class SwarmClient:
             checking=checking,
             seed=random.SystemRandom().getrandbits(32),
             is_silent=caller.is_silent,
+            responds=caller.responds,
             metrics=metrics,
             credit=credit,
         )

@@ -20,6 +20,7 @@ from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.dispatch.batches import ForwardPass, NodeCall, shares
 from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.health import Responds
 from trainer_client.dispatch.policy import CircuitBreakers, WaitPolicy
 
 DEADLINE, GRACE = 10.0, 1.0
@@ -39,6 +40,7 @@ def make_dispatcher(
     directory: FakeDirectory | None = None,
     breakers: CircuitBreakers | None = None,
     most_hedged: float = 0.1,
+    responds: Responds | None = None,
 ) -> Dispatcher:
     """Call it inside the loop, whose clock the dispatcher uses."""
     return Dispatcher(
@@ -47,6 +49,7 @@ def make_dispatcher(
         WaitPolicy(DEADLINE, grace_s, k_min, most_hedged=most_hedged),
         breakers=breakers,
         clock=asyncio.get_running_loop().time,
+        responds=responds,
     )
 
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter as Counts
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ from trainer_client.dispatch.batches import (
     Kept,
     NodeCall,
 )
+from trainer_client.dispatch.health import HealthChecks
 from trainer_client.dispatch.policy import AnswerScreening, CircuitBreakers, Latencies
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -141,11 +142,13 @@ class CallTracker:
         *,
         is_silent: Callable[[NodeInfo], bool] = lambda node: False,
         gone: Callable[[PeerID], None] = lambda peer_id: None,
+        health: HealthChecks | None = None,
         metrics: DispatchMetrics | None = None,
         credit: CreditAccounts | None = None,
     ) -> None:
         """`is_silent`: whether connecting to the node was tried and it is not connected. `gone` is called for peers to
-        which the connection failed. `credit`: records the nodes' work.
+        which the connection failed. `health`: None: nodes are not checked while calls are slow. `credit`: records the
+        nodes' work.
         """
         self.metrics: DispatchMetrics = metrics or DispatchMetrics()
         self.credit: CreditAccounts = credit or CreditAccounts()
@@ -155,6 +158,7 @@ class CallTracker:
         self.is_silent = is_silent
         self._caller = caller
         self._gone = gone
+        self._health = health
         self._heard_at = BoundedDict[PeerID, float](_HEARD)
         """When each peer answered last, the latest at the end."""
         self._screening = AnswerScreening()
@@ -165,7 +169,8 @@ class CallTracker:
 
     def avoided(self) -> frozenset[PeerID]:
         """The peers not to call now."""
-        return self.breakers.open_at(self.now())
+        avoided = self.breakers.open_at(self.now())
+        return avoided if self._health is None else avoided | self._health.unresponsive
 
     def proven(self) -> frozenset[PeerID]:
         """The peers that answered recently."""
@@ -187,6 +192,8 @@ class CallTracker:
         """Ends the calls in progress. Tasks that wait for one continue as if it had failed."""
         self._closed = True
         await self._tasks.aclose()
+        if self._health is not None:
+            await self._health.close()
 
     async def _make(self, call: NodeCall, progress: CallProgress, sink: Replies) -> None:
         self.metrics.calls.inc()
@@ -198,7 +205,8 @@ class CallTracker:
             call = replace(call, updates=[self._updates[uid] for uid in call.batch.uids])
         failure: ExpertError | None = _CLOSED
         try:
-            async with aclosing(self._caller.call(call)) as replies:
+            watching = nullcontext() if self._health is None else self._health.during(call.node, call_times)
+            async with watching, aclosing(self._caller.call(call)) as replies:
                 async for reply in replies:
                     if not heard:
                         self._heard_at[peer_id] = self.now()

@@ -32,6 +32,7 @@ from trainer_client.dispatch.batches import (
 )
 from trainer_client.dispatch.calls import CallTracker, DispatchMetrics, Replies, next_replies
 from trainer_client.dispatch.forward import ForwardRun
+from trainer_client.dispatch.health import HealthChecks, Responds
 from trainer_client.dispatch.policy import (
     CircuitBreakers,
     Latencies,
@@ -58,11 +59,13 @@ class Dispatcher:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         is_silent: Callable[[NodeInfo], bool] = lambda node: False,
+        responds: Responds | None = None,
         metrics: DispatchMetrics | None = None,
         credit: CreditAccounts | None = None,
     ) -> None:
         """`checking`: what spot checks need; None: no checks. `seed`: determines all random choices. `is_silent`:
-        whether connecting to the node was tried and it is not connected. `credit`: records the nodes' work.
+        whether connecting to the node was tried and it is not connected. `responds`: None: nodes are not checked while
+        calls are slow. `credit`: records the nodes' work.
         """
         self._directory = directory
         self._policy = policy
@@ -72,6 +75,7 @@ class Dispatcher:
             clock,
             is_silent=is_silent,
             gone=directory.forget,
+            health=None if responds is None else HealthChecks(responds, self._announced, policy),
             metrics=metrics,
             credit=credit,
         )
@@ -101,6 +105,9 @@ class Dispatcher:
     def live_experts(self) -> int:
         """How many experts can be called now."""
         return self._directory.view.live_experts(self._calls.avoided())
+
+    def _announced(self, peer_id: PeerID) -> NodeInfo | None:
+        return self._directory.view.nodes.get(peer_id)
 
     async def close(self) -> None:
         """Ends the calls in progress. Tasks that wait for one continue as if it had failed."""

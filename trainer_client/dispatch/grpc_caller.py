@@ -18,6 +18,7 @@ from typing import TypeAlias
 import grpc
 import numpy as np
 from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dht.announcements import NodeInfo
 from peer import PROTOCOL_VERSION
@@ -291,6 +292,22 @@ class GrpcCaller:
     def is_silent(self, node: NodeInfo) -> bool:
         """Whether connecting to the node was tried and it is not connected: it is still connecting, or was refused."""
         return self._channels.is_silent(node)
+
+    async def responds(self, node: NodeInfo, deadline_s: float) -> bool:
+        """Whether the node answers a health check in time. Any answer will do, even a refusal."""
+        ends = time.monotonic() + deadline_s
+        session = None if self._sessions is None else self._sessions.known(node.peer_id)
+        try:
+            channel = await self._channel(node, deadline_s)
+            stub = make_stub(health_pb2_grpc.HealthStub, channel)
+            with while_open():
+                left_s = max(ends - time.monotonic(), 0.001)
+                await stub.Check(health_pb2.HealthCheckRequest(), timeout=left_s, metadata=session)
+        except grpc.aio.AioRpcError as error:
+            return error.code() not in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
+        except ExpertError:
+            return False
+        return True
 
     async def _call_once(
         self, call: NodeCall, request_id: bytes, ends: float

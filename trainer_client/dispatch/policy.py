@@ -350,6 +350,12 @@ class WaitPolicy:
         slow = call_times.quantile(_SLOW)
         return latest if slow is None else min(max(slow, _LEAST_HEDGE_S), latest)
 
+    def check_deadline_s(self, call_times: CallTimes) -> float:
+        """How long a node may take to answer a health check: a quarter of the deadline, so about as long as whole calls
+        take.
+        """
+        return self.deadline_s(call_times) / 4
+
     def may_hedge(self, hedged: float, calls: float) -> bool:
         """Whether one more of `calls` may be sent twice, after `hedged` have been."""
         return hedged < self.most_hedged * calls

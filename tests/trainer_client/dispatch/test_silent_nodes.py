@@ -36,6 +36,7 @@ from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from peer.transport.endpoints import Endpoint
 from peer.wire.expert_pb2 import CallReply
+from talkoot.demo.links import Link, Proxy, Wire
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
@@ -227,3 +228,47 @@ def test_a_node_that_refuses_the_connection_is_silent(
     assert loop.run(call_in_vain(caller, node)) is StatusCode.UNAVAILABLE
     assert caller.is_silent(node)
     assert not caller.is_silent(replace(server.info, addresses=()))
+
+
+# Health checks
+
+
+@pytest.mark.parametrize("behave", [answer_all, says_nothing, reads_nothing])
+def test_a_node_that_computes_responds_to_a_health_check(
+    loop: LoopThread, server: Server, caller: GrpcCaller, behave: Behaviour
+) -> None:
+    """This server even lacks the health service: any answer shows that its loop runs."""
+    server.behave = behave
+
+    async def scenario() -> None:
+        call = asyncio.create_task(ask_in_vain(caller, server.info, requests_for(0)))
+        await until(lambda: server.running == 1 or call.done())
+        assert await caller.responds(server.info, LONG)
+        call.cancel()
+        await asyncio.wait([call])
+
+    loop.run(scenario())
+
+
+def test_a_node_whose_line_is_cut_does_not_respond_until_it_is_mended(
+    loop: LoopThread, server: Server, caller: GrpcCaller
+) -> None:
+    async def scenario() -> None:
+        wire = Wire(Link())
+        proxy = await Proxy.start(wire, ("127.0.0.1", server.info.addresses[0].port))
+        node = replace(server.info, addresses=(Endpoint.of("127.0.0.1", proxy.port),))
+        assert await caller.responds(node, LONG)
+        wire.cut()
+        assert not await caller.responds(node, SHORT)
+        wire.mend()
+        assert await caller.responds(node, LONG)
+        await proxy.close()
+
+    loop.run(scenario())
+
+
+def test_a_node_that_refuses_the_connection_does_not_respond(
+    loop: LoopThread, server: Server, caller: GrpcCaller, closed_port: int
+) -> None:
+    node = replace(server.info, addresses=(Endpoint.of("127.0.0.1", closed_port),))
+    assert not loop.run(caller.responds(node, LONG))

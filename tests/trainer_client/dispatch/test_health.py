@@ -1,0 +1,216 @@
+"""Nodes that no longer respond are given up early, and slow nodes are waited for. Time is virtual."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from dispatch_swarm import (
+    DEADLINE,
+    answered_by_all_rows,
+    check_outputs,
+    forward_once,
+    make_dispatcher,
+    make_swarm,
+    random_gradients,
+    run,
+    settle,
+    uid,
+)
+from expert_fakes import SILENT, WELL, Behaviour, FakeDirectory, FakeSwarm, make_peer_id, now
+
+from dht.announcements import NodeInfo
+from peer import metrics
+from peer.identity import PeerID
+from trainer_client.dispatch.dispatcher import Dispatcher
+from trainer_client.dispatch.policy import LEAST_KNOWN
+
+EXPERTS = 5
+USUAL = 0.1
+"""How long calls took lately. Slower ones are slow."""
+CHECK = 0.75
+"""How long a node may take to answer a health check."""
+FROZEN = make_peer_id(1)
+
+
+class Health:
+    """Answers health checks for all nodes but the frozen one."""
+
+    def __init__(self, swarm: FakeSwarm) -> None:
+        self._swarm = swarm
+        self.asked: list[tuple[PeerID, float]] = []
+
+    def freeze(self) -> None:
+        self._swarm.behaviours[FROZEN] = SILENT
+
+    def thaw(self) -> None:
+        self._swarm.behaviours[FROZEN] = WELL
+
+    async def responds(self, node: NodeInfo, deadline_s: float) -> bool:
+        self.asked.append((node.peer_id, now()))
+        if self._swarm.behaviours.get(node.peer_id) is not SILENT:
+            return True
+        await asyncio.sleep(deadline_s)
+        return False
+
+
+def make_checked(
+    k_min: int = 3, directory: FakeDirectory | None = None
+) -> tuple[FakeSwarm, Health, Dispatcher]:
+    """A swarm, its health, and a dispatcher that knows how long calls take."""
+    swarm = make_swarm(EXPERTS)
+    health = Health(swarm)
+    dispatcher = make_dispatcher(swarm, k_min=k_min, directory=directory, responds=health.responds)
+    for call_times in dispatcher.latencies.calls.values():
+        for _ in range(LEAST_KNOWN):
+            call_times.add(USUAL)
+    return swarm, health, dispatcher
+
+
+def calls_to_frozen(swarm: FakeSwarm) -> int:
+    return sum(call.peer_id == FROZEN for call in swarm.calls)
+
+
+def test_in_backward_a_frozen_node_is_given_up_before_the_deadline() -> None:
+    async def scenario() -> None:
+        _, health, dispatcher = make_checked()
+        result = await forward_once(dispatcher, EXPERTS)
+        health.freeze()
+        gradients, _ = await dispatcher.send_back(result, random_gradients(result))
+        assert now() == pytest.approx(USUAL + CHECK)
+        assert gradients.any(axis=1).all(), "the other nodes have answered"
+        assert metrics.total(dispatcher.metrics.late_gradients) == 1
+        assert health.asked == [(FROZEN, USUAL)]
+
+    run(scenario())
+
+
+def test_in_forward_other_experts_are_asked_in_place_of_those_of_a_frozen_node() -> None:
+    async def scenario() -> None:
+        swarm, health, dispatcher = make_checked()
+        health.freeze()
+        result = await forward_once(dispatcher, EXPERTS)
+        assert now() == pytest.approx(USUAL + CHECK)
+        assert answered_by_all_rows(result) == [0, 2, 3]
+        check_outputs(swarm, result)
+        assert dispatcher.metrics.failures_by_cause() == {"unavailable": 1}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seconds", [USUAL + CHECK + 0.1, 2.9])
+def test_a_slow_node_that_responds_is_waited_for(seconds: float) -> None:
+    async def scenario() -> None:
+        swarm, health, dispatcher = make_checked()
+        result = await forward_once(dispatcher, EXPERTS)
+        swarm.behaviours[FROZEN] = Behaviour(after_s=seconds)
+        await dispatcher.send_back(result, random_gradients(result))
+        assert now() == pytest.approx(seconds)
+        assert metrics.total(dispatcher.metrics.late_gradients) == 0
+        assert {peer_id for peer_id, _ in health.asked} == {FROZEN}
+        assert dispatcher.open_breakers() == 0
+
+    run(scenario())
+
+
+def test_a_node_that_freezes_later_in_a_slow_call_is_given_up_too() -> None:
+    async def scenario() -> None:
+        swarm, health, dispatcher = make_checked()
+        result = await forward_once(dispatcher, EXPERTS)
+        swarm.behaviours[uid(1)] = SILENT  # its expert takes long
+        sending = asyncio.create_task(dispatcher.send_back(result, random_gradients(result)))
+        await asyncio.sleep(USUAL + CHECK / 2)
+        health.freeze()
+        await sending
+        assert now() == pytest.approx(USUAL + 2 * CHECK)
+
+    run(scenario())
+
+
+def test_a_frozen_node_is_not_called_until_it_responds() -> None:
+    async def scenario() -> None:
+        swarm, health, dispatcher = make_checked()
+        health.freeze()
+        await forward_once(dispatcher, EXPERTS)
+        given_up_at = now()
+        for _ in range(20):
+            await forward_once(dispatcher, EXPERTS)
+            await asyncio.sleep(0.5)
+        assert calls_to_frozen(swarm) == 1, "no step waits for it again"
+        assert dispatcher.live_experts() == EXPERTS - 1
+        health.thaw()
+        frozen_s = now() - given_up_at
+        await asyncio.sleep(frozen_s)  # the pauses between checks grow with the time that it was silent
+        assert dispatcher.live_experts() == EXPERTS
+        result = await forward_once(dispatcher, EXPERTS)
+        assert answered_by_all_rows(result) == [0, 1, 2]
+
+    run(scenario())
+
+
+def test_calls_that_wait_for_the_same_node_share_a_check() -> None:
+    async def scenario() -> None:
+        _, health, dispatcher = make_checked()
+        layers = [await forward_once(dispatcher, EXPERTS) for _ in range(3)]
+        health.freeze()
+        gradients = [dispatcher.send_back(result, random_gradients(result)) for result in layers]
+        await asyncio.gather(*gradients)
+        assert now() == pytest.approx(USUAL + CHECK)
+        assert health.asked == [(FROZEN, USUAL)]
+
+    run(scenario())
+
+
+def test_a_frozen_node_that_is_no_longer_announced_is_forgotten() -> None:
+    async def scenario() -> None:
+        directory = make_swarm(EXPERTS).directory()
+        _, health, dispatcher = make_checked(directory=directory)
+        health.freeze()
+        await forward_once(dispatcher, EXPERTS)
+        assert dispatcher.open_breakers() == 1
+        nodes = {peer_id: node for peer_id, node in directory.view.nodes.items() if peer_id != FROZEN}
+        directory.view = replace(directory.view, nodes=nodes)
+        asked = len(health.asked)
+        await settle()
+        assert dispatcher.open_breakers() == 0
+        assert len(health.asked) == asked
+
+    run(scenario())
+
+
+def test_a_node_that_never_responds_is_asked_a_few_times() -> None:
+    async def scenario() -> None:
+        _, health, dispatcher = make_checked()
+        health.freeze()
+        await forward_once(dispatcher, EXPERTS)
+        await asyncio.sleep(1000.0)
+        assert 5 < len(health.asked) < 20
+        times = np.array([at for _, at in health.asked])
+        assert (np.diff(times) >= 1.0).all()
+        assert dispatcher.open_breakers() == 0
+
+    run(scenario())
+
+
+def test_a_quick_call_needs_no_health_check() -> None:
+    async def scenario() -> None:
+        _, health, dispatcher = make_checked()
+        result = await forward_once(dispatcher, EXPERTS)
+        await dispatcher.send_back(result, random_gradients(result))
+        await asyncio.sleep(DEADLINE)
+        assert health.asked == []
+
+    run(scenario())
+
+
+def test_closing_ends_checks() -> None:
+    async def scenario() -> None:
+        _, health, dispatcher = make_checked()
+        health.freeze()
+        await forward_once(dispatcher, EXPERTS)
+        await dispatcher.close()
+        asked = len(health.asked)
+        await asyncio.sleep(1000.0)
+        assert len(health.asked) == asked
+
+    run(scenario())
