@@ -53,7 +53,6 @@ _TUNNELS = "tunnels"
 """The neighbourhood of all callers that come through tunnels."""
 _RENEW_AT = 0.8
 """The share of a session's lifetime after which a new one is opened."""
-_LONGEST_LIFETIME_S = 7 * 86400.0
 _MAX_SESSION_BYTES = _MAX_CHALLENGE_BYTES = 64
 _SERVERS = 1024
 """How many servers a caller remembers its sessions with."""
@@ -243,8 +242,8 @@ class Sessions:
 
     def find(self, key: bytes, *rights: Right) -> Session:
         """Like `require`, by the session's name."""
-        session = self._sessions.get(key)
-        if session is None or session.ends_at <= self._clock():
+        session = self._still_open(key)
+        if session is None:
             self.events.labels("unknown").inc()
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the call belongs to no open session: open one")
         self._near[session.near].move_to_end(key)
@@ -255,7 +254,10 @@ class Sessions:
 
     def of_call(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Session | None:
         """The session that a call names, if it is open. `require` decides whether it may be used for that call."""
-        session = self._sessions.get(session_named(context))
+        return self._still_open(session_named(context))
+
+    def _still_open(self, key: bytes) -> Session | None:
+        session = self._sessions.get(key)
         return None if session is None or session.ends_at <= self._clock() else session
 
     def recheck(self) -> None:
@@ -432,8 +434,8 @@ class SessionClient:
         if len(reply.session) > _MAX_SESSION_BYTES:
             raise ExpertError(StatusCode.DATA_LOSS, "the server gave no usable session")
         metadata = ((SESSION_KEY, reply.session),)
-        lifetime_s = min(max(reply.lifetime_s, 0.0), _LONGEST_LIFETIME_S)
-        self._known[server] = metadata, time.monotonic() + _RENEW_AT * lifetime_s
+        # any number will do: a call in a session that has ended opens another
+        self._known[server] = metadata, time.monotonic() + _RENEW_AT * reply.lifetime_s
         self.opened += 1
         return metadata
 

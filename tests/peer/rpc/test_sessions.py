@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Set
 from typing import Any
 
@@ -372,5 +373,31 @@ def test_a_stolen_session_opens_nothing_at_another_server(
         with pytest.raises(ExpertError) as caught:
             there.find(stolen[0][1], FORWARD)
         assert caught.value.status is StatusCode.UNAUTHENTICATED
+
+    loop.run(scenario(), 120)
+
+
+@pytest.mark.parametrize("lifetime_s", [math.inf, math.nan, -math.inf, -1.0, 1e300])
+def test_whatever_lifetime_a_server_names_its_session_is_used_and_renewed(
+    loop: LoopThread, server: Identity, alice: Identity, monkeypatch: pytest.MonkeyPatch, lifetime_s: float
+) -> None:
+    async def scenario() -> None:
+        sessions = Sessions(SWARM, server.peer_id)
+        open_session = sessions.open
+
+        def lying(request: session_pb2.OpenRequest, *more: Any) -> session_pb2.OpenReply:
+            reply = open_session(request, *more)
+            reply.lifetime_s = lifetime_s
+            return reply
+
+        monkeypatch.setattr(sessions, "open", lying)
+        async with serving(server, sessions) as channel:
+            own = a_caller(SWARM, alice)
+            first = await own.metadata(server.peer_id, channel, 10.0)
+            assert sessions.find(first[0][1], FORWARD).caller == alice.peer_id
+            own.ended(server.peer_id, first)
+            second = await own.metadata(server.peer_id, channel, 10.0)
+            assert sessions.find(second[0][1], FORWARD).caller == alice.peer_id
+            assert second != first
 
     loop.run(scenario(), 120)
