@@ -1,7 +1,8 @@
 """A dictionary with a bound, and who has the most: strangers must not be able to make a peer remember more and more."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple, TypeVar
 
@@ -29,6 +30,18 @@ class BoundedDict(OrderedDict[K, V]):
         super().__setitem__(key, value)
         self.move_to_end(key)
         return [self.popitem(last=False)[1] for _ in range(len(self) - self.most)]
+
+
+@contextmanager
+def counting(counts: Counter[K], key: K) -> Iterator[None]:
+    """Counts one more of the key while inside. A key that has none left has no entry."""
+    counts[key] += 1
+    try:
+        yield
+    finally:
+        counts[key] -= 1
+        if not counts[key]:
+            del counts[key]
 
 
 class Totals:

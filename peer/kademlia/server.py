@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from peer.bounded import counting
 from peer.errors import WireError
 from peer.identity import PeerID
 from peer.kademlia.contacts import MOST_KNOWN
@@ -200,13 +201,8 @@ class DHTServer:
             yield False
             return
         self._work.take(sender, work, now)
-        self._under_way[sender] += 1
-        try:
+        with counting(self._under_way, sender):
             yield True
-        finally:
-            self._under_way[sender] -= 1
-            if not self._under_way[sender]:
-                del self._under_way[sender]
 
     async def _answer(
         self,

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from peer.bounded import counting
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import Restarts, TaskSet, first_of
@@ -199,21 +200,17 @@ class Reservations:
             self._accepting.spawn(accepting, "accept a caller of a relay")
 
     async def _accept(self, relay: KnownPeer, circuit: bytes, caller: PeerID, open_exit: Exit) -> None:
-        self._circuits[relay.peer_id] += 1
         try:
-            call = await self._client.open("Accept", relay, relay_pb2.CircuitPiece(circuit=circuit))
-            try:
-                pipe = await open_exit(caller, relay.peer_id)
-                self.offers.labels("accepted").inc()
-                await self._client.carry(pipe, call)
-            finally:
-                call.cancel()
+            with counting(self._circuits, relay.peer_id):
+                call = await self._client.open("Accept", relay, relay_pb2.CircuitPiece(circuit=circuit))
+                try:
+                    pipe = await open_exit(caller, relay.peer_id)
+                    self.offers.labels("accepted").inc()
+                    await self._client.carry(pipe, call)
+                finally:
+                    call.cancel()
         except (UnreachableError, OSError) as error:
             logger.debug("a circuit of relay %s ended: %s", relay.peer_id, error)
-        finally:
-            self._circuits[relay.peer_id] -= 1
-            if not self._circuits[relay.peer_id]:
-                del self._circuits[relay.peer_id]
 
 
 async def _say_there(call: Call) -> None:

@@ -17,7 +17,7 @@ import grpc
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from peer.bounded import Owner
+from peer.bounded import Owner, counting
 from peer.budget import FairBudget, interruptible
 from peer.budget import Reservation as Place
 from peer.errors import ExpertError
@@ -210,14 +210,9 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         """Holds a place among all circuits, and among those to that peer."""
         if self._of_callers[session.caller] >= _CIRCUITS_OF_CALLER:
             self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
-        with self._holding([self._circuits, reservation.circuits], session.near, interrupt):
-            self._of_callers[session.caller] += 1
-            try:
-                yield
-            finally:
-                self._of_callers[session.caller] -= 1
-                if not self._of_callers[session.caller]:
-                    del self._of_callers[session.caller]
+        places = self._holding([self._circuits, reservation.circuits], session.near, interrupt)
+        with places, counting(self._of_callers, session.caller):
+            yield
 
     @contextmanager
     def _holding(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from starlette.types import Scope
 
+from peer.bounded import counting
 from peer.errors import DataError
 from peer.formatting import counted
 from peer.transport.endpoints import neighbourhood
@@ -77,12 +78,8 @@ class Places:
                 "rate_limit_exceeded",
                 retry_after_s=RETRY_S,
             )
-        self._taken[client] += 1
-        try:
+        with counting(self._taken, client):
             yield
-        finally:
-            self._taken[client] -= 1
-            self._taken += Counter()  # forgets clients that have none
 
 
 def read_keys(path: Path | None) -> ApiKeys:

@@ -1,9 +1,11 @@
 """A bounded dictionary keeps the items that were set last."""
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.bounded import BoundedDict, Totals
+from peer.bounded import BoundedDict, Totals, counting
 
 
 @given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 9), st.integers())))
@@ -30,6 +32,15 @@ def test_a_bound_that_shrank_evicts_the_oldest_at_the_next_set() -> None:
         bounded.setdefault(key, str(key))
     bounded.most = 2
     assert bounded.put(9, "9") == ["0", "1", "2"]
+
+
+def test_a_key_is_counted_while_inside_and_leaves_nothing_behind() -> None:
+    counts = Counter[str]()
+    with counting(counts, "one"), counting(counts, "other"):
+        with counting(counts, "one"):
+            assert counts == {"one": 2, "other": 1}
+        assert counts == {"one": 1, "other": 1}
+    assert not counts.keys()
 
 
 @given(st.lists(st.tuples(st.sampled_from("ABCD"), st.integers(-5, 5)), max_size=60))
