@@ -253,9 +253,13 @@ class ClaimAges:
 
 def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo:
     """Parses a node's checked record. Raises RecordError for a wrong certificate."""
-    node = payload.node
+    return parse_node(payload.node, payload.expires_at, peer_id)
+
+
+def parse_node(node: records_pb2.NodeRecord, expires_at: float, peer_id: PeerID) -> NodeInfo:
+    """Parses what a node says in one of its checked records. Raises RecordError for a wrong certificate."""
     return NodeInfo(
-        **_common(node, payload, peer_id, serves=not node.left),
+        **_common(node, expires_at, peer_id, serves=not node.left),
         expert_count=node.expert_count,
         expert_capacity=node.expert_capacity,
         rows_processed=count(node.rows_processed),
@@ -275,13 +279,25 @@ def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo:
     )
 
 
+def contact_in(node: records_pb2.NodeRecord) -> records_pb2.NodeRecord:
+    """The part of a node's record that others need to call the node."""
+    return records_pb2.NodeRecord(
+        addresses=node.addresses,
+        certificate=node.certificate,
+        protocol_version=node.protocol_version,
+        name=node.name,
+        tunnel_addresses=node.tunnel_addresses,
+        relay_addresses=node.relay_addresses,
+    )
+
+
 def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:
     """Parses a trainer's checked record; None if it is not one. Raises RecordError for a wrong certificate."""
     trainer = payload.trainer
     if payload.WhichOneof("body") != "trainer":
         return None
     return TrainerInfo(
-        **_common(trainer, payload, peer_id, serves=bool(trainer.certificate)),
+        **_common(trainer, payload.expires_at, peer_id, serves=bool(trainer.certificate)),
         step=count(trainer.step),
         steps=count(trainer.steps),
         loss=number(trainer.loss) if trainer.HasField("loss") else None,
@@ -302,14 +318,14 @@ def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> Trainer
 
 def _common(
     said: "records_pb2.NodeRecord | records_pb2.TrainerRecord",
-    payload: records_pb2.RecordPayload,
+    expires_at: float,
     peer_id: PeerID,
     serves: bool,
 ) -> dict[str, Any]:
     """The fields of a `PeerInfo`. `serves`: whether others call the peer, so that it must show its certificate."""
     return {
         "peer_id": peer_id,
-        "expires_at": payload.expires_at,
+        "expires_at": expires_at,
         "name": printable(said.name, MAX_NAME_CHARACTERS),
         "protocol_version": said.protocol_version,
         "software_version": printable(said.software_version, _MAX_VERSION_CHARACTERS),

@@ -7,13 +7,13 @@ hosts announce which of its shards they have, and mark the coordinates on the wa
 
 import asyncio
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
-from dht.announcements import ReplicaState, count
+from dht.announcements import NodeInfo, ReplicaState, count, parse_node
 from dht.founder_records import LIFETIME_S
 from dht.memory import (
     MAX_LABEL_CHARACTERS,
@@ -57,6 +57,9 @@ _CELLS_AT_ONCE = 512
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """The most memories that an error names."""
+_CONTACTS = 16
+"""The most cells of a memory in which a host says how to call it. That takes 0.8 KB for each of a cell's five holders.
+"""
 _BRANCHES, _FEW = 256, 16
 """When looking for some hosts: branches that are followed at each level, and cells that are read first."""
 
@@ -139,6 +142,8 @@ class CellHost:
     """SERVING or LEAVING."""
     shards: frozenset[bytes]
     """The first 8 bytes of each root."""
+    node: NodeInfo | None = field(default=None, compare=False)
+    """How to call it, if that was asked for and its record of the cell says so."""
 
 
 @dataclass(frozen=True)
@@ -237,16 +242,20 @@ class MemoryRegistry:
         cells: Mapping[Cell, tuple[ReplicaState, Collection[bytes]]],
         lifetime_s: float,
     ) -> None:
-        """Announces which shards of each cell this peer hosts, by their roots or the first 8 bytes of these. Marks
-        every coordinate on the way to the cells as active. Raises UnreachableError.
+        """Announces which shards of each cell this peer hosts, by their roots or the first 8 bytes of these, and in
+        some of the cells also how to call this peer. Marks every coordinate on the way to the cells as active. Raises
+        UnreachableError.
         """
         expires_at = self._registry.now() + lifetime_s
         items: dict[tuple[str, int | bytes], Item] = {}
-        own = self._registry.peer_id.to_bytes()
+        own, contact = self._registry.peer_id.to_bytes(), self._registry.contact
+        hosting = [cell for cell, (state, _) in cells.items() if state is not ReplicaState.WITHDRAWN]
+        introduced = some_of(hosting, _CONTACTS)
         for cell, (state, roots) in cells.items():
             key = self._keys.memory(memory, cell)
             shorts = sorted({root[:SHORT_ROOT_BYTES] for root in roots})[:MAX_SHARDS_OF_CELL]
-            body = records_pb2.CellRecord(state=state.value, shards=b"".join(shorts))
+            node = contact if cell in introduced else None
+            body = records_pb2.CellRecord(state=state.value, shards=b"".join(shorts), node=node)
             until = self._registry.later(key, expires_at)
             payload = records_pb2.RecordPayload(key=key, expires_at=until, cell=body)
             items[key, own] = Item(key, own, self._registry.seal(payload), until)
@@ -274,8 +283,10 @@ class MemoryRegistry:
         found = await self._registry.get(list(keys))
         return [(*cell, c) for key, cell in keys.items() for c in active_under(key, found[key]) if c < size]
 
-    async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
-        """The hosts of shards of each cell. Raises UnreachableError."""
+    async def cell_hosts(
+        self, memory: MemoryID, cells: Collection[Cell], *, with_contacts: bool = False
+    ) -> dict[Cell, tuple[CellHost, ...]]:
+        """The hosts of shards of each cell. `with_contacts`: how to call them, too. Raises UnreachableError."""
         hosts: dict[Cell, tuple[CellHost, ...]] = {}
         wanted = list(cells)
         for begin in range(0, len(wanted), _CELLS_AT_ONCE):
@@ -283,7 +294,7 @@ class MemoryRegistry:
             keys = {self._keys.memory(memory, cell): cell for cell in some}
             found = await self._registry.get(list(keys))
             for key, cell in keys.items():
-                hosts[cell] = tuple(self._hosts_under(key, found[key]))
+                hosts[cell] = tuple(self._hosts_under(key, found[key], with_contacts))
                 await asyncio.sleep(0)  # each may have hundreds of records; let other tasks run
         return hosts
 
@@ -300,8 +311,10 @@ class MemoryRegistry:
             cells = random.SystemRandom().sample(active, min(len(active), _BRANCHES))
         # strangers can mark cells that nobody hosts: if the first ones are empty, all of them are read
         for some in (cells[:_FEW], cells[_FEW:]):
-            hosting = await self.cell_hosts(memory, some)
-            hosts = {host.peer_id: host for each in hosting.values() for host in each}
+            hosting = await self.cell_hosts(memory, some, with_contacts=True)
+            found = [host for each in hosting.values() for host in each]
+            # a host in several cells is taken from one that says how to call it
+            hosts = {host.peer_id: host for host in sorted(found, key=lambda host: host.node is not None)}
             if hosts:
                 return tuple(some_of(hosts.values(), most))
         return ()
@@ -330,16 +343,29 @@ class MemoryRegistry:
             entries = tuple(_newer(seen.get(entry.memory, entry), entry) for entry in entries)
         self._known[publisher] = _Library(value, payload.expires_at, entries)
 
-    def _hosts_under(self, key: str, found: Mapping[object, tuple[Any, float]]) -> Iterator[CellHost]:
+    def _hosts_under(
+        self, key: str, found: Mapping[object, tuple[Any, float]], with_contacts: bool
+    ) -> Iterator[CellHost]:
         records = [(subkey, value) for subkey, (value, _) in found.items() if isinstance(value, bytes)]
         for subkey, value in some_of(records, _MAX_HOSTS):
-            host = self._registry.guard.read("memory", subkey, partial(self._host, key, subkey, value))
+            read = partial(self._host, key, subkey, value, with_contacts)
+            host = self._registry.guard.read("memory", subkey, read)
             if host is not None:
                 yield host
 
-    def _host(self, key: str, subkey: object, value: bytes) -> CellHost | None:
+    def _host(self, key: str, subkey: object, value: bytes, with_contact: bool) -> CellHost | None:
         peer_id = parse_peer_id(subkey)
-        return read_cell(self._registry.unseal(value, key, peer_id), peer_id)
+        return read_cell(self._registry.unseal(value, key, peer_id), peer_id, with_contact)
+
+
+def contacts_of(hosts: Iterable[CellHost]) -> dict[PeerID, NodeInfo]:
+    """How to call these hosts, as far as their records say so. The record that expires last counts."""
+    nodes: dict[PeerID, NodeInfo] = {}
+    for host in hosts:
+        known = nodes.get(host.peer_id)
+        if host.node is not None and (known is None or known.expires_at < host.node.expires_at):
+            nodes[host.peer_id] = host.node
+    return nodes
 
 
 def read_library(payload: records_pb2.RecordPayload, publisher: PeerID) -> tuple[LibraryEntry, ...]:
@@ -350,7 +376,9 @@ def read_library(payload: records_pb2.RecordPayload, publisher: PeerID) -> tuple
     return entries
 
 
-def read_cell(payload: records_pb2.RecordPayload, peer_id: PeerID) -> CellHost | None:
+def read_cell(
+    payload: records_pb2.RecordPayload, peer_id: PeerID, with_contact: bool = False
+) -> CellHost | None:
     """Parses a host's checked record of a cell; None if it no longer hosts any of it. Raises RecordError."""
     try:
         state = ReplicaState(payload.cell.state)
@@ -361,10 +389,12 @@ def read_cell(payload: records_pb2.RecordPayload, peer_id: PeerID) -> CellHost |
     if state is ReplicaState.CLAIMED:
         raise RecordError("a cell can't be claimed")
     shards = payload.cell.shards
+    has_contact = with_contact and payload.cell.HasField("node") and not payload.cell.node.left
     return CellHost(
         peer_id,
         state,
         frozenset(shards[at : at + SHORT_ROOT_BYTES] for at in range(0, len(shards), SHORT_ROOT_BYTES)),
+        parse_node(payload.cell.node, payload.expires_at, peer_id) if has_contact else None,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from dht.admission import SwarmAdmission
-from dht.announcements import NodeInfo, PeerInfo, TrainerInfo, read_node, read_trainer
+from dht.announcements import NodeInfo, PeerInfo, TrainerInfo, contact_in, read_node, read_trainer
 from dht.records import (
     FEWEST_DIGITS,
     FEWEST_TRAINER_DIGITS,
@@ -153,6 +153,8 @@ class Registry:
         self._trainers = _PeerKind(
             "trainer", keys.trainer, keys.trainer_shard, FEWEST_TRAINER_DIGITS, read_trainer
         )
+        self.contact: records_pb2.NodeRecord | None = None
+        """Where this peer's last node record says that it is reached; None if it is no node."""
         self._own_shards: dict[Message, tuple[str, float]] = {}
         """For each kind of peers, the shard in which this peer is listed, and until when that is not checked again."""
 
@@ -220,6 +222,7 @@ class Registry:
 
     async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
         """Stores this peer's node record, and lists the peer in its shard. Announce no experts before: see `later`."""
+        self.contact = None if node.left else contact_in(node)
         await self._publish_self(self._nodes, records_pb2.RecordPayload(node=node), lifetime_s)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:

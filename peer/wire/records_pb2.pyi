@@ -253,12 +253,14 @@ class LibraryEntry(_message.Message):
     def __init__(self, name: _Optional[str] = ..., manifest_sha256: _Optional[bytes] = ..., manifest_bytes: _Optional[int] = ..., revision: _Optional[int] = ..., passages: _Optional[int] = ..., total_bytes: _Optional[int] = ..., licenses: _Optional[_Iterable[str]] = ..., about: _Optional[str] = ..., shards: _Optional[int] = ..., grid: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CellRecord(_message.Message):
-    __slots__ = ("state", "shards")
+    __slots__ = ("state", "shards", "node")
     STATE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     state: ReplicaState
     shards: bytes
-    def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., shards: _Optional[bytes] = ...) -> None: ...
+    node: NodeRecord
+    def __init__(self, state: _Optional[_Union[ReplicaState, str]] = ..., shards: _Optional[bytes] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ...) -> None: ...
 
 class Failures(_message.Message):
     __slots__ = ("cause", "count")

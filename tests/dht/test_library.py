@@ -15,7 +15,7 @@ from raw_dht import Gullible, read_raw, store_raw
 from record_samples import EXPIRES_AT, NOW, VALIDATOR, refused, stored
 
 from dht.admission import Denylist, Mode, Role, SwarmAdmission, make_badge, make_token
-from dht.announcements import ReplicaState
+from dht.announcements import NodeInfo, ReplicaState
 from dht.founder_records import LIFETIME_S
 from dht.library import (
     CellHost,
@@ -598,6 +598,60 @@ def test_hosts_of_cells_are_found_by_prefixes(loop: LoopThread, monkeypatch: pyt
             assert await reading.cell_hosts(memory, [(0, 1)]) == {(0, 1): (theirs,)}
 
     run(loop, scenario)
+
+
+def node_record(number: int) -> records_pb2.NodeRecord:
+    certificate = numbered_identity(number).make_certificate()
+    return records_pb2.NodeRecord(
+        addresses=["203.0.113.7:50051"], certificate=certificate, name="sauna", updates=7
+    )
+
+
+def test_a_host_says_in_some_of_its_cells_how_to_call_it(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.library._CONTACTS", 2)
+    memory = entry().memory
+    cells: Cells = {(0, n): (SERVING, [b"r" * 32]) for n in range(5)}
+
+    async def scenario() -> None:
+        async with swarm("open") as (hosts, (a, b, _)):
+            announcing, reading = MemoryRegistry(a), MemoryRegistry(b)
+
+            async def said() -> list[NodeInfo]:
+                found = await reading.cell_hosts(memory, list(cells), with_contacts=True)
+                assert {host.peer_id for (host,) in found.values()} == {hosts[0].peer_id}
+                return [host.node for (host,) in found.values() if host.node is not None]
+
+            await announcing.announce(memory, cells, 60)
+            assert not await said(), "it has no node record yet"
+            await a.publish_node(node_record(0), 60)
+            await announcing.announce(memory, cells, 60)
+            contacts = await said()
+            assert len(contacts) == 2
+            published = (await b.nodes([hosts[0].peer_id]))[hosts[0].peer_id]
+            for contact in contacts:
+                assert (contact.addresses, contact.name) == (published.addresses, published.name)
+                assert (contact.certificate_pem, contact.updates) == (published.certificate_pem, 0)
+            unasked = await reading.cell_hosts(memory, list(cells))
+            assert all(host.node is None for (host,) in unasked.values())
+            await a.leave(60)
+            await announcing.announce(memory, cells, 60)
+            assert not await said()
+
+    run(loop, scenario)
+
+
+def test_a_cell_leads_to_nobody_but_its_host() -> None:
+    payload = cell()
+    payload.cell.node.CopyFrom(node_record(1))
+    with pytest.raises(RecordError, match="not that of peer"):
+        read_cell(payload, FOUNDER.peer_id, with_contact=True)
+    assert read_cell(payload, LIBRARIAN.peer_id, with_contact=True) is not None
+    payload.cell.node.CopyFrom(records_pb2.NodeRecord(left=True))
+    host = read_cell(payload, FOUNDER.peer_id, with_contact=True)
+    assert host is not None
+    assert host.node is None
 
 
 def test_a_memory_of_a_wide_grid_has_its_coordinates_under_several_keys(loop: LoopThread) -> None:

@@ -191,7 +191,7 @@ def deliver_payload(data: bytes) -> None:
         lambda: read_replicas(opened, AN_UID.layer, AN_UID.coordinate, NODE.peer_id),
         lambda: read_replicas(opened, AN_UID.layer, (), NODE.peer_id),
         lambda: read_library(opened, NODE.peer_id),
-        lambda: read_cell(opened, NODE.peer_id),
+        lambda: read_cell(opened, NODE.peer_id, with_contact=True),
         lambda: ADMISSION.check_record(opened, NODE.peer_id),
     ):
         try:

@@ -24,7 +24,7 @@ import numpy as np
 
 from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
-from dht.library import CellHost, LibraryEntry, MemoryRegistry
+from dht.library import CellHost, LibraryEntry, MemoryRegistry, contacts_of
 from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors, cell_of, number_of
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
@@ -175,7 +175,9 @@ class MemoryParts:
         """Some hosts in random order, so that readers don't all fetch from the same one."""
         if not self._nodes:
             hosts = await self._memories.some_hosts(self._memory, entry.grid, _SOURCES)
-            found = await self._registry.nodes({host.peer_id for host in hosts})
+            found = contacts_of(hosts)
+            if unknown := {host.peer_id for host in hosts} - found.keys():
+                found |= await self._registry.nodes(unknown)
             self._nodes = random.SystemRandom().sample(list(found.values()), len(found))
         return self._nodes
 
@@ -376,9 +378,13 @@ class MemoryDirectory:
         return active_C
 
     async def _read_hosts(self, cells: Sequence[Cell], *, again: bool = False) -> None:
-        """`again`: reads the hosts' node records even if they are known."""
-        found = await self._memories.cell_hosts(self.memory, cells)
-        peers = {host.peer_id for hosts in found.values() for host in hosts}
+        """`again`: reads all hosts' node records, which say who has left. Otherwise only those of hosts that are not
+        known and don't say in a cell how to call them.
+        """
+        found = await self._memories.cell_hosts(self.memory, cells, with_contacts=not again)
+        hosts = [host for some in found.values() for host in some]
+        self._nodes = contacts_of(hosts) | self._nodes
+        peers = {host.peer_id for host in hosts}
         wanted = list(peers if again else peers - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
             asked = set(wanted[at : at + _READ_AT_ONCE])
@@ -386,17 +392,19 @@ class MemoryDirectory:
             # records expire; a search in progress keeps the nodes that it has
             kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
             self._nodes = kept | nodes
-        for cell, hosts in found.items():
-            self._hosts[cell] = self._having(cell, hosts)
+        for cell, some in found.items():
+            self._hosts[cell] = self._having(cell, some)
         self._empty.clear()
 
     def _having(self, cell: Cell, hosts: Iterable[CellHost]) -> tuple[CellHost, ...]:
-        """The hosts that have shards of the cell; only some if there are very many. Other shards that they announce are
-        dropped to save memory.
+        """The hosts that have shards of the cell; only some if there are very many. Other shards that they announce,
+        and what `_nodes` has, are dropped to save memory.
         """
         known = {shard.short: shard.short for shard in self._opened.manifest.by_cell.get(cell, ())}
         having = (
-            replace(host, shards=frozenset(known[short] for short in host.shards if short in known))
+            replace(
+                host, shards=frozenset(known[short] for short in host.shards if short in known), node=None
+            )
             for host in hosts
         )
         return tuple(some_of([host for host in having if host.shards], _HOSTS_OF_CELL))

@@ -17,10 +17,12 @@ import pytest
 from memory_samples import SampleMemory
 from memory_swarm import MemorySwarm
 
-from dht.announcements import ReplicaState
+from dht.announcements import NodeInfo, ReplicaState
 from dht.library import MemoryRegistry
 from dht.memory import Cell, MemoryID, Part
+from dht.registry import Registry
 from peer.errors import LibraryError, UnreachableError
+from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.metrics import total
 from trainer_client.memory.directory import MemoryDirectory, PartCache
@@ -120,6 +122,24 @@ def test_the_prefixes_are_read_only_if_nobody_hosts_a_cell_that_is_near(
         assert len(asked) == (not is_whole)
         await retriever.search([WORDS.passages[9].text], 3, 4)
         assert len(asked) == (not is_whole), "what lives is known now"
+
+    play(scenario)
+
+
+def test_a_first_search_needs_no_node_records(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_nodes(*args: object, **options: object) -> dict[PeerID, NodeInfo]:
+        raise AssertionError("a node record was looked up")
+
+    monkeypatch.setattr("trainer_client.memory.directory._REFRESH_EVERY_S", LIMIT_S)
+
+    async def scenario(swarm: MemorySwarm) -> None:
+        await swarm.host()
+        await swarm.host()
+        memories = await swarm.searcher()
+        monkeypatch.setattr(Registry, "nodes", no_nodes)
+        retriever = await memories.open()
+        (result,) = await retriever.search([WORDS.passages[7].text], 5, 100, by_words=False)
+        check_whole(WORDS, 7, result)
 
     play(scenario)
 
