@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from pydantic import BaseModel
 
 from dht.registry import Registry
 from peer import clock
-from peer.bounded import BoundedDict
 from peer.errors import AddressError, UnreachableError
 from peer.files import read_state_file, write_state_file
 from peer.formatting import printable
 from peer.host import Host
 from peer.identity import PeerID
 from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import neighbourhood
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -37,12 +38,15 @@ _LONELY_ROUNDS = 3
 
 
 class PeerStore:
-    """Addresses of the peers that were met last."""
+    """Addresses of the peers that were met last. If there are too many, the neighbourhood with the most forgets the one
+    that was met longest ago: one person may run many peers, and this peer rejoins through those that it knows.
+    """
 
     def __init__(self, path: Path | None) -> None:
         """`path`: where they are saved; None: only in memory. An unreadable file counts as empty."""
         self._path = path
-        self._met = BoundedDict[PeerID, tuple[tuple[Multiaddress, ...], float]](_MAX_PEERS)
+        self._met: dict[PeerID, tuple[tuple[Multiaddress, ...], float]] = {}
+        """The peer that was met last comes last."""
         if path is not None:
             read = read_state_file(
                 path, _MAX_FILE_BYTES, _File.model_validate_json, "earlier peers are forgotten"
@@ -57,7 +61,12 @@ class PeerStore:
         for address in addresses:
             by_peer.setdefault(address.peer_id, []).append(address)
         for peer, listed in by_peer.items():
+            self._met.pop(peer, None)
             self._met[peer] = tuple(dict.fromkeys(listed))[:_MAX_ADDRESSES], now
+            if len(self._met) > _MAX_PEERS:
+                near = {each: _near(addresses[0]) for each, (addresses, _) in self._met.items()}
+                ((crowd, _),) = Counter(near.values()).most_common(1)
+                del self._met[next(each for each in near if near[each] == crowd)]
 
     def addresses(self) -> list[Multiaddress]:
         """All addresses. Those of the peer that was met last come first."""
@@ -191,6 +200,12 @@ class Membership:
         absent = self._peer_store.absent(known)
         if absent and (joined := await self._host.join(self._rng.choice(absent))):
             logger.info("found a known peer again: %s", joined[0])
+
+
+def _near(address: Multiaddress) -> str:
+    """The neighbourhood of an address: that of the relay, if the address leads through one."""
+    ip = address.endpoint.ip
+    return address.endpoint.host if ip is None else neighbourhood(ip)
 
 
 class _Met(BaseModel):

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.membership import PeerStore
@@ -109,3 +109,15 @@ def test_a_folder_that_can_not_be_written_is_a_warning(
     peer_store.add([address(1)], now=0.0)
     peer_store.save()
     assert "could not write" in caplog.text
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 300))
+def test_new_keys_of_one_line_displace_no_peers_elsewhere(honest: int, keys: int) -> None:
+    peer_store = PeerStore(None)
+    for n in range(honest):
+        peer_store.add([Multiaddress.of(Endpoint.of(f"198.51.100.{n + 1}", 1), peer(n))], now=0.0)
+    for n in range(keys):
+        peer_store.add([address(1000 + n)], now=1.0)
+    assert all(peer_store.met_at(peer(n)) == 0.0 for n in range(honest))
+    assert len(peer_store.addresses()) == min(64, honest + keys)
