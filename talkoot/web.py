@@ -100,7 +100,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
-        self.near: str = _near(self.client)
+        self.near: str = near(self.client)
         """The neighbourhood of the client."""
         self.since: float = self.loop.time()
         self._make_room()
@@ -140,7 +140,8 @@ class Connection(H11Protocol):
         self.loop.call_later(_LOOK_EVERY_S, self._look, doing, since)
 
 
-def _near(client: tuple[str, int] | None) -> str:
+def near(client: tuple[str, int] | None) -> str:
+    """The neighbourhood of a client, as in ASGI's scope."""
     try:
         return "" if client is None else neighbourhood(ip_address(client[0]))
     except ValueError:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from peer.errors import AddressError
+from peer.bounded import Owner
+from peer.budget import FairBudget, Reservation
+from peer.errors import AddressError, ExpertError
+from peer.loop import first_of
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import nearest_scope
 from peer.transport.endpoints import AddressScope, Endpoint
@@ -25,7 +28,7 @@ from talkoot.dashboard import api
 from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import Json, Picture
 from talkoot.dashboard.watcher import Watcher
-from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself
+from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself, near
 
 FOLDER = Path(__file__).parent
 STATIC = FOLDER / "static"
@@ -46,13 +49,22 @@ _REFUSAL = JSONResponse(
 
 
 class Streams:
-    """Counts the pages that are kept up to date by event streams."""
+    """The pages that are kept up to date by event streams. Neighbourhoods of clients share them fairly."""
 
     def __init__(self, metrics: CollectorRegistry | None = None, most: int = MAX_STREAMS) -> None:
-        self.open = 0
-        self.most = most
+        self._budget = FairBudget(most)
         gauge = Gauge("talkoot_dashboard_streams", "Pages that are kept up to date now.", registry=metrics)
-        gauge.set_function(lambda: self.open)
+        gauge.set_function(lambda: self._budget.used)
+
+    @property
+    def open(self) -> int:
+        return self._budget.used
+
+    def add(self, near: str, end: Callable[[], None]) -> Reservation:
+        """Adds a stream of a client in this neighbourhood. `end`: ends it if others need its place. Raises ExpertError
+        if there is no place for it.
+        """
+        return self._budget.reserve(Owner.alone(near), 1, end)
 
 
 def make_app(
@@ -152,7 +164,8 @@ class _Endpoints:
 class EventStream:
     """Sends a page the swarm's state after each reading, and at least every few seconds (server-sent events).
 
-    A slow page skips states, and the stream of a page that reads nothing is closed, so nothing accumulates.
+    A slow page skips states, and the stream of a page that reads nothing is closed, so nothing accumulates. A page
+    whose stream ends opens another.
     """
 
     def __init__(self, watcher: Watcher, streams: Streams) -> None:
@@ -160,23 +173,20 @@ class EventStream:
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._streams.open >= self._streams.most:
+        needed_by_others = asyncio.Event()
+        try:
+            place = self._streams.add(near(scope.get("client")), needed_by_others.set)
+        except ExpertError:
             refusal = JSONResponse(
                 {"error": "too many pages are open; try again later"}, 503, {"Retry-After": _RETRY_AFTER_S}
             )
             await refusal(scope, receive, send)
             return
         ends_by_itself(scope)
-        self._streams.open += 1
-        telling = asyncio.create_task(self._tell(send), name="tell news")
-        leaving = asyncio.create_task(disconnected(receive), name="wait for the page to close")
         try:
-            await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await first_of(self._tell(send), disconnected(receive), needed_by_others.wait())
         finally:
-            self._streams.open -= 1
-            telling.cancel()
-            leaving.cancel()
-            await asyncio.gather(telling, leaving, return_exceptions=True)
+            place.release()
 
     async def _tell(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]

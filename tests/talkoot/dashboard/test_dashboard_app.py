@@ -204,7 +204,9 @@ def test_nothing_beside_the_static_files_is_served(asked: Asked, path: str) -> N
 # News
 
 
-async def stream(asked: Asked, events: int, take: bool = True) -> list[dict[str, Any]]:
+async def stream(
+    asked: Asked, events: int, take: bool = True, client: str = "127.0.0.1"
+) -> list[dict[str, Any]]:
     """The first events that a page receives. None: the page is stuck and takes none."""
     got: list[dict[str, Any]] = []
     enough = asyncio.Event()
@@ -228,6 +230,7 @@ async def stream(asked: Asked, events: int, take: bool = True) -> list[dict[str,
         "path": "/events",
         "headers": [(b"host", b"localhost")],
         "query_string": b"",
+        "client": (client, 1),
     }
     async with asyncio.timeout(60):
         await asked.app(scope, receive, send)
@@ -245,6 +248,25 @@ def test_a_page_is_told_of_each_reading(asked: Asked) -> None:
     got = asyncio.run(watch())
     assert [event["name"] for event in got] == ["sauna"] * 3
     assert asked.streams.open == 0
+
+
+def test_a_client_with_many_pages_leaves_others_their_share(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, small(), max_streams=4)
+
+    async def watch() -> None:
+        greedy = [asyncio.create_task(stream(asked, 10_000)) for _ in range(4)]
+        await asyncio.sleep(0)  # all begin
+        others = [asyncio.create_task(stream(asked, 10_000, client="192.0.2.1")) for _ in range(2)]
+        await asyncio.wait(greedy[2:])
+        assert asked.streams.open == 4
+        assert not any(task.done() for task in greedy[:2] + others)
+        for task in greedy[:2] + others:
+            task.cancel()
+        await asyncio.gather(*greedy, *others, return_exceptions=True)
+
+    asyncio.run(watch())
+    assert asked.streams.open == 0
+    asked.history.close()
 
 
 def test_pages_beyond_the_bound_are_refused(tmp_path: Path) -> None:
