@@ -39,7 +39,6 @@ AS_IT_WAS, GROWN, FROM_NOTHING = (
     "a larger grid, of copies",
     "a larger grid, from nothing",
 )
-_FINAL_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Plan:
     """Steps after that."""
     validate_every: int = 50
     validation_batches: int = 16
+    final_batches: int = 64
+    """For the losses of a whole run, before it and after it."""
     seed: int = 0
 
     def manifest(self, grid: tuple[int, int]) -> Manifest:
@@ -104,7 +105,7 @@ class Contender:
 
     def loss(self) -> float:
         """The loss on held-out text, in nats per byte."""
-        batches = self._data.validation_batches(self._plan.batch, _FINAL_BATCHES)
+        batches = self._data.validation_batches(self._plan.batch, self._plan.final_batches)
         return validation_loss(self.model, batches)
 
     def train(self, before: int = 0) -> dict[str, float]:

@@ -10,7 +10,15 @@ from benchmarks.recipe_texts import Mixed
 from benchmarks.upcycling import AS_IT_WAS, FROM_NOTHING, GROWN, QUICK_PLAN, compare, show
 
 PLAN = replace(
-    QUICK_PLAN, hidden=16, context=16, batch=4, steps=6, more=6, validate_every=3, validation_batches=2
+    QUICK_PLAN,
+    hidden=16,
+    context=16,
+    batch=4,
+    steps=6,
+    more=6,
+    validate_every=3,
+    validation_batches=2,
+    final_batches=2,
 )
 TEXTS = {"sauna": b"In the sauna one must behave as in church. " * 40, "digits": b"3.14159 26535 " * 120}
 
