@@ -210,6 +210,8 @@ def test_the_notebook_trains_keeps_the_model_and_goes_on_without_the_swarm(
     for name, value in {"INVITE": node.invite, "TEXT": str(text), "FOLDER": str(tmp_path / "kept")}.items():
         form, count = re.subn(rf'^{name} = ".*?"', f'{name} = "{value}"', form, flags=re.MULTILINE)
         assert count == 1, name
+    form, count = re.subn(r"^STEPS = \d+", "STEPS = 40", form, flags=re.MULTILINE)
+    assert count == 1
     ended = run("-c", "\n".join([form, *cells]))
     assert ended.returncode == 0, ended.stderr
     first, last = map(float, re.findall(r"loss (\S+) -> (\S+)", ended.stdout)[0])
