@@ -1,7 +1,7 @@
 """A dispatcher and a fake swarm, in virtual time: expert i of a one-dimensional grid is only at peer i."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from expert_fakes import (
     works_of,
 )
 
+from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
 from trainer_client.dispatch.batches import ForwardPass, NodeCall, shares
@@ -41,6 +42,7 @@ def make_dispatcher(
     breakers: CircuitBreakers | None = None,
     most_hedged: float = 0.1,
     responds: Responds | None = None,
+    is_silent: Callable[[NodeInfo], bool] = lambda node: False,
 ) -> Dispatcher:
     """Call it inside the loop, whose clock the dispatcher uses."""
     return Dispatcher(
@@ -50,6 +52,7 @@ def make_dispatcher(
         breakers=breakers,
         clock=asyncio.get_running_loop().time,
         responds=responds,
+        is_silent=is_silent,
     )
 
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter as Counts
 from collections.abc import Callable
-from contextlib import aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -205,8 +205,7 @@ class CallTracker:
             call = replace(call, updates=[self._updates[uid] for uid in call.batch.uids])
         failure: ExpertError | None = _CLOSED
         try:
-            watching = nullcontext() if self._health is None else self._health.during(call.node, call_times)
-            async with watching, aclosing(self._caller.call(call)) as replies:
+            async with self._watching(call), aclosing(self._caller.call(call)) as replies:
                 async for reply in replies:
                     if not heard:
                         self._heard_at[peer_id] = self.now()
@@ -244,6 +243,12 @@ class CallTracker:
         finally:
             lost = failure is not None and failure.status in _LOST
             sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
+
+    def _watching(self, call: NodeCall) -> AbstractAsyncContextManager[None]:
+        if self._health is None:
+            return nullcontext()
+        usual_s = self.latencies.nodes.get(call.node.peer_id)
+        return self._health.during(call.node, self.latencies.calls[call.direction], usual_s)
 
     def _note(self, call: NodeCall, reply: AnsweredRows | ExpertReply) -> bool:
         """Returns whether the reply is a success. Raises ExpertError for an answer that no honest node gives. The call

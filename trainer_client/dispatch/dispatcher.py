@@ -75,7 +75,7 @@ class Dispatcher:
             clock,
             is_silent=is_silent,
             gone=directory.forget,
-            health=None if responds is None else HealthChecks(responds, self._announced, policy),
+            health=None if responds is None else HealthChecks(responds, is_silent, self._announced, policy),
             metrics=metrics,
             credit=credit,
         )

@@ -32,10 +32,17 @@ class HealthChecks:
     """The health checks of one trainer. For the loop's thread."""
 
     def __init__(
-        self, responds: Responds, announced: Callable[[PeerID], NodeInfo | None], policy: WaitPolicy
+        self,
+        responds: Responds,
+        is_silent: Callable[[NodeInfo], bool],
+        announced: Callable[[PeerID], NodeInfo | None],
+        policy: WaitPolicy,
     ) -> None:
-        """`announced`: the node's latest record; None if it is no longer announced."""
+        """`is_silent`: whether connecting to the node was tried and it is not connected. Such a node is not checked:
+        connecting takes several round trips. `announced`: the node's latest record; None if it is no longer announced.
+        """
         self._responds = responds
+        self._is_silent = is_silent
         self._announced = announced
         self._policy = policy
         self._checks: dict[PeerID, asyncio.Task[bool]] = {}
@@ -52,15 +59,19 @@ class HealthChecks:
         await self._tasks.aclose()
 
     @contextlib.asynccontextmanager
-    async def during(self, node: NodeInfo, call_times: CallTimes) -> AsyncIterator[None]:
+    async def during(
+        self, node: NodeInfo, call_times: CallTimes, usual_s: float | None
+    ) -> AsyncIterator[None]:
         """Raises ExpertError (UNAVAILABLE) inside the block, which makes a call to the node, once the node does not
         respond.
 
-        `call_times`: how long such calls took lately.
+        `call_times`: how long such calls took lately. `usual_s`: how long calls to this node usually take; None if that
+        is not known.
         """
         try:
             async with asyncio.timeout(None) as limit:
-                watch = self._tasks.spawn(self._watch(node, call_times, limit), "watch a call's node")
+                watching = self._watch(node, call_times, usual_s, limit)
+                watch = self._tasks.spawn(watching, "watch a call's node")
                 try:
                     yield
                 finally:
@@ -68,15 +79,15 @@ class HealthChecks:
         except TimeoutError as error:
             raise ExpertError(StatusCode.UNAVAILABLE, "the node does not respond") from error
 
-    async def _watch(self, node: NodeInfo, call_times: CallTimes, limit: asyncio.Timeout) -> None:
-        deadline_s, pause_s = (
-            self._policy.check_deadline_s(call_times),
-            self._policy.hedge_after_s(call_times),
-        )
+    async def _watch(
+        self, node: NodeInfo, call_times: CallTimes, usual_s: float | None, limit: asyncio.Timeout
+    ) -> None:
+        pause_s = self._policy.hedge_after_s(call_times)
+        deadline_s = self._policy.check_deadline_s(call_times, usual_s)
         responds = True
         while responds:
             await asyncio.sleep(pause_s)
-            responds = await self._check(node, deadline_s)
+            responds = self._is_silent(node) or await self._check(node, deadline_s)
             pause_s = deadline_s
         limit.reschedule(asyncio.get_running_loop().time())
 

@@ -350,11 +350,12 @@ class WaitPolicy:
         slow = call_times.quantile(_SLOW)
         return latest if slow is None else min(max(slow, _LEAST_HEDGE_S), latest)
 
-    def check_deadline_s(self, call_times: CallTimes) -> float:
+    def check_deadline_s(self, call_times: CallTimes, usual_s: float | None) -> float:
         """How long a node may take to answer a health check: a quarter of the deadline, so about as long as whole calls
-        take.
+        take, or twice as long as its own calls usually take. `usual_s`: None if that is not known.
         """
-        return self.deadline_s(call_times) / 4
+        deadline_s = self.deadline_s(call_times)
+        return deadline_s / 2 if usual_s is None else min(max(deadline_s / 4, 2 * usual_s), deadline_s)
 
     def may_hedge(self, hedged: float, calls: float) -> bool:
         """Whether one more of `calls` may be sent twice, after `hedged` have been."""

@@ -38,6 +38,9 @@ class Health:
 
     def __init__(self, swarm: FakeSwarm) -> None:
         self._swarm = swarm
+        self.round_trip_s = 0.0
+        self.connects = False
+        """Whether connections to the frozen node are tried."""
         self.asked: list[tuple[PeerID, float]] = []
 
     def freeze(self) -> None:
@@ -48,10 +51,14 @@ class Health:
 
     async def responds(self, node: NodeInfo, deadline_s: float) -> bool:
         self.asked.append((node.peer_id, now()))
-        if self._swarm.behaviours.get(node.peer_id) is not SILENT:
+        if self._swarm.behaviours.get(node.peer_id) is not SILENT and self.round_trip_s <= deadline_s:
+            await asyncio.sleep(self.round_trip_s)
             return True
         await asyncio.sleep(deadline_s)
         return False
+
+    def is_silent(self, node: NodeInfo) -> bool:
+        return self.connects and node.peer_id == FROZEN
 
 
 def make_checked(
@@ -60,10 +67,14 @@ def make_checked(
     """A swarm, its health, and a dispatcher that knows how long calls take."""
     swarm = make_swarm(EXPERTS)
     health = Health(swarm)
-    dispatcher = make_dispatcher(swarm, k_min=k_min, directory=directory, responds=health.responds)
+    dispatcher = make_dispatcher(
+        swarm, k_min=k_min, directory=directory, responds=health.responds, is_silent=health.is_silent
+    )
     for call_times in dispatcher.latencies.calls.values():
         for _ in range(LEAST_KNOWN):
             call_times.add(USUAL)
+    for peer_id in swarm.peer_of.values():
+        dispatcher.latencies.note_node(peer_id, USUAL, now())
     return swarm, health, dispatcher
 
 
@@ -109,6 +120,36 @@ def test_a_slow_node_that_responds_is_waited_for(seconds: float) -> None:
         assert metrics.total(dispatcher.metrics.late_gradients) == 0
         assert {peer_id for peer_id, _ in health.asked} == {FROZEN}
         assert dispatcher.open_breakers() == 0
+
+    run(scenario())
+
+
+def test_a_node_behind_a_slow_line_has_more_time() -> None:
+    async def scenario() -> None:
+        swarm, health, dispatcher = make_checked()
+        result = await forward_once(dispatcher, EXPERTS)
+        dispatcher.latencies.nodes[FROZEN] = 1.2
+        health.round_trip_s = 1.0
+        assert health.round_trip_s > CHECK
+        swarm.behaviours[FROZEN] = Behaviour(after_s=2.9)
+        await dispatcher.send_back(result, random_gradients(result))
+        assert now() == pytest.approx(2.9)
+        assert metrics.total(dispatcher.metrics.late_gradients) == 0
+        assert dispatcher.open_breakers() == 0
+
+    run(scenario())
+
+
+def test_a_node_that_is_being_connected_to_has_until_the_deadline() -> None:
+    async def scenario() -> None:
+        swarm, health, dispatcher = make_checked()
+        result = await forward_once(dispatcher, EXPERTS)
+        health.connects = True
+        swarm.behaviours[FROZEN] = Behaviour(after_s=2.9)
+        await dispatcher.send_back(result, random_gradients(result))
+        assert now() == pytest.approx(2.9)
+        assert metrics.total(dispatcher.metrics.late_gradients) == 0
+        assert health.asked == []
 
     run(scenario())
 

@@ -85,6 +85,15 @@ def test_old_calls_are_forgotten() -> None:
     assert policy.deadline_s(known([10.0] * 1000 + [1.0] * 256)) == 4.0
 
 
+def test_a_health_check_takes_no_longer_than_calls_and_a_slow_node_has_more_time() -> None:
+    policy = WaitPolicy(60.0, 0.5, 1)
+    assert policy.check_deadline_s(known([0.1] * 100), 0.1) == policy.least_deadline_s / 4
+    assert policy.check_deadline_s(known([2.0] * 100), 0.1) == 2.0
+    assert policy.check_deadline_s(known([2.0] * 100), 3.0) == 6.0
+    assert policy.check_deadline_s(known([2.0] * 100), 30.0) == 8.0, "the deadline"
+    assert policy.check_deadline_s(known([2.0] * 100), None) == 4.0
+
+
 def test_hedges_stay_a_small_part_of_all_calls() -> None:
     policy = WaitPolicy(60.0, 0.5, 1, most_hedged=0.1)
     assert policy.may_hedge(0, 1)
