@@ -1,4 +1,4 @@
-"""A real node whose disk is full, whose folder cannot be written, that is killed, or whose DHT holds foreign
+"""A real node whose disk is full, whose folder cannot be written, that is killed or frozen, or whose DHT holds foreign
 records.
 """
 
@@ -52,6 +52,7 @@ grid = [1]
 [routing]
 top_k = 1
 """
+WELL_S, FROZEN_S = 60.0, 0.5
 FULL_AT_BYTES = 50_000  # more than the log has, less than a checkpoint
 
 
@@ -187,6 +188,23 @@ def test_a_node_starts_and_serves_where_the_disk_is_full_and_keeps_its_checkpoin
         assert "continue from this node's checkpoints" in node.log.read_text()
         loop.run(scenario(node), 120)
         assert "could not save 1 expert, such as 0.0: No space left on device" in node.log.read_text()
+
+
+def test_a_frozen_node_answers_no_health_check_until_it_thaws(loop: LoopThread, tmp_path: Path) -> None:
+    async def scenario(node: NodeVictim) -> None:
+        async with training(node, tmp_path) as trainer:
+            await trainer.call("backward")
+            assert await trainer.caller.responds(trainer.node, WELL_S)
+            node.process.send_signal(signal.SIGSTOP)
+            try:
+                assert not await trainer.caller.responds(trainer.node, FROZEN_S)
+            finally:
+                node.process.send_signal(signal.SIGCONT)
+            assert await trainer.caller.responds(trainer.node, WELL_S)
+            await trainer.call("backward")
+
+    with started(tmp_path, MANIFEST_TOML, experts=1, threads=1) as node:
+        loop.run(scenario(node), 120)
 
 
 def test_a_state_folder_that_cannot_be_written_costs_no_call(loop: LoopThread, tmp_path: Path) -> None:
