@@ -61,6 +61,7 @@ from peer.platform.processes import return_freed_memory
 from peer.rates import Bandwidth, download_limit
 from peer.rpc.sessions import Sessions
 from peer.transport.dialling import resolved
+from peer.transport.endpoints import near
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -302,7 +303,7 @@ class Node:
         self.address = endpoint(settings.announce_host or host, port)
         self._show_levels()
         self._lag.start()
-        self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port)
+        self._metrics = MetricsServer(self.swarm.metrics, settings.metrics_host, settings.metrics_port, near)
         self.metrics_address = self._metrics.address
 
     def _show_levels(self) -> None:

@@ -17,7 +17,10 @@ import ipaddress
 import logging
 import socket
 import threading
+import time
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler
 
@@ -32,6 +35,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from peer.bounded import Displacement, Owner
 from peer.errors import PortError
 from peer.formatting import endpoint, host_in, is_loopback
 
@@ -42,7 +46,9 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Buckets for how long calls and computations take."""
 _MOST_SCRAPES = 16
-"""Scrapes at the same time. Connections beyond that are closed."""
+"""Scrapes at the same time. Neighbourhoods share them fairly; connections beyond that are closed."""
+_LONGEST_SCRAPE_S = 10.0
+"""How long a scrape may take in all, however its client trickles."""
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -90,11 +96,15 @@ class MetricsServer:
     through a name that resolves to 127.0.0.1 (DNS rebinding).
     """
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Port 0 takes a free one. Raises PortError if the port is taken or the address is not this machine's."""
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, near: Callable[[str], str] = str
+    ) -> None:
+        """Port 0 takes a free one. `near`: the neighbourhood of a client, by its IP address. Raises PortError if the
+        port is taken or the address is not this machine's.
+        """
         ProcessCollector(registry=registry)
         try:
-            self._server = _Server(host, port)
+            self._server = _Server(host, port, near)
         except OSError as error:
             other = "--metrics-port" if error.errno == errno.EADDRINUSE else "--metrics-host"
             raise PortError(
@@ -134,19 +144,46 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingWSGIServer):
-    def __init__(self, host: str, port: int) -> None:
-        self._places = threading.BoundedSemaphore(_MOST_SCRAPES)
+    def __init__(self, host: str, port: int, near: Callable[[str], str]) -> None:
+        self._near = near
+        self._lock = threading.Lock()
+        self._scrapes: dict[socket.socket, tuple[Owner, float]] = {}
+        """The connections that are answered, the oldest first: their neighbourhoods, and when they must end."""
         self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         super().__init__((str(address[0]), int(address[1])), _Handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._places.acquire(blocking=False)
+        owner = Owner.alone(self._near(client_address[0].partition("%")[0]))
+        with self._lock:
+            if len(self._scrapes) >= _MOST_SCRAPES:
+                held = Counts(each for each, _ in self._scrapes.values())
+                richest = Displacement(held, owner, 1).richest()
+                if richest is None:
+                    return False
+                self._break_off(next(each for each, (of, _) in self._scrapes.items() if of == richest))
+            self._scrapes[request] = owner, time.monotonic() + _LONGEST_SCRAPE_S
+        return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            with self._lock:
+                self._scrapes.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Called twice a second."""
+        super().service_actions()
+        with self._lock:
+            now = time.monotonic()
+            for request in [each for each, (_, ends_at) in self._scrapes.items() if ends_at < now]:
+                self._break_off(request)
+
+    def _break_off(self, request: socket.socket) -> None:
+        """Its thread then ends by itself."""
+        del self._scrapes[request]
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("a scrape by %s broke off", client_address, exc_info=True)

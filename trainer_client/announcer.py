@@ -14,7 +14,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
 from peer.errors import UnreachableError
 from peer.metrics import MetricsServer, total
 from peer.transport.addresses import default_listen_address
-from peer.transport.endpoints import AddressScope
+from peer.transport.endpoints import AddressScope, near
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import Averaging
 from trainer_client.dispatch.calls import DispatchMetrics
@@ -96,7 +96,7 @@ class TrainerAnnouncer:
         self._has_announced = False
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._metrics = MetricsServer(swarm.metrics, settings.metrics_host, settings.metrics_port)
+        self._metrics = MetricsServer(swarm.metrics, settings.metrics_host, settings.metrics_port, near)
         self._offered = self._metrics.offered(reached_at(invite))
 
     def note_step(self, step: int, loss: float, tokens_per_s: float | None) -> None:

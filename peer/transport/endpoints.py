@@ -154,6 +154,11 @@ def neighbourhood(address: IpAddress) -> str:
     return str(ipaddress.IPv6Network((int(address), _LINE_BITS), strict=False))
 
 
+def near(address: str) -> str:
+    """The neighbourhood of an IP address. Raises ValueError."""
+    return neighbourhood(ip_address(address))
+
+
 def is_public(host: str) -> bool:
     """Whether the host is an IP address that the whole internet can reach."""
     try:

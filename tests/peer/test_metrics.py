@@ -6,7 +6,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -112,3 +112,47 @@ def test_a_scrape_that_breaks_off_prints_nothing(capfd: pytest.CaptureFixture[st
     finally:
         server.close()
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.fixture
+def trickled() -> Iterator[tuple[MetricsServer, list[socket.socket]]]:
+    """A server, and more clients at one address than it serves at a time. Each has sent half of a request."""
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
+    clients = []
+    for _ in range(20):
+        client = socket.create_connection(("127.0.0.1", server._port))
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+        clients.append(client)
+    yield server, clients
+    for client in clients:
+        client.close()
+    server.close()
+
+
+def test_clients_that_trickle_do_not_keep_others_from_the_metrics(
+    trickled: tuple[MetricsServer, list[socket.socket]],
+) -> None:
+    server, _ = trickled
+    with socket.create_connection(("127.0.0.1", server._port), 60, ("127.0.0.2", 0)) as other:
+        other.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert other.recv(12) == b"HTTP/1.0 200"
+
+
+def test_a_request_that_trickles_is_ended(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr("peer.metrics._LONGEST_SCRAPE_S", 0.5)
+    _, clients = request.getfixturevalue("trickled")
+    wait_until(lambda: all(has_ended(client) for client in clients))
+
+
+def has_ended(client: socket.socket) -> bool:
+    """Sends one byte more."""
+    try:
+        client.sendall(b"x")
+        client.settimeout(0.01)
+        return client.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
