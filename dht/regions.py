@@ -117,6 +117,10 @@ class RegionMap:
         self._now = now
         self._rng = rng
         self._seen = BoundedDict[tuple[Prefix, int], _Seen](_REMEMBERED)
+        self._hosts = BoundedDict[Prefix, tuple[float, int]](_REMEMBERED)
+        """When the region of a single expert was read, and how many nodes announce there, as long as this counts. A
+        node reads some such regions in each period, and most of them never again.
+        """
         self._just_read = BoundedDict[Prefix, tuple[float, frozenset[int], Region]](_REMEMBERED_JUST_READ)
         self._left_to_others = BoundedDict[Prefix, int](_REMEMBERED)
         """How many times in a row this peer has left an index entry to others."""
@@ -130,7 +134,11 @@ class RegionMap:
         if region.hosts or region.active:
             self._renew_splits_above(prefix)
         active = Counter(coordinate // INDEX_PIECE for coordinate in region.active)
-        for piece in pieces or (0,):  # an expert has no index
+        if not pieces:  # an expert has no index
+            while self._hosts and next(iter(self._hosts.values()))[0] <= now - _WRITE_FOR_S:
+                self._hosts.popitem(last=False)
+            self._hosts[prefix] = now, region.hosts + region.unread
+        for piece in pieces:
             before = self._seen.get((prefix, piece))
             split_until = 0.0 if before is None else before.split_until
             if active[piece]:
@@ -222,14 +230,14 @@ class RegionMap:
         if left == _LEFT_TO_OTHERS:
             return True
         hosts = 1
-        for below in range(len(home[1]), depth, -1):
-            seen = self._seen_above((home[0], (*home[1], 0)), below)
-            if seen is None:
-                continue
-            if below < len(home[1]):
-                hosts *= max(1, seen.active)
-            elif seen.read_at > self._now() - _WRITE_FOR_S:
-                hosts *= max(1, seen.hosts)
+        for below in range(len(home[1]) - 1, depth, -1):
+            seen = self._seen_above(home, below)
+            hosts *= 1 if seen is None else max(1, seen.active)
+        read_at, others = self._hosts.get(home, (0.0, 0))
+        if (seen := self._seen.get((home, 0))) is not None:
+            read_at, others = seen.read_at, seen.hosts
+        if read_at > self._now() - _WRITE_FOR_S:
+            hosts *= max(1, others)
         if self._rng.random() * hosts < _RENEWED_BY:
             return True
         self._left_to_others[entry] = left + 1

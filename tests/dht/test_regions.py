@@ -190,6 +190,15 @@ def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
     assert all(regions.renews_index(home, 1) for _ in range(100)), "the others may be gone"
 
 
+def test_regions_of_single_experts_are_remembered_only_as_long_as_they_count() -> None:
+    clock = Clock()
+    regions = RegionMap(clock.now, random.Random(1))
+    for number in range(1000):
+        clock.time += 1
+        regions.note((0, (2, number)), [], NOBODY)
+    assert len(regions._seen) + len(regions._hosts) == 300
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(depth: int) -> None:
     """An entry lives for six periods."""
