@@ -26,6 +26,7 @@ from peer.kademlia.validation import ITEM_OVERHEAD_BYTES, Entry
 T = TypeVar("T")
 
 _HEAD = ID_BITS - 64
+_NO_LEAF = 1 << 64
 _CORE_S = 0.04
 """Seconds from the core of the network to an average peer and back."""
 _FIGURES = Path(__file__).with_name("hops.json")
@@ -96,12 +97,17 @@ class _Key:
         "answer",
         "bytes",
         "checked",
+        "deaths",
         "drawn_at",
         "entries",
         "first_expiry",
+        "first_leaf",
         "holders",
+        "last_leaf",
         "near",
         "near_at",
+        "near_changes",
+        "near_leaves",
         "owed_down",
         "owed_up",
         "place",
@@ -115,10 +121,19 @@ class _Key:
         self.bytes = 0
         self.first_expiry = math.inf
         self.checked = -1
+        """The count of the world's deaths when it was last checked which entries have living holders."""
+        self.first_leaf, self.last_leaf = _NO_LEAF, -1
+        """The range of leaves in which the holders are."""
+        self.deaths = 0
+        """The count of deaths there at that time."""
         self.near: tuple[Peer, ...] = ()
-        """The living servers nearest to the key. `near_at` says when they were determined."""
+        """The living servers nearest to the key."""
         self.near_at = (-1, 0)
         """The count of the world's changes, and the half of the network, for which `near` holds."""
+        self.near_leaves = slice(0)
+        """The leaves on which `near` depends."""
+        self.near_changes = (-1, 0)
+        """The count of changes in these leaves, and the half of the network, for which `near` holds."""
         self.drawn_at = -1
         self.samples: list[Answer] = []
         self.answer: Answer | None = None
@@ -235,10 +250,14 @@ class ModelDHT:
 
     def near(self, key: _Key, half: int) -> tuple[Peer, ...]:
         """The living servers nearest to the key."""
-        state = self.world.changes, half
+        world = self.world
+        state = world.changes, half
         if key.near_at != state:
-            self._settle(key)
-            key.near = tuple(self.world.nearest(key.place, half, REPLICAS))
+            if key.near_changes != (world.changes_in(key.near_leaves, half), half):
+                self._settle(key)
+                near, key.near_leaves = world.nearest(key.place, half, REPLICAS)
+                key.near = tuple(near)
+                key.near_changes = world.changes_in(key.near_leaves, half), half
             key.near_at = state
         return key.near
 
@@ -270,13 +289,18 @@ class ModelDHT:
         key.entries[subkey] = Entry(value, item.expires_at)  # type: ignore[arg-type]  # not packed
         key.answer = None
         key.holders[subkey] = holders
+        for peer in holders:
+            if peer.leaf < key.first_leaf:
+                key.first_leaf = peer.leaf
+            if peer.leaf > key.last_leaf:
+                key.last_leaf = peer.leaf
         if item.expires_at < key.first_expiry:
             key.first_expiry = item.expires_at
 
     def get(self, key: _Key, reader: Peer) -> Answer:
         """The entries of a key that a reader finds."""
         world = self.world
-        if key.first_expiry <= world.now() or key.checked != world.deaths:
+        if key.first_expiry <= world.now() or (key.checked != world.deaths and self._lost_holders(key)):
             self._drop_lost(key)
         if not world.is_parted:
             if key.answer is None:
@@ -327,13 +351,19 @@ class ModelDHT:
                 down[peer.number] += key.owed_down / len(key.near)
         key.owed_up = key.owed_down = 0.0
 
+    def _lost_holders(self, key: _Key) -> bool:
+        """Whether any holders may have died since this was last checked."""
+        key.checked = self.world.deaths
+        return self.world.deaths_in(slice(key.first_leaf, key.last_leaf + 1)) != key.deaths
+
     def _drop_lost(self, key: _Key) -> None:
         """Removes entries that have expired or have no living holder."""
         now, first = self.world.now(), math.inf
-        gone = []
+        gone, leaves = [], set[int]()
         for subkey, entry in key.entries.items():
+            holders = key.holders[subkey]
             if entry.expires_at > now:
-                for peer in key.holders[subkey]:
+                for peer in holders:
                     if peer.is_alive:
                         break
                 else:
@@ -341,6 +371,7 @@ class ModelDHT:
                     continue
                 if entry.expires_at < first:
                     first = entry.expires_at
+                leaves.update([peer.leaf for peer in holders])
             else:
                 gone.append(subkey)
         if gone:
@@ -350,6 +381,8 @@ class ModelDHT:
                 del key.holders[subkey]
             key.entries, key.answer = entries, None
         key.first_expiry, key.checked = first, self.world.deaths
+        key.first_leaf, key.last_leaf = min(leaves, default=_NO_LEAF), max(leaves, default=-1)
+        key.deaths = self.world.deaths_in(slice(key.first_leaf, key.last_leaf + 1))
 
 
 def _size(entries: Mapping[Any, Entry]) -> int:

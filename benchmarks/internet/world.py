@@ -20,6 +20,10 @@ PURPOSES = ("announce", "read", "dht_served", "transfer", "relayed")
 """The purposes for which bytes are counted. The first three are upkeep."""
 UPKEEP = PURPOSES[:3]
 _PLACE_BITS = 64
+_LEAF_BITS = 10
+"""Positions with the same first bits are a leaf. For each leaf, the world counts what happens there, so that others
+know what has not changed.
+"""
 
 
 class Link(Protocol):
@@ -59,6 +63,7 @@ class Peer:
         "half",
         "identity",
         "is_alive",
+        "leaf",
         "link",
         "number",
         "peer_id",
@@ -73,6 +78,7 @@ class Peer:
         self.link = link
         self.place = id_of_bytes(self.peer_id.to_bytes()[-20:]) >> (ID_BITS - _PLACE_BITS)
         """The position in the DHT: the first bits of the peer's ID."""
+        self.leaf = self.place >> (_PLACE_BITS - _LEAF_BITS)
         self.is_alive = False
         self.half = 0
         """The half of the network that the peer is in, if the network is partitioned."""
@@ -138,6 +144,9 @@ class World:
         self.changes = 0
         """How often the set of living peers, or who reaches whom, has changed."""
         self.deaths = 0
+        self._changes_of_leaf = [array("L", [0]) * (1 << _LEAF_BITS) for _ in range(2)]
+        """For each half, how often the living servers of each leaf have changed."""
+        self._deaths_of_leaf = array("L", [0]) * (1 << _LEAF_BITS)
         self.is_parted = False
         self._places: tuple[list[int], list[int]] = ([], [])
         """For each half, the sorted positions of the living peers that serve the DHT."""
@@ -180,6 +189,7 @@ class World:
         self.living -= 1
         self.changes += 1
         self.deaths += 1
+        self._deaths_of_leaf[peer.leaf] += 1
         self._leave_dht(peer)
 
     def revive(self, peer: Peer) -> None:
@@ -187,7 +197,7 @@ class World:
         self.living += 1
         self.changes += 1
         if not peer.link.nat:
-            insort(self._places[peer.half], peer.place)
+            self._enter_dht(peer)
             self._at_place[peer.place] = peer
 
     def partition(self, share: float) -> None:
@@ -209,8 +219,8 @@ class World:
         """Whether b answers a."""
         return b.is_alive and a.half == b.half
 
-    def nearest(self, place: int, half: int, most: int = REPLICAS) -> list[Peer]:
-        """The living DHT servers in this half that are nearest to a position."""
+    def nearest(self, place: int, half: int, most: int = REPLICAS) -> tuple[list[Peer], slice]:
+        """The living DHT servers in this half that are nearest to a position, and the leaves on which they depend."""
         places = self._places[half]
         bits = max(0, (len(places) // (2 * most)).bit_length())
         while True:
@@ -221,7 +231,16 @@ class World:
                 break
             bits -= 1
         some = sorted(places[first:last], key=place.__xor__)[:most]
-        return [self._at_place[each] for each in some]
+        shift = _PLACE_BITS - _LEAF_BITS
+        leaves = slice(low >> shift, ((low + size - 1) >> shift) + 1)
+        return [self._at_place[each] for each in some], leaves
+
+    def changes_in(self, leaves: slice, half: int) -> int:
+        """How often the living servers of these leaves have changed."""
+        return sum(self._changes_of_leaf[half][leaves])
+
+    def deaths_in(self, leaves: slice) -> int:
+        return sum(self._deaths_of_leaf[leaves])
 
     def servers(self, half: int = 0) -> int:
         """The number of living peers that serve the DHT."""
@@ -266,19 +285,26 @@ class World:
             self.accounts.down["relayed"][relay.number] += size
         return True
 
+    def _enter_dht(self, peer: Peer) -> None:
+        insort(self._places[peer.half], peer.place)
+        self._changes_of_leaf[peer.half][peer.leaf] += 1
+
     def _leave_dht(self, peer: Peer) -> None:
         places = self._places[peer.half]
         index = bisect_left(places, peer.place)
         if index < len(places) and places[index] == peer.place:
             del places[index]
+            self._changes_of_leaf[peer.half][peer.leaf] += 1
 
     def _move(self, peer: Peer, half: int) -> None:
         if peer.half == half:
             return
-        if peer.is_alive and not peer.link.nat:
+        serves = peer.is_alive and not peer.link.nat
+        if serves:
             self._leave_dht(peer)
-            insort(self._places[half], peer.place)
         peer.half = half
+        if serves:
+            self._enter_dht(peer)
 
 
 def quantile(values: Iterable[float], q: float) -> float:

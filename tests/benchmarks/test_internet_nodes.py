@@ -168,7 +168,38 @@ def test_the_nearest_servers_are_found(numbers: set[int], place: int, most: int)
             if peer.number not in numbers:
                 world.kill(peer)
         wanted = sorted(numbers, key=lambda n: peers[n].place ^ place)[:most]
-        assert [peer.number for peer in world.nearest(place, 0, most)] == wanted
+        nearest, _ = world.nearest(place, 0, most)
+        assert [peer.number for peer in nearest] == wanted
+    finally:
+        world.loop.close()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["kill", "revive", "read"]), st.integers(0, 59)), max_size=60),
+    st.integers(0, 2**64 - 1),
+)
+def test_servers_near_a_key_and_its_entries_are_known_after_every_change(
+    changes: list[tuple[str, int]], place: int
+) -> None:
+    world = World(1, VirtualLoop())
+    try:
+        model = ModelDHT(world)
+        peers = [world.add(HomeLine()) for _ in range(60)]
+        key = model.key(place << 96)
+        holders = model.near(key, 0)
+        model.put(Item("key", b"writer", b"value", world.now() + 1000), key, holders)
+        is_lost = False
+        for change, number in changes:
+            if change == "kill":
+                world.kill(peers[number])
+            elif change == "revive" and not peers[number].is_alive:
+                world.revive(peers[number])
+            else:
+                living = [peer for peer in peers if peer.is_alive]
+                wanted = sorted(living, key=lambda peer: peer.place ^ place)[:5]
+                assert list(model.near(key, 0)) == wanted
+                is_lost |= not any(holder.is_alive for holder in holders)
+                assert bool(model.get(key, peers[0]).entries) == (not is_lost)
     finally:
         world.loop.close()
 
