@@ -378,6 +378,22 @@ def _row(uid: UID) -> Prefix:
     return uid.layer, uid.coordinate[:-1]
 
 
+def _bits(numbers: Iterable[int]) -> int:
+    """The set of these numbers, as bits."""
+    bits = 0
+    for number in numbers:
+        bits |= 1 << number
+    return bits
+
+
+def _numbers(bits: int) -> Iterator[int]:
+    """The numbers in a set of bits, in ascending order."""
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
 class HostingSurvey:
     """What one node reads of its swarm in each look.
 
@@ -393,7 +409,10 @@ class HostingSurvey:
         self._manifest = manifest
         self._peer_id = peer_id
         self._rng = rng or random.SystemRandom()
-        self._had_host = np.zeros((manifest.model.layers, *manifest.experts.grid), dtype=bool)
+        self._had_host: dict[Prefix, int] = {}
+        """For each row of the grid in which an expert has had a host, the last coordinates of these experts, as bits. A
+        node reads only some rows of a large grid, which may have millions of experts.
+        """
         self._looks = 0
         self._own: deque[UID] = deque()
         """This node's experts. Those that were read longest ago come first."""
@@ -434,7 +453,7 @@ class HostingSurvey:
 
     def had_host(self, uid: UID) -> bool:
         """Whether anybody has ever been seen to host or claim the expert."""
-        return bool(self._had_host[uid.layer, *uid.coordinate])
+        return bool(self._had_host.get(_row(uid), 0) >> uid.coordinate[-1] & 1)
 
     def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
         """Which of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
@@ -453,7 +472,7 @@ class HostingSurvey:
         now = self._experts.registry.now()
         for uid, hosts in found.items():
             if hosts:
-                self._had_host[uid.layer, *uid.coordinate] = True
+                self._note_hosts(_row(uid), uid.coordinate[-1:])
         lasting = {
             uid: tuple(host for host in hosts if host.expires_at > now) for uid, hosts in self._seen.items()
         }
@@ -468,8 +487,8 @@ class HostingSurvey:
         if count > MOST_PREFIXES:
             rng = np.random.default_rng(self._turn().getrandbits(64))
             # first the rows that had hosts: if those died, their prefixes may be gone
-            used = np.flatnonzero(self._had_host.any(axis=-1))
-            used = rng.permutation(used)[: MOST_PREFIXES // 2]
+            had_hosts = (np.ravel_multi_index((layer, *row), shape) for layer, row in self._had_host)
+            used = rng.permutation(np.array(sorted(had_hosts), dtype=int))[: MOST_PREFIXES // 2]
             # drawn without listing all rows, which may be millions
             drawn = rng.choice(count, MOST_PREFIXES, replace=False)
             numbers = np.concatenate([used, np.setdiff1d(drawn, used, assume_unique=True)])[:MOST_PREFIXES]
@@ -500,9 +519,9 @@ class HostingSurvey:
             layer, number = sorted(split)[layer], number % count
         else:
             layer, number = rng.choice(sorted(split)), rng.randrange(count)
-            used = np.flatnonzero(self._had_host[layer].any(axis=-1))
-            if len(used) and rng.random() < 0.5:
-                number = int(rng.choice(used))
+            used = sorted(row for row in self._had_host if row[0] == layer)
+            if used and rng.random() < 0.5:
+                return list(dict.fromkeys([*rows, *mine[:1], rng.choice(used)]))
         drawn = tuple(map(int, np.unravel_index(number, grid))) if grid else ()
         return list(dict.fromkeys([*rows, *mine[:1], (layer, drawn)]))
 
@@ -526,13 +545,19 @@ class HostingSurvey:
 
     def _vacant(self, active: Mapping[Prefix, Collection[int]]) -> Iterator[UID]:
         """The vacant experts of these rows; those that once had a host come first."""
-        for (layer, row), some in active.items():
-            self._had_host[layer][row][list(some)] = True
+        for prefix, some in active.items():
+            self._note_hosts(prefix, some)
+        every = (1 << self._manifest.experts.grid[-1]) - 1
         for had_host in (True, False):
             for (layer, row), some in active.items():
-                for last in np.flatnonzero(self._had_host[layer, *row] == had_host).tolist():
-                    if last not in some:
-                        yield UID(layer, (*row, last))
+                had = self._had_host.get((layer, row), 0)
+                for last in _numbers((had if had_host else every & ~had) & ~_bits(some)):
+                    yield UID(layer, (*row, last))
+
+    def _note_hosts(self, row: Prefix, lasts: Collection[int]) -> None:
+        """Records that experts of this row have hosts. `lasts`: their last coordinates."""
+        if lasts:
+            self._had_host[row] = self._had_host.get(row, 0) | _bits(lasts)
 
     def _preferred(self, vacant: Iterable[UID], most: int) -> list[UID]:
         """The vacant experts to read: those that once had a host, then by this peer's preference, which is the same in

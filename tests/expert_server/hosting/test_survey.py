@@ -220,6 +220,19 @@ def test_a_manifest_of_millions_of_rows_costs_no_list_of_them() -> None:
     assert most < 8e6
 
 
+def test_experts_of_which_nothing_was_read_take_no_memory() -> None:
+    registry = FakeRegistry([UID(0, (3, 5))])
+    make_survey((4, 4), registry)  # what is imported late is not counted
+    tracemalloc.start()
+    try:
+        survey = make_survey((1024, 1024), registry)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1e6
+    assert not survey.had_host(UID(0, (3, 5)))
+
+
 @pytest.mark.parametrize("grid", [(500, 1000), (1000, 1000)], ids=["all-rows", "some-rows"])
 def test_an_expert_that_died_alone_in_its_row_is_seen_however_large_the_grid(
     grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
