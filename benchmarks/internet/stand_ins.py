@@ -25,6 +25,7 @@ from expert_server.experts.format import Checkpoint
 from expert_server.experts.reports import UpdateReports
 from expert_server.hosting.manager import Handover
 from expert_server.hosting.replicas import LocalReplicas
+from expert_server.state.checkpoints import MAX_GIVEN_UP
 from peer.averaging import AveragingHistory
 from peer.errors import UnreachableError
 from peer.identity import PeerID
@@ -154,6 +155,8 @@ class CountedCheckpoints:
     def __init__(self, disk: dict[UID, dict[str, int]]) -> None:
         self.restored = Tally()
         self._disk = disk
+        self._given_up: dict[UID, None] = {}
+        """Experts that others have proved to have, in the order in which this node gave them up."""
 
     async def newest(self) -> dict[UID, int]:
         return {uid: max(counts.values()) for uid, counts in self._disk.items()}
@@ -173,11 +176,20 @@ class CountedCheckpoints:
 
     def note_replaced(self, uid: UID) -> None: ...
 
+    async def give_up(self, uids: Collection[UID]) -> None:
+        for uid in uids:
+            self._given_up.pop(uid, None)
+            self._given_up[uid] = None
+        for uid in [*self._given_up][:-MAX_GIVEN_UP]:
+            del self._given_up[uid]
+            self._disk.pop(uid, None)
+
     async def save_all_within(self, seconds: float, experts: Collection[CountedExpert]) -> None:
         self.save(experts)
 
     def save(self, experts: Collection[CountedExpert]) -> None:
         for expert in experts:
+            self._given_up.pop(expert.uid, None)
             if expert.update_count:
                 self._disk.setdefault(expert.uid, {})[""] = expert.update_count
 
