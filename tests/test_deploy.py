@@ -131,6 +131,106 @@ def test_prometheus_scrapes_every_service_of_the_compose_file() -> None:
     assert served == roles
 
 
+# Prometheus
+
+LASTING = {
+    "TalkootSwarmUnreachable": {"talkoot_swarm_reachable": "0x80"},
+    "TalkootDashboardDown": {'up{job="talkoot-dashboard"}': "0x80"},
+    "TalkootExpertsWithoutHost": {"talkoot_swarm_experts": "8x80", "talkoot_swarm_live_experts": "5x80"},
+    "TalkootMemoryShardsBelowTwo": {"talkoot_swarm_memory_shards_below_two": "3x80"},
+    "TalkootCallsFail": {
+        'talkoot_trainer_calls_total{swarm="sauna"}': "0+100x80",
+        'talkoot_trainer_failures_total{swarm="sauna", cause="unavailable"}': "0+9x80",
+        'talkoot_trainer_failures_total{swarm="sauna", cause="internal"}': "0+9x80",
+    },
+    "TalkootTrainerStandsStill": {'talkoot_trainer_steps_total{instance="kuusi:1"}': "7x80"},
+    "TalkootExpertsRollBack": {'talkoot_rollbacks_total{swarm="sauna"}': "0+1x80"},
+    "TalkootCheckpointsFail": {'talkoot_checkpoint_failures_total{instance="kuusi:1"}': "0x70 1x10"},
+    "TalkootDaemonRestarts": {'talkoot_p2pd_restarts_total{instance="kuusi:1"}': "0+0.2x80"},
+    "TalkootParserFails": {'talkoot_parse_failures_total{instance="kuusi:1", message="call"}': "0x70 1x10"},
+    "TalkootTasksFail": {'talkoot_task_restarts_total{instance="kuusi:1"}': "0+0.2x80"},
+    "TalkootDescriptorsRunOut": {
+        'process_open_fds{job="talkoot", instance="kuusi:1"}': "900x80",
+        'process_max_fds{job="talkoot", instance="kuusi:1"}': "1024x80",
+    },
+    "TalkootLoopHeld": {'talkoot_loop_longest_lag_seconds{job="talkoot", instance="kuusi:1"}': "3x80"},
+}
+"""For each alert, what Prometheus reads every half minute, for 40 minutes, while the alert's reason lasts."""
+
+HEALTHY = {
+    "talkoot_swarm_reachable": "1x80",
+    'up{job="talkoot-dashboard"}': "1x80",
+    "talkoot_swarm_experts": "8x80",
+    "talkoot_swarm_live_experts": "8x80",
+    "talkoot_swarm_memory_shards_below_two": "0x80",
+    'talkoot_trainer_calls_total{swarm="sauna"}': "0+100x80",
+    'talkoot_trainer_failures_total{swarm="sauna", cause="unavailable"}': "0+5x80",
+    'talkoot_trainer_steps_total{instance="kuusi:1"}': "0+3x80",
+    # a loop in somebody's own program that reports no steps
+    'talkoot_trainer_steps_total{instance="kuusi:2"}': "0x80",
+    'talkoot_rollbacks_total{swarm="sauna"}': "0x70 1x10",
+    'talkoot_checkpoint_failures_total{instance="kuusi:1"}': "0x80",
+    'talkoot_p2pd_restarts_total{instance="kuusi:1"}': "0x70 1x10",
+    'talkoot_parse_failures_total{instance="kuusi:1", message="call"}': "0x80",
+    'talkoot_task_restarts_total{instance="kuusi:1"}': "0x70 1x10",
+    'process_open_fds{job="talkoot", instance="kuusi:1"}': "90x80",
+    'process_max_fds{job="talkoot", instance="kuusi:1"}': "1024x80",
+    'talkoot_loop_longest_lag_seconds{job="talkoot", instance="kuusi:1"}': "0.1x70 5x5 0.1x5",
+}
+
+
+def alerts() -> dict[str, dict[str, Any]]:
+    groups = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
+
+
+def scenario(series: dict[str, str], fires: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A test for `promtool`: which alerts fire after 40 minutes."""
+    return {
+        "interval": "30s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "alert_rule_test": [
+            {"eval_time": "40m", "alertname": name, "exp_alerts": fires.get(name, [])} for name in alerts()
+        ],
+    }
+
+
+def expected(name: str, rule: dict[str, Any]) -> dict[str, Any]:
+    """The alert as Prometheus should show it: the labels of its first series that its expression keeps."""
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', next(iter(LASTING[name]))))
+    known = {"labels.instance": labels.get("instance", ""), "value": "3"}
+    words = {
+        key: re.sub(r"{{ \$(\S+) }}", lambda variable: known[variable[1]], text)
+        for key, text in rule["annotations"].items()
+    }
+    return {"exp_labels": labels | rule["labels"], "exp_annotations": words}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, as Debian's prometheus has it")
+def test_each_alert_fires_for_its_reason_and_none_in_a_healthy_swarm(tmp_path: Path) -> None:
+    rules = alerts()
+    assert list(rules) == list(LASTING)
+    tests = [scenario(series, {name: [expected(name, rules[name])]}) for name, series in LASTING.items()]
+    file = tmp_path / "tests.yml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "rule_files": [str(DEPLOY / "prometheus" / "rules.yml")],
+                "evaluation_interval": "30s",
+                "tests": [*tests, scenario(HEALTHY, {})],
+            }
+        )
+    )
+    ended = subprocess.run(
+        ["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_each_alert_says_what_to_do() -> None:
+    assert all(rule["annotations"].keys() == {"summary", "description"} for rule in alerts().values())
+
+
 # systemd
 
 
