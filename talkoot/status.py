@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +22,7 @@ from peer.formatting import age_in_words, counted
 from peer.identity import PeerID
 from talkoot.credit import Credit, CreditReader, signed_figures
 from talkoot.ephemeral import run_in_swarm
-from talkoot.terminal import FittingTable, Terminal
+from talkoot.terminal import FittingScreen, FittingTable, Terminal
 
 _WATCH_EVERY_S = 2.0
 _LIST_EVERY_S = 20.0
@@ -191,9 +191,9 @@ async def _show_live(terminal: Terminal, read: Read) -> None:
     reading, trouble = await read(), ""
     with Live(console=terminal.out, auto_refresh=False, screen=True, vertical_overflow="crop") as live:
         while True:
-            # first, because what does not fit is cut off at the end
+            # first, because the end does not fit into a low window
             warned = [Text(trouble, style="red")] if trouble else []
-            live.update(Group(*warned, *_renderables(reading)), refresh=True)
+            live.update(FittingScreen(*warned, *_renderables(reading)), refresh=True)
             await asyncio.sleep(_WATCH_EVERY_S)
             try:
                 reading, trouble = await read(), ""

@@ -14,8 +14,9 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -102,6 +103,23 @@ class FittingTable:
         for row in self._rows:
             table.add_row(*(row[n] for n in shown))
         return table
+
+
+class FittingScreen:
+    """As many lines of its parts as fit the terminal's height. If some don't fit, the last line says how many."""
+
+    def __init__(self, *parts: RenderableType) -> None:
+        self._parts = Group(*parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._parts, options.update(height=None), pad=False)
+        height = console.height
+        missing = len(lines) - height + 1 if len(lines) > height else 0
+        for line in lines[: height - 1] if missing else lines:
+            yield from line
+            yield Segment.line()
+        if missing:
+            yield Text(f"… {missing} more lines: enlarge the window", style="dim")
 
 
 class StepBar(Progress):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 from simulated_readings import NOW, manifest, node, peer, replica, trainer
 
 from dht.announcements import NodeInfo, Reachability, TrainerInfo
@@ -23,7 +23,7 @@ from peer.identity import PeerID
 from peer.wire import records_pb2
 from talkoot.credit import Credit
 from talkoot.status import SwarmReader, SwarmReading, _renderables, _show_live
-from talkoot.terminal import Terminal
+from talkoot.terminal import FittingScreen, Terminal
 from trainer_client.settings import TrainerSettings
 
 MODEL = manifest((2, 2), layers=1)
@@ -205,6 +205,24 @@ def test_a_low_terminal_shows_first_that_the_swarm_does_not_answer(monkeypatch: 
     first, second = file.getvalue().split("cannot reach the swarm: no DHT peer answered")
     assert "swarm sauna" in first
     assert "swarm sauna" in second
+
+
+@pytest.mark.parametrize(("height", "fits"), [(10, False), (24, False), (60, True)])
+def test_a_low_terminal_says_how_many_lines_do_not_fit(height: int, fits: bool) -> None:
+    parts = _renderables(reading(nodes={peer(number): node(number) for number in range(20)}))
+
+    def lines(*renderables: RenderableType) -> list[str]:
+        console = Console(file=io.StringIO(), width=80, height=height)
+        with console.capture() as captured:
+            console.print(*renderables, sep="\n")
+        return [line.rstrip() for line in captured.get().splitlines()]
+
+    whole, seen = lines(*parts), lines(FittingScreen(*parts))
+    if fits:
+        assert seen == whole
+    else:
+        assert seen[:-1] == whole[: height - 1]
+        assert seen[-1] == f"… {len(whole) - height + 1} more lines: enlarge the window"
 
 
 def test_status_without_trainers_has_no_table_of_them() -> None:
