@@ -30,9 +30,7 @@ NODE_KEYS = (
     "checks_failed",
 )  # fmt: skip
 """The keys that nodes can be sorted by."""
-UNRANKED = (
-    "Anybody can be as many trainers as they like in an open swarm, so what they sign makes no ranking."
-)
+UNRANKED = "In an open swarm, one person can be any number of trainers, so volunteers are not ranked."
 RANKED = (
     "By what trainers have signed: each of the founder's tokens is one vote, however much its holders sign."
 )

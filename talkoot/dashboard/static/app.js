@@ -12,6 +12,8 @@ import { makeTables } from "./tables.js";
 
 const SPARKS_REST_MS = 15000;
 const LONGEST_BLANK_MS = 3000;
+const HELP =
+  "Check the network of the dashboard's machine. If it works, all peers that the dashboard knows have gone: restart it with a new invite.";
 const sparks = new Section(byId("overview"), showSparks, () => SPARKS_REST_MS);
 const sections = [sparks, makeGrid(), makeCharts(), ...makeTables(), makePanel()];
 const connection = { lostAt: 0, retryAt: 0 };
@@ -52,7 +54,7 @@ function trouble() {
   }
   const since = reading.swarm?.unreachable_since ?? null;
   if (since === null) return { words: sentence(reading.swarm?.warning), ages: "" };
-  return { words: `The swarm has been out of reach since ${format.clock(since)}.`, ages: old };
+  return { words: `The swarm has been out of reach since ${format.clock(since)}. ${HELP}`, ages: old };
 }
 
 function sentence(words) {

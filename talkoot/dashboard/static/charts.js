@@ -21,14 +21,14 @@ const perSecond = (value) => (Number.isFinite(value) ? `${format.bytes(value)}/s
 const CHARTS = [
   { metric: "loss", title: "Loss", unit: true, write: format.loss },
   { metric: "bits_per_byte", title: "Bits per byte", write: format.loss },
-  { metric: "tokens_per_s", title: "Tokens per second", write: format.compact, fromZero: true },
-  { metric: "live_experts", title: "Live experts", write: format.count, fromZero: true, whole: true },
-  { metric: "live_nodes", title: "Live nodes", write: format.count, fromZero: true, whole: true },
-  { metric: "latency_ms", title: "Latency", write: format.milliseconds, fromZero: true },
-  { metric: "failures", title: "Failures by cause", unit: true, write: format.compact, fromZero: true },
-  { metric: "bytes_per_s", title: "Bandwidth", write: perSecond, fromZero: true },
-  { metric: "memory_replicas", title: "Replicas of shards", write: format.compact, fromZero: true, ofMemories: true },
-  { metric: "memory_queries_per_s", title: "Memory queries per second", write: format.rate, fromZero: true, ofMemories: true },
+  { metric: "tokens_per_s", title: "Tokens per second", write: format.compact, fromZero: true, present: true },
+  { metric: "live_experts", title: "Live experts", write: format.count, fromZero: true, present: true, whole: true },
+  { metric: "live_nodes", title: "Live nodes", write: format.count, fromZero: true, present: true, whole: true },
+  { metric: "latency_ms", title: "Latency", write: format.milliseconds, fromZero: true, present: true },
+  { metric: "failures", title: "Failures by cause", unit: true, write: format.compact, fromZero: true, present: true },
+  { metric: "bytes_per_s", title: "Bandwidth", write: perSecond, fromZero: true, present: true },
+  { metric: "memory_replicas", title: "Replicas of shards", write: format.compact, fromZero: true, present: true, ofMemories: true },
+  { metric: "memory_queries_per_s", title: "Memory queries per second", write: format.rate, fromZero: true, present: true, ofMemories: true },
 ];
 
 let range = 3600;

@@ -22,6 +22,8 @@ const NAMED = 12;
 const EDGE = 8;
 const REST_MS_PER_EXPERT = 0.1; // 65,536 experts are half a megabyte of JSON
 const LISTED = 12; // layers as buttons; more become a list to choose from
+const HELP =
+  "Nodes with room add missing replicas within minutes. If they don't, the swarm needs more volunteers, or nodes with a larger --experts.";
 
 const MEASURES = {
   replicas: {
@@ -267,8 +269,11 @@ function compare(a, b) {
 }
 
 function hostless(replicas, number) {
-  if (!number) return [el("p", { class: "note" }, "Every expert of this layer has a host.")];
-  return named("Without a host", number, (i) => !replicas[i]);
+  if (number) return [...named("Without a host", number, (i) => !replicas[i]), el("p", { class: "note" }, HELP)];
+  if (view.measure !== "replicas") return [el("p", { class: "note" }, "Every expert of this layer has a host.")];
+  const alone = replicas.filter((hosts) => hosts === 1).length;
+  const words = alone ? `${format.counted(alone, "expert")} ${alone === 1 ? "has" : "have"} only one. ${HELP}` : "";
+  return [el("p", { class: "note" }, `Every expert of this layer has a host. ${words}`.trim())];
 }
 
 /** Those that have a host and less than a tenth of the mean rows, as the server counts them too. */

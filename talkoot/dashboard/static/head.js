@@ -7,6 +7,7 @@ import * as format from "./format.js";
 const MARKS = { ok: "✓", warn: "!", bad: "✕", unknown: "?" };
 const SPARK_POINTS = 60;
 const SPARK_RANGE_S = 3600;
+const SLOW_S = 2; // at which deploy/prometheus/rules.yml warns of nodes and trainers too
 
 /** The last reading, and how far this machine's clock is from the server's. */
 export const reading = { swarm: null, heardAt: 0 };
@@ -41,7 +42,8 @@ export function showSwarm(swarm) {
 
 function ownState({ longest_lag_s: lag, unsteady }) {
   const failing = unsteady.length ? ` It fails again and again: ${unsteady.join(", ")}.` : "";
-  return `This dashboard was at most ${format.milliseconds(1000 * lag)} late in the last two minutes.${failing}`;
+  const slow = lag > SLOW_S ? " Its machine may be overloaded." : "";
+  return `In the last two minutes, this dashboard paused for at most ${format.milliseconds(1000 * lag)}.${slow}${failing}`;
 }
 
 function showState(state, name) {
@@ -73,6 +75,7 @@ export function showAge() {
 /** What is about memories stands on the page only where there are some. */
 function showMemories({ count, queries_per_s: rate }) {
   for (const element of document.querySelectorAll("[data-with-memories]")) element.hidden = !count;
+  document.body.classList.toggle("with-memories", count > 0);
   setText(byId("memories-note"), `${format.rate(rate)} queries per second`);
 }
 
@@ -117,7 +120,7 @@ function perExpert({ replicas, experts }) {
 }
 
 function requests({ requests_per_s: rate }) {
-  return [shown(rate, format.rate), " requests/s"];
+  return [shown(rate, format.rate), " calls/s"];
 }
 
 function traffic({ bytes_per_s: rate }) {
@@ -125,7 +128,7 @@ function traffic({ bytes_per_s: rate }) {
 }
 
 function bits({ bits_per_byte: value }) {
-  return [shown(value, format.loss), " bits per byte"];
+  return ["nats; ", shown(value, format.loss), " bits/byte"];
 }
 
 function showTiles(swarm) {

@@ -8,6 +8,7 @@ const { uPlot } = globalThis;
 const LINES = [1, 2, 3, 4, 5, 6, 7, 8].map((number) => `--line-${number}`);
 const MOST_POINTS = 1000;
 const HEIGHT = 180;
+const LATE_S = 90; // trainers announce their figures every 10 s, and a history has a point every 15 s
 const VALIDATION = " validation";
 const WHOLE = Array.from({ length: 30 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // between ticks
 
@@ -26,7 +27,10 @@ export class Plot {
   #table = el("div", { class: "scroll plot-table", tabindex: "0", role: "region", hidden: true });
   #unit = el("span", { class: "note" });
 
-  /** options: title, write(value), and if they hold: fromZero, whole (it counts), sync (charts with the same share the cursor). */
+  /**
+   * options: title, write(value), and if they hold: fromZero, whole (it counts), present (it is about the present, so an
+   * old value says nothing), sync (charts with the same share the cursor).
+   */
   constructor(options) {
     this.#options = options;
     const asTable = el(
@@ -188,14 +192,21 @@ export class Plot {
   #showValues(index) {
     this.#values.forEach((box, i) => {
       const points = this.#series[i].points;
-      const value = index === null || index === undefined ? points.at(-1)?.[1] : this.#data[i + 1]?.[index];
+      const value = index === null || index === undefined ? this.#latest(points) : this.#data[i + 1]?.[index];
       setText(box, this.#options.write(value ?? null));
     });
   }
 
+  /** The last value; where the chart is about the present, none if nothing was measured for a while. */
+  #latest(points) {
+    const [t, value] = points.at(-1) ?? [0, null];
+    const gap = t - (points.at(-2)?.[0] ?? t);
+    return this.#options.present && this.#range[1] - t > Math.max(LATE_S, 2 * gap) ? null : value;
+  }
+
   #inWords() {
     const latest = this.#series.map(
-      ({ label, points }) => `${label} ${this.#options.write(points.at(-1)?.[1] ?? null)}`,
+      ({ label, points }) => `${label} ${this.#options.write(this.#latest(points))}`,
     );
     return `${this.#options.title} over time. ${latest.length ? `Latest: ${latest.join(", ")}` : "Nothing measured"}`;
   }

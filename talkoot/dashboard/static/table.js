@@ -16,7 +16,8 @@ export class PagedTable {
   /**
    * options: caption, noun, plural (if it is not the noun and an s), columns, sort, order, perPage, rowClass(row), load({sort, order, filter, page, perPage})
    * → {total, rows}; a row has a key. A column: id, name, cell(row), and if they hold: numeric, fixed (can't be
-   * sorted by), drop (1 is the first to go where there is little room). ask() reads again; default: at once.
+   * sorted by), drop (1 is the first to go where there is little room), ofMemories (hidden while the swarm has none).
+   * ask() reads again; default: at once.
    */
   constructor(host, options, ask = () => this.refresh()) {
     this.#options = options;
@@ -84,7 +85,7 @@ export class PagedTable {
       );
     this.#pages = [
       button("First page", "«", () => 1),
-      button("Page before", "‹ Before", () => this.#state.page - 1),
+      button("Previous page", "‹ Previous", () => this.#state.page - 1),
       button("Next page", "Next ›", () => this.#state.page + 1),
       button("Last page", "»", () => this.#last),
     ];
@@ -142,12 +143,13 @@ export class PagedTable {
 
   #emptyRow() {
     const text = this.#state.filter
-      ? `No ${this.#options.noun} fits the filter.`
+      ? `No ${this.#options.noun} matches the filter.`
       : `No ${this.#options.noun} so far.`;
     return el("tr", { class: "empty" }, el("td", { colspan: this.#options.columns.length }, text));
   }
 }
 
-function classOf({ numeric, drop }) {
-  return [numeric ? "numeric" : "", drop ? `drop-${drop}` : ""].filter(Boolean).join(" ") || null;
+function classOf({ numeric, drop, ofMemories }) {
+  const classes = [numeric ? "numeric" : "", drop ? `drop-${drop}` : "", ofMemories ? "of-memories" : ""];
+  return classes.filter(Boolean).join(" ") || null;
 }

@@ -84,7 +84,7 @@ const NODE_COLUMNS = [
   figure("updates", "Updates", format.compact, 3),
   figure("rows", "Rows", format.compact, 1),
   figure("hours", "Hours", format.hours, 1),
-  figure("memory_bytes", "Memory", format.bytes, 1),
+  { ...figure("memory_bytes", "Memories", format.bytes, 1), ofMemories: true },
   { id: "seen_at", name: "Seen", numeric: true, drop: 2, cell: ({ seen_at: t }) => shown(t, when) },
 ];
 
