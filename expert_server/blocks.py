@@ -77,7 +77,7 @@ def require_kind(manifest: Manifest) -> None:
     if manifest.model.encoder_layers and kind not in OWN_KINDS:
         raise SwarmError(
             f"an encoder's experts must be of kind {' or '.join(OWN_KINDS)}, but this swarm's are of kind {kind!r}, "
-            "which works only in causal layers: found a swarm without `causal` in its manifest"
+            "which works only in causal layers: start a swarm without `causal` in its manifest"
         )
 
 

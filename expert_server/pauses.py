@@ -253,7 +253,7 @@ class PauseController:
         if self.why:
             return paused_in_words(self.why)
         if self.overridden:
-            return f"told to go on, else {paused_in_words(self.overridden)}"
+            return f"resumed by hand, else {paused_in_words(self.overridden)}"
         return ""
 
     async def end(self) -> None:

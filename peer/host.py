@@ -302,9 +302,9 @@ class Host:
         accepting = await self._accepting((*bootstrap, *remembered))
         if bootstrap and not accepting:
             raise UnreachableError(
-                f"none of the bootstrap addresses answers: {', '.join(bootstrap)}; does this machine have a network "
-                "connection, and does its firewall let it connect to these ports? If so, they may be gone for good: "
-                "ask for a new invite, which any node of the swarm writes with --invite-file"
+                f"none of the bootstrap addresses answers: {', '.join(bootstrap)}; check that this machine has a "
+                "network connection, and that its firewall allows connections to these ports. Or these peers are gone "
+                "for good: ask for a new invite, which any node of the swarm writes with --invite-file"
             )
         if self.server is not None:
             await self._listen(self.server)

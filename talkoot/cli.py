@@ -62,7 +62,7 @@ An invite is one line that somebody gives you. Without one:
 
   talkoot demo                      see a whole swarm work on this machine
   talkoot doctor                    check whether this machine can take part
-  talkoot node --new SWARM.TOML     found a swarm
+  talkoot node --new SWARM.TOML     start a new swarm
 
 `talkoot --help` lists all commands."""
 
@@ -165,7 +165,7 @@ def node(
     context: typer.Context,
     *,
     new: Annotated[
-        Path | None, typer.Option(metavar="SWARM.TOML", help="Found a swarm with this manifest.")
+        Path | None, typer.Option(metavar="SWARM.TOML", help="Start a new swarm with this manifest.")
     ] = None,
     join: Join = None,
     bootstrap: Bootstrap = None,
@@ -462,7 +462,7 @@ def import_model(
     *,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="SWARM.TOML", help="The file to found the swarm with."),
+        typer.Option("--out", "-o", metavar="SWARM.TOML", help="The manifest of the new swarm, to write."),
     ] = Path("swarm.toml"),
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the new swarm.  [default: the old one's]")

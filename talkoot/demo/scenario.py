@@ -137,7 +137,7 @@ def summary(result: DemoResult) -> str:
             f"paused for more than {result.longest_stall_s:.1f} s,"
         )
         said.append(f"and live nodes serve {result.experts_alive_end} of {result.experts_total} experts.")
-    return "\n".join([*said, "Next: `talkoot` says how to join a swarm, and how to found one."])
+    return "\n".join([*said, "Next: `talkoot` says how to join a swarm, and how to start one."])
 
 
 class _Demo:

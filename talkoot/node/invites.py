@@ -182,8 +182,8 @@ def invite_advice(bootstrap: Sequence[Multiaddress], host: str, port: int, *, ch
     fix = "" if port else "pass --port, "
     return (
         f"nobody outside this network can join by this invite: {named}. Make this machine reachable and start again "
-        f"({fix}forward {named_port} on your router to {host}, and set announce_host to the router's public address), "
-        "or found the swarm on a machine with a public address: others then join through it, this machine too"
+        f"({fix}forward {named_port} on your router to {host}, and set announce_host to the router's public address). "
+        "Or start the swarm on a machine with a public address, and join it from here"
     )
 
 

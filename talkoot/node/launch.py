@@ -60,10 +60,10 @@ class Origin:
     bootstrap: tuple[str, ...]
 
     def read(self) -> Manifest | Invite:
-        """The manifest to found a swarm with, or the invite to join one with. Raises UserError if it is not valid."""
+        """The new swarm's manifest, or the invite to join with. Raises UserError if it is not valid."""
         if (self.new is None) == (self.join is None):
             raise SettingsError(
-                "pass either --new swarm.toml to found a swarm, or --join INVITE to join one"
+                "pass either --new swarm.toml to start a swarm, or --join INVITE to join one"
                 + ("; not both" if self.new else "")
             )
         self.addresses()

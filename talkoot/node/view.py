@@ -55,7 +55,7 @@ class RateMeter:
 
 
 def state_in_words(status: NodeStatus) -> str:
-    """The state in words, such as `serving`, `paused: on battery` or `serving (told to go on, else paused until
+    """The state in words, such as `serving`, `paused: on battery` or `serving (resumed by hand, else paused until
     22:00)`.
     """
     if not status.pause_reason:
@@ -118,7 +118,7 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield _moved(status)
     yield _trained(status)
     yield _rows_for(status)
-    yield f"{rates.calls:.1f} requests/s"
+    yield f"{rates.calls:.1f} calls/s"
     yield f"{rates.rows:.0f} rows/s"
     yield f"{counted(status.queued_rows, 'row')} queued"
     if status.memory_disk_bytes:
@@ -177,7 +177,7 @@ def _share(status: NodeStatus) -> str:
 
 
 def _moved(status: NodeStatus) -> str:
-    handed_over, shared = f"{status.handed_over} handed over", f"{status.replicated} shared"
+    handed_over, shared = f"{status.handed_over} handed over", f"{status.replicated} also on other nodes"
     return f"{status.adopted} adopted, {handed_over if status.handed_over else shared}"
 
 

@@ -237,7 +237,7 @@ def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -
         await looks(node, 3)
         status = node.status()
         assert (status.state, status.experts) == (NodeState.SERVING, 2)
-        assert status.pause_reason == f"told to go on, else paused until {begins}"
+        assert status.pause_reason == f"resumed by hand, else paused until {begins}"
         await node.pause()
         assert node.status().pause_reason == f"paused: by its owner; until {begins}"
 

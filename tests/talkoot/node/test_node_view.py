@@ -273,8 +273,8 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
         (NodeState.PAUSED, "paused until 22:00", "paused until 22:00"),
         (
             NodeState.SERVING,
-            "told to go on, else paused: on battery",
-            "serving (told to go on, else paused: on battery)",
+            "resumed by hand, else paused: on battery",
+            "serving (resumed by hand, else paused: on battery)",
         ),
         (NodeState.UNREACHABLE, "", "no other peer answers"),
     ],
@@ -290,8 +290,8 @@ def test_a_line_for_the_log_says_the_same() -> None:
     meter = RateMeter()
     meter.note(STATUS, 100.0)
     assert line(LATER, meter.note(LATER, 110.0)) == (
-        "serving: 12 of at most 18 experts, 2 adopted, 3 shared, 11 experts trained with 1,234 updates, "
-        "54,120 rows for 3 trainers, 3.1 requests/s, 412 rows/s, "
+        "serving: 12 of at most 18 experts, 2 adopted, 3 also on other nodes, 11 experts trained with 1,234 updates, "
+        "54,120 rows for 3 trainers, 3.1 calls/s, 412 rows/s, "
         "512 rows queued, "
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
         "reached: relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2, "
