@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up a virtual environment in .venv the first time. The demo needs less of it.
+# `make demo` and `make test` make a virtual environment in .venv the first time. The demo needs fewer packages.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -42,7 +42,7 @@ rules:
 format:
 	$(BIN)/ruff format --check $(SOURCES)
 
-# Prints how large and how tangled the code is; with AGAINST=REVISION, beside that of a commit.
+# Prints statistics of the code; AGAINST=REVISION compares them with those of a commit.
 figures:
 	@$(PYTHON) tools/figures.py $(if $(AGAINST),--against $(AGAINST))
 
@@ -53,12 +53,12 @@ proto: $(VENV)/installed
 	rm -f $(addprefix peer/wire/,admission_pb2_grpc.py contact_pb2_grpc.py dht_pb2_grpc.py records_pb2_grpc.py)
 	$(BIN)/python tools/grpc_types.py peer/wire
 
-# Writes what clients in other languages compare their bytes with, from the code.
+# Writes test vectors for clients in other languages.
 vectors: $(VENV)/installed
 	$(BIN)/python -W ignore tools/protocol_vectors.py > proto/vectors.new
 	mv proto/vectors.new proto/vectors.json
 
-# Writes the page of all settings from the code.
+# Generates the page of all settings from the code.
 settings: $(VENV)/installed
 	$(BIN)/python -W ignore docs/settings_page.py > docs/settings.md
 
@@ -67,7 +67,7 @@ picture: $(VENV)/installed
 	$(BIN)/python docs/architecture_picture.py > docs/img/architecture.svg
 	$(BIN)/python docs/headline_picture.py > docs/img/headline.svg
 
-# Plays the demo, and writes down what the terminal showed. It takes a minute or two; close other programs first.
+# Runs the demo and records the terminal, in a minute or two. Close other programs first.
 recording: $(VENV)/runs
 	$(BIN)/python docs/recording.py > docs/img/demo.svg
 
@@ -75,7 +75,7 @@ recording: $(VENV)/runs
 release-fixture: $(VENV)/installed
 	$(BIN)/python -W ignore tests/releases/make_release.py $(VERSION)
 
-# What Talkoot needs, and with what its checks and tests need.
+# Installs what Talkoot needs, and what its checks and tests need in addition.
 $(VENV)/runs: pyproject.toml tools/install.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -5,26 +5,28 @@ Installs Talkoot for this user on Windows. It never asks for administrator right
 .DESCRIPTION
     powershell -ExecutionPolicy Bypass -File install.ps1 [-From SOURCE] [-Join INVITE] [-Service] [-DryRun]
 
-1. It looks for `uv`, which installs Python programs. If there is none, it downloads the pinned release of it into
+1. It looks for `uv`, which installs Python programs. If there is no uv, it downloads a pinned release into
    %LOCALAPPDATA%\Programs\talkoot, and checks its checksum.
-2. `uv tool install` puts Talkoot into an environment of its own. uv picks the build of torch for this machine, without
-   CUDA where there is no GPU for it, and brings a Python of its own where the system's is too old or too new.
-3. It offers to start a node at each login, if an invite was given.
+2. `uv tool install` makes an environment for Talkoot. uv picks the build of torch for this machine, without CUDA if
+   there is no GPU, and installs a Python if the system's is too old or too new.
+3. With -Join, it offers to start a node whenever you log in.
 
-To remove all of it: `talkoot uninstall`, which says what to run. If that doesn't work: `uv tool uninstall talkoot`, and
-remove %LOCALAPPDATA%\Programs\talkoot.
+To remove all of it, run `talkoot uninstall`, which says what to do. If that doesn't work, run `uv tool uninstall
+talkoot`, and remove %LOCALAPPDATA%\Programs\talkoot.
 
 .PARAMETER From
-What to install: a folder, a wheel or an archive, or their address. By default the clone that this script lies in.
+What to install: a folder, a wheel, an archive, or the address of one. The default is the clone that contains this
+script.
 
 .PARAMETER Join
-The invite line, or @FILE with the file that holds it: offers to host experts from login on.
+The invite, or '@FILE' (in quotes) with a file that holds it. The script then offers to host experts whenever you log
+in.
 
 .PARAMETER Service
-Answers yes to that offer.
+Accepts that offer in advance.
 
 .PARAMETER DryRun
-Prints the commands, and runs none that changes anything.
+Only prints the commands that would change something.
 #>
 [CmdletBinding()]
 param(
@@ -39,7 +41,7 @@ $ErrorActionPreference = 'Stop'
 $ProgressPreference = 'SilentlyContinue'  # Windows PowerShell downloads ten times slower while it shows progress
 
 $UvVersion = '0.12.5'
-$UvSha256 = '4c4d49d8738847d9b71ba319e49a5688c93eac0fe6204b1df24e98528dddf39a'  # of uv's release
+$UvSha256 = '4c4d49d8738847d9b71ba319e49a5688c93eac0fe6204b1df24e98528dddf39a'  # checksum of uv's release
 $Python = '>=3.11,<3.14'  # the versions that Talkoot is tested with
 $NeededMB = 2000  # torch takes 1 GB without CUDA, and 7 GB with it
 
@@ -63,7 +65,7 @@ function Get-Source {
     $clone = Split-Path (Split-Path $PSScriptRoot)
     $project = Join-Path $clone 'pyproject.toml'
     if (-not (Test-Path $project) -or -not (Select-String -Path $project -Pattern '^name = "talkoot"$' -Quiet)) {
-        Exit-WithError 'this script does not lie in a clone of Talkoot: pass -From SOURCE'
+        Exit-WithError 'this script is not in a clone of Talkoot: pass -From SOURCE'
     }
     return $clone
 }
@@ -71,7 +73,7 @@ function Get-Source {
 function Test-Machine {
     $machine = if ($env:PROCESSOR_ARCHITEW6432) { $env:PROCESSOR_ARCHITEW6432 } else { $env:PROCESSOR_ARCHITECTURE }
     if ($machine -ne 'AMD64') {
-        Exit-WithError "there is no torch for Windows on ${machine}: use Windows on x64"
+        Exit-WithError "torch does not support Windows on ${machine}: use Windows on x64"
     }
     if (-not $env:LOCALAPPDATA) { Exit-WithError 'LOCALAPPDATA is not set: run this as an ordinary user' }
     $drive = [IO.DriveInfo]::new([IO.Path]::GetPathRoot($env:LOCALAPPDATA))
@@ -93,7 +95,7 @@ function Find-Uv([string]$Own) {
         }
         Install-Uv $uv
     }
-    # What it downloads goes into Talkoot's folder too.
+    # What this uv downloads goes into Talkoot's folder too.
     $env:UV_TOOL_DIR = Join-Path $Own 'tools'
     $env:UV_PYTHON_INSTALL_DIR = Join-Path $Own 'python'
     $env:UV_CACHE_DIR = Join-Path $Own 'cache'
@@ -117,11 +119,11 @@ function Install-Uv([string]$Uv) {
             Exit-WithError "can't download ${url}: $($_.Exception.Message) Behind a proxy, set HTTPS_PROXY; without GitHub, install uv in another way"
         }
         if ((Get-FileHash -Path $archive -Algorithm SHA256).Hash -ne $UvSha256) {
-            Exit-WithError "what came from $url has another checksum than uv ${UvVersion}: nothing was installed"
+            Exit-WithError "the file from $url has another checksum than uv ${UvVersion}: nothing was installed. Run this again, or install uv in another way"
         }
         Expand-Archive -Path $archive -DestinationPath $scratch
         New-Item -ItemType Directory -Path (Split-Path $Uv) -Force | Out-Null
-        # moved last, so that there is never half a uv
+        # moved into place at the end, so that there is never half of a uv
         Copy-Item -Path (Join-Path $scratch 'uv.exe') -Destination "$Uv.new"
         Move-Item -Path "$Uv.new" -Destination $Uv -Force
     } catch {
@@ -136,7 +138,7 @@ $source = Get-Source
 Test-Machine
 $uv = Find-Uv (Join-Path $env:LOCALAPPDATA 'Programs\talkoot')
 
-# also mends and updates an installation that is there
+# this also repairs or updates an existing installation
 Invoke-Program -Program $uv -Arguments @(
     'tool', 'install', '--torch-backend', 'auto', '--python', $Python, '--reinstall-package', 'talkoot', $source
 ) -WhenItFails 'uv could not install Talkoot: see its message above. Behind a proxy, set HTTPS_PROXY. Stop a running node. Then run this again: it continues from here'
@@ -152,11 +154,11 @@ if (-not $DryRun) {
 
 $wanted = $Service -or $DryRun
 if ($Join -and -not $wanted) {
-    $wanted = (Read-Host 'Host experts from now on, at each login? [y/N]') -match '^[yY]'
+    $wanted = (Read-Host 'Host experts whenever you log in, starting now? [y/N]') -match '^[yY]'
 }
 if ($Join -and $wanted) {
     Invoke-Program -Program $talkoot -Arguments @('service', 'install', '--join', $Join) `
         -WhenItFails "Talkoot is installed, but its service is not: run 'talkoot service install' again, or 'talkoot node' by hand"
 } else {
-    Write-Output 'To host experts from login on: talkoot service install --join INVITE'
+    Write-Output 'To host experts whenever you log in: talkoot service install --join INVITE'
 }

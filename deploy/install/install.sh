@@ -3,26 +3,27 @@
 #
 #     sh install.sh [--from SOURCE] [--join INVITE] [--service] [--dry-run]
 #
-#   --from SOURCE   what to install: a folder, a wheel or an archive, or their address. By default the clone that this
-#                   script lies in.
-#   --join INVITE   the invite line, or @FILE with the file that holds it: offers to host experts from login on.
-#   --service       answers yes to that offer.
-#   --dry-run       prints the commands, and runs none that changes anything.
+#   --from SOURCE   what to install: a folder, a wheel, an archive, or the address of one. The default is the clone that
+#                   contains this script.
+#   --join INVITE   the invite, or @FILE with a file that holds it. The script then offers to host experts whenever you
+#                   log in.
+#   --service       accepts that offer in advance.
+#   --dry-run       only prints the commands that would change something.
 #
 # What it does:
 #
-# 1. It looks for `uv`, which installs Python programs. If there is none, it downloads the pinned release of it into
+# 1. It looks for `uv`, which installs Python programs. If there is no uv, it downloads a pinned release into
 #    ~/.local/share/talkoot, and checks its checksum.
-# 2. `uv tool install` puts Talkoot into an environment of its own. uv picks the build of torch for this machine, without
-#    CUDA where there is no GPU for it, and brings a Python of its own where the system's is too old or too new.
-# 3. It offers to start a node at each login, if an invite was given.
+# 2. `uv tool install` makes an environment for Talkoot. uv picks the build of torch for this machine, without CUDA if
+#    there is no GPU, and installs a Python if the system's is too old or too new.
+# 3. With --join, it offers to start a node whenever you log in.
 #
 # To remove all of it: `talkoot uninstall`. If that doesn't work: `uv tool uninstall talkoot; rm -r ~/.local/share/talkoot`.
 
 set -eu
 
 uv_version=0.12.5
-# of uv's releases
+# checksums of uv's releases
 sha256_of() {
     case $1 in
     x86_64-unknown-linux-gnu) echo 68a509da24b06b4223a1c0175fb5eb5bc79342b76cbeff0cfe51ac3f5b17b6b2 ;;
@@ -74,7 +75,7 @@ main() {
     [ "${HOME:-}" ] || fail "HOME is not set: set it to your home folder"
     find_source
     find_target
-    # What the script brings itself is in one folder, so that it can be removed as a whole.
+    # Everything that the script downloads is in one folder, so that it can be removed as a whole.
     own=${XDG_DATA_HOME:-$HOME/.local/share}/talkoot
     check_folders
     find_uv
@@ -84,10 +85,10 @@ main() {
 
 find_source() {
     if [ ! "$from" ]; then
-        # empty where the script comes through a pipe
+        # empty if the script comes through a pipe
         from=$(cd "$(dirname "$0")/../.." 2>/dev/null && pwd) || from=''
         grep -qs '^name = "talkoot"$' "$from/pyproject.toml" ||
-            fail "this script does not lie in a clone of Talkoot: pass --from SOURCE"
+            fail "this script is not in a clone of Talkoot: pass --from SOURCE"
     fi
 }
 
@@ -97,10 +98,10 @@ find_target() {
     Linux-aarch64 | Linux-arm64) target=aarch64-unknown-linux-gnu ;;
     Darwin-arm64) target=aarch64-apple-darwin ;;
     Darwin-x86_64) fail "torch no longer supports Macs with Intel processors: use another machine" ;;
-    *) fail "there is no torch for $(uname -s) on $(uname -m): use Linux on x86-64 or arm64, or a Mac with Apple silicon" ;;
+    *) fail "torch does not support $(uname -s) on $(uname -m): use Linux on x86-64 or arm64, or a Mac with Apple silicon" ;;
     esac
     if [ "${target##*-}" = gnu ] && ls /lib/ld-musl-* >/dev/null 2>&1; then
-        fail "torch needs glibc, and this system has musl: use the container"
+        fail "torch needs glibc, but this system has musl: run Talkoot in a container (deploy/container/Containerfile)"
     fi
 }
 
@@ -113,7 +114,7 @@ existing() {
 
 check_folders() {
     for folder in "$own" "$HOME/.local/bin"; do
-        [ -w "$(existing "$folder")" ] || fail "can't write $(existing "$folder"): run this as the user whose folder it is; a read-only disk won't do"
+        [ -w "$(existing "$folder")" ] || fail "can't write $(existing "$folder"): run this as the user who owns it, and check that the disk is not read-only"
     done
     free_kib=$(df -Pk "$(existing "$own")" | awk 'NR == 2 { print $4 }')
     [ "$free_kib" -ge "$needed_kib" ] ||
@@ -132,7 +133,7 @@ find_uv() {
         uv=$own/uv/uv
         download_uv
     fi
-    # What it downloads goes into Talkoot's folder too.
+    # What this uv downloads goes into Talkoot's folder too.
     export UV_TOOL_DIR="$own/tools" UV_PYTHON_INSTALL_DIR="$own/python" UV_CACHE_DIR="$own/cache"
 }
 
@@ -155,17 +156,17 @@ download_uv() {
     fi || fail "can't download $url: is there a network? Behind a proxy, set HTTPS_PROXY; without GitHub, install uv in another way, such as \`pip install uv\`"
     found=$(if command -v sha256sum >/dev/null; then sha256sum "$scratch/$archive"; else shasum -a 256 "$scratch/$archive"; fi)
     [ "${found%% *}" = "$(sha256_of "$target")" ] ||
-        fail "what came from $url has another checksum than uv $uv_version: nothing was installed"
+        fail "the file from $url has another checksum than uv $uv_version: nothing was installed. Run this again, or install uv in another way"
     tar -xzf "$scratch/$archive" -C "$scratch" || fail "can't unpack $archive: is the disk full?"
     mkdir -p "$own/uv"
-    # moved last, so that there is never half a uv
+    # moved into place at the end, so that there is never half of a uv
     if ! { cp "$scratch/uv-$target/uv" "$uv.new" && mv "$uv.new" "$uv"; }; then
         fail "can't write $uv: is the disk full?"
     fi
 }
 
 install_talkoot() {
-    # also mends and updates an installation that is there
+    # this also repairs or updates an existing installation
     run "$uv" tool install --torch-backend auto --python "$python" --reinstall-package talkoot "$from" ||
         fail "uv could not install Talkoot: see its message above. Behind a proxy, set HTTPS_PROXY. Then run this again: it continues from here"
     [ "$dry_run" ] && return
@@ -183,12 +184,12 @@ install_talkoot() {
 
 offer_service() {
     if [ ! "$invite" ]; then
-        [ "$dry_run" ] || echo "To host experts from login on: \`$talkoot service install --join INVITE\`."
+        [ "$dry_run" ] || echo "To host experts whenever you log in: \`$talkoot service install --join INVITE\`."
         return
     fi
     if [ ! "$service" ] && [ ! "$dry_run" ]; then
         # the script itself may come through standard input
-        if ! { printf 'Host experts from now on, at each login? [y/N] ' && read -r answer; } </dev/tty >/dev/tty 2>/dev/null; then
+        if ! { printf 'Host experts whenever you log in, starting now? [y/N] ' && read -r answer; } </dev/tty >/dev/tty 2>/dev/null; then
             answer=no
         fi
         case $answer in
