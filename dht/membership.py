@@ -14,7 +14,7 @@ from dht.registry import Registry
 from peer import clock
 from peer.errors import AddressError, UnreachableError
 from peer.files import read_state_file, write_state_file
-from peer.formatting import printable
+from peer.formatting import counted, printable
 from peer.host import Host
 from peer.identity import PeerID
 from peer.transport.addresses import Multiaddress
@@ -161,7 +161,8 @@ class Membership:
             self._in_vain += announced
             if self._in_vain < _LONELY_ROUNDS:
                 raise UnreachableError(
-                    f"no other peer returned what this one announced: rejoining through {len(joined)} addresses"
+                    "no other peer returned what this one announced: rejoining through "
+                    f"{counted(len(joined), 'known peer')}"
                 )
             if self._in_vain == _LONELY_ROUNDS:
                 logger.warning(

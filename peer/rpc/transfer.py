@@ -320,7 +320,7 @@ class TransferSlots:
         )
         victim = next(owned if greedy is not None else slow, None)
         if victim is None:
-            message = f"{len(self._taken)} transfers go on here; try again soon"
+            message = f"{len(self._taken)} transfers are running here; try again soon"
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_BUSY_S)
         _, _, interrupt = self._taken.pop(victim)
         interrupt()
