@@ -21,7 +21,8 @@ from trainer_client.dispatch.policy import CallTimes, WaitPolicy
 Responds: TypeAlias = Callable[[NodeInfo, float], Awaitable[bool]]
 """Whether a node answers a health check within so many seconds. Never raises."""
 
-_LEAST_PAUSE_S = 1.0
+_LEAST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 10.0
+"""Pauses between the checks of a node that did not respond."""
 _LONGEST_S = 120.0
 """After this time, a node that has not responded is forgotten, and called again if it is still announced."""
 _MOST = 256
@@ -62,28 +63,32 @@ class HealthChecks:
     async def during(
         self, node: NodeInfo, call_times: CallTimes, usual_s: float | None
     ) -> AsyncIterator[None]:
-        """Raises ExpertError (UNAVAILABLE) inside the block, which makes a call to the node, once the node does not
-        respond.
+        """Raises ExpertError (DEADLINE_EXCEEDED) inside the block, which makes a call to the node, once the node does
+        not respond.
 
-        `call_times`: how long such calls took lately. `usual_s`: how long calls to this node usually take; None if that
-        is not known.
+        `call_times`: how long such calls took lately. While that is not known, no node is checked. `usual_s`: how long
+        calls to this node usually take; None if that is not known.
         """
+        pause_s = self._policy.hedge_after_s(call_times)
+        deadline_s = self._policy.check_deadline_s(call_times, usual_s)
+        if deadline_s is None:
+            yield
+            return
+        limit = asyncio.timeout(None)
         try:
-            async with asyncio.timeout(None) as limit:
-                watching = self._watch(node, call_times, usual_s, limit)
+            async with limit:
+                watching = self._watch(node, pause_s, deadline_s, limit)
                 watch = self._tasks.spawn(watching, "watch a call's node")
                 try:
                     yield
                 finally:
                     watch.cancel()
         except TimeoutError as error:
-            raise ExpertError(StatusCode.UNAVAILABLE, "the node does not respond") from error
+            if not limit.expired():
+                raise
+            raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "the node does not respond") from error
 
-    async def _watch(
-        self, node: NodeInfo, call_times: CallTimes, usual_s: float | None, limit: asyncio.Timeout
-    ) -> None:
-        pause_s = self._policy.hedge_after_s(call_times)
-        deadline_s = self._policy.check_deadline_s(call_times, usual_s)
+    async def _watch(self, node: NodeInfo, pause_s: float, deadline_s: float, limit: asyncio.Timeout) -> None:
         responds = True
         while responds:
             await asyncio.sleep(pause_s)
@@ -107,12 +112,12 @@ class HealthChecks:
         return is_well
 
     async def _await_return(self, peer_id: PeerID, deadline_s: float) -> None:
-        """Asks the node less and less often, until it responds or is no longer announced."""
+        """Asks the node, less often the longer it is silent, until it responds or is no longer announced."""
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
             while (silent_s := clock() - began) < _LONGEST_S:
-                await asyncio.sleep(max(_LEAST_PAUSE_S, silent_s / 2))
+                await asyncio.sleep(min(max(_LEAST_PAUSE_S, silent_s / 2), _LONGEST_PAUSE_S))
                 node = self._announced(peer_id)
                 if node is None or await self._responds(node, deadline_s):
                     return

@@ -350,10 +350,13 @@ class WaitPolicy:
         slow = call_times.quantile(_SLOW)
         return latest if slow is None else min(max(slow, _LEAST_HEDGE_S), latest)
 
-    def check_deadline_s(self, call_times: CallTimes, usual_s: float | None) -> float:
+    def check_deadline_s(self, call_times: CallTimes, usual_s: float | None) -> float | None:
         """How long a node may take to answer a health check: a quarter of the deadline, so about as long as whole calls
-        take, or twice as long as its own calls usually take. `usual_s`: None if that is not known.
+        take, or twice as long as its own calls usually take. `usual_s`: None if that is not known. Returns None while
+        it is not known how long calls take: if this peer's line is slow, a check waits behind the rows on their way.
         """
+        if call_times.quantile(_USUAL) is None:
+            return None
         deadline_s = self.deadline_s(call_times)
         return deadline_s / 2 if usual_s is None else min(max(deadline_s / 4, 2 * usual_s), deadline_s)
 

@@ -23,7 +23,8 @@ from dht.announcements import NodeInfo
 from peer import metrics
 from peer.identity import PeerID
 from trainer_client.dispatch.dispatcher import Dispatcher
-from trainer_client.dispatch.policy import LEAST_KNOWN
+from trainer_client.dispatch.health import HealthChecks
+from trainer_client.dispatch.policy import LEAST_KNOWN, CallTimes, WaitPolicy
 
 EXPERTS = 5
 USUAL = 0.1
@@ -104,7 +105,7 @@ def test_in_forward_other_experts_are_asked_in_place_of_those_of_a_frozen_node()
         assert now() == pytest.approx(USUAL + CHECK)
         assert answered_by_all_rows(result) == [0, 2, 3]
         check_outputs(swarm, result)
-        assert dispatcher.metrics.failures_by_cause() == {"unavailable": 1}
+        assert dispatcher.metrics.failures_by_cause() == {"deadline_exceeded": 1}
 
     run(scenario())
 
@@ -228,6 +229,7 @@ def test_a_node_that_never_responds_is_asked_a_few_times() -> None:
         assert 5 < len(health.asked) < 20
         times = np.array([at for _, at in health.asked])
         assert (np.diff(times) >= 1.0).all()
+        assert (np.diff(times) <= 10.0 + CHECK).all(), "this trainer's own line may have been cut"
         assert dispatcher.open_breakers() == 0
 
     run(scenario())
@@ -240,6 +242,55 @@ def test_a_quick_call_needs_no_health_check() -> None:
         await dispatcher.send_back(result, random_gradients(result))
         await asyncio.sleep(DEADLINE)
         assert health.asked == []
+
+    run(scenario())
+
+
+def test_no_node_is_checked_before_it_is_known_how_long_calls_take() -> None:
+    """If this trainer's line is slow, a check waits behind the rows on their way, however well the node is."""
+
+    async def scenario() -> None:
+        swarm = make_swarm(EXPERTS)
+        health = Health(swarm)
+        dispatcher = make_dispatcher(swarm, k_min=3, responds=health.responds)
+        result = await forward_once(dispatcher, EXPERTS)
+        swarm.behaviours[FROZEN] = Behaviour(after_s=0.9 * DEADLINE)
+        await dispatcher.send_back(result, random_gradients(result))
+        assert metrics.total(dispatcher.metrics.late_gradients) == 0
+        assert health.asked == []
+
+    run(scenario())
+
+
+def test_a_call_that_was_given_up_counts_as_a_slow_one() -> None:
+    """So deadlines grow if checks fail because this trainer's line has become slow."""
+
+    async def scenario() -> None:
+        _, health, dispatcher = make_checked()
+        result = await forward_once(dispatcher, EXPERTS)
+        health.freeze()
+        await dispatcher.send_back(result, random_gradients(result))
+        assert dispatcher.latencies.calls["backward"].quantile(1.0) == pytest.approx(USUAL + CHECK)
+
+    run(scenario())
+
+
+def test_a_time_limit_within_the_call_is_not_taken_for_a_node_that_does_not_respond() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(EXPERTS)
+        health, times = Health(swarm), CallTimes()
+        for _ in range(LEAST_KNOWN):
+            times.add(USUAL)
+        checks = HealthChecks(
+            health.responds, health.is_silent, lambda peer_id: None, WaitPolicy(DEADLINE, 1.0, 3)
+        )
+        with pytest.raises(TimeoutError):
+            async with (
+                checks.during(swarm.directory().view.nodes[FROZEN], times, USUAL),
+                asyncio.timeout(0.01),
+            ):
+                await asyncio.sleep(1.0)
+        await checks.close()
 
     run(scenario())
 

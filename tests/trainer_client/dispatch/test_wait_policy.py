@@ -92,6 +92,7 @@ def test_a_health_check_takes_no_longer_than_calls_and_a_slow_node_has_more_time
     assert policy.check_deadline_s(known([2.0] * 100), 3.0) == 6.0
     assert policy.check_deadline_s(known([2.0] * 100), 30.0) == 8.0, "the deadline"
     assert policy.check_deadline_s(known([2.0] * 100), None) == 4.0
+    assert policy.check_deadline_s(known([2.0] * (LEAST_KNOWN - 1)), 0.1) is None
 
 
 def test_hedges_stay_a_small_part_of_all_calls() -> None:
