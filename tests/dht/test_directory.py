@@ -140,6 +140,12 @@ def test_the_first_search_for_few_rows_reads_likely_experts_beside_the_prefixes(
     asyncio.run(scenario())
 
 
+def test_the_first_search_for_many_rows_guesses_nothing() -> None:
+    registry = FakeRegistry(random_experts(1.0, 0), random_experts(1.0, 0))
+    asyncio.run(make_directory(registry).search(0, random_scores(1, rows=200), 4))
+    assert registry.ahead == []
+
+
 def test_no_expert_is_read_twice_when_few_of_the_likely_ones_live() -> None:
     experts = random_experts(0.1, 0)
     registry = FakeRegistry(experts, experts)
@@ -182,6 +188,47 @@ def test_an_avoided_host_that_was_found_first_hides_no_other_that_announces_furt
     asyncio.run(scenario())
 
 
+def test_what_a_refresh_has_read_whole_is_not_read_again_when_its_host_is_avoided() -> None:
+    async def scenario() -> None:
+        registry, scores = Hurried([(7, 3)], [(7, 3)]), random_scores(1, rows=1)
+        directory = make_directory(registry)
+        await directory.search(0, scores, 4)
+        view = await directory.refresh()
+        assert [replica.peer_id for replica in view.hosts(UID(0, (7, 3)))] == [FIRST]
+        registry.reads.clear()
+        await directory.search(0, scores, 4, frozenset({FIRST}))
+        assert registry.reads == []
+
+    asyncio.run(scenario())
+
+
+def test_a_row_that_has_found_its_experts_is_not_searched_further() -> None:
+    active, scores = random_experts(1.0, 0), random_scores(2, rows=1)
+    missing = {tuple(c) for c in best(scores, active).coordinates[0].tolist()}
+    other = next(
+        more
+        for seed in range(3, 100)
+        if missing.isdisjoint(
+            map(tuple, best(more := random_scores(seed, rows=1), active).coordinates[0].tolist())
+        )
+    )
+    registry = FakeRegistry(active, set(active) - missing)
+    both = [np.concatenate(tables) for tables in zip(scores, other, strict=True)]
+    asyncio.run(make_directory(registry).search(0, both, 4))
+    wide = FakeRegistry(active, set(active) - missing)
+    asyncio.run(make_directory(wide).search(0, scores, 4))
+    assert len(set(registry.experts_read)) <= len(set(wide.experts_read)) + 4
+
+
+def test_a_search_for_many_rows_reads_a_bounded_number_of_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dht.directory._MAX_READ", 10)
+    registry = FakeRegistry(random_experts(1.0, 0), [])
+    asyncio.run(make_directory(registry).search(0, random_scores(1, rows=200), 4))
+    read = [int(said.split()[0]) for said in registry.reads if "prefixes" in said]
+    assert read
+    assert max(read) <= 10
+
+
 def test_experts_that_nobody_hosts_make_room_for_the_next_best_and_are_not_asked_for_again() -> None:
     active, scores = random_experts(1.0, 0), random_scores(2, rows=1)
     first = {tuple(c) for c in best(scores, active).coordinates[0].tolist()}
@@ -197,6 +244,16 @@ def test_experts_that_nobody_hosts_make_room_for_the_next_best_and_are_not_asked
         assert registry.reads == []
 
     asyncio.run(scenario())
+
+
+def test_made_up_experts_with_the_best_scores_hide_no_living_one_further_down() -> None:
+    scores = random_scores(1, rows=1)
+    by_score = [(row, column) for row in np.argsort(-scores[0][0])[:3].tolist() for column in range(GRID[1])]
+    by_score.sort(key=lambda c: -(scores[0][0, c[0]] + scores[1][0, c[1]]))
+    lives = by_score[45]
+    directory = make_directory(FakeRegistry(by_score, [lives]))
+    view = asyncio.run(directory.search(0, scores, 4))
+    assert view.hosts(UID(0, lives))
 
 
 def test_a_search_among_made_up_coordinates_reads_a_bounded_number_and_loses_nothing_that_lives(
@@ -409,6 +466,27 @@ def test_a_peer_that_is_not_known_can_be_forgotten() -> None:
     directory = make_directory(FakeRegistry([], []))
     directory.forget(FIRST)
     assert directory.view.live_experts() == 0
+
+
+def test_peers_that_were_found_dead_are_forgotten_once_their_records_have_expired(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts = random_experts(1.0, 0)
+    directory = make_directory(TwoHosts(experts, experts))
+    asyncio.run(directory.search(0, random_scores(1), 4))
+    directory.forget(FIRST)
+    assert directory._gone
+    monkeypatch.setattr(directory, "_now", lambda: TwoHosts.expires_at + 1)
+    asyncio.run(directory.refresh())
+    assert not directory._gone
+
+
+def test_few_tables_are_kept_however_often_other_peers_are_avoided() -> None:
+    view = make_directory(FakeRegistry([], [])).view
+    for number in range(200):
+        avoided = frozenset({PeerID(number.to_bytes(34))})
+        assert view.tables(0, avoided) is view.tables(0, avoided), "they are made once"
+    assert len(view._tables) <= 64
 
 
 def test_a_swarm_that_does_not_answer_is_said_once_until_it_does(
