@@ -93,3 +93,8 @@ def test_logit_of_an_unanswered_slot_can_hold_anything(lost: float) -> None:
     assert weights.tolist() == [[0, 1], [0, 0]]
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+def test_noise_starts_at_nothing() -> None:
+    gate = Gate(8, (3, 4), has_noise=True)
+    assert not any(spread.any() for spread in gate.spreads(torch.randn(5, 8)))

@@ -1,7 +1,7 @@
 """Each router compared with its formula, over live experts."""
 
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dht.beam_search import Selection
+from dht.beam_search import Selection, select_experts
 from dht.directory import PrefixTables, prefix_tables
 from peer.codec import Floats, Integers
 from peer.errors import SettingsError
@@ -278,6 +278,47 @@ def test_among_more_experts_than_can_be_listed_candidates_of_the_search_are_take
         assert len(set(nodes[tuple(found.coordinates[row].T)].tolist())) <= 2
     everyone = best(scores, alive, 4)
     assert (found.scores[:, 0] <= everyone.scores[:, 0]).all()
+
+
+def test_a_node_counts_with_its_best_k_experts_alone() -> None:
+    scores = [np.array([[1, 1, *[0] * 10]], np.float32)]
+    found = limited(scores, all_live(12), 2, None, NodeLimit(np.array([0, 0, *[1] * 10]), 1))
+    assert found.coordinates[0, :, 0].tolist() == [0, 1], "ten poor ones together outweigh no two good ones"
+
+
+def test_experts_without_a_host_take_no_place() -> None:
+    scores = [np.array([[5, 4, 3, 2]], np.float32)]
+    found = limited(scores, all_live(4), 3, None, NodeLimit(np.array([-1, 0, 0, 0]), 2))
+    assert found.coordinates[0, :, 0].tolist() == [1, 2, 3]
+    assert found.valid.all()
+
+
+def test_nodes_whose_experts_are_far_behind_still_come_before_no_node() -> None:
+    scores = [np.array([[1e4, -1, -2, -3]], np.float32)]
+    found = limited(scores, all_live(4), 3, None, NodeLimit(np.array([0, 1, 2, 1]), 2))
+    assert found.coordinates[0, :, 0].tolist() == [0, 1, 3], "two nodes alone"
+
+
+def test_of_more_experts_than_can_be_listed_few_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(scores: list[Floats], alive: PrefixTables, k: int, *more: Any) -> Selection:
+        asked.append(k)
+        return select_experts(scores, alive, k, *more)
+
+    monkeypatch.setattr("trainer_client.routers.select_experts", counted)
+    limit = NodeLimit(make_rng().integers(0, 5, (80, 80)), 2)
+    limited(arrays(random_scores(4, (80, 80))), all_live(80, 80), 4, None, limit)
+    assert asked == [64]
+
+
+def test_the_expert_that_the_bias_puts_first_is_always_kept() -> None:
+    scores, bias = [np.array([[0, -20]], np.float32)], np.array([0, 40], np.float32)
+    choose = ROUTERS["noisy-top-k"].choose
+    for seed in range(20):
+        selection = choose(scores, all_live(2), 2, make_rng(seed), bias)
+        assert selection.coordinates[0, 0].tolist() == [1]
+        assert selection.valid[0, 0]
 
 
 def test_a_gate_that_diverged_still_chooses_within_the_limit() -> None:
