@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 # This must come before numpy is imported: on a busy machine its threads wait for each other, and take twenty times the
 # processor time.
@@ -26,13 +27,13 @@ from expert_server.settings import NodeSettings
 from peer.identity import Identity
 from peer.loop import LoopThread
 
-settings.register_profile(
-    "talkoot",
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],  # on a busy machine, everything is
-)
+_COMMON: Any = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow],  # on a busy machine, everything is
+}
+settings.register_profile("talkoot", max_examples=50, derandomize=True, **_COMMON)
+settings.register_profile("thorough", max_examples=500, **_COMMON)  # `--hypothesis-profile thorough`
 settings.load_profile("talkoot")
 sys.dont_write_bytecode = False  # else every process that a test starts compiles all modules again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
