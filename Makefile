@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 FLOORS := peer dht expert_server trainer_client talkoot
 PAGES := $(wildcard *.md docs/*.md)
 SOURCES := $(FLOORS) tests benchmarks docs deploy examples tools
+# macOS comes with GNU Make 3.81, which can't keep together what each check prints
+TOGETHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 CHECKS := types types-on-darwin types-on-win32 prose spelling imports rules format
 
 .PHONY: demo test lint $(CHECKS) figures proto vectors settings picture recording release-fixture clean
@@ -17,7 +19,7 @@ test: $(VENV)/installed lint
 
 # The checks run side by side; mypy, which takes longest, first.
 lint: $(VENV)/installed
-	@$(MAKE) --no-print-directory --jobs $(shell getconf _NPROCESSORS_ONLN) --output-sync=target $(CHECKS)
+	@$(MAKE) --no-print-directory --jobs $(shell getconf _NPROCESSORS_ONLN) $(TOGETHER) $(CHECKS)
 
 $(CHECKS): $(VENV)/installed
 
