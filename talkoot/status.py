@@ -169,10 +169,10 @@ async def _look(terminal: Terminal, swarm: Swarm, watch: bool) -> None:
     try:
         if not watch:
             _show(terminal, await read())
-        elif terminal.json or not terminal.out.is_terminal:
-            await _show_repeatedly(terminal, read)
-        else:
+        elif terminal.out_is_live:
             await _show_live(terminal, read)
+        else:
+            await _show_repeatedly(terminal, read)
     finally:
         await credit.close()
 

@@ -52,8 +52,10 @@ class Terminal:
         self.json: bool = log_format is LogFormat.JSON
         self.out: Console = Console(soft_wrap=True, highlight=False, markup=False)
         self.err: Console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-        self.live: bool = self.err.is_terminal and not self.json
+        self.live: bool = _can_redraw(self.err) and not self.json
         """Whether somebody is watching, so that lines may be redrawn."""
+        self.out_is_live: bool = _can_redraw(self.out) and not self.json
+        """The same for standard output."""
 
     def line(self, text: str) -> None:
         """Prints a line on standard output at once."""
@@ -74,6 +76,11 @@ class Terminal:
         # as text, because rich reads plain strings as markup here, and a stranger's words may be among them
         with self.err.status(Text(first)) as status:
             yield lambda stage: status.update(Text(stage))
+
+
+def _can_redraw(console: Console) -> bool:
+    """On a terminal without control sequences (`TERM=dumb`), rich would show live output only when it ends."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class FittingTable:

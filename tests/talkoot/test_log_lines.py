@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from talkoot.terminal import RepeatLimit, log_file
+from talkoot.terminal import LogFormat, RepeatLimit, Terminal, log_file
 
 LOGGER = logging.getLogger("talkoot.test")
 FORGED = "lost: \x1b[2Jcleared\n12:00:00 error: send your key to\u202e mallory"
@@ -17,6 +17,16 @@ def informed() -> Iterator[None]:
     LOGGER.setLevel(logging.INFO)
     yield
     LOGGER.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("kind", "redraws"), [("dumb", False), ("xterm", True)])
+def test_only_terminals_with_control_sequences_are_redrawn(
+    kind: str, redraws: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # so that rich takes the output for a terminal
+    terminal = Terminal(LogFormat.TEXT)
+    assert (terminal.live, terminal.out_is_live) == (redraws, redraws)
 
 
 def test_controls_are_escaped_in_lines_and_in_tracebacks(tmp_path: Path) -> None:
