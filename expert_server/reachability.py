@@ -198,7 +198,7 @@ class ReachabilityMonitor:
         self._host, self._port = host, port
         self._addresses = self._unproven
         await self.check(stage)
-        logger.info("others reach this node: %s", self.in_words)
+        logger.info("reached: %s", self.in_words)
 
     async def check(self, stage: Stage = logger.info) -> None:
         """Asks others when it is time, and looks for relays if there are none. Raises UnreachableError."""

@@ -212,4 +212,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def require_extra(module: str, extra: str, purpose: str) -> None:
     """Raises SettingsError, which says how to install the extra."""
     if find_spec(module) is None:
-        raise SettingsError(f"{purpose} needs the package {module}: pip install 'talkoot[{extra}]'")
+        raise SettingsError(
+            f"{purpose} needs the package {module}: install Talkoot with the extra {extra}, as docs/install.md says"
+        )

@@ -52,7 +52,9 @@ def torch_options() -> list[str]:
         with urllib.request.urlopen(f"{_CPU_BUILDS}/torch/", timeout=_ANSWERS_WITHIN_S):  # noqa: S310  # a constant
             return ["--extra-index-url", _CPU_BUILDS]
     except (urllib.error.URLError, TimeoutError):
-        print("download.pytorch.org does not answer: torch comes from the usual index, perhaps with CUDA")
+        print(
+            "download.pytorch.org does not answer: torch comes from your package index, perhaps with CUDA (3 GB)"
+        )
         return []
 
 

@@ -110,7 +110,7 @@ def main() -> None:
     end_in_order_when_stopped()
     console = Console(width=150)
     needed = [] if options.only == ["answers"] else corpora.remedies()
-    missing = needed + ([] if find_spec("bm25s") else ["pip install 'talkoot[retrieval]'"])
+    missing = needed + ([] if find_spec("bm25s") else ["pip install '.[retrieval]'"])
     if missing:
         console.print(f"This benchmark needs: {'; '.join(missing)}")
         raise SystemExit(1)

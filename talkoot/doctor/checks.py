@@ -319,7 +319,7 @@ def check_traffic(manifest: Manifest, line: Finding | None = None) -> Finding:
     traffic = trainer_traffic(manifest, _TOKENS_PER_S, nodes_per_token=most)
     up, down = traffic.upload_mbit, traffic.download_mbit
     takes = (
-        f"each {_TOKENS_PER_S:,.0f} tokens/s of this swarm take a trainer {up:.1f} Mbit/s up and {down:.1f} down in "
+        f"for each {_TOKENS_PER_S:,.0f} tokens/s, a trainer needs {up:.1f} Mbit/s up and {down:.1f} down in "
         f"{manifest.wire.codec}; {TYPICAL_NODES} nodes share that"
     )
     values: dict[str, bool | int | float | str] = {

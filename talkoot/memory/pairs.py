@@ -62,7 +62,9 @@ def split_by_title(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 def require_bm25s() -> None:
     """Raises DataError if the package is missing."""
     if find_spec("bm25s") is None:
-        raise DataError("hard negatives need the package bm25s: pip install 'talkoot[retrieval]'")
+        raise DataError(
+            "hard negatives need the package bm25s: install Talkoot with the extra retrieval, as docs/install.md says"
+        )
 
 
 def hard_negatives(

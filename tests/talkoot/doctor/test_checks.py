@@ -113,7 +113,7 @@ def test_whether_the_line_carries_the_swarms_traffic_is_told() -> None:
     assert found.verdict is Verdict.OK
     assert found.says.startswith("this line carries 3,000 tokens/s of a trainer, or a node's part of ")
     assert (
-        f"take a trainer {traffic.upload_mbit:.1f} Mbit/s up and {traffic.download_mbit:.1f} down"
+        f"a trainer needs {traffic.upload_mbit:.1f} Mbit/s up and {traffic.download_mbit:.1f} down"
         in found.says
     )
     slow = check_traffic(manifest, judge_bandwidth([link(up=0.05, down=0.05)], manifest, ""))

@@ -101,7 +101,7 @@ def test_a_plot_that_can_not_be_written_is_known_before(
     assert "could not write the plot" in caplog.text
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(
-        SettingsError, match=r"--plot needs the package matplotlib: pip install 'talkoot\[plot\]'"
+        SettingsError, match="--plot needs the package matplotlib: install Talkoot with the extra plot"
     ):
         check_plot(tmp_path / "loss.png")
     with (
