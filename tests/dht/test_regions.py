@@ -273,6 +273,19 @@ def test_a_newer_record_with_a_shorter_life_takes_the_place_of_the_older() -> No
     play(scenario, nodes=8)
 
 
+def test_an_expert_that_is_no_longer_announced_goes_although_others_beside_it_are_renewed() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        peer, one, two = swarm.peers[1], UID(0, (1, 1)), UID(0, (1, 2))
+        await announce(peer, one, two, lifetime_s=20.0)
+        await asyncio.sleep(30)
+        await announce(peer, two)
+        found = hosts_of(await swarm.peers[3].experts.replicas([one, two]))
+        assert peer.peer_id not in found[one]
+        assert peer.peer_id in found[two]
+
+    play(scenario, 8)
+
+
 def test_what_is_announced_and_withdrawn_side_by_side_is_not_undone() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         peer, reader = swarm.peers[2], swarm.peers[3]

@@ -481,4 +481,4 @@ def test_top_1_routers_refuse_another_number(name: RouterName) -> None:
 def test_base_refuses_a_layer_that_it_can_not_balance() -> None:
     assert experts_for_each_row("base", None, make_manifest((16, 16))) == 1
     with pytest.raises(SettingsError, match="base balances at most 256 experts"):
-        experts_for_each_row("base", None, make_manifest((16, 17)))
+        experts_for_each_row("base", None, make_manifest((257,)))
