@@ -176,13 +176,14 @@ class CountedCheckpoints:
 
     def note_replaced(self, uid: UID) -> None: ...
 
-    async def give_up(self, uids: Collection[UID]) -> None:
+    async def give_up(self, uids: Collection[UID], needed: Collection[UID]) -> None:
         for uid in uids:
             self._given_up.pop(uid, None)
             self._given_up[uid] = None
         for uid in [*self._given_up][:-MAX_GIVEN_UP]:
-            del self._given_up[uid]
-            self._disk.pop(uid, None)
+            if uid not in needed:
+                del self._given_up[uid]
+                self._disk.pop(uid, None)
 
     async def save_all_within(self, seconds: float, experts: Collection[CountedExpert]) -> None:
         self.save(experts)

@@ -337,7 +337,7 @@ class HostingManager:
         gains = self._regressed_elsewhere(replicas, saved)
         lacking = len(orphans | gains.keys()) - room - self._spare
         if gone := await self._proven(releasable(replicas, self._replicas.experts, me, lacking), replicas, 1):
-            await self._replicas.release(gone)
+            await self._replicas.release(gone, self._vacant_looks.keys() | gains.keys())
             room += len(gone)
             logger.info(
                 "gave up %s that others host too: nobody hosts %d others",
@@ -369,7 +369,8 @@ class HostingManager:
         if not await self._proven([wish.gives], replicas, max(1, enough)):
             return
         if await self._take([wish.takes], max(enough, lasting_replicas(replicas[wish.takes]) + 1)):
-            await self._replicas.release([wish.gives])
+            gains = self._regressed_elsewhere(replicas, await self._replicas.checkpoints.newest())
+            await self._replicas.release([wish.gives], self._vacant_looks.keys() | gains.keys())
             self._hysteresis.done(self._now())
             self.exchanged.inc()
             logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)

@@ -312,13 +312,13 @@ class LocalReplicas:
         """Whether nobody gave this expert's state when it was last tried, a short time ago."""
         return self._withheld.holds_back(uid, self._now())
 
-    async def release(self, uids: Collection[UID]) -> None:
+    async def release(self, uids: Collection[UID], needed: Collection[UID] = ()) -> None:
         """Withdraws some experts that others proved to have, takes them out of service, and saves them. If it raises
-        UnreachableError, it keeps them.
+        UnreachableError, it keeps them. `needed`: other experts whose checkpoints may be the only ones.
         """
         await self.withdraw(uids)
         await self._remove([self.experts[uid] for uid in uids])
-        await self.checkpoints.give_up(uids)
+        await self.checkpoints.give_up(uids, needed)
 
     async def release_all(self) -> None:
         """Gives up all experts, even if the DHT does not answer: their announcements then expire."""

@@ -169,9 +169,9 @@ class CheckpointStore:
         """Logs a warning. The file stays, for people to look at, until newer ones replace it."""
         logger.warning("skipping the checkpoint %s: %s", self.path(uid, *entry), reason)
 
-    def give_up(self, uids: Iterable[UID], hosted: Collection[UID], keep: int = MAX_GIVEN_UP) -> None:
+    def give_up(self, uids: Iterable[UID], needed: Collection[UID], keep: int = MAX_GIVEN_UP) -> None:
         """Marks experts that others have proved to have. Removes the checkpoints of all marked experts but the last
-        `keep`. Those of `hosted` ones stay, and so do those of experts that this node lost in any other way: they may
+        `keep`. Those of `needed` ones stay, and so do those of experts that this node lost in any other way: they may
         be the only ones. Raises OSError.
         """
         with self._writing:
@@ -183,8 +183,13 @@ class CheckpointStore:
                 with suppress(FileNotFoundError):
                     marked.append((self._mark(uid).stat().st_mtime_ns, uid))
             for _, uid in sorted(marked, reverse=True)[keep:]:
-                if uid not in hosted:
+                if uid not in needed:
                     self._remove(uid)
+
+    def take_back(self, uid: UID) -> None:
+        """Call it when an expert continues from its checkpoint. Raises OSError."""
+        with self._writing:
+            self._unmark(uid)
 
     def _mark(self, uid: UID) -> Path:
         return self._folder / str(uid) / _GIVEN_UP
@@ -304,6 +309,8 @@ class Checkpoints:
                 self._store.pass_over(uid, entry, error)
             else:
                 self._on_disk[uid] = entry, checkpoint.accumulated_rows
+                with suppress(OSError):
+                    await asyncio.to_thread(self._store.take_back, uid)
                 return True
         return False
 
@@ -331,10 +338,12 @@ class Checkpoints:
         """Saves the state of an expert that is served elsewhere. Raises OSError and StateError as `save` does."""
         await asyncio.to_thread(self._store.save, uid, checkpoint)
 
-    async def give_up(self, uids: Collection[UID]) -> None:
-        """Call it when experts were given up, and saved, because others proved to have them."""
+    async def give_up(self, uids: Collection[UID], needed: Collection[UID]) -> None:
+        """Call it when experts were given up, and saved, because others proved to have them. `needed`: experts whose
+        checkpoints may be the only ones.
+        """
         try:
-            await asyncio.to_thread(self._store.give_up, uids, set(self._runtime.experts))
+            await asyncio.to_thread(self._store.give_up, uids, {*self._runtime.experts, *needed})
         except OSError as error:
             logger.warning("could not remove old checkpoints: %s", error.strerror or error)
 

@@ -19,6 +19,7 @@ from expert_server.experts.expert import Expert
 from expert_server.experts.format import State
 from expert_server.hosting.averaging import choose_partners
 from expert_server.node import Node
+from expert_server.state.checkpoints import CheckpointStore
 from expert_server.state.transfer import Fetched
 from peer.errors import StateError, TransferError
 from peer.host import NetworkConfig
@@ -224,6 +225,49 @@ def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) 
             return {uid for node in staying for uid in node.runtime.experts} == set(UIDS)
 
         await eventually(all_are_hosted)
+
+    play(scenario)
+
+
+def test_a_full_node_that_makes_room_for_what_nobody_hosts_continues_it_from_an_old_checkpoint(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it gave that expert up long ago, so that it would otherwise remove the checkpoint at this moment."""
+    give_up = CheckpointStore.give_up
+
+    def forgetful(store: CheckpointStore, uids: Any, needed: Any) -> None:
+        give_up(store, uids, needed, keep=0)
+
+    async def scenario(village: Village) -> None:
+        brief: dict[str, Any] = {"experts": 4, "spare": 0, "replicas": 2, "announce_every_s": 2.0}
+        first = await village.found(**brief)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, **brief)
+        third = await village.join(2, invite, **brief)
+        await third.hosting.replicate()
+        staying = first, third
+        alone = set(UIDS) - {uid for node in staying for uid in node.runtime.experts}
+        await train(second, dict.fromkeys(alone, 3))
+        for uid in alone:
+            checkpoint = await second.runtime.run(second.runtime.experts[uid].checkpoint)
+            for node in staying:
+                await node.replicas.checkpoints.keep(uid, checkpoint)
+                await node.replicas.checkpoints.give_up([uid], alone)
+        monkeypatch.setattr(CheckpointStore, "give_up", forgetful)
+        for node in (first, second, third):
+            await node.hosting.announce()
+        for node in staying:
+            await node.hosting.look()
+            await village.run(node)
+        await second.swarm.experts.withdraw(UIDS, 60)
+        await second.swarm.host.stop()
+
+        async def all_are_hosted() -> bool:
+            return {uid for node in staying for uid in node.runtime.experts} == set(UIDS)
+
+        await eventually(all_are_hosted)
+        adopted = {uid: e for node in staying for uid, e in node.runtime.experts.items() if uid in alone}
+        assert {uid: expert.update_count for uid, expert in adopted.items()} == dict.fromkeys(alone, 3)
 
     play(scenario)
 

@@ -134,6 +134,26 @@ def test_of_experts_that_were_given_up_only_the_last_few_are_kept(tmp_path: Path
     assert (tmp_path / SWARM / str(lost) / "notes").read_text() == "mine"
 
 
+def test_a_checkpoint_from_which_an_expert_continues_is_no_longer_given_up(
+    tmp_path: Path, loop: LoopThread
+) -> None:
+    """The node may be stopped before it saves the expert again, and then have the only state."""
+    store = make_store(tmp_path)
+    save(store, make_expert(1))
+    store.give_up([AN_UID], {AN_UID})
+
+    async def scenario() -> None:
+        runtime = Runtime({}, max_queued_rows=100, max_batch_rows=100, threads=1)
+        try:
+            assert await Checkpoints(store, runtime).restore(make_expert())
+        finally:
+            await runtime.stop()
+
+    loop.run(scenario(), 120)
+    store.give_up([], set(), keep=0)
+    assert update_counts(store, AN_UID) == [1]
+
+
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     path = save(store, make_expert(1))
