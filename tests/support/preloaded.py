@@ -38,7 +38,8 @@ _QUIET = {"GRPC_VERBOSITY": "ERROR", "GRPC_ENABLE_FORK_SUPPORT": "false"}
 """What Talkoot sets in the environment before it imports gRPC, which reads it then."""
 _ROOT = Path(__file__).parents[2]
 _LONGEST_REQUEST = 2**18
-_DEADLINE_S = 120.0
+_DEADLINE_S = 300.0
+"""So long that a machine where twenty programs wait for each core can import everything."""
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 """As linux/prctl.h numbers them."""
 _KILL = 9
