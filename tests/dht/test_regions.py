@@ -22,6 +22,7 @@ from peer.errors import RecordError
 from peer.identity import PeerID
 from peer.kademlia.lookups import Item
 from peer.kademlia.search import DEFAULT_LIMITS
+from peer.kademlia.validation import MAX_KEY_BYTES
 from peer.wire import records_pb2
 
 SERVING, WITHDRAWN = ReplicaState.SERVING, ReplicaState.WITHDRAWN
@@ -330,6 +331,25 @@ def test_a_record_of_experts_that_do_not_exist_shows_none() -> None:
         assert not await liar.lookups.store([Item(key, liar.peer_id.to_bytes(), record, until + 1)])
 
     play(scenario, nodes=8)
+
+
+def test_whoever_writes_much_does_not_choose_which_records_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        experts, layer, read = swarm.peers[0].experts, (0, ()), Counter[object]()
+
+        def count(prefix: object, key: str, subkey: object, value: object) -> dict[UID, Replica]:
+            read[subkey] += 1
+            return {}
+
+        monkeypatch.setattr(experts, "_replicas_in", count)
+        entries = Entries((name, (bytes(MAX_KEY_BYTES // 2), 0.0)) for name in (b"a", b"b", b"c", b"d"))
+        key = experts.registry.keys.prefix(*layer)
+        for _ in range(100):
+            experts._region(layer, [key], {key: entries})
+        assert read.keys() == {b"a", b"b", b"c", b"d"}, "two have room"
+        assert max(read.values()) < 90
+
+    play(scenario, 8)
 
 
 def test_records_that_announce_nothing_any_more_do_not_count_as_hosts_that_were_not_read() -> None:

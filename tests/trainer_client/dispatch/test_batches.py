@@ -241,6 +241,20 @@ def test_a_row_is_answered_once_for_each_slot_and_each_answer_counts_as_a_whole_
             np.testing.assert_array_equal(result.updates[row, slot], tensors.get((row, slot), np.zeros(8)))
 
 
+def test_a_batch_that_is_answered_in_parts_is_sent_back_once() -> None:
+    batch = distinct_batch(np.random.default_rng(0), 4, 2, 4, 1.0)
+    result = ForwardPass.of(
+        RoutedRows(
+            0, np.zeros((4, 8), np.float32), [np.zeros((4, 3), np.float32)] * 2, 2, cut(4, 4), keep=True
+        )
+    )
+    sent = SentBatch(batch, NODE, np.ones(batch.asked.shape, np.float32), CallProgress())
+    for place in range(4):
+        part = np.array([place])
+        result.accept(sent, AnsweredRows(batch, part, batch.asked[part], np.zeros((1, 8), np.float32)))
+    assert result.answers == [sent]
+
+
 @given(st.integers(1, 8), st.integers(1, 4), seeds)
 def test_a_backward_call_in_full_asks_for_what_counts_and_lets_experts_see_the_rows_that_they_saw(
     rows: int, k: int, seed: int
