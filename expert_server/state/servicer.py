@@ -69,9 +69,8 @@ _Waiting: TypeAlias = dict[tuple[UID, bool], tuple[FetchHint, Reservation]]
 
 class HintQueue:
     """Hints that wait to be followed. Pure. Groups of peers take turns and share the room fairly, and so do the peers
-    in each. A peer that has asked for an
-    expert must wait before it asks again, because each average may move this node's replica towards that peer's
-    (`peer.clipping`). Other peers may ask at once.
+    in each. A peer that has asked for an expert must wait before it asks again, because each average may move this
+    node's replica towards that peer's (`peer.clipping`). Other peers may ask at once.
     """
 
     def __init__(self, limit: int, average_every_s: float) -> None:
