@@ -352,6 +352,35 @@ def test_whoever_writes_much_does_not_choose_which_records_are_read(monkeypatch:
     play(scenario, 8)
 
 
+def test_an_expert_whose_hosts_are_all_read_again_counts_no_unread_ones() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        experts, uid = swarm.peers[0].experts, UID(0, (1, 1))
+        experts.unread[uid] = 7  # as after a look at a crowd
+        assert (await experts.replicas([uid]))[uid]
+        assert uid not in experts.unread
+
+    play(scenario, 8)
+
+
+@pytest.mark.parametrize("moved_down", [True, False])
+def test_of_two_announcements_of_a_replica_that_has_moved_the_later_one_counts(
+    monkeypatch: pytest.MonkeyPatch, moved_down: bool
+) -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        experts, uid, host = swarm.peers[0].experts, UID(0, (1, 1)), swarm.peers[1].peer_id
+        earlier, later = (Replica(uid, host, SERVING, count, 0, 0.0, 1e12 + count) for count in (1, 2))
+        at_layer, at_row = (earlier, later) if moved_down else (later, earlier)
+
+        async def walk(*_: object, **__: object) -> Any:
+            regions = {(0, ()): at_layer, (0, (1,)): at_row}
+            return {at: Region({uid: [one]}, frozenset(), 1, 100) for at, one in regions.items()}, [uid]
+
+        monkeypatch.setattr(experts, "_walk", walk)
+        assert await experts.replicas([uid]) == {uid: (later,)}
+
+    play(scenario, 8)
+
+
 def test_records_that_announce_nothing_any_more_do_not_count_as_hosts_that_were_not_read() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         experts, layer = swarm.peers[0].experts, (0, ())
