@@ -136,14 +136,7 @@ def test_environment_has_the_wheel_alone(installed: Path, tmp_path: Path) -> Non
     assert talkoot.stdout.startswith(f"talkoot {SOFTWARE_VERSION}, ")
 
 
-@pytest.mark.parametrize(
-    ("nodes", "options"),
-    [
-        (3, ()),
-        # what it does without p2pd is the same, and that it starts none is tested below
-        pytest.param(2, ("--no-p2pd", "--nodes", "2"), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("nodes", "options"), [(3, ()), (2, ("--no-p2pd", "--nodes", "2"))])
 def test_demo_learns_loses_a_node_and_serves_its_experts_again(
     installed: Path, tmp_path: Path, nodes: int, options: tuple[str, ...]
 ) -> None:
@@ -205,19 +198,11 @@ def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
         wait_until(lambda: not demo.processes(), demo.log)
 
 
-def test_child_that_fails_is_named_with_its_reason_and_without_p2pd_there_is_none(tmp_path: Path) -> None:
+def test_child_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    started: set[str] = set()
-
-    def has_ended() -> bool:
-        started.update(demo.processes())
-        return demo.process.poll() is not None
-
-    with running_demo(tmp_path, *SMALLEST, "--no-p2pd", "--data", str(text)) as demo:
-        wait_until(has_ended, demo.log)
-        assert started
-        assert "p2pd" not in started
+    with running_demo(tmp_path, *SMALLEST, "--data", str(text)) as demo:
+        demo.process.wait(LIMIT_S)
         said = demo.log.read_text()
         assert demo.process.returncode == 2, said
         assert "error: trainer ended early with exit status 2: the text has 9 bytes" in said
