@@ -298,10 +298,14 @@ class ExpertRegistry:
         }
         experts = [key for prefix, some in keys.items() if prefix in experts_only for key in some]
         others = [key for prefix, some in keys.items() if prefix not in experts_only for key in some]
-        of_experts, of_others = await asyncio.gather(
-            self.registry.get(experts, limits, _EXPERT_ROOM), self.registry.get(others, limits, _ROOM)
-        )
-        answers = of_experts | of_others
+        if experts and others:
+            of_experts, of_others = await asyncio.gather(
+                self.registry.get(experts, limits, _EXPERT_ROOM), self.registry.get(others, limits, _ROOM)
+            )
+            answers = of_experts | of_others
+        else:  # usually; two tasks would cost as much as parsing the answers
+            room = _EXPERT_ROOM if experts else _ROOM
+            answers = await self.registry.get(experts or others, limits, room)
         for prefix, own in keys.items():
             found[prefix] = self._region(prefix, own, answers)
             self.regions.note(prefix, unread[prefix], found[prefix])

@@ -398,6 +398,8 @@ class HostingManager:
         self, uids: Collection[UID], replicas: Mapping[UID, Collection[Replica]], enough: int
     ) -> list[UID]:
         """Returns the experts, of `uids`, that at least `enough` other hosts proved to have."""
+        if not uids:
+            return []
         me, proven = self._swarm.host.peer_id, []
 
         async def prove(uid: UID) -> None:
