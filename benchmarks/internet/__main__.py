@@ -14,6 +14,8 @@ those of the machine. Parts that are not run are taken from the JSON file, if it
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw curves there, as PNG")
     options = parser.parse_args()
+    if options.hours is not None and options.hours * 3600 <= days.WARM_UP_S:
+        parser.error(f"--hours: more than {days.WARM_UP_S / 3600:.2g}, after which days begin to be measured")
+    if sys.flags.hash_randomization:  # it changes the order in which peers in sets are read
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONHASHSEED": "0"})  # noqa: S606 the same command
     end_in_order_when_stopped()
     logging.disable(logging.WARNING)  # Nodes that fail would log thousands of warnings.
     console = Console(width=130)

@@ -3,11 +3,13 @@ figures.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.internet import days
+from benchmarks.internet.__main__ import main
 from benchmarks.internet.events import EVENTS, QUICK, Figures, play
 from benchmarks.internet.plots import draw
 from benchmarks.internet.report import verdicts
@@ -24,6 +26,23 @@ def test_two_runs_of_a_seed_give_the_same_figures(happened: dict[str, Figures]) 
     again = play("tenth_dies", NODES, SEED, QUICK)
     assert json.dumps(again) == json.dumps(happened["tenth_dies"])
     assert json.dumps(again) != json.dumps(play("tenth_dies", NODES, SEED + 1, QUICK))
+
+
+def test_the_command_fixes_the_order_of_sets_and_refuses_too_short_days(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start_again(program: str, arguments: list[str], environment: dict[str, str]) -> None:
+        assert (program, arguments, environment["PYTHONHASHSEED"]) == (sys.executable, sys.orig_argv, "0")
+        raise SystemExit("started again")
+
+    monkeypatch.setattr("os.execve", start_again)
+    monkeypatch.setattr("sys.argv", ["internet"])
+    with pytest.raises(SystemExit, match="started again"):
+        main()
+    monkeypatch.setattr("sys.argv", ["internet", "--hours", "0.1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--hours: more than" in capsys.readouterr().err
 
 
 def test_no_event_makes_the_products_code_fail(happened: dict[str, Figures]) -> None:
