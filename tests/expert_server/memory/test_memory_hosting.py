@@ -321,9 +321,11 @@ def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
     reads = list[int]()
     cell_hosts = MemoryRegistry.cell_hosts
 
-    async def counting(registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell]) -> Any:
+    async def counting(
+        registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: bool
+    ) -> Any:
         reads.append(len(cells))
-        return await cell_hosts(registry, memory, cells)
+        return await cell_hosts(registry, memory, cells, **how)
 
     def second_look(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
         return looks >= 2
@@ -356,11 +358,13 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
     unread = MEMORY.manifest.by_root[MEMORY.roots[-1]].cell
     has_failed = asyncio.Event()
 
-    async def failing(registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell]) -> Any:
+    async def failing(
+        registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: bool
+    ) -> Any:
         if list(cells) == [unread]:
             has_failed.set()
             raise UnreachableError("no other peer of the swarm answers")
-        return await cell_hosts(registry, memory, cells)
+        return await cell_hosts(registry, memory, cells, **how)
 
     async def late(fetcher: PartFetcher, memory: MemoryID, hosts: Any, name: bytes, *more: Any) -> Any:
         if name in MEMORY.files:

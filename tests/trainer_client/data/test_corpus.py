@@ -91,7 +91,7 @@ def test_a_tokenizer_of_words_is_refused() -> None:
 
 def test_byte_pairs_without_their_package_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match=r"tokenizers: pip install 'talkoot\[bpe\]'"):
+    with pytest.raises(SettingsError, match="tokenizers: install Talkoot with the extra bpe"):
         load_tokenizer("{}")
 
 

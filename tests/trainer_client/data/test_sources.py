@@ -234,5 +234,5 @@ def test_parquet_without_its_package_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(SettingsError, match=r"pyarrow: pip install 'talkoot\[parquet\]'"):
+    with pytest.raises(SettingsError, match="pyarrow: install Talkoot with the extra parquet"):
         find_files([str(tmp_path)])
