@@ -69,7 +69,15 @@ async def stub_of(village: Village, swarm: Swarm, node: Node) -> InSession:
 async def text_of(stub: InSession, swarm: Swarm, memory: MemoryID, root: bytes, position: int) -> str | None:
     request = read_request(memory, (root, [position]))
     request.swarm_id = swarm.keys.swarm_id
-    (proven,) = (await stub.Read(request)).passages
+    while True:
+        try:
+            (proven,) = (await stub.Read(request)).passages
+            break
+        except grpc.aio.AioRpcError as error:
+            if "ask again" not in (
+                error.details() or ""
+            ):  # a passage of the shard was revoked at this moment
+                raise
     text: str | None = proven.passage.text if proven.HasField("passage") else None
     return text
 
