@@ -74,9 +74,8 @@ async def text_of(stub: InSession, swarm: Swarm, memory: MemoryID, root: bytes, 
             (proven,) = (await stub.Read(request)).passages
             break
         except grpc.aio.AioRpcError as error:
-            if "ask again" not in (
-                error.details() or ""
-            ):  # a passage of the shard was revoked at this moment
+            # said while the shard's file is replaced because a passage in it was revoked
+            if error.code() is not StatusCode.UNAVAILABLE:
                 raise
     text: str | None = proven.passage.text if proven.HasField("passage") else None
     return text
