@@ -18,7 +18,6 @@ from peer.formatting import counted, printable
 from peer.host import Host
 from peer.identity import PeerID
 from peer.transport.addresses import Multiaddress
-from peer.transport.endpoints import neighbourhood
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class PeerStore:
             self._met.pop(peer, None)
             self._met[peer] = tuple(dict.fromkeys(listed))[:_MAX_ADDRESSES], now
             if len(self._met) > _MAX_PEERS:
-                near = {each: _near(addresses[0]) for each, (addresses, _) in self._met.items()}
+                near = {each: addresses[0].endpoint.near for each, (addresses, _) in self._met.items()}
                 ((crowd, _),) = Counter(near.values()).most_common(1)
                 del self._met[next(each for each in near if near[each] == crowd)]
 
@@ -201,12 +200,6 @@ class Membership:
         absent = self._peer_store.absent(known)
         if absent and (joined := await self._host.join(self._rng.choice(absent))):
             logger.info("found a known peer again: %s", joined[0])
-
-
-def _near(address: Multiaddress) -> str:
-    """The neighbourhood of an address: that of the relay, if the address leads through one."""
-    ip = address.endpoint.ip
-    return address.endpoint.host if ip is None else neighbourhood(ip)
 
 
 class _Met(BaseModel):

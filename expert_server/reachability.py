@@ -22,7 +22,7 @@ from peer.errors import UnreachableError
 from peer.loop import first_few, tolerating
 from peer.rpc.channels import ChannelPool
 from peer.transport.addresses import Multiaddress
-from peer.transport.endpoints import AddressScope, Endpoint, is_public, neighbourhood
+from peer.transport.endpoints import AddressScope, Endpoint, is_public
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -70,9 +70,8 @@ def in_order(nodes: Iterable[NodeInfo]) -> list[NodeInfo]:
     for node in nodes:
         if node.addresses:
             first = node.addresses[0]
-            near = first.host if first.ip is None else neighbourhood(first.ip)
-            found.append((first.scope is not AddressScope.GLOBAL, seen[near], node))
-            seen[near] += 1
+            found.append((first.scope is not AddressScope.GLOBAL, seen[first.near], node))
+            seen[first.near] += 1
     return [node for _, _, node in sorted(found, key=itemgetter(0, 1))]
 
 

@@ -99,8 +99,8 @@ class MetricsServer:
     def __init__(
         self, registry: CollectorRegistry, host: str, port: int, near: Callable[[str], str] = str
     ) -> None:
-        """Port 0 takes a free one. `near`: the neighbourhood of a client, by its IP address. Raises PortError if the
-        port is taken or the address is not this machine's.
+        """Port 0 takes a free one. `near`: the neighbourhood of a client, by its address. Raises PortError if the port
+        is taken or the address is not this machine's.
         """
         ProcessCollector(registry=registry)
         try:
@@ -153,7 +153,7 @@ class _Server(ThreadingWSGIServer):
         super().__init__((str(address[0]), int(address[1])), _Handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        owner = Owner.alone(self._near(client_address[0].partition("%")[0]))
+        owner = Owner.alone(self._near(client_address[0]))
         with self._lock:
             if len(self._scrapes) >= _MOST_SCRAPES:
                 held = Counts(each for each, _ in self._scrapes.values())

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from peer.errors import PortError
 from peer.formatting import endpoint, host_in, is_loopback
 from peer.rpc.connections import most_connections
-from peer.transport.endpoints import ip_address, neighbourhood
+from peer.transport import endpoints
 
 SEND_DEADLINE_S = 15.0
 """A stream is closed if its reader takes nothing for this long."""
@@ -141,11 +141,8 @@ class Connection(H11Protocol):
 
 
 def near(client: tuple[str, int] | None) -> str:
-    """The neighbourhood of a client, as in ASGI's scope."""
-    try:
-        return "" if client is None else neighbourhood(ip_address(client[0]))
-    except ValueError:
-        return ""
+    """The neighbourhood of a client, as in ASGI's scope; empty if it has no address."""
+    return "" if client is None else endpoints.near(client[0])
 
 
 class _Server(uvicorn.Server):

@@ -238,10 +238,8 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
 
         try:
             try:
-                for budget in budgets:
-                    places.append(
-                        budget.reserve(Owner.alone(near), 1, revoke)
-                    )  # if one fails, the others are given up
+                for budget in budgets:  # if one has no place, those of the others are given up
+                    places.append(budget.reserve(Owner.alone(near), 1, revoke))
             except ExpertError:
                 self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
             yield end

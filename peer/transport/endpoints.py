@@ -116,6 +116,12 @@ class Endpoint(str):
         return parse_ip6(self.host) if self.startswith("[") else _ip4_or_none(self.host)
 
     @property
+    def near(self) -> str:
+        """The neighbourhood of its IP address; a host name stands for itself."""
+        ip = self.ip
+        return self.host if ip is None else neighbourhood(ip)
+
+    @property
     def scope(self) -> AddressScope | None:
         """None if the host is a name, which may lead anywhere."""
         ip = self.ip
@@ -154,9 +160,12 @@ def neighbourhood(address: IpAddress) -> str:
     return str(ipaddress.IPv6Network((int(address), _LINE_BITS), strict=False))
 
 
-def near(address: str) -> str:
-    """The neighbourhood of an IP address. Raises ValueError."""
-    return neighbourhood(ip_address(address))
+def near(client: str) -> str:
+    """The neighbourhood of a client, by its address as a socket gives it; the text itself if it is no IP address."""
+    try:
+        return neighbourhood(ip_address(client.partition("%")[0]))
+    except ValueError:
+        return client
 
 
 def is_public(host: str) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from starlette.types import Scope
 from peer.bounded import counting
 from peer.errors import DataError
 from peer.formatting import counted
-from peer.transport.endpoints import neighbourhood
 from talkoot.serve.api import RequestError
+from talkoot.web import near
 
 RETRY_S = 5
 """How many seconds later a refused client may try again."""
@@ -32,11 +31,11 @@ class ApiKeys:
         return bool(self._digests)
 
     def client(self, scope: Scope) -> str:
-        """The client of a request: its key, or else its IP address. Raises RequestError if the key is missing
+        """The client of a request: its key, or else its line. Raises RequestError if the key is missing
         or wrong.
         """
         if not self._digests:
-            return _network(scope["client"][0] if scope.get("client") else "")
+            return near(scope.get("client"))
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
         digest = hashlib.sha256(key.strip()).digest()
@@ -46,14 +45,6 @@ class ApiKeys:
             message = "the API key is wrong" if key else "an API key is needed: Authorization: Bearer KEY"
             raise RequestError(401, message, "invalid_api_key")
         return f"key {matches.index(True)}"
-
-
-def _network(address: str) -> str:
-    """All addresses of one line count as one client."""
-    try:
-        return neighbourhood(ipaddress.ip_address(address))
-    except ValueError:
-        return address
 
 
 class Places:

@@ -12,7 +12,7 @@ from peer.errors import AddressError
 from peer.identity import PeerID
 from peer.rpc.connections import origin_of
 from peer.transport.addresses import Multiaddress, is_circuit, known, known_bytes, multiaddress
-from peer.transport.endpoints import AddressScope, Endpoint, scope_of
+from peer.transport.endpoints import AddressScope, Endpoint, near, scope_of
 
 PEER = PeerID(b"\x12\x20" + bytes(range(32)))
 NAME = PEER.to_base58()
@@ -173,3 +173,22 @@ def test_all_networks_of_one_line_are_one_neighbourhood() -> None:
     assert line == {"2a00:1450:4001:8000::/56"}
     assert origin_of("ipv6:[2a00:1450:4001:8100::1]:1") not in line, "another line"
     assert origin_of("ipv4:44.1.1.1:1") != origin_of("ipv4:44.1.1.2:1")
+
+
+@pytest.mark.parametrize(
+    ("client", "neighbourhood"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),  # a client over IPv4 of a server that listens on both
+        ("2001:db8:0:17::1", "2001:db8::/56"),
+        ("fe80::1%eth0", "fe80::/56"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_a_clients_address_tells_its_neighbourhood(client: str, neighbourhood: str) -> None:
+    assert near(client) == neighbourhood
+
+
+def test_a_host_name_is_a_neighbourhood_by_itself() -> None:
+    assert Endpoint("example.org:1").near == "example.org"
+    assert Endpoint("[2001:db8:0:17::1]:1").near == "2001:db8::/56"

@@ -13,6 +13,7 @@ import pytest
 from served_model import LIMIT_S, served, small_model
 
 from peer.loop import LoopThread
+from talkoot.serve.access import ApiKeys
 from talkoot.serve.model import ServedModel
 
 CLIENTS = 32
@@ -102,3 +103,8 @@ def test_a_greedy_client_slows_nobody_down(loop: LoopThread, model: ServedModel,
     with served(loop, model, max_streams=4, api_key_file=tmp_path / "keys") as address:
         shares = asyncio.run(crowd(f"{address}v1/completions"))
     assert shares["greedy"] <= 1.5 * max(shares[name] for name in names[1:])
+
+
+def test_clients_over_ipv4_of_a_server_that_also_listens_on_ipv6_are_not_one_client() -> None:
+    first, second = ({"client": (f"::ffff:192.0.2.{n}", 4711)} for n in (1, 2))
+    assert ApiKeys(()).client(first) != ApiKeys(()).client(second)
