@@ -202,16 +202,20 @@ def test_what_a_leaving_node_has_accumulated_is_in_the_last_average(play: Play) 
     play(scenario)
 
 
+async def three_full_nodes(village: Village) -> list[Node]:
+    """The first two host all experts. The third has replicas of half of them."""
+    brief: dict[str, Any] = {"experts": 4, "spare": 0, "replicas": 2, "announce_every_s": 2.0}
+    first = await village.found(**brief)
+    invite = await first.swarm.invite()
+    nodes = [first, *[await village.join(number, invite, **brief) for number in (1, 2)]]
+    await nodes[2].hosting.replicate()
+    assert [len(node.runtime.experts) for node in nodes] == [4, 4, 4]
+    return nodes
+
+
 def test_full_nodes_drop_what_others_host_too_for_what_nobody_hosts(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        brief: dict[str, Any] = {"experts": 4, "spare": 0, "replicas": 2, "announce_every_s": 2.0}
-        first = await village.found(**brief)
-        invite = await first.swarm.invite()
-        second = await village.join(1, invite, **brief)
-        third = await village.join(2, invite, **brief)
-        assert len(second.runtime.experts) == 4
-        await third.hosting.replicate()
-        assert len(third.runtime.experts) == 4
+        first, second, third = await three_full_nodes(village)
         for node in (first, second, third):
             await node.hosting.announce()  # on a busy machine, the first announcements may have expired
         staying = first, third
@@ -239,12 +243,7 @@ def test_a_full_node_that_makes_room_for_what_nobody_hosts_continues_it_from_an_
         give_up(store, uids, needed, keep=0)
 
     async def scenario(village: Village) -> None:
-        brief: dict[str, Any] = {"experts": 4, "spare": 0, "replicas": 2, "announce_every_s": 2.0}
-        first = await village.found(**brief)
-        invite = await first.swarm.invite()
-        second = await village.join(1, invite, **brief)
-        third = await village.join(2, invite, **brief)
-        await third.hosting.replicate()
+        first, second, third = await three_full_nodes(village)
         staying = first, third
         alone = set(UIDS) - {uid for node in staying for uid in node.runtime.experts}
         await train(second, dict.fromkeys(alone, 3))

@@ -95,20 +95,28 @@ def a_peer(number: int) -> Owner:
     return Owner.alone(f"peer {number}")
 
 
+async def asked_too_often(street: Street, who: Callable[[int], Owner]) -> tuple[SnapshotTaker, int]:
+    """A node that these were asking for an expert's parameters until it refused, and the expert's version. Every copy
+    takes seconds to make.
+    """
+    expert, ticks = make_expert(3), itertools.count()
+    runtime = await street.host(expert)
+    taker = SnapshotTaker(runtime, SWARM, lambda uid: {}, clock=lambda: float(next(ticks)))
+
+    async def ask_all() -> None:
+        for number in range(100):
+            await taker.block_for(who(number), AN_UID, expert.version)
+
+    with pytest.raises(ExpertError, match="too many"):
+        await ask_all()
+    return taker, expert.version
+
+
 def test_many_that_check_answers_keep_no_node_from_a_state(play: Callable[[Scenario], None]) -> None:
-    """Keys cost nothing, so one person may send many requests. Here every copy takes seconds to make."""
+    """Keys cost nothing, so one person may send many requests."""
 
     async def scenario(street: Street) -> None:
-        expert, ticks = make_expert(3), itertools.count()
-        runtime = await street.host(expert)
-        taker = SnapshotTaker(runtime, SWARM, lambda uid: {}, clock=lambda: float(next(ticks)))
-
-        async def ask_all() -> None:
-            for number in range(100):
-                await taker.block_for(a_peer(number), AN_UID, expert.version)
-
-        with pytest.raises(ExpertError, match="too many"):
-            await ask_all()
+        taker, _ = await asked_too_often(street, a_peer)
         assert (await taker.take_for(a_peer(200), AN_UID)).update_count == 3
 
     play(scenario)
@@ -118,17 +126,8 @@ def test_many_keys_of_one_line_that_check_answers_leave_others_half_of_the_time(
     play: Callable[[Scenario], None],
 ) -> None:
     async def scenario(street: Street) -> None:
-        expert, ticks = make_expert(3), itertools.count()
-        runtime = await street.host(expert)
-        taker = SnapshotTaker(runtime, SWARM, lambda uid: {}, clock=lambda: float(next(ticks)))
-
-        async def ask_all() -> None:
-            for number in range(100):
-                await taker.block_for(Owner("one line", f"key {number}"), AN_UID, expert.version)
-
-        with pytest.raises(ExpertError, match="too many"):
-            await ask_all()
-        assert (await taker.block_for(a_peer(200), AN_UID, expert.version)).update_count == 3
+        taker, version = await asked_too_often(street, lambda number: Owner("one line", f"key {number}"))
+        assert (await taker.block_for(a_peer(200), AN_UID, version)).update_count == 3
 
     play(scenario)
 
