@@ -45,9 +45,9 @@ _PRESETS_HEAD = """\
 ### Presets
 
 This table shows the values of the keys that a file leaves out. If the file sets another `hidden`, the experts'
-`head_size` and the `feed_forward` grow in proportion. The `width` with `transformer` is the multiple of 64 nearest to
-7/16 of hidden (of 16 if hidden is below 256). The narrower the experts, the larger their `feed_forward`. The codec is
-`int4` if the width is a multiple of 16, and `int8` otherwise; `paper` keeps `fp32`.
+`head_size` and the `feed_forward` grow in proportion. With `transformer`, the `width` is 7/16 of hidden,
+rounded to a multiple of 64, or of 16 if hidden is below 256. The narrower the experts, the larger their `feed_forward`.
+The codec is `int4` if the width is a multiple of 16, and `int8` otherwise; `paper` keeps `fp32`.
 """
 _TRAINER_PRESETS_HEAD = """\
 A trainer that sets no `preset` uses that of its swarm, which gives these settings:

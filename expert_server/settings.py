@@ -97,7 +97,7 @@ class NodeSettings(RoleSettings):
     )
     upnp: bool = Field(
         default=True,
-        description="ask the router to forward this node's port by UPnP, and the libp2p daemon's, unless "
+        description="ask the router by UPnP to forward this node's port, and the libp2p daemon's; this is not done if "
         "announce_host or announce_port is set, reachability is private, or host is loopback",
     )
     metrics_host: MetricsHost = "127.0.0.1"
@@ -140,16 +140,16 @@ class NodeSettings(RoleSettings):
         default=2,
         ge=1,
         le=1000,
-        description="how many of its newest checkpoints are kept for each expert, besides the newest state from each "
-        "of up to 4 other nodes",
+        description="newest checkpoints that are kept of each expert; the newest states that came from up to 4 other "
+        "nodes are kept too",
     )
     standby_every_s: float = Field(
         default=300.0,
         ge=0,
         le=86400,
         allow_inf_nan=False,
-        description="seconds between rounds in which this node copies experts that only one other node hosts to its "
-        "own disk; 0: never",
+        description="seconds between rounds in which this node copies to its own disk the experts that only one other "
+        "node hosts; 0: never",
     )
     device: str = Field(
         default="auto",
@@ -224,8 +224,8 @@ class NodeSettings(RoleSettings):
         default=10.0,
         ge=0.5,
         le=120,
-        description="shortest time between announcements, in seconds; the actual time is up to 18 times as long, so "
-        "that upkeep takes about 20 kbit/s (40 kbit/s with 5 s); others forget a node that is silent for three periods",
+        description="shortest time between announcements, in seconds; the actual time is up to 18 times as long, to "
+        "keep upkeep near 20 kbit/s (near 40 kbit/s if this is 5); others forget a node that is silent for three periods",
     )
     max_queued_rows: int = Field(
         default=65536,

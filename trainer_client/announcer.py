@@ -31,7 +31,10 @@ _WITHDRAW_S = 2.0
 class TrainingMetrics:
     """How a trainer's training goes. May be updated on any thread."""
 
-    def __init__(self, metrics: CollectorRegistry | None = None) -> None:
+    def __init__(self, metrics: CollectorRegistry | None = None, takes_steps: bool = True) -> None:
+        """`takes_steps`: False if the process may never report a step. Its number of steps is then exposed only from
+        the first report on, so that it does not look like a trainer that is stuck before its first step.
+        """
         self.step: int = 0
         """How many steps are done."""
         self.loss: float | None = None
@@ -39,7 +42,10 @@ class TrainingMetrics:
         self.tokens_per_s: float | None = None
         self.validation: tuple[float, float | None] | None = None
         """The last validation: in nats per token, and in bits per byte if that is known."""
-        self._steps = Counter("talkoot_trainer_steps", "Training steps done.", registry=metrics)
+        self._steps = Counter(
+            "talkoot_trainer_steps", "Training steps done.", registry=metrics if takes_steps else None
+        )
+        self._hidden_in = None if takes_steps else metrics
         self._loss = Gauge("talkoot_trainer_loss_nats", "Loss of the last step, per token.", registry=metrics)
         self._tokens_per_s = Gauge(
             "talkoot_trainer_tokens_per_second", "Training speed over the last steps.", registry=metrics
@@ -59,6 +65,9 @@ class TrainingMetrics:
 
     def note_step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
         """Called after each step."""
+        if self._hidden_in is not None:
+            self._hidden_in.register(self._steps)
+            self._hidden_in = None
         self._steps.inc(max(0.0, step - total(self._steps)))
         self._loss.set(loss)
         self._tokens_per_s.set(math.nan if tokens_per_s is None else tokens_per_s)
@@ -80,18 +89,18 @@ class TrainerAnnouncer:
         invite: Invite,
         settings: TrainerSettings,
         dispatcher: Dispatcher,
-        is_own_loop: bool = False,
+        takes_steps: bool,
     ) -> None:
-        """Starts announcing a running loop. `is_own_loop`: the number of steps is not known.
+        """Starts announcing a running loop. `takes_steps`: whether it is known to take `settings.steps` steps.
 
         Raises PortError if the metrics port is taken.
         """
         self._registry = swarm.registry
         self._settings = settings
-        self._steps = 0 if is_own_loop else settings.steps
+        self._steps = settings.steps if takes_steps else 0
         self._dispatcher = dispatcher
         self._started_at = clock.now()
-        self._training = TrainingMetrics(swarm.metrics)
+        self._training = TrainingMetrics(swarm.metrics, takes_steps)
         self._averaging: Averaging | None = None
         self._has_announced = False
         self._loop = asyncio.get_running_loop()

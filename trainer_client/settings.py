@@ -51,6 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _VALIDATIONS, _LEAST_STEPS_BETWEEN = 10, 10
 """The default number of validations between the first and the last, and the default fewest steps between two."""
+_EARLY_VALIDATIONS = (10, 100, 1_000, 10_000, 100_000)
+"""The steps after which a long run validates by default before the first of those. Each costs a few forward passes."""
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s", "min_experts"),
@@ -138,7 +140,7 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=10**7,
         description="steps between validations; 0: only before and after training; unset: about ten in a run, at least "
-        "10 steps apart",
+        "10 steps apart; a long run also validates early, after 10, 100, 1,000... steps",
     )
     validation_batches: int = Field(default=4, ge=1, le=10_000, description="batches in a validation")
     seed: int | None = Field(
@@ -162,8 +164,8 @@ class TrainerSettings(RoleSettings):
         default=None,
         ge=2,
         le=64,
-        description="most nodes that a token is sent to, unless experts fail or these nodes have fewer than top_k "
-        "experts; fewer nodes mean less traffic and less choice of experts; unset: any number",
+        description="most nodes that a token is sent to; it is sent to more if experts fail, or if so few nodes do not "
+        "have top_k experts; fewer nodes mean less traffic and less choice of experts; unset: any number",
     )
     balance: Balance | None = Field(
         default=None,
@@ -214,8 +216,8 @@ class TrainerSettings(RoleSettings):
         default=0.5,
         ge=0,
         le=1,
-        description="in training, passages are left out that contain more than this share of the runs of eight words "
-        "in the text to be predicted; passages of the text's own document are always left out",
+        description="in training, a passage is left out if it contains more than this share of the eight-word runs of "
+        "the text to be predicted; passages of the text's own document are always left out",
     )
     call_deadline_s: float = Field(
         default=10.0,
@@ -281,8 +283,8 @@ class TrainerSettings(RoleSettings):
     p2pd: P2pd = "auto"
     start_from: Literal["swarm", "fresh"] = Field(
         default="swarm",
-        description="swarm: a new run, and a resumed run that is far behind, start from another trainer's dense part; "
-        "fresh: they don't",
+        description="swarm: a new run starts from another trainer's dense part, and so does a resumed run that is far "
+        "behind; fresh: neither does",
     )
     log: Path | None = Field(default=None, description="file that gets a JSON line for each step")
     tensorboard: Path | None = Field(default=None, description="folder for TensorBoard")
@@ -371,12 +373,12 @@ class TrainerSettings(RoleSettings):
     def marginal(self) -> Marginal:
         return "token" if self.objective == "rag-token" else "sequence"
 
-    @property
-    def steps_between_validations(self) -> int:
-        """0: only before and after training."""
+    def validates_after(self, step: int) -> bool:
+        """Whether a run that goes on after `step` steps validates then."""
         if self.validate_every is not None:
-            return self.validate_every
-        return max(_LEAST_STEPS_BETWEEN, -(-self.steps // (_VALIDATIONS + 1)))
+            return self.validate_every > 0 and step % self.validate_every == 0
+        every = max(_LEAST_STEPS_BETWEEN, -(-self.steps // (_VALIDATIONS + 1)))
+        return step % every == 0 or (step in _EARLY_VALIDATIONS and step <= every / 2)
 
     @property
     def lifetime_s(self) -> float:

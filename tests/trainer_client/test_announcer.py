@@ -112,6 +112,17 @@ def test_metrics_tell_of_hedges_checks_bans_and_what_the_codec_saved() -> None:
         assert registry.get_sample_value(f"talkoot_trainer_{name}", labels) == value, name
 
 
+def test_a_loop_of_ones_own_does_not_look_stuck_before_it_reports_a_step() -> None:
+    registry = CollectorRegistry()
+    own = TrainingMetrics(registry, takes_steps=False)
+    assert registry.get_sample_value("talkoot_trainer_steps_total") is None
+    note(own, progress(step=4))
+    note(own, progress(step=6))
+    assert registry.get_sample_value("talkoot_trainer_steps_total") == 6
+    TrainingMetrics(stuck := CollectorRegistry())
+    assert stuck.get_sample_value("talkoot_trainer_steps_total") == 0
+
+
 def test_what_is_not_known_before_the_first_step_is_a_gap() -> None:
     registry = CollectorRegistry()
     training = TrainingMetrics(registry)

@@ -189,11 +189,29 @@ def test_a_run_from_before_its_swarm_had_a_preset_keeps_its_settings() -> None:
     assert resumed.model_copy(update={"preset": None}) == first.model_copy(update={"seed": 1, "data": ()})
 
 
-@pytest.mark.parametrize(("steps", "every"), [(1, 10), (100, 10), (200, 19), (1100, 100), (10**6, 90910)])
-def test_a_run_is_validated_about_ten_times_between(steps: int, every: int) -> None:
-    assert TrainerSettings(steps=steps).steps_between_validations == every
-    assert TrainerSettings(steps=steps, validate_every=3).steps_between_validations == 3
-    assert TrainerSettings(steps=steps, validate_every=0).steps_between_validations == 0
+def validations(settings: TrainerSettings) -> list[int]:
+    return [step for step in range(1, settings.steps) if settings.validates_after(step)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "after"),
+    [
+        (1, []),
+        (25, [10, 20]),
+        (200, [19, 38, 57, 76, 95, 114, 133, 152, 171, 190]),
+        (1_100, [10, *range(100, 1_100, 100)]),
+        (100_000, [10, 100, 1_000, *range(9_091, 100_000, 9_091)]),
+    ],
+)
+def test_a_run_is_validated_about_ten_times_between_and_early_if_it_is_long(
+    steps: int, after: list[int]
+) -> None:
+    assert validations(TrainerSettings(steps=steps)) == after
+
+
+def test_validations_come_as_often_as_the_trainer_says() -> None:
+    assert validations(TrainerSettings(steps=5_000, validate_every=2_000)) == [2_000, 4_000]
+    assert validations(TrainerSettings(steps=5_000, validate_every=0)) == []
 
 
 @pytest.mark.parametrize("name", ["dense", ["ffn"]])

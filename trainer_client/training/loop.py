@@ -107,7 +107,7 @@ class Training:
     ) -> Summary:
         """Trains until `settings.steps` are done or `stop` is set, which is checked between steps.
 
-        Validates on fixed batches before the first step, after the last and in between (`validate_every`). `validated`
+        Validates on fixed batches before the first step, after the last and in between (`settings.validates_after`). `validated`
         is called with each result; a resumed run starts with its last earlier one. A step whose loss or gradient is not
         finite is skipped. Raises UserError after 10 of them in a row.
         """
@@ -120,7 +120,7 @@ class Training:
         if not self.history.validated:
             record.add_validation(validation_loss(self._model, validation, read))
         validated(record.last_validation())
-        last_end, validate_every = clock(), settings.steps_between_validations
+        last_end = clock()
         with closing(self._one_by_one() if self._make_copy is None else self._in_flight()) as steps:
             while self.step < settings.steps and not stop.is_set():
                 step = next(steps)
@@ -128,7 +128,7 @@ class Training:
                 record.add_step(step.loss, ended - last_end, step.spread, step.staleness, step.in_flight)
                 self._is_whole = True
                 last_end = ended
-                if self.step == settings.steps or (validate_every and self.step % validate_every == 0):
+                if self.step == settings.steps or settings.validates_after(self.step):
                     record.add_validation(validation_loss(self._model, validation, read))
                     validated(record.last_validation())
                     last_end = clock()
