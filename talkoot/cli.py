@@ -165,7 +165,7 @@ def node(
     context: typer.Context,
     *,
     new: Annotated[
-        Path | None, typer.Option(metavar="SWARM.TOML", help="Start a new swarm with this manifest.")
+        Path | None, typer.Option(metavar="SWARM.TOML", help="The manifest of a new swarm, to start it.")
     ] = None,
     join: Join = None,
     bootstrap: Bootstrap = None,

@@ -374,6 +374,7 @@ class TrainCommand(SettingsCommand):
             "in_flight",
             "learning_rate",
             "preset",
+            "validate_every",
             "average_every",
             "memory",
             "threads",

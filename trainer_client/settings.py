@@ -91,8 +91,8 @@ class TrainerSettings(RoleSettings):
     )
     objective: Objective = Field(
         default="causal",
-        description="causal: predict the next token; rag-sequence, rag-token: answer the questions in `data` from a "
-        "`memory`; others: restore a text, with an encoder",
+        description="what the model learns; causal: predict the next token; rag-sequence, rag-token: answer the "
+        "questions in `data` from a `memory`; others: restore a text, with an encoder",
     )
     field: str = Field(default="text", description="the field of .jsonl and .parquet files that has the text")
     validation_share: float = Field(
@@ -101,7 +101,8 @@ class TrainerSettings(RoleSettings):
     tokenizer: str = Field(
         default="bytes",
         min_length=1,
-        description="bytes; bpe (byte pairs learned from the data); or the path of a tokenizer.json",
+        description="how text is split into tokens: bytes; bpe, byte pairs that are learned from the data; or the path "
+        "of a tokenizer.json",
     )
     vocabulary: int = Field(
         default=4096, ge=257, le=65536, description="tokens that bpe learns, including the 256 bytes"

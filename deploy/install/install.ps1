@@ -12,7 +12,8 @@ Installs Talkoot for this user on Windows. It never asks for administrator right
 3. With -Join, it offers to start a node whenever you log in.
 
 To remove all of it, run `talkoot uninstall`, which says what to do. If that doesn't work, run `uv tool uninstall
-talkoot`, and remove %LOCALAPPDATA%\Programs\talkoot.
+talkoot`, or, if this script downloaded uv, remove %LOCALAPPDATA%\Programs\talkoot and
+%USERPROFILE%\.local\bin\talkoot.exe.
 
 .PARAMETER From
 What to install: a folder, a wheel, an archive, or the address of one. The default is the clone that contains this

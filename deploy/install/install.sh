@@ -18,7 +18,8 @@
 #    there is no GPU, and installs a Python if the system's is too old or too new.
 # 3. With --join, it offers to start a node whenever you log in.
 #
-# To remove all of it: `talkoot uninstall`. If that doesn't work: `uv tool uninstall talkoot; rm -r ~/.local/share/talkoot`.
+# To remove all of it: `talkoot uninstall`. If that does not work: `uv tool uninstall talkoot`, or, if this script
+# downloaded uv, `rm -r ~/.local/share/talkoot ~/.local/bin/talkoot`.
 
 set -eu
 

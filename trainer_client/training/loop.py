@@ -107,9 +107,9 @@ class Training:
     ) -> Summary:
         """Trains until `settings.steps` are done or `stop` is set, which is checked between steps.
 
-        Validates on fixed batches before the first step, after the last and in between (`settings.validates_after`). `validated`
-        is called with each result; a resumed run starts with its last earlier one. A step whose loss or gradient is not
-        finite is skipped. Raises UserError after 10 of them in a row.
+        Validates on fixed batches before the first step, after the last and in between (`settings.validates_after`).
+        `validated` is called with each result; a resumed run starts with its last earlier one. A step whose loss or
+        gradient is not finite is skipped. Raises UserError after 10 of them in a row.
         """
         settings, began = self._settings, clock()
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
