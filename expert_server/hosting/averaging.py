@@ -287,10 +287,9 @@ class ReplicaAveraging:
         logger.debug("averaged %s with %s: %.2f of it, %.2f believed", base.uid, peer_id, share, belief)
 
     async def _catch_up(self, uid: UID, theirs: Checkpoint, peer_id: PeerID, believed: int) -> bool:
-        """Takes over a whole state, as a newcomer does, if trainers left this replica behind, or if it was just
-        restored. Its few own updates could not lead it after the others. The other side's average includes them.
-
-        Returns whether it did.
+        """Takes over a whole state, as a newcomer does, if trainers left this replica behind, or if it began without
+        the others' state a short time ago. Its few own updates could not lead it after the others. The other side's
+        average includes them. Returns whether it did.
         """
         if not self._lags(uid):
             return False
@@ -305,7 +304,7 @@ class ReplicaAveraging:
     def _lags(self, uid: UID, others: int = 1) -> bool:
         expert = self._replicas.experts.get(uid)
         return expert is not None and (
-            expert.reports.is_left_behind(others) or self._replicas.is_restored(uid)
+            expert.reports.is_left_behind(others) or self._replicas.is_provisional(uid)
         )
 
     async def _others(self, uid: UID, peer_id: PeerID, believed: int) -> list[Replica]:

@@ -23,12 +23,12 @@ from expert_server.hosting.placement import (
     further_replica,
     keener,
     lasting_replicas,
-    plausible_updates,
     rank_vacancies,
     regressed,
     releasable,
     serving_elsewhere,
     under_replicated,
+    usual_updates,
     vacant,
 )
 from expert_server.hosting.replicas import LocalReplicas
@@ -414,7 +414,7 @@ class HostingManager:
     async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
         """Takes as many of these as there is room for, in their order."""
         wanted = wanted[: max(0, self.capacity - self._replicas.count)]
-        return await self._replicas.take(wanted, plausible_updates(self.seen), enough) if wanted else []
+        return await self._replicas.take(wanted, usual_updates(self.seen), enough) if wanted else []
 
     async def _take_vacant(self) -> set[UID]:
         """Takes vacant experts. Returns those that others have claimed, but nobody serves yet: the claims may

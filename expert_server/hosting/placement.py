@@ -229,15 +229,20 @@ def ahead_of(update_count: int, others: Sequence[Replica]) -> list[Replica]:
     return [replica for replica in others if replica.update_count > update_count]
 
 
-def plausible_updates(replicas: Mapping[UID, Collection[Replica]]) -> int:
-    """The most updates that any expert can have taken, according to the announcements of all nodes. Half of the nodes
-    together can't raise it.
+def usual_updates(replicas: Mapping[UID, Collection[Replica]]) -> int | None:
+    """The most updates of a median node's experts, according to the announcements of all nodes. Half of the nodes
+    together can't raise it. None if nobody serves anything.
     """
     most: dict[PeerID, int] = {}
     for replica in chain.from_iterable(replicas.values()):
         if replica.state is not ReplicaState.CLAIMED:
             most[replica.peer_id] = max(replica.update_count, most.get(replica.peer_id, 0))
-    return max_plausible_updates([_OUTLIER * median_low(most.values())]) if most else MAX_UPDATE_COUNT
+    return median_low(most.values()) if most else None
+
+
+def plausible_updates(usual: int | None) -> int:
+    """The most updates that any expert can have taken. `usual`: those of a median node's experts."""
+    return MAX_UPDATE_COUNT if usual is None else max_plausible_updates([_OUTLIER * usual])
 
 
 def assign_orphans(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[UID, PeerID]:

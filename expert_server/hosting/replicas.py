@@ -19,7 +19,7 @@ from expert_server.experts.devices import ComputeDevice, roomiest
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.format import Checkpoint
 from expert_server.experts.plausibility import Scale
-from expert_server.hosting.placement import ahead_of, lost_claims, state_sources
+from expert_server.hosting.placement import ahead_of, lost_claims, plausible_updates, state_sources
 from expert_server.hosting.whole_states import WholeStates
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints
@@ -53,9 +53,9 @@ _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
 """If nobody gave an expert's state, how long it is not tried again, at first and at most. The time doubles with each
 failure.
 """
-_RESTORED_S = 300.0
-"""How long a restored replica prefers a state with more updates, as it does when it is restored: nodes that were cut
-off are announced again within this time.
+_PROVISIONAL_S = 300.0
+"""How long a replica that began without the others' state prefers one with more updates, as it did when it began: nodes
+that were down or cut off are announced again within this time.
 """
 _HALF_LIFE_S = 300.0
 """The half-life of recent rows."""
@@ -116,8 +116,8 @@ class LocalReplicas:
         self._whole_states = WholeStates(swarm, runtime, states, self._rng)
         self._leaving = False
         self._claimed_at: dict[UID, float] = {}
-        self._restored_at: dict[UID, float] = {}
-        """When each expert in service was restored from this node's own checkpoint."""
+        self._provisional_since: dict[UID, float] = {}
+        """When experts in service began with what this node had, as no other host was seen ahead of it."""
         self._taking: set[UID] = set()
         """Experts that are being taken."""
         self._built: dict[UID, Expert] = {}
@@ -197,18 +197,19 @@ class LocalReplicas:
             async with asyncio.timeout(_QUEUE_S):
                 await self.runtime.settle()
 
-    async def take(self, wanted: list[UID], most_updates: int, enough: int = 1) -> list[UID]:
+    async def take(self, wanted: list[UID], usual: int | None, enough: int = 1) -> list[UID]:
         """Takes those of the experts into service that fewer than `enough` others host. Returns the experts it took.
 
-        Skips experts that it already has, or that another call is taking. `most_updates`: the limit for the update
-        count of a state from another node. Ends early if the node leaves. Raises UnreachableError.
+        Skips experts that it already has, or that another call is taking. `usual`: the updates of a median node's
+        experts, which limit the update count of a state from another node; None if nobody serves anything. Ends early
+        if the node leaves. Raises UnreachableError.
         """
         wanted = [uid for uid in wanted if uid not in self._taking and uid not in self.experts]
         if not wanted or self._leaving:
             return []
         self._taking.update(wanted)
         try:
-            return await self._unless_leaving(self._claim_and_serve(wanted, most_updates, enough), [])
+            return await self._unless_leaving(self._claim_and_serve(wanted, usual, enough), [])
         finally:
             self._taking.difference_update(wanted)
             for uid in wanted:
@@ -286,19 +287,20 @@ class LocalReplicas:
                 return True
         return False
 
-    def is_restored(self, uid: UID) -> bool:
-        """Whether an expert in service continues from this node's own checkpoint, and has met no other replica in the
-        short time since. Perhaps it was restored while this node, or the other hosts, were cut off.
+    def is_provisional(self, uid: UID) -> bool:
+        """Whether an expert in service continues from this node's own checkpoint, or began anew when others had been
+        trained, and has met no other replica in the short time since. Perhaps this node, or the other hosts, were down
+        or cut off.
         """
-        return not self.history.of(uid) and self._now() < self._restored_at.get(uid, -math.inf) + _RESTORED_S
+        since = self._provisional_since.get(uid, -math.inf)
+        return not self.history.of(uid) and self._now() < since + _PROVISIONAL_S
 
     async def take_whole(
         self, uid: UID, hosts: Sequence[Replica], fetched: Mapping[PeerID, Checkpoint] | None = None
     ) -> bool:
         """Replaces the state of an expert in service by the medoid of up to three `hosts`, if most of them claim more
-        updates. For a replica that can't follow the others by averaging. Does nothing, and returns False, if the expert
-        takes an update while the states are compared. `fetched`: states that hosts have sent already. Raises
-        UnreachableError.
+        updates. For a replica that can't follow the others by averaging. Updates that the expert takes meanwhile are
+        lost. `fetched`: states that hosts have sent already. Returns whether it did. Raises UnreachableError.
         """
         expert = self.experts.get(uid)
         if expert is None:
@@ -333,10 +335,10 @@ class LocalReplicas:
         for expert in experts:
             self.runtime.remove(expert.uid)
             self.history.forget(expert.uid)
-            self._restored_at.pop(expert.uid, None)
+            self._provisional_since.pop(expert.uid, None)
         await self.checkpoints.save_all_within(_SAVE_S, experts)
 
-    async def _claim_and_serve(self, wanted: list[UID], most_updates: int, enough: int) -> list[UID]:
+    async def _claim_and_serve(self, wanted: list[UID], usual: int | None, enough: int) -> list[UID]:
         """Claims experts, waits for the claims of others, and serves those whose claims it wins."""
         experts, me = self._swarm.experts, self._swarm.host.peer_id
         claimed_at = self._now()
@@ -355,7 +357,7 @@ class LocalReplicas:
             del claims[uid]
             self._built.pop(uid, None)
         restored_before = total(self.checkpoints.restored)
-        taken = await self._serve(claims, replicas, saved, most_updates)
+        taken = await self._serve(claims, replicas, saved, usual)
         if restored := total(self.checkpoints.restored) - restored_before:
             logger.info(
                 "%d of %s can continue from this node's checkpoints", restored, counted(len(taken), "expert")
@@ -386,7 +388,7 @@ class LocalReplicas:
         claims: Mapping[UID, ReplicaAnnouncement],
         replicas: Mapping[UID, Sequence[Replica]],
         saved: Mapping[UID, int],
-        most_updates: int,
+        usual: int | None,
     ) -> list[UID]:
         """Serves each expert as soon as it is ready. This may take long, so the claims are renewed meanwhile."""
         taken: list[UID] = []
@@ -397,7 +399,7 @@ class LocalReplicas:
 
         async def serve(uid: UID) -> None:
             expert = await self._build(uid)
-            is_ready = await self._restore(expert, replicas[uid], saved.get(uid), most_updates, unreachable)
+            is_ready = await self._restore(expert, replicas[uid], saved.get(uid), usual, unreachable)
             del self._built[uid]
             if is_ready:
                 self.runtime.add(expert)
@@ -441,7 +443,7 @@ class LocalReplicas:
         expert: Expert,
         hosts: Sequence[Replica],
         saved: int | None,
-        most_updates: int,
+        usual: int | None,
         unreachable: set[PeerID],
     ) -> bool:
         """Gives an expert that does not serve yet its state: the medoid of others' states, or the one saved here.
@@ -452,15 +454,18 @@ class LocalReplicas:
         """
         others = state_sources(hosts, self._swarm.host.peer_id, self._rng)
         most = max_plausible_updates([replica.update_count for replica in others])
-        most = min(most, max(most_updates, saved or 0))
+        most = min(most, max(plausible_updates(usual), saved or 0))
         restored = saved is not None and await self.checkpoints.restore(expert)
         fresher = ahead_of(expert.update_count if restored else -1, others)
         if await self._take_whole(expert, fresher, lambda claimed: min(claimed, most), unreachable, {}):
             return True
         if restored:
-            self._restored_at[expert.uid] = self._now()
             self.checkpoints.restored.inc()
-        return restored or not others
+        elif others:
+            return False
+        if restored or usual:
+            self._provisional_since[expert.uid] = self._now()
+        return True
 
     async def _take_whole(
         self,

@@ -15,7 +15,7 @@ from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint, StateForm, check_state
 from expert_server.experts.plausibility import Scale, require_plausible
-from expert_server.hosting.placement import plausible_updates, single_hosted
+from expert_server.hosting.placement import plausible_updates, single_hosted, usual_updates
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from peer.errors import StateError, TransferError, UnreachableError
@@ -86,7 +86,7 @@ class StandbyCopies:
             for uid, counts in found.items()
         }
         held = {*self._replicas.held}  # some may be new since the last look
-        plausible = plausible_updates(seen)
+        plausible = plausible_updates(usual_updates(seen))
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
         stale = [
             r

@@ -71,10 +71,11 @@ class WholeStates:
         unreachable: set[PeerID],
         fetched: Mapping[PeerID, Checkpoint],
     ) -> TakenState | None:
-        """Takes one of the states of the first three `hosts` that send a good one, unless the expert changes meanwhile.
-        `cap`: limits a claimed update count to what is believed. The resulting count is the lower median of the claims.
-        Hosts in `unreachable` are not asked, and those that do not answer, or stall, are added. `fetched`: states that
-        hosts have sent already. Returns None if nothing was taken. Raises UnreachableError.
+        """Takes one of the states of the first three `hosts` that send a good one. Updates that the expert takes
+        meanwhile are lost with the rest of its state. If anything else changes it, nothing is taken. `cap`: limits a
+        claimed update count to what is believed. The resulting count is the lower median of the claims. Hosts in
+        `unreachable` are not asked, and those that do not answer, or stall, are added. `fetched`: states that hosts
+        have sent already. Returns None if nothing was taken. Raises UnreachableError.
         """
         peers = {replica.peer_id for replica in hosts} - unreachable
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
@@ -98,11 +99,11 @@ class WholeStates:
     async def _import(self, expert: Expert, given: Sequence[tuple[PeerID, Checkpoint]]) -> TakenState | None:
         states = [checkpoint for _, checkpoint in given]
         try:
-            known, version = await self._runtime.run(lambda: (expert.checkpoint(), _version(expert)))
+            known, generation = await self._runtime.run(lambda: (expert.checkpoint(), expert.generation))
             index, chosen = await asyncio.to_thread(choose, states, known, self._rng)
             peer_id = given[index][0]
             is_taken = await self._runtime.run(
-                partial(_replace, expert, chosen, peer_id.to_base58(), version)
+                partial(_replace, expert, chosen, peer_id.to_base58(), generation)
             )
         except StateError as error:
             logger.warning("refused all states of expert %s: %s", expert.uid, error)
@@ -214,15 +215,11 @@ def _tensors(checkpoint: Checkpoint, kind: str) -> State:
     return {n: t for n, t in checkpoint.state.items() if n.startswith(kind) and t.is_floating_point()}
 
 
-def _version(expert: Expert) -> tuple[object, int, int]:
-    return expert.generation, expert.update_count, expert.accumulated_rows
-
-
-def _replace(expert: Expert, chosen: Checkpoint, source: str, version: object) -> bool:
-    """Replaces the expert's state. Returns False, and changes nothing, if it has changed since that version. Raises
-    StateError.
+def _replace(expert: Expert, chosen: Checkpoint, source: str, generation: object) -> bool:
+    """Replaces the expert's state. Returns False, and changes nothing, if anything but updates has changed it since
+    that generation. Raises StateError.
     """
-    if _version(expert) != version:
+    if expert.generation != generation:
         return False
     expert.import_state(chosen.state, chosen.update_count, source)
     return True

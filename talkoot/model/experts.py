@@ -14,7 +14,7 @@ from dht.regions import Prefix
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import BLOCK, State
-from expert_server.hosting.placement import plausible_updates, state_sources
+from expert_server.hosting.placement import plausible_updates, state_sources, usual_updates
 from expert_server.hosting.whole_states import WholeParameters
 from expert_server.state.transfer import StateClient
 from peer.averaging import max_plausible_updates
@@ -88,7 +88,7 @@ class SwarmExperts:
         for start in range(0, len(uids), _READ_AT_ONCE):
             replicas |= await self._swarm.experts.replicas(uids[start : start + _READ_AT_ONCE])
         await self._read_nodes({replica.peer_id for replica in chain.from_iterable(replicas.values())})
-        self._most_updates = plausible_updates(replicas)
+        self._most_updates = plausible_updates(usual_updates(replicas))
         found = {uid: self._sources(some) for uid, some in replicas.items()}
         self.hosts = {uid: sources for uid, sources in found.items() if sources}
         return [uid for uid in self._swarm.manifest.uids() if uid not in self.hosts]

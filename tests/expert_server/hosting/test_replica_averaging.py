@@ -16,8 +16,10 @@ from dht.manifest import Manifest
 from dht.swarm import join_swarm
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import State
+from expert_server.experts.format import Checkpoint, State
+from expert_server.hosting import whole_states
 from expert_server.hosting.averaging import choose_partners
+from expert_server.hosting.whole_states import choose
 from expert_server.node import Node
 from expert_server.state.checkpoints import CheckpointStore
 from expert_server.state.transfer import Fetched
@@ -534,6 +536,49 @@ def test_what_was_restored_while_the_others_were_cut_off_gives_way_to_their_stat
     play(scenario)
 
 
+def test_what_began_anew_while_its_hosts_were_down_gives_way_to_their_state(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainers call it at once, so it takes updates even while it compares states."""
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(**TWICE)
+        await train(first, dict.fromkeys(UIDS, 2))
+        await first.hosting.announce()
+        await first.swarm.experts.withdraw([AN_UID], 60)
+        second = await village.join(1, await first.swarm.invite(), **TWICE)
+        await second.hosting.replicate()
+        assert second.runtime.experts[AN_UID].update_count == 0, "it saw no other host"
+        await different_step(second, AN_UID, -0.01)
+        for node in (first, second):
+            await node.hosting.announce()
+
+        def choose_while_it_trains(*arguments: Any) -> tuple[int, Checkpoint]:
+            step(second.runtime.experts[AN_UID])
+            return choose(*arguments)
+
+        monkeypatch.setattr(whole_states, "choose", choose_while_it_trains)
+        await meet(second, first, AN_UID)
+        torch.testing.assert_close(
+            await state_of(second, AN_UID), await state_of(first, AN_UID), atol=0, rtol=0
+        )
+
+    play(scenario)
+
+
+def test_an_expert_of_a_new_swarm_does_not_give_way_to_the_first_that_claims_more(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        first, second = await couple(village, 2)
+        for _ in range(40):
+            await different_step(second, AN_UID)
+        await second.hosting.announce()
+        await meet(first, second, AN_UID)
+        assert total(first.averaging.refused) == 1
+        assert first.runtime.experts[AN_UID].update_count == 2
+
+    play(scenario)
+
+
 def test_what_was_trained_here_does_not_give_way_to_the_only_other_host_once_it_was_restored_long_ago(
     play: Play,
 ) -> None:
@@ -552,7 +597,7 @@ def test_what_was_trained_here_does_not_give_way_to_the_only_other_host_once_it_
         await stranger.hosting.replicate()
         for _ in range(40):
             await different_step(stranger, AN_UID)
-        first.replicas._restored_at.clear()  # it was long ago
+        first.replicas._provisional_since.clear()  # it was long ago
         for node in (first, stranger):
             await node.hosting.announce()
         before = await state_of(first, AN_UID)
