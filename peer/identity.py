@@ -106,9 +106,7 @@ class Identity:
     def load_or_create(cls, path: Path) -> "Identity":
         """Reads the key at `path`, in libp2p's format; creates it the first time. Raises StartError."""
         try:
-            if not path.exists():
-                _write_new_key(path)
-            key = serialization.load_der_private_key(_key_in(path.read_bytes()), password=None)
+            key = _read_key(path) if path.exists() else _write_new_key(path)
         except OSError as error:
             raise StartError(
                 f"can't use the identity file {path}: {error.strerror}; pass another --state"
@@ -117,8 +115,6 @@ class Identity:
             raise StartError(
                 f"{path} does not contain a libp2p RSA key: move it away to get a new identity"
             ) from error
-        if not isinstance(key, rsa.RSAPrivateKey):
-            raise StartError(f"{path} does not contain an RSA key: move it away to get a new identity")
         public_key = _public_bytes(key.public_key())
         return cls(key, path, peer_id_of(public_key), public_key)
 
@@ -216,7 +212,15 @@ def _key_in(message: bytes) -> bytes:
     return key
 
 
-def _write_new_key(path: Path) -> None:
+def _read_key(path: Path) -> rsa.RSAPrivateKey:
+    """Checks that the numbers are those of an RSA key, which takes as long as making one. Raises one of `_NO_KEY`."""
+    key = serialization.load_der_private_key(_key_in(path.read_bytes()), password=None)
+    if not isinstance(key, rsa.RSAPrivateKey):
+        raise TypeError("a key of another kind")
+    return key
+
+
+def _write_new_key(path: Path) -> rsa.RSAPrivateKey:
     key = rsa.generate_private_key(public_exponent=65537, key_size=_KEY_BITS)
     data = key.private_bytes(
         serialization.Encoding.DER,
@@ -225,3 +229,4 @@ def _write_new_key(path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, key_message(data), 0o600)
+    return key

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from callers import new_identity
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
+from stranger import new_identity
 
 from dht.admission import (
     EXPORT,

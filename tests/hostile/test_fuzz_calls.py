@@ -14,8 +14,9 @@ import grpc
 import psutil
 import pytest
 import torch
-from callers import a_caller, new_identity
+from callers import a_caller
 from grpc import StatusCode
+from stranger import new_identity
 from tls_expert_server import (
     FIRST,
     SECOND,

@@ -1,10 +1,10 @@
 """Peers that call servers and prove their identity, for tests."""
 
 import functools
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from stranger import new_identity
 
 from peer.identity import Identity
 from peer.rpc.sessions import Metadata, Right, SessionClient, Sessions
@@ -23,25 +23,13 @@ _CALLER = 100
 
 
 @functools.cache
-def _keys() -> "tempfile.TemporaryDirectory[str]":
-    """A folder that is removed when this process ends."""
-    return tempfile.TemporaryDirectory()
-
-
-@functools.cache
 def numbered_identity(number: int) -> Identity:
-    """The same identity for all tests of this process: making and loading an RSA key takes 90 ms."""
-    return Identity.load_or_create(Path(_keys().name) / f"{number}.key")
+    """The same identity for all tests of this process."""
+    return new_identity()
 
 
 def numbered_identities(count: int) -> list[Identity]:
     return [numbered_identity(number) for number in range(count)]
-
-
-def new_identity() -> Identity:
-    """The identity of a peer that nobody has met."""
-    with tempfile.TemporaryDirectory() as folder:
-        return Identity.load_or_create(Path(folder) / "peer.key")
 
 
 def a_caller(

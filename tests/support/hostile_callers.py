@@ -9,8 +9,9 @@ from typing import Any
 
 import grpc
 import torch
-from callers import a_caller, new_identity
+from callers import a_caller
 from grpc import StatusCode
+from stranger import new_identity
 
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest

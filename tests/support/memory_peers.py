@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from callers import InSession, a_caller, new_identity, numbered_identity
+from callers import InSession, a_caller, numbered_identity
 from memory_folders import SampleMemory
+from stranger import new_identity
 
 from dht.announcements import NodeInfo
 from dht.memory import MemoryID

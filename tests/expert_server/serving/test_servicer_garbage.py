@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
-from callers import new_identity
 from grpc import StatusCode
+from stranger import new_identity
 from tls_expert_server import (
     SWARM,
     Call,

@@ -8,11 +8,12 @@ from typing import Any
 
 import grpc
 import pytest
-from callers import RIGHTS, a_caller, new_identity, numbered_identities
+from callers import RIGHTS, a_caller, numbered_identities
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
+from stranger import new_identity
 
 from peer.errors import ExpertError
 from peer.identity import SESSION_DOMAIN, Identity, PeerID, certificate_pem
