@@ -34,6 +34,20 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+const FOCUSABLE = "a[href], button:not([disabled])";
+
+/** Replaces what is inside an element. The focus stays on the same link, or on the one that takes its place. */
+export function fill(host, ...children) {
+  const before = document.activeElement;
+  const place = [...host.querySelectorAll(FOCUSABLE)].indexOf(before);
+  host.replaceChildren(...children);
+  if (place < 0) return;
+  const now = [...host.querySelectorAll(FOCUSABLE)];
+  const href = before.getAttribute("href");
+  const same = href === null ? undefined : now.find((one) => one.getAttribute("href") === href);
+  (same ?? now[Math.min(place, now.length - 1)])?.focus({ preventScroll: true });
+}
+
 /** A formatted value; one that cannot be seen says so to those who point at it. */
 export function shown(value, format, why = "not measured, or not visible from here") {
   return value === null || value === undefined

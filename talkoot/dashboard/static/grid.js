@@ -1,7 +1,7 @@
 // The experts of a layer: a heat map, what it shows in words, and the table behind it.
 
 import { get } from "./api.js";
-import { byId, choice, el, setText } from "./dom.js";
+import { byId, choice, el, fill, setText } from "./dom.js";
 import * as format from "./format.js";
 import { Heatmap, LARGEST_CELL, TALLEST } from "./heatmap.js";
 import { openExpert } from "./panel.js";
@@ -159,7 +159,7 @@ function draw() {
     "aria-label",
     `Experts of layer ${view.data.layer}: ${MEASURES[view.measure].words}`,
   );
-  byId("grid-side").replaceChildren(...sideOf(levels, scale, replicas));
+  fill(byId("grid-side"), ...sideOf(levels, scale, replicas));
   if (!byId("grid-table").hidden) table.refresh();
 }
 
@@ -372,5 +372,5 @@ async function pageOfExperts({ sort, order, page, perPage }) {
   if (values) indices.sort((a, b) => compare(values[a], values[b]));
   if (order === "desc") indices.reverse();
   const rows = indices.slice((page - 1) * perPage, page * perPage);
-  return { total: length, rows: rows.map((index) => ({ index, uid: uid(index), key: uid(index) })) };
+  return { total: length, rows: rows.map((index) => ({ index, uid: uid(index) })) };
 }

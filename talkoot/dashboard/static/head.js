@@ -1,7 +1,7 @@
 // The state of the swarm in words, its figures, and how old they are.
 
 import { get } from "./api.js";
-import { byId, copyButton, el, icon, setText, shown, svg } from "./dom.js";
+import { byId, copyButton, el, fill, icon, setText, shown, svg } from "./dom.js";
 import * as format from "./format.js";
 
 const MARKS = { ok: "✓", warn: "!", bad: "✕", unknown: "?" };
@@ -135,12 +135,8 @@ function showTiles(swarm) {
   for (const { id, value, sub } of TILES) {
     const tile = byId(`tile-${id}`);
     tile.querySelector(".figure").replaceChildren(...[value(swarm)].flat());
-    replaceUnlessFocused(tile.querySelector(".sub"), sub(swarm));
+    fill(tile.querySelector(".sub"), ...sub(swarm));
   }
-}
-
-function replaceUnlessFocused(box, children) {
-  if (!box.contains(document.activeElement)) box.replaceChildren(...children);
 }
 
 /** Reads and draws the small lines in the tiles. */

@@ -1,7 +1,7 @@
 // The panel about one node or one expert. The address names it, so that it can be shared and gone back from.
 
 import { get } from "./api.js";
-import { byId, copyButton, el, shown } from "./dom.js";
+import { byId, copyButton, el, fill, shown } from "./dom.js";
 import * as format from "./format.js";
 import { serverNow } from "./head.js";
 import { Plot } from "./plot.js";
@@ -52,8 +52,15 @@ function follow() {
     section.reload();
   } else if (!panel.hidden) {
     panel.hidden = true;
-    opener?.focus({ preventScroll: true });
+    returnFocus();
   }
+}
+
+/** To what opened the panel: a table may have drawn its link anew since. */
+function returnFocus() {
+  const href = opener?.getAttribute("href");
+  const same = opener?.isConnected || !href ? opener : document.querySelector(`main a[href="${CSS.escape(href)}"]`);
+  (same ?? byId("heatmap")).focus({ preventScroll: true });
 }
 
 function decode(text) {
@@ -83,7 +90,8 @@ async function load() {
 
 function showNode(node) {
   byId("panel-title").replaceChildren(...peerName(node));
-  byId("panel-body").replaceChildren(
+  fill(
+    byId("panel-body"),
     el("p", {}, ...nodeBadges(node)),
     facts([
       [
@@ -169,7 +177,7 @@ function facts(pairs) {
 function showExpert(expert) {
   byId("panel-title").textContent = expert.uid;
   if (!plots.length) makeExpertBody(expert);
-  byId("panel-body").firstElementChild.replaceChildren(...replicas(expert));
+  fill(byId("panel-body").firstElementChild, ...replicas(expert));
   const until = serverNow();
   const firsts = expert.series.map(({ points }) => points[0]?.[0] ?? until);
   const start = Math.min(...firsts, until - 60);

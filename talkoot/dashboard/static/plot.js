@@ -174,6 +174,7 @@ export class Plot {
           },
           swatch,
           el("bdi", { title: label }, label),
+          " ", // else the name and its value are read as one word
           this.#values[i],
         );
         return el("li", {}, button);

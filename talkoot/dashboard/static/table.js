@@ -1,6 +1,6 @@
 // A table that shows one page at a time, sorted by the column that was pressed.
 
-import { el, setText } from "./dom.js";
+import { el, fill, setText } from "./dom.js";
 import * as format from "./format.js";
 
 export class PagedTable {
@@ -15,7 +15,7 @@ export class PagedTable {
 
   /**
    * options: caption, noun, plural (if it is not the noun and an s), columns, sort, order, perPage, rowClass(row), load({sort, order, filter, page, perPage})
-   * → {total, rows}; a row has a key. A column: id, name, cell(row), and if they hold: numeric, fixed (can't be
+   * → {total, rows}. A column: id, name, cell(row), and if they hold: numeric, fixed (can't be
    * sorted by), drop (1 is the first to go where there is little room), ofMemories (hidden while the swarm has none).
    * ask() reads again; default: at once.
    */
@@ -112,12 +112,7 @@ export class PagedTable {
   }
 
   #show(total, rows) {
-    const focused = this.#body.contains(document.activeElement)
-      ? document.activeElement.closest("tr").dataset.key
-      : null;
-    this.#body.replaceChildren(...(rows.length ? rows.map((row) => this.#makeRow(row)) : [this.#emptyRow()]));
-    if (focused !== null)
-      this.#body.querySelector(`tr[data-key="${CSS.escape(focused)}"] a`)?.focus({ preventScroll: true });
+    fill(this.#body, ...(rows.length ? rows.map((row) => this.#makeRow(row)) : [this.#emptyRow()]));
     const { page, perPage } = this.#state;
     const from = (page - 1) * perPage + 1;
     setText(
@@ -126,7 +121,9 @@ export class PagedTable {
         ? `${format.count(from)}–${format.count(Math.min(total, from + perPage - 1))} of ${this.#counted(total)}`
         : this.#counted(total),
     );
+    const pressed = this.#pages.indexOf(document.activeElement);
     this.#pages.forEach((button, i) => (button.disabled = i < 2 ? page === 1 : page === this.#last));
+    if (this.#pages[pressed]?.disabled) this.#pages[pressed < 2 ? 2 : 1].focus(); // the way back
     this.#pages[0].parentElement.hidden = this.#last === 1;
   }
 
@@ -138,7 +135,7 @@ export class PagedTable {
     const cells = this.#options.columns.map((column, i) =>
       el(i ? "td" : "th", { class: classOf(column), scope: i ? null : "row" }, ...[column.cell(row)].flat()),
     );
-    return el("tr", { class: this.#options.rowClass?.(row) || null, "data-key": row.key }, ...cells);
+    return el("tr", { class: this.#options.rowClass?.(row) || null }, ...cells);
   }
 
   #emptyRow() {

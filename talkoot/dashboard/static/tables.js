@@ -231,7 +231,7 @@ function paged(id, path, list, noun, columns, options = {}) {
     };
     const answer = await get(path, query);
     if (options.why) setText(byId(options.why), answer.note);
-    return { total: answer.total, rows: answer[list].map((row) => ({ ...row, key: row[options.key ?? "peer_id"] })) };
+    return { total: answer.total, rows: answer[list] };
   };
   const caption = byId(`${id}-title`).textContent;
   const settings = {
@@ -262,7 +262,6 @@ export function makeTables() {
   const trainers = paged("trainers", "trainers", "trainers", "trainer", TRAINER_COLUMNS);
   const memories = paged("memories", "memories", "memories", "memory", MEMORY_COLUMNS, {
     plural: "memories",
-    key: "memory",
     rowClass: (row) => (row.replicas_min === 0 ? "lost" : ""),
   });
   const leaders = paged("volunteers", "leaderboard", "nodes", "volunteer", LEADER_COLUMNS, {

@@ -113,6 +113,37 @@ def test_keyboard_opens_an_expert(seen: Visit) -> None:
     seen.until("document.activeElement.id === 'heatmap'")
 
 
+def drawn_anew(seen: Visit, selector: str) -> None:
+    """Focuses an element, and waits until the page has drawn another in its place."""
+    seen.until(f"document.querySelector({selector!r}) !== null")
+    seen.page.locator(selector).first.focus()
+    seen.page.evaluate("document.activeElement.id = 'before'")
+    seen.until("document.getElementById('before') === null")
+
+
+def focused(seen: Visit) -> str | None:
+    href: str | None = seen.page.evaluate("document.activeElement.getAttribute('href')")
+    return href
+
+
+def test_focus_stays_on_a_link_and_returns_to_it_though_all_is_drawn_anew_meanwhile(seen: Visit) -> None:
+    link = "#nodes-table tbody tr:nth-child(2) a"
+    drawn_anew(seen, link)
+    opener = focused(seen)
+    assert opener == seen.page.locator(link).get_attribute("href")
+    seen.page.keyboard.press("Enter")
+    drawn_anew(seen, "#panel-body .chips a:nth-child(2)")
+    assert focused(seen) == seen.page.locator("#panel-body .chips a:nth-child(2)").get_attribute("href")
+    seen.page.keyboard.press("Escape")
+    seen.until(lambda: focused(seen) == opener)
+
+
+def test_a_line_of_a_chart_and_its_value_are_two_words(seen: Visit) -> None:
+    seen.until("document.querySelectorAll('#chart-cards .legend button').length > 0")
+    legends = seen.page.locator("#chart-cards .legend button").all()
+    assert all(" " in (legend.text_content() or "") for legend in legends)
+
+
 def test_hostile_name_is_shown_as_text_alone(seen: Visit) -> None:
     name = seen.page.locator("#nodes-table .name", has_text=HOSTILE_NAME)
     assert name.inner_text() == HOSTILE_NAME
