@@ -227,7 +227,8 @@ class ReachabilityMonitor:
             self._next_at = float("-inf")
 
     async def _ask(self, stage: Stage) -> None:
-        stage("asking others whether they reach this machine")
+        if not self._unanswered:  # otherwise it has been said, and nobody could be asked
+            stage("asking others whether they reach this machine")
         judgement = judge(await self._dials())
         if not judgement.asked:
             self._unanswered += 1

@@ -301,6 +301,11 @@ class Host:
         sweep_socket_folders()
         accepting = await self._accepting((*bootstrap, *remembered))
         if bootstrap and not accepting:
+            if all(address.peer_id == self.peer_id for address in bootstrap):
+                raise UnreachableError(
+                    "this invite leads to this node itself: if you founded the swarm, start the node with --new again; "
+                    "otherwise ask for the invite of another node"
+                )
             raise UnreachableError(
                 f"none of the bootstrap addresses answers: {', '.join(bootstrap)}; check that this machine has a "
                 "network connection, and that its firewall allows connections to these ports. Or these peers are gone "
@@ -324,8 +329,9 @@ class Host:
                     "update Talkoot, or ask for a new invite"
                 )
             raise UnreachableError(
-                f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}; "
-                "other programs may be using these ports now: ask for a new invite"
+                f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}. "
+                "If it is only busy, trying again in a minute helps. If another program uses the port now, ask for a "
+                "new invite"
             )
         for warning in self._doubts(replies):
             logger.warning("%s", warning)

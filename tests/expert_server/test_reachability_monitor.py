@@ -1,6 +1,7 @@
 """A node that has nobody to ask whether it is reachable, because all nodes of its swarm are behind routers."""
 
 import asyncio
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,14 @@ def test_neighbours_in_one_network_and_public_nodes_stay_as_they_are(
     assert monitor.status.kind is Reachability.UNKNOWN
     assert host.serves
     assert not host.reservations.asked
+
+
+def test_a_founder_that_waits_for_others_does_not_say_in_each_round_that_it_asks(
+    identity: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        asyncio.run(after_rounds(4, LonelyHost(identity.peer_id, ()), "192.168.1.2"))
+    assert caplog.messages.count("asking others whether they reach this machine") == 1
 
 
 def test_what_others_told_holds_while_nobody_can_be_asked(

@@ -200,6 +200,13 @@ def test_an_unreachable_bootstrap_is_said_at_once(
     assert all(address in str(caught.value) for address in addresses)
 
 
+def test_a_founder_that_joins_by_its_own_invite_is_told_how_to_start_again(
+    loop: LoopThread, identities: list[Identity], closed_port: int
+) -> None:
+    with pytest.raises(UnreachableError, match=r"leads to this node itself.* --new again"):
+        loop.run(start_and_stop(identities[1], [tcp_address(closed_port, identities[1])]), 120)
+
+
 def test_a_host_name_that_leads_nowhere_is_unreachable(loop: LoopThread, identities: list[Identity]) -> None:
     nowhere = tcp_address(80, identities[0], "no-such-host.invalid")
     with pytest.raises(UnreachableError):
