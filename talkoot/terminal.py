@@ -119,7 +119,8 @@ class FittingScreen:
         self._parts = Group(*parts)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._parts, options.update(height=None), pad=False)
+        # the terminal's console does not wrap lines unless told to
+        lines = console.render_lines(self._parts, options.update(height=None, no_wrap=False), pad=False)
         height = console.height
         missing = len(lines) - height + 1 if len(lines) > height else 0
         for line in lines[: height - 1] if missing else lines:

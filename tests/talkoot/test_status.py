@@ -225,6 +225,14 @@ def test_a_low_terminal_says_how_many_lines_do_not_fit(height: int, fits: bool) 
         assert seen[-1] == f"… {len(whole) - height + 1} more lines: enlarge the window"
 
 
+def test_a_narrow_terminal_shows_the_whole_first_line_while_it_watches() -> None:
+    console = Console(file=io.StringIO(), width=60, height=100, soft_wrap=True)  # as `Terminal.out`
+    with console.capture() as captured:
+        console.print(FittingScreen(*_renderables(reading())))
+    assert " s ago" in captured.get()
+    assert max(map(len, captured.get().splitlines())) <= 60
+
+
 def test_status_without_trainers_has_no_table_of_them() -> None:
     assert "tokens/s" not in status_text(reading())
 
