@@ -319,6 +319,14 @@ class MemoryRegistry:
                 return tuple(some_of(hosts.values(), most))
         return ()
 
+    async def some_nodes(
+        self, memory: MemoryID, grid: tuple[int, ...], most: int = 8
+    ) -> dict[PeerID, NodeInfo]:
+        """Some peers that host shards of any cell, and how to call them. Raises UnreachableError."""
+        hosts = await self.some_hosts(memory, grid, most)
+        found = contacts_of(hosts)
+        return found | await self._registry.nodes({host.peer_id for host in hosts} - found.keys())
+
     def _valid(self) -> Iterator[tuple[PeerID, _Library]]:
         """The known and unexpired libraries of publishers that may still publish: a token may have been revoked."""
         for publisher, library in list(self._known.items()):

@@ -84,11 +84,10 @@ async def _inspect(terminal: Terminal, swarm: Swarm, name: str) -> None:
     memories = MemoryRegistry(swarm.registry)
     entry = find_memory(await memories.libraries(), name)
     with terminal.stages("looking for its hosts"):
-        some = await memories.some_hosts(entry.memory, entry.grid)
+        some = await memories.some_nodes(entry.memory, entry.grid)
         if not some:
             raise LibraryError(f"nobody hosts {entry.memory} now; its publisher can publish it again")
-        contacts = await swarm.registry.nodes([host.peer_id for host in some])
-        manifest = await _fetch_manifest(swarm, entry, contacts.values())
+        manifest = await _fetch_manifest(swarm, entry, some.values())
         replicas = await replication(memories, entry, manifest)
         hosts = await swarm.registry.nodes(replicas.hosts)
     if terminal.json:

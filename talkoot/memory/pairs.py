@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +58,6 @@ def split_by_title(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     return sides
 
 
-def require_bm25s() -> None:
-    """Raises DataError if the package is missing."""
-    if find_spec("bm25s") is None:
-        raise DataError(
-            "hard negatives need the package bm25s: install Talkoot with the extra retrieval, as docs/install.md says"
-        )
-
-
 def hard_negatives(
     pairs: Sequence[Pair],
     titles: Sequence[str],
@@ -77,7 +68,7 @@ def hard_negatives(
 
     A passage with the answer's title, or with a phrase of one of the answers, counts as one that may answer. `titles`
     and `texts`: of the passages; the texts include their titles. `watch` is called with the number of pairs done. Needs
-    bm25s: see `require_bm25s`.
+    bm25s.
     """
     import bm25s
 

@@ -14,6 +14,7 @@ from dht.memory import Passage
 from peer.errors import DataError, SettingsError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted
+from peer.settings import require_extra
 from talkoot.memory.build import text_of
 from talkoot.memory.dual_training import (
     K,
@@ -23,7 +24,7 @@ from talkoot.memory.dual_training import (
     train_dual_encoder,
     tune,
 )
-from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, require_bm25s, split_by_title
+from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, split_by_title
 from talkoot.memory.passages import read_passages
 from talkoot.memory.progress import Progress, Rate, Show
 from talkoot.memory.training import WordCounter, encoder_of, train_word_vectors
@@ -107,7 +108,7 @@ def train_encoder(plan: TrainEncoderPlan, show: Show = lambda what, detail: None
         raise SettingsError(f"{plan.out} exists: pass the path of a new file with --out")
     if not plan.out.parent.is_dir():
         raise SettingsError(f"--out {plan.out}: {plan.out.parent} is not a folder; make it first")
-    require_bm25s()
+    require_extra("bm25s", "retrieval", "finding hard negatives")
     pairs = read_pairs(plan.pairs)
     rate = Rate(show, "reading the text", None)
     sample = PassageSample(plan.seed)

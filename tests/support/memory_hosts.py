@@ -44,8 +44,7 @@ class SimpleHost:
         """Fetches the memory from a host."""
         entry = await self.entry()
         assert entry is not None
-        some = await self.memories.some_hosts(entry.memory, entry.grid)
-        contacts = list((await self.swarm.registry.nodes([host.peer_id for host in some])).values())
+        contacts = list((await self.memories.some_nodes(entry.memory, entry.grid)).values())
 
         async def fetched(name: bytes) -> bytes:
             return await self.parts.fetch_any(contacts, str(entry.memory), name, MAX_MANIFEST_BYTES, bytes)

@@ -113,7 +113,7 @@ class Auditor:
 
     async def _begin(self, entry: LibraryEntry) -> _Walk:
         registry, memory = self._swarm.registry, entry.memory
-        parts = MemoryParts(memory, self._registry, registry, self._parts, self._cache)
+        parts = MemoryParts(memory, self._registry, self._parts, self._cache)
         opened = self._opened.get(memory)
         if opened is None or opened.entry != entry:
             opened = self._opened[memory] = await parts.open(entry, with_encoder=False)

@@ -129,7 +129,6 @@ class MemoryParts:
         self,
         memory: MemoryID,
         memories: MemoryRegistry,
-        registry: Registry,
         client: PartClient,
         cache: PartCache,
         stage: Stage = logger.debug,
@@ -137,7 +136,6 @@ class MemoryParts:
         """`stage`: called with what is being fetched, in words."""
         self._memory = memory
         self._memories = memories
-        self._registry = registry
         self._client = client
         self._cache = cache
         self._stage = stage
@@ -174,10 +172,7 @@ class MemoryParts:
     async def _some_nodes(self, entry: LibraryEntry) -> list[NodeInfo]:
         """Some hosts in random order, so that readers don't all fetch from the same one."""
         if not self._nodes:
-            hosts = await self._memories.some_hosts(self._memory, entry.grid, _SOURCES)
-            found = contacts_of(hosts)
-            if unknown := {host.peer_id for host in hosts} - found.keys():
-                found |= await self._registry.nodes(unknown)
+            found = await self._memories.some_nodes(self._memory, entry.grid, _SOURCES)
             self._nodes = random.SystemRandom().sample(list(found.values()), len(found))
         return self._nodes
 

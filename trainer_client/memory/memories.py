@@ -71,7 +71,7 @@ class Memories:
     async def _open(self, entry: LibraryEntry, stage: Stage) -> Retriever:
         swarm, swarm_id = self._swarm, self._swarm.keys.swarm_id
         client = PartClient(swarm_id, self._sessions, self._channels, RateLimit(None))
-        parts = MemoryParts(entry.memory, self._registry, swarm.registry, client, self._cache, stage)
+        parts = MemoryParts(entry.memory, self._registry, client, self._cache, stage)
         directory = await MemoryDirectory.open(entry, self._registry, swarm.registry, parts)
         self._metrics = self._metrics or RetrieverMetrics(swarm.metrics)
         caller = GrpcMemoryCaller(self._channels, self._sessions)

@@ -170,6 +170,6 @@ def test_what_is_missing_is_said_before_anything_is_learned(
     with pytest.raises(SettingsError, match="is not a folder"):
         train_encoder(replace(plan, out=tmp_path / "nowhere" / "encoder"), lambda what, _: shown.append(what))
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(DataError, match="retrieval"):
+    with pytest.raises(SettingsError, match="the extra retrieval"):
         train_encoder(plan, lambda what, _: shown.append(what))
     assert not shown
