@@ -184,7 +184,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             store = self._store(request)
             queries = _vectors(request, store.manifest.dimensions)
             served = store.shards
-            shards = [served.get(_root(wanted.root)) for wanted in request.shards]
+            shards = [served.get(root) for root in _roots(request)]
             groups = _groups(request, shards, len(queries))
             reply = await self._compute(
                 session.owner, store, partial(self._search, queries, request.k, shards, groups)
@@ -311,6 +311,14 @@ def _root(data: bytes) -> bytes:
     return data
 
 
+def _roots(request: memory_pb2.SearchRequest) -> list[bytes]:
+    """The shards of a request. Raises WireError."""
+    roots = [wanted.root for wanted in request.shards]
+    if len(set(roots)) < len(roots):
+        raise WireError("a shard is named twice")
+    return [_root(root) for root in roots]
+
+
 def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
     """The queries of a request, (Q, D). Raises WireError if it asks for too much."""
     count, rest = divmod(len(request.vectors), dimensions)
@@ -329,20 +337,20 @@ def _groups(
     request: memory_pb2.SearchRequest, shards: Sequence[Shard | None], queries: int
 ) -> list[ShardGroup]:
     """Raises WireError if the request is invalid, or asks for too much."""
-    if len({wanted.root for wanted in request.shards}) < len(request.shards):
-        raise WireError("a shard is named twice")
     groups: dict[tuple[int, ...], ShardGroup] = {(): ShardGroup(np.arange(queries))}
     for number, (wanted, shard) in enumerate(zip(request.shards, shards, strict=True)):
-        if len(wanted.queries) > queries:  # checked before arrays are made from them
+        asked = wanted.queries
+        if len(asked) > queries:  # checked before arrays are made from them
             raise WireError("a query is named twice")
-        named = tuple(wanted.queries)
-        if named not in groups:
+        named = tuple(asked)
+        group = groups.get(named)
+        if group is None:
             if max(named) >= queries or len(set(named)) < len(named):
                 raise WireError("a query is named twice, or is not in the request")
-            groups[named] = ShardGroup(np.array(named, np.intp))
+            group = groups[named] = ShardGroup(np.array(named, np.intp))
         if shard is not None:
-            groups[named].numbers.append(number)
-            groups[named].shards.append(shard)
+            group.numbers.append(number)
+            group.shards.append(shard)
     cost = sum(len(group.queries) * sum(map(len, group.shards)) for group in groups.values())
     if cost > MAX_SCORES:
         raise WireError(f"this search compares {cost} passages, more than {MAX_SCORES}: ask for less at once")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from memory_folders import shard_info, some_passages
+from numpy.typing import NDArray
 from shard_samples import opened, secondary, shards
 
 from dht.memory import Passage, Vectors
@@ -108,6 +109,24 @@ def test_passages_that_differ_less_than_products_are_rounded_are_ranked(
     for row in range(3):
         ranked = sorted((-exact[row, position], position) for position in set(range(500)) - gone)[:20]
         assert list(zip((-scores[row]).tolist(), positions[row].tolist(), strict=True)) == ranked
+
+
+@given(
+    arrays.arrays(np.int32, st.integers(1, 400), elements=st.integers(-4, 4) | st.just(search.NO_SCORE)),
+    st.integers(1, 40),
+)
+def test_the_bound_of_the_best_is_reached_by_as_many_as_are_wanted(
+    products: NDArray[np.int32], k: int
+) -> None:
+    bound = search._bound_of_best(products, k)
+    assert bound > search.NO_SCORE
+    assert (products >= bound).sum() >= min(k, (products > search.NO_SCORE).sum())
+
+
+@pytest.mark.parametrize("k", [1, 10, 128])
+def test_few_products_reach_the_bound_of_the_best(k: int) -> None:
+    products = np.random.default_rng(0).permutation(10_000).astype(np.int32)
+    assert (products >= search._bound_of_best(products, k)).sum() < 2 * k
 
 
 @given(
