@@ -135,6 +135,10 @@ class World:
     def __init__(self, seed: int, loop: VirtualLoop) -> None:
         self.seed = seed
         self.loop = loop
+        self.time: Callable[[], float] = loop.time
+        """Returns the seconds since the start."""
+        self.now: Callable[[], float] = loop.unix_time
+        """Returns the Unix time."""
         self.accounts = Accounts()
         self.peers: list[Peer] = []
         """All peers that ever were, by number."""
@@ -152,14 +156,6 @@ class World:
         """For each half, the sorted positions of the living peers that serve the DHT."""
         self._at_place: dict[int, Peer] = {}
         self._rngs: dict[str, random.Random] = {}
-
-    def time(self) -> float:
-        """Seconds since the start."""
-        return self.loop.time()
-
-    def now(self) -> float:
-        """Unix time."""
-        return self.loop.unix_time()
 
     def run(self, seconds: float) -> None:
         """Lets time pass."""
