@@ -248,7 +248,8 @@ class ClaimAges:
 
     def forget(self, uid: UID, peer_id: PeerID) -> None:
         """Forgets the claim, because the peer now serves the expert."""
-        self._seen.pop((uid, peer_id), None)
+        if self._seen:
+            self._seen.pop((uid, peer_id), None)
 
 
 def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo:

@@ -138,10 +138,11 @@ class ExpertRegistry:
         active = {prefix: set(read[prefix].active) if prefix in read else set() for prefix in known}
         depths = {len(coordinate) for _, coordinate in known}
         for region in read.values():
-            for uid in region.replicas:
+            for layer, coordinate in region.replicas:
                 for depth in depths:
-                    if depth < len(uid.coordinate) and (above := prefix_of(uid, depth)) in active:
-                        active[above].add(uid.coordinate[depth])
+                    below = active.get((layer, coordinate[:depth]))
+                    if below is not None and depth < len(coordinate):
+                        below.add(coordinate[depth])
         return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
 
     async def replicas(
@@ -169,10 +170,9 @@ class ExpertRegistry:
             at_once=at_once,
         )
         for region in read.values():
-            for uid, replicas in region.replicas.items():
-                if uid in unread:
-                    unread[uid] += len(replicas) * region.unread / region.hosts
-                for replica in replicas if uid in found else ():
+            for uid in found.keys() & region.replicas.keys():  # a region may have many more experts
+                unread[uid] += len(region.replicas[uid]) * region.unread / region.hosts
+                for replica in region.replicas[uid]:
                     other = found[uid].get(replica.peer_id)
                     if other is None or other.expires_at < replica.expires_at:  # it may have moved
                         found[uid][replica.peer_id] = replica

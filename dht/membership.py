@@ -186,12 +186,11 @@ class Membership:
 
     async def _meet(self) -> None:
         """Records the addresses of some DHT peers that were not met recently."""
-        due = [
-            peer for peer in self._host.peers() if self._peer_store.met_at(peer) < self._now() - _MEET_AGAIN_S
-        ]
+        now = self._now()
+        due = [p for p in self._host.peers() if self._peer_store.met_at(p) < now - _MEET_AGAIN_S]
         for peer in self._rng.sample(due, min(_MEETINGS, len(due))):
             # anybody can list a victim's address, and recorded addresses are dialled and passed on in invites
-            self._peer_store.add(self._host.reached_at(peer), self._now())
+            self._peer_store.add(self._host.reached_at(peer), now)
         await asyncio.to_thread(self._peer_store.save)
 
     async def _dial_one(self) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -79,7 +80,7 @@ class SwarmKeys:
     name: str
     author: PeerID
 
-    @property
+    @cached_property
     def swarm_id(self) -> str:
         """The swarm's id in keys and calls. Swarms of the same name by two authors have different ids."""
         return self.name + _author_suffix(self.author)

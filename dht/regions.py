@@ -13,7 +13,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dht.announcements import Replica, ReplicaState
 from dht.records import INDEX_PIECE, MAX_REPLICAS_OF_RECORD
@@ -82,7 +82,7 @@ class Region:
         return any(other // INDEX_PIECE == coordinate // INDEX_PIECE for other in self.active)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Seen:
     """What was seen under a prefix, for one piece of its index."""
 
@@ -132,7 +132,7 @@ class RegionMap:
             self._just_read.popitem(last=False)  # a region may be large
         self._just_read[prefix] = now, frozenset(pieces), region
         if region.hosts or region.active:
-            self._renew_splits_above(prefix)
+            self._renew_splits_above(prefix, now)
         active = Counter(coordinate // INDEX_PIECE for coordinate in region.active)
         if not pieces:  # an expert has no index
             while self._hosts and next(iter(self._hosts.values()))[0] <= now - _WRITE_FOR_S:
@@ -142,7 +142,7 @@ class RegionMap:
             before = self._seen.get((prefix, piece))
             split_until = 0.0 if before is None else before.split_until
             if active[piece]:
-                split_until = self._drawn_split_until()
+                split_until = self._drawn_split_until(now)
             empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
             self._seen[prefix, piece] = _Seen(
                 region.hosts + region.unread,
@@ -153,18 +153,17 @@ class RegionMap:
                 empty_reads,
             )
 
-    def _renew_splits_above(self, prefix: Prefix) -> None:
+    def _renew_splits_above(self, prefix: Prefix, now: float) -> None:
         """A host at a longer prefix shows that the shorter ones are still split, so nobody has to read these."""
-        now = self._now()
         for depth, following in enumerate(prefix[1]):
             seen = self._seen_above(prefix, depth)
             if seen is not None and seen.split_until > now and seen.read_at > now - _READ_AGAIN_S:
-                above = prefix_of(prefix, depth), following // INDEX_PIECE
-                self._seen[above] = replace(seen, split_until=self._drawn_split_until())
+                seen.split_until = self._drawn_split_until(now)
+                self._seen.move_to_end((prefix_of(prefix, depth), following // INDEX_PIECE))
 
-    def _drawn_split_until(self) -> float:
+    def _drawn_split_until(self, now: float) -> float:
         """Random, so that peers don't all read it again at the same time."""
-        return self._now() + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
+        return now + _SPLIT_FOR_S * self._rng.uniform(0.5, 1.5)
 
     def recent(self, prefix: Prefix, pieces: Collection[int]) -> Region | None:
         """The region as it was read a moment ago, if at least these pieces of its index were read; else None."""

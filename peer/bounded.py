@@ -29,7 +29,10 @@ class BoundedDict(OrderedDict[K, V]):
         """Sets the entry as the newest. Returns the evicted values, for owners that must close them."""
         super().__setitem__(key, value)
         self.move_to_end(key)
-        return [self.popitem(last=False)[1] for _ in range(len(self) - self.most)]
+        evicted = []
+        while len(self) > self.most:
+            evicted.append(self.popitem(last=False)[1])
+        return evicted
 
 
 @contextmanager

@@ -61,11 +61,13 @@ class ParseGuard:
     def read(self, message: Message, writer: object, parse: Callable[[], T]) -> T | None:
         """The parser's result; None if it raises. `writer`: the peer, for the log."""
         try:
-            with self.guarding(message, writer, TalkootError):
-                return parse()
+            return parse()
         except TalkootError as error:
-            logger.debug("left out what %s wrote (%s): %s", printable(str(writer)), message, error)
-            return None
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001  # a bug in the parser must not end the caller's task
+            reason = self._note_failure(message, writer, error)
+        logger.debug("left out what %s wrote (%s): %s", printable(str(writer)), message, reason)
+        return None
 
     @contextmanager
     def guarding(self, message: Message, writer: object, refusal: type[TalkootError]) -> Iterator[None]:
@@ -75,14 +77,18 @@ class ParseGuard:
         except TalkootError:
             raise
         except Exception as error:
-            self.failures.labels(message).inc()
-            cause = printable(f"{type(error).__name__}: {error}")
-            who = printable(str(writer))
-            if who not in self._logged:
-                self._logged[who] = None
-                logger.warning("can't parse what %s wrote (%s), and ignore it: %s", who, message, cause)
-                logger.debug("where it failed", exc_info=True)
-            raise refusal(f"a message that can't be parsed: {cause}") from error
+            raise refusal(self._note_failure(message, writer, error)) from error
+
+    def _note_failure(self, message: Message, writer: object, error: Exception) -> str:
+        """Counts and logs what a parser raised that is not Talkoot's. Returns what to say of the message."""
+        self.failures.labels(message).inc()
+        cause = printable(f"{type(error).__name__}: {error}")
+        who = printable(str(writer))
+        if who not in self._logged:
+            self._logged[who] = None
+            logger.warning("can't parse what %s wrote (%s), and ignore it: %s", who, message, cause)
+            logger.debug("where it failed", exc_info=error)
+        return f"a message that can't be parsed: {cause}"
 
 
 def has_few_parts(data: bytes, kind: Descriptor, most: int) -> bool:

@@ -117,7 +117,7 @@ class SimulatedHost:
         self.peer_id = peer.peer_id
         self._world = swarm.world
         self._peer = peer
-        self._known: tuple[PeerID, ...] = ()
+        self._known = frozenset[PeerID]()
         self._known_until = 0.0
 
     def peers(self) -> frozenset[PeerID]:
@@ -126,9 +126,9 @@ class SimulatedHost:
         if world.time() >= self._known_until or not self._known:
             rng, half = world.rng("acquaintances"), self._peer.half
             drawn = (world.random_server(rng, half) for _ in range(_ACQUAINTANCES))
-            self._known = tuple(p.peer_id for p in drawn if p is not None and p is not self._peer)
+            self._known = frozenset([p.peer_id for p in drawn if p is not None and p is not self._peer])
             self._known_until = world.time() + _KNOWN_FOR_S
-        return frozenset(self._known)
+        return self._known
 
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         return []

@@ -359,8 +359,7 @@ class HostingManager:
         """
         mine, enough = self._replicas.experts, self._enough
         is_full = self._room <= len(mine) < self.capacity
-        # anybody can announce an expert and not give its state: that must not prevent taking others
-        able = {uid: hosts for uid, hosts in replicas.items() if not self._replicas.is_withheld(uid)}
+        able = self._given(replicas)
         unread = self._swarm.experts.unread
         wish = exchange(able, mine, self._swarm.host.peer_id, enough, unread) if is_full else None
         if not self._hysteresis.is_due(wish, self._now()) or wish is None:
@@ -378,12 +377,14 @@ class HostingManager:
     async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         self.replicated = sum(bool(serving_elsewhere(replicas.get(uid, ()), me)) for uid in mine)
-        able = {uid: hosts for uid, hosts in replicas.items() if not self._replicas.is_withheld(uid)}
-        others = {uid: hosts for uid, hosts in able.items() if uid not in mine}
         room = self._room - self._replicas.count
+        if room <= 0:
+            return
+        able = self._given(replicas)
+        others = {uid: hosts for uid, hosts in able.items() if uid not in mine}
         wanted = under_replicated(others, room, me, self._enough)
         enough = self._enough
-        if not wanted and room > 0:
+        if not wanted:
             more = further_replica(able, mine, me, self._swarm.experts.unread)
             if more is not None:
                 # idle nodes may take the same expert at once, as many as its hosts can serve; other nodes one at a time
@@ -393,6 +394,13 @@ class HostingManager:
         if taken := await self._take(wanted, enough):
             self.replicated += len(taken)
             logger.info("took further replicas of %s", counted(len(taken), "expert"))
+
+    def _given(self, replicas: Mapping[UID, Collection[Replica]]) -> Mapping[UID, Collection[Replica]]:
+        """Leaves out experts whose state nobody gave: anybody can announce an expert and not give its state, and that
+        must not prevent taking others.
+        """
+        withheld = self._replicas.withheld()
+        return {u: hosts for u, hosts in replicas.items() if u not in withheld} if withheld else replicas
 
     async def _proven(
         self, uids: Collection[UID], replicas: Mapping[UID, Collection[Replica]], enough: int

@@ -184,17 +184,23 @@ def releasable(
     The host that prefers an expert most keeps it, so that not all hosts give it up at the same time.
     """
 
+    if count <= 0:
+        return []
+
     def others(uid: UID) -> list[Replica]:
         return serving_elsewhere(replicas.get(uid, ()), peer_id)
 
     able = [uid for uid in mine if keener(replicas.get(uid, ()), uid, peer_id)]
-    return sorted(able, key=lambda uid: (-len(others(uid)), preference(uid, peer_id)))[: max(count, 0)]
+    return sorted(able, key=lambda uid: (-len(others(uid)), preference(uid, peer_id)))[:count]
 
 
 def keener(hosts: Collection[Replica], uid: UID, peer_id: PeerID) -> list[Replica]:
     """The serving replicas of peers that prefer the expert more strongly than this peer does."""
+    others = serving_elsewhere(hosts, peer_id)
+    if not others:
+        return []
     own = preference(uid, peer_id)
-    return [replica for replica in _serving(hosts) if preference(uid, replica.peer_id) > own]
+    return [replica for replica in others if preference(uid, replica.peer_id) > own]
 
 
 def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
@@ -319,10 +325,10 @@ def exchange(
     hosts are all overloaded while those of the given one are not. Some host must be able to give the new expert's
     state. `unread`: as in `further_replica`.
     """
-    counts = _counts(replicas, unread)
     given = [uid for uid in mine if len(keener(replicas.get(uid, ()), uid, peer_id)) >= max(1, enough)]
     if not given:
         return None
+    counts = _counts(replicas, unread)
     gives = min(
         given,
         key=lambda uid: (_queue(replicas[uid]), -counts[uid], preference(uid, peer_id)),
@@ -426,11 +432,11 @@ class HostingSurvey:
         """
         self._again: list[Prefix] = []
         """Rows of split layers that had vacant experts at the last look."""
-        self._seen: dict[UID, tuple[Replica, ...]] = {}
+        self._seen: Mapping[UID, tuple[Replica, ...]] = {}
 
     async def read(
         self, hosted: Collection[UID], saved: Collection[UID] = ()
-    ) -> dict[UID, tuple[Replica, ...]]:
+    ) -> Mapping[UID, tuple[Replica, ...]]:
         """The replicas of experts that may need this node, and of others. Raises UnreachableError.
 
         `hosted`: the experts that this node hosts. `saved`: other experts of which it has checkpoints.
@@ -442,8 +448,11 @@ class HostingSurvey:
         self._split = self._known_split() | (split - {layer for layer, _ in active})
         split |= self._split
         wanted = set(own)
+        self._again = []
         for is_split, most_vacant, most_others in ((False, MOST_VACANT, SAMPLED), (True, FEW, FEW // 2)):
             some = {prefix: known for prefix, known in active.items() if (prefix[0] in split) is is_split}
+            if not some:
+                continue
             vacant = self._preferred(self._vacant(some), most_vacant)
             if is_split:
                 self._again = list(dict.fromkeys(map(_row, vacant)))
@@ -472,22 +481,25 @@ class HostingSurvey:
             self._own.append(uid)
         return [*some, *(uid for uid in held if uid.layer not in split)]
 
-    def _merged(self, found: dict[UID, tuple[Replica, ...]]) -> dict[UID, tuple[Replica, ...]]:
+    def _merged(self, found: dict[UID, tuple[Replica, ...]]) -> Mapping[UID, tuple[Replica, ...]]:
         """The replicas, together with those from earlier looks that have not expired."""
         now = self._experts.registry.now()
         for uid, hosts in found.items():
             if hosts:
                 self._note_hosts(_row(uid), uid.coordinate[-1:])
-        lasting = {
-            uid: tuple(host for host in hosts if host.expires_at > now) for uid, hosts in self._seen.items()
-        }
-        self._seen = {uid: hosts for uid, hosts in lasting.items() if hosts} | found
-        return dict(self._seen)
+        lasting = {}
+        for uid, hosts in self._seen.items():
+            if live := tuple([host for host in hosts if host.expires_at > now]):
+                lasting[uid] = hosts if len(live) == len(hosts) else live
+        self._seen = lasting | found
+        return self._seen
 
     def _rows(self, split: Collection[int]) -> list[Prefix]:
         """The rows to read in layers that have not split, as prefixes without the last coordinate: all, or a part."""
         shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
-        count = int(np.prod(shape))
+        if len(split) == shape[0]:
+            return []
+        count = math.prod(shape)
         numbers = np.arange(min(count, MOST_PREFIXES))
         if count > MOST_PREFIXES:
             rng = np.random.default_rng(self._turn().getrandbits(64))
@@ -510,7 +522,7 @@ class HostingSurvey:
         if not split:
             return rows
         mine = [_row(uid) for uid in own if uid.layer in split]
-        rng, grid = self._turn(), self._manifest.experts.grid[:-1]
+        grid = self._manifest.experts.grid[:-1]
         count = math.prod(grid)
         peers_per_looker = self._experts.registry.lookups.estimated_nodes / (_LOOKERS * len(split) * count)
         # a power of two, because the estimate changes a little all the time, and bounded, because it may be wrong
@@ -523,6 +535,7 @@ class HostingSurvey:
             number, layer = divmod(turn, len(split))
             layer, number = sorted(split)[layer], number % count
         else:
+            rng = self._turn()
             layer, number = rng.choice(sorted(split)), rng.randrange(count)
             used = sorted(row for row in self._had_host if row[0] == layer)
             if used and rng.random() < 0.5:

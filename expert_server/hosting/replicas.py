@@ -310,9 +310,9 @@ class LocalReplicas:
         cap = partial(self.history.capped_claim, uid, expert.update_count)
         return await self._take_whole(expert, fresher, cap, set(), fetched or {})
 
-    def is_withheld(self, uid: UID) -> bool:
-        """Whether nobody gave this expert's state when it was last tried, a short time ago."""
-        return self._withheld.holds_back(uid, self._now())
+    def withheld(self) -> set[UID]:
+        """The experts whose state nobody gave when it was last tried, a short time ago."""
+        return self._withheld.held_back(self._now())
 
     async def release(self, uids: Collection[UID], needed: Collection[UID] = ()) -> None:
         """Withdraws some experts that others proved to have, takes them out of service, and saves them. If it raises
