@@ -183,7 +183,7 @@ class ReplicaState(Enum):
     LEAVING = records_pb2.REPLICA_STATE_LEAVING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Replica:
     """One node's copy of an expert, as the node announced it."""
 

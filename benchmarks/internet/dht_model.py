@@ -90,6 +90,12 @@ def _at(table: Mapping[int, T], size: int) -> T:
     return table[sizes[min(bisect_left(sizes, size), len(sizes) - 1)]]
 
 
+class StoredRecord(bytes):
+    """A signed record in the model of the DHT. Readers share what the first of them has parsed."""
+
+    parsed: Any = None
+
+
 class _Key:
     """The items stored under one key, and the servers that answer for it."""
 
@@ -286,7 +292,8 @@ class ModelDHT:
             key.bytes += len(value) + ITEM_OVERHEAD_BYTES
         else:
             key.bytes += len(value) - len(before.value)
-        key.entries[subkey] = Entry(value, item.expires_at)  # type: ignore[arg-type]  # not packed
+        stored = StoredRecord(value) if isinstance(value, bytes) else value
+        key.entries[subkey] = Entry(stored, item.expires_at)  # type: ignore[arg-type]  # not packed
         key.answer = None
         key.holders[subkey] = holders
         for peer in holders:

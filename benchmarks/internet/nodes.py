@@ -181,11 +181,9 @@ class SimulatedNode:
         rng = world.rng("nodes")
         lookups: Any = ModelLookups(swarm.dht, peer)
         identity: Any = peer.identity
-        registry = SharedRegistry(
-            swarm.shared, lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng
-        )
+        registry = SharedRegistry(lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng)
         registry.lookups = lookups
-        self.experts = SharedExperts(registry, swarm.shared)
+        self.experts = SharedExperts(registry)
         self.period = UpkeepPeriod(
             self.settings.announce_every_s, lambda: registry.spent_bytes, world.rng("periods")
         )
@@ -405,8 +403,6 @@ class InternetSwarm:
         lookups: Any = ModelLookups(self.dht, Peer(-1, founder, HomeLine()))
         registry = Registry(lookups, self.keys, founder, guard=self.guard, now=world.now)
         self.manifest_record = registry.sign_manifest(plan.manifest.to_json(), world.now() + LIFETIME_S)
-        self.shared: dict[object, Any] = {}
-        """What has been read from records, by the records' bytes. All nodes share it."""
         self._settings: dict[int, NodeSettings] = {}
 
     def note(self, name: str) -> None:

@@ -18,6 +18,7 @@ from benchmarks.simulated_p2p import EPOCH, simulated_world
 from dht.announcements import Replica
 from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
+from dht.records import parse_peer_id
 from dht.regions import Prefix, Region
 from dht.registry import Entries, Registry
 from dht.uid import UID
@@ -39,7 +40,6 @@ _GC_THRESHOLDS = 1_000_000, 20, 100
 """The garbage collector's thresholds. A full collection visits the objects of all nodes and frees little, so it is
 rare.
 """
-_MOST_SHARED = 50_000
 
 
 class Tally:
@@ -198,10 +198,6 @@ class CountedCheckpoints:
 class SharedRegistry(Registry):
     """A registry that does not parse a record again which another node has parsed: nodes share the results."""
 
-    def __init__(self, shared: dict[object, Any], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._shared = shared
-
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int | None = None
     ) -> dict[str, Entries]:
@@ -220,25 +216,19 @@ class SharedRegistry(Registry):
         """
         return await call
 
-    def _info(self, kind: Any, value: object, key: str, peer_id: PeerID) -> Any:
-        if value not in self._shared:
-            self._shared[value] = super()._info(kind, value, key, peer_id)
-        return self._shared[value]
+    def _info(self, kind: Any, value: Any, key: str, peer_id: PeerID) -> Any:
+        if value.parsed is None:
+            value.parsed = super()._info(kind, value, key, peer_id)
+        return value.parsed
 
 
 class SharedExperts(ExpertRegistry):
     """Like `SharedRegistry`, for what nodes announce of their experts."""
 
-    def __init__(self, registry: Registry, shared: dict[object, Any]) -> None:
-        super().__init__(registry)
-        self._shared = shared
-
-    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
-        replicas: dict[UID, Replica] | None = self._shared.get(value)
-        if replicas is None:
-            if len(self._shared) >= _MOST_SHARED:
-                self._shared.clear()
-            replicas = self._shared[value] = super()._replicas_in(prefix, key, subkey, value)
+    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: Any) -> dict[UID, Replica]:
+        if value.parsed is None:
+            value.parsed = super()._replicas_in(prefix, key, subkey, value)
+        replicas: dict[UID, Replica] = value.parsed
         return replicas
 
     def _region(
@@ -274,6 +264,13 @@ def _middle(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random)
     return index, states[index]
 
 
+def _same_peer_id(world: World, subkey: object) -> PeerID:
+    """Stands for `parse_peer_id`: returns the object that all nodes share, whose text is made only once."""
+    found = parse_peer_id(subkey)
+    peer = world.by_id.get(found)
+    return found if peer is None else peer.peer_id
+
+
 @contextmanager
 def simulated(seed: int) -> Iterator[World]:
     """A world in which the product's code runs, until the block ends."""
@@ -289,6 +286,7 @@ def simulated(seed: int) -> Iterator[World]:
             "dht.registry.Lookups": lambda lookups, **kwargs: lookups,
             "dht.registry.unpack": lambda value: value,
             "dht.registry.key_id_of": _key_id_of,
+            "dht.experts.parse_peer_id": functools.partial(_same_peer_id, world),
             "benchmarks.internet.dht_model.key_id_of": _key_id_of,
             "expert_server.hosting.manager.Handover": functools.partial(Handover, clock=world.time),
             "expert_server.hosting.replicas.AveragingHistory": functools.partial(

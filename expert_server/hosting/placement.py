@@ -9,7 +9,6 @@ import math
 import random
 from bisect import bisect_right
 from collections import Counter as Multiset
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -425,7 +424,7 @@ class HostingSurvey:
         node reads only some rows of a large grid, which may have millions of experts.
         """
         self._looks = 0
-        self._own: deque[UID] = deque()
+        self._own: list[UID] = []
         """This node's experts. Those that were read longest ago come first."""
         self._split: set[int] = set()
         """Layers that had split into regions when they were last read. Reading any row shows whether they still have.
@@ -473,7 +472,7 @@ class HostingSurvey:
         """Which of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
         held = {uid for uid in mine if self._manifest.holds(uid)}
         known = [uid for uid in self._own if uid in held]
-        self._own = deque([*held.difference(known), *known])
+        self._own = [*held.difference(known), *known]
         waiting = [uid for uid in self._own if uid.layer in split]
         some = [uid for uid in waiting if _row(uid) == _row(waiting[0])][:FEW]
         for uid in some:
