@@ -41,6 +41,8 @@ _LOST = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
 _CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
 _PROVEN_S = 30.0
 """A peer that answered within this time is very probably still there."""
+_LATE = 0.9
+"""A call that ends after this share of its deadline was waited for until then."""
 _HEARD = 4096
 """For how many peers it is remembered when they answered last."""
 
@@ -224,15 +226,18 @@ class CallTracker:
             failure = None
             if did_well:
                 took_s = self.now() - began
-                self.breakers.succeeded(peer_id)
+                self.breakers.succeeded(peer_id, call.direction)
                 call_times.add(took_s)
                 self.metrics.call_seconds.labels(call.direction).observe(took_s)
         except ExpertError as error:
             failure = error
             lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
-            self._note_failure(peer_id, error, lost_quickly)
+            self._note_failure(peer_id, error, call.direction, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
-                call_times.add_unfinished(self.now() - began)
+                took_s = self.now() - began
+                call_times.add_unfinished(took_s)
+                if took_s > _LATE * call.deadline_s:  # otherwise it did not respond to health checks
+                    self.latencies.note_node(peer_id, took_s, self.now())
             if error.status in _LOST and self.is_silent(call.node):
                 self._gone(peer_id)
         except Exception:
@@ -265,7 +270,7 @@ class CallTracker:
             if call.held is not None and reply.has_forgotten:
                 self.metrics.forgotten_sequences.inc()
                 return True
-            self._note_failure(peer_id, reply.error)
+            self._note_failure(peer_id, reply.error, call.direction)
             return reply.error.status in _NOT_THE_PEERS_FAULT
         fault = self._screening.find_fault(call, reply)
         if fault is not None:
@@ -287,7 +292,9 @@ class CallTracker:
         """Bans the peer for a while, because it gave an answer that no honest node gives."""
         self._note_failure(peer_id, ExpertError(StatusCode.DATA_LOSS, said))
 
-    def _note_failure(self, peer_id: PeerID, error: ExpertError, lost_quickly: bool = False) -> None:
+    def _note_failure(
+        self, peer_id: PeerID, error: ExpertError, kind: str = "", lost_quickly: bool = False
+    ) -> None:
         self.metrics.failures.labels(error.status.name.lower()).inc()
         now = self.now()
         if error.status is StatusCode.DATA_LOSS:
@@ -297,7 +304,7 @@ class CallTracker:
         elif error.status is StatusCode.RESOURCE_EXHAUSTED:
             self.breakers.busy(peer_id, now, error.retry_after_s)
         elif error.status not in _NOT_THE_PEERS_FAULT:
-            self.breakers.failed(peer_id, now, quickly=lost_quickly)
+            self.breakers.failed(peer_id, now, kind, quickly=lost_quickly)
         logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
 
 

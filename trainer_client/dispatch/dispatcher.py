@@ -192,7 +192,7 @@ class Dispatcher:
                     recomputed[rows] |= reply.batch not in kept
         for peer_id, missing in waiting.items():
             if missing:  # the deadline was reached: the next layer must not wait for this peer again
-                self._calls.breakers.failed(peer_id, self._calls.now())
+                self._calls.breakers.failed(peer_id, self._calls.now(), "backward")
         logits = np.zeros_like(products)
         error = rounding_error(inputs.shape[1], codec_of(self._directory.view.manifest.wire.codec))
         for sent in forward.answers:

@@ -16,7 +16,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -69,10 +69,17 @@ _LEAST_HEDGE_S = 0.05
 
 
 @dataclass
-class _Breaker:
-    failures: int = 0
-    """Consecutive failures, without forgiven ones."""
+class _Streak:
+    """Failures in a row."""
+
+    counted: int = 0
     forgiven: int = 0
+
+
+@dataclass
+class _Breaker:
+    streaks: dict[str, _Streak] = field(default_factory=dict)
+    """For each kind of call whose last one failed."""
     failed_until: float = 0.0
     busy_until: float = 0.0
     distrusted_until: float = 0.0
@@ -86,6 +93,9 @@ class CircuitBreakers:
     After a failure a peer is avoided for `first_s`, after each further one twice as long, up to `longest_s`. Once the
     time is over it may be tried again (half-open), and a success closes the breaker. The first three failures in a row
     are forgiven if they came quickly: another try costs little, and on a bad line most peers are fine.
+
+    Each kind of call has its own failures in a row. Otherwise, a peer that answers forward calls and no backward calls
+    would make each backward call wait, because every forward call closes its breaker.
     """
 
     def __init__(self, first_s: float = 2.0, longest_s: float = 120.0, limit: int = 4096) -> None:
@@ -95,16 +105,17 @@ class CircuitBreakers:
         self._breakers = BoundedDict[PeerID, _Breaker](limit)
         self._lock = threading.Lock()  # metrics read the breakers on other threads
 
-    def failed(self, peer_id: PeerID, now: float, *, quickly: bool = False) -> None:
-        """Records a failure. While the peer's breaker is open, it changes nothing."""
+    def failed(self, peer_id: PeerID, now: float, kind: str = "", *, quickly: bool = False) -> None:
+        """Records a failure. While the peer's breaker is open, it changes nothing. `kind`: of the call."""
         breaker = self._breaker(peer_id)
         if now < breaker.failed_until:
             return
-        if quickly and not breaker.failures and breaker.forgiven < _FORGIVEN:
-            breaker.forgiven += 1
+        streak = breaker.streaks.setdefault(kind, _Streak())
+        if quickly and not streak.counted and streak.forgiven < _FORGIVEN:
+            streak.forgiven += 1
             return
-        breaker.failures += 1
-        wait = min(self._first_s * 2 ** min(breaker.failures - 1, 30), self._longest_s)
+        streak.counted += 1
+        wait = min(self._first_s * 2 ** min(streak.counted - 1, 30), self._longest_s)
         breaker.failed_until = now + wait
 
     def busy(self, peer_id: PeerID, now: float, retry_after_s: float) -> None:
@@ -128,12 +139,16 @@ class CircuitBreakers:
         with self._lock:
             return sum(now < breaker.distrusted_until for breaker in self._breakers.values())
 
-    def succeeded(self, peer_id: PeerID) -> None:
+    def succeeded(self, peer_id: PeerID, kind: str = "") -> None:
         with self._lock:
-            breaker = self._breakers.pop(peer_id, None)
-            if breaker is not None and breaker.offences:
-                kept = _Breaker(distrusted_until=breaker.distrusted_until, offences=breaker.offences)
-                self._breakers[peer_id] = kept
+            if (breaker := self._breakers.get(peer_id)) is None:
+                return
+            breaker.streaks.pop(kind, None)
+            if breaker.streaks:
+                return
+            breaker.failed_until = breaker.busy_until = 0.0
+            if not breaker.offences:
+                del self._breakers[peer_id]
 
     def open_at(self, now: float) -> frozenset[PeerID]:
         """The peers to avoid now."""

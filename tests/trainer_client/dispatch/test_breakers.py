@@ -101,6 +101,27 @@ def test_success_closes_the_breaker_and_forgets_the_failures() -> None:
     assert opened_for(breakers, 2.0) == 1.0
 
 
+def test_success_of_one_kind_of_call_forgets_no_failures_of_another() -> None:
+    """Otherwise, a peer that answers forward calls and no backward calls is never avoided for long."""
+    breakers, now, waits = CircuitBreakers(first_s=1.0), 0.0, []
+    for _ in range(4):
+        breakers.failed(ANNA, now, "backward")
+        waits.append(opened_for(breakers, now))
+        now += waits[-1]
+        breakers.succeeded(ANNA, "forward")
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+    breakers.succeeded(ANNA, "backward")
+    breakers.failed(ANNA, now, "backward")
+    assert opened_for(breakers, now) == 1.0
+
+
+def test_a_peer_that_only_answers_one_kind_of_call_stays_avoided_meanwhile() -> None:
+    breakers = CircuitBreakers(first_s=10.0)
+    breakers.failed(ANNA, 0.0, "backward")
+    breakers.succeeded(ANNA, "forward")  # of a call that was under way
+    assert opened_for(breakers, 1.0) == 9.0
+
+
 def test_success_of_a_peer_that_never_failed_is_nothing() -> None:
     breakers = CircuitBreakers()
     breakers.succeeded(ANNA)

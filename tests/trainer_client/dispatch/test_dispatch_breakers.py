@@ -1,6 +1,8 @@
 """Peers that fail are avoided, as long as the failures are their fault. Time is virtual."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from dispatch_swarm import (
@@ -11,6 +13,7 @@ from dispatch_swarm import (
     forward_once,
     make_dispatcher,
     make_swarm,
+    random_gradients,
     ranked,
     run,
     settle,
@@ -18,7 +21,9 @@ from dispatch_swarm import (
 )
 from expert_fakes import (
     SILENT,
+    WELL,
     Behaviour,
+    FakeSwarm,
     fails,
     make_peer_id,
     now,
@@ -27,8 +32,10 @@ from expert_fakes import (
 )
 from grpc import StatusCode
 
+from peer.identity import PeerID
 from peer.metrics import total
 from trainer_client.dispatch.batches import HeldSequence
+from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import CircuitBreakers
 
 
@@ -63,6 +70,59 @@ def test_expert_of_a_dead_peer_is_called_at_its_other_host() -> None:
         assert result.answered.all()
         assert dispatcher.live_experts() == 2
         assert [call.peer_id for call in swarm.calls].count(make_peer_id(0)) == 4
+
+    run(scenario())
+
+
+STINGY = make_peer_id(1)
+
+
+@dataclass
+class Stingy:
+    """A peer that answers each forward call at once, and only some backward calls."""
+
+    swarm: FakeSwarm
+    answers: Callable[[int], bool]
+    """Whether it answers its n-th backward call."""
+    peer_id: PeerID = STINGY
+
+    async def step(self, dispatcher: Dispatcher, experts: int) -> None:
+        self.swarm.behaviours[self.peer_id] = WELL
+        result = await forward_once(dispatcher, experts)
+        if not self.answers(self.calls):
+            self.swarm.behaviours[self.peer_id] = SILENT
+        await dispatcher.send_back(result, random_gradients(result))
+        await asyncio.sleep(1.0)
+
+    @property
+    def calls(self) -> int:
+        return sum(call.peer_id == self.peer_id for call in self.swarm.called("backward"))
+
+
+def test_a_peer_that_answers_forward_and_never_backward_is_waited_for_less_and_less_often() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        stingy, dispatcher = Stingy(swarm, lambda number: False), make_dispatcher(swarm)
+        while now() < 400.0:
+            await stingy.step(dispatcher, 5)
+        assert 4 <= stingy.calls <= 8, "pauses of 2, 4, 8 s and so on; once in 12 s without"
+
+    run(scenario())
+
+
+def test_a_peer_that_lets_every_second_backward_call_time_out_gets_few_calls_if_others_host_its_experts() -> (
+    None
+):
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        stingy = Stingy(swarm, lambda number: number % 2 == 0)
+        others = [make_peer_id(8), make_peer_id(9)]
+        for peer_id in (*swarm.peer_of.values(), *others):
+            swarm.behaviours[peer_id] = Behaviour(after_s=0.1)
+        dispatcher = make_dispatcher(swarm, directory=swarm.directory(more_hosts=others))
+        while now() < 200.0:
+            await stingy.step(dispatcher, 5)
+        assert 1 <= stingy.calls < 10
 
     run(scenario())
 
