@@ -386,7 +386,8 @@ class Registry:
         """Raises UnreachableError if no peer accepted any of the items."""
         self._records_stored.inc(len(items))
         if items and not await self._in_time(self.lookups.store(items), "store"):
-            raise UnreachableError("no DHT peer accepted our records; is this machine's clock right?")
+            doubt = clock.CLOCK.doubt or "; is this machine's clock right?"
+            raise UnreachableError(f"no DHT peer accepted our records{doubt}")
 
     async def get(
         self, keys: Collection[str], limits: SearchLimits = DEFAULT_LIMITS, room: int = MAX_KEY_BYTES

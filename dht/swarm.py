@@ -256,7 +256,7 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         role = swarm.admission.present(token, swarm.host.peer_id).role
     except RecordError as error:
         raise InviteError(
-            f"this invite no longer admits you: {error}; ask the founder for another"
+            f"this invite no longer admits you: {error}; ask the founder for another{clock.CLOCK.doubt}"
         ) from error
     if role not in roles:
         raise InviteError(
@@ -298,7 +298,7 @@ async def _find_manifest(registry: Registry, file: RecordFile) -> FounderRecord:
         if time.monotonic() > deadline:
             raise SwarmError(
                 f"the peers at the invite's addresses know no manifest of swarm {registry.keys.name!r}: "
-                "it has ended, or was founded again; ask its founder for a new invite"
+                f"it has ended, or was founded again; ask its founder for a new invite{clock.CLOCK.doubt}"
             )
         await asyncio.sleep(_RETRY_S)
     return found

@@ -263,7 +263,7 @@ class _Probe:
             reply = await self.call.read()
             if reply is grpc.aio.EOF:
                 raise asyncio.InvalidStateError
-            if len(reply.payload) != wanted or not math.isfinite(reply.time):
+            if len(reply.payload) != wanted or not clock.is_time(reply.time):
                 raise UnreachableError("the node does not answer a probe as it should")
             answered = reply.time
         return answered

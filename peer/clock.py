@@ -7,7 +7,6 @@ decide between the machine's old setting and its new one, so liars can't impose 
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable
 
@@ -54,7 +53,7 @@ class SwarmClock:
 
     def note(self, peer: str, its_time: float) -> None:
         """Remembers what another peer's clock says now."""
-        if math.isfinite(its_time):
+        if is_time(its_time):
             self._others[peer] = its_time - self._steady()
 
     @property
@@ -77,6 +76,12 @@ class SwarmClock:
             "outdated"
         )
 
+    @property
+    def doubt(self) -> str:
+        """The warning as the end of an error that a wrong clock can cause; empty if there is no warning."""
+        warning = self.warning
+        return f". But first, {warning}" if warning else ""
+
     def _judge(self, offset: float, steady: float) -> None:
         """Adopts the clock's new setting if most peers agree with it, or after a while if there are no peers."""
         if self._set_at is None:
@@ -86,6 +91,11 @@ class SwarmClock:
         siding = sum(abs(other - offset) < abs(other - self._offset) for other in others)
         if siding > len(others) / 2 or (not others and steady > self._set_at + _ALONE_S):
             self._offset, self._set_at = offset, None
+
+
+def is_time(seconds: float) -> bool:
+    """Whether a number from another peer can be a Unix time. It can't be NaN, and is far below the largest numbers."""
+    return 0 <= seconds <= 2.0**40
 
 
 CLOCK = SwarmClock(time.time, seconds_since_boot)

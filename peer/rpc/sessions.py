@@ -53,6 +53,10 @@ _TUNNELS = "tunnels"
 """The neighbourhood of all callers that come through tunnels."""
 _RENEW_AT = 0.8
 """The share of a session's lifetime after which a new one is opened."""
+_LEAST_LIFETIME_S, _MOST_LIFETIME_S = 10.0, 86400.0
+"""Lifetimes below or above this count as this. Otherwise, a server could make its callers open a session for each call.
+A call in a session that has ended opens another.
+"""
 _MAX_SESSION_BYTES = _MAX_CHALLENGE_BYTES = 64
 _SERVERS = 1024
 """How many servers a caller remembers its sessions with."""
@@ -434,8 +438,9 @@ class SessionClient:
         if len(reply.session) > _MAX_SESSION_BYTES:
             raise ExpertError(StatusCode.DATA_LOSS, "the server gave no usable session")
         metadata = ((SESSION_KEY, reply.session),)
-        # any number will do: a call in a session that has ended opens another
-        self._known[server] = metadata, time.monotonic() + _RENEW_AT * reply.lifetime_s
+        # NaN counts as the least
+        lifetime_s = min(max(_LEAST_LIFETIME_S, reply.lifetime_s), _MOST_LIFETIME_S)
+        self._known[server] = metadata, time.monotonic() + _RENEW_AT * lifetime_s
         self.opened += 1
         return metadata
 

@@ -1,6 +1,7 @@
 """A swarm that its DHT has lost, or that a stranger hides: its peers start from what they have on disk."""
 
 import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from dht.invites import Invite
 from dht.manifest import AdmissionSpec
 from dht.records import RecordValidator, SwarmKeys
 from dht.swarm import found_swarm, join_swarm
-from peer.errors import UnreachableError
+from peer import clock
+from peer.bounded import BoundedDict
+from peer.errors import SwarmError, UnreachableError
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -54,6 +57,28 @@ def test_founder_and_joiner_start_again_without_the_dhts_manifest(
             back = await found_swarm(founder, MANIFEST, CONFIG, bootstrap=only, state=tmp_path / "founder")
             stack.push_async_callback(back.stop)
             assert back.manifest_record.newest.data == founded.manifest_record.newest.data
+
+    loop.run(scenario(), 120)
+
+
+def test_whoever_finds_no_manifest_because_of_a_wrong_clock_is_told_so(
+    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dht.swarm._MANIFEST_DEADLINE_S", 0.1)
+    monkeypatch.setattr(clock.CLOCK, "_others", BoundedDict(8))
+    founder, joiner, other, _ = identities
+    keys = SwarmKeys("sauna", founder.peer_id)
+
+    async def scenario() -> None:
+        host = await Host.start(other, CONFIG, swarm_id=keys.swarm_id, validator=RecordValidator())
+        host.dht.now = lambda: time.time() + 20 * 86_400.0
+        try:
+            with pytest.raises(
+                SwarmError, match=r"new invite\. But first, this machine's clock is 1728000 s behind"
+            ):
+                await join_swarm(joiner, Invite(keys, tuple(host.bootstrap_addresses())), CONFIG)
+        finally:
+            await host.stop()
 
     loop.run(scenario(), 120)
 

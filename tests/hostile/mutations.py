@@ -9,10 +9,12 @@ import json
 import math
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import msgpack
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 Mutate: TypeAlias = Callable[[bytes, random.Random], bytes]
 
@@ -281,6 +283,80 @@ def _encode_varint(value: int) -> bytes:
         value >>= 7
     encoded.append(value)
     return bytes(encoded)
+
+
+_EDGES: dict[int, tuple[float, ...]] = {
+    FieldDescriptor.TYPE_DOUBLE: (*_FLOATS, -1e300, 5e-324, 2.0**64),
+    FieldDescriptor.TYPE_FLOAT: (*_FLOATS[:4], 3e38, 1e-45, math.inf, -math.inf, math.nan),
+    FieldDescriptor.TYPE_UINT32: (0, 1, 2**31 - 1, 2**31, 2**32 - 1),
+    FieldDescriptor.TYPE_FIXED32: (0, 2**32 - 1),
+    FieldDescriptor.TYPE_SINT32: (0, -1, 2**31 - 1, -(2**31)),
+    FieldDescriptor.TYPE_UINT64: (0, 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1),
+    FieldDescriptor.TYPE_FIXED64: (0, 2**64 - 1),
+    FieldDescriptor.TYPE_BOOL: (False, True),
+    FieldDescriptor.TYPE_ENUM: (0, 77, 2**31 - 1, -1),
+}
+
+
+def edges(message: Message, longest: int, many: int) -> Iterator[tuple[str, bytes]]:
+    """The message with one field at an edge of its type, for each field and edge, at any depth: what it is, and the
+    bytes. Fields of a message that is not set are not reached. `longest`: bytes of a long text. `many`: elements of a
+    long list.
+    """
+    whole = message.SerializeToString()
+    yield "empty", b""
+    yield "twice", whole + whole
+    yield "with an unknown field", whole + _encoded((999, 2, b"x" * 1000))
+    for field in message.DESCRIPTOR.fields:
+        rest, own = _copy(message), type(message)()
+        rest.ClearField(field.name)
+        others = rest.SerializeToString()
+        yield f"without {field.name}", others
+        value = getattr(message, field.name)
+        if not field.is_repeated:
+            for what, encoded in _field_edges(own, field, value, longest, many):
+                yield f"{field.name}: {what}", others + encoded
+            continue
+        getattr(own, field.name).extend(value[1:])
+        first = value[0] if value else None
+        for what, encoded in _field_edges(type(message)(), field, first, longest, many):
+            yield f"first of {field.name}: {what}", others + encoded + own.SerializeToString()
+            yield f"one more of {field.name}: {what}", whole + encoded
+        one = next(iter(_EDGES.get(field.type, ())), None)
+        element = _encoded((field.number, 2, b"")) if one is None else _number(type(message)(), field, one)
+        yield f"{many} of {field.name}", others + element * many
+
+
+def _field_edges(
+    holder: Message, field: Any, value: Any, longest: int, many: int
+) -> Iterator[tuple[str, bytes]]:
+    """The field alone, with each edge. `holder`: an empty message. `value`: a real one; None if there is none."""
+    if field.message_type is not None:
+        for what, data in () if value is None else edges(value, longest, many):
+            yield what, _encoded((field.number, 2, data))
+    elif field.type in _EDGES:
+        for number in _EDGES[field.type]:
+            yield f"{number}", _number(_copy(holder), field, number)
+    else:
+        texts = [b"", b"\0", *_NOT_TEXT, "\x1b[2J\u202e".encode(), b"a" * longest]
+        if isinstance(value, bytes):
+            texts += [value[:-1], value + b"\0", value * 2]
+        for data in texts:
+            yield f"{data[:8]!r}, {len(data)} bytes", _encoded((field.number, 2, data))
+
+
+def _number(holder: Message, field: Any, number: float) -> bytes:
+    if field.is_repeated:
+        getattr(holder, field.name).append(number)
+    else:
+        setattr(holder, field.name, number)
+    return holder.SerializeToString()
+
+
+def _copy(message: Message) -> Message:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
 
 
 text, json_text, packed, safetensors, protobuf = map(

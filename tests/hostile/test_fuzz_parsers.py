@@ -104,13 +104,14 @@ OPEN = RecordValidator(now=lambda: NOW)
 
 @dataclass(frozen=True)
 class Target:
-    """`deliver` passes bytes to the parser. It may raise `refusals` and nothing else."""
+    """`deliver` passes bytes to the parser. It may raise `refusals` and nothing else. `kind`: of a protobuf message."""
 
     name: str
     mutate: Mutate
     corpus: Callable[[], Sequence[bytes]]
     deliver: Callable[[bytes], object]
     refusals: tuple[type[Exception], ...] = (TalkootError,)
+    kind: type[Message] | None = None
 
 
 def parsed(kind: type[Message], data: bytes) -> Any:
@@ -650,35 +651,49 @@ def deliver_signed_receipt(data: bytes) -> None:
 
 
 TARGETS = [
-    Target("memory's manifest", mutations.protobuf, memory_manifests, deliver_memory_manifest),
+    Target("memory's manifest", mutations.protobuf, memory_manifests, deliver_memory_manifest,
+           kind=memory_pb2.MemoryManifest),
     Target("shard", mutations.safetensors, shards, deliver_shard),
     Target("secondary shard", mutations.safetensors, secondary_shards, deliver_secondary_shard),
     Target("encoder", mutations.safetensors, encoders, deliver_encoder),
     Target("dual encoder", mutations.safetensors, dual_encoders, deliver_dual_encoder),
     Target("codebook", mutations.safetensors,
            lambda: [Codebook(np.ones((4, DIMENSIONS), np.float16)).to_bytes()], deliver_codebook),
-    Target("search reply", mutations.protobuf, memory_requests, deliver_search_reply),
-    Target("read reply", mutations.protobuf, read_replies, deliver_read_reply),
-    Target("record", mutations.protobuf, payloads, deliver_payload),
-    Target("signed record", mutations.protobuf, signed_records, deliver_signed_record),
-    Target("receipt", mutations.protobuf, receipts, deliver_receipt),
-    Target("signed receipt", mutations.protobuf, lambda: serialized(signed_receipt()), deliver_signed_receipt),
+    Target("search reply", mutations.protobuf, memory_requests, deliver_search_reply,
+           kind=memory_pb2.SearchReply),
+    Target("read reply", mutations.protobuf, read_replies, deliver_read_reply,
+           kind=memory_pb2.ReadReply),
+    Target("record", mutations.protobuf, payloads, deliver_payload,
+           kind=records_pb2.RecordPayload),
+    Target("signed record", mutations.protobuf, signed_records, deliver_signed_record,
+           kind=records_pb2.SignedRecord),
+    Target("receipt", mutations.protobuf, receipts, deliver_receipt,
+           kind=credit_pb2.Receipt),
+    Target("signed receipt", mutations.protobuf, lambda: serialized(signed_receipt()), deliver_signed_receipt,
+           kind=credit_pb2.SignedReceipt),
     Target("DHT value", mutations.packed, lambda: [packed(KEYS.prefix(0))], deliver_value),
     Target("DHT entries", mutations.packed, entries, deliver_entries),
-    Target("contact", mutations.protobuf, statements_of_contacts, deliver_contact),
+    Target("contact", mutations.protobuf, statements_of_contacts, deliver_contact,
+           kind=contact_pb2.ContactStatement),
     Target("address", mutations.text, addresses, deliver_address),
     Target("encoded address", mutations.mutate_bytes,
            lambda: [Multiaddress(text).to_bytes() for text in (ADDRESS, RELAYED)], Multiaddress.decode),
-    Target("invite", mutations.protobuf, invites, deliver_invite, (UserError,)),
+    Target("invite", mutations.protobuf, invites, deliver_invite, (UserError,), records_pb2.InviteMessage),
     Target("invite line", mutations.text, lambda: [str(Invite(KEYS, (Multiaddress(ADDRESS),))).encode()],
            lambda data: Invite.parse(data.decode(errors="replace")), (UserError,)),
     Target("manifest", mutations.json_text, manifest, Manifest.from_json),
-    Target("token", mutations.protobuf, lambda: serialized(TOKEN), deliver_token),
-    Target("badge", mutations.protobuf, lambda: serialized(make_badge(TOKEN, NODE.peer_id)), deliver_badge),
-    Target("session statement", mutations.protobuf, statements, deliver_statement),
-    Target("call header", mutations.protobuf, headers, deliver_header),
-    Target("call reply", mutations.protobuf, replies, deliver_reply),
-    Target("snapshot header", mutations.protobuf, snapshot_headers, deliver_snapshot_header),
+    Target("token", mutations.protobuf, lambda: serialized(TOKEN), deliver_token,
+           kind=admission_pb2.Token),
+    Target("badge", mutations.protobuf, lambda: serialized(make_badge(TOKEN, NODE.peer_id)), deliver_badge,
+           kind=admission_pb2.Badge),
+    Target("session statement", mutations.protobuf, statements, deliver_statement,
+           kind=session_pb2.OpenStatement),
+    Target("call header", mutations.protobuf, headers, deliver_header,
+           kind=expert_pb2.CallHeader),
+    Target("call reply", mutations.protobuf, replies, deliver_reply,
+           kind=expert_pb2.CallReply),
+    Target("snapshot header", mutations.protobuf, snapshot_headers, deliver_snapshot_header,
+           kind=state_pb2.StateHeader),
     Target("state", mutations.safetensors, lambda: [state()],
            lambda data: from_bytes(data, SWARM, AN_UID, 3, FORM)),
     Target("accumulated gradients", mutations.safetensors, lambda: [patient()[1]], deliver_accumulated),
@@ -731,6 +746,23 @@ def test_a_spoilt_message_gives_a_value_or_the_parsers_own_error(target: Target)
             attack(target, 3 * seed + more)
 
     spoil()
+
+
+@pytest.mark.parametrize(
+    "target", [target for target in TARGETS if target.kind], ids=lambda target: target.name
+)
+def test_a_field_at_the_edge_of_its_type_gives_a_value_or_the_parsers_own_error(target: Target) -> None:
+    """Every field: NaN, the ends of integers, unknown numbers of enumerations, empty and endless texts and lists."""
+    assert target.kind is not None
+    for data in corpus_of(target.name):
+        for what, spoilt in mutations.edges(parsed(target.kind, data), longest=50_000, many=5_000):
+            try:
+                target.deliver(spoilt)
+            except target.refusals:
+                continue
+            except Exception as error:
+                error.add_note(f"target {target.name}, {what}")
+                raise
 
 
 def test_a_spoilt_request_of_the_dht_gets_an_answer() -> None:

@@ -97,6 +97,7 @@ def test_it_takes_more_liars_than_honest_peers_to_cause_a_warning(
     machine = Machine()
     machine.asked(*honest, *liars[: len(honest)])
     assert not machine.clock.warning
+    assert not machine.clock.doubt
 
 
 @pytest.mark.parametrize(("error_s", "words"), [(12.4, "12 s behind"), (-7.0, "7 s ahead of")])
@@ -104,5 +105,7 @@ def test_the_warning_says_which_way_the_clock_is_off(error_s: float, words: str)
     machine = Machine()
     machine.asked(error_s)
     assert words in machine.clock.warning
-    machine.asked(math.nan)
-    assert words in machine.clock.warning
+    assert machine.clock.doubt == f". But first, {machine.clock.warning}"
+    for lie in (math.nan, math.inf, 1e300, -2 * NOON):
+        machine.asked(lie)
+        assert words in machine.clock.warning

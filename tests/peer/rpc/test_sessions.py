@@ -312,6 +312,7 @@ def test_a_session_is_opened_once_and_again_when_it_has_ended(
             assert (own.opened, total(sessions.events, event="opened")) == (1, 1)
             assert own.known(server.peer_id) == first
             assert sessions.find(first[0][1], FORWARD).caller == alice.peer_id
+            assert await own.metadata(server.peer_id, channel, 10.0) == first, "one session for many calls"
             own.ended(server.peer_id, first)
             second = await own.metadata(server.peer_id, channel, 10.0)
             assert second != first
@@ -378,7 +379,7 @@ def test_a_stolen_session_opens_nothing_at_another_server(
     loop.run(scenario(), 120)
 
 
-@pytest.mark.parametrize("lifetime_s", [math.inf, math.nan, -math.inf, -1.0, 1e300])
+@pytest.mark.parametrize("lifetime_s", [math.inf, math.nan, -math.inf, -1.0, 0.0, 1e-300, 1e300])
 def test_whatever_lifetime_a_server_names_its_session_is_used_and_renewed(
     loop: LoopThread, server: Identity, alice: Identity, monkeypatch: pytest.MonkeyPatch, lifetime_s: float
 ) -> None:
@@ -396,6 +397,7 @@ def test_whatever_lifetime_a_server_names_its_session_is_used_and_renewed(
             own = a_caller(SWARM, alice)
             first = await own.metadata(server.peer_id, channel, 10.0)
             assert sessions.find(first[0][1], FORWARD).caller == alice.peer_id
+            assert await own.metadata(server.peer_id, channel, 10.0) == first, "one session for many calls"
             own.ended(server.peer_id, first)
             second = await own.metadata(server.peer_id, channel, 10.0)
             assert sessions.find(second[0][1], FORWARD).caller == alice.peer_id
