@@ -3,6 +3,7 @@ rate of a sender.
 """
 
 import asyncio
+import math
 import time
 from collections import Counter as Multiset
 from collections import OrderedDict, deque
@@ -161,26 +162,10 @@ class FairLine(Generic[T]):
             owners[name] = items
         if owners:
             self._groups[group] = owners
-        self._note_left(group)
-        return item
-
-    def remove(self, owner: Owner, item: T) -> None:
-        """Takes an item out of the line, if it is still there."""
-        owners = self._groups.get(owner.group, OrderedDict())
-        items = owners.get(owner.name, deque())
-        if item not in items:
-            return
-        items.remove(item)
-        if not items:
-            del owners[owner.name]
-        if not owners:
-            del self._groups[owner.group]
-        self._note_left(owner.group)
-
-    def _note_left(self, group: Hashable) -> None:
         self._counts[group] -= 1
         if not self._counts[group]:
             del self._counts[group]
+        return item
 
 
 class Backoff(Generic[K]):
@@ -219,6 +204,23 @@ class Backoff(Generic[K]):
     def held_back(self, now: float) -> set[K]:
         """The keys that should not be tried now."""
         return {key for key, (_, until) in self._failed.items() if now < until}
+
+
+class RecentUse(Generic[K]):
+    """How much each key has used lately: older use counts less and less. Pure: `now` is an argument."""
+
+    def __init__(self, half_s: float, most: int = 4096) -> None:
+        """`half_s`: after so many seconds, use counts half. `most`: keys remembered, those that used something last."""
+        self._half_s = half_s
+        self._used = BoundedDict[K, tuple[float, float]](most)
+        """How much each key had used when it used something last, and when that was."""
+
+    def of(self, key: K, now: float) -> float:
+        used, at = self._used.get(key, (0.0, now))
+        return used * math.exp2((at - now) / self._half_s)
+
+    def add(self, key: K, amount: float, now: float) -> None:
+        self._used[key] = self.of(key, now) + amount, now
 
 
 class FairTurns:

@@ -168,6 +168,11 @@ class ShardGroup:
     """The numbers of the shards in the request."""
     shards: list[Shard] = field(default_factory=list)
 
+    @property
+    def cost(self) -> int:
+        """How many inner products are computed."""
+        return len(self.queries) * sum(map(len, self.shards))
+
     def parts(self) -> Iterator["ShardGroup"]:
         """Splits the group into smaller ones."""
         sizes = [len(shard) for shard in self.shards]

@@ -1,6 +1,6 @@
 """MemoryService: retrievers search and read the shards of memories here, and other hosts fetch them.
 
-Search and Read compute on separate threads, a few calls at a time. Callers take turns, and share the waiting places.
+Search and Read compute on separate threads, a few calls at a time. Callers share the time and the waiting places.
 The cost of a call is bounded before any of it is computed.
 """
 
@@ -8,7 +8,7 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -33,7 +33,7 @@ from peer.errors import ExpertError, WireError
 from peer.identity import PeerID
 from peer.merkle import HASH_BYTES
 from peer.metrics import SECONDS, start_at_zero
-from peer.rates import FairLine, RateLimit
+from peer.rates import RateLimit, RecentUse
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions
 from peer.rpc.transfer import TransferSlots, send
@@ -46,6 +46,10 @@ T = TypeVar("T")
 
 _MAX_WAITING = 128
 """Calls that wait or compute, or whose replies were not read yet, over all callers."""
+_HALF_S = 10.0
+"""After this time, what a caller has used counts half."""
+_READ_COST = 2**13
+"""Reading a passage takes about as long as this many inner products."""
 _MAX_CALL_S = 30.0
 _MAX_TRANSFERS, _MAX_TRANSFER_S = 8, 600.0
 _TOO_MANY = "others wait to search too, and more than your share of the places were yours: try again soon"
@@ -83,49 +87,56 @@ class MemoryMetrics:
 
 
 class Turns:
-    """Lets a few calls compute at a time. Waiting calls take turns by group of callers, and then by caller. For one
-    event loop.
+    """Lets a few calls compute at a time. For one event loop.
+
+    Of the waiting calls, the next one is that with the least cost, to which is added what its group of callers has used
+    lately; within the group, what its caller has used. So a cheap call hardly waits for costly ones, from however many
+    neighbourhoods they come, and groups that always have calls waiting get about the same in sum.
 
     A call keeps its place until its task ends, because unread replies take memory, too. If all places are taken, a new
     call may get a place from the caller with the most (`FairBudget`). The displaced call is refused.
     """
 
-    def __init__(self, at_once: int, most: int) -> None:
+    def __init__(self, at_once: int, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`most`: calls that wait, compute, or have an unread reply."""
         self._free = at_once
         self._places = FairBudget(most)
-        self._waiting = FairLine[asyncio.Future[None]]()
+        self._clock = clock
+        self._used = RecentUse[Hashable](_HALF_S)
+        """By groups and by callers."""
+        self._waiting: dict[asyncio.Future[None], tuple[Owner, int]] = {}
+        """The caller and the cost of each waiting call, the oldest first."""
 
     def __len__(self) -> int:
         """The number of waiting calls."""
         return len(self._waiting)
 
     @asynccontextmanager
-    async def turn(self, caller: Owner) -> AsyncIterator[None]:
-        """Waits for a turn. Raises ExpertError (RESOURCE_EXHAUSTED), also if others need the place."""
+    async def turn(self, caller: Owner, cost: int) -> AsyncIterator[None]:
+        """Waits for a turn. `cost`: in inner products. Raises ExpertError (RESOURCE_EXHAUSTED), also if others need the
+        place.
+        """
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
         with interruptible(_TOO_MANY) as interrupt:
             place = self._places.reserve(caller, 1, interrupt)
             task.add_done_callback(lambda _: place.release())
-            await self._wait(caller)
+            await self._wait(caller, cost)
             try:
                 yield
             finally:
                 self._free += 1
                 self._next()
 
-    async def _wait(self, caller: Owner) -> None:
-        if self._free:
-            self._free -= 1
-            return
+    async def _wait(self, caller: Owner, cost: int) -> None:
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.put(caller, turn)
+        self._waiting[turn] = caller, cost
+        self._next()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._waiting.remove(caller, turn)
+                self._waiting.pop(turn, None)
             else:  # its turn came at the same moment
                 self._free += 1
                 self._next()
@@ -133,10 +144,17 @@ class Turns:
 
     def _next(self) -> None:
         while self._free and self._waiting:
-            turn = self._waiting.pop()
+            turn = min(self._waiting, key=self._rank)
+            caller, cost = self._waiting.pop(turn)
             if not turn.cancelled():
                 self._free -= 1
+                for key in (caller.group, caller):
+                    self._used.add(key, cost, self._clock())
                 turn.set_result(None)
+
+    def _rank(self, turn: asyncio.Future[None]) -> tuple[float, float]:
+        (caller, cost), now = self._waiting[turn], self._clock()
+        return cost + self._used.of(caller.group, now), cost + self._used.of(caller, now)
 
 
 SearchContext = grpc.aio.ServicerContext[memory_pb2.SearchRequest, memory_pb2.SearchReply]
@@ -186,9 +204,8 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             served = store.shards
             shards = [served.get(root) for root in _roots(request)]
             groups = _groups(request, shards, len(queries))
-            reply = await self._compute(
-                session.owner, store, partial(self._search, queries, request.k, shards, groups)
-            )
+            work = partial(self._search, queries, request.k, shards, groups)
+            reply = await self._compute(session.owner, sum(group.cost for group in groups), store, work)
             reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
             self.metrics.queries.inc(len(queries))
             self._note_served(session.caller, Work(queries=len(queries)))
@@ -210,7 +227,8 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                 if max(wanted.positions, default=0) >= len(shard):
                     raise WireError(f"there is no such passage: the shard has {len(shard)}")
                 reads.append((number, shard, list(wanted.positions)))
-            reply = await self._compute(caller, store, partial(_read, reads))
+            cost = _READ_COST * sum(len(positions) for _, _, positions in reads)
+            reply = await self._compute(caller, cost, store, partial(_read, reads))
             await self._up.take(reply.ByteSize())
             return reply
         raise AssertionError("abort raises")
@@ -261,12 +279,14 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             raise ExpertError(StatusCode.NOT_FOUND, f"memory {request.memory[:64]!r} is not hosted here")
         return store
 
-    async def _compute(self, caller: Owner, store: MemoryStore, work: Callable[[Callable[[], bool]], T]) -> T:
+    async def _compute(
+        self, caller: Owner, cost: int, store: MemoryStore, work: Callable[[Callable[[], bool]], T]
+    ) -> T:
         """Runs `work` on a thread and returns its result. `work` itself checks whether the call has been given up, and
         then ends.
         """
         is_given_up = False
-        async with self._turns.turn(caller):
+        async with self._turns.turn(caller, cost):
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, work, lambda: is_given_up)
             except OSError as error:
@@ -351,7 +371,7 @@ def _groups(
         if shard is not None:
             group.numbers.append(number)
             group.shards.append(shard)
-    cost = sum(len(group.queries) * sum(map(len, group.shards)) for group in groups.values())
+    cost = sum(group.cost for group in groups.values())
     if cost > MAX_SCORES:
         raise WireError(f"this search compares {cost} passages, more than {MAX_SCORES}: ask for less at once")
     return [group for group in groups.values() if group.shards]

@@ -18,6 +18,7 @@ from peer.rates import (
     FairTurns,
     Pace,
     RateLimit,
+    RecentUse,
     SharedBudget,
     TokenBucket,
     TokenBuckets,
@@ -188,6 +189,18 @@ def test_turns_beyond_the_rate_are_given_in_a_fair_order(loop: LoopThread) -> No
     assert first <= 5, "neighbourhoods take turns"
     assert served.index("honest flood") <= 8 + 5, "so do sources"
     assert len(served) <= 2 + 8 * 2 + 2, "the flood waits for itself, and no more of it than two a source"
+
+
+def test_recent_use_halves_again_and_again_and_few_keys_are_remembered() -> None:
+    use = RecentUse[str](10.0, most=2)
+    use.add("anna", 8.0, 0.0)
+    assert [use.of("anna", now) for now in (0.0, 10.0, 20.0)] == [8.0, 4.0, 2.0]
+    use.add("anna", 1.0, 20.0)
+    assert use.of("anna", 20.0) == 3.0
+    assert use.of("bert", 20.0) == 0.0
+    use.add("bert", 1.0, 20.0)
+    use.add("carl", 1.0, 20.0)
+    assert use.of("anna", 20.0) == 0.0
 
 
 async def use_up(turns: FairTurns) -> None:

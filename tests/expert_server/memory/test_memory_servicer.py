@@ -4,7 +4,8 @@ turns.
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from memory_folders import DIMENSIONS, SampleMemory
 from memory_peers import SWARM, Library, in_library, read_request, search_request, until
 
-from dht.memory import MAX_READ, Passage, Vectors
+from dht.memory import MAX_READ, MAX_SCORES, Passage, Vectors
 from expert_server.memory import search
 from expert_server.memory.servicer import MemoryServicer, Turns
 from expert_server.memory.shard import PrimaryShard
@@ -332,7 +333,7 @@ def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
         begun, go = asyncio.Event(), asyncio.Event()
 
         async def call(caller: Owner, name: str) -> None:
-            async with turns.turn(caller):
+            async with turns.turn(caller, 1):
                 begun.set()
                 await go.wait()
                 order.append(name)
@@ -352,6 +353,60 @@ def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
     loop.run(scenario(), 60)
 
 
+async def order_of(turns: Turns, calls: Iterable[tuple[str, int]]) -> list[str]:
+    """In which order calls with these groups and costs get their turns, all of which wait when the first one ends."""
+    order, go = list[str](), asyncio.Event()
+
+    async def call(group: str, number: int, cost: int) -> None:
+        async with turns.turn(Owner(group, number), cost):
+            await go.wait()
+            order.append(group)
+
+    tasks = [asyncio.create_task(call(group, number, cost)) for number, (group, cost) in enumerate(calls)]
+    await until(lambda: len(turns) >= len(tasks) - 1)
+    go.set()
+    await asyncio.gather(*tasks)
+    return order
+
+
+def test_a_cheap_search_does_not_wait_for_costly_ones_from_many_neighbourhoods(loop: LoopThread) -> None:
+    turns = Turns(1, 100, clock=lambda: 0.0)
+    costly = [(f"stranger {n % 8}", MAX_SCORES) for n in range(32)]
+    for _ in range(3):
+        order = loop.run(order_of(turns, [*costly, ("honest", 1000)]), 60)
+        assert order.index("honest") == 1, "after the call that computes"
+
+
+@pytest.mark.parametrize("cost", [1, 3, 10])
+def test_groups_that_always_have_calls_waiting_get_equal_sums(loop: LoopThread, cost: int) -> None:
+    turns = Turns(1, 1000, clock=lambda: 0.0)
+    calls = [("costly", 10)] * 20 + [("cheap", cost)] * (200 // cost)
+    order = loop.run(order_of(turns, calls), 60)
+    costs = {"costly": 10, "cheap": cost}
+    for end in range(1, len(order) + 1):
+        sums = Counter[str]()
+        for group in order[:end]:
+            sums[group] += costs[group]
+        assert abs(sums["costly"] - sums["cheap"]) <= 10
+
+
+def test_what_a_group_used_long_ago_counts_less(loop: LoopThread) -> None:
+    time_s = 0.0
+    turns = Turns(1, 100, clock=lambda: time_s)
+    loop.run(order_of(turns, [("one", 100)] * 3), 60)
+    assert loop.run(order_of(turns, [("other", 1), ("one", 10), ("other", 50)]), 60) == [
+        "other",
+        "other",
+        "one",
+    ]
+    time_s = 600.0
+    assert loop.run(order_of(turns, [("other", 1), ("one", 10), ("other", 50)]), 60) == [
+        "other",
+        "one",
+        "other",
+    ]
+
+
 def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) -> None:
     async def scenario() -> None:
         turns = Turns(1, 10)
@@ -360,7 +415,7 @@ def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) 
 
         async def call(caller: Owner) -> str:
             try:
-                async with turns.turn(caller):
+                async with turns.turn(caller, 1):
                     await go.wait()
             except ExpertError as error:
                 return error.status.name
@@ -385,7 +440,7 @@ def test_replies_that_nobody_reads_keep_their_places_until_others_need_them(loop
         greedy, other = Owner.alone("greedy"), Owner.alone("other")
 
         async def call(caller: Owner) -> None:
-            async with turns.turn(caller):
+            async with turns.turn(caller, 1):
                 pass
             await read.wait()
 
@@ -406,7 +461,7 @@ def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: Lo
         turns, go, caller = Turns(1, 10), asyncio.Event(), Owner.alone("a reader")
 
         async def call() -> None:
-            async with turns.turn(caller):
+            async with turns.turn(caller, 1):
                 await go.wait()
 
         first, second = asyncio.create_task(call()), asyncio.create_task(call())
@@ -431,7 +486,7 @@ def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str
 
         async def call(n: int, go: asyncio.Event) -> None:
             nonlocal running
-            async with turns.turn(callers[n % 2]):
+            async with turns.turn(callers[n % 2], 1):
                 running += 1
                 assert running <= at_once
                 try:
