@@ -12,12 +12,13 @@ import hashlib
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from dht.announcements import ReplicaState
 from dht.library import CellHost, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
+from peer.bounded import Owner
 from peer.identity import PeerID
+from peer.rates import FairLine
 
 _FIRM_LOOKS = 4
 """How many looks in a row must find that the same replica can be spared. Announcements live for three periods."""
@@ -104,8 +105,8 @@ class Placement:
         self._forgotten.add(memory)
 
     def to_take(self, nodes: int) -> list[ShardKey]:
-        """The shards that this node should take now. Memories take turns, each with the shards that have the fewest
-        replicas first.
+        """The shards that this node should take now. Publishers take turns, then the memories of each, and each memory
+        has the shards with the fewest replicas first.
 
         `nodes`: about how many the swarm has.
         """
@@ -118,11 +119,10 @@ class Placement:
             if is_called(key, self._peer_id, missing, looks, max(1, nodes)):
                 found.append(key)
         found.sort(key=lambda k: (len(self._seen[k].serving), -preference(k, self._peer_id)))
-        by_memory: dict[MemoryID, list[ShardKey]] = {}
+        line = FairLine[ShardKey]()
         for key in found:
-            by_memory.setdefault(key.memory, []).append(key)
-        turns = zip_longest(*by_memory.values())
-        return [key for turn in turns for key in turn if key is not None]
+            line.put(Owner(key.memory.publisher, key.memory), key)
+        return [line.pop() for _ in range(len(line))]
 
     def to_drop(self, size: int) -> list[ShardKey]:
         """This node's shards to drop so that this much space becomes free, those with the most replicas first.

@@ -188,6 +188,16 @@ def test_a_memory_of_many_lacking_shards_takes_no_turns_of_others() -> None:
     assert set(placement.to_take(1)[:20]) >= set(wanted)
 
 
+def test_a_publisher_of_many_memories_takes_no_more_turns_than_others() -> None:
+    placement, hosts = Placement(peer(1), ENOUGH), frozenset({peer(2)})
+    many = [ShardKey(MemoryID(f"junk-{n}", "another00000"), shard(0).root) for n in range(32)]
+    wanted = [ShardKey(MEMORY, shard(n).root) for n in range(10)]
+    placement.note(
+        {key: SeenShard(shard(n), hosts, frozenset()) for n, key in enumerate([*many, *wanted])}, set()
+    )
+    assert set(placement.to_take(1)[:20]) >= set(wanted)
+
+
 def test_a_look_between_two_at_what_is_lacking_calls_more_and_spares_nothing_sooner() -> None:
     me, others = peer(0), frozenset(map(peer, range(1, 40)))
     infos = {name: shard(number) for number, name in enumerate(("lacking", "lost", "enough", "mine"))}

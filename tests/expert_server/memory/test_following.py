@@ -1,0 +1,92 @@
+"""Which manifests of publishers a host of memories fetches."""
+
+import asyncio
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from expert_fakes import make_peer_id
+
+from dht.library import LibraryEntry
+from dht.memory import MAX_MANIFEST_BYTES, MemoryID, Part
+from expert_server.memory import following
+from expert_server.memory.following import HostingRules, PublisherFollower
+from peer.errors import TransferError
+from peer.identity import PeerID
+
+HOSTILE, HONEST = make_peer_id(1), make_peer_id(2)
+
+
+@dataclass
+class Store:
+    manifest: Any = field(default_factory=lambda: SimpleNamespace(revision=0))
+    shards: dict[bytes, Any] = field(default_factory=dict)
+
+
+@dataclass
+class World:
+    """What a follower reads and what it fetches; nothing ever arrives."""
+
+    listed: dict[PeerID, list[LibraryEntry]] = field(default_factory=dict)
+    stores: dict[MemoryID, Store] = field(default_factory=dict)
+    room: int = 10**12
+    fetched: dict[PeerID, int] = field(default_factory=lambda: {HOSTILE: 0, HONEST: 0})
+
+    async def libraries(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
+        return {publisher: tuple(entries) for publisher, entries in self.listed.items()}
+
+    async def some_hosts(self, *arguments: Any) -> tuple[()]:
+        return ()
+
+    async def save_libraries(self) -> None: ...
+
+    async def keep_libraries(self) -> None: ...
+
+    async def fetch(self, memory: MemoryID, hosts: Any, name: bytes, size: int, *more: Any) -> bytes:
+        (publisher,) = hosts
+        self.fetched[publisher] += size
+        raise TransferError("it does not arrive")
+
+    def is_put_off(self, memory: MemoryID) -> bool:
+        return False
+
+    def put_off(self, memory: MemoryID) -> bool:
+        return True
+
+
+def entry(publisher: PeerID, name: str, size: int) -> LibraryEntry:
+    return LibraryEntry(
+        MemoryID.of(name, publisher), publisher, Part(bytes(32), size), 1, 10**9, 10**12, (), "", 100, (4,)
+    )
+
+
+@pytest.mark.parametrize("is_hosted", [True, False])
+def test_a_publisher_of_ever_new_manifests_fills_no_hosts_line(
+    is_hosted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world: Any = World()
+    now = 1000.0
+    monkeypatch.setattr(following, "time", SimpleNamespace(monotonic=lambda: now))
+    swarm: Any = None
+    follower = PublisherFollower(world, HostingRules(10**12), swarm, world, world, lambda: None)
+    seconds = 600
+    for period in range(seconds // 30):
+        now += 30.0
+        world.listed = {
+            HOSTILE: [
+                entry(HOSTILE, f"junk-{n}-{0 if is_hosted else period}", MAX_MANIFEST_BYTES)
+                for n in range(32)
+            ],
+            HONEST: [entry(HONEST, "python-docs", 100_000)],
+        }
+        if is_hosted:
+            world.stores = {each.memory: Store() for some in world.listed.values() for each in some}
+
+        async def look() -> None:
+            await follower.follow()
+            await follower.meet()
+
+        asyncio.run(look())
+    assert MAX_MANIFEST_BYTES <= world.fetched[HOSTILE] <= 3 * MAX_MANIFEST_BYTES + 16 * 2**10 * seconds
+    assert world.fetched[HONEST] == 100_000 * seconds // 30, "each of its revisions"
