@@ -1,5 +1,6 @@
 """The beam search against brute force: the paper's SelectExperts must find the top k of the live experts."""
 
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -221,14 +222,31 @@ def test_rows_in_several_blocks_are_chosen_as_if_alone() -> None:
         np.testing.assert_array_equal(found.coordinates[row], alone.coordinates[0])
 
 
-def test_default_beam_finds_nearly_all_where_nine_of_ten_experts_are_missing() -> None:
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_default_beam_finds_nearly_all_where_nine_of_ten_experts_are_missing(k: int) -> None:
     rng = np.random.default_rng(2)
     scores = [rng.standard_normal((512, 32)).astype(np.float32) for _ in range(2)]
     alive = prefix_tables(rng.random((32, 32)) < 0.1)
-    found = select_experts(scores, alive, k=4, beam_size=default_beam_size(4))
-    expected = brute_force(scores, alive[-1], k=4)
+    found = select_experts(scores, alive, k, default_beam_size(k))
+    expected = brute_force(scores, alive[-1], k)
     hits = (found.coordinates[:, :, None] == expected.coordinates[:, None]).all(axis=-1).any(axis=1)
-    assert hits.mean() > 0.95
+    assert hits.mean() > 0.97
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_memory_does_not_grow_with_the_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch, has_bias: bool
+) -> None:
+    monkeypatch.setattr("dht.beam_search._CANDIDATES_AT_ONCE", 2**14)
+    rng = np.random.default_rng(4)
+    scores = [rng.standard_normal((4000, 32)).astype(np.float32) for _ in range(2)]
+    bias = np.zeros((32, 32), np.float32) if has_bias else None
+    tracemalloc.start()
+    try:
+        select_experts(scores, prefix_tables(np.ones((32, 32), np.bool_)), k=4, bias=bias)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_tables_that_do_not_fit_the_grid_are_refused() -> None:
