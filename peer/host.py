@@ -5,15 +5,16 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import chain, repeat
 from typing import Self
 
 from prometheus_client import CollectorRegistry
 
-from peer.clock import CLOCK
-from peer.errors import DaemonError, UnreachableError
+from peer import clock
+from peer.errors import DaemonError, StartError, UnreachableError
 from peer.formatting import counted
-from peer.identity import Identity, PeerID
+from peer.identity import VALID_FROM, Identity, PeerID
 from peer.kademlia.bootstrap import BootstrapReply, join_through
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import KademliaNode
@@ -297,6 +298,11 @@ class Host:
         await self._libp2p.restart_as(public=public, relays=relays)
 
     async def _start(self, bootstrap: Sequence[Multiaddress], remembered: Sequence[Multiaddress]) -> None:
+        if (now := clock.now()) < VALID_FROM.timestamp():
+            day = f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d}"
+            raise StartError(
+                f"this machine's clock says that it is {day}: set it right, for no certificate is valid at that time"
+            )
         raise_descriptor_limit()
         sweep_socket_folders()
         accepting = await self._accepting((*bootstrap, *remembered))
@@ -370,8 +376,8 @@ class Host:
 
     def _doubts(self, replies: Sequence[BootstrapReply]) -> Iterator[str]:
         """Problems that others report about this peer. They may be wrong or lie, so this peer starts anyway."""
-        if CLOCK.warning:
-            yield CLOCK.warning
+        if clock.CLOCK.warning:
+            yield clock.CLOCK.warning
         if self.server is not None and replies and not any(reply.reaches_us for reply in replies):
             yield (
                 f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its port to the "

@@ -32,7 +32,8 @@ _RSA_MESSAGE = b"\x08\x00\x12"
 """How libp2p's message of an RSA key begins: field 1, the type, is 0; field 2, the key, follows with its length."""
 _KEY_BITS = 2048
 _SERIAL_BYTES = 16
-_VALID_FROM = datetime(2025, 1, 1, tzinfo=UTC)
+VALID_FROM: datetime = datetime(2025, 1, 1, tzinfo=UTC)
+"""Certificates of peers are valid from then on. On a machine whose clock is earlier, no TLS connection is made."""
 _VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 """RFC 5280's notation (4.1.2.5) for a certificate that never expires. It is valid as long as its key."""
 _MULTIHASH = b"\x12\x20"
@@ -136,7 +137,7 @@ class Identity:
             .issuer_name(name)
             .public_key(self.key.public_key())
             .serial_number(int.from_bytes(self.peer_id.to_bytes()[-_SERIAL_BYTES:], "big"))
-            .not_valid_before(_VALID_FROM)
+            .not_valid_before(VALID_FROM)
             .not_valid_after(_VALID_UNTIL)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)

@@ -16,7 +16,7 @@ from other_processes import children_with
 from raw_dht import read_raw, store_raw
 from real_swarm import eventually
 
-from peer import PROTOCOL_VERSION
+from peer import PROTOCOL_VERSION, clock
 from peer.errors import DaemonError, ExpertError, StartError, UnreachableError, UserError
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
@@ -53,6 +53,15 @@ def listener() -> Iterator[socket.socket]:
 
 def tcp_address(port: int, identity: Identity, host: str = LOCAL) -> Multiaddress:
     return Multiaddress.of(Endpoint.of(host, port), identity.peer_id)
+
+
+def test_on_a_machine_without_the_time_a_peer_says_so_and_does_not_start(
+    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some small machines have no clock of their own, and begin at 1970 until they are told the time."""
+    monkeypatch.setattr(clock, "now", lambda: 60.0)
+    with pytest.raises(StartError, match="clock says that it is 1970-01-01: set it right"):
+        loop.run(start_and_stop(identities[1], []), 60)
 
 
 async def start_and_stop(identity: Identity, bootstrap: list[Multiaddress]) -> None:
