@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loop_lags import least_cpu_s
 
 from dht import beam_search
-from dht.beam_search import Selection, default_beam_size, select_experts
+from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_experts
 from dht.directory import PrefixTables, prefix_tables
 from peer.codec import Booleans, Floats
 
@@ -247,6 +247,50 @@ def test_memory_does_not_grow_with_the_number_of_rows(
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_an_index_of_prefixes_knows_what_was_read_and_what_leads_to_no_expert() -> None:
+    index = PrefixIndex((3, 4))
+    assert not index.knows(())
+    index.note((), [0, 2])
+    assert index.knows(())
+    assert not index.knows((0,))
+    assert not index.knows((0, 1)), "an expert is no prefix"
+    assert not index.knows_all_of(1)
+    assert marked(index) == ([(0,), (2,)], []), "what was not read may lead to experts"
+    index.note((0,), [1, 3])
+    assert not index.knows_all_of(1)
+    index.note((2,), [])
+    assert index.knows_all_of(1)
+    assert not index.knows_all_of(0), "the first coordinates are not below a prefix"
+    assert marked(index) == ([(0,)], [(0, 1), (0, 3)])
+    only = np.zeros((3, 4), np.bool_)
+    only[0, 1:] = True
+    assert marked(index, only) == ([], [])
+    only[0, 1] = False
+    assert marked(index, only) == ([(0,)], [(0, 1)])
+    index.drop((0, 3))
+    assert marked(index) == ([(0,)], [(0, 1)])
+    index.note((0,), [3])
+    assert marked(index) == ([(0,)], [(0, 3)]), "what was read last replaces what was read before"
+
+
+def marked(index: PrefixIndex, passed_over: Booleans | None = None) -> tuple[list[tuple[int, ...]], ...]:
+    return tuple(list(map(tuple, np.argwhere(table).tolist())) for table in index.tables(passed_over))
+
+
+def test_the_best_prefixes_to_read_next_are_active_ones_of_all_rows() -> None:
+    index = PrefixIndex((3, 4))
+    index.note((), [0, 2])
+    scores = [np.array([[1.0, 9.0, 3.0], [5.0, 9.0, 3.0]], np.float32)]
+    assert index.best(scores, 1) == [(0,), (2,)], "one for each row"
+    assert index.best(scores, 1, everything=True) == [(1,)]
+    index.note((2,), [])
+    assert index.best(scores, 1) == [(0,)]
+    index.note((0,), [1])
+    only = np.zeros((3, 4), np.bool_)
+    only[0, 1] = True
+    assert index.best(scores, 1, only) == []
 
 
 def test_tables_that_do_not_fit_the_grid_are_refused() -> None:
