@@ -42,6 +42,7 @@ from peer.formatting import printable
 from peer.identity import Identity, PeerID
 from peer.kademlia.lookups import Item
 from peer.merkle import HASH_BYTES
+from peer.rates import TokenBuckets
 from peer.wire import records_pb2
 
 WANTED_REPLICAS = 2
@@ -54,6 +55,7 @@ _MAX_HOSTS = 256
 """The most hosts of one cell whose records are read."""
 _CELLS_AT_ONCE = 512
 """Cells in one look-up. A look-up has one deadline."""
+_MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES = 16 * 2**10, 2 * MAX_MANIFEST_BYTES
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """The most memories that an error names."""
@@ -62,6 +64,23 @@ _CONTACTS = 16
 """
 _BRANCHES, _FEW = 256, 16
 """When looking for some hosts: branches that are followed at each level, and cells that are read first."""
+
+
+class ManifestPace:
+    """Limits how fast the manifests of each publisher are fetched: small ones at once, the largest every 17 minutes.
+    Otherwise, a publisher of ever new revisions would fill the lines of all hosts and searchers. Pure: `now` is an
+    argument.
+    """
+
+    def __init__(self) -> None:
+        self._fetched = TokenBuckets[PeerID](_MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES)
+
+    def allows(self, entry: "LibraryEntry", now: float) -> bool:
+        """Whether the entry's manifest may be fetched now. If so, it counts as fetched."""
+        if self._fetched.wait_s(entry.publisher, now):
+            return False
+        self._fetched.take(entry.publisher, entry.manifest.size, now)
+        return True
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MAX_MANIFEST_BYTES, MemoryID, MemoryManifest, Part
+from dht.library import LibraryEntry, ManifestPace, MemoryRegistry
+from dht.memory import MemoryID, MemoryManifest, Part
 from dht.swarm import Swarm
 from expert_server.memory.fetching import PartFetcher
 from expert_server.memory.hosted import HostedMemories
@@ -18,9 +18,7 @@ from expert_server.memory.store import MemoryStore, parts_bytes
 from expert_server.settings import NodeSettings
 from peer.errors import TransferError, WireError
 from peer.formatting import bytes_in_words
-from peer.identity import PeerID
 from peer.loop import side_by_side, tolerating
-from peer.rates import TokenBuckets
 from peer.rpc.parts import has_sha256
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -32,10 +30,6 @@ _MANIFEST_S = 60.0
 _FOLLOWED_AT_ONCE = 8
 _UNLISTED_S = 3600.0
 """How long a memory is kept after its publisher stopped listing it, because the DHT may fail for a while."""
-_MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES = 16 * 2**10, 2 * MAX_MANIFEST_BYTES
-"""How fast the manifests of one publisher are fetched, on average, and after a pause: small ones in each period, the
-largest every 17 minutes. Otherwise, a publisher of new revisions would fill the lines of all hosts.
-"""
 _KEEP_EVERY_S = 3600.0
 """How often the libraries are stored again."""
 
@@ -95,8 +89,7 @@ class PublisherFollower:
         self._unlisted: dict[MemoryID, float] = {}
         """Since when memories that are hosted here are on no list."""
         self._kept_at: float | None = None
-        self._paces = TokenBuckets[PeerID](_MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES)
-        """How many bytes of manifests each publisher has made this node fetch."""
+        self._pace = ManifestPace()
 
     async def follow(self) -> None:
         """Follows later revisions, and removes memories that their publisher no longer lists. Raises UnreachableError.
@@ -126,7 +119,7 @@ class PublisherFollower:
             for store, entry in latest
             if entry.revision > store.manifest.revision
             and entry.memory not in self._wrong
-            and self._takes_turn(entry)
+            and self._pace.allows(entry, time.monotonic())
         ]
         await side_by_side((self._follow(store, entry) for store, entry in due), _FOLLOWED_AT_ONCE)
         now = time.monotonic()
@@ -155,7 +148,7 @@ class PublisherFollower:
             if entry is None:  # no longer listed
                 continue
             await self.drop_unlisted(entry.manifest.size)
-            if entry.manifest.size > self._hosted.room or not self._takes_turn(entry):
+            if entry.manifest.size > self._hosted.room or not self._pace.allows(entry, time.monotonic()):
                 continue
             try:
                 data, manifest = await self._fetch_manifest(entry)
@@ -170,14 +163,6 @@ class PublisherFollower:
             except OSError as error:
                 self._hosted.note_full(error)
                 return
-
-    def _takes_turn(self, entry: LibraryEntry) -> bool:
-        """Whether the entry's manifest may be fetched now. Counts it if so."""
-        now = time.monotonic()
-        if self._paces.wait_s(entry.publisher, now):
-            return False
-        self._paces.take(entry.publisher, entry.manifest.size, now)
-        return True
 
     async def drop_unlisted(self, size: int) -> None:
         """Removes memories that no publisher lists any more, until there is room for this many bytes."""

@@ -24,7 +24,7 @@ import numpy as np
 
 from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
-from dht.library import CellHost, LibraryEntry, MemoryRegistry, contacts_of
+from dht.library import CellHost, LibraryEntry, ManifestPace, MemoryRegistry, contacts_of
 from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors, cell_of, number_of
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
@@ -207,6 +207,7 @@ class MemoryDirectory:
         self._reading_ahead: asyncio.Task[None] | None = None
         """The task that reads cells which the first search does not search, but which may have its texts."""
         self._following = asyncio.Lock()
+        self._pace = ManifestPace()
         self._used_at = loop_time()
 
     @classmethod
@@ -314,7 +315,7 @@ class MemoryDirectory:
                 entry for entries in libraries.values() for entry in entries if entry.memory == self.memory
             )
             entry = next(listed, self._opened.entry)
-            if entry.revision > self._opened.entry.revision:
+            if entry.revision > self._opened.entry.revision and self._pace.allows(entry, loop_time()):
                 try:
                     self._opened = await self._parts.open(entry, self._opened)
                 except (TransferError, WireError) as error:
