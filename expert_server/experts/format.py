@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import weightless_block
-from peer.checkpoints import CheckpointHeader, Form, Outline, decode_checkpoint, encode_checkpoint, form_of
+from peer.checkpoints import (
+    CheckpointHeader,
+    Form,
+    Outline,
+    decode_checkpoint,
+    encode_checkpoint,
+    extremes,
+    form_of,
+    is_finite,
+)
 from peer.errors import StateError
 from peer.formatting import printable
 from peer.optimizer import moments_of
@@ -171,10 +180,10 @@ def accumulated_rows(state: Mapping[str, Tensor]) -> int:
 def check_numbers(uid: UID, state: Mapping[str, Tensor]) -> None:
     """Raises StateError if a number is not finite, or is negative where it can't be."""
     for name, tensor in state.items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise StateError(f"{name!r} of expert {uid} is not finite")
         moment = name.startswith(OPTIMIZER) and name.endswith((SECOND_MOMENT, STEP))
-        if (moment or name == ACCUMULATED_SIZES) and (tensor < 0).any():
+        if (moment or name == ACCUMULATED_SIZES) and extremes(tensor)[0] < 0:
             raise StateError(f"{name!r} of expert {uid} is negative")
 
 

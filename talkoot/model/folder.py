@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
 from expert_server.blocks import OWN_KINDS, weightless_block
-from peer.checkpoints import Form, form_of
+from peer.checkpoints import Form, form_of, is_finite
 from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
 from peer.files import write_atomically
 from peer.formatting import printable
@@ -532,7 +532,7 @@ class ModelFolder:
     def _tensor(self, name: str) -> Tensor:
         with _refusing(self._places[name]):
             tensor: Tensor = self._file(name).get_tensor(name).float().contiguous()
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise ModelError(f"{name} in {self._places[name]} has numbers that are not finite")
         return tensor
 

@@ -2,12 +2,21 @@
 files.
 """
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from peer.checkpoints import CheckpointHeader, Outline, decode_checkpoint, encode_checkpoint
+from peer.checkpoints import (
+    CheckpointHeader,
+    Outline,
+    decode_checkpoint,
+    encode_checkpoint,
+    extremes,
+    is_finite,
+)
 from peer.errors import StateError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3)}
@@ -60,3 +69,20 @@ def test_a_header_that_nobody_can_have_written_is_refused(odd: str) -> None:
     text = f'{{"format_version": 1, "sha256": "", "uid": "0.1", "odd": {odd}}}'
     with pytest.raises(StateError):
         decode_checkpoint(to_safetensors(TENSORS, {"talkoot": text}), Header, accept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, number: float) -> None:
+    numbers = torch.linspace(-1, 1, 40).to(dtype)
+    assert is_finite(numbers)
+    for place in range(len(numbers)):
+        broken = numbers.clone()
+        broken[place] = number
+        assert not is_finite(broken)
+
+
+def test_extremes_are_the_lowest_and_the_highest_number() -> None:
+    assert extremes(torch.tensor([[0.5, -2.0], [3.0, 0.0]])) == (-2.0, 3.0)
+    assert extremes(torch.tensor([7])) == (7.0, 7.0)
+    assert extremes(torch.ones(0, 5)) == (0.0, 0.0)

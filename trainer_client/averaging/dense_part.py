@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peer.checkpoints import CheckpointHeader, Outline, decode_checkpoint, encode_checkpoint
+from peer.checkpoints import CheckpointHeader, Outline, decode_checkpoint, encode_checkpoint, is_finite
 from peer.clipping import Distances, OwnMoves, Tensors, at_base, believed_updates, clip, distance
 from peer.errors import OutOfReachError, StateError
 
@@ -95,7 +95,7 @@ class DenseForm:
                 raise StateError("its tensors are not those of this model")
 
         _, tensors = decode_checkpoint(data, Header, check, self.max_outline_bytes)
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        if not all(map(is_finite, tensors.values())):
             raise StateError("it has numbers that are not finite")
         require_bounded({name: tensors[name] for name in self.buffers})
         return tensors

@@ -25,6 +25,7 @@ from peer.checkpoints import (
     RotatingFiles,
     decode_checkpoint,
     encode_checkpoint,
+    is_finite,
     read_checkpoint,
 )
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
@@ -187,7 +188,7 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
 
     header, tensors = decode_checkpoint(read_checkpoint(path), Header, check)
     # a history may contain the loss of a skipped step
-    if not all(t.isfinite().all() for name, t in tensors.items() if not name.startswith("history.")):
+    if not all(is_finite(t) for name, t in tensors.items() if not name.startswith("history.")):
         raise StateError("it has numbers that are not finite")
     return Checkpoint(header, tensors)
 
