@@ -26,7 +26,7 @@ import math
 import random
 import statistics
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -146,6 +146,8 @@ class IterativeSearch:
         self._tries = 1
         self._is_leading = limits.is_frugal
         self._own: int | None = None
+        self._current_front: list[int] | None = None
+        """The result of `_front`; None: something has changed since."""
         self._known = _Path(math.inf)
         self._hearsay = _Path(_PATH)
         self._learn(known, 1, self._known)
@@ -192,7 +194,7 @@ class IterativeSearch:
         return self._all_answered(self._front())
 
     def _all_answered(self, nodes: Iterable[int]) -> bool:
-        return all(node in self._answered for node in nodes)
+        return self._answered.issuperset(nodes)
 
     @property
     def asks_again(self) -> bool:
@@ -292,7 +294,7 @@ class IterativeSearch:
 
     def nearest(self) -> list[int]:
         """The nodes that have answered: the nearest of each neighbourhood, nearest first, and then the others."""
-        return [node for node, _ in self._spread(self._answered)]
+        return [node for node, _ in self._live()]
 
     def places(self, usual: int, most: int, rng: random.Random) -> tuple[list[int], list[int]]:
         """The nodes to store at, and the other live nodes, which replace those that fail.
@@ -300,7 +302,7 @@ class IterativeSearch:
         If more nodes than usual are within reach, up to `most` of them are drawn at random, because the nearest may be
         liars.
         """
-        spread = list(self._spread(self._answered))
+        spread = list(self._live())
         nearest = [node for node, _ in spread]
         reach = self._reach
         within = [node for node, is_first in spread[usual:] if is_first and node ^ self.key <= reach]
@@ -309,6 +311,7 @@ class IterativeSearch:
         return taken, [node for node in nearest if node not in taken]
 
     def _remove(self, node: int) -> bool:
+        self._current_front = None
         entry = (node ^ self.key, node)
         place = bisect.bisect_left(self._nearest, entry)
         if node in self._answered or self._nearest[place : place + 1] != [entry]:
@@ -327,25 +330,25 @@ class IterativeSearch:
             self._depth[node] += 1
             self._restore(node)
 
+    def _live(self) -> Iterator[tuple[int, bool]]:
+        """The nodes that have answered, in the order of `_spread`."""
+        return self._spread(node for _, node in self._nearest if node in self._answered)
+
     def _usable(self) -> Iterator[tuple[int, bool]]:
         """The nodes that were asked or may be asked, in the order of `_spread`."""
-        return self._spread(self._paths, self._may_ask)
+        return self._spread(node for _, node in self._nearest if node in self._asked or self._may_ask(node))
 
     def _may_ask(self, node: int) -> bool:
-        return node in self._asked or any(path.is_open for path in self._paths[node])
+        return any(path.used < path.width for path in self._paths[node])
 
-    def _spread(
-        self, nodes: Container[int], are_wanted: Callable[[int], bool] = lambda node: True
-    ) -> Iterator[tuple[int, bool]]:
-        """Which of these nodes are wanted, and whether each is the first of its neighbourhood.
+    def _spread(self, nodes: Iterable[int]) -> Iterator[tuple[int, bool]]:
+        """These nodes, and whether each is the first of its neighbourhood.
 
-        The first ones of all neighbourhoods come first, nearest first, and then the others.
+        The first ones of all neighbourhoods come first, in the order given, and then the others.
         """
         places: set[str] = set()
         further: list[tuple[int, bool]] = []
-        for _, node in self._nearest:
-            if node not in nodes or not are_wanted(node):
-                continue
+        for node in nodes:
             near = self._near[node]
             if near in places:
                 further.append((node, False))
@@ -357,7 +360,7 @@ class IterativeSearch:
 
     def _holders(self) -> Iterator[int]:
         """The nodes at which writers store, as far as is known."""
-        return (node for node, _ in islice(self._spread(self._paths), REPLICAS))
+        return (node for node, _ in islice(self._spread(node for _, node in self._nearest), REPLICAS))
 
     @property
     def is_crowded(self) -> bool:
@@ -373,7 +376,12 @@ class IterativeSearch:
         return self._usual_reach * (_WIDER if self.is_crowded else 1)
 
     def _front(self) -> list[int]:
-        """The nearest nodes, which must answer."""
+        """The nearest nodes, which must answer. Don't change the list."""
+        if self._current_front is None:
+            self._current_front = self._find_front()
+        return self._current_front
+
+    def _find_front(self) -> list[int]:
         front: list[int] = []
         reach = self._reach
         usable = self._usable()
@@ -400,6 +408,7 @@ class IterativeSearch:
             yield node
 
     def _learn(self, nodes: Iterable[int], depth: int, path: _Path) -> None:
+        self._current_front = None
         for node in nodes:
             paths = self._paths.get(node)
             if paths is None:
@@ -407,7 +416,7 @@ class IterativeSearch:
                 self._paths[node] = (path,)
                 self._depth[node] = depth
                 bisect.insort(self._nearest, (node ^ self.key, node))
-            elif node not in self._asked:
+            elif node not in self._asked and path not in paths:
                 self._paths[node] = (*paths, path)
 
     def _send_to(self, node: int) -> bool:
@@ -415,6 +424,7 @@ class IterativeSearch:
         path = next((path for path in self._paths[node] if path.is_open), None)
         if path is None:
             return False
+        self._current_front = None
         path.used += 1
         self._charges[node] = path, 1
         self._asked.add(node)
@@ -422,6 +432,7 @@ class IterativeSearch:
 
     def _charge(self, node: int, charge: int) -> None:
         """Sets how much of its path's width the node uses."""
+        self._current_front = None
         if node in self._charges:
             path, charged = self._charges[node]
             path.used += charge - charged
@@ -429,6 +440,7 @@ class IterativeSearch:
 
     def _restore(self, node: int) -> None:
         """Puts a failed node back: it has answered after all, or is asked again."""
+        self._current_front = None
         entry = (node ^ self.key, node)
         place = bisect.bisect_left(self._nearest, entry)
         if self._nearest[place : place + 1] != [entry]:
