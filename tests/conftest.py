@@ -39,6 +39,8 @@ sys.dont_write_bytecode = False  # else every process that a test starts compile
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # On a busy machine, nodes with a lower priority than the tests that wait for them would starve.
 os.environ["TALKOOT_NODE_NICENESS"] = "0"
+# To start p2pd takes 0.4 s of processor time. Tests that are about it have it, and those that run what users run.
+os.environ |= {"TALKOOT_NODE_P2PD": "off", "TALKOOT_TRAIN_P2PD": "off"}
 torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
 LONGEST = (
@@ -170,6 +172,13 @@ def long_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr("dht.upkeep._LIFETIMES", 30)
     monkeypatch.setattr(NodeSettings, "lifetime_s", 15.0)
+
+
+@pytest.fixture
+def p2pd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes and trainers start p2pd, as they do unless a setting forbids it."""
+    for role in ("NODE", "TRAIN"):
+        monkeypatch.delenv(f"TALKOOT_{role}_P2PD")
 
 
 @pytest.fixture

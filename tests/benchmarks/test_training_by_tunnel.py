@@ -14,6 +14,7 @@ NOT_HERE = why_not()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("p2pd")
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)
 def test_training_through_a_relay_reaches_half_of_the_direct_throughput(tmp_path: Path) -> None:

@@ -82,14 +82,6 @@ class Victim:
         """The memory of the process itself, without p2pd."""
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
-    @property
-    def p2pd(self) -> psutil.Process:
-        """The process of its p2pd."""
-        (child,) = (
-            c for c in psutil.Process(self.process.pid).children(recursive=True) if c.name() == "p2pd"
-        )
-        return child
-
     def metrics(self) -> str:
         with urllib.request.urlopen(self.metrics_address, timeout=60) as response:
             text: str = response.read().decode()

@@ -14,7 +14,11 @@ STEPS = 4
 SLOW = ("--upload-mbit", 1)
 """Without this limit the trainers would use the whole machine while others wait."""
 NOT_HERE = why_not()
-pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE),
+    pytest.mark.timeout(400),
+    pytest.mark.usefixtures("p2pd"),
+]
 
 
 @pytest.fixture

@@ -46,7 +46,11 @@ asyncio.Runner(loop_factory=new_loop).run(main())
 """Writes down again and again the hosts at which a node says its relays are."""
 
 NOT_HERE = why_not()
-pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE),
+    pytest.mark.timeout(400),
+    pytest.mark.usefixtures("p2pd"),
+]
 
 
 @pytest.fixture

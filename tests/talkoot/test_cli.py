@@ -424,7 +424,8 @@ def kin(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serving_node_leaves_at_once_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    with founding(tmp_path, "--experts", "1", "--drain-timeout", "600") as node:
+    options = ("--experts", "1", "--drain-timeout", "600", "--p2pd", "auto")
+    with founding(tmp_path, *options) as node:
         wait_until(lambda: bool(sockets_of(kin(node.process))), "p2pd's socket")
         processes = kin(node.process)
         sockets = sockets_of(processes)
@@ -456,7 +457,7 @@ def test_a_founders_invite_holds_when_it_comes_back(tmp_path: Path) -> None:
 )
 def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, number: signal.Signals) -> None:
     host = ["--host", HOST] if name == "node" else []
-    state = ["--state", str(tmp_path / "state")] if name != "status" else []
+    state = ["--state", str(tmp_path / "state"), "--p2pd", "auto"] if name != "status" else []
     with listening() as port, (tmp_path / "log").open("w+") as log:
         begin = partial(
             Preloaded,

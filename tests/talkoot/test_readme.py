@@ -111,7 +111,8 @@ class Reader:
         return ["-W", "ignore", "-m", "talkoot.cli", *words]
 
     def _environment(self) -> dict[str, str]:
-        return os.environ | {"XDG_STATE_HOME": str(self.folder / self.home)}
+        as_users_have_it = {name: value for name, value in os.environ.items() if not name.endswith("_P2PD")}
+        return as_users_have_it | {"XDG_STATE_HOME": str(self.folder / self.home)}
 
 
 @pytest.fixture

@@ -29,8 +29,10 @@ ROOT = Path(__file__).parents[3]
 FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 SMALLEST = ("--nodes", "1", "--no-kill")
 """Two of its processes have a p2pd: the node and the trainer."""
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-"""Without the tests' own PYTHONPATH, which would come before the wheel."""
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.endswith("_P2PD")
+}
+"""Without the tests' own PYTHONPATH, which would come before the wheel. With p2pd, as users have it."""
 
 
 pytestmark = pytest.mark.timeout(LIMIT_S + 60)

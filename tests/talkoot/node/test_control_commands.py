@@ -73,8 +73,8 @@ def test_running_node_is_paused_and_resumed(node: RunningNode) -> None:
 
 
 def test_machine_is_checked_against_a_running_swarm(node: RunningNode, tmp_path: Path) -> None:
-    state = ["--state", str(tmp_path)]
-    check = ["node", "--check", "--join", node.invite, "--host", HOST, "--threads", "1", *state]
+    options = ["--threads", "1", "--p2pd", "auto", "--state", str(tmp_path)]
+    check = ["node", "--check", "--join", node.invite, "--host", HOST, *options]
     checked = run(*check, "--json")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     found = json.loads(checked.stdout)
