@@ -1,5 +1,8 @@
 """Fixtures and settings for all tests: one event loop, one torch thread, the keys of two peers, and a
 release's wheel.
+
+Whatever takes long to import is imported where it is needed, because the process that hands out the tests reads this
+file too, and the others wait for it.
 """
 
 import gc
@@ -10,22 +13,18 @@ import zlib
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # This must come before numpy is imported: on a busy machine its threads wait for each other, and take twenty times the
 # processor time.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
-import torch
-from attending import attending_experts
 from hypothesis import HealthCheck, settings
-from limited_loop import LimitedLoop
-from make_release import build_wheel, recorded_wheels
 
-from expert_server.settings import NodeSettings
-from peer.identity import Identity
-from peer.loop import LoopThread
+if TYPE_CHECKING:
+    from peer.identity import Identity
+    from peer.loop import LoopThread
 
 _COMMON: Any = {
     "deadline": None,
@@ -41,7 +40,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["TALKOOT_NODE_NICENESS"] = "0"
 # To start p2pd takes 0.4 s of processor time. Tests that are about it have it, and those that run what users run.
 os.environ |= {"TALKOOT_NODE_P2PD": "off", "TALKOOT_TRAIN_P2PD": "off"}
-torch.set_num_threads(1)  # on a busy machine several pools wait for each other
 
 LONGEST = (
     "test_demo.py",
@@ -143,12 +141,24 @@ def pytest_collection() -> Generator[None, object, object]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Gives each test the same random weights in each run, whichever tests ran before it in its process."""
+    import torch
+
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On a busy machine, several pools of torch's threads wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
-def loop() -> Iterator[LoopThread]:
+def loop() -> "Iterator[LoopThread]":
     """The event loop of the process: gRPC and the DHT run on it, in another thread than the tests."""
+    from limited_loop import LimitedLoop
+
     thread = LimitedLoop()
     yield thread
     thread.close()
@@ -159,6 +169,8 @@ def experts_attend(request: pytest.FixtureRequest) -> Iterator[None]:
     """Used by the tests of computing experts: experts have attention, so a row's result depends on other rows of its
     segment.
     """
+    from attending import attending_experts
+
     folders = {"expert_server/experts", "expert_server/serving"}
     attends = "/".join(request.path.parts[-3:-1]) in folders
     with attending_experts() if attends else nullcontext():
@@ -171,7 +183,7 @@ def long_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds.
     """
     monkeypatch.setattr("dht.upkeep._LIFETIMES", 30)
-    monkeypatch.setattr(NodeSettings, "lifetime_s", 15.0)
+    monkeypatch.setattr("expert_server.settings.NodeSettings.lifetime_s", 15.0)
 
 
 @pytest.fixture
@@ -192,12 +204,16 @@ def closed_port() -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+def identity(tmp_path_factory: pytest.TempPathFactory) -> "Identity":
+    from peer.identity import Identity
+
     return Identity.load_or_create(tmp_path_factory.mktemp("identity") / "peer.key")
 
 
 @pytest.fixture(scope="session")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+def other(tmp_path_factory: pytest.TempPathFactory) -> "Identity":
+    from peer.identity import Identity
+
     return Identity.load_or_create(tmp_path_factory.mktemp("other") / "peer.key")
 
 
@@ -206,5 +222,7 @@ def release_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of the recorded release. Before any release is recorded: the present code, packed as another
     version.
     """
+    from make_release import build_wheel, recorded_wheels
+
     recorded = recorded_wheels()
     return recorded[-1] if recorded else build_wheel("0.0.1", tmp_path_factory.mktemp("wheel"))
