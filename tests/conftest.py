@@ -128,13 +128,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is imported and collected stays. The garbage collector never looks through it: not meanwhile, which took a
-    quarter of the time, and not afterwards, which took 0.2 s each time.
+    quarter of the time, and not afterwards, which took 0.2 s each time. It looks for garbage a tenth as often as
+    usual, because it took 6 % of the tests' time.
     """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(7000)
         gc.enable()
 
 
@@ -143,7 +145,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Gives each test the same random weights in each run, whichever tests ran before it in its process."""
     import torch
 
-    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+    torch.default_generator.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,7 +46,7 @@ def test_a_classifier_learns_with_batches_in_flight(in_flight: int) -> None:
     def make_model() -> nn.Module:
         return Classifier(swarm.mixture, plan.hidden)
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = make_model()
     staleness = train(model, make_model, digits, plan, in_flight)
     assert staleness <= in_flight - 1

@@ -11,7 +11,7 @@ SIZES = Sizes((3, 12, 16), (2, 3), width=8, heads=1, feed_forward=16, top_k=2)
 
 def parameters_after_steps(way: Way) -> list[Tensor]:
     """The parameters of each expert. They start with the same values in every way."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     bound = NarrowBound(SIZES, way)
     for _ in range(2):
         bound.step()

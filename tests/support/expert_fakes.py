@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import math
 import selectors
 import time
@@ -368,10 +369,7 @@ class FakeSwarm:
 
     def block(self, uid: UID) -> nn.Module:
         if uid not in self._blocks:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(len(self._blocks))
-                block = attend(build_block(self.manifest, uid))
-            self._blocks[uid] = block.requires_grad_(False)
+            self._blocks[uid] = _attending_block(self.manifest, uid, len(self._blocks))
         return self._blocks[uid]
 
     def called(self, direction: Direction) -> list[Call]:
@@ -468,6 +466,14 @@ class FakeSwarm:
             await asyncio.sleep(left)
         if due >= ends:
             raise ExpertError(StatusCode.DEADLINE_EXCEEDED, "no answer in time")
+
+
+@functools.lru_cache(1024)
+def _attending_block(manifest: Manifest, uid: UID, seed: int) -> nn.Module:
+    """A block for all swarms of such a manifest, since properties make hundreds of these. Nobody changes it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return attend(build_block(manifest, uid)).requires_grad_(False)
 
 
 def make_peer_id(number: int) -> PeerID:

@@ -130,7 +130,7 @@ def on_nodes(
         routing = Routing(
             k=2, choose_by="sequence" if manifest.routing.prefix else "token", prefix=manifest.routing.prefix
         )
-        torch.manual_seed(0)  # texts must not all go to the nodes of one kind
+        torch.default_generator.manual_seed(0)  # texts must not all go to the nodes of one kind
         model = LanguageModel(
             manifest, lambda layer: RemoteMixtureOfExperts(layer, manifest, dispatcher, loop.run, routing)
         )

@@ -19,7 +19,7 @@ def every_coordinate(rows: int) -> torch.Tensor:
 
 @pytest.fixture
 def gate() -> Gate:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return Gate(hidden=8, grid=GRID)
 
 

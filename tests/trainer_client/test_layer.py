@@ -97,7 +97,7 @@ def test_a_sequence_longer_than_the_context_is_told_so() -> None:
 @every_router
 def test_under_autocast_the_layer_gives_what_it_gives_without(name: RouterName, dtype: torch.dtype) -> None:
     """Gate and mixture compute in float32; only inputs and outputs may be rounded."""
-    torch.manual_seed(0)  # with another gate, rounding might change which expert is best
+    torch.default_generator.manual_seed(0)  # with another gate, rounding might change which expert is best
     x = random_input(2, 4).detach()
     with mixtures(make_swarm(), name) as make_mixture:
         mixture = make_mixture(0).eval()
@@ -131,7 +131,7 @@ def test_experts_get_gradients_without_the_scalers_factor() -> None:
         """The gradient of the input, and the sum of all gradients that experts received."""
         swarm, x = make_swarm(), random_input(2, 4)
         with mixtures(swarm, "product-key", gradient_scale=lambda: scale) as make_mixture:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             (gradient,) = torch.autograd.grad(scale * make_mixture(0)(x).square().sum(), x)
         sent = [call.made.gradients for call in swarm.called("backward") if call.made.gradients is not None]
         return gradient / scale, sum(float(abs(gradients).sum()) for gradients in sent)

@@ -163,7 +163,7 @@ def check(name: RouterName, swarm: FakeSwarm, seed: int, missing: Set[UID], trai
     x_BTD, gradient_BTD = torch.randn(2, 2, 4, hidden, generator=generator).unbind()
     x_BTD.requires_grad_()
     with mixtures(swarm, name, expert_dropout=0.0) as make_mixture:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         mixture = make_mixture(0).train(training)
         for parameter in mixture.parameters():
             nn.init.normal_(parameter, std=0.5)

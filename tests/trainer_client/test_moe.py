@@ -130,7 +130,7 @@ def test_output_and_gradients_are_those_of_a_local_mixture(
 ) -> None:
     k = min(k, int(np.prod(grid)))
     swarm = FakeSwarm(make_manifest(grid), peers)
-    torch.manual_seed(seed % 2**31)
+    torch.default_generator.manual_seed(seed % 2**31)
     with mixtures(swarm, k) as make_mixture:
         assert_equals_local(swarm, make_mixture(0), *random_tensors(seed, sequences, length))
 
@@ -154,7 +154,7 @@ def test_with_any_subset_answering_the_weights_of_the_rest_are_renormalised(
     for uid in missing:
         swarm.behaviours[uid] = SENT_LATE if uid in late else fails(StatusCode.NOT_FOUND)
     answering = set(uids) - missing or late  # late ones are waited for where nobody else answers
-    torch.manual_seed(seed % 2**31)
+    torch.default_generator.manual_seed(seed % 2**31)
     with mixtures(swarm, k) as make_mixture:
         assert_equals_local(swarm, make_mixture(0), *random_tensors(seed, 2, 4), lambda uid: uid in answering)
 
@@ -336,7 +336,7 @@ def test_a_changed_token_changes_no_logit_before_it(
     tokens_BT = torch.randint(256, (2, length), generator=generator)
     changed_BT = tokens_BT.clone()
     changed_BT[0, at] = (changed_BT[0, at] + data.draw(st.integers(1, 255))) % 256
-    torch.manual_seed(seed % 2**31)
+    torch.default_generator.manual_seed(seed % 2**31)
     with mixtures(swarm, k) as make_mixture, torch.no_grad():
         model = make_model(swarm, make_mixture)
         before_BTV, after_BTV = model(tokens_BT), model(changed_BT)
@@ -353,7 +353,7 @@ def test_no_logit_before_a_token_has_a_gradient_to_its_embedding(
     """The same, seen in the backward pass: gradients from experts do not reach later positions either."""
     swarm = FakeSwarm(make_manifest(grid, layers=2))
     tokens_BT = torch.arange(12).view(1, 12)  # each position has an embedding of its own
-    torch.manual_seed(seed % 2**31)
+    torch.default_generator.manual_seed(seed % 2**31)
     with mixtures(swarm, 3) as make_mixture:
         model = make_model(swarm, make_mixture)
         torch.autograd.backward(model(tokens_BT)[0, at - 1].square().sum())
@@ -416,7 +416,7 @@ def test_a_loop_that_forgets_to_rebalance_is_warned(steps_between: int) -> None:
 def test_a_compiled_model_computes_the_mixture_as_it_is() -> None:
     swarm = FakeSwarm(make_manifest((2, 3)))
     x_BTD, gradient_BTD = random_tensors(0, 2, 4)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     with mixtures(swarm, 2) as make_mixture:
         mixture = make_mixture(0)
         mixture.disable_compiling()

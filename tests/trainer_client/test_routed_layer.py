@@ -122,7 +122,7 @@ def test_training_follows_from_the_seed(name: RouterName) -> None:
     x_BTD = random_rows(4, 8)
 
     def outputs(seed: int) -> Tensor:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         with mixtures(swarm, name, seed=seed) as make_mixture:
             mixture = sharpen(make_mixture(0))
             return torch.stack([mixture(x_BTD), mixture(x_BTD)])
@@ -324,7 +324,7 @@ def test_a_changed_token_changes_no_logit_that_is_scored_before_it(
     tokens_BT = torch.randint(256, (2, length), generator=torch.Generator().manual_seed(seed))
     changed_BT = tokens_BT.clone()
     changed_BT[0, at] = (changed_BT[0, at] + data.draw(st.integers(1, 255))) % 256
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     choose_by: Literal["token", "sequence"] = "sequence" if prefix else "token"
     with mixtures(swarm, name, choose_by, routing_prefix=prefix) as make_mixture, torch.no_grad():
         model = LanguageModel(swarm.manifest, lambda layer: sharpen(make_mixture(layer))).eval()
@@ -365,7 +365,7 @@ def test_base_does_see_other_rows_in_training() -> None:
     """The exception of the test above is real: the rows of one batch compete."""
     swarm = FakeSwarm(make_manifest((3,)))
     x_BTD = random_rows(1, 9).detach()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     with mixtures(swarm, "base") as make_mixture:
         mixture = sharpen(make_mixture(0))
         together = mixture(x_BTD)
@@ -391,7 +391,7 @@ def test_under_a_limit_tokens_go_to_few_nodes_and_the_model_stays_causal(
     for tokens in (tokens_BT, changed_BT):
         swarm.calls.clear()
         with limited_mixtures(swarm, more_hosts) as make_mixture, torch.no_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             model = LanguageModel(swarm.manifest, lambda layer: sharpen(make_mixture(layer))).eval()
             outputs.append(model(tokens))
         for layer in range(2):

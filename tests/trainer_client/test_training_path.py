@@ -101,7 +101,7 @@ def watched(swarm: FakeSwarm, name: RouterName, seed: int = 0) -> Iterator[Watch
         directory = Directory(registry, manifest, refresh_every_s=60, rng=random.Random(1))
         assert not directory.knows_all
         dispatcher = Dispatcher(directory, swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         routing = Routing(name, ROUTERS[name].k or 3, seed=seed)
         mixture = RemoteMixtureOfExperts(0, manifest, dispatcher, runner.run, routing)
         nn.init.normal_(mixture.gate.linear.weight, std=0.5)

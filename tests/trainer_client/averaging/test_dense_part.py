@@ -30,7 +30,7 @@ seeds = st.integers(0, 2**31)
 
 
 def make_model(seed: int = 0, width: int = 5) -> nn.Module:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width))
 
 
@@ -335,7 +335,7 @@ FAR: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 def test_what_no_training_makes_is_refused(
     make: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     mine = tensors_of(trained(make_model(), 1))
     with pytest.raises(StateError):
         require_near(mine, make(mine))

@@ -86,7 +86,7 @@ def naive(layer: ChunkedCrossAttention, x_TD: Tensor, encoded_UNLD: Tensor, pres
 @given(st.integers(0, 2**31), st.integers(1, 19))
 @settings(max_examples=20)
 def test_each_row_attends_to_the_neighbours_of_the_last_whole_chunk(seed: int, length: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = ModelSpec(layers=1, hidden=8, heads=2, context=32, feed_forward=8)
     layer = ChunkedCrossAttention(model, chunk=4)
     nn.init.normal_(layer.output.weight)
@@ -115,7 +115,7 @@ def test_a_changed_token_changes_no_logit_before_it_though_it_changes_neighbours
 
 
 def test_a_row_finds_what_follows_its_own_token_in_a_neighbour_before_anything_is_learned() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     layer = ChunkedCrossAttention(
         ModelSpec(layers=1, hidden=256, heads=1, context=32, feed_forward=8), chunk=1
     )
@@ -158,7 +158,7 @@ def test_what_is_read_learns_and_padding_does_not_matter() -> None:
 )
 @settings(max_examples=20)
 def test_sequences_that_grow_read_what_whole_ones_do(seed: int, growths: list[list[int]]) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     manifest = make_manifest((2, 3))
     spec = RetrievalSpec(chunk=4, neighbours=2, length=6, layers=tuple(range(manifest.model.layers)))
     swarm = LocalSwarm(manifest, TrainerSettings(top_k=manifest.routing.top_k))

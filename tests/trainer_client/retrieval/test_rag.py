@@ -149,7 +149,7 @@ def test_passages_that_were_not_found_have_no_part() -> None:
 def test_gradients_reach_the_encoder_of_questions_and_the_generator(likelihood: "object") -> None:
     """Both are trained: which passage answers, and what to say then. The passages' vectors do not change."""
     assert callable(likelihood)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     questions, passages_PD = nn.Embedding(2, 8), torch.randn(4, 8)
     generator = nn.Embedding(4, 5)  # what follows depends on the passage alone
     answers = torch.tensor([3, 1])
