@@ -120,7 +120,9 @@ class FittingScreen:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # the terminal's console does not wrap lines unless told to
-        lines = console.render_lines(self._parts, options.update(height=None, no_wrap=False), pad=False)
+        lines = console.render_lines(
+            self._parts, options.update(height=None, no_wrap=False, overflow="fold"), pad=False
+        )
         height = console.height
         missing = len(lines) - height + 1 if len(lines) > height else 0
         for line in lines[: height - 1] if missing else lines:

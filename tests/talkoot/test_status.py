@@ -229,8 +229,9 @@ def test_a_narrow_terminal_shows_the_whole_first_line_while_it_watches() -> None
     console = Console(file=io.StringIO(), width=60, height=100, soft_wrap=True)  # as `Terminal.out`
     with console.capture() as captured:
         console.print(FittingScreen(*_renderables(reading())))
-    assert " s ago" in captured.get()
-    assert max(map(len, captured.get().splitlines())) <= 60
+    head, _, _ = captured.get().partition("nodes")
+    assert " s ago" in head
+    assert max(map(len, head.splitlines())) <= 60
 
 
 def test_status_without_trainers_has_no_table_of_them() -> None:
