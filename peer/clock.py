@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 from peer.bounded import BoundedDict
-from peer.formatting import counted
 from peer.platform.machine import seconds_since_boot
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -70,10 +69,11 @@ class SwarmClock:
         if abs(error_s) <= CLOCK_TOLERANCE_S:
             return ""
         side = "ahead of" if error_s > 0 else "behind"
+        asked = len(self._others)
+        theirs = "that of the peer asked" if asked == 1 else f"those of most of the {asked} peers asked"
         return (
-            f"this machine's clock is {abs(error_s):.0f} s {side} those of most of the "
-            f"{counted(len(self._others), 'peer')} asked: set it right, or others take what this machine says for "
-            "outdated"
+            f"this machine's clock is {abs(error_s):.0f} s {side} {theirs}: set it right. Until then, this machine and "
+            "others take each other's records for outdated, so it may see no nodes"
         )
 
     @property

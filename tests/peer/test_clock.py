@@ -51,10 +51,17 @@ def test_a_wrong_clock_that_is_set_right_is_followed_at_once_where_peers_agree()
     machine.clock = SwarmClock(lambda: machine.right + machine.set_by, lambda: machine.passed)
     machine.asked(0.0, 0.2, -0.1)
     assert machine.clock.now() == pytest.approx(machine.right - HOUR_S)
-    assert "clock is 3600 s behind those of most of the 3 peers asked" in machine.clock.warning
+    assert "clock is 3600 s behind those of most of the 3 peers asked: set it right" in machine.clock.warning
     machine.set_by = 0.0
     assert machine.clock.now() == pytest.approx(machine.right)
     assert not machine.clock.warning
+
+
+def test_a_clock_that_differs_from_the_only_peers_is_named_with_what_follows() -> None:
+    machine = Machine()
+    machine.asked(HOUR_S)
+    assert "behind that of the peer asked: set it right" in machine.clock.warning
+    assert "it may see no nodes" in machine.clock.warning
 
 
 def test_a_machine_alone_follows_its_clock_after_ten_minutes() -> None:
