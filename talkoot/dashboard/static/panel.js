@@ -47,13 +47,20 @@ function follow() {
     byId("panel-kind").textContent = route.kind === "node" ? "Node" : "Expert";
     byId("panel-title").textContent = route.id;
     panel.hidden = false;
+    leaveTheRest(getComputedStyle(panel).width === `${document.documentElement.clientWidth}px`);
     panel.scrollTop = 0;
     byId("panel-title").focus({ preventScroll: true });
     section.reload();
   } else if (!panel.hidden) {
     panel.hidden = true;
+    leaveTheRest(false);
     returnFocus();
   }
+}
+
+/** Nobody should come by the keyboard to what a panel as wide as the window hides. */
+function leaveTheRest(inert) {
+  for (const part of document.querySelectorAll("body > :is(.skip, header, .banner, main, footer)")) part.inert = inert;
 }
 
 /** To what opened the panel: a table may have drawn its link anew since. */

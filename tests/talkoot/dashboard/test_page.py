@@ -138,6 +138,22 @@ def test_focus_stays_on_a_link_and_returns_to_it_though_all_is_drawn_anew_meanwh
     seen.until(lambda: focused(seen) == opener)
 
 
+def test_the_keyboard_reaches_nothing_behind_a_panel_that_hides_the_page(
+    browser: Browser, swarm: LiveSwarm
+) -> None:
+    with visit(browser, swarm.address, width=360, height=800) as seen:
+        link = seen.page.locator("#nodes-table tbody a").first
+        link.focus()
+        seen.page.keyboard.press("Enter")
+        seen.until("document.querySelector('#panel .facts') !== null")
+        seen.page.keyboard.press("Shift+Tab")
+        assert not seen.page.evaluate(
+            "[...document.querySelectorAll('main, header, footer')].some((e) => e.contains(document.activeElement))"
+        )
+        seen.page.keyboard.press("Escape")
+        seen.until("document.activeElement.closest('#nodes-table') !== null")
+
+
 def test_a_line_of_a_chart_and_its_value_are_two_words(seen: Visit) -> None:
     seen.until("document.querySelectorAll('#chart-cards .legend button').length > 0")
     legends = seen.page.locator("#chart-cards .legend button").all()
