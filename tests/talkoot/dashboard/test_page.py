@@ -113,27 +113,31 @@ def test_keyboard_opens_an_expert(seen: Visit) -> None:
     seen.until("document.activeElement.id === 'heatmap'")
 
 
-def drawn_anew(seen: Visit, selector: str) -> None:
-    """Focuses an element, and waits until the page has drawn another in its place."""
-    seen.until(f"document.querySelector({selector!r}) !== null")
-    seen.page.locator(selector).first.focus()
-    seen.page.evaluate("document.activeElement.id = 'before'")
-    seen.until("document.getElementById('before') === null")
-
-
 def focused(seen: Visit) -> str | None:
+    """Where the link that has the focus leads."""
     href: str | None = seen.page.evaluate("document.activeElement.getAttribute('href')")
     return href
 
 
+def drawn_anew(seen: Visit, selector: str) -> str | None:
+    """Focuses a link, waits until the page has drawn another in its place, and returns where the first one led."""
+    seen.until(f"document.querySelector({selector!r}) !== null")
+    href: str | None = seen.page.evaluate(
+        "(selector) => {const link = document.querySelector(selector); link.focus(); link.id = 'before';"
+        " return link.getAttribute('href')}",
+        selector,
+    )
+    seen.until("document.getElementById('before') === null")
+    return href
+
+
 def test_focus_stays_on_a_link_and_returns_to_it_though_all_is_drawn_anew_meanwhile(seen: Visit) -> None:
-    link = "#nodes-table tbody tr:nth-child(2) a"
-    drawn_anew(seen, link)
-    opener = focused(seen)
-    assert opener == seen.page.locator(link).get_attribute("href")
+    opener = drawn_anew(seen, "#nodes-table tbody tr:nth-child(2) a")
+    assert opener is not None
+    assert focused(seen) == opener
     seen.page.keyboard.press("Enter")
-    drawn_anew(seen, "#panel-body .chips a:nth-child(2)")
-    assert focused(seen) == seen.page.locator("#panel-body .chips a:nth-child(2)").get_attribute("href")
+    expert = drawn_anew(seen, "#panel-body .chips a:nth-child(2)")
+    assert focused(seen) == expert
     seen.page.keyboard.press("Escape")
     seen.until(lambda: focused(seen) == opener)
 
