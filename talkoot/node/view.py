@@ -81,7 +81,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
     grid.add_column(ratio=1, overflow="fold")
     grid.add_row("state", Text(_state_and_use(status), style=_STYLES.get(status.state, "")))
     if _may_host_experts(status):
-        grid.add_row("trained", _trained(status))
+        grid.add_row("trained", _trained(status, verb=""))
         grid.add_row("computed", _computed(status, rates))
         grid.add_row("model", _model(status))
     grid.add_row("experts", _share(status))
@@ -149,8 +149,8 @@ def _may_host_experts(status: NodeStatus) -> bool:
     return bool(status.capacity or status.rows)
 
 
-def _trained(status: NodeStatus) -> str:
-    return f"{counted(status.trained, 'expert', ',')} trained with {counted(status.updates, 'update', ',')}"
+def _trained(status: NodeStatus, verb: str = " trained") -> str:
+    return f"{counted(status.trained, 'expert', ',')}{verb} with {counted(status.updates, 'update', ',')}"
 
 
 def _rows_for(status: NodeStatus) -> str:

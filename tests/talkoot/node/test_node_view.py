@@ -128,7 +128,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
     for said in (
         "talkoot node in sauna",
         "state     serving ",
-        "trained   11 experts trained with 1,234 updates",
+        "trained   11 experts with 1,234 updates",
         "computed  54,120 rows for 3 trainers; 412 rows/s now, 512 rows waiting",
         "model     validation loss 3.215; 4.100 when this node first looked",
         "experts   12 of the swarm's 32 (38%), room for 6 more",
