@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
@@ -127,8 +127,11 @@ def test_the_prefixes_are_read_only_if_nobody_hosts_a_cell_that_is_near(
 
 
 def test_a_first_search_needs_no_node_records(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def no_nodes(*args: object, **options: object) -> dict[PeerID, NodeInfo]:
-        raise AssertionError("a node record was looked up")
+    async def no_nodes(
+        registry: Registry, peer_ids: Collection[PeerID], **options: object
+    ) -> dict[PeerID, NodeInfo]:
+        assert not peer_ids, "a node record was looked up"
+        return {}
 
     monkeypatch.setattr("trainer_client.memory.directory._REFRESH_EVERY_S", LIMIT_S)
 
