@@ -12,7 +12,19 @@ import numpy as np
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, Passage, Place, ShardInfo, Vectors, cell_of
+from dht.memory import (
+    MAX_K,
+    MAX_READ,
+    Cell,
+    MemoryID,
+    MemoryManifest,
+    Part,
+    Passage,
+    Place,
+    ShardInfo,
+    Vectors,
+    cell_of,
+)
 from expert_server.memory.search import search_together
 from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from expert_server.memory.store import MemoryStore
@@ -210,6 +222,8 @@ class SampleHost:
         return self.search(request) if method == "Search" else self.read(request)
 
     def search(self, request: memory_pb2.SearchRequest) -> memory_pb2.SearchReply:
+        if request.k > MAX_K:
+            raise ExpertError(StatusCode.INVALID_ARGUMENT, "too many passages for a query")
         if self.lie == "oversized":
             return memory_pb2.SearchReply(text_roots=[bytes(2 * MAX_MESSAGE_BYTES)])
         if self.lie == "tiny fields":
@@ -250,6 +264,8 @@ class SampleHost:
         return reply
 
     def read(self, request: memory_pb2.ReadRequest) -> memory_pb2.ReadReply:
+        if sum(len(asked.positions) for asked in request.shards) > MAX_READ:
+            raise ExpertError(StatusCode.INVALID_ARGUMENT, "too many passages at once")
         if self.lie == "reads nothing":
             return memory_pb2.ReadReply()
         reply = memory_pb2.ReadReply()

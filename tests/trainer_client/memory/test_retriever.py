@@ -60,7 +60,7 @@ def swarm_of(memory: SampleMemory, *lies: Lie | None, after_s: float = 0.01) -> 
 
 
 def searched(
-    runner: VirtualRunner, retriever: Retriever, numbers: list[int], k: int = K
+    runner: VirtualRunner | asyncio.Runner, retriever: Retriever, numbers: list[int], k: int = K
 ) -> list[SearchResult]:
     """The results for queries that are passages of the memory. Also waits for the checks that follow."""
     vectors_QD, scores_QC = retriever.directory.encode([str(number) for number in numbers])
@@ -280,6 +280,29 @@ def test_texts_that_nobody_gives_are_missing_and_nobody_is_banned_for_them() -> 
             assert not result.hits
             assert result.missing
         assert not runner.run(avoided_by(retriever))
+
+
+def test_as_many_as_wanted_are_found_if_hosts_do_not_know_yet_that_the_best_are_revoked() -> None:
+    memory = SampleMemory.make(0)
+    for number in range(40):
+        best = memory.best(memory.vectors_ND[number], memory.manifest.by_cell, 3)
+        revoking = memory.revoking(*(int(text.removeprefix("text ")) for _, text in best))
+        swarm = swarm_of(revoking, None)
+        with virtual_time() as runner:
+            (result,) = searched(runner, retriever_of(swarm), [number])
+            assert texts_of(result) == best_texts(revoking, swarm, number)
+
+
+def test_the_largest_search_asks_hosts_for_no_more_than_they_answer() -> None:
+    numbers, whole = [3, 14, 15], SampleMemory.make(0, passages=120)
+    scores_QN = whole.vectors_ND[numbers].astype(int) @ whole.vectors_ND.T.astype(int)
+    memory = whole.revoking(int(scores_QN.max(axis=0).argmin()))
+    swarm = swarm_of(memory, None)
+    with asyncio.Runner() as runner:  # so many passages are parsed on a thread
+        results = searched(runner, retriever_of(swarm), numbers, MOST_WANTED)
+        for number, result in zip(numbers, results, strict=True):
+            assert texts_of(result) == best_texts(memory, swarm, number, MOST_WANTED)
+            assert len(result.hits) == MOST_WANTED
 
 
 def test_a_batch_costs_one_call_to_each_host() -> None:
