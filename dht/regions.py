@@ -170,6 +170,10 @@ class RegionMap:
         read_at, read, region = self._just_read.get(prefix, (0.0, frozenset[int](), None))
         return region if read_at > self._now() - _JUST_READ_S and read.issuperset(pieces) else None
 
+    def forget_recent(self) -> None:
+        """Forgets the regions that were read a moment ago, which may be large. What was learnt from them stays."""
+        self._just_read.clear()
+
     def has_split(self, layer: int, size: int) -> bool:
         """Whether hosts are known to announce below the layer itself. `size`: of the first grid dimension."""
         pieces = (self._seen.get(((layer, ()), piece)) for piece in pieces_of(size))

@@ -457,7 +457,9 @@ class HostingSurvey:
                 self._again = list(dict.fromkeys(map(_row, vacant)))
             wanted.update(vacant, self._others(some, most_others))
         self._looks += 1
-        return self._merged(await self._experts.replicas(wanted, just_read=True))
+        found = await self._experts.replicas(wanted, just_read=True)
+        self._experts.regions.forget_recent()  # a node looks once in a period, and would keep them until then
+        return self._merged(found)
 
     def _known_split(self) -> set[int]:
         first, *_ = self._manifest.experts.grid

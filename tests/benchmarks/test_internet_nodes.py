@@ -2,6 +2,8 @@
 their holders.
 """
 
+import asyncio
+import gc
 import json
 from collections.abc import Callable, Collection
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.internet.dht_model import ModelDHT, ModelLookups
+from benchmarks.internet.dht_model import ModelDHT, ModelLookups, StoredRecord
 from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
 from benchmarks.internet.stand_ins import simulated
 from benchmarks.internet.world import HomeLine, World
@@ -52,6 +54,33 @@ def test_two_runs_of_a_seed_are_alike() -> None:
             return json.dumps([swarm.takings, world.accounts.totals(), world.accounts.upkeep()])
 
     assert run(1) == run(1) != run(2)
+
+
+def test_records_that_were_renewed_are_forgotten() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 12, 6)
+        world.run(600)
+        stored = [entry.value for key in swarm.dht._keys.values() for entry in key.entries.values()]
+        newest = sum(isinstance(value, StoredRecord) for value in stored)
+        gc.collect()
+        kept = sum(isinstance(each, StoredRecord) for each in gc.get_objects())
+        assert 12 < newest <= kept < 2 * newest
+
+
+def test_a_cancelled_timer_does_not_move_the_clock() -> None:
+    loop, ran = VirtualLoop(), list[str]()
+    try:
+        loop.call_later(3.0, ran.append, "second")
+        loop.call_later(1.0, ran.append, "first")
+        loop.call_later(2.0, ran.append, "cancelled").cancel()
+        loop.run_until_complete(asyncio.sleep(4.0))
+        assert (ran, loop.time()) == (["first", "second"], 4.0)
+        loop.call_later(5.0, ran.append, "cancelled").cancel()
+        with pytest.raises(RuntimeError, match="nothing will happen"):
+            loop.run_until_complete(loop.create_future())
+        assert loop.time() == 4.0
+    finally:
+        loop.close()
 
 
 def test_a_dead_host_is_replaced() -> None:

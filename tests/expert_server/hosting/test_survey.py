@@ -79,6 +79,14 @@ def test_a_small_grid_is_read_whole() -> None:
     assert set(found) == set(all_uids((4, 4)))
 
 
+def test_after_a_look_no_region_that_was_just_read_is_kept() -> None:
+    registry = FakeRegistry(all_uids((4, 4)))
+    registry.split(0, 1)
+    assert registry.regions.recent((0, ()), [0]) is not None
+    asyncio.run(make_survey((4, 4), registry).read([]))
+    assert registry.regions.recent((0, ()), [0]) is None
+
+
 def test_of_layers_that_have_split_each_look_reads_a_few_experts_and_vacant_ones_again() -> None:
     uids = all_uids((16, 16))
     registry, lonely = FakeRegistry(uids), UID(1, (3, 5))
