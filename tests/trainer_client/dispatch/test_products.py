@@ -76,6 +76,33 @@ def test_products_that_fit_and_are_huge_are_not_bounded() -> None:
     assert are_bounded(products_RK, g_RD, g_RD).tolist() == [False, True]
 
 
+def test_the_largest_product_follows_from_the_rows_own_gradient() -> None:
+    """A row with a large gradient gives no room to another one."""
+    g_RD, inputs_RD = np.zeros((2, 2, 16), np.float32)
+    g_RD[:, 0] = 1.0, 1000.0
+    most_R = 2 * 1000.0 * 16**0.5 * g_RD[:, 0]
+    for times in (0.99, 1.01):
+        fits_R = are_bounded(times * most_R[:, None], g_RD, inputs_RD)
+        assert fits_R.tolist() == [times < 1] * 2
+
+
+def test_how_far_a_product_may_be_off() -> None:
+    """Each row by itself: beside a row with large numbers, and with the error that a codec makes."""
+    g_RD, s_RD = np.zeros((2, 2, 16), np.float32)
+    g_RD[:, 0], s_RD[:, 0] = (1.0, 1000.0), (1.0, 0.0)
+    s_RD[1, 1] = 1000.0
+    ones = np.ones((2, 1), np.float32)
+
+    def fits(off: tuple[float, float], part: float = 0.0) -> list[bool]:
+        products_RK = np.array([[1.0 + off[0]], [off[1]]], np.float32)
+        return products_fit(ones, products_RK, g_RD, s_RD, (part, 0.0)).tolist()  # type: ignore[no-any-return]  # numpy
+
+    assert fits((0.0009, 9.0)) == [True, True], "a thousandth; for rows that are orthogonal, by their sizes"
+    assert fits((0.002, 11.0)) == [False, False]
+    assert fits((1.9, 0.0), part=0.5) == [True, True], "half of G, twice S, and half of that"
+    assert fits((2.1, 0.0), part=0.5) == [False, True]
+
+
 @given(seeds, st.sampled_from(get_args(CodecName)), st.floats(1e-3, 1e3), st.sampled_from([16, 48, 64, 256]))
 def test_no_row_is_further_from_what_was_encoded_than_its_codec_says(
     seed: int, codec: CodecName, size: float, width: int
