@@ -147,7 +147,9 @@ class IterativeSearch:
         self._is_leading = limits.is_frugal
         self._own: int | None = None
         self._current_front: list[int] | None = None
-        """The result of `_front`; None: something has changed since."""
+        """The result of `_front`. None: the search has learned, asked or charged something since, which all events make
+        it do.
+        """
         self._known = _Path(math.inf)
         self._hearsay = _Path(_PATH)
         self._learn(known, 1, self._known)
@@ -311,7 +313,6 @@ class IterativeSearch:
         return taken, [node for node in nearest if node not in taken]
 
     def _remove(self, node: int) -> bool:
-        self._current_front = None
         entry = (node ^ self.key, node)
         place = bisect.bisect_left(self._nearest, entry)
         if node in self._answered or self._nearest[place : place + 1] != [entry]:
@@ -440,7 +441,6 @@ class IterativeSearch:
 
     def _restore(self, node: int) -> None:
         """Puts a failed node back: it has answered after all, or is asked again."""
-        self._current_front = None
         entry = (node ^ self.key, node)
         place = bisect.bisect_left(self._nearest, entry)
         if self._nearest[place : place + 1] != [entry]:

@@ -67,6 +67,30 @@ def test_failed_nodes_are_asked_once_more_if_the_others_have_nothing_and_are_not
     assert not failing & set(search.nearest())
 
 
+@given(st.integers(0, 2**32), st.floats(0, 0.6))
+def test_the_front_that_is_remembered_is_the_one_that_would_be_found_now(seed: int, dead: float) -> None:
+    rng = random.Random(seed)
+    nodes = rng.sample(range(2**16), 80)
+    holders = nodes[: rng.randrange(5)]
+    search = IterativeSearch(0, nodes[:9], reach=2**12, near_of=lambda node: str(node % 40))
+    waiting: list[int] = []
+
+    def look() -> None:
+        assert search._front() == search._find_front()
+
+    while (wanted := search.ask()) or waiting:
+        look()
+        waiting += wanted
+        node = waiting.pop(rng.randrange(len(waiting)))
+        if rng.random() < dead:
+            rng.choice((search.failed, search.pass_over))(node)
+        else:
+            search.answered(node, rng.sample(nodes, 8), has_value=node in holders)
+        look()
+        search.hear(rng.sample(nodes, 4))
+        look()
+
+
 def test_three_holders_are_enough_and_the_rounds_are_counted() -> None:
     search = IterativeSearch(0, [100, 101, 102])
     assert search.ask() == [100, 101, 102]
