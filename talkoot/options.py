@@ -374,7 +374,6 @@ class TrainCommand(SettingsCommand):
             "in_flight",
             "learning_rate",
             "preset",
-            "validate_every",
             "average_every",
             "memory",
             "threads",
