@@ -101,8 +101,8 @@ class TrainerSettings(RoleSettings):
     tokenizer: str = Field(
         default="bytes",
         min_length=1,
-        description="how text is split into tokens: bytes; bpe, byte pairs that are learned from the data; or the path "
-        "of a tokenizer.json",
+        description="what text is split into: bytes; bpe (byte pairs learned from the data); or the path of a "
+        "tokenizer.json",
     )
     vocabulary: int = Field(
         default=4096, ge=257, le=65536, description="tokens that bpe learns, including the 256 bytes"
@@ -269,7 +269,7 @@ class TrainerSettings(RoleSettings):
         default=20,
         ge=0,
         le=10**7,
-        description="steps between averages of the dense part with that of another trainer; 0: never average",
+        description="steps between averages of the dense part with another trainer's; 0: never",
     )
     average_host: HostName | None = Field(
         default=None,
