@@ -382,7 +382,8 @@ class HostingManager:
             return
         able = self._given(replicas)
         others = {uid: hosts for uid, hosts in able.items() if uid not in mine}
-        wanted = under_replicated(others, room, me, self._enough)
+        saved = await self._replicas.checkpoints.newest()
+        wanted = under_replicated(others, room, me, self._enough, saved)
         enough = self._enough
         if not wanted:
             more = further_replica(able, mine, me, self._swarm.experts.unread)

@@ -106,15 +106,20 @@ def under_replicated(
     room: int,
     peer_id: PeerID,
     enough: int,
+    checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
 ) -> list[UID]:
-    """At most `room` of the experts with fewer than `enough` replicas, those with the fewest first.
+    """At most `room` of the experts with fewer than `enough` replicas, those with the fewest first. Among these, the
+    ones come first of which this peer's checkpoint has the most updates that all hosts lack: while it was away, others
+    continued them from older states.
 
     Leaves out experts that this peer hosts, and those whose state nobody can give. A leaving peer can still give the
     state, but its replica does not count.
     """
 
-    def rank(uid: UID) -> tuple[int, bytes]:
-        return -lasting_replicas(replicas[uid]), preference(uid, peer_id)
+    def rank(uid: UID) -> tuple[int, int, bytes]:
+        hosts = replicas[uid]
+        lacking = checkpoints.get(uid, 0) - max(replica.update_count for replica in hosts)
+        return -lasting_replicas(hosts), max(0, lacking), preference(uid, peer_id)
 
     wanting = [
         uid

@@ -236,6 +236,22 @@ def test_of_experts_with_as_many_replicas_a_peer_takes_those_it_prefers() -> Non
     assert under_replicated(seen, 10, me, 2) == rank_vacancies(GRID[:50], 10, me)
 
 
+def test_of_experts_with_as_many_replicas_a_peer_first_takes_those_that_continue_from_older_states() -> None:
+    me, other = seeded_peers(2)
+    seen = {uid: [replica(uid, other, SERVING, 100)] for uid in GRID[:50]}
+    preferred = under_replicated(seen, 50, me, 2)
+    behind, far_behind, ahead = preferred[30], preferred[40], preferred[49]
+    saved = {behind: 101, far_behind: 105, ahead: 99}
+    rest = [uid for uid in preferred if uid not in (behind, far_behind)]
+    assert under_replicated(seen, 50, me, 2, saved) == [far_behind, behind, *rest]
+
+    third = seeded_peers(3)[2]
+    seen[far_behind] = [*seen[far_behind], replica(far_behind, third, SERVING, 100)]
+    assert under_replicated(seen, 50, me, 3, saved)[-1] == far_behind, "it has more replicas than the others"
+    seen[behind] = [replica(behind, other, SERVING, 100), replica(behind, third, LEAVING, 101)]
+    assert under_replicated(seen, 49, me, 3, saved) == [u for u in preferred if u != far_behind], "one has it"
+
+
 def test_with_enough_replicas_of_all_nothing_is_taken() -> None:
     me, *others = seeded_peers(3)
     seen = {uid: [replica(uid, p, SERVING) for p in others] for uid in GRID[:5]}

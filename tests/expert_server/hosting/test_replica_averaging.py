@@ -123,6 +123,25 @@ def test_replicas_of_the_fewest_come_first_and_fill_the_room_alone(play: Play) -
     play(scenario)
 
 
+@pytest.mark.parametrize("uid", UIDS[::3])
+def test_a_node_that_returns_first_replicates_what_others_continued_from_older_states(
+    play: Play, uid: UID
+) -> None:
+    """Whichever expert that is: with room for one of eight, it would otherwise take another."""
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(**TWICE)
+        await train(first, dict.fromkeys(UIDS, 20))
+        await first.hosting.announce()
+        back = await village.join(1, await first.swarm.invite(), experts=1, replicas=2)
+        newer = await first.runtime.run(first.runtime.experts[uid].checkpoint)
+        await back.replicas.checkpoints.keep(uid, Checkpoint(newer.state, 21))
+        await back.hosting.replicate()
+        assert {each: e.update_count for each, e in back.runtime.experts.items()} == {uid: 21}
+
+    play(scenario)
+
+
 def test_two_replicas_that_took_different_updates_meet_and_come_together(play: Play) -> None:
     async def scenario(village: Village) -> None:
         first, second = await couple(village, 2, average_every_s=60)
