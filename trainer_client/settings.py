@@ -91,8 +91,8 @@ class TrainerSettings(RoleSettings):
     )
     objective: Objective = Field(
         default="causal",
-        description="what the model learns; causal: the next token; rag-sequence, rag-token: to answer the questions in "
-        "`data` from a `memory`; others: to restore a text, with an encoder",
+        description="what the model learns; causal: the next token; rag-sequence, rag-token: to answer the questions "
+        "in `data` from a `memory`; others: to restore a text, with an encoder",
     )
     field: str = Field(default="text", description="the field of .jsonl and .parquet files that has the text")
     validation_share: float = Field(
