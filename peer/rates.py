@@ -206,6 +206,13 @@ class Backoff(Generic[K]):
         return {key for key, (_, until) in self._failed.items() if now < until}
 
 
+def decayed(amount: float, age_s: float, half_s: float) -> float:
+    """What is left of an amount that counts half after each `half_s` seconds. A negative age, as after a clock was set
+    back, counts as none.
+    """
+    return amount * math.exp2(-max(0.0, age_s) / half_s)
+
+
 class RecentUse(Generic[K]):
     """How much each key has used lately: older use counts less and less. Pure: `now` is an argument."""
 
@@ -217,7 +224,7 @@ class RecentUse(Generic[K]):
 
     def of(self, key: K, now: float) -> float:
         used, at = self._used.get(key, (0.0, now))
-        return used * math.exp2((at - now) / self._half_s)
+        return decayed(used, now - at, self._half_s)
 
     def add(self, key: K, amount: float, now: float) -> None:
         self._used[key] = self.of(key, now) + amount, now

@@ -230,12 +230,12 @@ class HostingManager:
     async def look(self) -> None:
         """Adopts experts that nobody hosts, and fills the remaining room with further replicas."""
         async with self._changing:
-            mine = {*self._replicas.experts}
-            replicas = await self._read()
+            mine, saved = {*self._replicas.experts}, await self._replicas.checkpoints.newest()
+            replicas = await self._read(saved)
             self._require_own(mine, replicas)
             self._vacant_looks = self._vacant_again(replicas)
-            await self._adopt(replicas)
-            await self._replicate(replicas)
+            await self._adopt(replicas, saved)
+            await self._replicate(replicas, saved)
             await self._exchange(replicas)
 
     async def look_again(self) -> None:
@@ -249,12 +249,13 @@ class HostingManager:
             self._require_own(own, replicas)
             others = {uid: looks for uid, looks in self._vacant_looks.items() if uid not in suspects}
             self._vacant_looks = others | self._vacant_again(replicas)
-            await self._adopt(replicas)
+            await self._adopt(replicas, await self._replicas.checkpoints.newest())
 
     async def replicate(self) -> None:
         """Fills the remaining room with replicas of the experts that have the fewest."""
         async with self._changing:
-            await self._replicate(await self._read())
+            saved = await self._replicas.checkpoints.newest()
+            await self._replicate(await self._read(saved), saved)
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
         """Takes those of the experts that, according to the DHT, only this leaving peer hosts."""
@@ -314,18 +315,17 @@ class HostingManager:
         finally:
             self.handed_over.inc(handover.handed_over)
 
-    async def _read(self) -> Mapping[UID, tuple[Replica, ...]]:
-        """Reads the replicas of the experts that may need this node."""
-        saved = await self._replicas.checkpoints.newest()
+    async def _read(self, saved: Mapping[UID, int]) -> Mapping[UID, tuple[Replica, ...]]:
+        """Reads the replicas of the experts that may need this node. `saved`: the update counts of its checkpoints."""
         self.seen = await self._survey.read(self._replicas.experts, saved)
         return self.seen
 
-    async def _adopt(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+    async def _adopt(self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]) -> None:
         """Takes experts that had no host in several looks in a row: after the first look, they may just be changing
         hands. A node without a checkpoint waits for more looks, so that nodes with one come first. The spare room is
         only for experts that once had a host: the founder's node leaves the others to nodes that join.
         """
-        me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
+        me = self._swarm.host.peer_id
         had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         lasting = {
             uid
@@ -374,7 +374,7 @@ class HostingManager:
             self.exchanged.inc()
             logger.info("exchanged expert %s, which others host, for %s", wish.gives, wish.takes)
 
-    async def _replicate(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+    async def _replicate(self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]) -> None:
         me, mine = self._swarm.host.peer_id, self._replicas.experts
         self.replicated = sum(bool(serving_elsewhere(replicas.get(uid, ()), me)) for uid in mine)
         room = self._room - self._replicas.count
@@ -382,7 +382,6 @@ class HostingManager:
             return
         able = self._given(replicas)
         others = {uid: hosts for uid, hosts in able.items() if uid not in mine}
-        saved = await self._replicas.checkpoints.newest()
         wanted = under_replicated(others, room, me, self._enough, saved)
         enough = self._enough
         if not wanted:
@@ -429,8 +428,8 @@ class HostingManager:
         """Takes vacant experts. Returns those that others have claimed, but nobody serves yet: the claims may
         be lost.
         """
-        replicas = await self._read()
         me, saved = self._swarm.host.peer_id, await self._replicas.checkpoints.newest()
+        replicas = await self._read(saved)
         room = self._room - self._replicas.count
         gains = self._regressed_elsewhere(replicas, saved)
         await self._take(rank_vacancies({*self._vacant(replicas), *gains}, room, me, {**saved, **gains}))

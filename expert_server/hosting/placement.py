@@ -187,7 +187,6 @@ def releasable(
 
     The host that prefers an expert most keeps it, so that not all hosts give it up at the same time.
     """
-
     if count <= 0:
         return []
 

@@ -31,7 +31,7 @@ from peer.formatting import counted
 from peer.identity import PeerID
 from peer.loop import cancel_all, keep_running, side_by_side
 from peer.metrics import total
-from peer.rates import Backoff
+from peer.rates import Backoff, decayed
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class RecentRows:
     def note(self, uid: UID, rows: int, now: float) -> int:
         """`rows`: the total that the expert has computed. It starts over when the expert is taken again."""
         then, before, recent = self._noted.get(uid, (now, 0, 0.0))
-        recent *= math.exp2(-max(0.0, now - then) / _HALF_LIFE_S)
-        recent += rows - before if rows >= before else rows
+        recent = decayed(recent, now - then, _HALF_LIFE_S) + (rows - before if rows >= before else rows)
         self._noted[uid] = now, rows, recent
         return round(recent)
 

@@ -203,9 +203,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             queries = _vectors(request, store.manifest.dimensions)
             served = store.shards
             shards = [served.get(root) for root in _roots(request)]
-            groups = _groups(request, shards, len(queries))
+            groups, cost = _groups(request, shards, len(queries))
             work = partial(self._search, queries, request.k, shards, groups)
-            reply = await self._compute(session.owner, sum(group.cost for group in groups), store, work)
+            reply = await self._compute(session.owner, cost, store, work)
             reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
             self.metrics.queries.inc(len(queries))
             self._note_served(session.caller, Work(queries=len(queries)))
@@ -355,8 +355,10 @@ def _vectors(request: memory_pb2.SearchRequest, dimensions: int) -> Vectors:
 
 def _groups(
     request: memory_pb2.SearchRequest, shards: Sequence[Shard | None], queries: int
-) -> list[ShardGroup]:
-    """Raises WireError if the request is invalid, or asks for too much."""
+) -> tuple[list[ShardGroup], int]:
+    """The groups, and what searching all of them costs. Raises WireError if the request is invalid, or asks for too
+    much.
+    """
     groups: dict[tuple[int, ...], ShardGroup] = {(): ShardGroup(np.arange(queries))}
     for number, (wanted, shard) in enumerate(zip(request.shards, shards, strict=True)):
         asked = wanted.queries
@@ -374,7 +376,7 @@ def _groups(
     cost = sum(group.cost for group in groups.values())
     if cost > MAX_SCORES:
         raise WireError(f"this search compares {cost} passages, more than {MAX_SCORES}: ask for less at once")
-    return [group for group in groups.values() if group.shards]
+    return [group for group in groups.values() if group.shards], cost
 
 
 def _read(
