@@ -1,18 +1,15 @@
 """Every method of every service, called by a stranger without a session: refused properly, and nothing is logged."""
 
 import contextlib
-import importlib
-import pkgutil
 from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
-from grpc_health.v1 import health_pb2
 from stranger import Stranger
 from victim import founder
+from wire_methods import all_methods, name_of
 
-import peer.wire
 from peer.loop import LoopThread
 
 _ORDERLY = {
@@ -24,24 +21,6 @@ _ORDERLY = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-
-
-def all_methods() -> list[MethodDescriptor]:
-    """The methods of all services."""
-    names = [
-        module.name for module in pkgutil.iter_modules(peer.wire.__path__) if module.name.endswith("_pb2")
-    ]
-    modules = [importlib.import_module(f"peer.wire.{name}") for name in names]
-    services = [
-        service
-        for module in (health_pb2, *modules)
-        for service in module.DESCRIPTOR.services_by_name.values()
-    ]
-    return [method for service in services for method in service.methods]
-
-
-def name_of(method: MethodDescriptor) -> str:
-    return f"{method.containing_service.full_name}/{method.name}"
 
 
 async def outcome(channel: grpc.aio.Channel, method: MethodDescriptor, request: bytes) -> grpc.StatusCode:

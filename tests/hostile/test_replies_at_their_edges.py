@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 from memory_folders import DIMENSIONS
 from scalars import scalars
 from test_fuzz_parsers import TRAINERS_TOKEN, memory, memory_requests, read_replies
+from wire_methods import all_methods
 
 from dht.admission import SwarmAdmission, make_badge
 from dht.announcements import NodeInfo
@@ -60,7 +61,6 @@ from peer.transport.pipes import Pipe
 from peer.wire import (
     contact_pb2,
     credit_pb2,
-    dense_pb2,
     dht_pb2,
     expert_pb2,
     memory_pb2,
@@ -467,23 +467,7 @@ def test_a_reply_as_large_as_a_message_may_be_is_bounded_or_refused(deliver: Del
 
 
 def test_every_field_of_every_reply_is_among_them() -> None:
-    modules = (
-        credit_pb2,
-        dense_pb2,
-        dht_pb2,
-        expert_pb2,
-        memory_pb2,
-        probe_pb2,
-        relay_pb2,
-        session_pb2,
-        state_pb2,
-    )
-    methods = [
-        method
-        for module in modules
-        for service in module.DESCRIPTOR.services_by_name.values()
-        for method in service.methods
-    ]
+    methods = all_methods()
     assert len(methods) > 20
     cases = all_cases()
     assert tuple(cases) == NAMES

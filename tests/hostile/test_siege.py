@@ -17,15 +17,14 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from grpc_health.v1 import health_pb2
 from loop_lags import LoopLags, exposed_at
 from stranger import HostileCaller, Stranger
 from victim import MANIFEST_TOML, HonestCaller, NodeVictim, founder, honest_caller
+from wire_methods import all_methods, name_of
 
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from peer.loop import LoopThread
-from peer.wire import expert_pb2, probe_pb2, session_pb2, state_pb2
 
 ATTACKS = {
     "rapid-reset": 8000,
@@ -159,22 +158,15 @@ def test_silent_streams_of_one_session_take_no_place_from_others(
     loop.run(scenario(), 120)
 
 
-METHODS = [
-    f"{service.full_name}/{method.name}"
-    for module in (expert_pb2, state_pb2, session_pb2, probe_pb2, health_pb2)
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-]
-
-
 def test_no_method_without_a_session_leaves_a_trace_in_the_log(loop: LoopThread, besieged: Besieged) -> None:
-    assert len(METHODS) > 10
+    methods = [name_of(method) for method in all_methods()]
+    assert len(methods) > 20
     before = besieged.said()
 
     async def scenario() -> None:
         stranger = besieged.stranger()
         try:
-            for method in [*METHODS, "nobody/Nothing"]:
+            for method in [*methods, "nobody/Nothing"]:
                 for request in (b"", b"\xff" * 9):
                     with contextlib.suppress(grpc.aio.AioRpcError):
                         await stranger.unary(method, request)
