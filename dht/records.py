@@ -248,7 +248,7 @@ def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_
         raise RecordError(f"the record belongs under {payload.key[:80]!r}, not {key!r}")
     if payload.peer_id != peer_id.to_bytes():
         raise RecordError("the record is another peer's")
-    if payload.expires_at <= now:
+    if payload.expires_at <= clock.earliest(now):
         raise RecordError("the record has expired")
     _check_lifetime(payload.expires_at, now, payload)
     return payload

@@ -4,6 +4,10 @@ All peers of a swarm compare expiry times with their own clocks. If a clock were
 moment, everything stored would expire, or last an hour longer. So a process keeps its old time at first. It adopts the
 new setting when most of the peers it asked agree with it, or after a while if it could ask nobody. Other peers only
 decide between the machine's old setting and its new one, so liars can't impose another time.
+
+A clock may also be wrong from the start. If it is fast, records of peers that are alive look expired. So a peer whose
+clock is ahead of most others' lets records expire that much later, by at most ten minutes (`earliest`). It changes
+nothing else. So if most of the peers that it asked lie, all they achieve is that it notices later that others are gone.
 """
 
 import logging
@@ -17,6 +21,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 CLOCK_TOLERANCE_S = 3.0
 """How far the clocks of two peers may differ. Beyond that, records are refused, or expire too early for some peers."""
+MOST_AHEAD_S = 600.0
+"""How far ahead a clock may be and still be allowed for: as long as announcements live at most. Others refuse what a
+peer announces whose clock is further ahead.
+"""
 _STEP_S = 1.0
 """A clock that jumps by more than this was set by somebody, not just corrected."""
 _ALONE_S = 600.0
@@ -56,6 +64,17 @@ class SwarmClock:
             self._others[peer] = its_time - self._steady()
 
     @property
+    def ahead_s(self) -> float:
+        """How far the time in use is ahead of most other peers' clocks, in seconds; 0 if it is not, hardly, or by more
+        than can be allowed for.
+        """
+        if not self._others:
+            return 0.0
+        most_are_no_later = sorted(self._others.values())[len(self._others) // 2]
+        ahead_s = self._offset - most_are_no_later
+        return ahead_s if CLOCK_TOLERANCE_S < ahead_s <= MOST_AHEAD_S else 0.0
+
+    @property
     def error_s(self) -> float:
         """How far this machine's clock is ahead of most other peers' clocks, in seconds; 0 if nobody was asked."""
         own = self._wall() - self._steady()
@@ -71,9 +90,10 @@ class SwarmClock:
         side = "ahead of" if error_s > 0 else "behind"
         asked = len(self._others)
         theirs = "that of the peer asked" if asked == 1 else f"those of most of the {asked} peers asked"
-        return (
-            f"this machine's clock is {abs(error_s):.0f} s {side} {theirs}: set it right. Until then, this machine and "
-            "others take each other's records for outdated, so it may see no nodes"
+        return f"this machine's clock is {abs(error_s):.0f} s {side} {theirs}: set it right. Until then, " + (
+            "others notice that much later when this machine goes offline"
+            if self.ahead_s
+            else "this machine and others take each other's records for outdated, so it may see no nodes"
         )
 
     @property
@@ -101,3 +121,10 @@ def is_time(seconds: float) -> bool:
 CLOCK = SwarmClock(time.time, seconds_since_boot)
 """The one clock of this process."""
 now: Callable[[], float] = CLOCK.now
+
+
+def earliest(now: float) -> float:
+    """The earliest time that it may be when this machine's clock says `now`. What others announce has expired if its
+    expiry is no later than that.
+    """
+    return now - CLOCK.ahead_s

@@ -24,6 +24,7 @@ from dht.manifest import Manifest
 from dht.regions import Prefix
 from dht.uid import UID
 from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_plausible_updates
+from peer.clock import earliest
 from peer.identity import PeerID
 
 _OUTLIER = 10
@@ -488,7 +489,7 @@ class HostingSurvey:
 
     def _merged(self, found: dict[UID, tuple[Replica, ...]]) -> Mapping[UID, tuple[Replica, ...]]:
         """The replicas, together with those from earlier looks that have not expired."""
-        now = self._experts.registry.now()
+        now = earliest(self._experts.registry.now())
         for uid, hosts in found.items():
             if hosts:
                 self._note_hosts(_row(uid), uid.coordinate[-1:])

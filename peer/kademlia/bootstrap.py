@@ -1,10 +1,9 @@
-"""How a node joins the DHT: it dials peers, they dial back, and it compares their clocks with its own."""
+"""How a node joins the DHT: it dials peers, and they dial back."""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peer.clock import CLOCK
 from peer.identity import PeerID
 from peer.kademlia.lookups import Lookups
 from peer.kademlia.node import KademliaNode
@@ -55,7 +54,5 @@ async def _greet(
     answer = await dht.ping(peer_id, deadline_s, dials_back=True)
     if answer is None:
         return None
-    # the peer read its clock last: the connection, the session and its dial back took longer than its answer's way here
-    CLOCK.note(peer_id.to_base58(), answer.dht_time)
     dht.backoff.succeeded(peer_id)  # calls to it may still be held back from before its restart
     return BootstrapReply(tuple(addresses), answer.available)

@@ -228,10 +228,15 @@ class KademliaNode:
     ) -> dht_pb2.PingResponse | None:
         """Calls a peer that serves keys. If it answers, it enters the routing table; otherwise it leaves it.
 
-        `dials_back`: asks the peer to dial back.
+        `dials_back`: asks the peer to dial back. Its clock is compared with this machine's.
         """
         answer = await self._ping(peer_id, deadline_s, dials_back)
-        return answer if answer is not None and serves_keys(answer.peer) else None
+        if answer is None or not serves_keys(answer.peer):
+            return None
+        if self.now is clock.now:  # not in a simulation
+            # the peer read its clock last: the connection, the session and its dial back took longer than the way here
+            clock.CLOCK.note(peer_id.to_base58(), answer.dht_time)
+        return answer
 
     async def reaches(self, peer_id: PeerID) -> bool:
         """Whether the peer answers, whether it is a node of the DHT or a client."""

@@ -120,7 +120,7 @@ class BoundedStorage:
         They include entries that it already held: a writer whose call was repeated, or that has handed them on by way
         of another peer, must not read that they were refused.
         """
-        now = self._now()
+        now = self._earliest()
         held = self._live(key, now)
         new = {
             subkey: entry
@@ -138,7 +138,10 @@ class BoundedStorage:
 
     def get(self, key: int) -> Entries:
         """The entries that have not expired."""
-        return self._live(key, self._now())
+        return self._live(key, self._earliest())
+
+    def _earliest(self) -> float:
+        return clock.earliest(self._now())
 
     def _live(self, key: int, now: float) -> Entries:
         stored = self._stored.get(key)
@@ -151,7 +154,7 @@ class BoundedStorage:
 
     def packed(self, key: int) -> bytes:
         """The entries that have not expired, packed by `pack_entries`. Empty if there are none."""
-        now, stored = self._now(), self._stored.get(key)
+        now, stored = self._earliest(), self._stored.get(key)
         if stored is None or stored.last_expiry <= now:
             return b""
         if stored.first_expiry <= now:

@@ -137,7 +137,8 @@ class OwnContact:
         statement = contact_pb2.ContactStatement(
             peer_id=self._identity.peer_id.to_bytes(),
             sequence=self._sequence,
-            expires_at=now + LIFETIME_S,
+            # if this machine's clock is fast, others would refuse a contact that expires an hour later
+            expires_at=clock.earliest(now) + LIFETIME_S,
             addresses=[contact_pb2.ContactAddress(direct=address) for address in self._addresses],
             certificate=self._certificate,
         ).SerializeToString()

@@ -10,8 +10,9 @@ import pytest
 from callers import numbered_identities
 from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, playing
 from stranger import Stranger
-from victim import founder, honest_caller
+from victim import founder, honest_caller, member
 
+from dht.announcements import ReplicaState
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import Swarm, join_swarm
@@ -37,6 +38,7 @@ def test_a_node_starts_whatever_two_of_three_peers_say(
 ) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=1)
+        node.swarm.host.dht.now = time.time  # on another machine, whose clock notes nothing here
         invite = await node.swarm.invite()
 
         async def lie(request: Any, context: Any) -> Any:
@@ -46,6 +48,7 @@ def test_a_node_starts_whatever_two_of_three_peers_say(
             addresses = list(invite.bootstrap)
             for _ in range(2):
                 liar = await stack.enter_async_context(Stranger.joined(invite))
+                liar.dht.now = time.time
                 await liar.answer(ping=lie)
                 addresses += liar.swarm.host.bootstrap_addresses()
             # The honest peer is not among those that a restarting node happens to ask.
@@ -95,6 +98,43 @@ def test_a_node_survives_when_its_machines_clock_is_set(
         log = "\n".join(node.log_lines)
         assert all(f"clock was set by {step} s" in log for step in STEPS)
         assert node.alive
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="needs the Debian package faketime")
+def test_a_node_whose_clock_is_minutes_fast_sees_the_hosts_and_begins_no_expert_anew(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def trained(invite: Invite, manifest: Manifest) -> None:
+        async with Stranger.joined(invite, serves_dht=False) as observer:
+            info = await observer.node(invite.keys.author)
+            async with honest_caller(info, observer.keys.swarm_id, manifest) as caller:
+                for _ in range(4 * len(caller.uids)):
+                    await caller.call("backward")
+                assert not caller.failed, caller.last_error
+
+    async def counts_of(invite: Invite, manifest: Manifest) -> list[int]:
+        """The update counts of all replicas that another host serves."""
+        async with Stranger.joined(invite, serves_dht=False) as observer:
+            found = await observer.swarm.experts.replicas(manifest.uids())
+            return [
+                replica.update_count
+                for hosts in found.values()
+                for replica in hosts
+                if replica.peer_id != invite.keys.author and replica.state is ReplicaState.SERVING
+            ]
+
+    with founder(tmp_path, announce_every_s=1.0) as node:
+        manifest = Manifest.from_toml(tmp_path / "swarm.toml")
+        node.until(lambda: node.status().experts == 4, "its experts")
+        loop.run(trained(node.invite, manifest), 120)
+        monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))
+        monkeypatch.setenv("FAKETIME", "+120")
+        monkeypatch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        with member(tmp_path, node.invite, announce_every_s=1.0) as fast:
+            fast.until(lambda: fast.status().experts, "an expert")
+            fast.until(lambda: loop.run(counts_of(node.invite, manifest), 120), "its announcement")
+            assert all(loop.run(counts_of(node.invite, manifest), 120)), "it did not begin anew"
+            assert "clock is 120 s ahead of that of the peer asked" in "\n".join(fast.log_lines)
 
 
 def set_clock(set_by: Path, offset: str) -> None:

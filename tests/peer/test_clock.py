@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.clock import SwarmClock
+from peer.clock import MOST_AHEAD_S, SwarmClock
 
 HOUR_S = 3600.0
 NOON = 1_700_000_000.0
@@ -105,6 +105,41 @@ def test_it_takes_more_liars_than_honest_peers_to_cause_a_warning(
     machine.asked(*honest, *liars[: len(honest)])
     assert not machine.clock.warning
     assert not machine.clock.doubt
+
+
+@pytest.mark.parametrize("ahead_s", [4.0, 60.0, 9 * 60.0])
+@pytest.mark.parametrize("liar", [-HOUR_S, -300.0, 300.0, HOUR_S])
+def test_a_fast_clock_is_allowed_for_whatever_one_of_three_peers_says(ahead_s: float, liar: float) -> None:
+    machine = Machine()
+    machine.asked(-ahead_s, 0.1 - ahead_s, liar)
+    assert machine.clock.ahead_s == pytest.approx(ahead_s, abs=0.11)
+    assert machine.clock.now() == machine.right
+    assert "notice that much later when this machine goes offline" in machine.clock.warning
+
+
+@pytest.mark.parametrize("errors", [(), (60.0,), (-2.9,), (-HOUR_S,), (-60.0, 0.0), (-60.0, 0.0, 0.0, -60.0)])
+def test_a_clock_that_is_not_fast_or_far_too_fast_is_not_allowed_for(errors: tuple[float, ...]) -> None:
+    machine = Machine()
+    machine.asked(*errors)
+    assert machine.clock.ahead_s == 0
+
+
+def test_a_fast_clock_is_no_longer_allowed_for_once_it_is_right() -> None:
+    machine = Machine()
+    machine.asked(-60.0, -60.0)
+    for slewed_s in range(58):
+        machine.passed += 10.0
+        machine.set_by = -float(slewed_s)
+        machine.clock.now()
+        assert machine.clock.ahead_s == pytest.approx(60.0 - slewed_s if slewed_s < 57 else 0.0)
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=80))
+def test_liars_make_records_expire_at_most_ten_minutes_late_and_never_early(lies: list[float]) -> None:
+    machine = Machine()
+    machine.asked(*lies)
+    assert 0 <= machine.clock.ahead_s <= MOST_AHEAD_S
+    assert machine.clock.now() == machine.right
 
 
 @pytest.mark.parametrize(("error_s", "words"), [(12.4, "12 s behind"), (-7.0, "7 s ahead of")])

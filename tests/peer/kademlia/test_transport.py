@@ -338,7 +338,7 @@ def test_a_peer_whose_firewall_drops_all_joins_and_does_not_take_the_wait_for_a_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = SwarmClock(time.time, time.monotonic)
-    monkeypatch.setattr("peer.kademlia.bootstrap.CLOCK", clock)
+    monkeypatch.setattr("peer.clock.CLOCK", clock)
 
     async def scenario() -> None:
         async with (
