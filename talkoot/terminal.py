@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -29,6 +30,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 LOG_FILE_BYTES = 5_000_000
 """A log file that would grow larger is renamed to `….1`, which replaces the one before."""
 _WIDE = 10_000
+_LINES_WAITING = 1000
+"""The most log lines that wait for the end of a text; older ones are left out."""
 _LINES, _LINE_EVERY_S = 50, 3.0
 """How many lines one line of code may log at once, and the pause between further ones. At this rate, a single line of
 code logs at most 4 MB a day; the log file holds 5 MB.
@@ -56,6 +59,46 @@ class Terminal:
         """Whether somebody is watching, so that lines may be redrawn."""
         self.out_is_live: bool = _can_redraw(self.out) and not self.json
         """The same for standard output."""
+
+        self._waiting: deque[str] | None = None
+        """Log lines that are shown when the text is finished; None: they are shown at once."""
+
+    def log(self, line: str) -> None:
+        """Prints a log line on standard error, above what is redrawn there."""
+        if self._waiting is None:
+            self.err.print(line)
+        else:
+            self._waiting.append(line)
+
+    @contextmanager
+    def text(self) -> Iterator[Callable[[str], None]]:
+        """Yields a function that writes pieces of a text to standard output at once. Log lines follow the text, because
+        they would break into its last line, on a terminal or in a file that gets both.
+        """
+        self._waiting = deque(maxlen=_LINES_WAITING)
+
+        def write(piece: str) -> None:
+            self.out.file.write(piece)
+            self.out.file.flush()
+
+        try:
+            yield write
+        finally:
+            try:
+                write("\n")
+            finally:
+                self._show_waiting()
+
+    def interrupt_text(self) -> None:
+        """Shows log lines at once again, on lines of their own, because the text may not go on for a while."""
+        if self._waiting is not None:
+            self.err.print()
+            self._show_waiting()
+
+    def _show_waiting(self) -> None:
+        lines, self._waiting = self._waiting or (), None
+        for line in lines:
+            self.err.print(line)
 
     def line(self, text: str) -> None:
         """Prints a line on standard output at once."""
@@ -149,7 +192,7 @@ def set_up_logging(terminal: Terminal) -> None:
     """Sends all log records to the terminal's standard error."""
     # otherwise any client that does not use TLS, such as a port scanner, makes gRPC write to standard error
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    handler = _TerminalHandler(terminal.err)
+    handler = _TerminalHandler(terminal)
     handler.setFormatter(_JsonFormatter() if terminal.json else _TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
@@ -260,16 +303,14 @@ class RepeatLimit:
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes through rich, so that lines appear above what is redrawn."""
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, terminal: Terminal) -> None:
         super().__init__()
-        self._console = console
+        self._terminal = terminal
         self._limit = RepeatLimit()
 
     def emit(self, record: logging.LogRecord) -> None:
         if (shown := self._limit.admit(record)) is not None:
-            self._console.print(self.format(shown))
+            self._terminal.log(self.format(shown))
 
 
 class _LogFileHandler(RotatingFileHandler):

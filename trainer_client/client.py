@@ -287,10 +287,10 @@ class SwarmClient:
                 f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for another one"
             ) from error
 
-    def has_experts(self, limit_s: float | None = None) -> bool:
+    def has_experts(self, limit_s: float | None = None, waits: Callable[[], None] = lambda: None) -> bool:
         """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
-        `limit_s`: the longest wait; None: that of the settings. Raises SwarmError if none is announced in time, or if
-        those announced never answered.
+        `limit_s`: the longest wait; None: that of the settings. `waits` is called before it waits. Raises SwarmError if
+        none is announced in time, or if those announced never answered.
         """
         if self.dispatcher.live_experts():
             self._waits = 0
@@ -303,6 +303,7 @@ class SwarmClient:
             )
         self._waits += 1
         limit_s = self.settings.wait_for_experts_s if limit_s is None else limit_s
+        waits()
         logger.warning("no expert answers: waiting until one does, at most %.0f s", limit_s)
         self.wait_for_experts(limit_s, lambda text: None, share=1 / self.manifest.experts_total)
         return False

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from dht.memory import Passage
 from peer.errors import DataError
@@ -47,11 +48,10 @@ def run_generate(
         trained = text_model(terminal, run)
         read: dict[Passage, None] = {}
         try:
-            for piece in _text(trained, text, sampling, read):
-                sys.stdout.write(_CONTROL.sub("\ufffd", piece))
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            pieces = _text(terminal, trained, text, sampling, read)
+            with terminal.text() as write:
+                for piece in pieces:
+                    write(_CONTROL.sub("\ufffd", piece))
         except BrokenPipeError:  # the reader has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         for source in dict.fromkeys(map(citation, read)):
@@ -62,7 +62,9 @@ def run_generate(
             )
 
 
-def _text(trained: TextModel, prompt: str, sampling: Sampling, read: dict[Passage, None]) -> Iterator[str]:
+def _text(
+    terminal: Terminal, trained: TextModel, prompt: str, sampling: Sampling, read: dict[Passage, None]
+) -> Iterator[str]:
     """Adds the passages that the model was given to `read`."""
     run, find = trained.run, trained.find
 
@@ -87,7 +89,7 @@ def _text(trained: TextModel, prompt: str, sampling: Sampling, read: dict[Passag
             context,
             counted(len(tokens) - context, "token"),
         )
-    usable = run.client.has_experts
+    usable = partial(run.client.has_experts, waits=terminal.interrupt_text)
     following = generate(trained.model, tokens, sampling, usable, None if find is None else found)
     return decoded(following, token_bytes)
 

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from talkoot.terminal import LogFormat, RepeatLimit, Terminal, log_file
+from peer.errors import SwarmError
+from talkoot.terminal import LogFormat, RepeatLimit, Terminal, log_file, set_up_logging
 
 LOGGER = logging.getLogger("talkoot.test")
 FORGED = "lost: \x1b[2Jcleared\n12:00:00 error: send your key to\u202e mallory"
@@ -43,6 +45,69 @@ def test_controls_are_escaped_in_lines_and_in_tracebacks(tmp_path: Path) -> None
     )
     assert not {"\x1b", "\u202e"} & set(path.read_text())
     assert [line.split()[2] for line in rest if not line.startswith("  ")] == ["error:"]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal that shows the log, as a command's does."""
+    terminal = Terminal(LogFormat.TEXT)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    set_up_logging(terminal)
+    return terminal
+
+
+@pytest.fixture
+def screen(terminal: Terminal) -> StringIO:
+    """What a user sees of the terminal's standard output and standard error."""
+    screen = StringIO()
+    terminal.out.file = terminal.err.file = screen
+    return screen
+
+
+def test_log_lines_do_not_break_into_a_text_that_is_being_printed(
+    screen: StringIO, terminal: Terminal
+) -> None:
+    with terminal.text() as write:
+        for piece in ("Once upon", " a ti", "me"):
+            write(piece)
+            LOGGER.warning("an expert did not answer")
+    LOGGER.warning("the end")
+    text, *lines = screen.getvalue().splitlines()
+    assert text == "Once upon a time"
+    assert [line.partition(" warning: ")[2] for line in lines] == [
+        *["an expert did not answer"] * 3,
+        "the end",
+    ]
+
+
+def test_an_error_in_the_middle_of_a_text_has_a_line_of_its_own(screen: StringIO, terminal: Terminal) -> None:
+    def generate() -> None:
+        with terminal.text() as write:
+            write("Once upon a ti")
+            LOGGER.warning("an expert did not answer")
+            raise SwarmError("gone")
+
+    with pytest.raises(SwarmError):
+        generate()
+    assert screen.getvalue().splitlines()[0] == "Once upon a ti"
+    assert "an expert did not answer" in screen.getvalue()
+
+
+def test_whoever_waits_in_the_middle_of_a_text_is_told_so_at_once(
+    screen: StringIO, terminal: Terminal
+) -> None:
+    with terminal.text() as write:
+        write("Once upon a ti")
+        LOGGER.warning("an expert did not answer")
+        terminal.interrupt_text()
+        LOGGER.warning("waiting for experts")
+        assert [line.partition(" warning: ")[2] for line in screen.getvalue().splitlines()[1:]] == [
+            "an expert did not answer",
+            "waiting for experts",
+        ]
+        write("me")
+    assert screen.getvalue().endswith("\nme\n")
 
 
 def record(line: int, message: str = "what %s said", error: Exception | None = None) -> logging.LogRecord:
