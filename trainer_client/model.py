@@ -49,6 +49,11 @@ class MixtureModel(nn.Module):
         """The mean over the mixtures in this thread's last training forward pass; None if no expert was live."""
         return LoadSpread.mean([routed.spread for routed in self._routed() if routed.spread is not None])
 
+    @property
+    def unanswered_rows(self) -> int:
+        """The rows of all evaluations so far, in all mixtures, that no expert answered."""
+        return sum(mixture.unanswered_rows for mixture in self._remote())
+
     def begin_step(self, number: int) -> None:
         """Makes the mixtures draw this training step's random numbers from now on."""
         for mixture in self._remote():

@@ -134,6 +134,8 @@ class RemoteMixtureOfExperts(nn.Module):
         self.projections: Projections | None = Projections(manifest) if manifest.width < self.hidden else None
         self.shared: nn.Module | None = _shared_expert(manifest.model)
         self.balance: LoadBias | None = LoadBias(manifest.experts.grid) if routing.has_bias else None
+        self.unanswered_rows: int = 0
+        """The rows of all forward passes in evaluation that no expert answered."""
         self._loads = LoadSum()
         self._versions: set[int] = set()
         """The versions of the gate's weights that computed forward passes in training since the last `rebalance`."""
@@ -238,6 +240,8 @@ class RemoteMixtureOfExperts(nn.Module):
             held = [state.held for state in states]
         rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, segments, keep, bias, held)
         result = self.send(rows, selection, live)
+        if not self.training:
+            self.unanswered_rows += int((~result.answered.any(axis=1)).sum())
         logits_RK = self.gate.logits(scores, torch.from_numpy(result.coordinates).to(z_RW.device))
         updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)  # type: ignore[no-untyped-call]  # torch's lacks types
         answered_RK, leads_RK = (

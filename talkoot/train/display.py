@@ -85,9 +85,13 @@ def describe(values: Values) -> str:
 def describe_validation(validation: Validation) -> str:
     """A validation as one line."""
     when = f"after step {validation.step}" if validation.step else "before the first step"
+    why = ""
+    if validation.unanswered_rows:
+        rows = counted(validation.unanswered_rows, "row")
+        why = f"; no expert answered for {rows}, so it may be higher than usual"
     return (
         f"validation loss {when}: {validation.loss:.3f} ({validation.bits_per_byte:.3f} bits per byte, "
-        f"perplexity {validation.perplexity:.4g})"
+        f"perplexity {validation.perplexity:.4g}){why}"
     )
 
 

@@ -118,7 +118,7 @@ class Training:
         bytes_per_token = self._dataset.bytes_per_token(validation, self._model.first_scored)
         record = TrainingRecord(tokens, bytes_per_token, self.history)
         if not self.history.validated:
-            record.add_validation(validation_loss(self._model, validation, read))
+            self._validate(record, validation, read)
         validated(record.last_validation())
         last_end = clock()
         with closing(self._one_by_one() if self._make_copy is None else self._in_flight()) as steps:
@@ -129,12 +129,17 @@ class Training:
                 self._is_whole = True
                 last_end = ended
                 if self.step == settings.steps or settings.validates_after(self.step):
-                    record.add_validation(validation_loss(self._model, validation, read))
+                    self._validate(record, validation, read)
                     validated(record.last_validation())
                     last_end = clock()
                 seen = self.step * settings.batch_size * settings.accumulate
                 observe(record.progress(settings.steps, step.loss, seen / self._dataset.sequences))
         return record.summary(clock() - began)
+
+    def _validate(self, record: TrainingRecord, batches: Sequence[Any], read: Sequence[Any]) -> None:
+        before = self._model.unanswered_rows  # steps in flight are computed by copies of the model
+        loss = validation_loss(self._model, batches, read)
+        record.add_validation(loss, self._model.unanswered_rows - before)
 
     def export_state(self) -> dict[str, Tensor] | None:
         """The state after the last complete step; None if the optimizer was interrupted during a step."""

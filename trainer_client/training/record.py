@@ -45,6 +45,8 @@ class Validation:
     perplexity: float
     """The perplexity per token."""
     bits_per_byte: float
+    unanswered_rows: int = 0
+    """Rows that no expert answered, in all mixtures; 0 if the run has been resumed since."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class TrainingRecord:
         self._load_cv = array("d")
         self._load_max_over_mean = array("d")
         self._skipped_in_a_row = 0
+        self._unanswered_rows = 0
 
     @property
     def steps(self) -> int:
@@ -131,15 +134,16 @@ class TrainingRecord:
                 f"{self.steps}: train with a smaller learning_rate or more warmup_steps"
             )
 
-    def add_validation(self, loss: float) -> None:
+    def add_validation(self, loss: float, unanswered_rows: int = 0) -> None:
         """A validation after the steps so far."""
+        self._unanswered_rows = unanswered_rows
         self.history.validated.append(self.steps)
         self.history.validation_losses.append(loss)
 
     def last_validation(self) -> Validation:
         """Call it only after a validation."""
         step, loss = self.history.validated[-1], self.history.validation_losses[-1]
-        return Validation(step, loss, perplexity(loss), self._bits_per_byte(loss))
+        return Validation(step, loss, perplexity(loss), self._bits_per_byte(loss), self._unanswered_rows)
 
     def progress(self, steps: int, loss: float, epoch: float) -> Progress:
         validation_loss = self.history.validation_loss_of(self.steps)

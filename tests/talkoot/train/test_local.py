@@ -25,6 +25,8 @@ from peer.metrics import total
 from talkoot.train.local import LocalSwarm, groups_of
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName, TrainerSettings
+from trainer_client.training.loop import Training
+from trainer_client.training.record import Validation
 
 TEXT = b"In the sauna one must behave as in church. " * 60
 MANIFEST = make_manifest((2, 3), k=3, layers=2, hidden=16, feed_forward=32)
@@ -148,6 +150,22 @@ def test_an_expert_that_is_not_finite_leaves_its_rows_to_the_others_and_is_count
     assert total(here.dispatcher.metrics.unanswered_rows) == unchanged.sum()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+def test_a_validation_counts_its_own_rows_that_no_expert_answered() -> None:
+    here, found = local("switch"), list[Validation]()
+    settings = TrainerSettings(router="switch", steps=2, validate_every=1, batch_size=2, validation_batches=1)
+    training = Training(LanguageModel(MANIFEST, here.mixture), byte_dataset(TEXT, 16), settings)
+
+    def fail() -> None:
+        for expert in here.dispatcher.experts.values():
+            expert.guard.check = lambda: True  # type: ignore[method-assign]  # which would heal it
+            with torch.no_grad():
+                next(expert.block.parameters()).fill_(torch.nan)
+
+    training.run(lambda progress: fail(), threading.Event(), validated=found.append)
+    rows = 2 * 16 * MANIFEST.model.layers
+    assert [validation.unanswered_rows for validation in found] == [0, 0, rows]
 
 
 def test_several_threads_may_train_at_once() -> None:

@@ -188,3 +188,6 @@ def test_a_validation_is_a_line() -> None:
         "validation loss before the first step: 5.545 (8.000 bits per byte, perplexity 256)"
     )
     assert describe_validation(replace(first, step=100)).startswith("validation loss after step 100: ")
+    assert describe_validation(replace(first, unanswered_rows=12)) == (
+        f"{describe_validation(first)}; no expert answered for 12 rows, so it may be higher than usual"
+    )
