@@ -21,7 +21,14 @@ from dht.membership import Membership, PeerStore
 from dht.records import FounderRecord, RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
 from peer import clock
-from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
+from peer.errors import (
+    InviteError,
+    RecordError,
+    RevokedError,
+    RevokedInviteError,
+    SwarmError,
+    UnreachableError,
+)
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.metrics import new_registry
@@ -255,7 +262,8 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
     try:
         role = swarm.admission.present(token, swarm.host.peer_id).role
     except RecordError as error:
-        raise InviteError(
+        kind = RevokedInviteError if isinstance(error, RevokedError) else InviteError
+        raise kind(
             f"this invite no longer admits you: {error}; ask the founder for another{clock.CLOCK.doubt}"
         ) from error
     if role not in roles:

@@ -323,7 +323,7 @@ class Node:
     async def run(self) -> None:
         """Announces, adopts, replicates, averages and saves experts, and pauses when it should.
 
-        It ends only by raising a group with an InviteError, once the founder has revoked this node's token.
+        It ends only by raising a group with a RevokedInviteError, once the founder has revoked this node's token.
         """
         every_s = self._settings.checkpoint_every_s
         tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {

@@ -17,7 +17,7 @@ from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer import clock
-from peer.errors import InviteError, RecordError, RevokedError, StartError
+from peer.errors import RecordError, RevokedError, RevokedInviteError, StartError
 from peer.rpc.sessions import Sessions
 from peer.wire import (
     credit_pb2_grpc,
@@ -111,9 +111,9 @@ class AccessControl:
         return self._own_revoked.is_set()
 
     async def until_revoked(self) -> NoReturn:
-        """Raises InviteError once the founder has revoked this node's token."""
+        """Raises RevokedInviteError once the founder has revoked this node's token."""
         await self._own_revoked.wait()
-        raise InviteError(
+        raise RevokedInviteError(
             "the swarm's founder has revoked this node's token: it has left the swarm. Ask the founder for another "
             "invite if you think that this is a mistake"
         )

@@ -4,6 +4,7 @@ TalkootError
 ├── UserError                   T100  an error that the user can fix; exit status 2
 │   ├── SettingsError           T101  a setting, manifest or command line that is not valid
 │   ├── InviteError             T102  a wrong or truncated invite
+│   │   └── RevokedInviteError  T116  an invite that the founder has revoked; exit status 3
 │   ├── StartError              T103  a peer could not start, or something could not be written
 │   │   ├── PortError           T104  nobody can listen at that address and port
 │   │   ├── StateFolderError    T105  a state folder that is in use or can't be written
@@ -38,12 +39,13 @@ class TalkootError(Exception):
 
 
 class UserError(TalkootError):
-    """An error that the user can fix. The message says how. Exit status 2.
+    """An error that the user can fix. The message says how.
 
     `code` never changes: docs/troubleshooting.md says what each one means.
     """
 
     code: ClassVar[str] = "T100"
+    exit_status: ClassVar[int] = 2
 
 
 class SettingsError(UserError):
@@ -56,6 +58,15 @@ class InviteError(UserError):
     """A wrong or truncated invite."""
 
     code = "T102"
+
+
+class RevokedInviteError(InviteError):
+    """An invite that the swarm's founder has revoked. Service managers don't start the node again after its exit
+    status.
+    """
+
+    code = "T116"
+    exit_status = 3
 
 
 class StartError(UserError):

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="RoleSettings")
 
-USER_ERROR_STATUS = 2
 
 Join = Annotated[
     str | None,
@@ -586,7 +585,7 @@ _OWN_PACKAGES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 
 def _fail(error: UserError) -> NoReturn:
     print(_error_line(error), file=sys.stderr)  # noqa: T201  # the one line
-    raise typer.Exit(USER_ERROR_STATUS) from None
+    raise typer.Exit(error.exit_status) from None
 
 
 def _error_line(error: UserError) -> str:

@@ -16,6 +16,7 @@ import yaml
 from command_lines import require_parses
 from compose_spec import PyOptions
 
+from peer.errors import RevokedInviteError
 from peer.loop import LoopThread
 from talkoot.node.control import ControlServer
 
@@ -254,6 +255,10 @@ def test_unit_is_exposed_little(unit: Path) -> None:
     analyze = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)]
     ended = subprocess.run(analyze, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_unit_does_not_start_a_revoked_node_again() -> None:
+    assert f"RestartPreventExitStatus={RevokedInviteError.exit_status}" in UNIT.read_text().splitlines()
 
 
 def test_unit_starts_a_command_that_exists() -> None:

@@ -26,7 +26,15 @@ from dht.manifest import Manifest
 from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
 from peer.codec import codec_of
-from peer.errors import InviteError, RecordError, StateFolderError, SwarmError, UnreachableError
+from peer.errors import (
+    InviteError,
+    RecordError,
+    RevokedError,
+    RevokedInviteError,
+    StateFolderError,
+    SwarmError,
+    UnreachableError,
+)
 from peer.files import StateFolder
 from peer.formatting import in_brief
 from peer.host import NetworkConfig
@@ -283,7 +291,8 @@ class SwarmClient:
         try:
             self._joined.swarm.admission.check_own()
         except RecordError as error:
-            raise InviteError(
+            kind = RevokedInviteError if isinstance(error, RevokedError) else InviteError
+            raise kind(
                 f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for another one"
             ) from error
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from peer.errors import StartError
+from peer.errors import RevokedInviteError, StartError
 from peer.formatting import counted
 from peer.platform.services import Program, attempt, reason, run
 
@@ -31,6 +31,7 @@ RestartSec=5
 RestartSteps=8
 RestartMaxDelaySec=300
 SuccessExitStatus=130 143
+RestartPreventExitStatus={no_restart}
 KillSignal=SIGTERM
 KillMode=mixed
 TimeoutStopSec=120
@@ -68,6 +69,7 @@ def definition(program: Program, *, sandboxed: bool) -> str:
         folder=_without_specifiers(str(program.folder)),
         sandbox="".join(f"{line}\n" for line in sandbox),
         state=program.folder,
+        no_restart=RevokedInviteError.exit_status,
     )
 
 

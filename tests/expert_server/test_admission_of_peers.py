@@ -18,7 +18,7 @@ from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.manifest import AdmissionSpec
 from dht.swarm import Swarm, join_swarm
 from expert_server.node import Node
-from peer.errors import ExpertError, InviteError, UnreachableError
+from peer.errors import ExpertError, InviteError, RevokedInviteError, UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
@@ -139,7 +139,7 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
 
         await eventually(is_out)
         assert await ask(trainer, node, forward) is StatusCode.PERMISSION_DENIED
-        with pytest.raises(InviteError, match="revoked"):
+        with pytest.raises(RevokedInviteError, match="revoked"):
             await come_in(village, 3, invite, Role.TRAINER)
 
     play(scenario)
@@ -160,7 +160,7 @@ def test_a_revoked_node_says_so_and_stops(play: Play, caplog: pytest.LogCaptureF
         errors = running.exception()
         assert isinstance(errors, ExceptionGroup)
         (error,) = errors.exceptions
-        assert isinstance(error, InviteError)
+        assert isinstance(error, RevokedInviteError)
         assert "has revoked this node's token" in str(error)
         assert node.is_revoked
         await node.stop()

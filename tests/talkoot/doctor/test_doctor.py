@@ -19,7 +19,7 @@ from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from expert_server.settings import NodeSettings
 from peer.clock import SwarmClock
-from peer.errors import UserError
+from peer.errors import RevokedInviteError, UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -242,6 +242,17 @@ def test_every_error_has_a_code_of_its_own_that_the_documentation_explains() -> 
 def test_error_line_ends_with_the_code() -> None:
     ended = run_here("node", "--join", "hello")
     assert ended.stderr.endswith(" [T102]\n")
+
+
+def test_a_revoked_invite_has_an_exit_status_of_its_own(
+    invite: Invite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_node(*_: object) -> None:
+        raise RevokedInviteError("revoked")
+
+    monkeypatch.setattr("talkoot.node.launch.run_node", run_node)
+    ended = run_here("node", "--join", str(invite))
+    assert (ended.returncode, ended.stderr) == (3, "error: revoked [T116]\n")
 
 
 def test_broken_installation_is_an_error_line(monkeypatch: pytest.MonkeyPatch) -> None:

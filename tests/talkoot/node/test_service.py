@@ -18,7 +18,7 @@ from commands import run_here
 
 from dht.invites import Invite
 from dht.records import SwarmKeys
-from peer.errors import InviteError, SettingsError, StartError, UnreachableError
+from peer.errors import InviteError, RevokedInviteError, SettingsError, StartError, UnreachableError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.platform import launchd, systemd, task_scheduler
@@ -156,6 +156,7 @@ def test_unit_lets_the_node_leave_in_order(machine: Machine) -> None:
     assert (service["KillSignal"], service["KillMode"]) == ("SIGTERM", "mixed")
     assert (service["Restart"], service["NoNewPrivileges"]) == ("on-failure", "yes")
     assert int(service["TimeoutStopSec"]) > 90
+    assert int(service["RestartPreventExitStatus"]) == RevokedInviteError.exit_status
     assert (service["ProtectSystem"], service["ProtectHome"]) == ("full", "read-only")
     assert shlex.split(service["ReadWritePaths"]) == [str(machine.state)]
 
