@@ -380,20 +380,31 @@ class HostingManager:
         room = self._room - self._replicas.count
         if room <= 0:
             return
-        able = self._given(replicas)
-        others = {uid: hosts for uid, hosts in able.items() if uid not in mine}
-        wanted = under_replicated(others, room, me, self._enough, saved)
-        enough = self._enough
-        if not wanted:
-            more = further_replica(able, mine, me, self._swarm.experts.unread)
-            if more is not None:
-                # idle nodes may take the same expert at once, as many as its hosts can serve; other nodes one at a time
-                hosts = replicas[more]
-                wanted = [more]
-                enough = lasting_replicas(hosts) + 1 if mine else 2 * len(serving_elsewhere(hosts, me))
+        wanted, enough = self._wanting(replicas, room, saved)
+        if wanted:
+            # others may have taken them since an earlier look, and a claim costs more than reading them again
+            known, self.seen = wanted, await self._survey.read_again(wanted)
+            wanted, enough = self._wanting(self.seen, room, saved)
+            wanted = [uid for uid in wanted if uid in known]
         if taken := await self._take(wanted, enough):
             self.replicated += len(taken)
             logger.info("took further replicas of %s", counted(len(taken), "expert"))
+
+    def _wanting(
+        self, replicas: Mapping[UID, Collection[Replica]], room: int, saved: Mapping[UID, int]
+    ) -> tuple[list[UID], int]:
+        """The experts of which this node should host further replicas, and how many hosts are then enough."""
+        me, mine = self._swarm.host.peer_id, self._replicas.experts
+        able = self._given(replicas)
+        others = {uid: hosts for uid, hosts in able.items() if uid not in mine}
+        if wanted := under_replicated(others, room, me, self._enough, saved):
+            return wanted, self._enough
+        more = further_replica(able, mine, me, self._swarm.experts.unread)
+        if more is None:
+            return [], self._enough
+        # idle nodes may take the same expert at once, as many as its hosts can serve; other nodes one at a time
+        hosts = replicas[more]
+        return [more], lasting_replicas(hosts) + 1 if mine else 2 * len(serving_elsewhere(hosts, me))
 
     def _given(self, replicas: Mapping[UID, Collection[Replica]]) -> Mapping[UID, Collection[Replica]]:
         """Leaves out experts whose state nobody gave: anybody can announce an expert and not give its state, and that

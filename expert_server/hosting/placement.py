@@ -437,6 +437,8 @@ class HostingSurvey:
         self._again: list[Prefix] = []
         """Rows of split layers that had vacant experts at the last look."""
         self._seen: Mapping[UID, tuple[Replica, ...]] = {}
+        self._just_read: Collection[UID] = ()
+        """The experts that the last look read. Replicas of others were read earlier."""
 
     async def read(
         self, hosted: Collection[UID], saved: Collection[UID] = ()
@@ -464,7 +466,15 @@ class HostingSurvey:
         self._looks += 1
         found = await self._experts.replicas(wanted, just_read=True)
         self._experts.regions.forget_recent()  # a node looks once in a period, and would keep them until then
+        self._just_read = found.keys()
         return self._merged(found)
+
+    async def read_again(self, uids: Collection[UID]) -> Mapping[UID, tuple[Replica, ...]]:
+        """What `read` returned, after reading those of these experts again that an earlier look had read. Raises
+        UnreachableError.
+        """
+        earlier = [uid for uid in uids if uid not in self._just_read]
+        return self._merged(await self._experts.replicas(earlier)) if earlier else self._seen
 
     def _known_split(self) -> set[int]:
         first, *_ = self._manifest.experts.grid
@@ -501,14 +511,18 @@ class HostingSurvey:
         return self._seen
 
     def _rows(self, split: Collection[int]) -> list[Prefix]:
-        """The rows to read in layers that have not split, as prefixes without the last coordinate: all, or a part."""
+        """The rows to read in layers that have not split, as prefixes without the last coordinate: all, or a part.
+
+        They are in random order: if a layer turns out to have split, only the first few are read. If those were the
+        same for all newcomers, they would replicate experts there, and leave others without a host.
+        """
         shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
         if len(split) == shape[0]:
             return []
         count = math.prod(shape)
-        numbers = np.arange(min(count, MOST_PREFIXES))
+        rng = np.random.default_rng(self._turn().getrandbits(64))
+        numbers = rng.permutation(min(count, MOST_PREFIXES))
         if count > MOST_PREFIXES:
-            rng = np.random.default_rng(self._turn().getrandbits(64))
             # first the rows that had hosts: if those died, their prefixes may be gone
             had_hosts = (np.ravel_multi_index((layer, *row), shape) for layer, row in self._had_host)
             used = rng.permutation(np.array(sorted(had_hosts), dtype=int))[: MOST_PREFIXES // 2]

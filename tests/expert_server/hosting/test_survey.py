@@ -4,6 +4,7 @@ import asyncio
 import random
 import tracemalloc
 from collections.abc import Collection
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from dht.announcements import Replica, ReplicaState
 from dht.manifest import Manifest
 from dht.regions import Prefix, Region, RegionMap
 from dht.uid import UID
+from expert_server.hosting.manager import HostingManager
 from expert_server.hosting.placement import (
     FEW,
     MOST_PREFIXES,
@@ -21,16 +23,21 @@ from expert_server.hosting.placement import (
     SAMPLED,
     HostingSurvey,
 )
+from expert_server.settings import NodeSettings
 from peer.identity import PeerID
 
-ME, OTHER = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2))
+ME, OTHER, THIRD = (PeerID(b"\x12\x20" + bytes([n]) * 32) for n in (1, 2, 3))
 
 
 class FakeRegistry:
-    """A registry in which OTHER hosts some experts. It counts what is read."""
+    """A registry in which the same peers host some experts. It counts what is read."""
 
     def __init__(self, hosted: Collection[UID]) -> None:
         self.hosted = set(hosted)
+        self.hosts = [OTHER]
+        self.first_rows: Collection[Prefix] = ()
+        """Those of the rows asked for last that would be read if their layers had split."""
+        self.unread: dict[UID, int] = {}
         self.registry = self
         self.prefixes_read = self.experts_read = 0
         self.time = 1000.0
@@ -50,6 +57,7 @@ class FakeRegistry:
         self, prefixes: Collection[Prefix], size: int, *, most: int
     ) -> dict[Prefix, frozenset[int]]:
         assert most == MOST_REGIONS
+        self.first_rows = [*prefixes][:most]
         self.prefixes_read += len(prefixes)
         active: dict[Prefix, set[int]] = {prefix: set() for prefix in prefixes}
         for uid in self.hosted:
@@ -58,15 +66,46 @@ class FakeRegistry:
                 active[prefix].add(uid.coordinate[-1])
         return {prefix: frozenset(some) for prefix, some in active.items()}
 
-    async def replicas(self, uids: Collection[UID], *, just_read: bool) -> dict[UID, tuple[Replica, ...]]:
+    async def replicas(
+        self, uids: Collection[UID], *, just_read: bool = False
+    ) -> dict[UID, tuple[Replica, ...]]:
         self.experts_read += len(uids)
         replica = ReplicaState.SERVING, 0, 0, 0.0, self.time + 30.0
-        return {uid: (Replica(uid, OTHER, *replica),) if uid in self.hosted else () for uid in uids}
+        return {
+            uid: tuple(Replica(uid, host, *replica) for host in self.hosts if uid in self.hosted)
+            for uid in uids
+        }
 
 
-def make_survey(grid: tuple[int, ...], registry: FakeRegistry, seed: int = 0) -> HostingSurvey:
-    manifest = Manifest.model_validate({"name": "swarm", "model": {"layers": 2}, "experts": {"grid": grid}})
-    return HostingSurvey(registry, manifest, ME, random.Random(seed))  # type: ignore[arg-type]  # a stand-in
+class FakeReplicas:
+    """Stands for `LocalReplicas` of a node that hosts nothing. It records what the node would claim."""
+
+    def __init__(self) -> None:
+        self.experts: dict[UID, object] = {}
+        self.count = 0
+        self.leaving = False
+        self.checkpoints = self
+        self.wanted: list[UID] = []
+
+    async def newest(self) -> dict[UID, int]:
+        return {}
+
+    def withheld(self) -> set[UID]:
+        return set()
+
+    async def take(self, wanted: list[UID], usual: int | None, enough: int) -> list[UID]:
+        self.wanted += wanted
+        return []
+
+
+def manifest_of(grid: tuple[int, ...]) -> Manifest:
+    return Manifest.model_validate({"name": "swarm", "model": {"layers": 2}, "experts": {"grid": grid}})
+
+
+def make_survey(
+    grid: tuple[int, ...], registry: FakeRegistry, seed: int = 0, peer_id: PeerID = ME
+) -> HostingSurvey:
+    return HostingSurvey(registry, manifest_of(grid), peer_id, random.Random(seed))  # type: ignore[arg-type]  # a stand-in
 
 
 def all_uids(grid: tuple[int, int]) -> list[UID]:
@@ -132,6 +171,42 @@ def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> 
         assert sum(map(bool, read)) == len(read) / 8
         turns = [read[n : n + 6] for n in range(0, len(read), 6)]
         assert all(all(turn) or not any(turn) for turn in turns), "several looks in a row"
+
+    asyncio.run(scenario())
+
+
+def test_newcomers_read_different_rows_of_a_layer_that_turns_out_to_have_split() -> None:
+    registry = FakeRegistry(all_uids((64, 4)))
+    read = []
+    for peer_id in (ME, OTHER):
+        survey = make_survey((64, 4), registry, peer_id=peer_id)
+        for _ in range(2):
+            asyncio.run(survey.read([]))
+            read.append({*registry.first_rows})
+    assert read[0] == read[1], "an expert must be found vacant twice in a row"
+    assert len(read[0] & read[2]) < 0.7 * MOST_REGIONS
+    assert {layer for layer, _ in read[0]} == {0, 1}
+
+
+def test_experts_that_others_took_since_an_earlier_look_are_not_claimed() -> None:
+    uids = all_uids((16, 16))
+    registry, replicas = FakeRegistry(uids), FakeReplicas()
+    registry.split(0, 1)
+    swarm = SimpleNamespace(
+        experts=registry, manifest=manifest_of((16, 16)), host=SimpleNamespace(peer_id=ME)
+    )
+    settings = NodeSettings(experts=16, replicas=2)
+    manager = HostingManager(settings, swarm, replicas, registry.now)  # type: ignore[arg-type]  # stand-ins
+
+    async def scenario() -> None:
+        for _ in range(20):
+            await manager.look()
+        assert len({*replicas.wanted}) > 4, "a single host is too few"
+        registry.hosts.append(THIRD)
+        for _ in range(3):
+            replicas.wanted.clear()
+            await manager.look()
+            assert len(replicas.wanted) <= 1, "an idle node adds a third replica of one expert"
 
     asyncio.run(scenario())
 
