@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import islice
-from typing import TypeVarTuple
+from itertools import count, islice
+from typing import TypeVar, TypeVarTuple
 from unittest.mock import patch
 
 from peer.bounded import BoundedDict
@@ -39,15 +39,17 @@ _NAME_BYTES = 34
 _MOST_CONTACTS = 2048
 _CLOCK_RESOLUTION_S = 1e-9
 """Timers that are due within this time of each other run in the same step."""
+T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+_SLEEP = asyncio.sleep
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop in simulated time: when it would sleep, the clock jumps to the end of that sleep. What it runs must
     use no sockets and no threads.
 
-    Its heap compares numbers rather than timers, and its steps poll nothing, so a simulation spends less time here than
-    in the loop that this class is derived from.
+    Its heap compares numbers rather than timers, its steps poll nothing, and a sleep needs no timer. So a simulation
+    spends less time here than in the loop that this class is derived from.
     """
 
     _ready: deque[asyncio.Handle]
@@ -57,14 +59,24 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__(selectors.SelectSelector())
         self._now = 0.0
-        self._timers: list[tuple[float, asyncio.TimerHandle]] = []
-        """A heap: when each timer is due, and the timer."""
+        self._timers: list[tuple[float, int, asyncio.TimerHandle | asyncio.Future[None]]] = []
+        """A heap: when each timer or sleep is due, a number that rises, and the timer or what the sleeper awaits."""
+        self._numbers = count()
 
     def time(self) -> float:
         return self._now
 
     def unix_time(self) -> float:
         return EPOCH + self._now
+
+    async def sleep(self, seconds: float, result: T | None = None) -> T | None:
+        """Stands for `asyncio.sleep`."""
+        if seconds <= 0:
+            return await _SLEEP(0, result)
+        end = self.create_future()
+        heappush(self._timers, (self._now + seconds, next(self._numbers), end))
+        await end
+        return result
 
     def call_at(
         self,
@@ -74,8 +86,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
-        heappush(self._timers, (when, timer))
+        heappush(self._timers, (when, next(self._numbers), timer))
         return timer
+
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """asyncio calls this. A cancelled timer stays in the heap until it would have been due."""
@@ -83,15 +102,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _run_once(self) -> None:
         """One step of the loop, which asyncio repeats until it is stopped."""
         ready, timers = self._ready, self._timers
-        while timers and timers[0][1].cancelled():
+        while timers and timers[0][2].cancelled():
             heappop(timers)
         if not ready and not self._stopping:
             if not timers:
                 raise RuntimeError("everything in the simulation waits, and nothing will happen any more")
-            self._now += max(timers[0][0] - self._now, 0.0)
+            self._now = max(self._now, timers[0][0])
         ends = self._now + _CLOCK_RESOLUTION_S
         while timers and timers[0][0] < ends:
-            ready.append(heappop(timers)[1])
+            due = heappop(timers)[2]
+            if isinstance(due, asyncio.Handle):
+                ready.append(due)
+            elif not due.done():
+                due.set_result(None)
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle.cancelled():
@@ -281,6 +304,7 @@ def simulated_world() -> Iterator[VirtualLoop]:
     """An event loop in simulated time; until the block ends, all DHT code uses its clock."""
     loop = VirtualLoop()
     stand_ins: Mapping[str, object] = {
+        "asyncio.sleep": loop.sleep,
         "dht.records.peer_id_of": _peer_id_of,
         "dht.records.verify": _verify,
         "dht.announcements.certificate_pem": lambda certificate, peer_id: certificate,

@@ -133,7 +133,7 @@ class RegionMap:
         self._just_read[prefix] = now, frozenset(pieces), region
         if region.hosts or region.active:
             self._renew_splits_above(prefix, now)
-        active = Counter(coordinate // INDEX_PIECE for coordinate in region.active)
+        active = Counter([coordinate // INDEX_PIECE for coordinate in region.active]) if region.active else {}
         if not pieces:  # an expert has no index
             while self._hosts and next(iter(self._hosts.values()))[0] <= now - _WRITE_FOR_S:
                 self._hosts.popitem(last=False)
@@ -141,13 +141,13 @@ class RegionMap:
         for piece in pieces:
             before = self._seen.get((prefix, piece))
             split_until = 0.0 if before is None else before.split_until
-            if active[piece]:
+            if active.get(piece):
                 split_until = self._drawn_split_until(now)
             empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
             self._seen[prefix, piece] = _Seen(
                 region.hosts + region.unread,
                 region.size > CROWDED_BYTES,
-                active[piece],
+                active.get(piece, 0),
                 now,
                 split_until,
                 empty_reads,
@@ -155,11 +155,13 @@ class RegionMap:
 
     def _renew_splits_above(self, prefix: Prefix, now: float) -> None:
         """A host at a longer prefix shows that the shorter ones are still split, so nobody has to read these."""
-        for depth, following in enumerate(prefix[1]):
-            seen = self._seen_above(prefix, depth)
+        layer, coordinate = prefix
+        for depth, following in enumerate(coordinate):
+            key = (layer, coordinate[:depth]), following // INDEX_PIECE
+            seen = self._seen.get(key)
             if seen is not None and seen.split_until > now and seen.read_at > now - _READ_AGAIN_S:
                 seen.split_until = self._drawn_split_until(now)
-                self._seen.move_to_end((prefix_of(prefix, depth), following // INDEX_PIECE))
+                self._seen.move_to_end(key)
 
     def _drawn_split_until(self, now: float) -> float:
         """Random, so that peers don't all read it again at the same time."""
@@ -184,10 +186,10 @@ class RegionMap:
         These are all depths down to the first prefix that is not known to have split, without those where nobody
         announces.
         """
-        found = []
+        found, now = [], self._now()
         for depth in range(len(below[1])):
             seen = self._seen_above(below, depth)
-            has_split = seen is not None and seen.split_until > self._now()
+            has_split = seen is not None and seen.split_until > now
             if seen is None or not (has_split and seen.is_empty):
                 found.append(depth)
             if not has_split:
@@ -250,8 +252,11 @@ class RegionMap:
         """What was seen under the first `depth` coordinates of a longer prefix, for the piece with its
         next coordinate.
         """
-        return self._seen.get((prefix_of(below, depth), below[1][depth] // INDEX_PIECE))
+        layer, coordinate = below
+        return self._seen.get(((layer, coordinate[:depth]), coordinate[depth] // INDEX_PIECE))
 
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:
-    return Counter(prefix_of(uid, depth) for uid in uids for depth in range(len(uid.coordinate)))
+    return Counter(
+        [(uid.layer, uid.coordinate[:depth]) for uid in uids for depth in range(len(uid.coordinate))]
+    )

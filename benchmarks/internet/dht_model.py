@@ -428,13 +428,17 @@ class ModelLookups(Lookups):
         await self._reach(keys.values(), "nearest", "announce")
         up, down = world.accounts.up["announce"], world.accounts.down["dht_served"]
         called: set[int] = set()
+        sent = 0
         for item in items:
             key = model.key(keys[item.key])
-            near, size = model.near(key, peer.half), len(item.value) + ITEM_OVERHEAD_BYTES
-            up[peer.number] += len(near) * size
-            key.owed_down += len(near) * size
+            near = model.near(key, peer.half)
+            size = len(near) * (len(item.value) + ITEM_OVERHEAD_BYTES)
+            sent += size
+            key.owed_down += size
             model.put(item, key, near or (peer,))
-            called.update([server.number for server in near])
+            for server in near:
+                called.add(server.number)
+        up[peer.number] += sent
         overhead = model.store_bytes()
         for number in called:
             down[number] += overhead
@@ -457,23 +461,25 @@ class ModelLookups(Lookups):
         world = model.world
         someone = world.servers(peer.half) > (not peer.link.nat) or world.living == 1
         search = model.search(cost) if someone else model.nobody
-        found, size, count = {}, 0, 0
+        found, size, count, copies = {}, 0, 0, cost.copies
         for key_id in keys:
             key = model.key(key_id)
             answer = model.get(key, peer)
-            if room is not None and answer.size > room:
-                answer = model.sample(key, answer, room).with_own(peer.peer_id.to_bytes(), answer)
+            if answer.size:
+                if room is not None and answer.size > room:
+                    answer = model.sample(key, answer, room).with_own(peer.peer_id.to_bytes(), answer)
+                size += answer.size
+                count += len(answer.entries)
+                key.owed_up += copies * answer.size
             found[key_id] = ModelFound(search, answer)
-            size += answer.size
-            count += len(answer.entries)
-            key.owed_up += cost.copies * answer.size
-        # Holders that are asked later are told the digests of what the reader has already.
-        digests = _DIGEST_BYTES * count * max(0.0, cost.calls - 1)
-        accounts = world.accounts
-        accounts.down["read"][peer.number] += cost.copies * size
-        accounts.up["read"][peer.number] += digests
-        if (other := world.random_server(model.rng, peer.half)) is not None:
-            accounts.down["dht_served"][other.number] += digests
+        if count:
+            # Holders that are asked later are told the digests of what the reader has already.
+            digests = _DIGEST_BYTES * count * max(0.0, cost.calls - 1)
+            accounts = world.accounts
+            accounts.down["read"][peer.number] += copies * size
+            accounts.up["read"][peer.number] += digests
+            if (other := world.random_server(model.rng, peer.half)) is not None:
+                accounts.down["dht_served"][other.number] += digests
         if world.time() >= self._sample_at:
             cost = model.cost("nearest", False, 1)
             spent = cost.question_bytes + cost.answer_bytes

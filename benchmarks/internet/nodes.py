@@ -124,9 +124,8 @@ class SimulatedHost:
         """Some of the DHT peers that the node knows."""
         world = self._world
         if world.time() >= self._known_until or not self._known:
-            rng, half = world.rng("acquaintances"), self._peer.half
-            drawn = (world.random_server(rng, half) for _ in range(_ACQUAINTANCES))
-            self._known = frozenset([p.peer_id for p in drawn if p is not None and p is not self._peer])
+            drawn = world.random_servers(world.rng("acquaintances"), self._peer.half, _ACQUAINTANCES)
+            self._known = frozenset([peer.peer_id for peer in drawn if peer is not self._peer])
             self._known_until = world.time() + _KNOWN_FOR_S
         return self._known
 

@@ -246,6 +246,11 @@ class World:
         places = self._places[half]
         return self._at_place[places[int(rng.random() * len(places))]] if places else None
 
+    def random_servers(self, rng: random.Random, half: int, count: int) -> list[Peer]:
+        """Some servers, perhaps some of them several times."""
+        places = self._places[half]
+        return [self._at_place[place] for place in rng.choices(places, k=count)] if places else []
+
     def rtt_s(self, a: Peer, b: Peer) -> float:
         return a.link.rtt_s + b.link.rtt_s
 

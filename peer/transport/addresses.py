@@ -7,6 +7,7 @@ grammar and one spelling. Anything else is not stored, dialled or put on a comma
 
 import contextlib
 import errno
+import functools
 import ipaddress
 import itertools
 import re
@@ -180,6 +181,7 @@ def _kind_of(endpoint: Endpoint) -> str:
     return "dns" if endpoint.ip is None else f"ip{endpoint.ip.version}"
 
 
+@functools.lru_cache(4096)  # relays and other peers appear in many records, which are renewed all the time
 def _parse_peer(text: str) -> PeerID:
     data: bytes = base58.b58decode(text)
     if not is_peer_id(data):
