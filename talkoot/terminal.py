@@ -1,6 +1,7 @@
 """What a command shows: results and JSON lines, log lines, stages of starting, tables and progress bars."""
 
 import copy
+import errno
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peer.errors import StartError, UserError
+from peer.files import write_atomically
 from peer.platform.files import open_plainly
 from peer.rates import TokenBucket
 
@@ -30,6 +32,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 LOG_FILE_BYTES = 5_000_000
 """A log file that would grow larger is renamed to `….1`, which replaces the one before."""
 _WIDE = 10_000
+_ONLY_IN_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY}
+"""Errors of a folder in which no new file can be made, or of a file that is mounted by itself."""
 _LINES_WAITING = 1000
 """The most log lines that wait for the end of a text; older ones are left out."""
 _LINES, _LINE_EVERY_S = 50, 3.0
@@ -239,11 +243,14 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Checks now whether a file can be written, rather than at the end. Does not change its content. Raises
+    """Checks now whether a file can be written, rather than at the end. Leaves things as they were. Raises
     StartError.
     """
+    is_new = not path.exists()
     try:
         path.open("ab").close()
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise _not_written(path, option, error) from error
 
@@ -251,9 +258,22 @@ def check_writable(path: Path, option: str) -> None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes the file of `--json FILE`. Raises StartError."""
     try:
-        path.write_text(to_json(values) + "\n", encoding="utf-8")
+        write_whole(path, (to_json(values) + "\n").encode())
     except OSError as error:
         raise _not_written(path, "--json", error) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that the user named. On a full disk, what was there stays. Raises OSError."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(data)
+        return
+    try:
+        write_atomically(path.resolve(), data)
+    except OSError as error:
+        if error.errno not in _ONLY_IN_PLACE:
+            raise
+        path.write_bytes(data)
 
 
 def _not_written(path: Path, option: str, error: OSError) -> StartError:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from peer.errors import StartError
 from peer.formatting import counted
 from peer.settings import require_extra
-from talkoot.terminal import StepBar, Terminal, check_writable, to_json
+from talkoot.terminal import StepBar, Terminal, check_writable, to_json, write_whole
 from trainer_client.training.record import History, Validation
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -164,8 +165,10 @@ def plot_losses(history: History, path: Path) -> None:
     axes.set(xlabel="steps", ylabel="loss in nats per token", title="Loss")
     axes.legend()
     axes.grid(alpha=0.3)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
     try:
-        figure.savefig(path, format="png")
+        write_whole(path, picture.getvalue())
     except OSError as error:
         logger.warning("could not write the plot %s: %s", path, error.strerror or error)
 

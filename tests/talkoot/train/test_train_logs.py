@@ -1,9 +1,13 @@
 """Log files of training for other tools."""
 
+import errno
 import io
 import json
 import logging
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from peer import settings
 from peer.errors import SettingsError, StartError
-from talkoot.terminal import LogFormat, Terminal
+from talkoot.terminal import LogFormat, Terminal, check_writable, write_json
 from talkoot.train.display import (
     check_plot,
     describe,
@@ -68,6 +72,52 @@ def test_a_full_disk_ends_the_log_and_not_the_training(caplog: pytest.LogCapture
         write(VALUES)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert warnings == ["no more lines in /dev/full: No space left on device"]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Files in which only a few bytes have room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_results_that_have_no_room_leave_those_of_the_last_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result, plot, new = tmp_path / "result.json", tmp_path / "plot.png", tmp_path / "new.json"
+    write_json(result, {"steps": 1})
+    plot_losses(make_history(1.0), plot)
+    before = plot.read_bytes()
+    check_writable(new, "--json")
+    with full_disk():
+        for path in (result, new):
+            with pytest.raises(StartError, match=r"can't write .*json: .*; pass another --json FILE"):
+                write_json(path, {"steps": 2})
+        plot_losses(make_history(2.0), plot)
+    assert "could not write the plot" in caplog.text
+    assert json.loads(result.read_text()) == {"steps": 1}
+    assert plot.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "plot.png"}
+
+
+def test_results_may_go_to_a_pipe_or_a_file_in_a_folder_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(Path("/dev/null"), {"steps": 1})
+    assert not Path("/dev/null").is_file()
+    result = tmp_path / "result.json"
+    result.touch()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("talkoot.terminal.write_atomically", refuse)
+    write_json(result, {"steps": 1})
+    assert json.loads(result.read_text()) == {"steps": 1}
 
 
 def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
