@@ -29,7 +29,7 @@ from talkoot.memory.passages import read_passages
 from talkoot.memory.progress import Progress, Rate, Show
 from talkoot.memory.training import WordCounter, encoder_of, train_word_vectors
 from talkoot.partial import naming_failures
-from talkoot.terminal import Terminal
+from talkoot.terminal import Terminal, check_writable
 from trainer_client.data.sources import find_files
 from trainer_client.memory.encoder import DualEncoder, StaticEncoder
 
@@ -108,6 +108,7 @@ def train_encoder(plan: TrainEncoderPlan, show: Show = lambda what, detail: None
         raise SettingsError(f"{plan.out} exists: pass the path of a new file with --out")
     if not plan.out.parent.is_dir():
         raise SettingsError(f"--out {plan.out}: {plan.out.parent} is not a folder; make it first")
+    check_writable(plan.out, "--out")
     require_extra("bm25s", "retrieval", "finding hard negatives")
     pairs = read_pairs(plan.pairs)
     rate = Rate(show, "reading the text", None)

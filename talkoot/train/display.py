@@ -236,14 +236,22 @@ def _tensorboard(folder: Path) -> Iterator[Write]:
     except OSError as error:
         raise StartError(f"can't write {folder}: {error.strerror}; pass another --tensorboard DIR") from error
 
+    failed = False
+
     def write(values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float) and name not in {"step", "steps"}:
-                writer.add_scalar(name, value, values["step"])
-        for cause, count in values["failures"].items():
-            writer.add_scalar(f"failures/{cause}", count, values["step"])
+        nonlocal failed
+        numbers = {f"failures/{cause}": count for cause, count in values["failures"].items()}
+        numbers |= {name: value for name, value in values.items() if name not in {"step", "steps"}}
+        try:
+            for name, value in numbers.items():
+                if isinstance(value, int | float) and not failed:
+                    writer.add_scalar(name, value, values["step"])
+        except OSError as error:
+            failed = True
+            logger.warning("no more values in %s: %s", folder, error.strerror or error)
 
     try:
         yield write
     finally:
-        writer.close()
+        with suppress(OSError):  # closing tries again to write what could not be written
+            writer.close()

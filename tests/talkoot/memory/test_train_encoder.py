@@ -11,7 +11,7 @@ import torch
 from commands import run_here
 
 from expert_server.memory.store import MemoryStore
-from peer.errors import DataError, SettingsError
+from peer.errors import DataError, SettingsError, StartError
 from talkoot.memory.build import BuildPlan, build_memory
 from talkoot.memory.dual_training import NumberedTexts, tune
 from talkoot.memory.train_encoder import TrainEncoderPlan, TrainEncoderReport, train_encoder
@@ -62,6 +62,12 @@ def test_the_same_pairs_and_seed_give_the_same_encoder(
     plan, _ = learned
     train_encoder(replace(plan, out=tmp_path / "again"))
     assert (tmp_path / "again").read_bytes() == plan.out.read_bytes()
+
+
+def test_a_folder_that_takes_no_file_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    plan = TrainEncoderPlan(tmp_path / "no-pairs", (), Path("/proc/encoder"))
+    with pytest.raises(StartError, match=r"can't write /proc/encoder: .*; pass another --out FILE"):
+        train_encoder(plan)
 
 
 def test_a_memory_is_built_with_a_trained_encoder(

@@ -120,6 +120,19 @@ def test_results_may_go_to_a_pipe_or_a_file_in_a_folder_of_others(
     assert json.loads(result.read_text()) == {"steps": 1}
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # of TensorBoard's own thread
+def test_a_full_disk_ends_the_values_for_tensorboard_and_not_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with logs_written(None, tmp_path / "board") as (write,), full_disk():
+        for step in range(20_000):
+            write(VALUES | {"step": step})
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert warning == f"no more values in {tmp_path / 'board'}: File too large"
+
+
 def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     with logs_written(None, tmp_path / "board") as (write,):
         write(VALUES)
