@@ -146,7 +146,9 @@ class Host:
         if config.serves_dht:
             self.server = RpcServer(self.sessions, config.most_calls, metrics, self.restarts)
             self._transport.add_to(self.server.services, self.sessions)
-            relaying = RelayServicer(self.sessions, config.relay_mbit, self.upload, metrics)
+            relaying = RelayServicer(
+                self.sessions, self.server.connections, config.relay_mbit, self.upload, metrics
+            )
             relaying.add_to(self.server.services)
         self._libp2p = Libp2p(identity, config.libp2p, self.dialling, metrics)
         self.tunnels: Tunnels = Tunnels(self._libp2p.open_stream, metrics=metrics)

@@ -25,6 +25,7 @@ _LOOPBACK = "127.0.0.1"
 _PREFIX = "talkoot-sockets-"
 """The prefix of a folder's name. The process id and a random word follow."""
 _PROCESS_ID = re.compile(r"[0-9]{1,9}")
+_IDLE_S, _PROBE_EVERY_S, _PROBES = 15, 5, 3
 _LONGEST_PARENT = 40
 """The longest parent folder, in bytes. A unix socket's path has at most 107, and the folder and the socket need the
 rest.
@@ -153,6 +154,18 @@ async def attach(protocol: asyncio.Protocol, made: socket.socket) -> None:
         await loop.create_connection(lambda: protocol, sock=made)
     else:
         await loop.create_unix_connection(lambda: protocol, sock=made)
+
+
+def probe_when_idle(writer: asyncio.StreamWriter) -> None:
+    """Makes TCP probe the other end of a connection that is idle: routers forget idle connections, and an end that has
+    gone is noticed within half a minute.
+    """
+    made = writer.get_extra_info("socket")
+    idle = "TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE"
+    with contextlib.suppress(OSError):  # the other end has already gone
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((idle, _IDLE_S), ("TCP_KEEPINTVL", _PROBE_EVERY_S), ("TCP_KEEPCNT", _PROBES)):
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def private_socket_folder() -> "tempfile.TemporaryDirectory[str]":

@@ -1,10 +1,13 @@
-"""How a peer calls relays: over channels and in sessions that all its reservations and circuits share."""
+"""How a peer calls relays: over channels and in sessions that all its reservations and circuits share. What a circuit
+carries has a connection of its own to the relay.
+"""
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import grpc
 from grpc import StatusCode
@@ -14,21 +17,20 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID, certificate_pem
-from peer.loop import first_of
-from peer.relays.pieces import ACCEPT_S, BEAT_S, SENT_BYTES, read_piece
+from peer.platform.sockets import probe_when_idle
+from peer.relays.circuits import ACCEPT_S, IDLE_S
 from peer.rpc.calls import make_stub, while_open
 from peer.rpc.certificates import fetch_certificate
 from peer.rpc.channels import ChannelPool, KnownPeer
-from peer.rpc.sessions import Admission, SessionClient
+from peer.rpc.connections import MARK, NAME_BYTES
+from peer.rpc.sessions import Admission, Metadata, SessionClient
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
-from peer.transport.pipes import Pipe, SocketStream, copy_both_ways
+from peer.transport.pipes import CHUNK_BYTES, Pipe, SocketStream, copy_both_ways
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
-Method: TypeAlias = Literal["Reserve", "Dial", "Accept"]
-Message: TypeAlias = "relay_pb2.ReserveRequest | relay_pb2.CircuitPiece"
 Call: TypeAlias = Any
-"""grpc's StreamStreamCall, whose messages are untyped."""
+"""grpc's StreamStreamCall or UnaryStreamCall, whose messages are untyped."""
 _OWN_CHANNELS, _DIAL_CHANNELS = 16, 256
 """Limits for channels to relays where this peer has reservations, and to the relays of others. They are separate
 because strangers name the latter.
@@ -36,8 +38,19 @@ because strangers name the latter.
 _FETCH_S = 5.0
 _OPEN_S = ACCEPT_S + 2.0
 """Time for a session and the relay's first reply, which comes when the other end has accepted."""
-_IDLE_S = 600.0
-"""A circuit that is idle for this long is closed. gRPC opens another when it needs one."""
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A circuit that this peer has dialled."""
+
+    pipe: Pipe
+    call: Call
+
+    def close(self) -> None:
+        """Closing twice is harmless."""
+        self.pipe[1].close()
+        self.call.cancel()
 
 
 class RelayClient:
@@ -97,21 +110,61 @@ class RelayClient:
             self._dialling.reached(endpoint, peer_id)
         return KnownPeer(peer_id, (endpoint,), pem)
 
-    async def open(self, method: Method, relay: KnownPeer, first: Message) -> Call:
-        """Begins a long-lived call. Returns after the relay's first reply, which must be empty. Cancel the call when
-        done.
+    async def reserve(self, relay: KnownPeer) -> Call:
+        """Begins a reservation. Cancel the call when done. Raises UnreachableError."""
+        call, reply = await self._open(
+            relay, self._pools[0], lambda stub, metadata: stub.Reserve(metadata=metadata)
+        )
+        if reply.ByteSize():
+            call.cancel()
+            raise UnreachableError(f"relay {relay.peer_id} refuses: its first reply is not empty")
+        return call
+
+    async def dial(self, relay: KnownPeer, peer_id: PeerID) -> Circuit:
+        """Opens a circuit to a peer that has a reservation at the relay. Close it when done.
 
         Raises UnreachableError.
         """
+        request = relay_pb2.DialRequest(peer_id=peer_id.to_bytes())
+        call, reply = await self._open(
+            relay, self._pools[1], lambda stub, metadata: stub.Dial(request, metadata=metadata)
+        )
+        try:
+            return Circuit(await self.connect(relay, reply.circuit), call)
+        except BaseException:
+            call.cancel()
+            raise
+
+    async def connect(self, relay: KnownPeer, circuit: bytes) -> Pipe:
+        """This peer's end of a circuit. Raises UnreachableError."""
+        if len(circuit) != NAME_BYTES:
+            raise UnreachableError(f"relay {relay.peer_id} names something that is not a circuit")
+        endpoint = relay.addresses[0]
+        try:
+            async with asyncio.timeout(ACCEPT_S):
+                pipe = await asyncio.open_connection(endpoint.host, endpoint.port, limit=CHUNK_BYTES)
+        except OSError as error:
+            raise UnreachableError(f"relay {relay.peer_id} does not answer at {endpoint}: {error}") from error
+        probe_when_idle(pipe[1])
+        pipe[1].write(MARK + circuit)
+        return pipe
+
+    async def _open(
+        self,
+        relay: KnownPeer,
+        pool: ChannelPool,
+        begin: Callable[[relay_pb2_grpc.RelayServiceStub, Metadata], Call],
+    ) -> tuple[Call, Any]:
+        """Begins a long-lived call. Returns it, and the relay's first reply. Raises UnreachableError."""
         try:
             async with asyncio.timeout(_OPEN_S):
-                channel = await self._channel(relay, self._pools[method == "Dial"])
+                channel = await self._channel(relay, pool)
                 stub = make_stub(relay_pb2_grpc.RelayServiceStub, channel)
                 for may_repeat in (True, False):
                     metadata = await self._sessions.metadata(relay.peer_id, channel, _OPEN_S)
-                    call: Call = getattr(stub, method)(metadata=metadata)
+                    call = begin(stub, metadata)
                     try:
-                        return await _begun(call, first)
+                        return call, await _first_reply(call)
                     except ExpertError as error:
                         if error.status is not StatusCode.UNAUTHENTICATED or not may_repeat:
                             raise
@@ -122,17 +175,14 @@ class RelayClient:
             raise UnreachableError(f"relay {relay.peer_id} refuses: {error}") from error
         raise AssertionError("the second try returns or raises")
 
-    async def carry(self, pipe: Pipe, call: Call) -> None:
+    async def carry(self, here: Pipe, circuit: Pipe) -> None:
         """Copies between a socket and a circuit until either ends, and ends both. Raises OSError if one breaks."""
         self.circuits += 1
-        circuit = CircuitStream(call)
         try:
-            with contextlib.closing(pipe[1]):
-                here = SocketStream(pipe, SENT_BYTES)
-                await first_of(copy_both_ways(here, circuit, _IDLE_S, self.bytes.inc), circuit.keep_alive())
+            with contextlib.closing(here[1]), contextlib.closing(circuit[1]):
+                await copy_both_ways(SocketStream(here), SocketStream(circuit), IDLE_S, self.bytes.inc)
         finally:
             self.circuits -= 1
-            call.cancel()
 
     async def close(self) -> None:
         """Ends all calls. Closing twice is harmless."""
@@ -147,45 +197,6 @@ class RelayClient:
         return await pool.reach(relay)
 
 
-class CircuitStream:
-    """A byte stream over the pieces of a call."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._writing = asyncio.Lock()
-        self._wrote = False
-
-    async def read(self) -> bytes:
-        while True:
-            with breaking():
-                piece = await self._call.read()
-                if piece is grpc.aio.EOF:
-                    return b""
-                data = read_piece(piece)
-            if data:
-                return data
-
-    async def write(self, data: bytes) -> None:
-        async with self._writing:
-            self._wrote = True
-            with breaking():
-                await self._call.write(relay_pb2.CircuitPiece(data=data))
-
-    async def end(self) -> None:
-        """Waits until the relay has ended the call, too, and so has taken everything."""
-        with breaking():
-            await self._call.done_writing()
-            await self._call.code()
-
-    async def keep_alive(self) -> None:
-        """Sends an empty piece whenever nothing else was sent for a while. Never returns. Raises OSError."""
-        while True:
-            await asyncio.sleep(BEAT_S)
-            if not self._wrote:
-                await self.write(b"")
-            self._wrote = False
-
-
 @contextmanager
 def breaking() -> Iterator[None]:
     """Raises ConnectionError if a call inside ends, in any way."""
@@ -198,19 +209,16 @@ def breaking() -> Iterator[None]:
         raise ConnectionError(f"the call ended: {error}") from error
 
 
-async def _begun(call: Call, first: Message) -> Call:
-    """Sends a call's first message and reads an empty reply, then returns the call. Raises ExpertError or
-    ConnectionError.
-    """
+async def _first_reply(call: Call) -> Any:
+    """Raises ExpertError or ConnectionError, and cancels the call, if there is none."""
     try:
         with breaking():
             with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the status below says why
-                await call.write(first)
+                if isinstance(call, grpc.aio.StreamStreamCall):
+                    await call.write(relay_pb2.ReserveRequest())
                 reply = await call.read()
                 if reply is not grpc.aio.EOF:
-                    if reply.ByteSize():
-                        raise ConnectionError("its first reply is not empty")
-                    return call
+                    return reply
             status, details = await call.code(), await call.details()
     except BaseException:
         call.cancel()

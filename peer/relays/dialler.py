@@ -11,10 +11,9 @@ from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.loop import TaskSet, first_success, tolerating
 from peer.metrics import start_at_zero
-from peer.relays.client import Call, RelayClient
+from peer.relays.client import Circuit, RelayClient
 from peer.transport.addresses import Multiaddress
 from peer.transport.pipes import Listeners, Pipe
-from peer.wire import relay_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -63,35 +62,35 @@ class RelayDialler:
                 return
             with self._tasks.including_current():
                 try:
-                    call = await self.dial(peer_id, addresses)
+                    circuit = await self.dial(peer_id, addresses)
                 except UnreachableError as error:
                     self.dials.labels("failed").inc()
                     logger.debug("%s", error)
                     return
                 self.dials.labels("opened").inc()
                 try:
-                    await self._client.carry(accepted, call)
+                    with contextlib.closing(circuit):
+                        await self._client.carry(accepted, circuit.pipe)
                 except OSError as error:
                     logger.debug("a circuit ended: %s", error)
 
-    async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> Call:
-        """A circuit through the first relay that opens one. Cancel the call when done. Raises UnreachableError."""
+    async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> Circuit:
+        """A circuit through the first relay that opens one. Close it when done. Raises UnreachableError."""
         relayed = [a for a in addresses if a.is_relayed and a.peer_id == peer_id and a.dialled != peer_id]
         dials = (self._dial(peer_id, address) for address in relayed[:_TRIED])
         found = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DIAL_S):
-                found = await first_success(dials, _HEAD_START_S, drop=lambda call: call.cancel())
+                found = await first_success(dials, _HEAD_START_S, drop=Circuit.close)
         if found is None:
             raise UnreachableError(f"no relay opens a circuit to {peer_id}")
         return found
 
-    async def _dial(self, peer_id: PeerID, address: Multiaddress) -> Call | None:
+    async def _dial(self, peer_id: PeerID, address: Multiaddress) -> Circuit | None:
         try:
             with tolerating("open a circuit through a relay"):
                 relay = await self._client.relay(address.dialled, address.endpoint)
-                first = relay_pb2.CircuitPiece(peer_id=peer_id.to_bytes())
-                return await self._client.open("Dial", relay, first)
+                return await self._client.dial(relay, peer_id)
         except UnreachableError as error:
             logger.debug("%s", error)
         return None

@@ -6,6 +6,7 @@ neighbourhood. TLS between the two ends runs inside the circuit: a relay can end
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -22,9 +23,10 @@ from peer.identity import PeerID
 from peer.loop import Restarts, TaskSet, first_of
 from peer.metrics import start_at_zero
 from peer.rates import Backoff, TokenBucket
+from peer.relays.circuits import BEAT_S, read_peer
 from peer.relays.client import Call, RelayClient, breaking
-from peer.relays.pieces import BEAT_S, CIRCUIT_BYTES, read_peer
 from peer.rpc.channels import Contact, KnownPeer
+from peer.rpc.connections import NAME_BYTES
 from peer.transport.addresses import Multiaddress
 from peer.transport.pipes import Exit
 from peer.wire import relay_pb2
@@ -168,7 +170,7 @@ class Reservations:
         for endpoint in contact.addresses[:_ENDPOINTS_TRIED]:
             relay = KnownPeer(contact.peer_id, (endpoint,), contact.certificate_pem)
             try:
-                return relay, await self._client.open("Reserve", relay, relay_pb2.ReserveRequest())
+                return relay, await self._client.reserve(relay)
             except UnreachableError as error:
                 failure = error
         raise failure
@@ -194,7 +196,7 @@ class Reservations:
                 caller = read_peer(reply.caller)
             except ExpertError as error:
                 raise ConnectionError(f"it names something that is not a caller: {error}") from error
-            if len(reply.circuit) != CIRCUIT_BYTES:
+            if len(reply.circuit) != NAME_BYTES:
                 raise ConnectionError("it names something that is not a circuit")
             accepting = self._accept(relay, reply.circuit, caller, self._exit)
             self._accepting.spawn(accepting, "accept a caller of a relay")
@@ -202,13 +204,11 @@ class Reservations:
     async def _accept(self, relay: KnownPeer, circuit: bytes, caller: PeerID, open_exit: Exit) -> None:
         try:
             with counting(self._circuits, relay.peer_id):
-                call = await self._client.open("Accept", relay, relay_pb2.CircuitPiece(circuit=circuit))
-                try:
-                    pipe = await open_exit(caller, relay.peer_id)
+                pipe = await self._client.connect(relay, circuit)
+                with contextlib.closing(pipe[1]):
+                    here = await open_exit(caller, relay.peer_id)
                     self.offers.labels("accepted").inc()
-                    await self._client.carry(pipe, call)
-                finally:
-                    call.cancel()
+                    await self._client.carry(here, pipe)
         except (UnreachableError, OSError) as error:
             logger.debug("a circuit of relay %s ended: %s", relay.peer_id, error)
 

@@ -1,14 +1,14 @@
 """The relay's side: connects callers to peers that hold a reservation here, within the limits that its owner sets.
 
-It sends no more than it receives, except for one small message to the dialled peer. It holds one piece of a circuit in
-each direction. Everything else waits in gRPC's windows, so a slow receiver slows down its sender.
+It sends no more than it receives, except for one small message to each end. The bytes of a circuit have connections of
+their own, and it holds few of them: a slow receiver slows down its sender.
 """
 
 import asyncio
-import secrets
+import contextlib
 import time
 from collections import Counter as Multiset
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
@@ -25,15 +25,17 @@ from peer.identity import PeerID
 from peer.loop import first_of
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns, RateLimit, TokenBucket, TokenBuckets
-from peer.relays.pieces import ACCEPT_S, CIRCUIT_BYTES, Piece, read_circuit, read_piece, read_target
+from peer.relays.circuits import ACCEPT_S, IDLE_S, read_peer
+from peer.rpc.connections import Connections, Expected
 from peer.rpc.sessions import Session, Sessions
+from peer.transport.pipes import ByteStream, Pipe, SocketStream, copy_both_ways
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
 _RESERVATIONS, _RESERVATIONS_NEAR = 128, 16
 """Reservations in all, and in one neighbourhood."""
 _CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, 32
 """The most open circuits: in all, of one caller, and to one peer. A swarm may have only one relay, through which a
-trainer calls all its nodes. For each circuit, gRPC holds up to 1 MiB in each direction.
+trainer calls all its nodes. A circuit holds up to half a MiB in each direction.
 """
 _DIALS_PER_S, _DIALS_AT_ONCE = 4.0, 64
 """Dials by one caller."""
@@ -43,15 +45,15 @@ _REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
 """How many requests a peer with a reservation may send to show that it is still there."""
 _OFFERS = 64
 """The most callers that a peer has not been told of yet."""
+_CHUNK_BYTES = 64 * 2**10
 _LEAST_BYTES = 512
-"""A smaller piece counts as this many bytes, because even a small one costs time."""
+"""A smaller chunk counts as this many bytes, because even a small one costs time."""
 _ADMITS_EVERY_S = 10.0
 """How often a long call is checked, in case its caller has been denied or revoked."""
 _CROWDED = "this relay has no room for more: try another"
 _DISPLACED = "others need this relay, too, and this has more than its share"
 _RETRY_S = 10.0
 
-Pieces: TypeAlias = AsyncIterator[Piece]
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -59,6 +61,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class _Reservation:
     """A peer that can be dialled here."""
 
+    session: Session
     end: Callable[[], None]
     """Gives up the reservation's place at once, and ends its call."""
     replies: "asyncio.Queue[relay_pb2.ReserveReply]" = field(default_factory=lambda: asyncio.Queue(_OFFERS))
@@ -69,22 +72,17 @@ class _Reservation:
     """Turns of the callers of this peer."""
 
 
-@dataclass(frozen=True)
-class _End:
-    """One end of a circuit: a call that has begun."""
+class _End(SocketStream):
+    """One end of a circuit."""
 
-    pieces: Pieces
-    context: Context
-    session: Session
+    def __init__(self, pipe: Pipe, take: Callable[[int], Awaitable[None]]) -> None:
+        """`take`: waits until so many bytes may be sent."""
+        super().__init__(pipe, _CHUNK_BYTES)
+        self._take = take
 
-
-@dataclass(eq=False)
-class _Circuit:
-    """A circuit that waits to be accepted, or is open."""
-
-    target: PeerID
-    accepted: "asyncio.Future[_End]"
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    async def write(self, data: bytes) -> None:
+        await self._take(len(data))
+        await super().write(data)
 
 
 class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
@@ -93,11 +91,14 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
     def __init__(
         self,
         sessions: Sessions,
+        connections: Connections,
         relay_mbit: float,
         upload: RateLimit | None = None,
         metrics: CollectorRegistry | None = None,
     ) -> None:
-        """`relay_mbit`: for all circuits together, in Mbit/s; 0: it does not relay. `upload`: of the whole peer."""
+        """`connections`: where circuits arrive. `relay_mbit`: for all circuits together, in Mbit/s; 0: it does not
+        relay. `upload`: of the whole peer.
+        """
         Gauge(
             "talkoot_relay_reservations", "Peers that others reach through this one.", registry=metrics
         ).set_function(lambda: len(self._reservations))
@@ -116,6 +117,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
             refused, "off", "crowded", "displaced", "hasty", "absent", "unaccepted", "malformed"
         )
         self._sessions = sessions
+        self._connections = connections
         self._upload = upload or RateLimit(None)
         self._rate = RateLimit(relay_mbit * 1e6 / 8) if relay_mbit > 0 else None
         self._turn = asyncio.Lock()  # all circuits together compete with other uploads as one
@@ -124,8 +126,6 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         self._circuits = FairBudget(_CIRCUITS)
         self._of_callers: Multiset[PeerID] = Multiset()
         """The number of circuits of each caller."""
-        self._offered: dict[bytes, _Circuit] = {}
-        """Circuits that have not been accepted yet."""
         self._dials = TokenBuckets[PeerID](_DIALS_PER_S, _DIALS_AT_ONCE)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -140,11 +140,10 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
                 self._read_requests(requests, session, reservation), _write_all(reservation.replies, context)
             )
 
-    async def Dial(self, pieces: Pieces, context: Context) -> None:
-        first = await anext(pieces, None)
+    async def Dial(self, request: relay_pb2.DialRequest, context: Context) -> None:
         session = self._require(context)
         with self._counting_malformed():
-            target = read_target(first or relay_pb2.CircuitPiece())
+            target = read_peer(request.peer_id)
         reservation = self._reservations.get(target)
         if reservation is None:  # a caller that false records led here may still dial others
             self._refuse("absent", StatusCode.NOT_FOUND, "this peer has no reservation here")
@@ -153,31 +152,17 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         self._dials.take(session.caller, 1, now)
         if wait_s:
             self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "you dial too often", wait_s)
-        circuit = _Circuit(target, asyncio.get_running_loop().create_future())
-        with interruptible(_DISPLACED) as interrupt, self._opening(session, reservation, interrupt):
-            try:
-                here, there = _End(pieces, context, session), await self._offer(circuit, session, reservation)
-                await context.write(relay_pb2.CircuitPiece())
-                await first_of(self._carry(here, there), self._carry(there, here), _wait_for(circuit.ended))
-            finally:
-                circuit.ended.set()
-
-    async def Accept(self, pieces: Pieces, context: Context) -> None:
-        first = await anext(pieces, None)
-        session = self._require(context)
-        with self._counting_malformed():
-            name = read_circuit(first or relay_pb2.CircuitPiece())
-        circuit = self._offered.get(name)
-        if circuit is None or circuit.target != session.caller or circuit.accepted.done():
-            self._refuse("absent", StatusCode.NOT_FOUND, "no such circuit waits for you")
-        del self._offered[name]
-        try:
-            await context.write(relay_pb2.CircuitPiece())
-            if not circuit.accepted.done():  # the caller may have left
-                circuit.accepted.set_result(_End(pieces, context, session))
-            await circuit.ended.wait()  # the dialling call carries both directions
-        finally:
-            circuit.ended.set()
+        with (
+            interruptible(_DISPLACED) as interrupt,
+            self._opening(session, reservation, interrupt),
+            self._connections.expecting(target) as theirs,
+            self._connections.expecting(session.caller) as ours,
+        ):
+            offer = self._offer(theirs, session, reservation)
+            there = await self._in_time(offer, "that peer does not accept the circuit")
+            await context.write(relay_pb2.DialReply(circuit=ours.name))
+            here = await self._in_time(ours.arrived, "you have not opened your end of the circuit")
+            await self._carry(self._end(here), self._end(there), (session, reservation.session))
 
     def _require(self, context: Context) -> Session:
         """Call it after the first message was read: while a caller is still silent, gRPC does not tell it why its call
@@ -196,7 +181,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         if self._places.held(Owner.alone(session.near)) >= _RESERVATIONS_NEAR:
             self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
         with self._holding([self._places], session.near, interrupt) as end:
-            reservation = self._reservations[session.caller] = _Reservation(end)
+            reservation = self._reservations[session.caller] = _Reservation(session, end)
             try:
                 yield reservation
             finally:
@@ -260,41 +245,46 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
             self._require_admitted(session)
             reservation.replies.put_nowait(relay_pb2.ReserveReply())
 
-    async def _offer(self, circuit: _Circuit, session: Session, reservation: _Reservation) -> _End:
+    async def _offer(self, theirs: Expected, session: Session, reservation: _Reservation) -> Pipe:
         """Tells the peer who calls, and waits until it accepts."""
-        name = secrets.token_bytes(CIRCUIT_BYTES)
+        if not await reservation.turns.turn(session.near, session.name) or reservation.replies.full():
+            self._refuse(
+                "hasty", StatusCode.RESOURCE_EXHAUSTED, "too many callers are dialling that peer", 1.0
+            )
+        reservation.replies.put_nowait(
+            relay_pb2.ReserveReply(circuit=theirs.name, caller=session.caller.to_bytes())
+        )
+        return await theirs.arrived
+
+    async def _in_time(self, end: Awaitable[Pipe], late: str) -> Pipe:
         try:
             async with asyncio.timeout(ACCEPT_S):
-                if not await reservation.turns.turn(session.near, session.name) or reservation.replies.full():
-                    self._refuse(
-                        "hasty", StatusCode.RESOURCE_EXHAUSTED, "too many callers are dialling that peer", 1.0
-                    )
-                self._offered[name] = circuit
-                reservation.replies.put_nowait(
-                    relay_pb2.ReserveReply(circuit=name, caller=session.caller.to_bytes())
-                )
-                return await circuit.accepted
+                return await end
         except TimeoutError:
-            self._refuse("unaccepted", StatusCode.UNAVAILABLE, "that peer does not accept the circuit")
-        finally:
-            self._offered.pop(name, None)
+            self._refuse("unaccepted", StatusCode.UNAVAILABLE, late)
 
-    async def _carry(self, here: _End, there: _End) -> None:
-        """Forwards pieces until they end."""
+    def _end(self, pipe: Pipe) -> ByteStream:
+        return _End(pipe, self._take)
+
+    async def _carry(self, here: ByteStream, there: ByteStream, sessions: Sequence[Session]) -> None:
+        """Copies until either end closes, or the peer of one of these sessions is no longer admitted."""
+        with contextlib.suppress(OSError):
+            await first_of(
+                copy_both_ways(here, there, IDLE_S, self.bytes.inc), self._watch_admission(sessions)
+            )
+
+    async def _watch_admission(self, sessions: Sequence[Session]) -> None:
+        while True:
+            await asyncio.sleep(_ADMITS_EVERY_S)
+            for session in sessions:
+                self._require_admitted(session)
+
+    async def _take(self, size: int) -> None:
+        """Waits until so many bytes may be sent."""
         assert self._rate is not None
-        checks_at = time.monotonic() + _ADMITS_EVERY_S
-        async for piece in here.pieces:
-            with self._counting_malformed():
-                size = len(read_piece(piece))
-            async with self._turn:
-                await self._rate.take(max(size, _LEAST_BYTES))
-                await self._upload.take(size)
-            if (now := time.monotonic()) > checks_at:
-                self._require_admitted(here.session)
-                checks_at = now + _ADMITS_EVERY_S
-            if size:
-                self.bytes.inc(size)
-                await there.context.write(piece)
+        async with self._turn:
+            await self._rate.take(max(size, _LEAST_BYTES))
+            await self._upload.take(size)
 
     def _require_admitted(self, session: Session) -> None:
         if not self._sessions.still_admits(session):
@@ -316,7 +306,3 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
 async def _write_all(replies: "asyncio.Queue[relay_pb2.ReserveReply]", context: Context) -> None:
     while True:
         await context.write(await replies.get())
-
-
-async def _wait_for(event: asyncio.Event) -> None:
-    await event.wait()

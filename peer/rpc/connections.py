@@ -1,7 +1,8 @@
 """The connections of a server: how many each caller may have, and which one is closed when there are too many. gRPC
 can't limit connections by caller. So gRPC listens on a socket within this machine, and `Connections` listens on the
 network in its place. Bytes are copied as they are, including TLS. Each connection reaches gRPC from a socket with a
-name of its own, by which a call finds its connection.
+name of its own, by which a call finds its connection. A connection that begins with a name is not for gRPC: it goes to
+whoever expects that name.
 
 A connection is *proven* once a call on it is in a session. Few unproven connections are allowed, and neighbourhoods
 take turns with TLS handshakes. The neighbourhood with the most connections makes room, with silent ones first.
@@ -9,10 +10,12 @@ take turns with TLS handshakes. The neighbourhood with the most connections make
 
 import asyncio
 import contextlib
+import secrets
 import socket
 import time
 from collections import Counter as Multiset
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from operator import itemgetter
@@ -25,11 +28,14 @@ from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.platform.processes import most_descriptors, open_descriptors
-from peer.platform.sockets import ServerSocket, attach, streams_of
+from peer.platform.sockets import ServerSocket, attach, probe_when_idle, streams_of
 from peer.rates import FairTurns
 from peer.transport.endpoints import address_of, ip_address, neighbourhood
 from peer.transport.pipes import Pipe
 
+MARK = b"talkoot circuit\n"
+NAME_BYTES = 16
+"""A connection that begins with the mark goes on with a name. TLS begins with another byte."""
 _MOST_CONNECTIONS = 2048
 _DESCRIPTORS_EACH = 3
 _LEAST_LEFT, _MOST_LEFT = 24, 256
@@ -37,7 +43,8 @@ _LEAST_LEFT, _MOST_LEFT = 24, 256
 within these bounds.
 """
 _UNPROVEN_SHARE = 1 / 4
-_CONNECTIONS_OF_CALLER = 32
+_CONNECTIONS_OF_CALLER = 96
+"""32 ends of circuits that it dialled, 32 of those that it accepted, and others."""
 _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
 """A connection is closed if it has sent no byte after the first time, or has no call in a session after the second.
 """
@@ -46,6 +53,8 @@ _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
+_STREAM_BYTES = 32 * 2**10
+"""While twice as many bytes of a connection with a name wait to be read, no more are received."""
 _MOST_UNSENT_BYTES = 64 * 2**20
 """The most bytes that wait for callers to read them, over all connections. This is in addition to the memory for calls.
 """
@@ -73,6 +82,17 @@ class Connection:
     """Calls in progress."""
     unsent: Callable[[], int] = lambda: 0
     """Bytes that wait for the caller to read them."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A connection that a caller will open."""
+
+    caller: PeerID
+    name: bytes
+    """With it the connection begins. Only the caller may learn it."""
+    arrived: "asyncio.Future[Pipe]"
+    """The rest of the connection."""
 
 
 class ConnectionTable:
@@ -206,6 +226,7 @@ class Connections:
         self.closed: Counter = start_at_zero(closed, "crowded", "silent", "unread", "abused")
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
+        self._expected: dict[bytes, Expected] = {}
         self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
         self.server: ServerSocket = ServerSocket()
         """Where gRPC must listen."""
@@ -242,6 +263,19 @@ class Connections:
         self.add(connection)
         self._tasks.spawn(self._wait_for_end(writer, connection, name), "wait for the end of a tunnel")
         return reader, writer
+
+    @contextmanager
+    def expecting(self, caller: PeerID) -> Iterator[Expected]:
+        """Expects one connection of this caller, and closes it at the end."""
+        arrived = asyncio.get_running_loop().create_future()
+        expected = Expected(caller, secrets.token_bytes(NAME_BYTES), arrived)
+        self._expected[expected.name] = expected
+        try:
+            yield expected
+        finally:
+            self._expected.pop(expected.name, None)
+            if not arrived.cancel() and not arrived.cancelled():
+                arrived.result()[1].transport.abort()
 
     def find(self, peer: str) -> Connection | None:
         """`peer`: the caller's name in gRPC. None if the caller did not come through here."""
@@ -293,6 +327,19 @@ class Connections:
         """Connects a caller to the server when it is its turn."""
         self._tasks.spawn(self._connect(outside), "connect a caller with the server")
 
+    def hand_over(self, outside: "_Outside", name: bytes) -> None:
+        """Gives a connection to whoever expects its name."""
+        expected, connection = self._expected.pop(name, None), outside.connection
+        if expected is None or expected.arrived.done() or connection not in self._table:
+            connection.close()
+            return
+        connection.calls = 1  # as long as it is open, it is used
+        self.prove(connection, expected.caller)
+        reader, writer = outside.streams()
+        probe_when_idle(writer)
+        self._tasks.spawn(self._wait_for_end(writer, connection), "wait for the end of a circuit")
+        expected.arrived.set_result((reader, writer))
+
     async def _connect(self, outside: "_Outside") -> None:
         caller = outside.connection
         if not await self._starts.turn(caller.origin, caller.peer):
@@ -316,7 +363,9 @@ class Connections:
         else:
             outside.join(inside)
 
-    async def _wait_for_end(self, writer: asyncio.StreamWriter, connection: Connection, name: str) -> None:
+    async def _wait_for_end(
+        self, writer: asyncio.StreamWriter, connection: Connection, name: str = ""
+    ) -> None:
         with contextlib.suppress(OSError):
             await writer.wait_closed()
         self.forget(connection, name)
@@ -445,9 +494,32 @@ class _Outside(_End):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if not self.connection.has_spoken:
+        if self.connection.has_spoken:
+            return
+        head = b"".join(self._early)[: len(MARK) + NAME_BYTES]
+        if not head.startswith(MARK[: len(head)]):
             self.connection.has_spoken = True
             self._connections.begin(self)
+        elif len(head) < len(MARK) + NAME_BYTES:
+            self.read(True)
+        else:
+            self.connection.has_spoken = True
+            self._connections.hand_over(self, head[len(MARK) :])
+
+    def streams(self) -> Pipe:
+        """From now on, streams receive what comes after the connection's name."""
+        assert self._transport is not None
+        self._ends.discard(self)
+        loop, transport = asyncio.get_running_loop(), self._transport
+        reader = asyncio.StreamReader(_STREAM_BYTES, loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        transport.set_write_buffer_limits(_STREAM_BYTES)
+        transport.resume_reading()
+        reader.feed_data(b"".join(self._early)[len(MARK) + NAME_BYTES :])
+        self._early.clear()
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 def most_connections() -> int:

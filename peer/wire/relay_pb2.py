@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peer/wire/relay.proto\x12\ntalkoot.v1\"\x10\n\x0eReserveRequest\"/\n\x0cReserveReply\x12\x0f\n\x07\x63ircuit\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63\x61ller\x18\x02 \x01(\x0c\">\n\x0c\x43ircuitPiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07peer_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ircuit\x18\x03 \x01(\x0c\x32\xd5\x01\n\x0cRelayService\x12\x43\n\x07Reserve\x12\x1a.talkoot.v1.ReserveRequest\x1a\x18.talkoot.v1.ReserveReply(\x01\x30\x01\x12>\n\x04\x44ial\x12\x18.talkoot.v1.CircuitPiece\x1a\x18.talkoot.v1.CircuitPiece(\x01\x30\x01\x12@\n\x06\x41\x63\x63\x65pt\x12\x18.talkoot.v1.CircuitPiece\x1a\x18.talkoot.v1.CircuitPiece(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15peer/wire/relay.proto\x12\ntalkoot.v1\"\x10\n\x0eReserveRequest\"/\n\x0cReserveReply\x12\x0f\n\x07\x63ircuit\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63\x61ller\x18\x02 \x01(\x0c\"\x1e\n\x0b\x44ialRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\x0c\"\x1c\n\tDialReply\x12\x0f\n\x07\x63ircuit\x18\x01 \x01(\x0c\x32\x8d\x01\n\x0cRelayService\x12\x43\n\x07Reserve\x12\x1a.talkoot.v1.ReserveRequest\x1a\x18.talkoot.v1.ReserveReply(\x01\x30\x01\x12\x38\n\x04\x44ial\x12\x17.talkoot.v1.DialRequest\x1a\x15.talkoot.v1.DialReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVEREQUEST']._serialized_end=53
   _globals['_RESERVEREPLY']._serialized_start=55
   _globals['_RESERVEREPLY']._serialized_end=102
-  _globals['_CIRCUITPIECE']._serialized_start=104
-  _globals['_CIRCUITPIECE']._serialized_end=166
-  _globals['_RELAYSERVICE']._serialized_start=169
-  _globals['_RELAYSERVICE']._serialized_end=382
+  _globals['_DIALREQUEST']._serialized_start=104
+  _globals['_DIALREQUEST']._serialized_end=134
+  _globals['_DIALREPLY']._serialized_start=136
+  _globals['_DIALREPLY']._serialized_end=164
+  _globals['_RELAYSERVICE']._serialized_start=167
+  _globals['_RELAYSERVICE']._serialized_end=308
 # @@protoc_insertion_point(module_scope)

@@ -16,12 +16,14 @@ class ReserveReply(_message.Message):
     caller: bytes
     def __init__(self, circuit: _Optional[bytes] = ..., caller: _Optional[bytes] = ...) -> None: ...
 
-class CircuitPiece(_message.Message):
-    __slots__ = ("data", "peer_id", "circuit")
-    DATA_FIELD_NUMBER: _ClassVar[int]
+class DialRequest(_message.Message):
+    __slots__ = ("peer_id",)
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
-    CIRCUIT_FIELD_NUMBER: _ClassVar[int]
-    data: bytes
     peer_id: bytes
+    def __init__(self, peer_id: _Optional[bytes] = ...) -> None: ...
+
+class DialReply(_message.Message):
+    __slots__ = ("circuit",)
+    CIRCUIT_FIELD_NUMBER: _ClassVar[int]
     circuit: bytes
-    def __init__(self, data: _Optional[bytes] = ..., peer_id: _Optional[bytes] = ..., circuit: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, circuit: _Optional[bytes] = ...) -> None: ...

@@ -40,15 +40,10 @@ class RelayServiceStub:
                 request_serializer=peer_dot_wire_dot_relay__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=peer_dot_wire_dot_relay__pb2.ReserveReply.FromString,
                 _registered_method=True)
-        self.Dial = channel.stream_stream(
+        self.Dial = channel.unary_stream(
                 '/talkoot.v1.RelayService/Dial',
-                request_serializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.SerializeToString,
-                response_deserializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.FromString,
-                _registered_method=True)
-        self.Accept = channel.stream_stream(
-                '/talkoot.v1.RelayService/Accept',
-                request_serializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.SerializeToString,
-                response_deserializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.FromString,
+                request_serializer=peer_dot_wire_dot_relay__pb2.DialRequest.SerializeToString,
+                response_deserializer=peer_dot_wire_dot_relay__pb2.DialReply.FromString,
                 _registered_method=True)
 
 
@@ -66,18 +61,9 @@ class RelayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Dial(self, request_iterator, context):
-        """Opens a circuit to a peer that has a reservation here. The first piece has no data and names the peer. The relay's
-        first piece, without data, says that the peer has accepted. NOT_FOUND: it has no reservation here; UNAVAILABLE: it
-        does not accept.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Accept(self, request_iterator, context):
-        """The other end of a circuit, opened by the peer that has the reservation. The first piece names the circuit, and the
-        relay answers it with an empty one. NOT_FOUND: no such circuit waits for this peer.
+    def Dial(self, request, context):
+        """Opens a circuit to a peer that has a reservation here. The relay replies once, when that peer has opened its end, and
+        the call lasts as long as the circuit. NOT_FOUND: the peer has no reservation here; UNAVAILABLE: it does not accept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,15 +77,10 @@ def add_RelayServiceServicer_to_server(servicer, server):
                     request_deserializer=peer_dot_wire_dot_relay__pb2.ReserveRequest.FromString,
                     response_serializer=peer_dot_wire_dot_relay__pb2.ReserveReply.SerializeToString,
             ),
-            'Dial': grpc.stream_stream_rpc_method_handler(
+            'Dial': grpc.unary_stream_rpc_method_handler(
                     servicer.Dial,
-                    request_deserializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.FromString,
-                    response_serializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.SerializeToString,
-            ),
-            'Accept': grpc.stream_stream_rpc_method_handler(
-                    servicer.Accept,
-                    request_deserializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.FromString,
-                    response_serializer=peer_dot_wire_dot_relay__pb2.CircuitPiece.SerializeToString,
+                    request_deserializer=peer_dot_wire_dot_relay__pb2.DialRequest.FromString,
+                    response_serializer=peer_dot_wire_dot_relay__pb2.DialReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -141,7 +122,7 @@ class RelayService:
             _registered_method=True)
 
     @staticmethod
-    def Dial(request_iterator,
+    def Dial(request,
             target,
             options=(),
             channel_credentials=None,
@@ -151,39 +132,12 @@ class RelayService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_stream(
+            request,
             target,
             '/talkoot.v1.RelayService/Dial',
-            peer_dot_wire_dot_relay__pb2.CircuitPiece.SerializeToString,
-            peer_dot_wire_dot_relay__pb2.CircuitPiece.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Accept(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/talkoot.v1.RelayService/Accept',
-            peer_dot_wire_dot_relay__pb2.CircuitPiece.SerializeToString,
-            peer_dot_wire_dot_relay__pb2.CircuitPiece.FromString,
+            peer_dot_wire_dot_relay__pb2.DialRequest.SerializeToString,
+            peer_dot_wire_dot_relay__pb2.DialReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,33 +4,30 @@ import asyncio
 import contextlib
 import itertools
 import os
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import pytest
 from callers import numbered_identities
 from grpc import StatusCode
-from hypothesis import given
-from hypothesis import strategies as st
 from relayed import SWARM, Caller, Served, closing, hide, serve, until
 
-from peer.errors import ExpertError, UnreachableError
+from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rates import RateLimit
-from peer.relays.pieces import PIECE_BYTES, read_circuit, read_piece, read_target
 from peer.relays.service import RelayServicer
 from peer.rpc.channels import CLIENT_OPTIONS
+from peer.rpc.connections import MARK, NAME_BYTES, Connections
 from peer.rpc.sessions import SESSION_KEY, Metadata, SessionClient, Sessions
 from peer.transport.addresses import Multiaddress
+from peer.transport.pipes import ByteStream, Pipe, SocketStream
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
 RELAY, HIDDEN, CALLER, OTHER = range(4)
 FAST_MBIT = 10_000.0
-Piece = relay_pb2.CircuitPiece
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +52,41 @@ class Rude:
         session = served.sessions.open(opening, near).session
         self.metadata: Metadata = ((SESSION_KEY, session),)
         self.identity = identity
+        self.endpoint = served.endpoint
         credentials = grpc.ssl_channel_credentials(root_certificates=served.pem)
         self.channel = grpc.aio.secure_channel(served.endpoint, credentials, CLIENT_OPTIONS)
         self.stub: Any = relay_pb2_grpc.RelayServiceStub(self.channel)
         self.calls: list[Any] = []
+        self.pipes: list[Pipe] = []
 
-    async def begin(self, method: str, *messages: Any) -> Any:
-        """Starts a call and sends these messages."""
-        call = getattr(self.stub, method)(metadata=self.metadata)
+    async def reserve(self, requests: int = 1) -> Any:
+        call = self.stub.Reserve(metadata=self.metadata)
         self.calls.append(call)
-        for message in messages:
+        for _ in range(requests):
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await call.write(message)
+                await call.write(relay_pb2.ReserveRequest())
         return call
 
-    async def reserve(self) -> Any:
-        return await self.begin("Reserve", relay_pb2.ReserveRequest())
+    async def dial(self, peer_id: bytes) -> Any:
+        call = self.stub.Dial(relay_pb2.DialRequest(peer_id=peer_id), metadata=self.metadata)
+        self.calls.append(call)
+        await asyncio.sleep(0)
+        return call
 
-    async def dial(self, identity: Identity, *data: bytes) -> Any:
-        pieces = [Piece(data=each) for each in data]
-        return await self.begin("Dial", Piece(peer_id=identity.peer_id.to_bytes()), *pieces)
+    async def connect(self, *data: bytes) -> Pipe:
+        """Opens a connection and sends these bytes, in several segments."""
+        pipe = await asyncio.open_connection(self.endpoint.host, self.endpoint.port)
+        self.pipes.append(pipe)
+        for number, each in enumerate(data):
+            if number:
+                await asyncio.sleep(0.02)
+            pipe[1].write(each)
+            await pipe[1].drain()
+        return pipe
 
     async def close(self) -> None:
+        for _, writer in self.pipes:
+            writer.close()
         for call in self.calls:
             call.cancel()
         await self.channel.close()
@@ -100,49 +110,91 @@ async def status_of(call: Any) -> StatusCode:
     return status
 
 
-@contextlib.asynccontextmanager
-async def connected(relay: Served, target: Rude, caller: Rude) -> AsyncIterator[tuple[Any, Any]]:
-    """The two ends of a circuit."""
-    reservation = await target.reserve()
-    assert not (await reservation.read()).circuit
-    dialled = await caller.dial(target.identity)
+async def is_closed(pipe: Pipe) -> bool:
+    async with asyncio.timeout(60):
+        with contextlib.suppress(ConnectionError):
+            return await pipe[0].read() == b""
+        return True
+
+
+async def connect(reservation: Any, target: Rude, caller: Rude) -> tuple[Any, Pipe, Pipe]:
+    """The caller's call, and the two ends of a circuit."""
+    dialled = await caller.dial(target.identity.peer_id.to_bytes())
     offer = await offered(reservation)
     assert offer.caller == caller.identity.peer_id.to_bytes()
-    accepted = await target.begin("Accept", Piece(circuit=offer.circuit))
-    assert not (await accepted.read()).ByteSize()
-    assert not (await dialled.read()).ByteSize()
-    yield dialled, accepted
+    accepted = await target.connect(MARK + offer.circuit)
+    reply = await dialled.read()
+    assert reply.circuit != offer.circuit
+    return dialled, await caller.connect(MARK + reply.circuit), accepted
 
 
-@given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=20))
-def test_pieces_are_parsed_strictly(data: bytes, peer_id: bytes, circuit: bytes) -> None:
-    piece = Piece(data=data, peer_id=peer_id, circuit=circuit)
-    for read in (read_piece, read_target, read_circuit):
-        with contextlib.suppress(ExpertError):
-            read(piece)
-            assert sum(map(bool, (data, peer_id, circuit))) <= 1
+STRANGE = {
+    "unknown": MARK + bytes(NAME_BYTES),
+    "and more": MARK + bytes(NAME_BYTES + 100_000),
+    "not quite the mark": MARK[:-1] + b"?" + bytes(NAME_BYTES),
+    "no name": MARK,
+    "one byte": MARK[:1],
+}
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        Piece(data=b"x" * (PIECE_BYTES + 1)),
-        Piece(data=b"x", peer_id=b"y"),
-        Piece(circuit=secrets.token_bytes(16)),
-    ],
-)
-def test_a_malformed_piece_ends_its_circuit_alone(loop: LoopThread, keys: list[Identity], piece: Any) -> None:
+@pytest.mark.parametrize("data", STRANGE.values(), ids=STRANGE.keys())
+def test_a_connection_with_a_name_that_nobody_expects_is_closed(
+    loop: LoopThread, keys: list[Identity], data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.connections._FIRST_BYTES_S", 1.0)
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        target, caller, stranger = (Rude(relay, keys[n]) for n in (HIDDEN, CALLER, OTHER))
+        async with closing(relay, target, caller, stranger):
+            _, here, there = await connect(await target.reserve(), target, caller)
+            assert await is_closed(await stranger.connect(data))
+            here[1].write(b"still here")
+            assert await there[0].readexactly(10) == b"still here"
+            assert len(relay.server.connections._table) == 4, "two ends, and two channels"
+
+    play(loop, scenario)
+
+
+def test_a_name_may_arrive_in_pieces_and_with_what_follows_it(loop: LoopThread, keys: list[Identity]) -> None:
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT)
         target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
-        async with closing(relay, target, caller), connected(relay, target, caller) as (dialled, accepted):
-            await dialled.write(Piece(data=b"hello"))
-            assert (await accepted.read()).data == b"hello"
-            await dialled.write(piece)
-            assert await status_of(dialled) is StatusCode.INVALID_ARGUMENT
-            await status_of(accepted)
+        async with closing(relay, target, caller):
+            reservation = await target.reserve()
+            dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
+            begin, payload = MARK + (await offered(reservation)).circuit, os.urandom(1_000_000)
+            there = await target.connect(begin[:1], begin[1:20], begin[20:] + b"early")
+            here = await caller.connect(MARK + (await dialled.read()).circuit + payload[:300_000])
+            assert await here[0].readexactly(5) == b"early"
+            here[1].write(payload[300_000:])
+            assert await there[0].readexactly(len(payload)) == payload
+            there[1].close()
+            assert await is_closed(here)
+            assert await status_of(dialled) is StatusCode.OK
             assert relay.relaying._circuits.used == 0
-            assert keys[HIDDEN].peer_id in relay.relaying._reservations
+            assert not relay.server.connections._expected
+
+    play(loop, scenario)
+
+
+def test_a_caller_that_does_not_open_its_end_gives_up_its_place(
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.relays.service.ACCEPT_S", 0.3)
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
+        async with closing(relay, target, caller):
+            reservation = await target.reserve()
+            dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
+            accepted = await target.connect(MARK + (await offered(reservation)).circuit)
+            reply = await dialled.read()
+            assert await is_closed(accepted)
+            assert await status_of(dialled) is StatusCode.UNAVAILABLE
+            assert await is_closed(await caller.connect(MARK + reply.circuit))
+            assert relay.relaying._circuits.used == 0
 
     play(loop, scenario)
 
@@ -151,21 +203,12 @@ def test_malformed_calls_by_the_hundred_leave_nothing(loop: LoopThread, keys: li
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT)
         stranger = Rude(relay, keys[CALLER])
-        pieces = [
-            Piece(),
-            Piece(peer_id=b"x"),
-            Piece(data=b"x", peer_id=keys[HIDDEN].peer_id.to_bytes()),
-            Piece(circuit=b"x"),
-            Piece(circuit=bytes(17)),
-            Piece(peer_id=bytes(34)),
-        ]
+        peer_ids = [b"", b"x", keys[HIDDEN].peer_id.to_bytes() + b"x", bytes(34)]
         async with closing(relay, stranger):
-            for piece in itertools.islice(itertools.cycle(pieces), 150):
-                for method in ("Dial", "Accept"):
-                    call = await stranger.begin(method, piece)
-                    assert await status_of(call) is StatusCode.INVALID_ARGUMENT
-            assert total(relay.relaying.refused, reason="malformed") == 300
-            assert not relay.relaying._offered
+            for peer_id in itertools.islice(itertools.cycle(peer_ids), 200):
+                assert await status_of(await stranger.dial(peer_id)) is StatusCode.INVALID_ARGUMENT
+            assert total(relay.relaying.refused, reason="malformed") == 200
+            assert not relay.server.connections._expected
             assert relay.relaying._circuits.used == relay.relaying._places.used == 0
 
     play(loop, scenario)
@@ -229,14 +272,12 @@ def test_circuits_that_fill_a_relay_make_room_for_a_newcomer(
             reservation = await target.reserve()
             dialled = []
             for who in (*4 * [crowd], newcomer):
-                dialled.append(await who.dial(keys[HIDDEN]))
-                accepted = await target.begin("Accept", Piece(circuit=(await offered(reservation)).circuit))
-                assert not (await accepted.read()).ByteSize()
-                assert not (await dialled[-1].read()).ByteSize()
+                dialled.append((await connect(reservation, target, who))[0])
             assert await status_of(dialled[3]) is StatusCode.RESOURCE_EXHAUSTED
             assert [call.done() for call in dialled] == [False, False, False, True, False], "one, and no more"
             assert relay.relaying._circuits.used == 4
-            assert await status_of(await crowd.dial(keys[HIDDEN])) is StatusCode.RESOURCE_EXHAUSTED
+            again = await crowd.dial(keys[HIDDEN].peer_id.to_bytes())
+            assert await status_of(again) is StatusCode.RESOURCE_EXHAUSTED
             assert relay.relaying._of_callers == {keys[CALLER].peer_id: 3, keys[OTHER].peer_id: 1}
 
     play(loop, scenario)
@@ -245,13 +286,13 @@ def test_circuits_that_fill_a_relay_make_room_for_a_newcomer(
 def test_a_circuit_that_floods_leaves_another_its_share(loop: LoopThread, keys: list[Identity]) -> None:
     upload = RateLimit(None)
 
-    def make_relay(sessions: Sessions, mbit: float) -> RelayServicer:
-        return RelayServicer(sessions, mbit, upload)
+    def make_relay(sessions: Sessions, connections: Connections, mbit: float) -> RelayServicer:
+        return RelayServicer(sessions, connections, mbit, upload)
 
-    async def flood(call: Any) -> None:
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            while True:
-                await call.write(Piece(data=bytes(PIECE_BYTES)))
+    async def flood(end: Pipe) -> None:
+        while True:
+            end[1].write(bytes(2**16))
+            await end[1].drain()
 
     async def scenario() -> None:
         relay = await serve(keys[RELAY], 32.0, make_relay)
@@ -259,19 +300,15 @@ def test_a_circuit_that_floods_leaves_another_its_share(loop: LoopThread, keys: 
         async with closing(relay, target, flooding, modest):
             received = [0, 0]
 
-            async def count(number: int, call: Any) -> None:
-                async for piece in call:
-                    received[number] += len(piece.data)
+            async def count(number: int, end: Pipe) -> None:
+                while data := await end[0].read(2**16):
+                    received[number] += len(data)
 
             reservation = await target.reserve()
             tasks = []
             for number, who in enumerate((flooding, modest)):
-                dialled = await who.dial(keys[HIDDEN])
-                accepted = await target.begin("Accept", Piece(circuit=(await offered(reservation)).circuit))
-                tasks += [
-                    asyncio.create_task(flood(dialled)),
-                    asyncio.create_task(count(number, accepted)),
-                ]
+                _, here, there = await connect(reservation, target, who)
+                tasks += [asyncio.create_task(flood(here)), asyncio.create_task(count(number, there))]
                 await until(lambda: received[0] > 2**20)
             received[0] = 0
             await until(lambda: received[1] > 2**20)
@@ -290,18 +327,23 @@ def test_a_stalled_circuit_holds_the_sender_back_and_costs_no_memory(
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT)
         target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
-        piece = Piece(data=os.urandom(PIECE_BYTES))
-        async with closing(relay, target, caller), connected(relay, target, caller) as (dialled, _):
+        piece = os.urandom(2**16)
+        async with closing(relay, target, caller):
+            _, here, there = await connect(await target.reserve(), target, caller)
             sent = 0
+            there[0]._transport.pause_reading()  # type: ignore[attr-defined]  # it never reads
             with contextlib.suppress(TimeoutError):
-                while True:  # the other end never reads
+                while True:
                     async with asyncio.timeout(1.0):
-                        await dialled.write(piece)
-                    sent += PIECE_BYTES
+                        here[1].write(piece)
+                        sent += len(piece)
+                        await here[1].drain()
                     assert sent < 64 * 2**20
+            connections = relay.server.connections._table.all()
+            assert 0 < sum(each.unsent() for each in connections) <= 2**17
             carried = total(relay.relaying.bytes)
-            assert carried <= sent + PIECE_BYTES, "it sends no more than it receives"
-            assert sent - carried < 8 * 2**20, "the rest waits in windows"
+            assert carried <= sent, "it sends no more than it receives"
+            assert sent - carried < 16 * 2**20, "the rest waits in the sockets"
 
     play(loop, scenario)
 
@@ -315,35 +357,35 @@ def test_nobody_is_dialled_for_a_peer_that_is_not_here_or_does_not_accept(
         relay = await serve(keys[RELAY], FAST_MBIT)
         target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
         async with closing(relay, target, caller):
-            assert await status_of(await caller.dial(keys[OTHER])) is StatusCode.NOT_FOUND
+            absent = await caller.dial(keys[OTHER].peer_id.to_bytes())
+            assert await status_of(absent) is StatusCode.NOT_FOUND
             reservation = await target.reserve()
             await reservation.read()
-            assert await status_of(await caller.dial(keys[HIDDEN])) is StatusCode.UNAVAILABLE
-            late = await target.begin("Accept", Piece(circuit=(await offered(reservation)).circuit))
-            assert await status_of(late) is StatusCode.NOT_FOUND
-            assert not relay.relaying._offered
+            silent = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
+            assert await status_of(silent) is StatusCode.UNAVAILABLE
+            assert await is_closed(await target.connect(MARK + (await offered(reservation)).circuit))
+            assert not relay.server.connections._expected
             assert relay.relaying._circuits.used == 0
 
     play(loop, scenario)
 
 
-def test_only_the_peer_that_was_dialled_accepts_and_only_once(loop: LoopThread, keys: list[Identity]) -> None:
+def test_each_end_of_a_circuit_is_opened_only_once(loop: LoopThread, keys: list[Identity]) -> None:
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT)
         target, caller, thief = (Rude(relay, keys[n]) for n in (HIDDEN, CALLER, OTHER))
         async with closing(relay, target, caller, thief):
             reservation = await target.reserve()
-            await reservation.read()
-            dialled = await caller.dial(keys[HIDDEN])
-            named = Piece(circuit=(await offered(reservation)).circuit)
-            assert await status_of(await thief.begin("Accept", named)) is StatusCode.NOT_FOUND
-            accepted = await target.begin("Accept", named)
-            assert not (await accepted.read()).ByteSize()
-            assert not (await dialled.read()).ByteSize()
-            for who in (target, thief, caller):
-                assert await status_of(await who.begin("Accept", named)) is StatusCode.NOT_FOUND
-            await accepted.write(Piece(data=b"still here"))
-            assert (await dialled.read()).data == b"still here"
+            dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
+            theirs = MARK + (await offered(reservation)).circuit
+            accepted = await target.connect(theirs)
+            ours = MARK + (await dialled.read()).circuit
+            assert await is_closed(await thief.connect(theirs))
+            opened = await caller.connect(ours)
+            for name in (theirs, ours):
+                assert await is_closed(await thief.connect(name))
+            accepted[1].write(b"still here")
+            assert await opened[0].readexactly(10) == b"still here"
 
     play(loop, scenario)
 
@@ -360,7 +402,7 @@ def test_one_caller_has_few_circuits_and_dials_seldom(
         async with closing(relay, target, caller):
             reservation = await target.reserve()
             await reservation.read()
-            calls = [await caller.dial(keys[HIDDEN]) for _ in range(40)]
+            calls = [await caller.dial(keys[HIDDEN].peer_id.to_bytes()) for _ in range(40)]
             await until(lambda: sum(call.done() for call in calls) == 32)
             refused = (
                 total(relay.relaying.refused, reason="crowded"),
@@ -387,9 +429,9 @@ def test_dials_that_flood_one_peer_leave_another_its_callers(
             reservation = await other.reserve()
             await reservation.read()
             for _ in range(8):
-                await caller.dial(keys[HIDDEN])
+                await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             await until(lambda: total(relay.relaying.refused, reason="hasty"))
-            await caller.dial(keys[OTHER])
+            await caller.dial(keys[OTHER].peer_id.to_bytes())
             assert (await offered(reservation)).caller == keys[CALLER].peer_id.to_bytes()
 
     play(loop, scenario)
@@ -402,8 +444,7 @@ def test_a_peer_that_says_too_often_that_it_is_there_loses_its_reservation(
         relay = await serve(keys[RELAY], FAST_MBIT)
         target = Rude(relay, keys[HIDDEN])
         async with closing(relay, target):
-            call = await target.begin("Reserve", *100 * [relay_pb2.ReserveRequest()])
-            await status_of(call)
+            await status_of(await target.reserve(100))
             assert total(relay.relaying.refused, reason="hasty") == 1
             await until(lambda: not relay.relaying._reservations)
 
@@ -411,16 +452,18 @@ def test_a_peer_that_says_too_often_that_it_is_there_loses_its_reservation(
 
 
 def meddling(change: Callable[[bytes, int], list[bytes]]) -> type[RelayServicer]:
-    """A relay that alters the pieces that it forwards. `change` takes a piece's data and number."""
+    """A relay that alters what it copies. `change` takes some bytes and their number."""
 
     class Meddler(RelayServicer):
-        async def _carry(self, here: Any, there: Any) -> None:
-            numbers = itertools.count()
-            async for piece in here.pieces:
-                if not piece.data:
-                    continue
-                for data in change(piece.data, next(numbers)):
-                    await there.context.write(Piece(data=data))
+        def _end(self, pipe: Pipe) -> ByteStream:
+            end, numbers = super()._end(pipe), itertools.count()
+
+            async def write(data: bytes) -> None:
+                for each in change(data, next(numbers)):
+                    await SocketStream(pipe).write(each)
+
+            end.write = write  # type: ignore[method-assign]  # what a hostile relay does
+            return end
 
     return Meddler
 
@@ -458,12 +501,17 @@ def test_what_a_relay_does_to_the_bytes_breaks_the_circuit_and_nothing_else(
 
 def test_a_relay_that_cuts_and_delays_only_slows_down(loop: LoopThread, keys: list[Identity]) -> None:
     class Slow(RelayServicer):
-        async def _carry(self, here: Any, there: Any) -> None:
-            async for piece in here.pieces:
-                half = len(piece.data) // 2
-                for data in filter(None, (piece.data[:half], piece.data[half:])):
+        def _end(self, pipe: Pipe) -> ByteStream:
+            end = super()._end(pipe)
+            write = end.write
+
+            async def cut(data: bytes) -> None:
+                for each in filter(None, (data[: len(data) // 2], data[len(data) // 2 :])):
                     await asyncio.sleep(0.01)
-                    await there.context.write(Piece(data=data))
+                    await write(each)
+
+            end.write = cut  # type: ignore[method-assign]  # what a hostile relay does
+            return end
 
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT, Slow)
@@ -497,7 +545,7 @@ def test_a_relay_can_put_nobody_else_in_the_place_of_a_peer(loop: LoopThread, ke
 
 
 class Calling(RelayServicer):
-    """A relay that announces callers as fast as it can, and says that each circuit is open."""
+    """A relay that announces callers as fast as it can."""
 
     pause_s = 0.0
 
@@ -507,11 +555,6 @@ class Calling(RelayServicer):
             caller = b"\x12\x20" + os.urandom(32)
             await context.write(relay_pb2.ReserveReply(circuit=os.urandom(16), caller=caller))
             await asyncio.sleep(self.pause_s)
-
-    async def Accept(self, pieces: Any, context: Any) -> None:
-        await context.write(Piece())
-        async for _ in pieces:
-            pass
 
 
 class CallingOften(Calling):
@@ -552,7 +595,7 @@ def test_a_relay_that_answers_nonsense_is_left_alone(loop: LoopThread, keys: lis
         hidden = await hide(keys[HIDDEN], [relay], reservations=0)
         async with closing(relay, hidden):
             with pytest.raises(UnreachableError, match="not empty"):
-                await hidden.client.open("Reserve", relay.as_relay, relay_pb2.ReserveRequest())
+                await hidden.client.reserve(relay.as_relay)
             await until(lambda: hidden.reservations._pauses.held_back(0.0))
             assert not hidden.reservations.addresses
 

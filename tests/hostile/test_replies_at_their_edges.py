@@ -46,8 +46,7 @@ from peer.kademlia.validation import MAX_ENTRIES, Entry, EntryChecker, pack_entr
 from peer.loop import LoopThread
 from peer.parsing import ParseGuard
 from peer.rates import RateLimit
-from peer.relays.client import CircuitStream, RelayClient
-from peer.relays.pieces import PIECE_BYTES
+from peer.relays.client import RelayClient
 from peer.relays.reservations import Reservations
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, KnownPeer
 from peer.rpc.parts import PartClient
@@ -282,11 +281,7 @@ async def dial(stage: Stage) -> None:
     client = RelayClient(TRAINER, KEYS.swarm_id)
     relay = KnownPeer(SERVER.peer_id, stage.info.addresses, stage.info.certificate_pem)
     try:
-        call = await client.open("Dial", relay, relay_pb2.CircuitPiece(peer_id=OTHER.peer_id.to_bytes()))
-        circuit = CircuitStream(call)
-        while data := await circuit.read():
-            assert len(data) <= PIECE_BYTES
-        call.cancel()
+        (await client.dial(relay, OTHER.peer_id)).close()
     finally:
         await client.close()
 
@@ -407,15 +402,14 @@ def cases() -> Iterator[Case]:
     yield Case("Store", stored, partial(ask_dht, method="Store"), ())
     offer = relay_pb2.ReserveReply(circuit=b"c" * 16, caller=OTHER.peer_id.to_bytes())
     yield Case("Reserve", offer, reserve, (UnreachableError, OSError), before=[relay_pb2.ReserveReply()])
-    piece = relay_pb2.CircuitPiece(data=b"data", peer_id=b"p", circuit=b"c")
-    yield Case("Dial", piece, dial, (UnreachableError, OSError), before=[relay_pb2.CircuitPiece()])
+    yield Case("Dial", relay_pb2.DialReply(circuit=b"c" * 16), dial, (UnreachableError,))
 
 
 def scripted(stage: Stage, case: Case, spoilt: bytes) -> None:
     """From now on, the server answers the case's method with this, and others as an honest one."""
     session = session_pb2.OpenReply(session=b"s" * 16, lifetime_s=3600.0).SerializeToString()
     challenge = session_pb2.ChallengeReply(challenge=b"c" * 40).SerializeToString()
-    stage.replies = {"Challenge": lambda _: [challenge], "Open": lambda _: [session], "Accept": lambda _: []}
+    stage.replies = {"Challenge": lambda _: [challenge], "Open": lambda _: [session]}
     before, after = ([m.SerializeToString() for m in messages] for messages in (case.before, case.after))
     stage.replies[case.name.partition(" ")[0]] = lambda request: [
         *before,

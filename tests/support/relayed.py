@@ -14,6 +14,7 @@ from peer.relays.dialler import RelayDialler
 from peer.relays.reservations import Reservations
 from peer.relays.service import RelayServicer
 from peer.rpc.channels import ChannelPool, KnownPeer
+from peer.rpc.connections import Connections
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import Admission, Sessions
 from peer.transport.endpoints import Endpoint
@@ -51,7 +52,7 @@ class Served:
 async def serve(
     identity: Identity,
     relay_mbit: float | None = None,
-    make_relay: Callable[[Sessions, float], RelayServicer] = RelayServicer,
+    make_relay: Callable[[Sessions, Connections, float], RelayServicer] = RelayServicer,
     most_calls: int = 8,
     admission: Admission | None = None,
 ) -> Served:
@@ -60,7 +61,7 @@ async def serve(
     server = RpcServer(sessions, most_calls)
     relay = None
     if relay_mbit is not None:
-        relay = make_relay(sessions, relay_mbit)
+        relay = make_relay(sessions, server.connections, relay_mbit)
         relay.add_to(server.services)
 
     async def echo(request: bytes, context: Any) -> bytes:

@@ -17,6 +17,7 @@ from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.metrics import total
+from peer.platform.sockets import probe_when_idle
 from peer.relays.client import RelayClient
 from peer.relays.reservations import Reservations
 from peer.rpc.channels import WAYS, KnownPeer
@@ -157,7 +158,7 @@ def test_a_peer_renews_its_reservation_where_its_neighbourhood_has_no_place_left
         hidden = await hide(keys[HIDDEN], [relay])
         again = RelayClient(keys[HIDDEN], SWARM)  # by a new connection: the first one is broken, unnoticed
         async with closing(relay, hidden, again):
-            call = await again.open("Reserve", relay.as_relay, relay_pb2.ReserveRequest())
+            call = await again.reserve(relay.as_relay)
             await until(lambda: not hidden.reservations.addresses)
             assert relay.relaying._places.used == 1
             assert not call.done()
@@ -191,9 +192,9 @@ def test_only_members_use_a_relay_and_only_as_long_as_they_are(
         client = RelayClient(keys[HIDDEN], SWARM, admission=own)
         async with closing(relay, client):
             with pytest.raises(UnreachableError, match="show a badge"):
-                await client.open("Reserve", relay.as_relay, relay_pb2.ReserveRequest())
+                await client.reserve(relay.as_relay)
             own.badge = admission_pb2.Badge(grant=b"of the founder")  # known once the manifest is read
-            call = await client.open("Reserve", relay.as_relay, relay_pb2.ReserveRequest())
+            call = await client.reserve(relay.as_relay)
             rules.is_revoked = True
             await call.write(relay_pb2.ReserveRequest())
             assert await call.code() is StatusCode.PERMISSION_DENIED
@@ -202,11 +203,37 @@ def test_only_members_use_a_relay_and_only_as_long_as_they_are(
     play(loop, scenario)
 
 
+@pytest.mark.parametrize("number", [CALLER, HIDDEN])
+def test_a_circuit_ends_when_one_of_its_peers_is_no_longer_admitted(
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr("peer.relays.service._ADMITS_EVERY_S", 0.05)
+    revoked: list[PeerID] = []
+
+    class Revoking(AllowAll):
+        def still_admits(self, caller: PeerID, serial: int) -> bool:
+            return caller not in revoked
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT, admission=Revoking())
+        hidden = await hide(keys[HIDDEN], [relay])
+        caller = Caller(keys[CALLER])
+        async with closing(relay, hidden, caller):
+            assert await caller.ask(hidden.contact) == b"ping"
+            await asyncio.sleep(0.2)
+            assert relay.relaying._circuits.used == 1
+            revoked.append(keys[number].peer_id)
+            await until(lambda: not relay.relaying._circuits.used)
+            await until(lambda: not caller.client.circuits and not hidden.client.circuits)
+
+    play(loop, scenario)
+
+
 def test_two_relays_are_on_two_machines_where_there_are_two(keys: list[Identity]) -> None:
     async def scenario() -> None:
         asked: list[KnownPeer] = []
 
-        async def never(method: str, relay: KnownPeer, first: object) -> None:
+        async def never(relay: KnownPeer) -> None:
             asked.append(relay)
             await asyncio.Event().wait()
 
@@ -217,7 +244,7 @@ def test_two_relays_are_on_two_machines_where_there_are_two(keys: list[Identity]
                 for key, host in zip(keys, hosts, strict=False)
             ]
 
-        client: Any = SimpleNamespace(peer_id=keys[-1].peer_id, open=never)
+        client: Any = SimpleNamespace(peer_id=keys[-1].peer_id, reserve=never)
         reservations = Reservations(client)
         reservations.keep(candidates)
         await until(lambda: len(asked) == 2)
@@ -284,8 +311,7 @@ def test_a_session_that_the_relay_forgot_is_opened_again(loop: LoopThread, keys:
         async with closing(relay, hidden, caller):
             (address,) = hidden.reservations.addresses
             for _ in range(2):
-                call = await caller.dialler.dial(hidden.served.peer_id, [address])
-                call.cancel()
+                (await caller.dialler.dial(hidden.served.peer_id, [address])).close()
                 for session in list(relay.sessions._sessions):
                     relay.sessions._end(session)
 
@@ -310,8 +336,7 @@ def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
                 return await find(peer_id, endpoint)
 
             monkeypatch.setattr(caller.client, "relay", mistaken)
-            call = await caller.dialler.dial(hidden.served.peer_id, [unlucky, address])
-            call.cancel()
+            (await caller.dialler.dial(hidden.served.peer_id, [unlucky, address])).close()
             with pytest.raises(UnreachableError, match="no relay opens"):
                 await caller.dialler.dial(hidden.served.peer_id, [unlucky])
         logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
@@ -333,7 +358,33 @@ def test_of_two_relays_the_one_that_answers_opens_the_circuit(
             async with closing(relay, hidden, caller):
                 (address,) = hidden.reservations.addresses
                 dead = address.at(Endpoint.of("127.0.0.1", silent.getsockname()[1]))
-                call = await caller.dialler.dial(hidden.served.peer_id, [dead, address])
-                call.cancel()
+                (await caller.dialler.dial(hidden.served.peer_id, [dead, address])).close()
+
+    play(loop, scenario)
+
+
+def test_an_idle_circuit_is_probed_before_routers_forget_it(
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[socket.socket] = []
+
+    def note(writer: asyncio.StreamWriter) -> None:
+        probe_when_idle(writer)
+        opened.append(socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())))
+
+    for module in ("peer.relays.client", "peer.rpc.connections"):
+        monkeypatch.setattr(f"{module}.probe_when_idle", note)
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        hidden = await hide(keys[HIDDEN], [relay])
+        caller = Caller(keys[CALLER])
+        async with closing(relay, hidden, caller):
+            assert await caller.ask(hidden.contact) == b"ping"
+        assert len(opened) == 4, "at both ends, and twice at the relay"
+        for each in opened:
+            with each:
+                assert each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 30
 
     play(loop, scenario)

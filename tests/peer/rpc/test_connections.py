@@ -33,14 +33,14 @@ def test_silent_connections_make_room_for_others_and_proven_ones_stay() -> None:
 def test_one_caller_has_a_bounded_number_and_the_idle_one_goes() -> None:
     table = ConnectionTable(4096)
     (stranger,) = numbered_identities(1)
-    many = [connection("here") for _ in range(40)]
+    many = [connection("here") for _ in range(104)]
     many[0].calls = 1
     closed = []
     for one in many:
         table.add(one)
         closed.append(table.prove(one, stranger.peer_id))
     assert [one for one in closed if one is not None] == many[1:9]
-    assert len(table) == 32
+    assert len(table) == 96
 
 
 def test_a_connection_must_say_something_soon_and_prove_itself_later() -> None:
