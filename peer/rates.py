@@ -7,7 +7,8 @@ import math
 import time
 from collections import Counter as Multiset
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter
@@ -22,6 +23,10 @@ BURST_S = 0.2
 """The burst of a bandwidth limit, in seconds of its rate."""
 _PIECE_S = 0.05
 """Callers take turns after this much of the rate, so that a short message need not wait for long ones."""
+_STOOD_STILL_S, _READS_AFTER_S = 0.2, 1.0
+"""A timer that fires later than this shows that the process stood still. How long it then takes, at most, to read what
+has arrived.
+"""
 _LEAST_BURST = 1 / 64
 """What each caller may take at once if the common budget is used up, as a share of its usual burst."""
 
@@ -83,14 +88,45 @@ class Pace:
 
     async def wait(self, message: Awaitable[T], expected: int, size_of: Callable[[T], int]) -> T:
         """Waits until a message of about `expected` bytes was received or sent. Raises TimeoutError."""
-        began = time.monotonic()
+        began, limit_s = time.monotonic(), self.limit_s(expected)
         try:
-            async with asyncio.timeout(self.limit_s(expected)):
+            async with _awake_for(limit_s):
                 result = await message
         except TimeoutError:
             raise TimeoutError(self.late) from None
-        self.note(size_of(result), time.monotonic() - began)
+        took_s = time.monotonic() - began
+        self.note(size_of(result), took_s if took_s <= limit_s else 0.0)  # else this process stood still
         return result
+
+
+@asynccontextmanager
+async def _awake_for(seconds: float) -> AsyncIterator[None]:
+    """Like `asyncio.timeout`. But if this process stood still meanwhile, because the machine slept or was busy, it
+    waits a little longer: what it waits for may have arrived.
+    """
+    loop, has_stood_still = asyncio.get_running_loop(), False
+    ends = loop.time() + seconds
+    timer: asyncio.TimerHandle
+
+    def look(due: float) -> None:
+        nonlocal timer, has_stood_still
+        now = loop.time()
+        has_stood_still |= now > due + _STOOD_STILL_S
+        if now < ends:
+            timer = look_again(now)
+        else:
+            limit.reschedule(now + _READS_AFTER_S if has_stood_still else now)
+
+    def look_again(now: float) -> asyncio.TimerHandle:
+        due = min(now + min(1.0, seconds / 4), ends)
+        return loop.call_at(due, look, due)
+
+    async with asyncio.timeout(None) as limit:
+        timer = look_again(loop.time())
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class TokenBuckets(Generic[K]):

@@ -293,6 +293,41 @@ def test_no_sender_takes_longer_than_its_bytes_at_the_least_rate_and_the_grace(
         assert pace.limit_s(0) <= grace_s, "nothing is saved up for a stall"
 
 
+@pytest.mark.parametrize("comes_after_s", [0.0, 0.1])
+@pytest.mark.parametrize("grace_s", [0.6, 2.0])
+def test_a_sender_is_not_given_up_because_the_receiver_stood_still(
+    loop: LoopThread, comes_after_s: float, grace_s: float
+) -> None:
+    async def scenario() -> None:
+        pace, came = Pace(1.0, grace_s), asyncio.Event()
+
+        async def message() -> bytes:
+            await came.wait()
+            return b""
+
+        waiting = asyncio.create_task(pace.wait(message(), 0, len))
+        await asyncio.sleep(0)
+        time.sleep(grace_s)  # noqa: ASYNC251  # as when the machine sleeps or is busy
+        asyncio.get_running_loop().call_later(comes_after_s, came.set)
+        assert await waiting == b""
+        assert pace.limit_s(0) == grace_s, "this was not the sender's fault"
+        with pytest.raises(TimeoutError, match="it stalled"):
+            await pace.wait(asyncio.sleep(60, b""), 0, len)
+
+    loop.run(scenario(), 60)
+
+
+def test_a_sender_that_stalls_is_given_up_though_the_receiver_stood_still(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        waiting = asyncio.create_task(Pace(1.0, 0.3).wait(asyncio.sleep(60, b""), 0, len))
+        await asyncio.sleep(0)
+        time.sleep(1.0)  # noqa: ASYNC251  # the same
+        with pytest.raises(TimeoutError, match="it stalled"):
+            await waiting
+
+    loop.run(scenario(), 30)
+
+
 def take_all(budget: SharedBudget[str], key: str, now: float) -> int:
     taken = 0
     while budget.allows(key, now):
