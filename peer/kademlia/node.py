@@ -233,9 +233,11 @@ class KademliaNode:
         answer = await self._ping(peer_id, deadline_s, dials_back)
         if answer is None or not serves_keys(answer.peer):
             return None
-        if self.now is clock.now:  # not in a simulation
+        if answer.dht_time and self.now is clock.now:  # not in a simulation
+            # one voice for each neighbourhood: strangers may have many keys
+            whose = self.transport.contacts.neighbourhood_of(peer_id) or peer_id.to_base58()
             # the peer read its clock last: the connection, the session and its dial back took longer than the way here
-            clock.CLOCK.note(peer_id.to_base58(), answer.dht_time)
+            clock.CLOCK.note(whose, answer.dht_time)
         return answer
 
     async def reaches(self, peer_id: PeerID) -> bool:

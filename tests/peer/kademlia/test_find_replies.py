@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from loop_lags import longest_slice
 
 from benchmarks.simulated_p2p import NoContacts
+from peer.clock import SwarmClock
 from peer.identity import PeerID
 from peer.kademlia.node import FindResult, Handler, KademliaNode
 from peer.kademlia.routing import key_id_of, node_id_of
@@ -65,6 +66,37 @@ def response(node_id: bytes = NODE, **result: Any) -> Any:
 
 def dictionary(entries: dict[int, tuple[bytes, float]]) -> bytes:
     return pack_entries({subkey: Entry(*entry) for subkey, entry in entries.items()})
+
+
+class OneNeighbourhood(NoContacts):
+    """Contacts that are all in one home."""
+
+    def neighbourhood_of(self, peer_id: PeerID) -> str:
+        return "192.0.2.0/24"
+
+
+@pytest.mark.parametrize(("near", "voices"), [(False, 3), (True, 1)])
+def test_each_neighbourhood_has_one_voice_about_the_time(
+    near: bool, voices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = SwarmClock(time.time, time.monotonic)
+    monkeypatch.setattr("peer.clock.CLOCK", machine)
+    node = asking(dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=NODE), dht_time=time.time() - 60))
+    if near:
+        monkeypatch.setattr(Canned, "contacts", OneNeighbourhood())
+    for number in range(3):
+        assert asyncio.run(node.ping(PeerID(b"\x12\x20" + bytes([2 + number]) * 32)))
+    machine.note("one", time.time())
+    machine.note("other", time.time())
+    assert machine.ahead_s == pytest.approx(60.0 if voices == 3 else 0.0, abs=2)
+
+
+def test_a_peer_that_tells_no_time_has_no_voice(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SwarmClock(time.time, time.monotonic)
+    monkeypatch.setattr("peer.clock.CLOCK", machine)
+    node = asking(dht_pb2.PingResponse(peer=dht_pb2.NodeInfo(node_id=NODE)))
+    assert asyncio.run(node.ping(SOMEBODY))
+    assert not machine.warning
 
 
 def test_good_entries_and_neighbours_are_taken_and_the_peer_is_remembered() -> None:
