@@ -33,7 +33,7 @@ CALL_OVERHEAD_BYTES = 100
 """The approximate size of frames, headers and acknowledgements for each message."""
 _PUBLIC_KEY_BYTES = 294
 _SIGNATURE_BYTES = 256
-_CERTIFICATE_BYTES = 700
+_CERTIFICATE = bytes(700)
 _CONTACT_BYTES = 1085
 _NAME_BYTES = 34
 _MOST_CONTACTS = 2048
@@ -288,15 +288,23 @@ class SimulatedTransport:
 class SimulatedIdentity:
     """Stands for `peer.identity.Identity`. Any peer could sign for any other, but no peer here does."""
 
+    __slots__ = ("_number", "peer_id")
+
     def __init__(self, number: int) -> None:
-        self.public_key = number.to_bytes(8, "big") * (_PUBLIC_KEY_BYTES // 8)
+        self._number = number
         self.peer_id = _peer_id_of(self.public_key)
+
+    @property
+    def public_key(self) -> bytes:
+        """Made anew each time, because a simulation has many peers."""
+        return self._number.to_bytes(8, "big") * (_PUBLIC_KEY_BYTES // 8)
 
     def sign(self, data: bytes) -> bytes:
         return _signature(self.public_key, data)
 
     def make_certificate(self) -> bytes:
-        return self.public_key.ljust(_CERTIFICATE_BYTES, b"\0")
+        """A certificate of the right size, which all peers share."""
+        return _CERTIFICATE
 
 
 @contextmanager
@@ -307,7 +315,7 @@ def simulated_world() -> Iterator[VirtualLoop]:
         "asyncio.sleep": loop.sleep,
         "dht.records.peer_id_of": _peer_id_of,
         "dht.records.verify": _verify,
-        "dht.announcements.certificate_pem": lambda certificate, peer_id: certificate,
+        "dht.announcements.certificate_pem": lambda certificate, peer_id: _CERTIFICATE,
     }
     with ExitStack() as stack:
         for target, stand_in in stand_ins.items():

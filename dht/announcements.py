@@ -232,7 +232,7 @@ class ClaimAges:
 
     def __init__(self, longest_s: float = MAX_CLAIM_S) -> None:
         self._longest_s = longest_s
-        self._seen = BoundedDict[tuple[UID, PeerID], tuple[float, float]](_MAX_CLAIMS)
+        self._seen: BoundedDict[tuple[UID, PeerID], tuple[float, float]] = BoundedDict(_MAX_CLAIMS)
         """When each claim was seen first and last."""
 
     def is_stale(self, uid: UID, peer_id: PeerID, claimed_at: float, now: float) -> bool:

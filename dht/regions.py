@@ -116,13 +116,18 @@ class RegionMap:
     def __init__(self, now: Callable[[], float], rng: random.Random) -> None:
         self._now = now
         self._rng = rng
-        self._seen = BoundedDict[tuple[Prefix, int], _Seen](_REMEMBERED)
-        self._hosts = BoundedDict[Prefix, tuple[float, int]](_REMEMBERED)
+        self._seen: BoundedDict[tuple[int, ...], _Seen] = BoundedDict(_REMEMBERED)
+        """By the numbers of the prefix, and the piece of its index: a node has seen hundreds, and nested keys would be
+        larger than what they lead to.
+        """
+        self._hosts: BoundedDict[Prefix, tuple[float, int]] = BoundedDict(_REMEMBERED)
         """When the region of a single expert was read, and how many nodes announce there, as long as this counts. A
         node reads some such regions in each period, and most of them never again.
         """
-        self._just_read = BoundedDict[Prefix, tuple[float, frozenset[int], Region]](_REMEMBERED_JUST_READ)
-        self._left_to_others = BoundedDict[Prefix, int](_REMEMBERED)
+        self._just_read: BoundedDict[Prefix, tuple[float, frozenset[int], Region]] = BoundedDict(
+            _REMEMBERED_JUST_READ
+        )
+        self._left_to_others: BoundedDict[Prefix, int] = BoundedDict(_REMEMBERED)
         """How many times in a row this peer has left an index entry to others."""
 
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
@@ -139,12 +144,13 @@ class RegionMap:
                 self._hosts.popitem(last=False)
             self._hosts[prefix] = now, region.hosts + region.unread
         for piece in pieces:
-            before = self._seen.get((prefix, piece))
+            entry = prefix[0], *prefix[1], piece
+            before = self._seen.get(entry)
             split_until = 0.0 if before is None else before.split_until
             if active.get(piece):
                 split_until = self._drawn_split_until(now)
             empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
-            self._seen[prefix, piece] = _Seen(
+            self._seen[entry] = _Seen(
                 region.hosts + region.unread,
                 region.size > CROWDED_BYTES,
                 active.get(piece, 0),
@@ -157,7 +163,7 @@ class RegionMap:
         """A host at a longer prefix shows that the shorter ones are still split, so nobody has to read these."""
         layer, coordinate = prefix
         for depth, following in enumerate(coordinate):
-            key = (layer, coordinate[:depth]), following // INDEX_PIECE
+            key = layer, *coordinate[:depth], following // INDEX_PIECE
             seen = self._seen.get(key)
             if seen is not None and seen.split_until > now and seen.read_at > now - _READ_AGAIN_S:
                 seen.split_until = self._drawn_split_until(now)
@@ -178,7 +184,7 @@ class RegionMap:
 
     def has_split(self, layer: int, size: int) -> bool:
         """Whether hosts are known to announce below the layer itself. `size`: of the first grid dimension."""
-        pieces = (self._seen.get(((layer, ()), piece)) for piece in pieces_of(size))
+        pieces = (self._seen.get((layer, piece)) for piece in pieces_of(size))
         return any(seen is not None and seen.split_until > self._now() for seen in pieces)
 
     def depths(self, below: Prefix) -> list[int]:
@@ -239,7 +245,7 @@ class RegionMap:
             seen = self._seen_above(home, below)
             hosts *= 1 if seen is None else max(1, seen.active)
         read_at, others = self._hosts.get(home, (0.0, 0))
-        if (seen := self._seen.get((home, 0))) is not None:
+        if (seen := self._seen.get((home[0], *home[1], 0))) is not None:
             read_at, others = seen.read_at, seen.hosts
         if read_at > self._now() - _WRITE_FOR_S:
             hosts *= max(1, others)
@@ -253,7 +259,7 @@ class RegionMap:
         next coordinate.
         """
         layer, coordinate = below
-        return self._seen.get(((layer, coordinate[:depth]), coordinate[depth] // INDEX_PIECE))
+        return self._seen.get((layer, *coordinate[:depth], coordinate[depth] // INDEX_PIECE))
 
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:

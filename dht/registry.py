@@ -145,7 +145,7 @@ class Registry:
         self._deadline_s = deadline_s
         self.now = now
         self.rng: random.Random = rng or random.SystemRandom()
-        self._written = BoundedDict[str, float](_MAX_WRITTEN)
+        self._written: BoundedDict[str, float] = BoundedDict(_MAX_WRITTEN)
         """When this peer's last record under each key expires."""
         self._earlier_until: float | None = None
         """By about this time, everything that this peer wrote before its restart has expired; None: not read yet."""

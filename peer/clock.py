@@ -44,7 +44,7 @@ class SwarmClock:
         self._offset = wall() - steady()
         """Seconds from the steady clock to the time in use. Other peers' offsets are relative to the steady clock, too.
         """
-        self._others = BoundedDict[str, float](_REMEMBERED)
+        self._others: BoundedDict[str, float] = BoundedDict(_REMEMBERED)
         self._set_at: float | None = None
         """When the clock was set to a time that has not been adopted, by the steady clock."""
 

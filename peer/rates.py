@@ -140,7 +140,7 @@ class TokenBuckets(Generic[K]):
         """`rate`: per second and key; None: no limit. `most`: keys remembered."""
         self._rate = rate
         self._burst = burst
-        self._buckets = BoundedDict[K, TokenBucket](most)
+        self._buckets: BoundedDict[K, TokenBucket] = BoundedDict(most)
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -220,7 +220,7 @@ class Backoff(Generic[K]):
         self._first_s = first_s
         self._longest_s = longest_s
         self._jitter = jitter
-        self._failed = BoundedDict[K, tuple[float, float]](most)
+        self._failed: BoundedDict[K, tuple[float, float]] = BoundedDict(most)
         """The length of each pause, and when it ends."""
 
     def failed(self, key: K, now: float) -> None:
@@ -255,7 +255,7 @@ class RecentUse(Generic[K]):
     def __init__(self, half_s: float, most: int = 4096) -> None:
         """`half_s`: after so many seconds, use counts half. `most`: keys remembered, those that used something last."""
         self._half_s = half_s
-        self._used = BoundedDict[K, tuple[float, float]](most)
+        self._used: BoundedDict[K, tuple[float, float]] = BoundedDict(most)
         """How much each key had used when it used something last, and when that was."""
 
     def of(self, key: K, now: float) -> float:

@@ -117,17 +117,17 @@ class SimulatedHost:
         self.peer_id = peer.peer_id
         self._world = swarm.world
         self._peer = peer
-        self._known = frozenset[PeerID]()
+        self._known: Sequence[Peer] = ()
         self._known_until = 0.0
 
     def peers(self) -> frozenset[PeerID]:
         """Some of the DHT peers that the node knows."""
         world = self._world
         if world.time() >= self._known_until or not self._known:
-            drawn = world.random_servers(world.rng("acquaintances"), self._peer.half, _ACQUAINTANCES)
-            self._known = frozenset([peer.peer_id for peer in drawn if peer is not self._peer])
+            rng = world.rng("acquaintances")
+            self._known = world.random_servers(rng, self._peer.half, _ACQUAINTANCES)
             self._known_until = world.time() + _KNOWN_FOR_S
-        return self._known
+        return frozenset([peer.peer_id for peer in self._known if peer is not self._peer])
 
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         return []

@@ -11,8 +11,9 @@ from bisect import bisect_right
 from collections import Counter as Multiset
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate, chain, islice
+from operator import or_
 from statistics import median_low
 from types import MappingProxyType
 
@@ -395,10 +396,7 @@ def _row(uid: UID) -> Prefix:
 
 def _bits(numbers: Iterable[int]) -> int:
     """The set of these numbers, as bits."""
-    bits = 0
-    for number in numbers:
-        bits |= 1 << number
-    return bits
+    return reduce(or_, map((1).__lshift__, numbers), 0)
 
 
 def _numbers(bits: int) -> Iterator[int]:
@@ -424,10 +422,12 @@ class HostingSurvey:
         self._manifest = manifest
         self._peer_id = peer_id
         self._rng = rng or random.SystemRandom()
-        self._had_host: dict[Prefix, int] = {}
-        """For each row of the grid in which an expert has had a host, the last coordinates of these experts, as bits. A
-        node reads only some rows of a large grid, which may have millions of experts.
+        self._had_host: dict[int, int] = {}
+        """For each row of the grid in which an expert has had a host, by its number, the last coordinates of these
+        experts, as bits. A node reads only some rows of a large grid, which may have millions of experts.
         """
+        self._rows_of_grid = manifest.experts.grid[:-1]
+        """The grid's dimensions without the last."""
         self._looks = 0
         self._own: list[UID] = []
         """This node's experts. Those that were read longest ago come first."""
@@ -483,7 +483,14 @@ class HostingSurvey:
 
     def had_host(self, uid: UID) -> bool:
         """Whether anybody has ever been seen to host or claim the expert."""
-        return bool(self._had_host.get(_row(uid), 0) >> uid.coordinate[-1] & 1)
+        return bool(self._had_host.get(self._number_of(_row(uid)), 0) >> uid.coordinate[-1] & 1)
+
+    def _number_of(self, row: Prefix) -> int:
+        """The number of a row: rows are counted from the first of the first layer."""
+        number, coordinate = row
+        for place, size in zip(coordinate, self._rows_of_grid, strict=True):
+            number = number * size + place
+        return number
 
     def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
         """Which of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
@@ -502,7 +509,7 @@ class HostingSurvey:
         now = earliest(self._experts.registry.now())
         for uid, hosts in found.items():
             if hosts:
-                self._note_hosts(_row(uid), uid.coordinate[-1:])
+                self._note_hosts(_row(uid), _bits(uid.coordinate[-1:]))
         lasting = {}
         for uid, hosts in self._seen.items():
             if live := tuple([host for host in hosts if host.expires_at > now]):
@@ -516,7 +523,7 @@ class HostingSurvey:
         They are in random order: if a layer turns out to have split, only the first few are read. If those were the
         same for all newcomers, they would replicate experts there, and leave others without a host.
         """
-        shape = (self._manifest.model.layers, *self._manifest.experts.grid[:-1])
+        shape = (self._manifest.model.layers, *self._rows_of_grid)
         if len(split) == shape[0]:
             return []
         count = math.prod(shape)
@@ -524,8 +531,7 @@ class HostingSurvey:
         numbers = rng.permutation(min(count, MOST_PREFIXES))
         if count > MOST_PREFIXES:
             # first the rows that had hosts: if those died, their prefixes may be gone
-            had_hosts = (np.ravel_multi_index((layer, *row), shape) for layer, row in self._had_host)
-            used = rng.permutation(np.array(sorted(had_hosts), dtype=int))[: MOST_PREFIXES // 2]
+            used = rng.permutation(np.array(sorted(self._had_host), dtype=int))[: MOST_PREFIXES // 2]
             # drawn without listing all rows, which may be millions
             drawn = rng.choice(count, MOST_PREFIXES, replace=False)
             numbers = np.concatenate([used, np.setdiff1d(drawn, used, assume_unique=True)])[:MOST_PREFIXES]
@@ -542,7 +548,7 @@ class HostingSurvey:
         if not split:
             return rows
         mine = [_row(uid) for uid in own if uid.layer in split]
-        grid = self._manifest.experts.grid[:-1]
+        grid = self._rows_of_grid
         count = math.prod(grid)
         peers_per_looker = self._experts.registry.lookups.estimated_nodes / (_LOOKERS * len(split) * count)
         # a power of two, because the estimate changes a little all the time, and bounded, because it may be wrong
@@ -557,9 +563,9 @@ class HostingSurvey:
         else:
             rng = self._turn()
             layer, number = rng.choice(sorted(split)), rng.randrange(count)
-            used = sorted(row for row in self._had_host if row[0] == layer)
+            used = sorted(row for row in self._had_host if row // count == layer)
             if used and rng.random() < 0.5:
-                return list(dict.fromkeys([*rows, *mine[:1], rng.choice(used)]))
+                number = rng.choice(used) % count
         drawn = tuple(map(int, np.unravel_index(number, grid))) if grid else ()
         return list(dict.fromkeys([*rows, *mine[:1], (layer, drawn)]))
 
@@ -583,19 +589,21 @@ class HostingSurvey:
 
     def _vacant(self, active: Mapping[Prefix, Collection[int]]) -> Iterator[UID]:
         """The vacant experts of these rows; those that once had a host come first."""
-        for prefix, some in active.items():
-            self._note_hosts(prefix, some)
+        hosted = {row: _bits(some) for row, some in active.items()}
+        for row, lasts in hosted.items():
+            self._note_hosts(row, lasts)
         every = (1 << self._manifest.experts.grid[-1]) - 1
         for had_host in (True, False):
-            for (layer, row), some in active.items():
-                had = self._had_host.get((layer, row), 0)
-                for last in _numbers((had if had_host else every & ~had) & ~_bits(some)):
-                    yield UID(layer, (*row, last))
+            for row, lasts in hosted.items():
+                had = self._had_host.get(self._number_of(row), 0)
+                for last in _numbers((had if had_host else every & ~had) & ~lasts):
+                    yield UID(row[0], (*row[1], last))
 
-    def _note_hosts(self, row: Prefix, lasts: Collection[int]) -> None:
-        """Records that experts of this row have hosts. `lasts`: their last coordinates."""
+    def _note_hosts(self, row: Prefix, lasts: int) -> None:
+        """Records that experts of this row have hosts. `lasts`: their last coordinates, as bits."""
         if lasts:
-            self._had_host[row] = self._had_host.get(row, 0) | _bits(lasts)
+            number = self._number_of(row)
+            self._had_host[number] = self._had_host.get(number, 0) | lasts
 
     def _preferred(self, vacant: Iterable[UID], most: int) -> list[UID]:
         """The vacant experts to read: those that once had a host, then by this peer's preference, which is the same in

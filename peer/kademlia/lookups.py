@@ -142,7 +142,7 @@ class Lookups:
         self._sample_at = 0.0
         self._tasks = TaskSet()
         self.unverified: UnverifiedNodes = UnverifiedNodes()
-        self._near = BoundedDict[int, dict[int, PeerID]](_REMEMBERED_KEYS)
+        self._near: BoundedDict[int, dict[int, PeerID]] = BoundedDict(_REMEMBERED_KEYS)
         """The nodes that answered in the last look-up of each key. The key looked up most recently comes last."""
 
     async def find(

@@ -194,7 +194,7 @@ class KademliaNode:
         """Peers that did not answer."""
         self.spent_bytes: int = 0
         """Bytes of this peer's calls to others: requests, answers, and a rough overhead for each."""
-        self._told = BoundedDict[PeerID, tuple[bytes, float]](_MOST_TOLD)
+        self._told: BoundedDict[PeerID, tuple[bytes, float]] = BoundedDict(_MOST_TOLD)
         """For each peer that was sent this one's contact: the contact's signature, and until when it is not sent again.
         """
         self._tasks = TaskSet()

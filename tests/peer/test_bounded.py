@@ -1,5 +1,6 @@
 """A bounded dictionary keeps the items that were set last."""
 
+import tracemalloc
 from collections import Counter
 
 from hypothesis import given
@@ -16,6 +17,15 @@ def test_the_entries_set_last_are_kept(most: int, sets: list[tuple[int, int]]) -
     newest = list(dict.fromkeys(key for key, _ in reversed(sets)))[:most]
     assert list(reversed(bounded)) == newest
     assert all(bounded[key] == dict(sets)[key] for key in newest)
+
+
+def test_an_empty_dictionary_takes_less_than_200_bytes() -> None:
+    tracemalloc.start()
+    try:
+        held: list[BoundedDict[int, int]] = [BoundedDict(5) for _ in range(1000)]
+        assert tracemalloc.get_traced_memory()[0] < 200 * len(held)
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_entry_that_is_used_stays() -> None:
