@@ -23,7 +23,17 @@ from grpc import StatusCode
 
 from dht.records import SwarmKeys
 from peer import clock
-from peer.errors import ExpertError, RecordError, RevokedError, SettingsError
+from peer.errors import (
+    ExpertError,
+    ExpiredInviteError,
+    ExpiredTokenError,
+    InviteError,
+    RecordError,
+    RevokedError,
+    RevokedInviteError,
+    SettingsError,
+)
+from peer.formatting import age_in_words
 from peer.identity import GRANT_DOMAIN, Identity, PeerID, is_peer_id, verify
 from peer.rpc.sessions import Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
@@ -40,6 +50,9 @@ _LONGEST_FILE = 8 * 2**20
 """At most this many bytes of the denylist are read."""
 BADGE_DOMAIN = b"talkoot badge v1\0"
 _REMEMBERED_BADGES = 4096
+_WARN_BEFORE_S = 5 * 86400.0
+"""How long before its token expires a peer's owner is warned, once a day."""
+_WARN_EVERY_S = 86400.0
 
 
 class Role(Enum):
@@ -166,6 +179,7 @@ class SwarmAdmission:
         self.badge: admission_pb2.Badge | None = None
         """The badge that admits this peer, if it needs one."""
         self._holder: PeerID | None = None
+        self._warned_at = -math.inf
         self.revoked: frozenset[int] = frozenset()
         """The serials of revoked tokens, as far as this peer knows."""
 
@@ -186,8 +200,27 @@ class SwarmAdmission:
 
     def check_own(self) -> None:
         """Raises RecordError if this peer has a badge that others no longer accept."""
-        if self.badge is not None and self._holder is not None:
-            self._granted(self.badge, self._holder)
+        self._own_grant()
+
+    def warn_of_expiry(self) -> None:
+        """Warns the owner, once a day, if this peer's token expires in the next days."""
+        try:
+            grant = self._own_grant()
+        except RecordError:
+            return
+        now = self._now()
+        if grant is None or grant.expires_at > now + _WARN_BEFORE_S or now < self._warned_at + _WARN_EVERY_S:
+            return
+        self._warned_at = now
+        logger.warning(
+            "your invite expires in %s: ask the swarm's founder for a new one, and start again with it. What is saved "
+            "here stays",
+            age_in_words(grant.expires_at - now),
+        )
+
+    def _own_grant(self) -> Grant | None:
+        """None if this peer needs no badge. Raises RecordError."""
+        return None if self.badge is None or self._holder is None else self._granted(self.badge, self._holder)
 
     @property
     def mode(self) -> Mode:
@@ -275,10 +308,17 @@ class SwarmAdmission:
             raise RecordError("there is none")
         grant = check_badge(badge, peer_id, self._keys.swarm_id, self._founder_key)
         if grant.expires_at <= self._now():
-            raise RecordError("the token has expired")
+            raise ExpiredTokenError("the token has expired")
         if grant.serial in self.revoked:
             raise RevokedError("the token was revoked")
         return grant
+
+
+def invite_error(error: RecordError, message: str) -> InviteError:
+    """The error for a user whose token is no longer accepted because of `error`."""
+    if isinstance(error, RevokedError):
+        return RevokedInviteError(message)
+    return ExpiredInviteError(message) if isinstance(error, ExpiredTokenError) else InviteError(message)
 
 
 def parse_denied(text: str) -> PeerID:

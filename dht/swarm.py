@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from dht.admission import Denylist, Role, SwarmAdmission
+from dht.admission import Denylist, Role, SwarmAdmission, invite_error
 from dht.experts import ExpertRegistry
 from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocations
 from dht.invites import Invite
@@ -21,14 +21,7 @@ from dht.membership import Membership, PeerStore
 from dht.records import FounderRecord, RecordValidator, SwarmKeys, writers_key
 from dht.registry import Registry
 from peer import clock
-from peer.errors import (
-    InviteError,
-    RecordError,
-    RevokedError,
-    RevokedInviteError,
-    SwarmError,
-    UnreachableError,
-)
+from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.metrics import new_registry
@@ -92,7 +85,10 @@ class Swarm:
         await self.revocations.keep()
 
     async def refresh_admission(self) -> None:
-        """Reads the denylist and, in a swarm that admits by token, the revoked tokens. Raises UnreachableError."""
+        """Reads the denylist and, in a swarm that admits by token, the revoked tokens. Warns the owner if this peer's
+        own token expires soon. Raises UnreachableError.
+        """
+        self.admission.warn_of_expiry()
         self.admission.denylist.reread()
         await self.revocations.read()
 
@@ -262,9 +258,9 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
     try:
         role = swarm.admission.present(token, swarm.host.peer_id).role
     except RecordError as error:
-        kind = RevokedInviteError if isinstance(error, RevokedError) else InviteError
-        raise kind(
-            f"this invite no longer admits you: {error}; ask the founder for another{clock.CLOCK.doubt}"
+        raise invite_error(
+            error,
+            f"this invite no longer admits you: {error}; ask the founder for another{clock.CLOCK.doubt}",
         ) from error
     if role not in roles:
         raise InviteError(

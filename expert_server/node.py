@@ -323,7 +323,7 @@ class Node:
     async def run(self) -> None:
         """Announces, adopts, replicates, averages and saves experts, and pauses when it should.
 
-        It ends only by raising a group with a RevokedInviteError, once the founder has revoked this node's token.
+        It ends only by raising a group with an InviteError, once this node's token has expired or is revoked.
         """
         every_s = self._settings.checkpoint_every_s
         tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
@@ -343,7 +343,7 @@ class Node:
         async with asyncio.TaskGroup() as group:
             for name, run in tasks.items():
                 group.create_task(keep_running(name, run, self.restarts), name=name)
-            group.create_task(self._access.until_revoked(), name="end when revoked")
+            group.create_task(self._access.until_over(), name="end with the token")
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
@@ -497,7 +497,7 @@ class Node:
         """Gives up the experts. Meanwhile the node stays announced, so that others find it and fetch their states."""
         announcing = asyncio.create_task(self._stay_announced_as_leaving(), name="announce while leaving")
         try:
-            can_hand_over = self.address and not self.is_revoked
+            can_hand_over = self.address and not self.is_token_over
             await self._release(self._settings.drain_timeout_s if can_hand_over else 0)
         finally:
             announcing.cancel()
@@ -515,9 +515,9 @@ class Node:
                 await self.swarm.registry.leave(self.period.lifetime_s)
 
     @property
-    def is_revoked(self) -> bool:
-        """Whether the founder has revoked this node's token, so that others no longer accept its records or calls."""
-        return self._access.is_revoked
+    def is_token_over(self) -> bool:
+        """Whether this node's token has expired or is revoked, so that others no longer accept its records or calls."""
+        return self._access.is_over
 
     @property
     def state(self) -> NodeState:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from dht.admission import invite_error
 from dht.invites import InviteLedger
 from dht.swarm import Swarm
 from expert_server.credit import CreditServicer
@@ -17,7 +18,7 @@ from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer import clock
-from peer.errors import RecordError, RevokedError, RevokedInviteError, StartError
+from peer.errors import ExpiredTokenError, InviteError, RecordError, StartError
 from peer.rpc.sessions import Sessions
 from peer.wire import (
     credit_pb2_grpc,
@@ -78,6 +79,17 @@ def add_services(
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
 
 
+_REVOKED = (
+    "the swarm's founder has revoked this node's token: it has left the swarm. Ask the founder for another invite if "
+    "you think that this is a mistake"
+)
+_EXPIRED = (
+    "this node's invite has expired: it has left the swarm. Ask the swarm's founder for a new one, and start the node "
+    "with it as before: `talkoot node --join NEW_INVITE`, or `talkoot service install --join NEW_INVITE` for a "
+    "service. Its experts' checkpoints stay, and it continues with them"
+)
+
+
 class AccessControl:
     """Who may call this node. Call `look` in every announcement period to keep that up to date."""
 
@@ -86,9 +98,9 @@ class AccessControl:
         self.sessions: Sessions = swarm.host.sessions
         self._swarm = swarm
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
-        self._own_problem = ""
-        self._own_revoked = asyncio.Event()
-        """Set once this node's own token is revoked."""
+        self._end: InviteError | None = None
+        self._ended = asyncio.Event()
+        """Set once this node's own token has expired or is revoked."""
         # read before anybody is served: revocations made while this node was away are not in the DHT yet
         swarm.admission.revoke(self._revoked())
 
@@ -103,20 +115,18 @@ class AccessControl:
             await self._swarm.refresh_admission()
         finally:
             self.sessions.recheck()
-        self._look_at_own()
+            self._look_at_own()
 
     @property
-    def is_revoked(self) -> bool:
-        """Whether the founder has revoked this node's token."""
-        return self._own_revoked.is_set()
+    def is_over(self) -> bool:
+        """Whether this node's token has expired, or the founder has revoked it."""
+        return self._ended.is_set()
 
-    async def until_revoked(self) -> NoReturn:
-        """Raises RevokedInviteError once the founder has revoked this node's token."""
-        await self._own_revoked.wait()
-        raise RevokedInviteError(
-            "the swarm's founder has revoked this node's token: it has left the swarm. Ask the founder for another "
-            "invite if you think that this is a mistake"
-        )
+    async def until_over(self) -> NoReturn:
+        """Raises InviteError once this node's token has expired, or the founder has revoked it."""
+        await self._ended.wait()
+        assert self._end is not None
+        raise self._end
 
     def _revoked(self) -> list[int]:
         """The serials that the owner of a founder's node has revoked."""
@@ -127,14 +137,10 @@ class AccessControl:
             return []
 
     def _look_at_own(self) -> None:
-        """Tells the owner if the node's own token has expired or was revoked, because trainers then refuse this
-        node.
-        """
+        """Ends the node if its own token has expired or was revoked, because others then ignore it."""
         try:
             self._swarm.admission.check_own()
-        except RevokedError:
-            self._own_revoked.set()
         except RecordError as error:
-            if str(error) != self._own_problem:
-                logger.error("others ignore this node: %s; ask the swarm's founder for another invite", error)
-            self._own_problem = str(error)
+            words = _EXPIRED if isinstance(error, ExpiredTokenError) else _REVOKED
+            self._end = invite_error(error, words + clock.CLOCK.doubt)
+            self._ended.set()

@@ -4,7 +4,8 @@ TalkootError
 ├── UserError                   T100  an error that the user can fix; exit status 2
 │   ├── SettingsError           T101  a setting, manifest or command line that is not valid
 │   ├── InviteError             T102  a wrong or truncated invite
-│   │   └── RevokedInviteError  T116  an invite that the founder has revoked; exit status 3
+│   │   ├── RevokedInviteError  T116  an invite that the founder has revoked; exit status 3
+│   │   └── ExpiredInviteError  T117  an invite that has expired; exit status 3
 │   ├── StartError              T103  a peer could not start, or something could not be written
 │   │   ├── PortError           T104  nobody can listen at that address and port
 │   │   ├── StateFolderError    T105  a state folder that is in use or can't be written
@@ -66,6 +67,13 @@ class RevokedInviteError(InviteError):
     """
 
     code = "T116"
+    exit_status = 3
+
+
+class ExpiredInviteError(InviteError):
+    """An invite that has expired. It has the same exit status, because starting again doesn't help either."""
+
+    code = "T117"
     exit_status = 3
 
 
@@ -145,6 +153,10 @@ class RecordError(TalkootError):
 
 class RevokedError(RecordError):
     """The swarm's founder has revoked the token that admitted the writer."""
+
+
+class ExpiredTokenError(RecordError):
+    """The token that admitted the writer has expired."""
 
 
 class AddressError(TalkootError):

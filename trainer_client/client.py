@@ -19,22 +19,15 @@ import platformdirs
 from prometheus_client import Gauge
 from torch import Tensor
 
-from dht.admission import RIGHTS, Denylist, Role
+from dht.admission import RIGHTS, Denylist, Role, invite_error
 from dht.directory import Directory
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
+from peer import clock
 from peer.codec import codec_of
-from peer.errors import (
-    InviteError,
-    RecordError,
-    RevokedError,
-    RevokedInviteError,
-    StateFolderError,
-    SwarmError,
-    UnreachableError,
-)
+from peer.errors import RecordError, StateFolderError, SwarmError, UnreachableError
 from peer.files import StateFolder
 from peer.formatting import in_brief
 from peer.host import NetworkConfig
@@ -291,9 +284,11 @@ class SwarmClient:
         try:
             self._joined.swarm.admission.check_own()
         except RecordError as error:
-            kind = RevokedInviteError if isinstance(error, RevokedError) else InviteError
-            raise kind(
-                f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for another one"
+            raise invite_error(
+                error,
+                f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for a new one, "
+                "and start again with it: what is saved stays, and `talkoot train --join NEW_INVITE --resume` "
+                f"continues from there{clock.CLOCK.doubt}",
             ) from error
 
     def has_experts(self, limit_s: float | None = None, waits: Callable[[], None] = lambda: None) -> bool:

@@ -172,7 +172,7 @@ class _NodeRun:
                 group.create_task(keep_running("tell what the week brought", tell, node.restarts))
         finally:
             status = node.status()
-            if (experts := status.experts) and not node.is_revoked:
+            if (experts := status.experts) and not node.is_token_over:
                 what = "1 expert goes" if experts == 1 else f"{experts} experts go"
                 logger.info("leaving: %s to others with room; Ctrl-C again leaves at once", what)
             await node.stop()

@@ -186,6 +186,26 @@ def test_a_token_without_its_secret_makes_no_badge(founder: Identity, alice: Ide
         make_badge(token, alice.peer_id)
 
 
+def test_an_owner_is_warned_once_a_day_before_a_token_expires(
+    founder: Identity, alice: Identity, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, day = [NOW], 86400.0
+    admission = SwarmAdmission(keys_of(founder), now=lambda: now[0])
+    admission.learn(founder.public_key, "token")
+    admission.warn_of_expiry()
+    token = make_token(founder, keys_of(founder).swarm_id, Role.NODE, NOW + 30 * day, SERIAL)
+    admission.present(token, alice.peer_id)
+    warned_after = list[float]()
+    for hours in range(32 * 24):
+        now[0] = NOW + hours * 3600
+        admission.warn_of_expiry()
+        if caplog.messages:
+            warned_after.append(hours / 24)
+            assert "expires in" in caplog.text
+            caplog.clear()
+    assert warned_after == [25, 26, 27, 28, 29]
+
+
 def test_a_revoked_token_stays_revoked(founder: Identity, alice: Identity) -> None:
     admission, badge = rules(founder), make_badge(token_of(founder), alice.peer_id)
     admission.revoke([SERIAL])

@@ -18,7 +18,7 @@ from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.manifest import AdmissionSpec
 from dht.swarm import Swarm, join_swarm
 from expert_server.node import Node
-from peer.errors import ExpertError, InviteError, RevokedInviteError, UnreachableError
+from peer.errors import ExpertError, ExpiredInviteError, InviteError, RevokedInviteError, UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
@@ -145,7 +145,16 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
     play(scenario)
 
 
-def test_a_revoked_node_says_so_and_stops(play: Play, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("is_revoked", "kind", "words"),
+    [
+        (True, RevokedInviteError, "has revoked this node's token"),
+        (False, ExpiredInviteError, "this node's invite has expired"),
+    ],
+)
+def test_a_node_whose_token_is_over_says_so_and_stops(
+    play: Play, caplog: pytest.LogCaptureFixture, is_revoked: bool, kind: type[InviteError], words: str
+) -> None:
     async def scenario(village: Village) -> None:
         founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
         await village.run(founder)
@@ -154,15 +163,19 @@ def test_a_revoked_node_says_so_and_stops(play: Play, caplog: pytest.LogCaptureF
             await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 0.5}
         )
         running = asyncio.create_task(node.run())
-        InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
+        if is_revoked:
+            InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
+        else:
+            node.swarm.admission._now = lambda: issued.expires_at
         await asyncio.wait([running], timeout=60)
         assert running.done()
         errors = running.exception()
         assert isinstance(errors, ExceptionGroup)
         (error,) = errors.exceptions
-        assert isinstance(error, RevokedInviteError)
-        assert "has revoked this node's token" in str(error)
-        assert node.is_revoked
+        assert isinstance(error, kind)
+        assert error.exit_status == 3
+        assert words in str(error)
+        assert node.is_token_over
         await node.stop()
         assert "hand experts over" not in caplog.text, "nobody would take them"
 

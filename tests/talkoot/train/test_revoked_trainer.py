@@ -1,4 +1,4 @@
-"""A trainer whose token is revoked is told so, and not that there are no experts."""
+"""A trainer whose token has expired or is revoked is told so, and not that there are no experts."""
 
 import time
 from dataclasses import replace
@@ -11,7 +11,7 @@ from training_swarm import founded
 from dht.admission import Role, make_token
 from dht.invites import Invite
 from dht.manifest import AdmissionSpec
-from peer.errors import InviteError
+from peer.errors import ExpiredInviteError, RevokedInviteError
 from peer.loop import LoopThread
 from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
@@ -32,9 +32,13 @@ def test_a_revoked_trainer_is_told_why_no_node_answers(
         invite = replace(Invite.parse(founder.invite), token=token)
         with SwarmClient(invite, TrainerSettings(), tmp_path / "trainer") as client:
             client.wait_for_experts(60, lambda text: None)
+            with monkeypatch.context() as patches:
+                patches.setattr(client.swarm.admission, "_now", lambda: time.time() + 3600)
+                with pytest.raises(ExpiredInviteError, match="the token has expired"):
+                    client.wait_for_experts(60, lambda text: None, share=2)
             loop.run(swarm.revocations.publish([SERIAL]), 60)
             wait_until(
                 lambda: SERIAL in client.swarm.admission.revoked, "the trainer to read what is revoked"
             )
-            with pytest.raises(InviteError, match="because of your invite: the token was revoked"):
+            with pytest.raises(RevokedInviteError, match="because of your invite: the token was revoked"):
                 client.wait_for_experts(60, lambda text: None, share=2)
