@@ -137,9 +137,13 @@ class ExpertRegistry:
         )
         active = {prefix: set(read[prefix].active) if prefix in read else set() for prefix in known}
         depths = {len(coordinate) for _, coordinate in known}
-        for region in read.values():
-            for layer, coordinate in region.replicas:
-                for depth in depths:
+        for (layer, above), region in read.items():
+            for depth in depths:
+                if depth <= len(above):  # all are below the same prefix
+                    if (below := active.get((layer, above[:depth]))) is not None:
+                        below.update([c[depth] for _, c in region.replicas if depth < len(c)])
+                    continue
+                for _, coordinate in region.replicas:
                     below = active.get((layer, coordinate[:depth]))
                     if below is not None and depth < len(coordinate):
                         below.add(coordinate[depth])

@@ -73,7 +73,7 @@ class PeerStore:
 
     def met_at(self, peer: PeerID) -> float:
         """When the peer was last met; minus infinity if it never was."""
-        return self._met[peer][1] if peer in self._met else -math.inf
+        return self._met.get(peer, ((), -math.inf))[1]
 
     def absent(self, known: Collection[PeerID]) -> list[list[Multiaddress]]:
         """The addresses of each peer that was met and is not in `known`."""

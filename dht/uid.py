@@ -17,7 +17,7 @@ class UID(NamedTuple):
     coordinate: tuple[int, ...]
 
     def __str__(self) -> str:
-        return ".".join(map(str, (self.layer, *self.coordinate)))
+        return f"{self.layer}.{'.'.join(map(str, self.coordinate))}"
 
     @classmethod
     def parse(cls, text: str) -> "UID":

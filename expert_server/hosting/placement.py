@@ -459,7 +459,7 @@ class HostingSurvey:
             some = {prefix: known for prefix, known in active.items() if (prefix[0] in split) is is_split}
             if not some:
                 continue
-            vacant = self._preferred(self._vacant(some), most_vacant)
+            vacant = self._vacant(some, most_vacant)
             if is_split:
                 self._again = list(dict.fromkeys(map(_row, vacant)))
             wanted.update(vacant, self._others(some, most_others))
@@ -492,6 +492,14 @@ class HostingSurvey:
             number = number * size + place
         return number
 
+    def _row_of(self, number: int) -> Prefix:
+        """The row with that number."""
+        coordinate = []
+        for size in reversed(self._rows_of_grid):
+            number, place = divmod(number, size)
+            coordinate.append(place)
+        return number, tuple(coordinate[::-1])
+
     def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
         """Which of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
         held = {uid for uid in mine if self._manifest.holds(uid)}
@@ -523,10 +531,10 @@ class HostingSurvey:
         They are in random order: if a layer turns out to have split, only the first few are read. If those were the
         same for all newcomers, they would replicate experts there, and leave others without a host.
         """
-        shape = (self._manifest.model.layers, *self._rows_of_grid)
-        if len(split) == shape[0]:
+        layers = self._manifest.model.layers
+        if len(split) == layers:
             return []
-        count = math.prod(shape)
+        count = layers * math.prod(self._rows_of_grid)
         rng = np.random.default_rng(self._turn().getrandbits(64))
         numbers = rng.permutation(min(count, MOST_PREFIXES))
         if count > MOST_PREFIXES:
@@ -535,8 +543,8 @@ class HostingSurvey:
             # drawn without listing all rows, which may be millions
             drawn = rng.choice(count, MOST_PREFIXES, replace=False)
             numbers = np.concatenate([used, np.setdiff1d(drawn, used, assume_unique=True)])[:MOST_PREFIXES]
-        rows = zip(*np.unravel_index(numbers, shape), strict=True)
-        return [(int(layer), tuple(map(int, row))) for layer, *row in rows if int(layer) not in split]
+        rows = map(self._row_of, numbers.tolist())
+        return [row for row in rows if row[0] not in split]
 
     def _rows_of_split(self, split: Collection[int], own: Collection[UID], takes_turns: bool) -> list[Prefix]:
         """The rows to read in layers that have split: some where experts were vacant, one of this node's, and another
@@ -548,8 +556,7 @@ class HostingSurvey:
         if not split:
             return rows
         mine = [_row(uid) for uid in own if uid.layer in split]
-        grid = self._rows_of_grid
-        count = math.prod(grid)
+        count = math.prod(self._rows_of_grid)
         peers_per_looker = self._experts.registry.lookups.estimated_nodes / (_LOOKERS * len(split) * count)
         # a power of two, because the estimate changes a little all the time, and bounded, because it may be wrong
         pause = 1 << min(6, max(0, round(math.log2(peers_per_looker))))
@@ -566,8 +573,7 @@ class HostingSurvey:
             used = sorted(row for row in self._had_host if row // count == layer)
             if used and rng.random() < 0.5:
                 number = rng.choice(used) % count
-        drawn = tuple(map(int, np.unravel_index(number, grid))) if grid else ()
-        return list(dict.fromkeys([*rows, *mine[:1], (layer, drawn)]))
+        return list(dict.fromkeys([*rows, *mine[:1], self._row_of(layer * count + number)]))
 
     def _turn(self) -> random.Random:
         """A generator that draws the same in several looks, but differently on other nodes. An expert must be found
@@ -587,31 +593,28 @@ class HostingSurvey:
             drawn.append(UID(layer, (*row, some[number - ends[place]])))
         return drawn
 
-    def _vacant(self, active: Mapping[Prefix, Collection[int]]) -> Iterator[UID]:
-        """The vacant experts of these rows; those that once had a host come first."""
+    def _vacant(self, active: Mapping[Prefix, Collection[int]], most: int) -> list[UID]:
+        """The vacant experts of these rows to read: those that once had a host, then others; of each kind, first those
+        that this peer prefers, which are the same in each look.
+        """
         hosted = {row: _bits(some) for row, some in active.items()}
         for row, lasts in hosted.items():
             self._note_hosts(row, lasts)
+        had_host = {row: self._had_host.get(self._number_of(row), 0) for row in hosted}
         every = (1 << self._manifest.experts.grid[-1]) - 1
-        for had_host in (True, False):
-            for row, lasts in hosted.items():
-                had = self._had_host.get(self._number_of(row), 0)
-                for last in _numbers((had if had_host else every & ~had) & ~lasts):
-                    yield UID(row[0], (*row[1], last))
+        found: list[UID] = []
+        for kind in (had_host, {row: every & ~had for row, had in had_host.items()}):
+            vacant = (
+                UID(row[0], (*row[1], last))
+                for row, some in kind.items()
+                for last in _numbers(some & ~hosted[row])
+            )
+            room = most - len(found)
+            found += rank_vacancies(list(islice(vacant, 64 * room)), room, self._peer_id)
+        return found
 
     def _note_hosts(self, row: Prefix, lasts: int) -> None:
         """Records that experts of this row have hosts. `lasts`: their last coordinates, as bits."""
         if lasts:
             number = self._number_of(row)
             self._had_host[number] = self._had_host.get(number, 0) | lasts
-
-    def _preferred(self, vacant: Iterable[UID], most: int) -> list[UID]:
-        """The vacant experts to read: those that once had a host, then by this peer's preference, which is the same in
-        each look.
-        """
-        ranked = sorted(
-            islice(vacant, 64 * most),
-            key=lambda uid: (self.had_host(uid), preference(uid, self._peer_id)),
-            reverse=True,
-        )
-        return ranked[:most]
