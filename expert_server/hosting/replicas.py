@@ -425,7 +425,7 @@ class LocalReplicas:
         self, claims: Mapping[UID, ReplicaAnnouncement], taken: list[UID], failed: list[UID]
     ) -> None:
         clock = asyncio.get_running_loop().time
-        announced, renew_at = 0, clock()
+        announced, renew_at = 0, clock() + self._period.lifetime_s / 3
         while True:
             await asyncio.sleep(min(_ANNOUNCE_EVERY_S, self._period.lifetime_s / 3))
             with contextlib.suppress(UnreachableError):  # it is announced again soon

@@ -18,7 +18,7 @@ from benchmarks.internet.stand_ins import simulated
 from benchmarks.internet.world import HomeLine, World
 from benchmarks.simulated_p2p import VirtualLoop
 from benchmarks.simulated_swarm import grid_of
-from dht.announcements import ReplicaAnnouncement
+from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.manifest import Manifest
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
@@ -93,6 +93,24 @@ def test_a_dead_host_is_replaced() -> None:
         assert not swarm.hosts()[uid]
         until(world, lambda: bool(swarm.hosts()[uid]), 600)
         assert not swarm.faults
+
+
+def test_a_claim_is_not_announced_again_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 1, 4, room=4)
+        node = swarm.join(HomeLine(), 1)
+        announce, announced = node.experts.announce, list[ReplicaState]()
+
+        async def note(replicas: Collection[ReplicaAnnouncement], *args: Any) -> None:
+            announced.extend(replica.state for replica in replicas)
+            await announce(replicas, *args)
+
+        monkeypatch.setattr(node.experts, "announce", note)
+        until(world, lambda: bool(node.runtime.experts), 60)
+        assert world.time() > 60 + 2.8, (
+            "its state took longer than a node waits before it looks for ready ones"
+        )
+        assert announced.count(ReplicaState.CLAIMED) == 1
 
 
 def test_an_expert_that_lost_most_of_its_hosts_gets_half_as_many_as_another() -> None:
