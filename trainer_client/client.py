@@ -60,6 +60,8 @@ T = TypeVar("T")
 
 _RETRY_S = 0.5
 """The pause between two looks while waiting for live experts."""
+_MOMENT_S = 5.0
+"""How long no expert may answer before the user is warned. Nodes that failed a call once or twice are back by then."""
 _MOST_WAITS = 8
 """How many times in a row it may wait for experts that are announced, but then don't answer."""
 _CHECK_EVERY_S = 10.0
@@ -280,6 +282,28 @@ class SwarmClient:
             )
             self.run(self._refresh_soon())
 
+    def wait_for_any(
+        self, limit_s: float, consequence: str, warns: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Waits until any expert is live, for at most `limit_s` seconds. Returns whether that took so long that it has
+        warned. `consequence`: what happens until then. `warns` is called before it warns. Raises as `wait_for_experts`.
+        """
+        warns_at = time.monotonic() + (_MOMENT_S if limit_s > _MOMENT_S else 0)
+        has_warned = False
+
+        def report(text: str) -> None:
+            nonlocal has_warned
+            if has_warned or time.monotonic() < warns_at:
+                return
+            has_warned = True
+            refusal = self.dispatcher.refusal()
+            why = f"nodes refuse your calls ({refusal})" if refusal else "no expert answers"
+            warns()
+            logger.warning("%s: %s until one answers, at most %.0f s", why, consequence, limit_s)
+
+        self.wait_for_experts(limit_s, report, share=1 / self.manifest.experts_total)
+        return has_warned
+
     def _require_admitted(self) -> None:
         try:
             self._joined.swarm.admission.check_own()
@@ -291,9 +315,9 @@ class SwarmClient:
                 f"continues from there{clock.CLOCK.doubt}",
             ) from error
 
-    def has_experts(self, limit_s: float | None = None, waits: Callable[[], None] = lambda: None) -> bool:
+    def has_experts(self, limit_s: float | None = None, warns: Callable[[], None] = lambda: None) -> bool:
         """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
-        `limit_s`: the longest wait; None: that of the settings. `waits` is called before it waits. Raises SwarmError if
+        `limit_s`: the longest wait; None: that of the settings. `warns` is called before it warns. Raises SwarmError if
         none is announced in time, or if those announced never answered.
         """
         if self.dispatcher.live_experts():
@@ -307,9 +331,7 @@ class SwarmClient:
             )
         self._waits += 1
         limit_s = self.settings.wait_for_experts_s if limit_s is None else limit_s
-        waits()
-        logger.warning("no expert answers: waiting until one does, at most %.0f s", limit_s)
-        self.wait_for_experts(limit_s, lambda text: None, share=1 / self.manifest.experts_total)
+        self.wait_for_any(limit_s, "waiting", warns)
         return False
 
     def report(

@@ -89,7 +89,7 @@ def _text(
             context,
             counted(len(tokens) - context, "token"),
         )
-    usable = partial(run.client.has_experts, waits=terminal.interrupt_text)
+    usable = partial(run.client.has_experts, warns=terminal.interrupt_text)
     following = generate(trained.model, tokens, sampling, usable, None if find is None else found)
     return decoded(following, token_bytes)
 

@@ -73,6 +73,10 @@ class LocalSwarm:
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Returns at once, because all experts are in this process."""
 
+    def wait_for_any(self, limit_s: float, consequence: str) -> bool:
+        """Returns at once that it did not warn."""
+        return False
+
     def note(self, progress: Progress) -> None:
         """Does nothing, because there is nobody to tell."""
 

@@ -305,9 +305,8 @@ class _Run:
         client, limit_s = self._client, self._settings.wait_for_experts_s
         if client.dispatcher.live_experts() or self._stop.is_set():
             return
-        logger.warning("no expert answers: training pauses until one does, at most %.0f s", limit_s)
-        client.wait_for_experts(limit_s, lambda text: None, share=1 / client.manifest.experts_total)
-        logger.info("training continues with %d live experts", client.dispatcher.live_experts())
+        if client.wait_for_any(limit_s, "training pauses"):
+            logger.info("training continues with %d live experts", client.dispatcher.live_experts())
 
 
 def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDataset:

@@ -16,6 +16,7 @@ from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError
+from peer.formatting import printable
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import SECONDS, start_at_zero, total, totals
@@ -163,6 +164,8 @@ class CallTracker:
         self._health = health
         self._heard_at = BoundedDict[PeerID, float](_HEARD)
         """When each peer answered last, the latest at the end."""
+        self.refusals: BoundedDict[PeerID, str] = BoundedDict[PeerID, str](_HEARD)
+        """What peers said that refused this trainer for want of permission, and have not answered since."""
         self._screening = AnswerScreening()
         self._updates = Counts[UID]()
         """How many updates of each expert were made for this trainer."""
@@ -211,6 +214,7 @@ class CallTracker:
                 async for reply in replies:
                     if not heard:
                         self._heard_at[peer_id] = self.now()
+                        self.refusals.pop(peer_id, None)
                         heard = True
                     if isinstance(reply, AnsweredRows):
                         # not at the first message: a slow node could send one early and look quick
@@ -297,6 +301,8 @@ class CallTracker:
     ) -> None:
         self.metrics.failures.labels(error.status.name.lower()).inc()
         now = self.now()
+        if error.status is StatusCode.PERMISSION_DENIED:
+            self.refusals[peer_id] = printable(str(error))
         if error.status is StatusCode.DATA_LOSS:
             self.metrics.wrong_answers.inc()
             self.breakers.distrust(peer_id, now)

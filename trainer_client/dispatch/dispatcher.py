@@ -106,6 +106,11 @@ class Dispatcher:
         """How many experts can be called now."""
         return self._directory.view.live_experts(self._calls.avoided())
 
+    def refusal(self) -> str:
+        """What a node said that refuses this trainer's calls for want of permission; empty if none does."""
+        avoided = self._calls.avoided()
+        return next((said for peer_id, said in self._calls.refusals.items() if peer_id in avoided), "")
+
     def _announced(self, peer_id: PeerID) -> NodeInfo | None:
         return self._directory.view.nodes.get(peer_id)
 

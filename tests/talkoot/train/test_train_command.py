@@ -213,12 +213,14 @@ def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
 
     lose_experts_after(2, founder, monkeypatch)
     comes_back, log = ComesBack(), tmp_path / "log"
-    session.logger.addHandler(comes_back)
+    waiting = logging.getLogger("trainer_client.client")
+    waiting.addHandler(comes_back)
+    monkeypatch.setattr("trainer_client.client._MOMENT_S", 0.5)
     try:
         options = ("--data", text, "--steps", 6, "--in-flight", in_flight, "--log", log)
         ended = talkoot(*train(founder, tmp_path / "state", *options))
     finally:
-        session.logger.removeHandler(comes_back)
+        waiting.removeHandler(comes_back)
         founder.resume()
     assert ended.status == 0, ended.err
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
@@ -240,7 +242,7 @@ def test_when_all_experts_stay_away_training_ends_with_what_it_has(
     finally:
         founder.resume()
     ended.is_one_clear_line("no expert of this swarm answered in 0 s")
-    assert "training pauses until one does, at most 0 s" in caplog.text
+    assert "training pauses until one answers, at most 0 s" in caplog.text
     assert "checkpoint of step 2 in" in caplog.text
     assert ": --resume continues from there" in caplog.text
 

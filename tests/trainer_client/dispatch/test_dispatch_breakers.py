@@ -39,6 +39,24 @@ from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.policy import CircuitBreakers
 
 
+def test_what_a_peer_said_that_refused_a_call_is_known_until_it_answers() -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(3)
+        dispatcher = make_dispatcher(swarm)
+        swarm.behaviours[make_peer_id(0)] = fails(StatusCode.UNKNOWN)
+        await forward_once(dispatcher, 3)
+        assert not dispatcher.refusal()
+        swarm.behaviours[make_peer_id(1)] = fails(StatusCode.PERMISSION_DENIED)
+        await forward_once(dispatcher, 3)
+        assert dispatcher.refusal()
+        swarm.behaviours.clear()
+        await asyncio.sleep(30.0)
+        await forward_once(dispatcher, 3)
+        assert not dispatcher.refusal()
+
+    run(scenario())
+
+
 def test_dead_peer_is_left_alone_until_its_breaker_lets_it_be_tried_again() -> None:
     async def scenario() -> None:
         swarm = make_swarm(5)
