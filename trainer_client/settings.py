@@ -56,7 +56,7 @@ _EARLY_VALIDATIONS = (10, 100, 1_000, 10_000, 100_000)
 _OF_THIS_MACHINE = {
     *("threads", "state", "checkpoint", "checkpoint_every", "checkpoints_kept"),
     *("log", "tensorboard", "plot", "wait_for_experts_s", "min_experts"),
-    *("name", "announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
+    *("announce_every_s", "metrics_host", "metrics_port", "deny", "denylist"),
     *("average_host", "average_port", "p2pd", "start_from"),
 }
 """Settings of this machine. They don't affect what is learned, so checkpoints leave them out."""

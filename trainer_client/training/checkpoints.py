@@ -45,7 +45,7 @@ from trainer_client.training.loop import Training
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_EXPECTED = ("steps", "validate_every")
+_EXPECTED = ("steps", "validate_every", "name")
 """Settings that may change on resume without a warning: changing them is how a run is continued."""
 _FIXED = ("tokenizer", "vocabulary", "memory_chunk", "memory_layers", "objective")
 """Settings that can't change on resume, because the model would be a different one."""

@@ -75,7 +75,21 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     state, checkpoint, log = tmp_path / "state", tmp_path / "mine", tmp_path / "log.jsonl"
     kept = ("--checkpoint", checkpoint, "--log", log)
     first = talkoot(
-        *train(founder, state, "--data", text, "--tokenizer", "bpe", "--vocabulary", 300, "--steps", 3, *kept)
+        *train(
+            founder,
+            state,
+            "--data",
+            text,
+            "--tokenizer",
+            "bpe",
+            "--vocabulary",
+            300,
+            "--name",
+            "Carla",
+            "--steps",
+            3,
+            *kept,
+        )
     )
     assert first.status == 0, first.err
     assert f"checkpoint of step 3 in {checkpoint}" in caplog.text
@@ -88,6 +102,8 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     assert again.status == 0, again.err
     assert "resuming after step 3" in caplog.text
     assert "resuming with other settings" not in caplog.text
+    swarm_id = Invite.parse(founder.invite).keys.swarm_id
+    assert load_checkpoint(checkpoint, swarm_id).header.settings["name"] == "Carla"
     summary = json.loads(result.read_text())
     assert (summary["steps"], summary["resumed_at"], summary["checkpoint"]) == (5, 3, str(checkpoint))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
