@@ -373,7 +373,7 @@ class Checkpoints:
             self.failed.inc(len(failures))
             uid, reason = failures[0]
             logger.warning(
-                "could not save %s, such as %s: %s; their earlier checkpoints stay",
+                "could not save %s, such as %s: %s; earlier checkpoints of them, if any, stay",
                 counted(len(failures), "expert"),
                 uid,
                 reason.strerror if isinstance(reason, OSError) and reason.strerror else reason,
@@ -394,7 +394,9 @@ class Checkpoints:
                 await self.save_changed(experts)
         except TimeoutError:
             left = sum(map(self._is_changed, experts))
-            logger.warning("no time to save %s; their earlier checkpoints stay", counted(left, "expert"))
+            logger.warning(
+                "no time to save %s; earlier checkpoints of them, if any, stay", counted(left, "expert")
+            )
 
     def note_replaced(self, uid: UID) -> None:
         """Records that the expert's state was replaced and must be saved, even if its update count is the same."""

@@ -14,7 +14,7 @@ import platformdirs
 
 from dht.invites import Invite
 from dht.manifest import Manifest
-from peer.errors import SettingsError
+from peer.errors import CheckpointError, SettingsError
 from peer.formatting import counted
 from peer.metrics import total
 from talkoot.signals import StopSignals
@@ -93,6 +93,10 @@ def run_train(
             terminal.line(text)
     if json_file is not None:
         write_json(json_file, values)
+    if local is None and values["steps"] and values["checkpoint"] is None:
+        raise CheckpointError(
+            "nothing of this run is saved: if the disk is full, make room, or pass another --checkpoint or --state"
+        )
     if signals.received is not None:
         raise signals.received
 

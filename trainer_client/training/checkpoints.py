@@ -132,15 +132,18 @@ class CheckpointWriter:
             )
 
     def save(self, header: Header, tensors: dict[str, Tensor]) -> bool:
-        """Returns True once it is safely on disk. A failure is logged, and earlier checkpoints stay."""
+        """Returns True once it is safely on disk. A failure is logged, and an earlier checkpoint stays."""
         try:
             self._files.write(header.step, encode_checkpoint(header, tensors))
         except OSError as error:
             logger.warning(
-                "could not save step %d in %s: %s; earlier checkpoints stay",
+                "could not save step %d in %s: %s; %s",
                 header.step,
                 self.folder,
                 error.strerror or error,
+                f"the checkpoint of step {numbers[0]} stays"
+                if (numbers := self._files.numbers())
+                else "nothing of this run is saved yet",
             )
             return False
         return True
@@ -298,6 +301,7 @@ class CheckpointSaver:
         self.folder: Path = start.writer.folder
         self.saved_step: int = training.step
         """The step of the run's newest checkpoint; before the first one, the step at which the run began."""
+        self._tried_step = training.step
         self._start = start
         self._training = training
         self._manifest_sha256 = manifest_sha256(manifest)
@@ -310,11 +314,12 @@ class CheckpointSaver:
             self.save()
 
     def save(self) -> None:
-        """Saves the last complete step, unless that is already saved. A failure is logged."""
+        """Saves the last complete step, unless that was already tried. A failure is logged."""
         step = self._training.step
-        tensors = self._training.export_state() if step > self.saved_step else None
+        tensors = self._training.export_state() if step > self._tried_step else None
         if tensors is None:
             return
+        self._tried_step = step
         start = self._start
         header = Header(
             swarm_id=start.swarm_id,

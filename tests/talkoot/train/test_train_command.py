@@ -363,9 +363,13 @@ def test_a_run_that_could_save_nothing_names_no_checkpoint(
 
     monkeypatch.setattr(checkpoints, "write_atomically", full)
     result = tmp_path / "result.json"
-    ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 2, "--json", result))
-    assert ended.status == 0, ended.err
-    assert "could not save step 2" in caplog.text
+    options = ("--data", text, "--steps", 2, "--checkpoint-every", 1, "--json", result)
+    ended = talkoot(*train(founder, tmp_path / "state", *options))
+    assert "trained 2 steps" in ended.out
+    assert ended.status == 2
+    assert "error: nothing of this run is saved: if the disk is full" in ended.err
+    (told,) = [line for line in caplog.messages if "could not save step 2" in line]
+    assert told.endswith("No space left on device; nothing of this run is saved yet")
     assert json.loads(result.read_text())["checkpoint"] is None
 
 
