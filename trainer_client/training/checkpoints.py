@@ -30,6 +30,7 @@ from peer.checkpoints import (
 )
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.files import StateFolder
+from peer.formatting import counted
 from trainer_client.averaging.dense_part import require_bounded, shared_buffers
 from trainer_client.data.corpus import Corpus, encode_corpus, require_length
 from trainer_client.data.questions import Question, digest_of, read_questions
@@ -202,14 +203,33 @@ def new_run_folder(runs: Path) -> Path:
 
 
 def newest_run_folder(runs: Path) -> Path:
-    """The run that saved last. Raises CheckpointError if there is none."""
-    newest = max(runs.glob("*/*.safetensors"), key=_written_at, default=None)
-    if newest is None:
+    """The run that saved last. The log names it, and an older run that has taken more steps. Raises CheckpointError if
+    there is none.
+    """
+    steps = _steps_of_runs(runs)
+    if not steps:
         raise CheckpointError(
             f"no checkpoint of this swarm in {runs}: train first (`talkoot train` without --resume), or pass "
             "the --checkpoint DIR or --state DIR of a run"
         )
-    return newest.parent
+    newest, *older = steps
+    longest = max(older, key=lambda folder: steps[folder], default=newest)
+    hint = (
+        f"; an older one has {counted(steps[longest], 'step', ',')}: --checkpoint {longest} uses that"
+        if steps[longest] > steps[newest]
+        else ""
+    )
+    logger.info("using the newest run %s, of %s%s", newest.name, counted(steps[newest], "step", ","), hint)
+    return newest
+
+
+def _steps_of_runs(runs: Path) -> dict[Path, int]:
+    """The steps that each run has saved, the run that saved last first."""
+    steps = dict[Path, int]()
+    for path in sorted(runs.glob("*/*.safetensors"), key=_written_at, reverse=True):
+        if path.stem.isdecimal():
+            steps[path.parent] = max(steps.get(path.parent, 0), int(path.stem))
+    return steps
 
 
 def _written_at(path: Path) -> float:
@@ -256,6 +276,13 @@ def prepare_run(
         folder = checkpoint_folder(settings.checkpoint, state, swarm_id, newest=resume)
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file: pass its folder instead")
+        if not resume and settings.checkpoint is None and (steps := _steps_of_runs(folder.parent)):
+            newest = next(iter(steps))
+            logger.info(
+                "starting a new run; --resume would continue run %s, of %s",
+                newest.name,
+                counted(steps[newest], "step", ","),
+            )
         checkpoint = load_checkpoint(folder, swarm_id) if resume else None
         if checkpoint is not None:
             settings = _resumed(settings, checkpoint.header)

@@ -143,10 +143,15 @@ def test_a_trainer_has_the_settings_that_go_with_the_swarms_preset(founder: Foun
     assert settings.items() >= PRESETS["transformer"].items()
 
 
-def test_the_newest_run_is_taken_by_default(founder: Founder, trained: Path, text: Path) -> None:
+def test_the_newest_run_is_taken_by_default(
+    founder: Founder, trained: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ended = talkoot("evaluate", text, "--join", founder.invite, "--state", trained)
     assert ended.status == 0, ended.err
     assert "perplexity" in ended.out
+    assert "using the newest run" in caplog.text
+    assert talkoot(*train(founder, trained, "--data", text, "--steps", 1)).status == 0
+    assert "starting a new run; --resume would continue run" in caplog.text
 
 
 def test_a_model_that_learned_to_read_no_memory_is_given_none(founder: Founder, trained: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,23 @@ def test_a_run_whose_checkpoint_is_removed_while_runs_are_compared_is_passed_ove
 
     monkeypatch.setattr(Path, "stat", removed_meanwhile)
     assert newest_run_folder(tmp_path) == tmp_path / "old"
+
+
+def test_the_run_in_use_is_named_and_an_older_one_that_has_taken_more_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    write(tmp_path / "good", 1000, 1230)
+    assert newest_run_folder(tmp_path) == tmp_path / "good"
+    assert caplog.messages[-1] == "using the newest run good, of 1,230 steps"
+    write(tmp_path / "short", 2)
+    later = time.time() + 60
+    os.utime(tmp_path / "short" / "2.safetensors", (later, later))
+    assert newest_run_folder(tmp_path) == tmp_path / "short"
+    assert caplog.messages[-1] == (
+        f"using the newest run short, of 2 steps; an older one has 1,230 steps: --checkpoint {tmp_path / 'good'} uses "
+        "that"
+    )
 
 
 def test_without_any_run_the_way_on_is_said(tmp_path: Path) -> None:
