@@ -108,9 +108,13 @@ def swarm(seen: DashboardState) -> Json:
         },
         "layers": [{"layer": layer["layer"], "grid": layer["grid"]} for layer in layers],
         "join": {
-            "node": f"talkoot node --join {seen.invite}",
-            "train": f"talkoot train --join {seen.invite}",
-            "search": f'talkoot search --join {seen.invite} "question"' if listed else None,
+            # in a swarm that admits by token, this invite only lets people look
+            key: None if figures.get("has_votes") else command
+            for key, command in (
+                ("node", f"talkoot node --join {seen.invite}"),
+                ("train", f"talkoot train --join {seen.invite}"),
+                ("search", f'talkoot search --join {seen.invite} "question"' if listed else None),
+            )
         },
         "refresh_s": seen.refresh_s,
         "announce_s": figures.get("announce_s") or 10.0,

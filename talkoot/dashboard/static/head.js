@@ -29,9 +29,12 @@ export function showSwarm(swarm) {
   showState(swarm.state, swarm.name);
   showTiles(swarm);
   showMemories(swarm.memories);
-  for (const box of document.querySelectorAll("[data-command]"))
-    showCommand(box, swarm.join[box.dataset.command] ?? "");
-  document.querySelector(".searching").hidden = !swarm.join.search;
+  for (const box of document.querySelectorAll("[data-command]")) {
+    const command = swarm.join[box.dataset.command];
+    showCommand(box, command ?? "");
+    box.parentElement.hidden = !command;
+  }
+  byId("by-invite").hidden = Boolean(swarm.join.node);
   setText(
     byId("versions"),
     `Talkoot ${swarm.software_version}, protocol ${swarm.protocol_version}, swarm ${swarm.swarm_id}`,

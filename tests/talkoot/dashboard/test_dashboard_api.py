@@ -146,6 +146,12 @@ def test_it_says_how_to_search_where_a_memory_is_published() -> None:
     assert shown["join"]["search"] == f'talkoot search --join {INVITE} "question"'
 
 
+def test_where_the_founder_invites_each_person_no_command_is_shown() -> None:
+    by_token = manifest((2, 2)).model_copy(update={"admission": AdmissionSpec(mode="token")})
+    shown = api.swarm(state_of(healthy(swarm=by_token, memories=[memory(replicas=(2,))])))
+    assert shown["join"] == {"node": None, "train": None, "search": None}
+
+
 def test_a_memory_that_was_surveyed_in_part_is_no_reason_to_warn() -> None:
     part = replace(memory(replicas=(1,), shards=5000), is_whole=False)
     assert api.health(state_of(healthy(memories=[part]))) == {"level": "ok", "words": "healthy"}

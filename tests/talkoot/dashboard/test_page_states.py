@@ -9,6 +9,7 @@ from browser import Visit, chromium, needs_chromium, served, visit
 from playwright.sync_api import Browser, Route
 from simulated_readings import NOW, Asked, manifest, memory, node, peer, picture_of, replica, trainer
 
+from dht.manifest import AdmissionSpec
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import HostChecks
 
@@ -50,6 +51,16 @@ def test_manifest_that_expires_soon_is_told(browser: Browser, tmp_path: Path) ->
         seen.page.locator("#banner").wait_for()
         assert seen.text("#banner-words") == "Nobody can join this swarm in 3.0 days."
         assert seen.page.locator("#banner-retry").is_hidden()
+    asked.history.close()
+
+
+def test_where_the_founder_invites_each_person_the_page_says_so(browser: Browser, tmp_path: Path) -> None:
+    by_token = manifest().model_copy(update={"admission": AdmissionSpec(mode="token")})
+    asked = Asked(tmp_path, picture_of([node(1)], swarm=by_token, memories=[memory()]))
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.page.locator("#by-invite").wait_for()
+        assert "talkoot" not in seen.text("#join")
+        assert seen.page.locator("#join button:visible").count() == 0
     asked.history.close()
 
 
