@@ -17,9 +17,9 @@ import base58
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dht.admission import MAX_REVOKED, Role
+from dht.admission import MAX_REVOKED, Role, read_grant
 from dht.records import SwarmKeys, parse_peer_id
-from peer.errors import InviteError, SettingsError, StartError, UserError, WireError
+from peer.errors import InviteError, RecordError, SettingsError, StartError, UserError, WireError
 from peer.files import write_atomically
 from peer.platform.files import open_plainly, wait_for_lock
 from peer.transport.addresses import Multiaddress, known
@@ -51,6 +51,14 @@ class Invite:
     """Addresses, which are all tried at the same time."""
     token: bytes = field(default=b"", repr=False)
     """A serialized Token, which is a secret: in a swarm that admits by token, it admits its holder. May be empty."""
+
+    @property
+    def role(self) -> Role | None:
+        """The role that the token names; None: there is no token, or it can't be read."""
+        try:
+            return read_grant(admission_pb2.Token.FromString(self.token).grant).role
+        except (DecodeError, RecordError):
+            return None
 
     def __str__(self) -> str:
         message = records_pb2.InviteMessage(

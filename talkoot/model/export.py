@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
-from dht.admission import EXPORT
+from dht.admission import EXPORT, Role
 from dht.invites import invite_of
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -78,7 +78,13 @@ def run_export(
     given, checkpoint = settings, None
     if plan.resume or settings.checkpoint is not None:
         swarm_id = invite.keys.swarm_id
-        path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
+        path = checkpoint_folder(
+            settings.checkpoint,
+            trainer_state(settings),
+            swarm_id,
+            newest=True,
+            can_train=invite.role is not Role.READER,
+        )
         checkpoint = load_checkpoint(path, swarm_id)
         settings = settings.resumed(checkpoint.header.settings)
     with tempfile.TemporaryDirectory(prefix="talkoot-export-") as name:

@@ -75,7 +75,10 @@ def run_import(terminal: Terminal, plan: ImportPlan) -> None:
     terminal.line(f"{values['experts']} experts and the dense part are ready for the swarm {values['name']}.")
     terminal.line("Found it, with a node that has room for all of them:")
     terminal.line(f"  talkoot node --new {plan.manifest_file}{state}")
-    terminal.line("Then train on, with the invite that the node shows:")
+    if values["admission"] == "token":
+        terminal.line(f"Then train on, with an invite that `talkoot invite --role trainer{state}` makes:")
+    else:
+        terminal.line("Then train on, with the invite that the node shows:")
     terminal.line(f"  talkoot train --join INVITE --resume --data YOUR-TEXT{trainers_state}")
 
 
@@ -116,6 +119,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
             raise StartError(f"can't write {error.filename or node}: {error.strerror or error}") from error
     return {
         "name": manifest.name,
+        "admission": manifest.admission.mode,
         "experts": manifest.experts_total,
         "manifest": str(plan.manifest_file),
         "node_state": str(node),

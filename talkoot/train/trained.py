@@ -15,6 +15,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from dht.admission import Role
 from dht.invites import invite_of
 from peer.errors import LibraryError, SettingsError, UnreachableError
 from peer.metrics import total
@@ -95,7 +96,13 @@ def joined_run(
     """
     invite = invite_of(join)
     swarm_id = invite.keys.swarm_id
-    path = checkpoint_folder(settings.checkpoint, trainer_state(settings), swarm_id, newest=True)
+    path = checkpoint_folder(
+            settings.checkpoint,
+            trainer_state(settings),
+            swarm_id,
+            newest=True,
+            can_train=invite.role is not Role.READER,
+        )
     checkpoint = load_checkpoint(path, swarm_id)
     settings = settings.resumed(checkpoint.header.settings)
     if settings.memory is not None and checkpoint.header.settings.get("memory") is None:

@@ -202,16 +202,19 @@ def new_run_folder(runs: Path) -> Path:
     return runs / time.strftime("%Y%m%d-%H%M%S")
 
 
-def newest_run_folder(runs: Path) -> Path:
+def newest_run_folder(runs: Path, can_train: bool = True) -> Path:
     """The run that saved last. The log names it, and an older run that has taken more steps. Raises CheckpointError if
-    there is none.
+    there is none. `can_train`: whether the user's invite allows it.
     """
     steps = _steps_of_runs(runs)
     if not steps:
-        raise CheckpointError(
-            f"no checkpoint of this swarm in {runs}: train first (`talkoot train` without --resume), or pass "
-            "the --checkpoint DIR or --state DIR of a run"
+        remedy = (
+            "train first (`talkoot train` without --resume), or pass the --checkpoint DIR or --state DIR of a run"
+            if can_train
+            else "your invite is for a reader, who can't train, so ask a trainer for a copy of a run's folder and pass "
+            "it as --checkpoint DIR"
         )
+        raise CheckpointError(f"no checkpoint of this swarm in {runs}: {remedy}")
     newest, *older = steps
     longest = max(older, key=lambda folder: steps[folder], default=newest)
     hint = (
@@ -307,15 +310,18 @@ def prepare_run(
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus, questions)
 
 
-def checkpoint_folder(given: Path | None, state: Path, swarm_id: str, *, newest: bool) -> Path:
+def checkpoint_folder(
+    given: Path | None, state: Path, swarm_id: str, *, newest: bool, can_train: bool = True
+) -> Path:
     """The folder of `--checkpoint` if it is given, else that of the newest run in the state folder, or of a new run.
 
-    Raises CheckpointError if the newest run is wanted and there is none.
+    Raises CheckpointError if the newest run is wanted and there is none. `can_train`: whether the user's invite allows
+    it.
     """
     if given is not None:
         return given
     runs = state / "runs" / swarm_id
-    return newest_run_folder(runs) if newest else new_run_folder(runs)
+    return newest_run_folder(runs, can_train) if newest else new_run_folder(runs)
 
 
 class CheckpointSaver:

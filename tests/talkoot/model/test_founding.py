@@ -92,6 +92,17 @@ def test_loss_after_an_import_is_that_of_the_folder(name: str, tmp_path: Path) -
     assert Manifest.from_toml(tmp_path / "swarm.toml") == MODELS[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("token", "talkoot invite --role trainer --state"), ("ffn", "the invite that the node shows")]
+)
+def test_the_invite_that_it_names_lets_people_train(name: str, said: str, tmp_path: Path) -> None:
+    folder = RandomModel(MODELS[name]).write(tmp_path / "model")
+    out = ("-o", str(tmp_path / "swarm.toml"), "--state", str(tmp_path / "n"))
+    made = run_here("import", str(folder), *out, "--trainer-state", str(tmp_path / "t"))
+    assert made.returncode == 0, made.stderr
+    assert said in " ".join(made.stdout.split())
+
+
 def test_progress_takes_at_most_ten_lines_of_a_log(tmp_path: Path) -> None:
     manifest = make_manifest((4, 4), k=2, layers=2, hidden=16, width=8, feed_forward=16)
     folder = RandomModel(manifest).write(tmp_path / "model")

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import run_here
+from commands import assert_one_clear_line, run_here
 
 from dht.admission import Mode, Role, SwarmAdmission, read_grant
 from dht.invites import Invite
@@ -48,6 +48,19 @@ def test_an_invite_is_made_listed_and_revoked(tmp_path: Path) -> None:
     (listed,) = json.loads(run_here("invite", "--list", "--json", *state).stdout)["invites"]
     assert listed["revoked"] is True
     assert invite.token.hex() not in (tmp_path / "invites.json").read_bytes().hex()
+
+
+@pytest.mark.parametrize(
+    ("role", "said"), [("reader", "a reader, who can't train, so ask a trainer"), ("trainer", "train first")]
+)
+def test_without_a_checkpoint_the_remedy_is_one_that_the_invite_allows(
+    role: str, said: str, tmp_path: Path
+) -> None:
+    founded(tmp_path)
+    made = run_here("invite", "--role", role, "--json", "--state", str(tmp_path))
+    invite = json.loads(made.stdout)["invite"]
+    ended = run_here("generate", "--join", invite, "--prompt", "x", "--state", str(tmp_path / "reader"))
+    assert_one_clear_line(ended, "no checkpoint of this swarm", said, "--checkpoint DIR", "[T113]")
 
 
 def test_a_list_of_no_invites_says_so(tmp_path: Path) -> None:
