@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dht.manifest import Manifest, ModelSpec
 from dht.uid import UID
 from peer.choices import Activation, Norm
-from peer.errors import SwarmError
+from peer.errors import InstallationError, SettingsError
 from peer.layers import TransformerLayer, make_feed_forward, make_norm, seeded
 
 ENTRY_POINT_GROUP = "talkoot.expert_kinds"
@@ -71,18 +71,20 @@ OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
 
 
 def require_kind(manifest: Manifest) -> None:
-    """Raises SwarmError if no installed package has the manifest's kind of experts, or can build it for all layers."""
+    """Raises InstallationError if no installed package has the manifest's kind of experts, and SettingsError if the
+    package can't build it for all layers.
+    """
     kind = manifest.experts.kind
     builder_of(kind)
     if manifest.model.encoder_layers and kind not in OWN_KINDS:
-        raise SwarmError(
+        raise SettingsError(
             f"an encoder's experts must be of kind {' or '.join(OWN_KINDS)}, but this swarm's are of kind {kind!r}, "
             "which works only in causal layers: start a swarm without `causal` in its manifest"
         )
 
 
 def builder_of(kind: str) -> BlockBuilder:
-    """The builder of a kind's blocks. Raises SwarmError if no installed package has that kind."""
+    """The builder of a kind's blocks. Raises InstallationError if no installed package has that kind."""
     return OWN_KINDS.get(kind) or _others_builder(kind)
 
 
@@ -91,7 +93,7 @@ def _others_builder(kind: str) -> BlockBuilder:
     found = entry_points(group=ENTRY_POINT_GROUP)
     if kind not in found.names:
         known = sorted({*OWN_KINDS, *found.names})
-        raise SwarmError(
+        raise InstallationError(
             f"this swarm's experts are of kind {kind!r}, which is not installed here (installed: {', '.join(known)}): "
             "install the package that its founder names"
         )

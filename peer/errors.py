@@ -16,7 +16,9 @@ TalkootError
 │   ├── InstallationError       T112  something that Talkoot needs is missing or broken
 │   ├── CheckpointError         T113  a trainer's checkpoint that is missing, broken or of another swarm
 │   ├── ModelError              T114  a model folder that is missing, broken or of another version
-│   └── LibraryError            T115  a memory that is missing or broken, or that may not be published
+│   ├── LibraryError            T115  a memory that is missing or broken, or that may not be published
+│   ├── UnavailableError        T118  nobody in the swarm now gives what is needed: experts, or the dense part
+│   └── ControlError            T119  no node runs with the state folder, or it does not do what it was told
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or another peer's
 ├── AddressError                an endpoint or a multiaddress that is malformed, or of a kind that is not known
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
@@ -145,6 +147,18 @@ class LibraryError(UserError):
     """A memory that is missing or broken, or that may not be published."""
 
     code = "T115"
+
+
+class UnavailableError(UserError):
+    """Nobody in the swarm now gives what is needed: experts, or the dense part of a model."""
+
+    code = "T118"
+
+
+class ControlError(UserError):
+    """No node of this machine runs with the state folder, or it does not do what it was told."""
+
+    code = "T119"
 
 
 class RecordError(TalkootError):

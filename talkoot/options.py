@@ -91,8 +91,12 @@ _FIRST_COLUMN = 26
 """The width of the options column in the help. The text of a wider option begins on the next line."""
 
 
-class _WrongValue(typer.BadParameter):
-    """An option's value that pydantic refused, reported in one line like other user errors."""
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""The base of all errors about a command line. typer exports only this one of its subclasses."""
+
+
+class _WrongCommandLine(typer.BadParameter):
+    """A command line that can't be understood, reported in one line like other user errors."""
 
     def show(self, file: Any = None) -> None:
         print(_error_line(SettingsError(self.message)), file=file or sys.stderr)
@@ -104,15 +108,16 @@ class PlainCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except typer.BadParameter as error:
+        except _UsageError as error:
             from pydantic import ValidationError
 
             from peer.settings import describe_problems
 
-            if not isinstance(error.__cause__, ValidationError) or error.param is None:
-                raise
-            flag = (error.param.opts or [error.param.name])[0]
-            raise _WrongValue(describe_problems(flag, error.__cause__.errors())) from error
+            param = getattr(error, "param", None)
+            if not isinstance(error.__cause__, ValidationError) or param is None:
+                raise _in_one_line(error, ctx) from error
+            flag = (param.opts or [param.name])[0]
+            raise _WrongCommandLine(describe_problems(flag, error.__cause__.errors())) from error
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [re.sub(r"[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
@@ -131,6 +136,10 @@ class PlainCommand(TyperCommand):
             if rows := [record for name, record in records.items() if (name in arguments) is wanted]:
                 with formatter.section(heading):
                     formatter.write_dl(rows, col_max=_FIRST_COLUMN)
+
+
+def _in_one_line(error: Any, ctx: Any) -> _WrongCommandLine:
+    return _WrongCommandLine(f"{error.format_message().rstrip('.')}; see `{ctx.command_path} --help`")
 
 
 def _in_words(record: tuple[str, str]) -> tuple[str, str]:
@@ -155,6 +164,21 @@ class GroupedCommands(TyperGroup):
 
     sections: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Headings, each with the names of its commands; if empty, there is one heading."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_help = not args and self.no_args_is_help
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if is_help:
+                raise
+            raise _in_one_line(error, ctx) from error
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            raise _in_one_line(error, ctx) from error
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = max(len(name) for name in self.commands)

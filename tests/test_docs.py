@@ -13,6 +13,8 @@ from command_lines import require_parses
 
 from dht.manifest import Manifest
 from expert_server.settings import NodeSettings
+from peer import errors
+from peer.errors import UserError
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.serve.settings import ServeSettings
 from trainer_client.settings import Sampling, TrainerSettings
@@ -37,6 +39,18 @@ def commands(text: str) -> list[str]:
     lines = [line for line in blocks if line.startswith("talkoot ")]
     outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return lines + [" ".join(line.split()) for line in _IN_A_LINE.findall(outside)]
+
+
+def test_every_code_is_explained_and_no_other() -> None:
+    (listed,) = re.findall(r"TalkootError\n(.*)", errors.__doc__ or "", re.DOTALL)
+    known = {UserError.__name__: UserError.code} | {
+        name: kind.code
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, UserError) and "code" in vars(kind)
+    }
+    assert dict(re.findall(r"(\w+Error) +(T\d+)", listed)) == known
+    explained = re.findall(r"^### (T\d+)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert explained == sorted(known.values())
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

@@ -27,7 +27,7 @@ from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
 from peer import clock
 from peer.codec import codec_of
-from peer.errors import RecordError, StateFolderError, SwarmError, UnreachableError
+from peer.errors import RecordError, StateFolderError, UnavailableError, UnreachableError
 from peer.files import StateFolder
 from peer.formatting import in_brief
 from peer.host import NetworkConfig
@@ -260,7 +260,8 @@ class SwarmClient:
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
         """Waits until `share` of all experts are live, for at most `limit_s` seconds; after that, one is enough.
 
-        Raises SwarmError if none is live then, and InviteError once this trainer's token is revoked or has expired.
+        Raises UnavailableError if none is live then, and InviteError once this trainer's token is revoked or has
+        expired.
         """
         deadline = time.monotonic() + limit_s
         total = self.manifest.experts_total
@@ -273,7 +274,7 @@ class SwarmClient:
                         "starting with %d of %d experts: after %.0f s, no more are live", live, total, limit_s
                     )
                     return
-                raise SwarmError(
+                raise UnavailableError(
                     f"no expert of this swarm answered in {limit_s:.0f} s: is a node running? "
                     "`talkoot status` shows who is there"
                 )
@@ -317,15 +318,15 @@ class SwarmClient:
 
     def has_experts(self, limit_s: float | None = None, warns: Callable[[], None] = lambda: None) -> bool:
         """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
-        `limit_s`: the longest wait; None: that of the settings. `warns` is called before it warns. Raises SwarmError if
-        none is announced in time, or if those announced never answered.
+        `limit_s`: the longest wait; None: that of the settings. `warns` is called before it warns. Raises
+        UnavailableError if none is announced in time, or if those announced never answered.
         """
         if self.dispatcher.live_experts():
             self._waits = 0
             return True
         if self._waits >= _MOST_WAITS:  # several threads may be waiting
             self._waits = 0
-            raise SwarmError(
+            raise UnavailableError(
                 f"experts are announced, but {_MOST_WAITS} times in a row none of them answered: "
                 "`talkoot status` shows who announces them; wait for other nodes, or host the experts yourself"
             )

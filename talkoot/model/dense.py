@@ -11,7 +11,7 @@ from dht.admission import EXPORT
 from dht.announcements import TrainerInfo
 from dht.manifest import Manifest
 from dht.swarm import Swarm
-from peer.errors import SettingsError, SwarmError
+from peer.errors import SettingsError, UnavailableError
 from peer.formatting import counted
 from peer.medoid import COMPARED
 from talkoot.model.folder import FolderRouting, dense_forms
@@ -78,15 +78,16 @@ def dense_of_trainers(
 ) -> ExportedDense:
     """Takes the dense part of a live trainer with this tokenizer, as a joining trainer does: the medoid of up to three.
 
-    `given`: the settings before the swarm's preset completed them. Raises SwarmError, which says what else can be done.
+    `given`: the settings before the swarm's preset completed them. Raises UnavailableError, which says what else
+    can be done.
     """
     swarm = client.swarm
     trainers = client.run(_trainers(swarm))
     if not trainers:
-        raise SwarmError(f"no running trainer could give the dense part: {_ELSE}")
+        raise UnavailableError(f"no running trainer could give the dense part: {_ELSE}")
     routing = _trained_routing(given, client, tokenizer, trainers)
     if routing is None:
-        raise SwarmError(
+        raise UnavailableError(
             f"{counted(len(trainers), 'trainer')} could give a dense part, but not of this model: pass --tokenizer "
             "FILE with the tokenizer that they use (`bytes` is the default), and --router if it is not detected; or "
             f"{_ELSE}"
@@ -95,7 +96,7 @@ def dense_of_trainers(
     form = DenseForm.of(model, swarm.keys.swarm_id, tokenizer.to_json(), routing.name)
     age = client.run(_take(swarm, model, form))
     if age is None:
-        raise SwarmError(
+        raise UnavailableError(
             f"none of the swarm's trainers sent its dense part: try again in a minute, or {_ELSE}"
         )
     same = [trainer for trainer in trainers if trainer.dense_fingerprint == form.fingerprint]

@@ -16,7 +16,7 @@ from dht.admission import EXPORT, Role
 from dht.invites import invite_of
 from dht.swarm import Swarm
 from dht.uid import UID
-from peer.errors import ExpertError, InviteError, SettingsError, SwarmError
+from peer.errors import ExpertError, InviteError, SettingsError, UnavailableError
 from peer.formatting import bytes_in_words, counted
 from talkoot.model.card import CardFacts, ExpertSource, SourcesFile, model_card
 from talkoot.model.dense import ExportedDense, dense_of_run, dense_of_trainers
@@ -195,19 +195,19 @@ class _Export:
         )
 
     def _survey(self, stage: Callable[[str], None]) -> None:
-        """Reads who hosts what. Raises SwarmError if required experts are missing."""
+        """Reads who hosts what. Raises UnavailableError if required experts are missing."""
         deadline = time.monotonic() + self._wait_s
         while (missing := self._client.run(self._experts.survey())) and not self._plan.allow_missing:
             named = ", ".join(map(str, missing[:_NAMED])) + (", …" if len(missing) > _NAMED else "")
             what = f"{counted(len(missing), 'expert')} of {self._client.manifest.experts_total} ({named})"
             if time.monotonic() > deadline:
-                raise SwarmError(
+                raise UnavailableError(
                     f"no live node hosts {what}: wait until one does, or pass --allow-missing to mask them"
                 )
             stage(f"waiting for {what}, at most {self._wait_s:.0f} s")
             time.sleep(_LOOK_EVERY_S)
         if not self._experts.hosts:
-            raise SwarmError(
+            raise UnavailableError(
                 "no live node hosts an expert of this swarm: `talkoot status` shows who is there"
             )
         if missing:
@@ -267,7 +267,7 @@ class _Export:
         tick: Callable[[], None],
         advance: Callable[[], None],
     ) -> Iterator[tuple[UID, Mapping[str, Tensor]]]:
-        """Yields experts as they arrive, and adds each one's origin to `sources`. Raises SwarmError if a required
+        """Yields experts as they arrive, and adds each one's origin to `sources`. Raises UnavailableError if a required
         expert does not arrive.
         """
         for uid, taken in self._experts.each(self._client, uids, tick):
@@ -275,7 +275,7 @@ class _Export:
                 yield uid, taken.tensors
                 sources[uid] = self._source(taken)
             elif not self._plan.allow_missing:
-                raise SwarmError(
+                raise UnavailableError(
                     f"no host of expert {uid} sent usable parameters: run the same command again (complete layers are "
                     "kept), or pass --allow-missing"
                 )

@@ -17,7 +17,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expert_server.settings import NodeSettings
-from peer.errors import StartError, TalkootError, UnreachableError, UserError
+from peer.errors import ControlError, StartError, TalkootError, UserError
 from peer.loop import TaskSet
 from peer.platform.control import ControlListener, connect
 from peer.settings import describe_validation_error
@@ -200,16 +200,16 @@ class ControlClient:
     """A connection to a running node, for one request. A context manager; its calls block."""
 
     def __init__(self, state: Path) -> None:
-        """Raises UnreachableError if no node runs with this state folder."""
+        """Raises ControlError if no node runs with this state folder."""
         try:
             self._socket, self.pid = connect(state, _CLIENT_DEADLINE_S)
         except (FileNotFoundError, ConnectionRefusedError):
-            raise UnreachableError(
+            raise ControlError(
                 f"no node runs with the state folder {state}: start one with `talkoot node`, or pass the --state "
                 "that it was started with"
             ) from None
         except OSError as error:
-            raise UnreachableError(f"can't reach the node of {state}: {error.strerror}") from error
+            raise ControlError(f"can't reach the node of {state}: {error.strerror}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -226,13 +226,11 @@ class ControlClient:
             with self._socket.makefile("rb") as answers:
                 line = answers.readline(MAX_LINE_BYTES)
         except OSError as error:
-            raise UnreachableError(f"the node did not answer: {error}; `talkoot logs` may say why") from error
+            raise ControlError(f"the node did not answer: {error}; `talkoot logs` may say why") from error
         try:
             reply = ControlReply.model_validate_json(line)
         except ValidationError:
-            raise UnreachableError(
-                "the node's answer can't be understood: `talkoot logs` may say why"
-            ) from None
+            raise ControlError("the node's answer can't be understood: `talkoot logs` may say why") from None
         if reply.status is None:
             raise UserError(f"the node says: {reply.error}")
         return reply.status
@@ -249,7 +247,7 @@ def is_running(state: Path) -> bool:
     """Whether a node runs with this state folder."""
     try:
         ControlClient(state).__exit__()
-    except UnreachableError:
+    except ControlError:
         return False
     return True
 

@@ -8,7 +8,7 @@ from typing import IO
 
 import psutil
 
-from peer.errors import DataError, SettingsError, UnreachableError, UserError
+from peer.errors import ControlError, DataError, SettingsError, UserError
 from peer.formatting import counted
 from peer.platform.processes import how_to_kill
 from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, ControlClient, ControlStatus, node_folder
@@ -168,7 +168,7 @@ def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower)
     with terminal.stages("leaving the swarm") as stage:
         while _runs(process):
             if time.monotonic() > deadline:
-                raise UnreachableError(
+                raise ControlError(
                     f"process {process.pid} is still running after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs` shows what "
                     f"it is doing; `{how_to_kill(process.pid)}` kills it, and loses what it has not saved"
                 )

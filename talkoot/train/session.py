@@ -303,8 +303,8 @@ class _Run:
         return {"averagings": self.averagings, "averaged": [asdict(merge) for merge in merges]}
 
     def _pause_without_experts(self) -> None:
-        """Waits while no expert is live, because otherwise only the dense part would learn. Raises SwarmError if none
-        returns in time.
+        """Waits while no expert is live, because otherwise only the dense part would learn. Raises UnavailableError if
+        none returns in time.
         """
         client, limit_s = self._client, self._settings.wait_for_experts_s
         if client.dispatcher.live_experts() or self._stop.is_set():

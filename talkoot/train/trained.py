@@ -97,12 +97,12 @@ def joined_run(
     invite = invite_of(join)
     swarm_id = invite.keys.swarm_id
     path = checkpoint_folder(
-            settings.checkpoint,
-            trainer_state(settings),
-            swarm_id,
-            newest=True,
-            can_train=invite.role is not Role.READER,
-        )
+        settings.checkpoint,
+        trainer_state(settings),
+        swarm_id,
+        newest=True,
+        can_train=invite.role is not Role.READER,
+    )
     checkpoint = load_checkpoint(path, swarm_id)
     settings = settings.resumed(checkpoint.header.settings)
     if settings.memory is not None and checkpoint.header.settings.get("memory") is None:

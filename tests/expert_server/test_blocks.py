@@ -12,7 +12,7 @@ from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
 from expert_server.blocks import build_block, builder_of, require_kind
 from peer.choices import Activation, Norm
-from peer.errors import SwarmError
+from peer.errors import InstallationError, SettingsError
 from peer.layers import TransformerLayer
 
 
@@ -96,11 +96,13 @@ def test_a_kind_comes_from_an_installed_package(tmp_path: Path, monkeypatch: pyt
     experts = ExpertSpec(kind="doubling")
     require_kind(Manifest(name="sauna", experts=experts))
     encoder = ModelSpec(causal=(False, True))
-    with pytest.raises(SwarmError, match=r"kind 'doubling', which works only in causal layers"):
+    with pytest.raises(SettingsError, match=r"kind 'doubling', which works only in causal layers"):
         require_kind(Manifest(name="sauna", experts=experts, model=encoder))
     require_kind(Manifest(name="sauna", model=encoder))
 
 
 def test_a_kind_that_is_not_installed_is_named() -> None:
-    with pytest.raises(SwarmError, match=r"kind 'lstm', which is not installed here \(installed: ffn, "):
+    with pytest.raises(
+        InstallationError, match=r"kind 'lstm', which is not installed here \(installed: ffn, "
+    ):
         builder_of("lstm")

@@ -156,6 +156,20 @@ def test_a_mistake_is_told_before_torch_is_imported(arguments: tuple[str, ...]) 
     assert ended.stdout == "imported: []\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--jion", "x"], "No such option: --jion"),
+        (["train", "--steps"], "Option '--steps' requires an argument"),
+        (["nod"], "No such command 'nod'"),
+        (["--jion"], "No such option: --jion"),
+        (["memory", "nod"], "No such command 'nod'"),
+    ],
+)
+def test_a_mistyped_command_line_is_told_in_one_line_with_a_code(arguments: list[str], said: str) -> None:
+    assert_one_clear_line(run_here(*arguments), said, "--help` [T101]")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     ended = run_here(name, "--help")

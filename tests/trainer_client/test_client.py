@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from peer.errors import SwarmError
+from peer.errors import UnavailableError
 from trainer_client import client
 from trainer_client.client import SwarmClient
 
@@ -28,7 +28,7 @@ def test_experts_that_are_announced_and_never_answer_are_not_waited_for_without_
     made, waits = make_client([0] * 100)
     for _ in range(client._MOST_WAITS):
         assert not SwarmClient.has_experts(made)
-    with pytest.raises(SwarmError, match="8 times in a row none of them answered"):
+    with pytest.raises(UnavailableError, match="8 times in a row none of them answered"):
         SwarmClient.has_experts(made)
     assert waits == [60.0] * client._MOST_WAITS
     assert not SwarmClient.has_experts(made, 5.0)  # who asks again may wait again

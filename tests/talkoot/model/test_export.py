@@ -165,7 +165,7 @@ def test_without_a_run_a_live_trainer_gives_the_dense_part_whatever_it_routes_by
 
 def test_without_a_run_and_a_trainer_it_says_what_to_pass(founder: Founder, tmp_path: Path) -> None:
     ended = talkoot(*export(founder, tmp_path / "model"))
-    ended.is_one_clear_line("no running trainer", "--resume", "--checkpoint")
+    ended.is_one_clear_line("no running trainer", "--resume", "--checkpoint", "[T118]")
     assert not (tmp_path / "model").exists()
 
 

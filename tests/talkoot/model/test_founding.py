@@ -93,7 +93,8 @@ def test_loss_after_an_import_is_that_of_the_folder(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("token", "talkoot invite --role trainer --state"), ("ffn", "the invite that the node shows")]
+    ("name", "said"),
+    [("token", "talkoot invite --role trainer --state"), ("ffn", "the invite that the node shows")],
 )
 def test_the_invite_that_it_names_lets_people_train(name: str, said: str, tmp_path: Path) -> None:
     folder = RandomModel(MODELS[name]).write(tmp_path / "model")

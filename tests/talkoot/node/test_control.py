@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from expert_server.status import NodeState, NodeStatus
-from peer.errors import StartError, SwarmError, UnreachableError, UserError
+from peer.errors import ControlError, StartError, SwarmError, UserError
 from peer.loop import LoopThread
 from peer.platform.control import TOKEN_FILE
 from talkoot.node import control
@@ -168,7 +168,7 @@ def test_what_the_node_can_not_do_is_told(running: Running) -> None:
 
 def test_node_that_crashes_on_a_command_is_an_error_for_the_client_alone(running: Running) -> None:
     running.node.error = ZeroDivisionError()
-    with pytest.raises(UnreachableError, match="talkoot logs"):
+    with pytest.raises(ControlError, match="talkoot logs"):
         running.ask("pause")
     running.node.error = None
     assert running.ask("status").state == "paused"
@@ -313,16 +313,14 @@ def test_socket_is_gone_when_the_node_is(loop: LoopThread, tmp_path: Path) -> No
 @pytest.mark.parametrize("folder", ["empty", "missing"])
 def test_without_a_node_the_client_says_what_to_do(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        UnreachableError, match=f"no node runs with .*{folder}: start one with `talkoot node`"
-    ):
+    with pytest.raises(ControlError, match=f"no node runs with .*{folder}: start one with `talkoot node`"):
         ControlClient(tmp_path / folder)
 
 
 def test_socket_of_a_killed_node_is_replaced(loop: LoopThread, tmp_path: Path) -> None:
     with closing(socket.socket(socket.AF_UNIX)) as dead:
         dead.bind(str(tmp_path / "control.sock"))
-    with pytest.raises(UnreachableError, match="no node runs"):
+    with pytest.raises(ControlError, match="no node runs"):
         ControlClient(tmp_path)
     server = Running(loop, tmp_path)
     server.start()
@@ -366,7 +364,7 @@ def test_a_token_that_a_killed_node_left_leads_nobody_to_its_port(tmp_path: Path
     with socket.create_server(("127.0.0.1", 0)) as other:
         door = {"port": other.getsockname()[1], "pid": ended.pid, "token": "0" * 64}
         (tmp_path / TOKEN_FILE).write_text(json.dumps(door))
-        with pytest.raises(UnreachableError, match="no node runs"):
+        with pytest.raises(ControlError, match="no node runs"):
             ControlClient(tmp_path)
         other.settimeout(0)
         with pytest.raises(BlockingIOError):

@@ -11,7 +11,7 @@ import torch
 from served_model import LIMIT_S, small_model
 from torch import Tensor
 
-from peer.errors import SwarmError
+from peer.errors import UnavailableError
 from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream, Writing
 from talkoot.serve.model import ServedModel
 from trainer_client.decoding import Decoding, TextDecoder
@@ -174,7 +174,7 @@ def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (SwarmError("no expert of this swarm answered"), "no expert"),
+        (UnavailableError("no expert of this swarm answered"), "no expert"),
         (RuntimeError("what?"), "internal error"),
     ],
 )
@@ -229,7 +229,7 @@ def test_closing_does_not_wait_for_experts_and_what_breaks_then_is_no_news(
 
     def wait_in_vain() -> None:
         assert let_go.wait(LIMIT_S)
-        raise SwarmError("no expert of this swarm answered")
+        raise UnavailableError("no expert of this swarm answered")
 
     async def scenario(engine: Engine, decoder: CountedDecoder) -> None:
         decoder.before = wait_in_vain

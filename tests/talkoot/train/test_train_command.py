@@ -262,7 +262,7 @@ def test_when_all_experts_stay_away_training_ends_with_what_it_has(
         )
     finally:
         founder.resume()
-    ended.is_one_clear_line("no expert of this swarm answered in 0 s")
+    ended.is_one_clear_line("no expert of this swarm answered in 0 s", "[T118]")
     assert "training pauses until one answers, at most 0 s" in caplog.text
     assert "checkpoint of step 2 in" in caplog.text
     assert ": --resume continues from there" in caplog.text
