@@ -235,7 +235,11 @@ class TrainerSettings(RoleSettings):
         description="seconds to wait for more answers once every token has k_min",
     )
     k_min: int = Field(
-        default=2, ge=1, le=64, description="answers that each token must have before late ones are left out"
+        default=2,
+        ge=1,
+        le=64,
+        description="answers that each token must have before late ones are left out; if it goes to fewer experts, "
+        "all of theirs",
     )
     check_share: float = Field(
         default=0.01,

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import shutil
+import sys
 import tempfile
 import time
 from collections import deque
@@ -137,7 +139,9 @@ def summary(result: DemoResult) -> str:
             f"paused for more than {result.longest_stall_s:.1f} s,"
         )
         said.append(f"and live nodes serve {result.experts_alive_end} of {result.experts_total} experts.")
-    return "\n".join([*said, "Next: `talkoot` says how to join a swarm, and how to start one."])
+    # `make demo` runs it from an environment that is not on the PATH
+    program = "talkoot" if shutil.which("talkoot") else sys.argv[0]
+    return "\n".join([*said, f"Next: `{program}` says how to join a swarm, and how to start one."])
 
 
 class _Demo:

@@ -119,7 +119,8 @@ def model_card(facts: CardFacts) -> str:
         _experts(facts),
         _contributors(facts),
         _licence(manifest),
-        f"## Manifest\n\n```json\n{json.dumps(json.loads(manifest.to_json()), indent=2)}\n```\n",
+        # whole, because a reader would complete a shorter one with the preset's values
+        f"## Manifest\n\n```json\n{json.dumps(manifest.model_dump(mode='json'), indent=2)}\n```\n",
     ]
     return "\n".join(part for part in parts if part)
 

@@ -148,18 +148,19 @@ export async function showSparks() {
   await Promise.all(
     TILES.filter((tile) => tile.spark).map(async ({ id, spark }) => {
       const { series } = await get("history", { metric: spark, since, points: SPARK_POINTS });
-      drawSpark(byId(`tile-${id}`).querySelector(".spark"), series[0]?.points ?? []);
+      drawSpark(byId(`tile-${id}`).querySelector(".spark"), series[0]?.points ?? [], id !== "loss");
     }),
   );
 }
 
-function drawSpark(box, points) {
+function drawSpark(box, points, startsAtZero) {
   const known = points.filter(([, value]) => value !== null);
   if (!known.length) return box.replaceChildren();
   if (known.length === 1) known.push([known[0][0] + 1, known[0][1]]); // a level line
   const [width, height] = [120, 32];
   const values = known.map(([, value]) => value);
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const low = startsAtZero ? 0 : Math.min(...values);
+  const high = Math.max(...values);
   const [first, last] = [known[0][0], known.at(-1)[0]];
   const x = (t) => ((t - first) / (last - first || 1)) * width;
   const y = (value) => (high === low ? height / 2 : 2 + (1 - (value - low) / (high - low)) * (height - 4));

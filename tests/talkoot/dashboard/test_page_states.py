@@ -189,6 +189,18 @@ def test_a_chart_of_what_is_counted_has_whole_numbers_alone(browser: Browser, tm
     asked.history.close()
 
 
+def test_a_small_loss_of_experts_looks_small_in_its_tile(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    for age, live in ((600, 32), (8, 30)):
+        asked.history.add([Sample("live_experts", "live experts", live)], NOW - age)
+    with served(asked.app) as address, visit(browser, address) as seen:
+        line = seen.page.locator("#tile-experts .spark-line")
+        line.wait_for(state="attached")
+        *_, height = re.findall(r"[\d.]+", line.get_attribute("d") or "")
+        assert float(height) < 8  # of 32 from the top
+    asked.history.close()
+
+
 def test_a_chart_shows_no_old_speed_as_the_present_one(browser: Browser, tmp_path: Path) -> None:
     asked = Asked(tmp_path, HEALTHY)
     for age in (600, 615):

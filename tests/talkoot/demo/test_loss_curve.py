@@ -67,6 +67,14 @@ def test_the_summary_says_what_happened(killed: int) -> None:
     assert ("1 of 3 nodes was killed" in said) == bool(killed)
 
 
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_command_that_it_names_next_can_be_run(on_path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if on_path else None)
+    monkeypatch.setattr("sys.argv", [".venv/bin/talkoot", "demo"])
+    said = summary(DemoResult(180, 5.6, 1.8, 5.6, 1.7, 3, 0, 128, 128, 3501.4, 0.8, 72.0))
+    assert f"Next: `{'talkoot' if on_path else '.venv/bin/talkoot'}` says" in said
+
+
 def test_a_demo_on_a_busy_machine_fails_only_if_it_did_not_learn_or_lost_experts() -> None:
     judge(DemoResult(180, 5.6, 1.8, 5.6, 1.7, 3, 1, 128, 128, 35.4, 31.2, 337.0))
     with pytest.raises(UserError, match="the validation loss fell by 2%"):

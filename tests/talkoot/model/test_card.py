@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -95,6 +96,11 @@ def test_names_and_notes_are_text_whatever_they_look_like(text: str) -> None:
     assert card.split("\n---\n")[0] == model_card(FACTS).split("\n---\n")[0]
     assert "<script" not in card
     assert "[x](y)" not in card
+
+
+def test_the_manifest_is_whole() -> None:
+    *_, written = re.findall(r"```json\n(.*?)```", model_card(FACTS), re.DOTALL)
+    assert json.loads(written) == MANIFEST.model_dump(mode="json")
 
 
 def test_on_a_full_disk_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
