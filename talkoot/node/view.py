@@ -214,16 +214,16 @@ def _so_far(status: NodeStatus) -> str:
 
 
 def signed_in_words(status: NodeStatus) -> str:
-    """The work that trainers have signed for, and this node's share of all work done for them."""
-    work, trainers = status.signed.work, status.signed.trainers
-    if not trainers:
-        return "no trainer has signed for its work yet"
+    """The work that trainers and other callers have signed for, and this node's share of all work done for them."""
+    work, callers = status.signed.work, status.signed.trainers
+    if not callers:
+        return "nobody has signed for its work yet"
     words = counted(work.pairs, "row", ",")
     if work.queries:
         words += f" and {work.queries:,} {'query' if work.queries == 1 else 'queries'}"
     share = "" if status.signed_share is None else f", {status.signed_share:.0%} of all that they used"
-    have = "has" if trainers == 1 else "have"
-    return f"{counted(trainers, 'trainer', ',')} {have} signed for {words}{share}"
+    have = "has" if callers == 1 else "have"
+    return f"{counted(callers, 'caller', ',')} {have} signed for {words}{share}"
 
 
 def hours_in_words(hours: float) -> str:

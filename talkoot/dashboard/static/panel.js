@@ -146,9 +146,9 @@ function showNode(node) {
   );
 }
 
-/** What trainers have signed for, and which ones. */
+/** What callers have signed for, and which ones. */
 function signed({ signed_pairs, signed_trainers, signed_queries, checks_passed, checks_failed, signers }) {
-  const parts = [`${format.count(signed_pairs)} rows by ${format.counted(signed_trainers, "trainer")}`];
+  const parts = [`${format.count(signed_pairs)} rows by ${format.counted(signed_trainers, "caller")}`];
   if (signed_queries) parts.push(format.counted(signed_queries, "query", "queries"));
   if (checks_passed || checks_failed) {
     parts.push(`${format.counted(checks_passed, "check")} passed, ${format.count(checks_failed)} failed`);

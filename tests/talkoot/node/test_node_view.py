@@ -137,7 +137,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "600 MB of 2 GB",
         "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2 ",
         "all runs  computed 7,000,000 rows, 34,567 updates, 12 h 18 min served",
-        "          5 trainers have signed for 6,900,000 rows, 12% of all that they used",
+        "          5 callers have signed for 6,900,000 rows, 12% of all that they used",
     ):
         assert said in text
 
@@ -296,20 +296,20 @@ def test_a_line_for_the_log_says_the_same() -> None:
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
         "reached: relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2, "
         "in all runs computed 7,000,000 rows, 34,567 updates, 12 h 18 min served, "
-        "5 trainers have signed for 6,900,000 rows, 12% of all that they used"
+        "5 callers have signed for 6,900,000 rows, 12% of all that they used"
     )
 
 
 @pytest.mark.parametrize(
     ("signed", "share", "said"),
     [
-        (SignedWork(), None, "no trainer has signed for its work yet"),
-        (SignedWork(Work(pairs=1), 1), 1.0, "1 trainer has signed for 1 row, 100% of all that they used"),
-        (SignedWork(Work(queries=1), 1), None, "1 trainer has signed for 0 rows and 1 query"),
+        (SignedWork(), None, "nobody has signed for its work yet"),
+        (SignedWork(Work(pairs=1), 1), 1.0, "1 caller has signed for 1 row, 100% of all that they used"),
+        (SignedWork(Work(queries=1), 1), None, "1 caller has signed for 0 rows and 1 query"),
         (
             SignedWork(Work(pairs=5, queries=70), 2),
             0.5,
-            "2 trainers have signed for 5 rows and 70 queries, 50%",
+            "2 callers have signed for 5 rows and 70 queries, 50%",
         ),
     ],
 )
