@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from grpc import StatusCode
 
+from dht.admission import Grant, read_grant
 from dht.receipts import SignedWork
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
@@ -95,6 +96,8 @@ class PeerInfo:
     """How others reach it if its router accepts no connections."""
     relay_addresses: tuple[Multiaddress, ...] = ()
     """Addresses of its gRPC server through relays over gRPC."""
+    grant: Grant | None = None
+    """The founder's grant that admits it; None: it shows none."""
     left: bool = False
     """Whether it has left in an orderly way. A trainer's record then has its last figures; a node's says nothing else.
     """
@@ -253,14 +256,17 @@ class ClaimAges:
 
 
 def read_node(payload: records_pb2.RecordPayload, peer_id: PeerID) -> NodeInfo:
-    """Parses a node's checked record. Raises RecordError for a wrong certificate."""
-    return parse_node(payload.node, payload.expires_at, peer_id)
+    """Parses a node's checked record. Raises RecordError for a wrong certificate or grant."""
+    return parse_node(payload.node, payload.expires_at, peer_id, _grant(payload))
 
 
-def parse_node(node: records_pb2.NodeRecord, expires_at: float, peer_id: PeerID) -> NodeInfo:
+def parse_node(
+    node: records_pb2.NodeRecord, expires_at: float, peer_id: PeerID, grant: Grant | None = None
+) -> NodeInfo:
     """Parses what a node says in one of its checked records. Raises RecordError for a wrong certificate."""
     return NodeInfo(
         **_common(node, expires_at, peer_id, serves=not node.left),
+        grant=grant,
         expert_count=node.expert_count,
         expert_capacity=node.expert_capacity,
         rows_processed=count(node.rows_processed),
@@ -280,6 +286,10 @@ def parse_node(node: records_pb2.NodeRecord, expires_at: float, peer_id: PeerID)
     )
 
 
+def _grant(payload: records_pb2.RecordPayload) -> Grant | None:
+    return read_grant(payload.badge.grant) if payload.HasField("badge") else None
+
+
 def contact_in(node: records_pb2.NodeRecord) -> records_pb2.NodeRecord:
     """The part of a node's record that others need to call the node."""
     return records_pb2.NodeRecord(
@@ -293,12 +303,13 @@ def contact_in(node: records_pb2.NodeRecord) -> records_pb2.NodeRecord:
 
 
 def read_trainer(payload: records_pb2.RecordPayload, peer_id: PeerID) -> TrainerInfo | None:
-    """Parses a trainer's checked record; None if it is not one. Raises RecordError for a wrong certificate."""
+    """Parses a trainer's checked record; None if it is not one. Raises RecordError for a wrong certificate or grant."""
     trainer = payload.trainer
     if payload.WhichOneof("body") != "trainer":
         return None
     return TrainerInfo(
         **_common(trainer, payload.expires_at, peer_id, serves=bool(trainer.certificate)),
+        grant=_grant(payload),
         step=count(trainer.step),
         steps=count(trainer.steps),
         loss=number(trainer.loss) if trainer.HasField("loss") else None,

@@ -7,12 +7,13 @@ how fast counts grow. Everything is pure: times are arguments.
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
+from dht.admission import Grant
 from dht.announcements import Activity, Latency, NodeInfo, Replica, ReplicaState, TrainerInfo
 from dht.directory import View
 from dht.library import WANTED_REPLICAS
@@ -54,6 +55,8 @@ class Renewed(Protocol):
     def renew_every_s(self) -> float: ...
     @property
     def started_at(self) -> float: ...
+    @property
+    def grant(self) -> Grant | None: ...
 
 
 T = TypeVar("T", bound=Renewed)
@@ -72,7 +75,7 @@ class Seen(Generic[T]):
     gone: bool = False
     """Whether the peer is no longer there."""
     left: bool = False
-    """Whether it has left in an orderly way, and announced that."""
+    """Whether it has left in an orderly way, and announced that; or the swarm no longer admits it."""
 
 
 class Census(Generic[T]):
@@ -84,8 +87,16 @@ class Census(Generic[T]):
         self._most_gone = most_gone
         self._gone_kept_s = gone_kept_s
 
-    def note(self, found: Mapping[PeerID, T], now: float, left: Mapping[PeerID, T] = _NOBODY) -> None:
-        """`found`: all valid records of a reading. `left`: records of peers that have left in an orderly way."""
+    def note(
+        self,
+        found: Mapping[PeerID, T],
+        now: float,
+        left: Mapping[PeerID, T] = _NOBODY,
+        revoked: Collection[int] = (),
+    ) -> None:
+        """`found`: all valid records of a reading. `left`: records of peers that have left in an orderly way.
+        `revoked`: the serials of revoked grants.
+        """
         for peer_id, info in found.items():
             seen = self.seen.get(peer_id)
             if seen is None:
@@ -100,6 +111,10 @@ class Census(Generic[T]):
                 if info.started_at:  # otherwise the record says only that it has left
                     seen.info = info
         for seen in self.seen.values():
+            grant = seen.info.grant
+            # others no longer accept its records, so it can't say that it leaves
+            if grant is not None and not seen.left and (grant.serial in revoked or grant.expires_at <= now):
+                seen.left, seen.seen_at = True, now
             seen.gone = seen.left or now - seen.seen_at > SILENCE_FACTOR * seen.info.renew_every_s
         self._forget(now)
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -225,6 +225,7 @@ class Watcher:
         reader = SwarmReader(swarm, list_every_s=self._intervals.list_every_s, most_nodes=MAX_NODES)
         tasks = TaskSet(self.restarts)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
+        tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, lambda: None))
         tasks.supervise("survey the memories", lambda: self._survey_memories(MemoryRegistry(swarm.registry)))
         credit = CreditReader.of(swarm)
         tasks.supervise("read receipts", lambda: self._read_receipts(credit))
@@ -238,7 +239,7 @@ class Watcher:
                     reading = await reader.read()
                     if not await swarm.registry.is_manifest_held():
                         raise UnreachableError("no peer of the swarm answers")
-                    await self._note(reading)
+                    await self._note(reading, swarm.admission.revoked)
                 except UnreachableError as error:
                     self._failed(error)
                 await asyncio.sleep(self._intervals.refresh_s)
@@ -275,15 +276,15 @@ class Watcher:
             self.credit = credit.credit
             await asyncio.sleep(self._intervals.credit_every_s)
 
-    async def _note(self, reading: SwarmReading) -> None:
+    async def _note(self, reading: SwarmReading, revoked: Collection[int]) -> None:
         if self.unreachable_since is not None:
             logger.info("the swarm can be reached again")
         self.unreachable_since, self._failed_in_a_row = None, 0
         self.readings.inc()
         self._was_read = True
         now = reading.view.read_at
-        self._nodes.note(reading.nodes, now, reading.left_nodes)
-        self._trainers.note(reading.trainers, now, reading.left_trainers)
+        self._nodes.note(reading.nodes, now, reading.left_nodes, revoked)
+        self._trainers.note(reading.trainers, now, reading.left_trainers, revoked)
         rates = self._call_rates.note(self._trainers)
         picture = paint(
             reading.view,

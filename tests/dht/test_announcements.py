@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dht.admission import Grant, Role
 from dht.announcements import (
     FAILURE_CAUSES,
     MAX_LATENCIES,
@@ -24,7 +25,7 @@ from peer.errors import RecordError
 from peer.identity import Identity, PeerID
 from peer.kademlia.routing import id_bytes, key_id_of
 from peer.kademlia.validation import Record, pack
-from peer.wire import records_pb2
+from peer.wire import admission_pb2, records_pb2
 
 NOW = 1_700_000_000.0
 PEER = PeerID(b"\x12\x20" + bytes(31) + b"\xa7")
@@ -119,6 +120,18 @@ def test_a_node_that_left_needs_no_certificate() -> None:
     info = read_node(payload, PEER)
     assert (info.left, info.peer_id, info.addresses) == (True, PEER, ())
     payload.node.left = False
+    with pytest.raises(RecordError):
+        read_node(payload, PEER)
+
+
+def test_a_record_tells_the_grant_of_its_badge() -> None:
+    payload = records_pb2.RecordPayload(node=records_pb2.NodeRecord(left=True), expires_at=NOW + 30)
+    assert read_node(payload, PEER).grant is None
+    payload.badge.grant = admission_pb2.Grant(
+        swarm_id="sauna-x", role=Role.NODE.value, expires_at=NOW + 9, serial=7, key=bytes(32)
+    ).SerializeToString()
+    assert read_node(payload, PEER).grant == Grant("sauna-x", Role.NODE, NOW + 9, 7, bytes(32))
+    payload.badge.grant = b"\xff"
     with pytest.raises(RecordError):
         read_node(payload, PEER)
 

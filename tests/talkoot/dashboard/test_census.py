@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_readings import NOW, node, peer, trainer
 
+from dht.admission import Grant, Role
 from dht.announcements import NodeInfo, TrainerInfo
 from talkoot.dashboard.picture import CallRateMeter, CallRates, Census
 
@@ -36,6 +37,20 @@ def test_a_killed_node_has_gone_within_two_periods() -> None:
             break
     assert 15 < gone_at - NOW <= 20
     assert seen.seen[peer(1)].seen_at == NOW
+
+
+@pytest.mark.parametrize(("revoked", "now"), [((7,), NOW + 1), ((), NOW + 500)])
+def test_a_node_whose_invite_no_longer_admits_it_has_left(revoked: tuple[int, ...], now: float) -> None:
+    seen, grant = census(), Grant("sauna-x", Role.NODE, NOW + 500, 7, bytes(32))
+    seen.note(
+        {peer(1): node(1, grant=grant, renew_every_s=1000.0), peer(2): node(2, renew_every_s=1000.0)}, NOW
+    )
+    seen.note({}, now, revoked=revoked)
+    assert list(seen.live()) == [peer(2)]
+    assert (seen.seen[peer(1)].left, seen.seen[peer(1)].seen_at) == (True, now)
+    renewed = node(1, grant=replace(grant, serial=8, expires_at=NOW + 5000), expires_at=now + 30)
+    seen.note({peer(1): renewed}, now + 1, revoked=revoked)
+    assert peer(1) in seen.live()
 
 
 def test_a_node_that_comes_back_is_live_again() -> None:
