@@ -291,10 +291,8 @@ class _Demo:
         node.kill()
         self._display.show_node_state(node.name, node.pid, "killed")
         self._display.mark(f"{node.name} killed")
-        experts = self._states[node]["experts"]
-        self._display.tell(
-            f"{node.name} is killed with SIGKILL at step {self._step}; it hosted {counted(experts, 'expert')}"
-        )
+        # not how many experts it hosted, because others may host some of them, too
+        self._display.tell(f"{node.name} is killed with SIGKILL at step {self._step}")
 
     def _on_event(self, process: DemoProcess, event: Mapping[str, Any]) -> None:
         kind = event.get("event")
