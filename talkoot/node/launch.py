@@ -3,8 +3,11 @@
 import asyncio
 import errno
 import logging
+import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +95,8 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
     keep_freed_memory()
     check_devices(settings.device, settings.precision)  # fails before other peers are contacted
     source = origin.read()
+    if invite_file is not None:
+        _check_folder(invite_file)
     if isinstance(source, Manifest):
         within_memory(settings, source)  # fails before it is published
     host = listen_address(settings)
@@ -361,10 +366,25 @@ def remember_port(state: Path, port: int) -> None:
         logger.warning("can't write %s: %s", state / _LAST_PORT, error.strerror)
 
 
+def _check_folder(path: Path) -> None:
+    """Checks whether the invite file can be written, before a swarm is founded. Raises StartError."""
+    with _writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def _write(path: Path, text: str) -> None:
+    """Raises StartError."""
+    with _writing(path):
+        write_atomically(path, text.encode())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     """Raises StartError, but only warns if the disk is full: a node that restarts can serve anyway."""
     try:
-        write_atomically(path, text.encode())
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             logger.warning("can't write %s: %s", path, error.strerror)

@@ -63,6 +63,18 @@ def test_without_a_checkpoint_the_remedy_is_one_that_the_invite_allows(
     assert_one_clear_line(ended, "no checkpoint of this swarm", said, "--checkpoint DIR", "[T113]")
 
 
+@pytest.mark.parametrize("place", [".", "none/invite"])
+def test_an_invite_file_that_cant_be_written_founds_no_swarm(tmp_path: Path, place: str) -> None:
+    manifest, state = tmp_path / "swarm.toml", tmp_path / "state"
+    manifest.write_text('name = "none"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
+    options = ("--new", str(manifest), "--state", str(state), "--host", "127.0.0.1")
+    ended = run_here("node", *options, "--invite-file", str(tmp_path / place))
+    assert ended.returncode == 2
+    assert "can't write" in ended.stderr
+    assert "pass another --invite-file" in ended.stderr
+    assert not state.exists()
+
+
 def test_a_list_of_no_invites_says_so(tmp_path: Path) -> None:
     listed = run_here("invite", "--list", "--state", str(tmp_path))
     assert " ".join(listed.stdout.split()) == f"no invites were made with the state folder {tmp_path}"
