@@ -276,7 +276,7 @@ class SwarmClient:
                     return
                 raise UnavailableError(
                     f"no expert of this swarm answered in {limit_s:.0f} s: is a node running? "
-                    "`talkoot status` shows who is there"
+                    "`talkoot status --join INVITE` shows who is there"
                 )
             report(
                 f"waiting for experts, at most {limit_s:.0f} s: {live} of {total} live, {enough} are enough"
@@ -328,7 +328,8 @@ class SwarmClient:
             self._waits = 0
             raise UnavailableError(
                 f"experts are announced, but {_MOST_WAITS} times in a row none of them answered: "
-                "`talkoot status` shows who announces them; wait for other nodes, or host the experts yourself"
+                "`talkoot status --join INVITE` shows who announces them; wait for other nodes, or host the experts "
+                "yourself"
             )
         self._waits += 1
         limit_s = self.settings.wait_for_experts_s if limit_s is None else limit_s

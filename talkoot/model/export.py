@@ -208,7 +208,7 @@ class _Export:
             time.sleep(_LOOK_EVERY_S)
         if not self._experts.hosts:
             raise UnavailableError(
-                "no live node hosts an expert of this swarm: `talkoot status` shows who is there"
+                "no live node hosts an expert of this swarm: `talkoot status --join INVITE` shows who is there"
             )
         if missing:
             logger.warning("%s without a live host will be masked", counted(len(missing), "expert"))

@@ -14,7 +14,7 @@ import platformdirs
 
 from dht.invites import Invite
 from dht.manifest import Manifest
-from peer.errors import CheckpointError, SettingsError
+from peer.errors import CheckpointError, InviteError, SettingsError
 from peer.formatting import counted
 from peer.metrics import total
 from talkoot.signals import StopSignals
@@ -251,7 +251,7 @@ class _Run:
         """Trains, and saves the last complete step however it ends. `writers` are called with the figures of
         each step.
         """
-        settings = self._settings
+        settings, needed = self._settings, "--resume"
         try:
             with (
                 progress_shown(self._terminal, settings.steps, self._training.step) as show,
@@ -272,13 +272,16 @@ class _Run:
                     logger.info("%s", describe_validation(validation))
 
                 return self._training.run(observe, self._stop, validated=validated)
+        except InviteError:
+            needed = "--resume with a new invite"
+            raise
         finally:
             self._signals.ignore()
             if self.saver is not None:
                 self.saver.save()
             self._exits.close()
             if self.saver is not None and 0 < (step := self.saver.saved_step) < settings.steps:
-                logger.info("step %d of %d is saved: --resume continues from there", step, settings.steps)
+                logger.info("step %d of %d is saved: %s continues from there", step, settings.steps, needed)
             if settings.plot is not None:
                 plot_losses(self._training.history, settings.plot)
 

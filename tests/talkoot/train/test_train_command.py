@@ -19,7 +19,9 @@ from torch import Tensor
 from training_swarm import TEXT, Founder, founded, talkoot
 
 from dht.invites import Invite
+from expert_server.status import NodeState
 from peer import checkpoints
+from peer.errors import RevokedInviteError
 from peer.loop import LoopThread
 from talkoot import signals
 from talkoot.train import session
@@ -266,6 +268,27 @@ def test_when_all_experts_stay_away_training_ends_with_what_it_has(
     assert "training pauses until one answers, at most 0 s" in caplog.text
     assert "checkpoint of step 2 in" in caplog.text
     assert ": --resume continues from there" in caplog.text
+
+
+def test_a_revoked_trainer_learns_that_it_needs_a_new_invite_to_resume(
+    founder: Founder,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def revoked(client: SwarmClient) -> None:
+        if founder.node.state is NodeState.PAUSED:
+            raise RevokedInviteError("the token was revoked")
+
+    monkeypatch.setattr(SwarmClient, "_require_admitted", revoked)
+    lose_experts_after(2, founder, monkeypatch)
+    try:
+        ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 9))
+    finally:
+        founder.resume()
+    assert ended.status == RevokedInviteError.exit_status
+    assert "step 2 of 9 is saved: --resume with a new invite continues from there" in caplog.text
 
 
 def lose_experts_after(step: int, founder: Founder, monkeypatch: pytest.MonkeyPatch) -> None:
