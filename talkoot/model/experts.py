@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -116,7 +116,7 @@ class SwarmExperts:
 
     def each(
         self, client: SwarmClient, uids: Collection[UID], tick: Callable[[], None]
-    ) -> Iterator[tuple[UID, TakenExpert | None]]:
+    ) -> Generator[tuple[UID, TakenExpert | None]]:
         """Fetches the experts, from several nodes at the same time, and yields each once it has arrived. Not for the
         loop's thread.
 

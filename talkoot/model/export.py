@@ -3,8 +3,8 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,7 +252,9 @@ class _Export:
                 sources: dict[UID, ExpertSource] = {}
                 # otherwise, if this is stopped, the written part would pass for what was there before
                 file.replace_layer(layer, {})
-                writer.write_layer(layer, self._arriving(uids, sources, tick, advance))
+                # if it can't be written, nothing more is fetched
+                with closing(self._arriving(uids, sources, tick, advance)) as arriving:
+                    writer.write_layer(layer, arriving)
                 file.replace_layer(layer, sources)
                 if not self._terminal.live:
                     fetched = bytes_in_words(self._experts.received_bytes)
@@ -266,20 +268,21 @@ class _Export:
         sources: dict[UID, ExpertSource],
         tick: Callable[[], None],
         advance: Callable[[], None],
-    ) -> Iterator[tuple[UID, Mapping[str, Tensor]]]:
+    ) -> Generator[tuple[UID, Mapping[str, Tensor]]]:
         """Yields experts as they arrive, and adds each one's origin to `sources`. Raises UnavailableError if a required
         expert does not arrive.
         """
-        for uid, taken in self._experts.each(self._client, uids, tick):
-            if taken is not None:
-                yield uid, taken.tensors
-                sources[uid] = self._source(taken)
-            elif not self._plan.allow_missing:
-                raise UnavailableError(
-                    f"no host of expert {uid} sent usable parameters: run the same command again (complete layers are "
-                    "kept), or pass --allow-missing"
-                )
-            advance()
+        with closing(self._experts.each(self._client, uids, tick)) as each:
+            for uid, taken in each:
+                if taken is not None:
+                    yield uid, taken.tensors
+                    sources[uid] = self._source(taken)
+                elif not self._plan.allow_missing:
+                    raise UnavailableError(
+                        f"no host of expert {uid} sent usable parameters: run the same command again (complete layers "
+                        "are kept), or pass --allow-missing"
+                    )
+                advance()
 
     def _source(self, taken: TakenExpert) -> ExpertSource:
         replicas = {

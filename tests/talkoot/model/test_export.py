@@ -33,10 +33,12 @@ from expert_server.experts.format import BLOCK
 from expert_server.node import Node
 from peer import clock
 from peer.codec import Integers
+from peer.errors import ModelError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
-from talkoot.model.folder import ModelFolder
+from talkoot.model.experts import SwarmExperts
+from talkoot.model.folder import FolderWriter, ModelFolder
 from talkoot.model.opened import open_model
 from talkoot.signals import Stopped
 from trainer_client.client import SwarmClient
@@ -167,6 +169,33 @@ def test_without_a_run_and_a_trainer_it_says_what_to_pass(founder: Founder, tmp_
     ended = talkoot(*export(founder, tmp_path / "model"))
     ended.is_one_clear_line("no running trainer", "--resume", "--checkpoint", "[T118]")
     assert not (tmp_path / "model").exists()
+
+
+def test_on_a_full_disk_it_stops_fetching_before_it_leaves(
+    founder: Founder, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each fetch that is under way ends with a warning of its own."""
+    ended, fetch_each, close = list[str](), SwarmExperts.each, SwarmExperts.close
+
+    def each(self: SwarmExperts, *given: Any) -> Iterator[Any]:
+        try:
+            yield from fetch_each(self, *given)
+        finally:
+            ended.append("fetching")
+
+    async def closing(self: SwarmExperts) -> None:
+        ended.append("leaving")
+        await close(self)
+
+    def full(self: FolderWriter, layer: int, experts: Iterator[Any]) -> None:
+        next(experts)
+        raise ModelError("No space left on device")
+
+    monkeypatch.setattr(SwarmExperts, "each", each)
+    monkeypatch.setattr(SwarmExperts, "close", closing)
+    monkeypatch.setattr(FolderWriter, "write_layer", full)
+    talkoot(*export(founder, tmp_path / "model", "--resume", "--state", state)).is_one_clear_line("No space")
+    assert ended == ["fetching", "leaving"]
 
 
 def test_a_folder_that_exists_is_left_alone(founder: Founder, state: Path, tmp_path: Path) -> None:
