@@ -118,7 +118,11 @@ class RecordFile:
 
     def save(self, data: bytes) -> None:
         """Writes the record if it has changed. A full disk only causes a warning."""
-        if self.path is not None and data != self._saved and write_state_file(self.path, data):
+        if (
+            self.path is not None
+            and data != self._saved
+            and write_state_file(self.path, data, "after a restart, the DHT is asked for that record")
+        ):
             self._saved = data
 
 

@@ -84,7 +84,11 @@ class PeerStore:
         if self._path is None or (addresses := frozenset(self.addresses())) == self._saved:
             return
         met = [_Met(addresses=list(listed), met_at=met_at) for listed, met_at in reversed(self._met.values())]
-        if write_state_file(self._path, _File(peers=met).model_dump_json(indent=1).encode()):
+        if write_state_file(
+            self._path,
+            _File(peers=met).model_dump_json(indent=1).encode(),
+            "after a restart, peers met lately are forgotten",
+        ):
             self._saved = addresses
 
 

@@ -211,7 +211,9 @@ class ReceiptFile:
         """Writes the file if there are changes."""
         if self._book.has_changed:
             data, self._book.has_changed = self._book.serialize(), False
-            if not await asyncio.to_thread(write_state_file, self._path, data):
+            if not await asyncio.to_thread(
+                write_state_file, self._path, data, "after a restart, the newest receipts are missing"
+            ):
                 self._book.has_changed = True
 
     async def keep_saved(self) -> None:

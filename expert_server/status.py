@@ -147,7 +147,12 @@ class ContributionAccount:
         )
 
     async def save(self, total: Contribution) -> None:
-        await asyncio.to_thread(write_state_file, self._path, total.model_dump_json().encode())
+        await asyncio.to_thread(
+            write_state_file,
+            self._path,
+            total.model_dump_json().encode(),
+            "after a restart, the totals are older",
+        )
 
     async def save_every(self, seconds: float, total: Callable[[], Contribution]) -> None:
         """Saves until cancelled."""

@@ -156,13 +156,16 @@ def read_state_file(path: Path, most_bytes: int, parse: Callable[[bytes], T], lo
         return None
 
 
-def write_state_file(path: Path, data: bytes) -> bool:
-    """Writes atomically, and makes the folder. Returns whether that was possible. A full disk only causes a warning."""
+def write_state_file(path: Path, data: bytes, lost: str) -> bool:
+    """Writes atomically, and makes the folder. Returns whether that was possible. A full disk only causes a warning.
+
+    `lost`: what it means that the file could not be written, for the log.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(path, data)
     except OSError as error:
-        logger.warning("could not write %s: %s", path, error)
+        logger.warning("could not write %s: %s; %s", path, error.strerror or error, lost)
         return False
     return True
 

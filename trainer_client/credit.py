@@ -138,7 +138,9 @@ class CreditAccounts:
             nodes = {peer_id.to_base58(): astuple(work) for peer_id, work in works.items()}
             data = _Saved(all_pairs=self.all_pairs, nodes=nodes).model_dump_json().encode()
             self._has_changed = False
-            if not await asyncio.to_thread(write_state_file, self._path, data):
+            if not await asyncio.to_thread(
+                write_state_file, self._path, data, "nothing new is signed for nodes until that works"
+            ):
                 self._has_changed = True
                 return
         for peer_id, account in self._accounts.items():

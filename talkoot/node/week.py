@@ -77,5 +77,7 @@ class WeeklySummary:
         if begun is not None and not is_over and begun.began_at <= now:
             return ""
         self._begun = WeekBegun.at(status, now)
-        write_state_file(self._path, self._begun.model_dump_json().encode())
+        write_state_file(
+            self._path, self._begun.model_dump_json().encode(), "after a restart, a new week begins"
+        )
         return begun.summary(status) if begun is not None and is_over else ""
