@@ -575,6 +575,7 @@ class Node:
             loss=self.news.training.loss,
             loss_at_first=self.news.training.loss_at_first,
             alone=tuple(map(str, self.hosting.alone)),
+            offline=self.hosting.offline,
         )
 
     def _memory_bytes(self) -> int:

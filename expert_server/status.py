@@ -107,6 +107,8 @@ class NodeStatus:
     """The first such loss that this node heard of."""
     alone: tuple[str, ...] = ()
     """Experts that nobody else serves, as far as the node knows."""
+    offline: int | None = None
+    """How many of the experts that it gave up last nobody took over; None: not known."""
 
 
 class Contribution(BaseModel):

@@ -178,6 +178,8 @@ class HostingManager:
         )
         self.replicated: int = 0
         """How many of the hosted experts other nodes served too at the last look."""
+        self.offline: int | None = None
+        """How many of the experts that it gave up last nobody else hosted then; None: not known."""
         self.exchanged: Counter = Counter(
             "talkoot_experts_exchanged",
             "Replicas given up for ones that were needed more.",
@@ -292,6 +294,7 @@ class HostingManager:
             self._vacant_looks.clear()
             self.replicated = 0
         alone = len(handover.alone)
+        self.offline = alone if timeout_s else None
         if count and not timeout_s:
             logger.info("gave up %s, which are in this node's checkpoints", counted(count, "expert"))
         elif count:

@@ -87,6 +87,8 @@ class ControlStatus(BaseModel):
     """Experts that no other node serves."""
     alone_uids: tuple[str, ...] = ()
     """Some of the experts that no other node serves."""
+    offline: int | None = None
+    """How many of the experts that it gave up last no other node took over; None: not known."""
 
 
 class ControlReply(BaseModel):

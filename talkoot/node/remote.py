@@ -24,9 +24,13 @@ def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> N
     """Shows what the pause takes offline, and pauses. Raises UserError if no node runs there, or if it refuses."""
     for_s = None if duration is None else parse_duration_s(duration)
     with ControlClient(node_folder(state)) as control:
-        terminal.line(taken_offline(control.ask("status")))
+        before = control.ask("status")
+        terminal.line(taken_offline(before))
     with ControlClient(node_folder(state)) as control:
-        terminal.line(words(control.ask("pause", for_s=for_s)))
+        after = control.ask("pause", for_s=for_s)
+        terminal.line(words(after))
+    if before.experts and after.offline is not None:
+        terminal.line(given_up(before.experts, after.offline))
 
 
 def run_resume(terminal: Terminal, state: Path | None) -> None:
@@ -88,6 +92,16 @@ def taken_offline(status: ControlStatus) -> str:
     return (
         f"no other node serves {status.alone} of its {counted(status.experts, 'expert')}: {named}. Nodes with room are "
         "asked to take them over first; what none takes is offline until this one resumes"
+    )
+
+
+def given_up(experts: int, offline: int) -> str:
+    """What became of the experts that a node gave up, in words."""
+    served = f"other nodes serve {experts - offline} of the {counted(experts, 'expert')} that it gave up"
+    return (
+        f"{served}; {offline} {'is' if offline == 1 else 'are'} offline until it resumes"
+        if offline
+        else served
     )
 
 

@@ -69,6 +69,7 @@ def test_a_node_that_leaves_hands_its_experts_over_with_their_updates(
         states = await train(leaver, updates)
         await end(running)
         await leaver.stop()
+        assert leaver.status().offline == 0
         assert all(len(heir.runtime.experts) == 4 for heir in heirs)
         await assert_hosted(heirs, states, updates)
         assert total(leaver.hosting.handed_over) == sum(heir.status().adopted for heir in heirs) == 8

@@ -21,7 +21,7 @@ from talkoot import terminal
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Report
 from talkoot.node.control import ControlClient, ControlStatus
-from talkoot.node.remote import Follower, parse_duration_s, run_logs, taken_offline
+from talkoot.node.remote import Follower, given_up, parse_duration_s, run_logs, taken_offline
 from talkoot.terminal import LogFormat, Terminal, log_file
 
 
@@ -61,10 +61,11 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
 def test_running_node_is_paused_and_resumed(node: RunningNode) -> None:
     paused = node.say("pause", "--for", "2h")
     assert (paused.returncode, paused.stderr) == (0, "")
-    before, after = paused.stdout.splitlines()
+    before, after, offline = paused.stdout.splitlines()
     assert before.startswith("no other node serves 4 of its 4 experts: 0.0.0, 0.0.1, ")
     assert after.startswith("paused: by its owner until ")
     assert "0 of at most 6 experts" in after
+    assert offline == "other nodes serve 0 of the 4 experts that it gave up; 4 are offline until it resumes"
     with ControlClient(node.state) as control:
         assert control.pid == node.process.pid
     resumed = node.say("resume")
@@ -139,6 +140,10 @@ def test_what_a_pause_takes_offline_is_told() -> None:
         "no other node serves 3 of its 3 experts: 0.0.1, 0.1.1 and 1 more. "
     )
     assert "nothing goes offline" in taken_offline(status.model_copy(update={"experts": 0}))
+    assert given_up(16, 8) == (
+        "other nodes serve 8 of the 16 experts that it gave up; 8 are offline until it resumes"
+    )
+    assert given_up(3, 0) == "other nodes serve 3 of the 3 experts that it gave up"
 
 
 # Durations
