@@ -350,6 +350,7 @@ class Node:
         while True:
             await asyncio.sleep(self.period.drawn_s())
             self.period.note_round()
+            self._access.look_at_own()  # others would refuse the announcements
             await self._rounds.run(
                 "announce",
                 self.reachability.check,

@@ -115,7 +115,7 @@ class AccessControl:
             await self._swarm.refresh_admission()
         finally:
             self.sessions.recheck()
-            self._look_at_own()
+            self.look_at_own()
 
     @property
     def is_over(self) -> bool:
@@ -136,7 +136,7 @@ class AccessControl:
             logger.warning("%s; until then nothing more is revoked", error)
             return []
 
-    def _look_at_own(self) -> None:
+    def look_at_own(self) -> None:
         """Ends the node if its own token has expired or was revoked, because others then ignore it."""
         try:
             self._swarm.admission.check_own()

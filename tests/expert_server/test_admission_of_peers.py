@@ -166,7 +166,8 @@ def test_a_node_whose_token_is_over_says_so_and_stops(
         if is_revoked:
             InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
         else:
-            node.swarm.admission._now = lambda: issued.expires_at
+            for each in (node, founder):
+                each.swarm.admission._now = lambda: issued.expires_at
         await asyncio.wait([running], timeout=60)
         assert running.done()
         errors = running.exception()
@@ -178,6 +179,7 @@ def test_a_node_whose_token_is_over_says_so_and_stops(
         assert node.is_token_over
         await node.stop()
         assert "hand experts over" not in caplog.text, "nobody would take them"
+        assert is_revoked or "accepted our records" not in caplog.text, "the clock is right"
 
     play(scenario)
 
