@@ -28,7 +28,7 @@ def test_identities_are_cheap_and_sign() -> None:
     identities = new_identities(66)
     assert len({identity.peer_id for identity in identities}) == 66
     verify(identities[-1].public_key, b"data", identities[-1].sign(b"data"))
-    near = identities_near("key", 2, among=50)
+    near = identities_near("key", 2, among=150)
     ids = [node_id_of(identity.peer_id.to_bytes()) for identity in near]
     assert all(int(i) ^ int.from_bytes(digest("key"), "big") < 2**157 for i in ids)
 

@@ -64,9 +64,12 @@ class OnNodes:
     nodes: list[NodeInfo]
     runtimes: list[Runtime]
 
+    def rows_of_nodes(self) -> list[int]:
+        """Rows that each node has computed so far, over all its experts."""
+        return [int(total(runtime.metrics.rows)) for runtime in self.runtimes]
+
     def rows(self) -> int:
-        """Rows that the nodes have computed so far, over all experts."""
-        return sum(int(total(runtime.metrics.rows)) for runtime in self.runtimes)
+        return sum(self.rows_of_nodes())
 
     def change_experts(self) -> None:
         """Changes the first node's experts, as an optimizer step does."""
@@ -249,14 +252,22 @@ def test_a_sequence_stays_with_its_replicas_and_moves_when_they_leave(
     with on_nodes(loop, tmp_path, make_manifest(), count=4) as swarm:
         decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
-        counts = [swarm.check(decoder, sequences, token) for token in range(4)]
-        assert counts[1:] == [2 * 2 * 3] * 3
-        left = swarm.nodes[:2]
+        counts = [swarm.check(decoder, sequences, token) for token in range(3)]
+        assert counts[1:] == [2 * 2 * 3] * 2
+        before = swarm.rows_of_nodes()
+        decoder.logits(sequences)
+        holding = [rows > earlier for rows, earlier in zip(swarm.rows_of_nodes(), before, strict=True)]
+        for sequence in sequences:
+            sequence.append(3)
+        gone = {swarm.nodes[kind if holding[kind] else kind + 2].peer_id for kind in range(2)}
         view = swarm.directory.view
         swarm.directory.view = View(
             view.manifest,
-            {uid: replicas[1:] for uid, replicas in view.replicas.items()},
-            {peer_id: node for peer_id, node in view.nodes.items() if node not in left},
+            {
+                uid: tuple(replica for replica in replicas if replica.peer_id not in gone)
+                for uid, replicas in view.replicas.items()
+            },
+            {peer_id: node for peer_id, node in view.nodes.items() if peer_id not in gone},
             2.0,
         )
         later = [swarm.check(decoder, sequences, token) for token in range(4, 9)]
