@@ -140,7 +140,8 @@ def summary(result: DemoResult) -> str:
         )
         said.append(f"and live nodes serve {result.experts_alive_end} of {result.experts_total} experts.")
     # `make demo` runs it from an environment that is not on the PATH
-    program = "talkoot" if shutil.which("talkoot") else sys.argv[0]
+    elsewhere = Path(sys.argv[0]).name == "talkoot" and not shutil.which("talkoot")
+    program = sys.argv[0] if elsewhere else "talkoot"
     return "\n".join([*said, f"Next: `{program}` says how to join a swarm, and how to start one."])
 
 
