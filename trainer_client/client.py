@@ -312,8 +312,8 @@ class SwarmClient:
             raise invite_error(
                 error,
                 f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for a new one, "
-                "and start again with it: what is saved stays, and `talkoot train --join NEW_INVITE --resume` "
-                f"continues from there{clock.CLOCK.doubt}",
+                "and start again with `--join NEW_INVITE`. What is saved stays: to train on from there, also pass "
+                f"--resume{clock.CLOCK.doubt}",
             ) from error
 
     def has_experts(self, limit_s: float | None = None, warns: Callable[[], None] = lambda: None) -> bool:
