@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,9 +127,13 @@ def test_results_may_go_to_a_pipe_or_a_file_in_a_folder_of_others(
 def test_a_full_disk_ends_the_values_for_tensorboard_and_not_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = threading.enumerate()
     with logs_written(None, tmp_path / "board") as (write,), full_disk():
         for step in range(20_000):
             write(VALUES | {"step": step})
+    for thread in threading.enumerate():
+        if thread not in before:
+            thread.join(60)  # else it may fail during the next test
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
     assert warning == f"no more values in {tmp_path / 'board'}: File too large"
 
