@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
-from dht.admission import EXPORT, Role
+from dht.admission import EXPORT
 from dht.invites import invite_of
 from dht.swarm import Swarm
 from dht.uid import UID
@@ -26,14 +26,14 @@ from talkoot.model.usage import WatchedExperts, most_used
 from talkoot.partial import PARTIAL, require_new
 from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import Terminal, to_json
-from talkoot.train.session import once, trainer_state
+from talkoot.train.session import load_run, once
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
 from trainer_client.data.sources import find_files
 from trainer_client.data.tokenizer import Tokenizer, Tokens, read_tokenizer
 from trainer_client.inference import check_length, evaluate
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
+from trainer_client.training.checkpoints import Checkpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -77,16 +77,7 @@ def run_export(
     tokenizer = _tokenizer(settings)
     given, checkpoint = settings, None
     if plan.resume or settings.checkpoint is not None:
-        swarm_id = invite.keys.swarm_id
-        path = checkpoint_folder(
-            settings.checkpoint,
-            trainer_state(settings),
-            swarm_id,
-            newest=True,
-            can_train=invite.role is not Role.READER,
-        )
-        checkpoint = load_checkpoint(path, swarm_id)
-        settings = settings.resumed(checkpoint.header.settings)
+        checkpoint, settings = load_run(invite, settings)
     with tempfile.TemporaryDirectory(prefix="talkoot-export-") as name:
         folder = Path(name)
         with terminal.stages("making ready") as stage:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import platformdirs
 
+from dht.admission import Role
 from dht.invites import Invite
 from dht.manifest import Manifest
 from peer.errors import CheckpointError, InviteError, SettingsError
@@ -44,7 +45,14 @@ from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.retrieval.cache import NeighbourCache
 from trainer_client.retrieval.lookup import Lookup, NeighbourLoader, NeighbourLookup, RetrievalCounts
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.checkpoints import CheckpointSaver, RunStart, prepare_run
+from trainer_client.training.checkpoints import (
+    Checkpoint,
+    CheckpointSaver,
+    RunStart,
+    checkpoint_folder,
+    load_checkpoint,
+    prepare_run,
+)
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress, Summary, Validation
 
@@ -150,6 +158,18 @@ def next_commands(values: Mapping[str, Any], join: str | None, settings: Trainer
 def trainer_state(settings: TrainerSettings) -> Path:
     """The folder for a trainer's identity, text and checkpoints."""
     return settings.state or platformdirs.user_state_path("talkoot") / "trainer"
+
+
+def load_run(invite: Invite, settings: TrainerSettings) -> tuple[Checkpoint, TrainerSettings]:
+    """The checkpoint that the settings name, or that of the newest run in this swarm, and the settings with which it
+    continues. Raises CheckpointError.
+    """
+    swarm_id, can_train = invite.keys.swarm_id, invite.role is not Role.READER
+    folder = checkpoint_folder(
+        settings.checkpoint, trainer_state(settings), swarm_id, newest=True, can_train=can_train
+    )
+    checkpoint = load_checkpoint(folder, swarm_id)
+    return checkpoint, settings.resumed(checkpoint.header.settings)
 
 
 class _Run:

@@ -15,14 +15,13 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from dht.admission import Role
 from dht.invites import invite_of
 from peer.errors import LibraryError, SettingsError, UnreachableError
 from peer.metrics import total
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped, to_json
 from talkoot.train.recompute import BlockLoader
-from talkoot.train.session import once, trainer_state
+from talkoot.train.session import load_run, once
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
 from trainer_client.data.sources import find_texts
@@ -39,7 +38,7 @@ from trainer_client.model import LanguageModel, require_memory, require_no_encod
 from trainer_client.retrieval.attention import RetrievalSpec
 from trainer_client.retrieval.lookup import Find, NeighbourLookup
 from trainer_client.settings import TrainerSettings
-from trainer_client.training.checkpoints import Checkpoint, checkpoint_folder, load_checkpoint
+from trainer_client.training.checkpoints import Checkpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -95,16 +94,7 @@ def joined_run(
     `through` wraps the network, for example to observe calls.
     """
     invite = invite_of(join)
-    swarm_id = invite.keys.swarm_id
-    path = checkpoint_folder(
-        settings.checkpoint,
-        trainer_state(settings),
-        swarm_id,
-        newest=True,
-        can_train=invite.role is not Role.READER,
-    )
-    checkpoint = load_checkpoint(path, swarm_id)
-    settings = settings.resumed(checkpoint.header.settings)
+    checkpoint, settings = load_run(invite, settings)
     if settings.memory is not None and checkpoint.header.settings.get("memory") is None:
         raise SettingsError("memory: this model has not learned to read one: leave --memory out")
     tokenizer = load_tokenizer(checkpoint.header.tokenizer)
