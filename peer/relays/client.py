@@ -130,15 +130,15 @@ class RelayClient:
             relay, self._pools[1], lambda stub, metadata: stub.Dial(request, metadata=metadata)
         )
         try:
+            if len(reply.circuit) != NAME_BYTES:
+                raise UnreachableError(f"relay {relay.peer_id} names something that is not a circuit")
             return Circuit(await self.connect(relay, reply.circuit), call)
         except BaseException:
             call.cancel()
             raise
 
     async def connect(self, relay: KnownPeer, circuit: bytes) -> Pipe:
-        """This peer's end of a circuit. Raises UnreachableError."""
-        if len(circuit) != NAME_BYTES:
-            raise UnreachableError(f"relay {relay.peer_id} names something that is not a circuit")
+        """This peer's end of a circuit. `circuit`: its name, NAME_BYTES long. Raises UnreachableError."""
         endpoint = relay.addresses[0]
         try:
             async with asyncio.timeout(ACCEPT_S):

@@ -109,7 +109,7 @@ def swarm(seen: DashboardState) -> Json:
         "layers": [{"layer": layer["layer"], "grid": layer["grid"]} for layer in layers],
         "join": {
             # in a swarm that admits by token, this invite only lets people look
-            key: None if figures.get("has_votes") else command
+            key: None if figures.get("admits_by_token") else command
             for key, command in (
                 ("node", f"talkoot node --join {seen.invite}"),
                 ("train", f"talkoot train --join {seen.invite}"),
@@ -192,8 +192,8 @@ def leaderboard(picture: Picture | None, query: Mapping[str, str]) -> Json:
     Ranked by their share of all tokens' votes; in an open swarm, by name.
     """
     found = [] if picture is None else picture.nodes
-    has_votes = picture is not None and picture.figures["has_votes"]
-    if has_votes:
+    admits_by_token = picture is not None and picture.figures["admits_by_token"]
+    if admits_by_token:
         ordered = sorted(
             found,
             key=lambda row: (-(row["signed_share"] or 0.0), -(row["signed_pairs"] or 0), row["peer_id"]),
@@ -203,9 +203,9 @@ def leaderboard(picture: Picture | None, query: Mapping[str, str]) -> Json:
             found, key=lambda row: (row["name"] is None, (row["name"] or "").casefold(), row["peer_id"])
         )
     keys = ("short", "peer_id", "name", "updates", "rows", "hours", *SIGNED_KEYS)
-    rows = [(rank if has_votes else None, row) for rank, row in enumerate(ordered, 1)]
+    rows = [(rank if admits_by_token else None, row) for rank, row in enumerate(ordered, 1)]
     page = _page(rows, query, "nodes", lambda pair: {"rank": pair[0]} | {k: pair[1][k] for k in keys})
-    return page | {"ranked": has_votes, "note": RANKED if has_votes else UNRANKED}
+    return page | {"ranked": admits_by_token, "note": RANKED if admits_by_token else UNRANKED}
 
 
 def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:

@@ -311,7 +311,7 @@ def paint(
     }
     figures["memories"] = _memory_figures(memories, live_nodes.values())
     figures["warning"] = warning or None
-    figures["has_votes"] = view.manifest.admission.mode == "token"
+    figures["admits_by_token"] = view.manifest.admission.mode == "token"
     figures["replicas"] = sum(r["state"] == "serving" for rows in replicas.values() for r in rows)
     return Picture(
         view.read_at,
