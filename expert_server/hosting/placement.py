@@ -517,7 +517,7 @@ class HostingSurvey:
         now = earliest(self._experts.registry.now())
         for uid, hosts in found.items():
             if hosts:
-                self._note_hosts(_row(uid), _bits(uid.coordinate[-1:]))
+                self._note_hosts(_row(uid), 1 << uid.coordinate[-1])
         lasting = {}
         for uid, hosts in self._seen.items():
             if live := tuple([host for host in hosts if host.expires_at > now]):
@@ -536,8 +536,9 @@ class HostingSurvey:
             return []
         count = layers * math.prod(self._rows_of_grid)
         rng = np.random.default_rng(self._turn().getrandbits(64))
-        numbers = rng.permutation(min(count, MOST_PREFIXES))
-        if count > MOST_PREFIXES:
+        if count <= MOST_PREFIXES:
+            numbers = rng.permutation(count)
+        else:
             # first the rows that had hosts: if those died, their prefixes may be gone
             used = rng.permutation(np.array(sorted(self._had_host), dtype=int))[: MOST_PREFIXES // 2]
             # drawn without listing all rows, which may be millions

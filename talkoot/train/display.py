@@ -240,11 +240,13 @@ def _tensorboard(folder: Path) -> Iterator[Write]:
 
     def write(values: Mapping[str, Any]) -> None:
         nonlocal failed
+        if failed:
+            return
         numbers = {f"failures/{cause}": count for cause, count in values["failures"].items()}
         numbers |= {name: value for name, value in values.items() if name not in {"step", "steps"}}
         try:
             for name, value in numbers.items():
-                if isinstance(value, int | float) and not failed:
+                if isinstance(value, int | float):
                     writer.add_scalar(name, value, values["step"])
         except OSError as error:
             failed = True
