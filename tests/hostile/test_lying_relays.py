@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -117,6 +117,15 @@ async def is_closed(pipe: Pipe) -> bool:
         return True
 
 
+@contextlib.asynccontextmanager
+async def relayed(keys: list[Identity]) -> AsyncIterator[tuple[Served, Rude, Rude]]:
+    """A relay, and two peers who call it by hand: one to be dialled, and one who dials."""
+    relay = await serve(keys[RELAY], FAST_MBIT)
+    target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
+    async with closing(relay, target, caller):
+        yield relay, target, caller
+
+
 async def connect(reservation: Any, target: Rude, caller: Rude) -> tuple[Any, Pipe, Pipe]:
     """The caller's call, and the two ends of a circuit."""
     dialled = await caller.dial(target.identity.peer_id.to_bytes())
@@ -158,9 +167,7 @@ def test_a_connection_with_a_name_that_nobody_expects_is_closed(
 
 def test_a_name_may_arrive_in_pieces_and_with_what_follows_it(loop: LoopThread, keys: list[Identity]) -> None:
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
-        async with closing(relay, target, caller):
+        async with relayed(keys) as (relay, target, caller):
             reservation = await target.reserve()
             dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             begin, payload = MARK + (await offered(reservation)).circuit, os.urandom(1_000_000)
@@ -184,9 +191,7 @@ def test_a_caller_that_does_not_open_its_end_gives_up_its_place(
     monkeypatch.setattr("peer.relays.service.ACCEPT_S", 0.3)
 
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
-        async with closing(relay, target, caller):
+        async with relayed(keys) as (relay, target, caller):
             reservation = await target.reserve()
             dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             accepted = await target.connect(MARK + (await offered(reservation)).circuit)
@@ -354,9 +359,7 @@ def test_nobody_is_dialled_for_a_peer_that_is_not_here_or_does_not_accept(
     monkeypatch.setattr("peer.relays.service.ACCEPT_S", 0.3)
 
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
-        async with closing(relay, target, caller):
+        async with relayed(keys) as (relay, target, caller):
             absent = await caller.dial(keys[OTHER].peer_id.to_bytes())
             assert await status_of(absent) is StatusCode.NOT_FOUND
             reservation = await target.reserve()
@@ -397,9 +400,7 @@ def test_one_caller_has_few_circuits_and_dials_seldom(
     monkeypatch.setattr("peer.relays.service._DIALS_AT_ONCE", 16)
 
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
-        async with closing(relay, target, caller):
+        async with relayed(keys) as (relay, target, caller):
             reservation = await target.reserve()
             await reservation.read()
             calls = [await caller.dial(keys[HIDDEN].peer_id.to_bytes()) for _ in range(40)]
