@@ -139,6 +139,14 @@ class PlainCommand(TyperCommand):
 
 
 def _in_one_line(error: Any, ctx: Any) -> _WrongCommandLine:
+    if similar := getattr(error, "possibilities", None):
+        shown = {
+            flag
+            for parameter in ctx.command.get_params(ctx)
+            if not getattr(parameter, "hidden", False)  # a removed one
+            for flag in (*parameter.opts, *parameter.secondary_opts)
+        }
+        error.possibilities = [each for each in similar if each in shown]
     return _WrongCommandLine(f"{error.format_message().rstrip('.')}; see `{ctx.command_path} --help`")
 
 

@@ -304,7 +304,7 @@ class RepeatLimit:
             return None
         shown, text = copy.copy(record), record.getMessage()
         if left_out:
-            text += f" ({left_out} more like it were left out)"
+            text += f" ({left_out} more like it {'was' if left_out == 1 else 'were'} left out)"
         if record.exc_info and (error := record.exc_info[1]) is not None and not self._is_new(error):
             text += f": {type(error).__name__}: {error}, at the same place as before"
             shown.exc_info = shown.exc_text = None

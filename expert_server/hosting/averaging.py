@@ -238,7 +238,7 @@ class ReplicaAveraging:
             try:
                 await self._average(base, fetched, node.peer_id)
             except OutOfReachError as error:
-                logger.info("%s", error)
+                logger.debug("%s", error)
         given = base.given_to(node.peer_id)
         accepted = await self._replicas.states.ask(
             node, state_pb2.ASK_REASON_AVERAGE, [uid], base.sha256, base_sha256=fetched.sha256
@@ -384,6 +384,8 @@ class ReplicaAveraging:
         try:
             with tolerating("average or adopt", self._restarts):
                 await work
+        except OutOfReachError as error:  # this node's owner can do nothing about it
+            logger.debug("%s", error)
         except (UnreachableError, TransferError, StateError, ExpertError) as error:
             logger.info("%s", error)
 
@@ -449,7 +451,10 @@ def average_into(expert: Expert, base: Snapshot, theirs: Checkpoint, swarm_id: s
         is_untrained = moves.are_none(present) and bool(expert.source or not expert.update_count)
         if not present:
             moves.start(moving_tensors(before))  # after a rollback, moves are measured from here
-        message = f"expert {expert.uid} is {away:.3g} away from this node's, which reaches {reach:.3g}"
+        message = (
+            f"expert {expert.uid} was not averaged: another node's copy differs from this node's by {away:.3g}, more "
+            f"than the {reach:.3g} that this node's own updates explain"
+        )
         raise OutOfReachError(message, is_untrained=is_untrained)
     current, radii = expert.export_state(), moves.radii(present)
     state, belief = averaged(current, before, theirs.state, radii, share, theirs.update_count)

@@ -25,7 +25,7 @@ def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> N
     for_s = None if duration is None else parse_duration_s(duration)
     with ControlClient(node_folder(state)) as control:
         before = control.ask("status")
-        terminal.line(taken_offline(before))
+        terminal.line(taken_offline(before, "resumes"))
     with ControlClient(node_folder(state)) as control:
         after = control.ask("pause", for_s=for_s)
         terminal.line(words(after))
@@ -48,6 +48,8 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
         try:
             log.lines()  # skips what was logged before
             status = control.ask("stop")
+            if status.experts:
+                terminal.line(taken_offline(status, "starts again"))
             if not wait:
                 terminal.line(f"asked process {control.pid} to leave; {words(status)}")
                 return
@@ -81,8 +83,8 @@ def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool
         follower.close()
 
 
-def taken_offline(status: ControlStatus) -> str:
-    """What a pause of the node takes offline, in words."""
+def taken_offline(status: ControlStatus, until: str) -> str:
+    """What a node takes offline, in words. `until`: what it does when it hosts again."""
     if not status.experts:
         return "it hosts no expert: nothing goes offline"
     if not status.alone:
@@ -91,7 +93,7 @@ def taken_offline(status: ControlStatus) -> str:
     named = ", ".join(status.alone_uids) + (f" and {more} more" if more else "")
     return (
         f"no other node serves {status.alone} of its {counted(status.experts, 'expert')}: {named}. Nodes with room are "
-        "asked to take them over first; what none takes is offline until this one resumes"
+        f"asked to take them over first; what none takes is offline until this one {until}"
     )
 
 

@@ -272,6 +272,7 @@ class _Run:
         each step.
         """
         settings, needed = self._settings, "--resume"
+        saved = frozenset(self._training.history.validated)
         try:
             with (
                 progress_shown(self._terminal, settings.steps, self._training.step) as show,
@@ -289,7 +290,8 @@ class _Run:
 
                 def validated(validation: Validation) -> None:
                     self._client.note_validation(validation)
-                    logger.info("%s", describe_validation(validation))
+                    whence = "from the checkpoint: " if validation.step in saved else ""
+                    logger.info("%s%s", whence, describe_validation(validation))
 
                 return self._training.run(observe, self._stop, validated=validated)
         except InviteError:

@@ -124,6 +124,13 @@ def test_what_one_line_of_code_logs_is_bounded_and_the_rest_is_counted() -> None
     now = 3.5
     (again,) = [one for one in (limit.admit(record(1)) for _ in range(100)) if one is not None]
     assert again.getMessage() == "what a peer said (9950 more like it were left out)"
+    now = 7.0
+    assert limit.admit(record(1)) is not None
+    limit.admit(record(1))
+    now = 10.5
+    after_one = limit.admit(record(1))
+    assert after_one is not None
+    assert after_one.getMessage() == "what a peer said (1 more like it was left out)"
     now = 1e6
     assert sum(limit.admit(record(1)) is not None for _ in range(100)) == 50
 

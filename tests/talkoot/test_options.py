@@ -1,5 +1,6 @@
 """Options, and the settings that they are generated from."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,23 @@ def test_settings_that_help_does_not_show_are_accepted() -> None:
     shown = CliRunner().invoke(app, ["node", "--help"]).stdout
     assert "--max-calls" not in shown
     assert load_settings(parsed("node", "--max-calls", "7"), NodeSettings).max_calls == 7
+
+
+def test_a_hint_for_a_mistyped_option_names_no_removed_one() -> None:
+    below = [sub for group in COMMANDS.values() for sub in getattr(group, "commands", {}).values()]
+    tried = 0
+    for command in (*COMMANDS.values(), *below):
+        options = command.get_params(typer.Context(command))
+        removed = {flag for option in options if getattr(option, "hidden", False) for flag in option.opts}
+        for flag in removed:
+            with pytest.raises(typer.BadParameter) as found:
+                command.make_context(command.name, [f"{flag}x"])
+            hints = re.findall(r"--[\w-]+", found.value.message.partition("Possible options:")[2])
+            assert removed.isdisjoint(hints), found.value.message
+            tried += 1
+    assert tried > 10
+    with pytest.raises(typer.BadParameter, match=r"Possible options: .*--grace-s\)"):
+        COMMANDS["train"].make_context("train", ["--grace-sx"])
 
 
 @pytest.mark.parametrize(

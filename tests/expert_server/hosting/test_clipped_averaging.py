@@ -169,7 +169,7 @@ def test_a_replica_that_has_no_update_of_its_own_believes_nothing() -> None:
     _, other = trained_alone(0, 1)
     fresh = Expert(AN_UID, FAST)
     before = fresh.export_state()
-    with pytest.raises(OutOfReachError) as found:
+    with pytest.raises(OutOfReachError, match=r"was not averaged: .* updates explain") as found:
         clipped(fresh, other.checkpoint())
     assert found.value.is_untrained
     torch.testing.assert_close(fresh.export_state(), before, rtol=0, atol=0)

@@ -103,6 +103,7 @@ def test_logs_are_followed_while_the_node_leaves_in_order(node: RunningNode) -> 
             assert following.stdout.readline()  # now it has begun
             stopped = node.say("stop")
             assert stopped.returncode == 0, stopped.stderr
+            assert "is offline until this one starts again\n" in stopped.stdout
             assert f"stopped; its identity and checkpoints stay in {node.state}" in stopped.stdout
             assert node.process.wait(60) == 0  # its threads may end a moment after it counts as ended
             heard = ""
@@ -134,12 +135,15 @@ def test_without_a_node_it_says_what_to_do(tmp_path: Path, name: str) -> None:
 
 def test_what_a_pause_takes_offline_is_told() -> None:
     status = ControlStatus(state="serving", pid=1, experts=3)
-    assert taken_offline(status) == "other nodes serve all of its 3 experts too: nothing goes offline"
-    alone = status.model_copy(update={"alone": 3, "alone_uids": ("0.0.1", "0.1.1")})
-    assert taken_offline(alone).startswith(
-        "no other node serves 3 of its 3 experts: 0.0.1, 0.1.1 and 1 more. "
+    assert (
+        taken_offline(status, "resumes") == "other nodes serve all of its 3 experts too: nothing goes offline"
     )
-    assert "nothing goes offline" in taken_offline(status.model_copy(update={"experts": 0}))
+    alone = status.model_copy(update={"alone": 3, "alone_uids": ("0.0.1", "0.1.1")})
+    assert taken_offline(alone, "starts again") == (
+        "no other node serves 3 of its 3 experts: 0.0.1, 0.1.1 and 1 more. Nodes with room are asked to take them over "
+        "first; what none takes is offline until this one starts again"
+    )
+    assert "nothing goes offline" in taken_offline(status.model_copy(update={"experts": 0}), "resumes")
     assert given_up(16, 8) == (
         "other nodes serve 8 of the 16 experts that it gave up; 8 are offline until it resumes"
     )

@@ -104,6 +104,8 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     assert again.status == 0, again.err
     assert "resuming after step 3" in caplog.text
     assert "resuming with other settings" not in caplog.text
+    assert caplog.text.count("validation loss after step 3: ") == 2
+    assert "from the checkpoint: validation loss after step 3: " in caplog.text
     swarm_id = Invite.parse(founder.invite).keys.swarm_id
     assert load_checkpoint(checkpoint, swarm_id).header.settings["name"] == "Carla"
     summary = json.loads(result.read_text())
