@@ -202,6 +202,11 @@ class SwarmAdmission:
         """Raises RecordError if this peer has a badge that others no longer accept."""
         self._own_grant()
 
+    @property
+    def expires_in_s(self) -> float | None:
+        """Seconds until this peer's token expires; None if it has none."""
+        return None if self.badge is None else read_grant(self.badge.grant).expires_at - self._now()
+
     def warn_of_expiry(self) -> None:
         """Warns the owner, once a day, if this peer's token expires in the next days."""
         try:

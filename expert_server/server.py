@@ -1,6 +1,7 @@
 """A node's services on its gRPC server, its health service, and access control."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -124,8 +125,11 @@ class AccessControl:
 
     async def until_over(self) -> NoReturn:
         """Raises InviteError once this node's token has expired, or the founder has revoked it."""
-        await self._ended.wait()
-        assert self._end is not None
+        while self._end is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._swarm.admission.expires_in_s):
+                    await self._ended.wait()
+            self.look_at_own()
         raise self._end
 
     def _revoked(self) -> list[int]:

@@ -33,6 +33,7 @@ from peer.formatting import in_brief
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopLag, LoopThread, TaskSet
+from peer.metrics import total
 from peer.rpc.channels import WAYS, ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
@@ -142,6 +143,8 @@ class SwarmClient:
         self._is_own_loop = is_own_loop
         self._waits = 0
         """Consecutive waits of `has_experts`."""
+        self._refused = 0.0
+        """Calls that nodes had refused when it last read which tokens are revoked."""
         self._folder = StateFolder(state)
         self._loop = LoopThread()
         self._exits = contextlib.AsyncExitStack()
@@ -267,7 +270,7 @@ class SwarmClient:
         total = self.manifest.experts_total
         enough = math.ceil(share * total)
         while (live := self.dispatcher.live_experts()) < enough:
-            self._require_admitted()
+            self.require_admitted()
             if time.monotonic() > deadline:
                 if live:
                     logger.warning(
@@ -305,22 +308,36 @@ class SwarmClient:
         self.wait_for_experts(limit_s, report, share=1 / self.manifest.experts_total)
         return has_warned
 
-    def _require_admitted(self) -> None:
+    def require_admitted(self, *, reads: bool = False) -> None:
+        """Raises InviteError once this trainer's token is revoked or has expired. If nodes have refused calls since the
+        last time, or if `reads`, reads first which tokens are revoked.
+        """
+        refused = total(self.dispatcher.metrics.failures, cause="permission_denied")
+        if reads or refused > self._refused:
+            self._refused = refused
+            with contextlib.suppress(UnreachableError):
+                self.run(self._joined.swarm.refresh_admission())
         try:
             self._joined.swarm.admission.check_own()
         except RecordError as error:
+            saved = (
+                ""
+                if self._reads_only
+                else ". What is saved stays: to train on from there, also pass --resume"
+            )
             raise invite_error(
                 error,
                 f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for a new one, "
-                "and start again with `--join NEW_INVITE`. What is saved stays: to train on from there, also pass "
-                f"--resume{clock.CLOCK.doubt}",
+                f"and start again with `--join NEW_INVITE`{saved}{clock.CLOCK.doubt}",
             ) from error
 
     def has_experts(self, limit_s: float | None = None, warns: Callable[[], None] = lambda: None) -> bool:
         """Returns whether any expert is live, so that the last result is valid. If none is, waits for one first.
         `limit_s`: the longest wait; None: that of the settings. `warns` is called before it warns. Raises
-        UnavailableError if none is announced in time, or if those announced never answered.
+        UnavailableError if none is announced in time, or if those announced never answered, and InviteError once this
+        trainer's token is revoked or has expired.
         """
+        self.require_admitted()
         if self.dispatcher.live_experts():
             self._waits = 0
             return True

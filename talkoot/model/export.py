@@ -87,6 +87,9 @@ def run_export(
             export = _Export(terminal, client, plan, folder)
             try:
                 export.run(lambda experts: _dense(client, given, checkpoint, tokenizer, experts))
+            except UnavailableError:
+                client.require_admitted(reads=True)
+                raise
             except Stopped:
                 logger.info("stopped; run the same command again to continue with %s", export.partial)
                 raise
@@ -268,7 +271,9 @@ class _Export:
                 if taken is not None:
                     yield uid, taken.tensors
                     sources[uid] = self._source(taken)
-                elif not self._plan.allow_missing:
+                else:
+                    self._client.require_admitted(reads=True)
+                if taken is None and not self._plan.allow_missing:
                     raise UnavailableError(
                         f"no host of expert {uid} sent usable parameters: run the same command again (complete layers "
                         "are kept), or pass --allow-missing"

@@ -45,6 +45,8 @@ class ServedModel:
     chat: ChatFormat = field(default_factory=ChatFormat)
     is_usable: Callable[[], bool] = lambda: True
     """Returns whether the last computation's result is valid. May wait, and may raise UserError."""
+    require_admitted: Callable[[], None] = lambda: None
+    """Raises InviteError once the swarm no longer admits this server. May wait."""
     nodes: Callable[[], frozenset[str]] = frozenset
     """Returns the nodes whose experts have answered since its last call."""
     find: Find | None = None
@@ -121,6 +123,7 @@ def model_of_swarm(
             manifest.experts_total,
             run.client.dispatcher.live_experts,
             is_usable=is_usable,
+            require_admitted=run.client.require_admitted,
             nodes=nodes.take,
             find=find,
             questions=questions,

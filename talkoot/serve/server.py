@@ -27,6 +27,9 @@ from trainer_client.settings import TrainerSettings
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+_LOOK_EVERY_S = 2.0
+"""How often it looks whether the swarm still admits it."""
+
 
 def run_serve(
     terminal: Terminal,
@@ -36,7 +39,8 @@ def run_serve(
     trainer: TrainerSettings,
     settings: ServeSettings,
 ) -> None:
-    """Serves until a signal arrives, which is not an error. Raises UserError if it can't start.
+    """Serves until a signal arrives, which is not an error. Raises UserError if it can't start, and InviteError once
+    the swarm no longer admits it.
 
     `folder`: a model folder; None: the model of a run, with the experts of the swarm that `join` names.
     """
@@ -82,6 +86,9 @@ async def _serve(
         else:
             terminal.line(f"model {served.name}: {address}")
             terminal.line(f"for OpenAI's clients: base URL {address}v1")
+        while not running.done():
+            await asyncio.wait((running,), timeout=_LOOK_EVERY_S)
+            await asyncio.to_thread(served.require_admitted)
         await running
 
 

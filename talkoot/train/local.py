@@ -77,6 +77,9 @@ class LocalSwarm:
         """Returns at once that it did not warn."""
         return False
 
+    def require_admitted(self) -> None:
+        """Does nothing, because nobody admits anybody."""
+
     def note(self, progress: Progress) -> None:
         """Does nothing, because there is nobody to tell."""
 

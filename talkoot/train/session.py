@@ -293,7 +293,8 @@ class _Run:
                     whence = "from the checkpoint: " if validation.step in saved else ""
                     logger.info("%s%s", whence, describe_validation(validation))
 
-                return self._training.run(observe, self._stop, validated=validated)
+                check = self._client.require_admitted
+                return self._training.run(observe, self._stop, validated=validated, check=check)
         except InviteError:
             needed = "--resume with a new invite"
             raise

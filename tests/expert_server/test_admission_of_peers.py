@@ -184,6 +184,28 @@ def test_a_node_whose_token_is_over_says_so_and_stops(
     play(scenario)
 
 
+def test_a_node_leaves_when_its_token_expires_and_not_only_when_it_is_refused(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0)
+        await village.run(founder)
+        invite, issued = await invited(village, founder, Role.NODE)
+        node = await village.start(
+            await come_in(village, 1, invite, Role.NODE),
+            {"experts": 4, "spare": 0, "announce_every_s": 120},
+        )
+        began = time.time()
+        for each in (node, founder):
+            each.swarm.admission._now = lambda: issued.expires_at - 0.5 + time.time() - began
+        with pytest.raises(ExceptionGroup) as caught:
+            await asyncio.wait_for(node.run(), 60)
+        assert [*map(type, caught.value.exceptions)] == [ExpiredInviteError]
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    play(scenario)
+
+
 def test_who_has_no_token_is_told_and_what_it_announces_is_not_seen(
     play: Play,
 ) -> None:

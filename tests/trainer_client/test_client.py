@@ -19,6 +19,7 @@ def make_client(live: list[int]) -> tuple[SwarmClient, list[float]]:
         manifest=SimpleNamespace(experts_total=4),
         settings=SimpleNamespace(wait_for_experts_s=60.0),
         wait_for_any=lambda limit_s, consequence, warns: waits.append(limit_s),
+        require_admitted=lambda: None,
         _waits=0,
     )
     return cast(SwarmClient, made), waits

@@ -104,12 +104,14 @@ class Training:
         stop: threading.Event,
         clock: Callable[[], float] = time.monotonic,
         validated: Callable[[Validation], None] = lambda validation: None,
+        check: Callable[[], None] = lambda: None,
     ) -> Summary:
         """Trains until `settings.steps` are done or `stop` is set, which is checked between steps.
 
         Validates on fixed batches before the first step, after the last and in between (`settings.validates_after`).
         `validated` is called with each result; a resumed run starts with its last earlier one. A step whose loss or
-        gradient is not finite is skipped. Raises UserError after 10 of them in a row.
+        gradient is not finite is skipped. Raises UserError after 10 of them in a row. `check` is called before each
+        optimizer step; if it raises, that step is not taken.
         """
         settings, began = self._settings, clock()
         validation = self._dataset.validation_batches(settings.batch_size, settings.validation_batches)
@@ -121,7 +123,7 @@ class Training:
             self._validate(record, validation, read)
         validated(record.last_validation())
         last_end = clock()
-        with closing(self._one_by_one() if self._make_copy is None else self._in_flight()) as steps:
+        with closing(self._one_by_one(check) if self._make_copy is None else self._in_flight(check)) as steps:
             while self.step < settings.steps and not stop.is_set():
                 step = next(steps)
                 ended = clock()
@@ -178,12 +180,13 @@ class Training:
         )
         self.history = history
 
-    def _one_by_one(self) -> Generator[_Step, None, None]:
+    def _one_by_one(self, check: Callable[[], None]) -> Generator[_Step, None, None]:
         while True:
             computed = self._compute(self.step, self._model)
+            check()
             yield _Step(self._apply(self._model, computed.loss), computed.spread)
 
-    def _in_flight(self) -> Generator[_Step, None, None]:
+    def _in_flight(self, check: Callable[[], None]) -> Generator[_Step, None, None]:
         """Yields steps in the order in which they end. If the generator is closed, running steps are lost."""
         settings, make_copy = self._settings, self._make_copy
         assert make_copy is not None
@@ -198,6 +201,7 @@ class Training:
                     steps.begin(partial(self._compute, begun))
                     begun += 1
                 in_flight, finished = len(steps), steps.next()
+                check()
                 loss = self._apply(finished.copy, finished.result.loss)
                 steps.release(finished, updated=math.isfinite(loss))
                 if enough is not None:

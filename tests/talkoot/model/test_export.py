@@ -21,7 +21,7 @@ from byte_texts import byte_dataset
 from real_swarm import eventually
 from training_swarm import HOST, MANIFEST, TEXT, Founder, founded, node_settings, talkoot
 
-from dht.admission import Role, make_token, new_serial
+from dht.admission import Role, make_token, new_serial, read_grant
 from dht.announcements import ReplicaState
 from dht.beam_search import Selection
 from dht.directory import LiveExperts
@@ -33,11 +33,12 @@ from expert_server.experts.format import BLOCK
 from expert_server.node import Node
 from peer import clock
 from peer.codec import Integers
-from peer.errors import ModelError
+from peer.errors import ModelError, RevokedInviteError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
-from talkoot.model.experts import SwarmExperts
+from peer.wire import admission_pb2
+from talkoot.model.experts import SwarmExperts, TakenExpert
 from talkoot.model.folder import FolderWriter, ModelFolder
 from talkoot.model.opened import open_model
 from talkoot.signals import Stopped
@@ -333,6 +334,32 @@ def test_in_a_swarm_with_tokens_only_roles_that_the_manifest_names_export(
             ended = talkoot(*export(reader, tmp_path / "model"))
         assert ended.status == 0, ended.err
         assert_has_the_experts_of(founder, ModelFolder.open(tmp_path / "model"), frozenset(MANIFEST.uids()))
+
+
+@pytest.mark.parametrize("options", [(), ("--allow-missing",)])
+def test_who_is_revoked_during_an_export_is_told_and_not_that_hosts_are_gone(
+    options: tuple[str, ...], loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = AdmissionSpec(mode="token", export=("reader",))
+
+    async def fetch(experts: SwarmExperts, uid: UID) -> TakenExpert | None:
+        """Revokes the reader before the first fetch."""
+        await asyncio.wrap_future(loop.submit(founder.node.swarm.revocations.publish([serial])))
+        loop.loop.call_soon_threadsafe(founder.node.sessions.recheck)
+        return await real(experts, uid)
+
+    real = SwarmExperts.fetch
+    monkeypatch.setattr(SwarmExperts, "fetch", fetch)
+    with founded(loop, tmp_path, experts=8, name="club-2", parts={"admission": rules}) as founder:
+        trainer = replace(founder, invite=_token(founder, Role.TRAINER))
+        reader = replace(founder, invite=_token(founder, Role.READER))
+        token = admission_pb2.Token.FromString(Invite.parse(reader.invite).token)
+        serial = read_grant(token.grant).serial
+        with training(trainer, tmp_path / "trainer"):
+            ended = talkoot(*export(reader, tmp_path / "model", *options))
+    assert ended.status == RevokedInviteError.exit_status
+    assert "because of your invite: the token was revoked" in ended.err
+    assert not (tmp_path / "model").exists()
 
 
 def _token(founder: Founder, role: Role) -> str:

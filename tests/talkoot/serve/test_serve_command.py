@@ -18,10 +18,11 @@ from preloaded import Preloaded
 from served_model import LIMIT_S, served
 from training_swarm import MANIFEST, TEXT, Founder, founded, talkoot
 
-from peer.errors import ModelError
+from peer.errors import ModelError, RevokedInviteError
 from peer.loop import LoopThread
 from talkoot.serve.chat import ChatFormat, Message
 from talkoot.serve.model import model_of_folder
+from trainer_client.client import SwarmClient
 from trainer_client.inference import decoded, generate
 from trainer_client.settings import Sampling
 
@@ -77,6 +78,20 @@ def test_a_swarms_model_is_served_until_ctrl_c(founder: Founder, run: Path, tmp_
     assert process.returncode == 0, said
     assert "Traceback" not in said
     wait_until(lambda: gone(kin), "the end of its children")
+
+
+def test_a_server_whose_invite_is_revoked_says_so_and_stops(
+    founder: Founder, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def revoked(client: SwarmClient, *, reads: bool = False) -> None:
+        raise RevokedInviteError("the token was revoked")
+
+    monkeypatch.setattr(SwarmClient, "require_admitted", revoked)
+    monkeypatch.setattr("talkoot.serve.server._LOOK_EVERY_S", 0.1)
+    ended = talkoot("serve", "--join", founder.invite, "--state", run, "--port", 0, "--threads", 1)
+    assert ended.status == RevokedInviteError.exit_status
+    assert "base URL" in ended.out
+    assert "error: the token was revoked [T116]" in ended.err
 
 
 def test_a_folders_model_is_served_and_says_the_same(loop: LoopThread, tmp_path: Path) -> None:

@@ -279,11 +279,11 @@ def test_a_revoked_trainer_learns_that_it_needs_a_new_invite_to_resume(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def revoked(client: SwarmClient) -> None:
+    def revoked(client: SwarmClient, *, reads: bool = False) -> None:
         if founder.node.state is NodeState.PAUSED:
             raise RevokedInviteError("the token was revoked")
 
-    monkeypatch.setattr(SwarmClient, "_require_admitted", revoked)
+    monkeypatch.setattr(SwarmClient, "require_admitted", revoked)
     lose_experts_after(2, founder, monkeypatch)
     try:
         ended = talkoot(*train(founder, tmp_path / "state", "--data", text, "--steps", 9))

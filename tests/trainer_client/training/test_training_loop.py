@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dht.manifest import Manifest
-from peer.errors import UserError
+from peer.errors import RevokedInviteError, UserError
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training, learning_rate, validation_loss
@@ -223,6 +223,26 @@ def test_stop_ends_training_between_two_steps_with_what_it_has() -> None:
     assert summary.steps == len(seen) == 5
     assert summary.loss_last == seen[-1].loss
     assert summary.validation_loss_last == seen[3].validation_loss
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_step_whose_check_fails_is_not_taken(in_flight: int) -> None:
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 5:
+            raise RevokedInviteError("the token was revoked")
+
+    def make() -> LanguageModel:
+        return LanguageModel(make_manifest(), lambda layer: nn.Identity())
+
+    training = Training(make(), byte_dataset(TEXT, 16), make_settings(in_flight=in_flight), make)
+    with pytest.raises(RevokedInviteError):
+        training.run(lambda progress: None, threading.Event(), check=check)
+    assert training.step == training.part.age == 4
+    assert training.export_state() is not None, "no step was interrupted"
 
 
 def test_stop_before_the_first_step_gives_an_empty_summary() -> None:
