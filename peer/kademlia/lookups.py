@@ -63,6 +63,10 @@ _SAMPLE_BYTES_PER_S = 60.0
 """The average traffic of look-ups of random keys. In a swarm of 10,000 each costs 120 KB, and the distance to holders
 changes only with the size of the swarm.
 """
+_OUTGROWN = 1.5
+"""A peer that knows this many times as many nodes as there should be replaces all samples: the swarm has grown."""
+_REPLACED_BYTES_PER_S = 600.0
+"""The most traffic of replacing samples."""
 _NAMES_ASKED = 0.25
 """If a key was looked up before, this share of the calls ask for the names of other nodes nearby."""
 _CALLS, _CALLS_OF_NODE = 512, 8
@@ -139,7 +143,7 @@ class Lookups:
         self.checker: EntryChecker = EntryChecker(guard)
         self.reach: UsualReach = UsualReach()
         self.rng: random.Random = rng or random.SystemRandom()
-        self._sample_at = 0.0
+        self._sample_at = self._replace_at = 0.0
         self._tasks = TaskSet()
         self.unverified: UnverifiedNodes = UnverifiedNodes()
         self._near: BoundedDict[int, dict[int, PeerID]] = BoundedDict(_REMEMBERED_KEYS)
@@ -159,9 +163,10 @@ class Lookups:
         that each peer returns for a key, drawn at random, besides index entries; None: all.
         """
         now = asyncio.get_running_loop().time()
-        if limits.witnesses and now >= self._sample_at:
-            self._sample_at = now + _SAMPLE_EVERY_S
-            self.spawn(self.sample())
+        is_outgrown = now >= self._replace_at and len(self.dht.table) > _OUTGROWN * self.estimated_nodes
+        if limits.witnesses and (is_outgrown or now >= self._sample_at):
+            self._sample_at = self._replace_at = now + _SAMPLE_EVERY_S
+            self.spawn(self.sample(afresh=is_outgrown))
         run = _Run(self, keys, limits, besides_self, patience_s, room)
         await run.until_finished()
         slices = TimeSlices()
@@ -172,20 +177,21 @@ class Lookups:
             await slices.pause()
         return run.found
 
-    async def sample(self) -> None:
+    async def sample(self, afresh: bool = False) -> None:
         """Looks up random keys, to learn the usual reach. Nobody can have prepared for these keys. This also finds
-        nodes everywhere.
+        nodes everywhere. `afresh`: replaces all earlier samples.
         """
-        spent = self.dht.spent_bytes
-        keys = [self._random_key() for _ in range(max(1, self.reach.missing))]
+        spent, reach = self.dht.spent_bytes, UsualReach() if afresh else self.reach
+        keys = [self._random_key() for _ in range(max(1, reach.missing))]
         run = _Run(self, keys, _NEAREST, besides_self=False, room=0)
         await run.until_finished()
-        self._sample_at = asyncio.get_running_loop().time() + pause_after_sample(
-            self.dht.spent_bytes - spent, self.dht.node_id
-        )
         for key, found in run.found.items():
             # other nodes have answered too, on the way there, and they are not all of the nearest
-            self.reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
+            reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
+        self.reach = reach
+        cost, now = self.dht.spent_bytes - spent, asyncio.get_running_loop().time()
+        self._sample_at = now + pause_after_sample(cost, self.dht.node_id)
+        self._replace_at = now + cost / _REPLACED_BYTES_PER_S
 
     def usual_reach(self) -> int:
         """The distance from a key within which its holders usually are."""

@@ -363,6 +363,26 @@ def test_samples_show_within_which_distance_the_holders_are_and_honest_look_ups_
     play(world, scenario, nodes=100, in_place=True)
 
 
+def test_a_peer_that_was_alone_at_first_soon_stores_at_few_of_those_that_have_joined(
+    world: VirtualLoop,
+) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        (founder,) = swarm.peers
+        assert founder.lookups.estimated_nodes <= 5
+        for _ in range(23):
+            await swarm.join(await swarm.make_peer(), [founder])
+        await founder.experts.replicas([HOME])
+        await asyncio.sleep(2)
+        assert 12 < founder.lookups.estimated_nodes < 48
+        stores = swarm.network.traffic.by_method["store"]
+        uids = [UID(0, (0, number)) for number in range(4)]
+        for uid in uids:
+            await founder.experts.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING)], 60.0)
+        assert swarm.network.traffic.by_method["store"] - stores <= 10 * len(uids)
+
+    play(world, scenario, nodes=1)
+
+
 def test_the_more_a_sample_costs_the_later_the_next_one_is_at_each_peers_own_pace() -> None:
     for cost, mean_s in ((0, 300), (3_000, 300), (30_000, 500), (120_000, 900), (10**9, 900)):
         pauses = [pause_after_sample(cost, node) for node in (0, 2 ** (ID_BITS - 1), 2**ID_BITS - 1)]
