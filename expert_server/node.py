@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -455,15 +454,9 @@ class Node:
 
     async def _release(self, limit_s: float) -> None:
         """Gives up the memories, and the experts once others have all updates that only this node's replicas took."""
-        await asyncio.gather(self._release_experts(limit_s), self.memories.release(limit_s))
-
-    async def _release_experts(self, limit_s: float) -> None:
-        began = time.monotonic()
-        if limit_s and self.runtime.experts:
-            self.runtime.refuse()
-            with tolerating("average before leaving", self.restarts):
-                await self.averaging.average_before_leaving(limit_s)
-        await self.hosting.release(max(0.0, limit_s - (time.monotonic() - began)))
+        await asyncio.gather(
+            self.hosting.release(limit_s, self.averaging.average_last), self.memories.release(limit_s)
+        )
 
     async def stop(self) -> None:
         """Hands the experts over, saves them, leaves the swarm, and stops all parts. Stopping twice is harmless."""
@@ -490,7 +483,6 @@ class Node:
 
     def hurry(self) -> None:
         """Ends the wait of `stop` for others to take over the experts."""
-        self.averaging.hurry()
         self.hosting.hurry()
         self.memories.hurry()
 

@@ -1,10 +1,11 @@
 """Replicas of one expert meet in pairs now and then, and both become their average."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -114,7 +115,6 @@ class ReplicaAveraging:
         self._hinted = {kind: asyncio.Event() for kind in (False, True)}
         """Events that are set when an average (True) or an adoption (False) was asked for."""
         self._runs = False
-        self._last_averaging: asyncio.Task[None] | None = None
         self._refused = BoundedDict[tuple[UID, PeerID], tuple[int, float]](_REMEMBERED)
         """How many times in a row another node's replica was out of reach, and until when it is avoided."""
         self._tried = BoundedDict[tuple[UID, PeerID], int](_REMEMBERED)
@@ -178,40 +178,43 @@ class ReplicaAveraging:
         # a higher count belongs to a state that this node no longer has
         return expert.update_count - max((c for c in counts if c <= expert.update_count), default=0)
 
-    async def average_before_leaving(self, limit_s: float) -> None:
-        """Averages the experts a last time before they are given up, so that none of this node's updates is lost.
+    async def average_last(self, others: Mapping[UID, Sequence[Replica]], silent: set[PeerID]) -> None:
+        """Averages experts a last time before they are given up, so that none of this node's updates is lost. Takes a
+        few seconds at most.
 
-        Returns when the others have fetched what they need. Until then, this node must be announced as serving.
+        `others`: the replicas of each expert that serve elsewhere. `silent`: nodes are added when they are asked, and
+        removed when they answer. Returns when those nodes have fetched what they need. Until then, this node must
+        announce these experts as serving.
         """
-        if not self._every_s:
-            return
-        self._last_averaging = asyncio.create_task(
-            self._attempt(self._average_last()), name="average before leaving"
-        )
-        await asyncio.wait({self._last_averaging}, timeout=min(_LAST_AVERAGING_S, limit_s))
-        self._last_averaging.cancel()
-        (problem,) = await asyncio.gather(self._last_averaging, return_exceptions=True)
-        if isinstance(problem, Exception):
-            raise problem
+        if self._every_s and others:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_AVERAGING_S):
+                    await self._attempt(self._average_last(others, silent))
 
-    def hurry(self) -> None:
-        if self._last_averaging is not None:
-            self._last_averaging.cancel()
+    async def _average_last(self, others: Mapping[UID, Sequence[Replica]], silent: set[PeerID]) -> None:
+        partners: dict[PeerID, list[Replica]] = {}
+        for replica in map(self._rng.choice, others.values()):
+            partners.setdefault(replica.peer_id, []).append(replica)
+        silent.update(partners)
+        await self._replicas.runtime.run(partial(self._end_accumulation, others.keys()))
+        nodes = await self._swarm.registry.nodes(partners)
+        places = asyncio.Semaphore(_AT_ONCE)
 
-    async def _average_last(self) -> None:
-        replicas = await self._swarm.experts.replicas(self._replicas.experts)
-        me = self._swarm.host.peer_id
-        partners = [self._rng.choice(o) for hosts in replicas.values() if (o := serving_elsewhere(hosts, me))]
-        await self._replicas.runtime.run(partial(self._end_accumulation, {r.uid for r in partners}))
-        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
-        meetings = (
-            self._attempt(self._average_last_with(replica.uid, nodes[replica.peer_id]))
-            for replica in partners
-            if replica.peer_id in nodes and self._is_worth_meeting(replica)
-        )
-        await side_by_side(meetings, _AT_ONCE)
+        async def meet(replica: Replica) -> None:
+            async with places:
+                node = nodes[replica.peer_id]
+                await self._attempt(self._average_last_with(replica.uid, node, silent))
 
-    def _end_accumulation(self, uids: set[UID]) -> None:
+        async def meet_all(replicas: Sequence[Replica]) -> None:
+            first, *more = sorted(replicas, key=self._is_worth_meeting, reverse=True)
+            await meet(first)  # a partner that does not answer takes up one place only
+            await side_by_side(
+                (meet(replica) for replica in more if self._is_worth_meeting(replica)), _AT_ONCE
+            )
+
+        await side_by_side((meet_all(partners[peer_id]) for peer_id in nodes), len(nodes))
+
+    def _end_accumulation(self, uids: Set[UID]) -> None:
         """Takes a step for accumulated gradients, so that they become part of the average. The other replica ignores
         them.
         """
@@ -219,8 +222,9 @@ class ReplicaAveraging:
             self._replicas.experts[uid].end_accumulation()
             self._replicas.experts[uid].settle()
 
-    async def _average_last_with(self, uid: UID, node: NodeInfo) -> None:
+    async def _average_last_with(self, uid: UID, node: NodeInfo, silent: set[PeerID]) -> None:
         given = await self.meet(uid, node)
+        silent.discard(node.peer_id)
         if given is not None:
             await given.wait()
 

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import time
 from collections import Counter as Multiset
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from itertools import groupby
+from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter
 
@@ -38,7 +39,7 @@ from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
-from peer.loop import first_of, side_by_side, tolerating
+from peer.loop import TaskSet, cancel_all, first_of, side_by_side, tolerating
 from peer.wire import state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
 """Experts that one look can give up, and states that are fetched at the same time to prove them."""
 _PROOFS_S = 20.0
 """The longest time for all proofs of one look."""
+_ANSWER_WITHIN_S = 2.0
+"""If a node does not answer a request to adopt experts within this time, others are asked, too."""
 _CLAIM_WITHIN_S = 10.0
 """A node that has accepted an expert must claim it within this time. Otherwise it is skipped: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
@@ -69,23 +72,37 @@ _ASKS = 3
 """How many times a node that refuses is asked: strangers may keep it busy."""
 
 
+AverageLast: TypeAlias = Callable[[Mapping[UID, Sequence[Replica]], set[PeerID]], Coroutine[Any, Any, None]]
+"""Averages experts that are given up with others' replicas of them, and records which peers do not answer."""
+
+
 class Handover:
-    """One departure: asks nodes with room to adopt the experts that nobody else serves, until the DHT shows that they
-    serve them.
+    """One departure: averages the experts that others serve too a last time, and asks nodes with room to adopt those
+    that nobody else serves, until the DHT shows that they serve them. Both happen at the same time, because peers that
+    do not answer may hold up either.
     """
 
     def __init__(
-        self, swarm: Swarm, replicas: LocalReplicas, clock: Callable[[], float] = time.monotonic
+        self,
+        swarm: Swarm,
+        replicas: LocalReplicas,
+        average: AverageLast | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`average`: averages experts with others' replicas; None: they are given up without that."""
         self.alone: set[UID] = set(replicas.experts)
         """The experts that nobody else serves, as far as this node has seen."""
         self.handed_over: int = 0
         self._swarm = swarm
         self._replicas = replicas
+        self._average = average
         self._clock = clock
         self._nodes: dict[PeerID, NodeInfo] = {}
         self._rooms: dict[PeerID, int] = {}
+        self._silent: set[PeerID] = set()
+        """Hosts that are announced and did not answer. They may have died, and do not count."""
         self._asked: dict[UID, tuple[PeerID, float]] = {}
+        """For each expert, the node that was asked to adopt it, and until when it may take to answer or to claim it."""
         self._refusals: Multiset[PeerID] = Multiset()
 
     async def run(self) -> None:
@@ -94,31 +111,65 @@ class Handover:
 
         Raises UnreachableError if the DHT does not answer.
         """
-        await self._replicas.announce()
-        await self._withdraw_served()
-        if self.alone:
-            await self._find_rooms()
-        while self.alone:
-            await self._ask(sorted(self.alone - self._asked.keys()))
-            if not (self.alone & self._asked.keys() or self._shares(self.alone - self._asked.keys())):
-                return
-            await asyncio.sleep(_LOOK_EVERY_S)
-            self._pass_over(await self._withdraw_served())
-
-    async def _withdraw_served(self) -> dict[UID, tuple[Replica, ...]]:
-        """Withdraws the experts that another node serves by now. Returns all replicas of the experts that nobody else
-        served before.
-        """
-        me = self._swarm.host.peer_id
         replicas = await self._swarm.experts.replicas(self.alone)
-        served = [uid for uid, hosts in replicas.items() if serving_elsewhere(hosts, me)]
-        self.alone.difference_update(served)
-        self.handed_over += sum(uid in self._asked for uid in served)
+        shared = {uid: others for uid, hosts in replicas.items() if (others := self._serving(hosts))}
+        self.alone.difference_update(shared)
+        await side_by_side((self._share(shared), self._give_away({*self.alone})), 2)
+
+    def _serving(self, hosts: Collection[Replica]) -> list[Replica]:
+        others = serving_elsewhere(hosts, self._swarm.host.peer_id)
+        return [replica for replica in others if replica.peer_id not in self._silent]
+
+    async def _share(self, shared: Mapping[UID, Sequence[Replica]]) -> None:
+        """Averages these experts, and withdraws them. Those whose other hosts do not answer are given away."""
+        if self._average is None:
+            return await self._withdraw(shared)
+        averaging = asyncio.create_task(self._average(shared, self._silent), name="average before leaving")
+        try:
+            await asyncio.wait({averaging}, timeout=_ANSWER_WITHIN_S)
+            orphans = {uid for uid, others in shared.items() if not self._serving(others)}
+            served = shared.keys() - orphans
+            self.alone.update(orphans)
+
+            async def end() -> None:
+                await averaging
+                await self._withdraw(served)
+
+            await side_by_side((end(), self._give_away(orphans)), 2)
+        finally:
+            await cancel_all([averaging])
+
+    async def _withdraw(self, uids: Collection[UID]) -> None:
+        with contextlib.suppress(UnreachableError):  # they are withdrawn again at the end
+            await self._replicas.withdraw(uids)
+
+    async def _give_away(self, uids: set[UID]) -> None:
+        """Returns when other nodes serve these experts, or nobody is left to ask."""
+        if not uids:
+            return
+        await asyncio.gather(self._replicas.offer(uids), self._find_rooms())
+        async with contextlib.aclosing(TaskSet()) as asking:
+            while uids:
+                self._ask(sorted(uids - self._asked.keys()), asking)
+                if not (asking or uids & self._asked.keys()):
+                    return
+                await asyncio.sleep(_LOOK_EVERY_S)
+                with contextlib.suppress(UnreachableError):  # it looks again soon
+                    replicas = await self._swarm.experts.replicas(uids)
+                    await self._note_served({uid for uid, hosts in replicas.items() if self._serving(hosts)})
+                    uids &= self.alone
+                    self._pass_over(replicas)
+
+    async def _note_served(self, served: set[UID]) -> None:
+        """Withdraws experts that another node serves by now."""
+        self.alone -= served
+        self.handed_over += len(served & self._asked.keys())
         if served:
-            await self._replicas.withdraw(served)
-        return replicas
+            await self._withdraw(served)
 
     async def _find_rooms(self) -> None:
+        if self._nodes:
+            return
         me = self._swarm.host.peer_id
         # the lists are not signed: thousands of names may be made up, but nodes in the routing table have answered
         listed = await self._swarm.registry.node_ids(_MOST_LISTED)
@@ -126,14 +177,16 @@ class Handover:
         self._nodes = await self._swarm.registry.nodes(others)
         self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
 
-    async def _ask(self, uids: Collection[UID]) -> None:
+    def _ask(self, uids: Collection[UID], asking: TaskSet) -> None:
         """Asks all chosen nodes at once. Experts that they refuse are left for the next time, or for other nodes."""
-        async with asyncio.TaskGroup() as group:
-            for heir, share in self._shares(uids):
-                group.create_task(self._ask_one(heir, share))
+        for heir, share in self._shares(uids):
+            self._asked.update(dict.fromkeys(share, (heir, self._clock() + _ANSWER_WITHIN_S)))
+            self._rooms[heir] -= len(share)
+            asking.spawn(self._ask_one(heir, share), "ask an heir")
 
     def _shares(self, uids: Collection[UID]) -> list[tuple[PeerID, list[UID]]]:
-        found = assign_orphans(uids, self._rooms)
+        rooms = {peer_id: room for peer_id, room in self._rooms.items() if peer_id not in self._silent}
+        found = assign_orphans(uids, rooms)
         by_heir = groupby(sorted(found, key=lambda uid: (found[uid].to_bytes(), uid)), key=found.__getitem__)
         return [(heir, list(share)[:MAX_UIDS_IN_ASK]) for heir, share in by_heir]
 
@@ -142,15 +195,20 @@ class Handover:
         with tolerating("ask an heir"):  # the others are asked all the same
             accepted = await self._replicas.states.ask(self._nodes[heir], state_pb2.ASK_REASON_ADOPT, share)
         for uid in share[:accepted]:
-            self._asked[uid] = heir, self._clock()
+            self._asked[uid] = heir, self._clock() + _CLAIM_WITHIN_S
+        for uid in share[accepted:]:
+            if self._asked.get(uid, (None,))[0] == heir:
+                del self._asked[uid]
         self._refusals[heir] += accepted < len(share)
-        self._rooms[heir] = 0 if self._refusals[heir] >= _ASKS else self._rooms[heir] - accepted
+        is_full = self._refusals[heir] >= _ASKS
+        self._rooms[heir] = 0 if is_full else self._rooms[heir] + len(share) - accepted
 
-    def _pass_over(self, replicas: dict[UID, tuple[Replica, ...]]) -> None:
-        """Skips nodes that did not claim what they accepted."""
-        for uid, (heir, asked_at) in list(self._asked.items()):
-            claimed = any(replica.peer_id == heir for replica in replicas.get(uid, ()))
-            if not claimed and self._clock() > asked_at + _CLAIM_WITHIN_S:
+    def _pass_over(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
+        """Skips nodes that have not answered, or did not claim what they accepted."""
+        for uid in replicas.keys() & self._asked.keys():
+            heir, until = self._asked[uid]
+            claimed = any(replica.peer_id == heir for replica in replicas[uid])
+            if not claimed and self._clock() > until:
                 del self._asked[uid]
                 self._rooms[heir] = 0
 
@@ -260,34 +318,42 @@ class HostingManager:
             await self._replicate(await self._read(saved), saved)
 
     async def adopt_from(self, leaving: PeerID, uids: Collection[UID]) -> None:
-        """Takes those of the experts that, according to the DHT, only this leaving peer hosts."""
+        """Takes those of the experts that this leaving peer offers in the DHT, and that fewer nodes serve than should.
+        One that others serve may be on offer because they do not answer.
+        """
         # runs beside a look: that peer waits at most ten seconds for an heir, and a look may take minutes
-        if taken := await self._take(await self._given_up_by(leaving, uids)):
-            self.adopted.inc(len(taken))
-            logger.info("adopted %s of %s, which leaves or pauses", counted(len(taken), "expert"), leaving)
+        others = await self._offered_by(leaving, uids)
+        for count in sorted({*others.values()}):
+            if taken := await self._take([uid for uid in others if others[uid] == count], count + 1):
+                self.adopted.inc(len(taken))
+                logger.info(
+                    "adopted %s of %s, which leaves or pauses", counted(len(taken), "expert"), leaving
+                )
 
-    async def _given_up_by(self, leaving: PeerID, uids: Collection[UID]) -> list[UID]:
+    async def _offered_by(self, leaving: PeerID, uids: Collection[UID]) -> dict[UID, int]:
+        """How many other nodes serve each of the experts."""
         replicas = await self._swarm.experts.replicas(uids)
         me, mine = self._swarm.host.peer_id, self._replicas.experts
-        return [
-            uid
-            for uid in uids
+        others = {
+            uid: len(serving_elsewhere(hosts, me))
+            for uid, hosts in replicas.items()
             if uid not in mine
-            and not serving_elsewhere(replicas[uid], me)
-            and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in replicas[uid])
-        ]
+            and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in hosts)
+        }
+        return {uid: count for uid, count in others.items() if count < max(1, self._enough)}
 
-    async def release(self, timeout_s: float) -> int:
+    async def release(self, timeout_s: float, average: AverageLast | None = None) -> int:
         """Gives up all experts, and waits at most `timeout_s` for others to adopt those that nobody else serves.
 
-        Returns how many experts nobody else hosts now: they exist only in this node's checkpoints, if those could be
-        written. `take_first` starts hosting again.
+        `average`: averages the experts that others serve too with their replicas, meanwhile. Returns how many experts
+        nobody else hosts now: they exist only in this node's checkpoints, if those could be written. `take_first`
+        starts hosting again.
         """
         self._replicas.leave()
         async with self._changing:
             count = len(self._replicas.experts)
             await self._replicas.finish_work()
-            handover = Handover(self._swarm, self._replicas)
+            handover = Handover(self._swarm, self._replicas, average)
             if count and timeout_s:
                 await self._hand_over(handover, timeout_s)
             await self._replicas.release_all()

@@ -114,6 +114,8 @@ class LocalReplicas:
         self._rng = random.SystemRandom()
         self._whole_states = WholeStates(swarm, runtime, states, self._rng)
         self._leaving = False
+        self._offered: set[UID] = set()
+        """Experts that others may adopt, because this node leaves."""
         self._claimed_at: dict[UID, float] = {}
         self._provisional_since: dict[UID, float] = {}
         """When experts in service began with what this node had, as no other host was seen ahead of it."""
@@ -158,9 +160,7 @@ class LocalReplicas:
 
     @property
     def leaving(self) -> bool:
-        """Whether this node is giving up its experts, or has given them up. It then takes none, and announces that they
-        leave.
-        """
+        """Whether this node is giving up its experts, or has given them up. It then takes none."""
         return self._leaving
 
     @property
@@ -180,6 +180,7 @@ class LocalReplicas:
     def open(self) -> None:
         """Takes and serves experts from now on."""
         self._leaving = False
+        self._offered.clear()
         self.runtime.refuse(False)
 
     def leave(self) -> None:
@@ -228,13 +229,12 @@ class LocalReplicas:
 
     async def announce(self, uids: Collection[UID] | None = None) -> None:
         """Renews the announcements of experts in service: of `uids`, or of all."""
-        state = ReplicaState.LEAVING if self._leaving else ReplicaState.SERVING
         now = self._now()
         self._recent_rows.keep(self.experts.keys())
         announced = [
             ReplicaAnnouncement(
                 uid,
-                state,
+                ReplicaState.LEAVING if uid in self._offered else ReplicaState.SERVING,
                 self.experts[uid].update_count,
                 self._claimed_at[uid],
                 self.experts[uid].updated_at,
@@ -245,6 +245,11 @@ class LocalReplicas:
         ]
         queued_rows = self.runtime.queued_rows
         await self._swarm.experts.announce(announced, self._period.lifetime_s, queued_rows)
+
+    async def offer(self, uids: Collection[UID]) -> None:
+        """Announces from now on that these experts leave, so that others may adopt them. Raises UnreachableError."""
+        self._offered.update(uids)
+        await self.announce(uids)
 
     async def withdraw(self, uids: Collection[UID]) -> None:
         """Withdraws the announcements. If it raises UnreachableError, the experts are announced as before."""

@@ -15,7 +15,7 @@ from callers import numbered_identities
 from real_swarm import DEADLINE_S, UIDS, Play, Village, end, eventually, playing, serving
 from test_restart import announced, train
 
-from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.announcements import NodeInfo, ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
 from dht.uid import UID
 from expert_server.experts.format import State
@@ -123,6 +123,93 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
     play(scenario)
 
 
+def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node shares six experts with a partner that has frozen, one with another partner, and hosts one alone. None of
+    its updates is lost, though the frozen partner is still announced.
+    """
+    monkeypatch.setattr("expert_server.hosting.averaging._LAST_AVERAGING_S", 600.0)
+    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 5.0)
+    monkeypatch.setattr("expert_server.hosting.whole_states._PATIENCE_S", 0.5)
+
+    async def scenario(village: Village) -> None:
+        averages: dict[str, Any] = {"average_every_s": 600.0}
+        leaver = await village.found(experts=8, **averages, **LEAVES)
+        invite = await leaver.swarm.invite()
+        frozen = await village.join(1, invite, experts=0, spare=6, **averages)
+        assert len(await frozen.replicas.take(UIDS[:6], MAX_UPDATE_COUNT, enough=2)) == 6
+        partner = await village.join(2, invite, experts=0, spare=1, **averages)
+        assert await partner.replicas.take([UIDS[6]], MAX_UPDATE_COUNT, enough=2)
+        heir = await village.join(3, invite, experts=0, spare=8, replicas=2)
+        for node in (partner, heir):
+            await village.run(node)
+        await train(leaver, dict.fromkeys(UIDS, 4))
+        for node in (leaver, heir):
+            unless_frozen(monkeypatch, node, frozen)
+        stopping = asyncio.create_task(leaver.stop())
+
+        async def others_have_all() -> bool:
+            hosted = {**partner.runtime.experts, **heir.runtime.experts}
+            return {uid: expert.update_count for uid, expert in hosted.items()} == dict.fromkeys(UIDS, 4)
+
+        await eventually(others_have_all)
+        assert set(partner.runtime.experts) == {UIDS[6]}
+        leaver.hurry()
+        await stopping
+
+    play(scenario)
+
+
+def test_a_leaving_nodes_expert_is_not_adopted_if_enough_others_serve_it(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        other, second = [await village.join(n, invite, experts=0, spare=2) for n in (1, 2)]
+        assert len(await other.replicas.take(UIDS[:2], MAX_UPDATE_COUNT, enough=2)) == 2
+        assert await second.replicas.take(UIDS[:1], MAX_UPDATE_COUNT, enough=3)
+        heir = await village.join(3, invite, experts=0, spare=8, replicas=2)
+        leaver.replicas.leave()
+        await leaver.replicas.offer(UIDS)
+        await heir.hosting.adopt_from(leaver.swarm.host.peer_id, UIDS)
+        assert set(heir.runtime.experts) == set(UIDS[1:])
+
+    play(scenario)
+
+
+def unless_frozen(monkeypatch: pytest.MonkeyPatch, node: Node, frozen: Node) -> None:
+    """Lets calls by the node to the frozen one wait for ever."""
+
+    def patch(name: str) -> None:
+        call = getattr(node.replicas.states, name)
+
+        async def wait_or_call(peer: NodeInfo, *more: Any, **options: Any) -> Any:
+            if peer.peer_id == frozen.swarm.host.peer_id:
+                await asyncio.Event().wait()
+            return await call(peer, *more, **options)
+
+        monkeypatch.setattr(node.replicas.states, name, wait_or_call)
+
+    patch("fetch")
+    patch("ask")
+
+
+def test_an_heir_that_does_not_answer_holds_up_no_other(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 0.5)
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        frozen = await village.join(1, invite, experts=0, spare=8)
+        heir = await village.join(2, invite, experts=0, spare=8)
+        await village.run(heir)
+        unless_frozen(monkeypatch, leaver, frozen)
+        assert await asyncio.wait_for(leaver.hosting.release(600), DEADLINE_S) == 0
+        assert set(heir.runtime.experts) == set(UIDS)
+
+    play(scenario)
+
+
 def test_an_heir_adopts_also_while_it_looks_for_what_to_host(play: Play) -> None:
     """A node makes one look at a time, and the states that a look fetches may arrive slowly."""
 
@@ -219,6 +306,7 @@ def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Pl
         node = await village.found(experts=8, **LEAVES)
         observer = await village.observe(1, await node.swarm.invite())
         node.replicas.leave()
+        await node.replicas.offer(node.runtime.experts)
         await node.hosting.announce()
         view = await Directory(observer.experts, observer.manifest, refresh_every_s=60).refresh()
         assert view.live_experts() == 0
