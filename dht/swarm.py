@@ -140,14 +140,16 @@ async def join_swarm(
     *,
     state: Path | None = None,
     roles: Sequence[Role] = (),
+    exports: bool = False,
     denylist: Denylist | None = None,
     stage: Stage = logger.info,
 ) -> Swarm:
     """Starts a peer, joins by the invite or by known peers, and reads the manifest that its author signed.
 
     `state`: the folder for the manifest and the addresses of known peers. `roles`: the roles in which it takes part; if
-    empty, it only reads. Raises UnreachableError if nobody answers, SwarmError if the manifest is missing or not for
-    this software, and InviteError if the invite's token gives none of the roles.
+    empty, it only reads. `exports`: it is to export the model, so only those of the roles count that may. Raises
+    UnreachableError if nobody answers, SwarmError if the manifest is missing or not for this software, and InviteError
+    if the invite's token gives none of the roles.
     """
     stage("joining the DHT")
     peer = _Peer(identity, invite.keys, state, denylist)
@@ -162,7 +164,7 @@ async def join_swarm(
                 f"the manifest is of a swarm named {manifest.name!r}, not {invite.keys.name!r}: ask for a new invite"
             )
         swarm = peer.member(host, registry, manifest, record)
-        await _present_token(swarm, invite, roles)
+        await _present_token(swarm, invite, roles, exports)
         return swarm
     except BaseException:
         await host.stop()
@@ -240,7 +242,7 @@ class _Peer:
         )
 
 
-async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) -> None:
+async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role], exports: bool) -> None:
     """Makes this peer's badge from the invite's token, if it needs one. Raises InviteError."""
     if swarm.admission.mode == "open" or swarm.host.peer_id == swarm.keys.author:
         return
@@ -248,11 +250,19 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         await swarm.revocations.read()
     if not roles:
         return
+    purpose = ""
+    if exports:
+        purpose = "to export its model, "
+        roles = [role for role in roles if role.word in swarm.manifest.admission.export]
+        if not roles:
+            raise InviteError(
+                "this swarm's manifest lets nobody export the model: ask its founder for a copy"
+            )
     *others, last = (role.word for role in roles)
     wanted = f"{', '.join(others)} or {last}" if others else last
     if not invite.token:
         raise InviteError(
-            f"this swarm admits by token: ask its founder for an invite of your own, for a {wanted}"
+            f"this swarm admits by token: {purpose}ask its founder for an invite of your own, for a {wanted}"
         )
     token = admission_pb2.Token.FromString(invite.token)
     try:
@@ -264,7 +274,7 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role]) ->
         ) from error
     if role not in roles:
         raise InviteError(
-            f"this invite is for a {role.word}, not for a {wanted}: ask the founder for another"
+            f"this invite is for a {role.word}, not for a {wanted}: {purpose}ask the swarm's founder for another"
         )
 
 

@@ -123,21 +123,22 @@ class SwarmClient:
         stage: Stage = lambda text: None,
         through: Callable[[ExpertCaller], ExpertCaller] = lambda caller: caller,
         reads_only: bool = False,
+        exports: bool = False,
         make_loader: Callable[[Manifest, str], ExpertLoader | None] = lambda manifest, swarm_id: None,
         timing: TrainerTiming = TrainerTiming(),
         is_own_loop: bool = False,
     ) -> None:
         """`stage` is called with each step of joining, in words. `through` wraps the network, for example to inject
-        faults. `reads_only`: it uses experts without changing them, and announces nothing. `make_loader`: makes the
-        `ExpertLoader` for spot checks, from the manifest and the swarm's id; None: no spot checks. `is_own_loop`: the
-        caller trains with its own loop instead of `Training`, so the number of steps is not known. Raises UserError if
-        joining fails.
+        faults. `reads_only`: it uses experts without changing them, and announces nothing. `exports`: the invite must
+        allow exporting the model. `make_loader`: makes the `ExpertLoader` for spot checks, from the manifest and the
+        swarm's id; None: no spot checks. `is_own_loop`: the caller trains with its own loop instead of `Training`, so
+        the number of steps is not known. Raises UserError if joining fails.
         """
         self._invite = invite
         self._settings = settings
         self._stage = stage
         self._through = through
-        self._reads_only = reads_only
+        self._reads_only, self._exports = reads_only, exports
         self._make_loader = make_loader
         self._timing = timing
         self._is_own_loop = is_own_loop
@@ -480,6 +481,7 @@ class SwarmClient:
             NetworkConfig(reached_at(self._invite), serves_dht=False, p2pd=settings.p2pd == "auto"),
             state=self._folder.path,
             roles=tuple(dict.fromkeys((Role.TRAINER, role))),
+            exports=self._exports,
             denylist=Denylist(settings.denylist or self._folder.path / DENYLIST, settings.deny),
             stage=self._stage,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dht.memory import Passage
 from peer.errors import DataError, UserError
+from peer.formatting import counted
 from peer.identity import PeerID
 from trainer_client.encoder_decoder import EncodedSource, EncoderDecoder
 from trainer_client.model import LanguageModel, SequenceState
@@ -219,8 +220,8 @@ class TextDecoder(Decoder):
         shortest, context = self._model.first_scored, self._model.context
         if len(prompt) < shortest:
             raise DataError(
-                f"the prompt has {len(prompt)} tokens, but this swarm's models need {shortest} or more: give a longer "
-                "prompt"
+                f"the prompt has {counted(len(prompt), 'token')}, but this swarm's models need {shortest} or more: "
+                "give a longer prompt"
             )
         return Decoding([*prompt, *written][-context:], context, shortest)
 

@@ -409,9 +409,9 @@ class HostingManager:
             await self._replicas.release(gone, self._vacant_looks.keys() | gains.keys())
             room += len(gone)
             logger.info(
-                "gave up %s that others host too: nobody hosts %d others",
+                "gave up %s that others host too, for %s that nobody hosts",
                 counted(len(gone), "expert"),
-                lacking,
+                counted(lacking, "other"),
             )
         wanted = rank_vacancies(orphans | gains.keys(), room + self._spare, me, {**saved, **gains})
         wanted += rank_vacancies(lasting - orphans, room - len(wanted), me, saved)

@@ -25,6 +25,7 @@ from expert_server.experts.grouped import MOST_EXPERTS
 from expert_server.experts.guard import StepOutcome
 from peer.bounded import Displacement, Owner
 from peer.errors import ExpertError
+from peer.formatting import counted
 
 Direction: TypeAlias = Literal["forward", "backward"]
 Key: TypeAlias = tuple[UID, Direction]
@@ -177,9 +178,8 @@ class BatchQueue:
         if self.rows + len(work.rows) > self._max_queued_rows:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED,
-                f"no room for {len(work.rows)} rows: {self.rows} of at most {self._max_queued_rows} are already "
-                "waiting, "
-                f"{self._rows_of(work.caller)} of them yours",
+                f"no room for {counted(len(work.rows), 'row')}: {self.rows} of at most {self._max_queued_rows} are "
+                f"already waiting, {self._rows_of(work.caller)} of them yours",
                 retry_after_s=self.retry_after_s(work.caller if self._rows_of(work.caller) else None),
             )
         entry = Entry(work, next(self._order), future, discard)

@@ -34,10 +34,10 @@ from peer.formatting import bytes_in_words, counted, printable
 from peer.platform.files import open_plainly
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from talkoot.memory.passages import PassageFile, read_passages
-from talkoot.memory.progress import Progress, Rate, Show
 from talkoot.memory.shards import write_shards
 from talkoot.memory.training import WordCounter, train_static_encoder
 from talkoot.partial import LOCK, PartialFolder, naming_failures
+from talkoot.progress import Progress, Rate, Show
 from talkoot.terminal import Terminal
 from trainer_client.data.sources import find_files
 from trainer_client.memory.codebook import Codebook

@@ -322,7 +322,7 @@ class ReplicationWatch:
             self._terminal.event("published", {**entry_values(entry), "replicas": latest.fewest})
         else:
             self._terminal.line(
-                f"done: each shard of {entry.memory} has {latest.fewest} replicas or more, on "
+                f"done: each shard of {entry.memory} has {counted(latest.fewest, 'replica')} or more, on "
                 f"{counted(len(latest.hosts), 'node')}. They keep it without you"
             )
 

@@ -26,9 +26,9 @@ from talkoot.memory.dual_training import (
 )
 from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, split_by_title
 from talkoot.memory.passages import read_passages
-from talkoot.memory.progress import Progress, Rate, Show
 from talkoot.memory.training import WordCounter, encoder_of, train_word_vectors
 from talkoot.partial import naming_failures
+from talkoot.progress import Progress, Rate, Show
 from talkoot.terminal import Terminal, check_writable
 from trainer_client.data.sources import find_files
 from trainer_client.memory.encoder import DualEncoder, StaticEncoder
@@ -184,7 +184,7 @@ def learn(
     """`sample`: it can't be used afterwards. Raises UserError."""
     learned, validated = split_by_title(pairs)
     if len(learned) < _FEWEST_PAIRS:
-        raise DataError(f"there are {len(learned)} pairs to learn from: give at least {_FEWEST_PAIRS}")
+        raise DataError(f"only {counted(len(learned), 'pair')} to learn from: give at least {_FEWEST_PAIRS}")
     for pair in learned:  # questions may have words that the text does not have
         sample.add_words(pair.question)
         sample.add_words(pair.passage)

@@ -12,11 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
-from dht.admission import EXPORT
 from dht.invites import invite_of
-from dht.swarm import Swarm
 from dht.uid import UID
-from peer.errors import ExpertError, InviteError, SettingsError, UnavailableError
+from peer.errors import SettingsError, UnavailableError
 from peer.formatting import bytes_in_words, counted
 from talkoot.model.card import CardFacts, ExpertSource, SourcesFile, model_card
 from talkoot.model.dense import ExportedDense, dense_of_run, dense_of_trainers
@@ -24,6 +22,7 @@ from talkoot.model.experts import SwarmExperts, TakenExpert
 from talkoot.model.folder import FolderRouting, FolderWriter
 from talkoot.model.usage import WatchedExperts, most_used
 from talkoot.partial import PARTIAL, require_new
+from talkoot.progress import Progress, Rate
 from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import Terminal, to_json
 from talkoot.train.session import load_run, once
@@ -77,13 +76,14 @@ def run_export(
     tokenizer = _tokenizer(settings)
     given, checkpoint = settings, None
     if plan.resume or settings.checkpoint is not None:
-        checkpoint, settings = load_run(invite, settings)
+        checkpoint, settings = load_run(terminal, invite, settings)
     with tempfile.TemporaryDirectory(prefix="talkoot-export-") as name:
         folder = Path(name)
         with terminal.stages("making ready") as stage:
-            client = SwarmClient(invite, settings, folder / "state", stage=stage, reads_only=True)
+            client = SwarmClient(
+                invite, settings, folder / "state", stage=stage, reads_only=True, exports=True
+            )
         try:
-            _require_right(client.swarm)
             export = _Export(terminal, client, plan, folder)
             try:
                 export.run(lambda experts: _dense(client, given, checkpoint, tokenizer, experts))
@@ -105,20 +105,6 @@ def _tokenizer(settings: TrainerSettings) -> Tokenizer:
     if settings.tokenizer == "bpe":
         raise SettingsError("tokenizer: pass the tokenizer.json that the swarm's trainers share, or bytes")
     return read_tokenizer(settings.tokenizer)
-
-
-def _require_right(swarm: Swarm) -> None:
-    """Raises InviteError if nodes would refuse every call."""
-    admission, roles = swarm.admission, swarm.manifest.admission.export
-    try:
-        admission.admit(swarm.host.peer_id, {EXPORT}, admission.badge)
-    except ExpertError as error:
-        who = (
-            f"for a {' or a '.join(roles)}" if roles else "in person: its manifest gives this right to nobody"
-        )
-        raise InviteError(
-            f"this invite does not let you export the model: {error}; ask the swarm's founder for one {who}"
-        ) from error
 
 
 def _dense(
@@ -165,8 +151,7 @@ class _Export:
             dense = dense_by(watched)
             wanted = frozenset(self._experts.hosts)
             if plan.keep is not None and plan.keep_by is not None:
-                stage(f"looking which experts {plan.keep_by} uses")
-                wanted = self._most_used(dense, watched, plan.keep, plan.keep_by)
+                wanted = self._most_used(dense, watched, plan.keep, plan.keep_by, stage)
         routing = FolderRouting.of(dense.routing)
         with FolderWriter(plan.out, client.manifest, routing, dense.tokenizer, dense.memory) as writer:
             writer.write_dense(dense.tensors)
@@ -208,22 +193,32 @@ class _Export:
             logger.warning("%s without a live host will be masked", counted(len(missing), "expert"))
 
     def _most_used(
-        self, dense: ExportedDense, watched: WatchedExperts, share: float, path: str
+        self,
+        dense: ExportedDense,
+        watched: WatchedExperts,
+        share: float,
+        path: str,
+        stage: Callable[[str], None],
     ) -> frozenset[UID]:
         settings, token_bytes = self._client.settings, dense.tokenizer.token_bytes
         files = find_files([path])
         tokens: Tokens = encode_corpus(files, settings.field, dense.tokenizer, self._folder / "text").tokens
-        check_length(tokens, dense.model.first_scored, path)
+        first = dense.model.first_scored
+        check_length(tokens, first, path)
+        progress = Progress(stage, self._terminal.live)
 
-        def observe(done: int) -> bool:
-            return self._client.has_experts()
+        def loss(what: str) -> float:
+            rate = Rate(progress.show, what, len(tokens) - first, "tokens")
 
-        def loss() -> float:
+            def observe(done: int) -> bool:
+                rate.at(done)
+                return self._client.has_experts()
+
             return evaluate(dense.model, tokens, token_bytes, settings.batch_size, observe).loss
 
-        self._figures["loss before leaving experts out"] = loss()
+        self._figures["loss before leaving experts out"] = loss(f"looking which experts {path} uses")
         watched.kept = most_used(watched.rows, self._experts.hosts, share, dense.routing.k)
-        self._figures["loss after leaving experts out"] = loss()
+        self._figures["loss after leaving experts out"] = loss("measuring the loss without the others")
         return watched.kept
 
     def _write_layers(self, writer: FolderWriter, file: SourcesFile, wanted: frozenset[UID]) -> None:

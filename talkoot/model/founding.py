@@ -72,7 +72,8 @@ def run_import(terminal: Terminal, plan: ImportPlan) -> None:
         return
     state = "" if plan.node_state is None else f" --state {plan.node_state}"
     trainers_state = "" if plan.trainer_state is None else f" --state {plan.trainer_state}"
-    terminal.line(f"{values['experts']} experts and the dense part are ready for the swarm {values['name']}.")
+    experts = counted(values["experts"], "expert")
+    terminal.line(f"{experts} and the dense part are ready for the swarm {values['name']}.")
     terminal.line("Found it, with a node that has room for all of them:")
     terminal.line(f"  talkoot node --new {plan.manifest_file}{state}")
     if values["admission"] == "token":

@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from peer.errors import DataError
+from peer.formatting import counted
 from peer.metrics import start_at_zero
 from talkoot.dashboard.app import STATIC as DASHBOARD_STATIC
 from talkoot.serve import api
@@ -224,7 +225,7 @@ def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:
         )
     if count < fewest:
         raise RequestError(
-            400, f"the prompt has {count} tokens, but this model needs {fewest} or more", "invalid_value",
+            400, f"the prompt has {counted(count, 'token')}, but this model needs {fewest} or more", "invalid_value",
             parameter="prompt",
         )  # fmt: skip
     return tokens

@@ -3,8 +3,8 @@
 import logging
 import shlex
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ import platformdirs
 from dht.admission import Role
 from dht.invites import Invite
 from dht.manifest import Manifest
-from peer.errors import CheckpointError, InviteError, SettingsError
+from dht.swarm import Swarm
+from peer.errors import CheckpointError, InviteError, SettingsError, UnreachableError
 from peer.formatting import counted
 from peer.metrics import total
+from talkoot.ephemeral import run_in_swarm
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, check_writable, write_json
 from talkoot.train.display import (
@@ -120,7 +122,10 @@ def _train(
     """Returns the summary. `where`: the invite of a swarm, or a manifest for training in this process alone."""
     state = trainer_state(settings)
     client: Client
-    with terminal.stages("making ready") as stage:
+    with (
+        _role_first(terminal, where, (Role.TRAINER,) if resume else ()),
+        terminal.stages("making ready") as stage,
+    ):
         swarm = where.name if isinstance(where, Manifest) else where.keys.swarm_id
         start = prepare_run(settings, resume, swarm, state, stage)
         if isinstance(where, Manifest):
@@ -160,16 +165,38 @@ def trainer_state(settings: TrainerSettings) -> Path:
     return settings.state or platformdirs.user_state_path("talkoot") / "trainer"
 
 
-def load_run(invite: Invite, settings: TrainerSettings) -> tuple[Checkpoint, TrainerSettings]:
+def load_run(
+    terminal: Terminal, invite: Invite, settings: TrainerSettings
+) -> tuple[Checkpoint, TrainerSettings]:
     """The checkpoint that the settings name, or that of the newest run in this swarm, and the settings with which it
-    continues. Raises CheckpointError.
+    continues. Raises CheckpointError, or InviteError if there is no run because the invite allows none.
     """
     swarm_id, can_train = invite.keys.swarm_id, invite.role is not Role.READER
-    folder = checkpoint_folder(
-        settings.checkpoint, trainer_state(settings), swarm_id, newest=True, can_train=can_train
-    )
+    with _role_first(terminal, invite, (Role.TRAINER, Role.READER)):
+        folder = checkpoint_folder(
+            settings.checkpoint, trainer_state(settings), swarm_id, newest=True, can_train=can_train
+        )
     checkpoint = load_checkpoint(folder, swarm_id)
     return checkpoint, settings.resumed(checkpoint.header.settings)
+
+
+@contextmanager
+def _role_first(terminal: Terminal, where: Invite | Manifest, roles: Sequence[Role]) -> Iterator[None]:
+    """If there is no saved run, joins the swarm to see whether the invite allows one of these roles: without it, the
+    advice to train first would be no help. Raises InviteError if not.
+    """
+    try:
+        yield
+    except CheckpointError:
+        # only the manifest tells whether an invite without a token is enough
+        if roles and isinstance(where, Invite) and where.role not in roles:
+            with suppress(UnreachableError):
+                run_in_swarm(terminal, str(where), _nothing, roles)
+        raise
+
+
+async def _nothing(swarm: Swarm) -> None:
+    pass
 
 
 class _Run:

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from dht.invites import invite_of
 from peer.errors import LibraryError, SettingsError, UnreachableError
 from peer.metrics import total
+from talkoot.progress import Progress, Rate
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped, to_json
 from talkoot.train.recompute import BlockLoader
@@ -41,6 +40,8 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import Checkpoint
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+_EVALUATING = "evaluating"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def joined_run(
     `through` wraps the network, for example to observe calls.
     """
     invite = invite_of(join)
-    checkpoint, settings = load_run(invite, settings)
+    checkpoint, settings = load_run(terminal, invite, settings)
     if settings.memory is not None and checkpoint.header.settings.get("memory") is None:
         raise SettingsError("memory: this model has not learned to read one: leave --memory out")
     tokenizer = load_tokenizer(checkpoint.header.tokenizer)
@@ -189,10 +190,13 @@ def run_evaluate(
 def _evaluate(terminal: Terminal, trained: TextModel, texts: Mapping[str, Tokens]) -> dict[str, Evaluation]:
     run, first, done_before = trained.run, trained.model.first_scored, 0
     found: dict[str, Evaluation] = {}
-    with _shown(terminal, sum(len(tokens) - first for tokens in texts.values())) as show:
+    total_tokens = sum(len(tokens) - first for tokens in texts.values())
+    with terminal.stages(_EVALUATING) as stage:
+        progress = Progress(stage, terminal.live, _EVALUATING)
+        rate = Rate(progress.show, _EVALUATING, total_tokens, "tokens")
 
         def observe(done: int) -> bool:
-            show(done_before + done)
+            rate.at(done_before + done)
             return run.client.has_experts()
 
         for name, tokens in texts.items():
@@ -203,21 +207,6 @@ def _evaluate(terminal: Terminal, trained: TextModel, texts: Mapping[str, Tokens
             )
             done_before += found[name].tokens
     return found
-
-
-@contextmanager
-def _shown(terminal: Terminal, total: int) -> Iterator[Callable[[int], None]]:
-    if not terminal.live:
-        yield lambda done: None
-        return
-    columns = (
-        BarColumn(),
-        TextColumn("{task.completed:.0f} of {task.total:.0f} tokens"),
-        TimeRemainingColumn(),
-    )
-    with ProgressBar(*columns, console=terminal.err, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _table(values: Mapping[str, Any]) -> Table:

@@ -123,7 +123,7 @@ function showNode(node) {
       ["Version", el("bdi", {}, `${node.software_version}, protocol ${node.protocol_version}`)],
       [
         "Computed",
-        `${format.count(node.updates)} updates, ${format.count(node.rows)} rows, ${format.hours(node.hours)} hours`,
+        `${format.counted(node.updates, "update")}, ${format.counted(node.rows, "row")}, ${format.hours(node.hours)} hours`,
       ],
       ["Signed", shown(node.signed_pairs, () => signed(node))],
       ...(node.memory_shards || node.memory_queries ? [["Memory", memory(node)]] : []),
@@ -235,7 +235,7 @@ function replica(one) {
       { class: "note" },
       [
         format.counted(one.updates, "update"),
-        `${format.count(one.recent_rows)} rows lately`,
+        `${format.counted(one.recent_rows, "row")} lately`,
         one.updated_ago_s === null ? "no update yet" : `updated ${format.duration(one.updated_ago_s)} ago`,
         `announcement valid for ${format.duration(one.expires_in_s)}`,
       ].join(", "),

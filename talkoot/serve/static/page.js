@@ -95,7 +95,7 @@ function finish({ first, tokens, nodes, sources, end }, seconds) {
   byId("more").disabled = !byId("written").textContent;
   byId("stop").disabled = true;
   const said = [];
-  if (tokens) said.push(`${tokens} tokens in ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(1)} tokens/s`);
+  if (tokens) said.push(`${tokens} ${tokens === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(1)} tokens/s`);
   if (first !== null) said.push(`first text after ${Math.round(first)} ms`);
   if (end) said.push(end);
   setText(byId("speed"), said.join("; "));

@@ -330,7 +330,13 @@ def test_in_a_swarm_with_tokens_only_roles_that_the_manifest_names_export(
         )
         with training(trainer, tmp_path / "trainer"):
             refused = talkoot(*export(trainer, tmp_path / "model"))
-            refused.is_one_clear_line("a trainer's token does not give export", "for a reader")
+            refused.is_one_clear_line(
+                "this invite is for a trainer, not for a reader: to export its model, ask"
+            )
+            looking = talkoot(*export(founder, tmp_path / "model"))
+            looking.is_one_clear_line(
+                "to export its model, ask its founder for an invite of your own, for a reader ["
+            )
             ended = talkoot(*export(reader, tmp_path / "model"))
         assert ended.status == 0, ended.err
         assert_has_the_experts_of(founder, ModelFolder.open(tmp_path / "model"), frozenset(MANIFEST.uids()))

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 from training_swarm import TEXT, Founder, founded, talkoot
 
 from dht.invites import Invite
+from dht.manifest import AdmissionSpec
 from expert_server.status import NodeState
 from peer import checkpoints
 from peer.errors import RevokedInviteError
@@ -116,6 +118,7 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     assert plot.read_bytes().startswith(PNG)
 
     evaluated = talkoot("evaluate", text, "--join", founder.invite, "--checkpoint", checkpoint, "--json")
+    assert re.search(r"evaluating: [\d,]+ of [\d,]+ tokens, [\d,]+ a second", caplog.text)
     values = json.loads(evaluated.out.splitlines()[-1])
     assert values["bytes"] == len(SHORT) - len("In"), "nothing predicts the first token"
     assert values["tokens"] < values["bytes"]
@@ -156,6 +159,16 @@ def test_the_newest_run_is_taken_by_default(
     assert "using the newest run" in caplog.text
     assert talkoot(*train(founder, trained, "--data", text, "--steps", 1)).status == 0
     assert "starting a new run; --resume would continue run" in caplog.text
+
+
+@pytest.mark.parametrize("command", [("generate",), ("train", "--resume")])
+def test_without_a_run_an_invite_that_only_lets_people_look_says_so(
+    loop: LoopThread, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    rules = AdmissionSpec(mode="token")
+    with founded(loop, tmp_path, experts=8, name="club", parts={"admission": rules}) as club:
+        ended = talkoot(*command, "--join", club.invite, "--state", tmp_path / "none")
+    ended.is_one_clear_line("this swarm admits by token: ask its founder for an invite of your own")
 
 
 def test_a_model_that_learned_to_read_no_memory_is_given_none(founder: Founder, trained: Path) -> None:

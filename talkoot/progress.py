@@ -12,10 +12,10 @@ _SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.2, 5.0
 class Progress:
     """Shows progress, no more often than somebody can read it."""
 
-    def __init__(self, stage: Callable[[str], None], is_live: bool) -> None:
-        """`is_live`: the terminal shows a single line, which is replaced."""
+    def __init__(self, stage: Callable[[str], None], is_live: bool, what: str = "") -> None:
+        """`is_live`: the terminal shows a single line, which is replaced. `what`: what it shows already."""
         self._stage, self._every_s = stage, _SHOWN_EVERY_S if is_live else _LOGGED_EVERY_S
-        self._what, self._at = "", 0.0
+        self._what, self._at = what, 0.0
 
     def show(self, what: str, detail: str) -> None:
         now = time.monotonic()
