@@ -44,7 +44,10 @@ class NodeSettings(RoleSettings):
     }  # fmt: skip
 
     experts: int | None = Field(
-        default=None, ge=0, le=10**6, description="experts to host; unset: a quarter of the free memory"
+        default=None,
+        ge=0,
+        le=10**6,
+        description="experts to host; unset: as many as fit in a quarter of the free memory",
     )
     spare: int | None = Field(
         default=None,
@@ -171,14 +174,14 @@ class NodeSettings(RoleSettings):
         default=None,
         ge=1,
         le=2**50,
-        description="memory for experts, optimizers, kept forward passes and calls, in bytes or such as 2GB; it "
-        "lowers `experts`, `spare` and `max_kept_bytes` if needed; unset: no limit",
+        description="memory for experts, optimizers, kept forward passes and calls, such as 2GB; it lowers `experts`, "
+        "`spare` and `max_kept_bytes` if needed; unset: no limit",
     )
     memory_disk: Annotated[int, BeforeValidator(parse_bytes)] = Field(
         default=0,
         ge=0,
         le=2**50,
-        description="disk space for passages that others search, in bytes or such as 5GB; 0: host none",
+        description="disk space for passages that others search, such as 5GB; 0: host none",
     )
     memory_refuse: Annotated[tuple[str, ...], BeforeValidator(several)] = Field(
         default=(), description="memories not to host, by name or id"

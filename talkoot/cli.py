@@ -165,7 +165,8 @@ def node(
     context: typer.Context,
     *,
     new: Annotated[
-        Path | None, typer.Option(metavar="SWARM.TOML", help="The manifest of a new swarm, to start it.")
+        Path | None,
+        typer.Option(metavar="SWARM.TOML", help="The manifest of a new swarm, instead of an invite."),
     ] = None,
     join: Join = None,
     bootstrap: Bootstrap = None,
@@ -273,7 +274,7 @@ def dashboard(
 app.command(
     "doctor",
     cls=DoctorCommand,
-    help="Check this machine, and with --join whether it can serve a swarm.",
+    help="Check this machine; with --join, also whether it can serve that swarm.",
     epilog="All options of `talkoot node` are accepted.",
 )(node)
 
@@ -462,7 +463,9 @@ def import_model(
     *,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="SWARM.TOML", help="The manifest of the new swarm, to write."),
+        typer.Option(
+            "--out", "-o", metavar="SWARM.TOML", help="The file to write, with the new swarm's manifest."
+        ),
     ] = Path("swarm.toml"),
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the new swarm.  [default: the old one's]")

@@ -123,7 +123,7 @@ def train_encoder(
         list[str],
         typer.Option(
             metavar="FILES",
-            help="The text of the memory, as `talkoot memory build` reads it. May be repeated.",
+            help="The text of the memory, as `talkoot memory build` reads it. May be given several times.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The new file to write.")],

@@ -107,8 +107,8 @@ def summary_lines(values: Values) -> Iterator[str]:
     )
     if values["validation_loss_last"] is not None:
         yield (
-            f"validation loss {values['validation_loss_first']:.3f} before, {values['validation_loss_last']:.3f} now: "
-            f"{values['bits_per_byte']:.3f} bits per byte, perplexity {values['perplexity']:.4g}"
+            f"validation loss {values['validation_loss_first']:.3f} at first, {values['validation_loss_last']:.3f} at "
+            f"last: {values['bits_per_byte']:.3f} bits per byte, perplexity {values['perplexity']:.4g}"
         )
     if values["loss_first"] is not None:
         yield f"training loss {values['loss_first']:.3f} in the first step, {values['loss_last']:.3f} in the last"

@@ -149,7 +149,11 @@ def test_a_removed_setting_is_still_accepted(
 @pytest.mark.parametrize(
     ("settings", "name", "said"),
     [
-        (NodeSettings, "experts", "Experts to host.  [default: a quarter of the free memory]"),
+        (
+            NodeSettings,
+            "experts",
+            "Experts to host.  [default: as many as fit in a quarter of the free memory]",
+        ),
         (
             NodeSettings,
             "port",

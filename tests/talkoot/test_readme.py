@@ -170,7 +170,7 @@ def test_the_tutorial(reader: Reader) -> None:
             wait_until(lambda: "metrics at " in log.read_text(), "Benno's node")
             assert "32 of 32 experts alive" in (said := carla.types(status)), said
             said = carla.types(train, limit_s=400)
-            (loss,) = re.findall(r"before, ([\d.]+) now: ", said)
+            (loss,) = re.findall(r"at first, ([\d.]+) at last: ", said)
             assert float(loss) < 2.7, said
         with carla.terminal(dashboard, "dashboard") as log:
             wait_until(lambda: "http://127.0.0.1:8080/" in log.read_text(), "the dashboard")

@@ -222,7 +222,7 @@ SUMMARY: dict[str, Any] = {
 def test_the_summary_is_in_words() -> None:
     assert list(summary_lines(SUMMARY)) == [
         "trained 200 steps in 90 s at 4,096 tokens/s",
-        "validation loss 5.250 before, 2.500 now: 3.607 bits per byte, perplexity 12.18",
+        "validation loss 5.250 at first, 2.500 at last: 3.607 bits per byte, perplexity 12.18",
         "training loss 5.500 in the first step, 2.250 in the last",
         "the busiest expert got 2.5 times the tokens of the mean one (load_cv 0.50; 0 is even)",
         "calls that failed: 3 unavailable; longest stall 0.2 s",
