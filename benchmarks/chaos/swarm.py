@@ -238,10 +238,14 @@ class ChaosSwarm:
         return {"processes": len(self._living()), "sockets": sum(path.exists() for path in self._sockets)}
 
     def checkpoints(self, node: Node) -> dict[str, int]:
-        """The update count of each expert's newest checkpoint on the node's disk, read from the file names."""
+        """The update count of each expert's newest checkpoint on the node's disk, read from the file names. Averages
+        and copies of other nodes' experts count, too.
+        """
         counts: dict[str, int] = {}
-        for file in node.folder.glob("checkpoints/*/*/*.safetensors"):
-            counts[file.parent.name] = max(counts.get(file.parent.name, 0), int(file.stem))
+        folder = node.folder / "checkpoints"
+        for file in folder.glob("*/*/**/*.safetensors"):
+            _, uid, *_ = file.relative_to(folder).parts
+            counts[uid] = max(counts.get(uid, 0), int(file.stem))
         return counts
 
     def _end(self, node: Node, *, politely: bool) -> None:

@@ -1,14 +1,17 @@
 """The chaos benchmark: its schedule follows from a seed, and its accounts are right."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.chaos.accounts import Death, Loss, Observation, losses
+from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.report import losses_at_same_step, verdicts
 from benchmarks.chaos.schedule import DEATHS, FOUNDER, Deed, make_schedule
+from benchmarks.chaos.swarm import ChaosSwarm, Node
 
 ENDS = {Deed.KILL: Deed.RESTART, Deed.STOP: Deed.RESTART, Deed.FREEZE: Deed.THAW, Deed.CUT: Deed.MEND}
 BEGINS = {
@@ -98,6 +101,15 @@ def test_a_state_that_is_not_used_is_lost_unless_it_comes_back_soon() -> None:
     assert ignored.is_lost, "a replica lived"
     never = loss_of(death(survivor=93))
     assert (never.after, never.is_lost, never.updates) == (None, True, 100)
+
+
+def test_averages_and_copies_of_others_experts_count_as_checkpoints(tmp_path: Path) -> None:
+    node = Node("node-1", tmp_path / "node-1", (1, 2))
+    for saved in ("0.0.1/20", "0.0.1/averaged/25", "0.0.2/30", "0.0.2/QmPeer/28"):
+        file = node.folder / "checkpoints" / "a-swarm" / f"{saved}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert ChaosSwarm(Plan(), tmp_path).checkpoints(node) == {"0.0.1": 25, "0.0.2": 30}
 
 
 def test_losses_are_compared_at_the_last_step_that_all_trainers_reached() -> None:
