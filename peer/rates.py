@@ -237,6 +237,10 @@ class Backoff(Generic[K]):
         """Whether the key should not be tried now."""
         return now < self._failed.get(key, (0.0, now))[1]
 
+    def pause_s(self, key: K) -> float:
+        """The length of the key's last pause; 0 if it has not failed since it last succeeded."""
+        return self._failed.get(key, (0.0, 0.0))[0]
+
     def held_back(self, now: float) -> set[K]:
         """The keys that should not be tried now."""
         return {key for key, (_, until) in self._failed.items() if now < until}

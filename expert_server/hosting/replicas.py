@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
+from statistics import median_low
 from typing import Any, TypeVar
 
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState
@@ -52,6 +53,10 @@ _FETCHES = 3
 _WITHHELD_S, _LONGEST_WITHHELD_S = 20.0, 600.0
 """If nobody gave an expert's state, how long it is not tried again, at first and at most. The time doubles with each
 failure.
+"""
+_STALE_AFTER_S = 2 * _WITHHELD_S
+"""A checkpoint far behind the announced replicas is used only after a pause of this length, so at the third try. Until
+then a host that has just died may have returned, or its announcements have expired.
 """
 _PROVISIONAL_S = 300.0
 """How long a replica that began without the others' state prefers one with more updates, as it did when it began: nodes
@@ -453,8 +458,8 @@ class LocalReplicas:
         """Gives an expert that does not serve yet its state: the medoid of others' states, or the one saved here.
         `saved`: the update count of this node's newest checkpoint. It is restored first: others' states are compared
         with it, and it is restored again if the chosen one turns bad. An expert that nobody has keeps its initial
-        parameters. False if others have it and none of them gave it. Peers in `unreachable` are not asked, and those
-        that do not answer are added.
+        parameters. False if others have it and none of them gave it, unless the one saved here is about as far, or
+        nobody gave it for a while. Peers in `unreachable` are not asked, and those that do not answer are added.
         """
         others = state_sources(hosts, self._swarm.host.peer_id, self._rng)
         most = max_plausible_updates([replica.update_count for replica in others])
@@ -463,13 +468,22 @@ class LocalReplicas:
         fresher = ahead_of(expert.update_count if restored else -1, others)
         if await self._take_whole(expert, fresher, lambda claimed: min(claimed, most), unreachable, {}):
             return True
+        if others and not (restored and self._may_begin_with(expert, others, most)):
+            return False
         if restored:
             self.checkpoints.restored.inc()
-        elif others:
-            return False
         if restored or usual:
             self._provisional_since[expert.uid] = self._now()
         return True
+
+    def _may_begin_with(self, expert: Expert, others: Sequence[Replica], most: int) -> bool:
+        """Whether to serve the state of this node's checkpoint although others announce theirs: not at first if it is
+        far behind theirs. Trainers would train it, and those updates are lost when the others return. `most`: the
+        updates that are believed.
+        """
+        announced = min(most, median_low(replica.update_count for replica in others))
+        is_stale = is_behind(expert.update_count, announced)
+        return not is_stale or self._withheld.pause_s(expert.uid) >= _STALE_AFTER_S
 
     async def _take_whole(
         self,

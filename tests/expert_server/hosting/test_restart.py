@@ -15,6 +15,9 @@ from expert_server.experts.expert import Expert
 from expert_server.experts.format import State
 from expert_server.experts.graphs import Rows
 from expert_server.node import Node
+from peer import clock
+from peer.averaging import MAX_UPDATE_COUNT
+from peer.errors import TransferError
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -133,6 +136,34 @@ def test_a_node_brings_back_what_others_began_anew_while_it_was_away(play: Play)
         again = await village.join(1, invite, experts=2)
         assert set(again.runtime.experts) == likes.keys()
         await assert_goes_on(again, states, likes)
+
+    play(scenario)
+
+
+def test_a_checkpoint_far_behind_a_host_that_does_not_answer_is_not_used_at_first(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale, recent = UIDS[:2]
+
+    async def scenario(village: Village) -> None:
+        host = await village.found(experts=8)
+        node = await village.join(1, await host.swarm.invite(), experts=0, spare=2)
+        for uid, updates in ((stale, 5), (recent, 19)):
+            await train(host, {uid: updates})
+            saved = await host.runtime.run(host.runtime.experts[uid].checkpoint)
+            await node.replicas.checkpoints.keep(uid, saved)
+            await train(host, {uid: 20 - updates})
+        await host.hosting.announce()
+
+        async def fail(*_: object) -> None:
+            raise TransferError("the host has frozen")
+
+        monkeypatch.setattr(node.replicas.states, "fetch", fail)
+        assert await node.replicas.take([stale, recent], MAX_UPDATE_COUNT, enough=2) == [recent]
+        assert node.replicas.withheld() == {stale}
+        node.replicas._withheld.failed(stale, clock.now() + 30)
+        assert await node.replicas.take([stale], MAX_UPDATE_COUNT, enough=2) == [stale]
+        assert {uid: e.update_count for uid, e in node.runtime.experts.items()} == {stale: 5, recent: 19}
 
     play(scenario)
 
