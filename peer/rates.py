@@ -316,6 +316,41 @@ class FairTurns:
                     return
 
 
+class FairLock:
+    """A lock for which groups take turns, and so do the owners in each. For one event loop."""
+
+    def __init__(self) -> None:
+        self._line = FairLine[asyncio.Future[None]]()
+        self._is_held = False
+
+    @asynccontextmanager
+    async def held_by(self, owner: Owner) -> AsyncIterator[None]:
+        if self._is_held:
+            await self._wait(owner)
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, owner: Owner) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._line.put(owner, future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if not future.cancelled():  # it was given the lock at that moment
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._line:
+            if not (future := self._line.pop()).done():  # its owner may have been cancelled
+                future.set_result(None)
+                return
+        self._is_held = False
+
+
 class SharedBudget(Generic[K]):
     """Limits what each caller takes, and what all take together. When all want too much, they get equal shares.
 

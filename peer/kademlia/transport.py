@@ -23,7 +23,7 @@ from peer.kademlia.validation import MAX_MESSAGE_BYTES
 from peer.loop import is_cancelled
 from peer.rpc.calls import abort_on_error
 from peer.rpc.certificates import fetch_certificate
-from peer.rpc.channels import CLIENT_OPTIONS, ChannelPool, KnownPeer, Options
+from peer.rpc.channels import ChannelPool, KnownPeer, Options, small_messages
 from peer.rpc.sessions import SessionClient, Sessions
 from peer.transport.contacts import OwnContact
 from peer.transport.dialling import Dialling
@@ -42,16 +42,9 @@ _REFUSED = (StatusCode.FAILED_PRECONDITION, StatusCode.PERMISSION_DENIED, Status
 """The statuses by which a server says that it will not open a session with this peer, now or later."""
 _IDLE_MS = 60_000
 _OPTIONS: Options = [
-    *(
-        option
-        for option in CLIENT_OPTIONS
-        if option[0] not in {"grpc.max_receive_message_length", "grpc.http2.lookahead_bytes"}
-    ),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.http2.lookahead_bytes", 2 * MAX_MESSAGE_BYTES),
+    *small_messages(MAX_MESSAGE_BYTES),
     ("grpc.client_idle_timeout_ms", _IDLE_MS),
 ]
-"""Bounds what a called peer can send by the DHT's largest message."""
 _SERVICE = dht_pb2.DESCRIPTOR.services_by_name["DhtService"]
 
 

@@ -21,12 +21,12 @@ from peer.platform.sockets import probe_when_idle
 from peer.relays.circuits import ACCEPT_S, IDLE_S
 from peer.rpc.calls import make_stub, while_open
 from peer.rpc.certificates import fetch_certificate
-from peer.rpc.channels import ChannelPool, KnownPeer
+from peer.rpc.channels import ChannelPool, KnownPeer, Options, small_messages
 from peer.rpc.connections import MARK, NAME_BYTES
 from peer.rpc.sessions import Admission, Metadata, SessionClient
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
-from peer.transport.pipes import CHUNK_BYTES, Pipe, SocketStream, copy_both_ways
+from peer.transport.pipes import CHUNK_BYTES, Pipe, SocketStream, aborting, copy_both_ways
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
 Call: TypeAlias = Any
@@ -35,6 +35,7 @@ _OWN_CHANNELS, _DIAL_CHANNELS = 16, 256
 """Limits for channels to relays where this peer has reservations, and to the relays of others. They are separate
 because strangers name the latter.
 """
+_OPTIONS: Options = small_messages(16 * 2**10)
 _FETCH_S = 5.0
 _OPEN_S = ACCEPT_S + 2.0
 """Time for a session and the relay's first reply, which comes when the other end has accepted."""
@@ -44,13 +45,30 @@ _OPEN_S = ACCEPT_S + 2.0
 class Circuit:
     """A circuit that this peer has dialled."""
 
+    relay: PeerID
     pipe: Pipe
     call: Call
 
     def close(self) -> None:
         """Closing twice is harmless."""
-        self.pipe[1].close()
+        self.pipe[1].transport.abort()
         self.call.cancel()
+
+
+class _OtherEnd(SocketStream):
+    """The other end of a circuit."""
+
+    def __init__(self, circuit: Pipe, answer_s: float | None) -> None:
+        super().__init__(circuit)
+        self._answer_s = answer_s
+
+    async def read(self) -> bytes:
+        if self._answer_s is None:
+            return await super().read()
+        async with asyncio.timeout(self._answer_s):
+            data = await super().read()
+        self._answer_s = None
+        return data
 
 
 class RelayClient:
@@ -88,8 +106,8 @@ class RelayClient:
         self._own_endpoint = own_endpoint
         self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._pools = (
-            ChannelPool(_OWN_CHANNELS, dialling=self._dialling),
-            ChannelPool(_DIAL_CHANNELS, dialling=self._dialling),
+            ChannelPool(_OWN_CHANNELS, dialling=self._dialling, options=_OPTIONS),
+            ChannelPool(_DIAL_CHANNELS, dialling=self._dialling, options=_OPTIONS),
         )
         self._sessions = SessionClient(identity, swarm_id, (session_pb2.RIGHT_RELAY,), admission)
         self._certificate_of = certificate_of
@@ -132,7 +150,7 @@ class RelayClient:
         try:
             if len(reply.circuit) != NAME_BYTES:
                 raise UnreachableError(f"relay {relay.peer_id} names something that is not a circuit")
-            return Circuit(await self.connect(relay, reply.circuit), call)
+            return Circuit(relay.peer_id, await self.connect(relay, reply.circuit), call)
         except BaseException:
             call.cancel()
             raise
@@ -175,12 +193,16 @@ class RelayClient:
             raise UnreachableError(f"relay {relay.peer_id} refuses: {error}") from error
         raise AssertionError("the second try returns or raises")
 
-    async def carry(self, here: Pipe, circuit: Pipe) -> None:
-        """Copies between a socket and a circuit until either ends, and ends both. Raises OSError if one breaks."""
+    async def carry(self, here: Pipe, circuit: Pipe, answer_s: float | None = None) -> None:
+        """Copies between a socket and a circuit until either ends, and ends both. Raises OSError if one breaks.
+
+        `answer_s`: the time in which the circuit's other end must send its first byte.
+        """
         self.circuits += 1
         try:
-            with contextlib.closing(here[1]), contextlib.closing(circuit[1]):
-                await copy_both_ways(SocketStream(here), SocketStream(circuit), IDLE_S, self.bytes.inc)
+            with aborting(here), aborting(circuit):
+                there = _OtherEnd(circuit, answer_s)
+                await copy_both_ways(SocketStream(here), there, IDLE_S, self.bytes.inc)
         finally:
             self.circuits -= 1
 

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter
 
+from peer.bounded import BoundedDict
 from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.loop import TaskSet, first_success, tolerating
@@ -26,6 +28,12 @@ _TRIED = 4
 _HEAD_START_S = 1.0
 """How long one relay is tried alone before the next is tried in parallel."""
 _DIAL_S = 15.0
+_ANSWER_S = 10.0
+"""How long a circuit may bring no answer: a relay may have connected it to nobody."""
+_STEADY_S = 60.0
+"""If a circuit ends sooner, the peer's other relays are tried first the next time. Its relay may have ended it, or may
+have connected it to somebody else.
+"""
 
 
 class RelayDialler:
@@ -41,6 +49,8 @@ class RelayDialler:
         self._listeners = Listeners(_PEERS, self._forward)
         self._tasks = TaskSet()
         """One task for each circuit."""
+        self._unsteady = BoundedDict[PeerID, PeerID](_PEERS)
+        """For some peers, the relay whose circuit ended soon."""
 
     async def open_to(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> str:
         """See `Listeners.open_to`."""
@@ -68,15 +78,19 @@ class RelayDialler:
                     logger.debug("%s", error)
                     return
                 self.dials.labels("opened").inc()
+                began = time.monotonic()
                 try:
                     with contextlib.closing(circuit):
-                        await self._client.carry(accepted, circuit.pipe)
+                        await self._client.carry(accepted, circuit.pipe, _ANSWER_S)
                 except OSError as error:
                     logger.debug("a circuit ended: %s", error)
+                if time.monotonic() - began < _STEADY_S:
+                    self._unsteady[peer_id] = circuit.relay
 
     async def dial(self, peer_id: PeerID, addresses: Sequence[Multiaddress]) -> Circuit:
         """A circuit through the first relay that opens one. Close it when done. Raises UnreachableError."""
         relayed = [a for a in addresses if a.is_relayed and a.peer_id == peer_id and a.dialled != peer_id]
+        relayed.sort(key=lambda address: address.dialled == self._unsteady.get(peer_id))
         dials = (self._dial(peer_id, address) for address in relayed[:_TRIED])
         found = None
         with contextlib.suppress(TimeoutError):

@@ -6,7 +6,6 @@ neighbourhood. TLS between the two ends runs inside the circuit: a relay can end
 """
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -28,7 +27,7 @@ from peer.relays.client import Call, RelayClient, breaking
 from peer.rpc.channels import Contact, KnownPeer
 from peer.rpc.connections import NAME_BYTES
 from peer.transport.addresses import Multiaddress
-from peer.transport.pipes import Exit
+from peer.transport.pipes import Exit, aborting
 from peer.wire import relay_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -205,7 +204,7 @@ class Reservations:
         try:
             with counting(self._circuits, relay.peer_id):
                 pipe = await self._client.connect(relay, circuit)
-                with contextlib.closing(pipe[1]):
+                with aborting(pipe):
                     here = await open_exit(caller, relay.peer_id)
                     self.offers.labels("accepted").inc()
                     await self._client.carry(here, pipe)

@@ -11,6 +11,7 @@ from collections import Counter as Multiset
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -24,7 +25,7 @@ from peer.errors import ExpertError
 from peer.identity import PeerID
 from peer.loop import first_of
 from peer.metrics import start_at_zero
-from peer.rates import FairTurns, RateLimit, TokenBucket, TokenBuckets
+from peer.rates import FairLock, FairTurns, RateLimit, TokenBucket, TokenBuckets
 from peer.relays.circuits import ACCEPT_S, IDLE_S, read_peer
 from peer.rpc.connections import Connections, Expected
 from peer.rpc.sessions import Session, Sessions
@@ -120,7 +121,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         self._connections = connections
         self._upload = upload or RateLimit(None)
         self._rate = RateLimit(relay_mbit * 1e6 / 8) if relay_mbit > 0 else None
-        self._turn = asyncio.Lock()  # all circuits together compete with other uploads as one
+        self._turn = FairLock()  # all circuits together compete with other uploads as one
         self._reservations: dict[PeerID, _Reservation] = {}
         self._places = FairBudget(_RESERVATIONS)
         self._circuits = FairBudget(_CIRCUITS)
@@ -162,7 +163,8 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
             there = await self._in_time(offer, "that peer does not accept the circuit")
             await context.write(relay_pb2.DialReply(circuit=ours.name))
             here = await self._in_time(ours.arrived, "you have not opened your end of the circuit")
-            await self._carry(self._end(here), self._end(there), (session, reservation.session))
+            ends = self._end(here, session.owner), self._end(there, session.owner)
+            await self._carry(*ends, (session, reservation.session))
 
     def _require(self, context: Context) -> Session:
         """Call it after the first message was read: while a caller is still silent, gRPC does not tell it why its call
@@ -263,8 +265,9 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         except TimeoutError:
             self._refuse("unaccepted", StatusCode.UNAVAILABLE, late)
 
-    def _end(self, pipe: Pipe) -> ByteStream:
-        return _End(pipe, self._take)
+    def _end(self, pipe: Pipe, owner: Owner) -> ByteStream:
+        """An end of a circuit that this caller has dialled."""
+        return _End(pipe, partial(self._take, owner))
 
     async def _carry(self, here: ByteStream, there: ByteStream, sessions: Sequence[Session]) -> None:
         """Copies until either end closes, or the peer of one of these sessions is no longer admitted."""
@@ -279,10 +282,12 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
             for session in sessions:
                 self._require_admitted(session)
 
-    async def _take(self, size: int) -> None:
-        """Waits until so many bytes may be sent."""
+    async def _take(self, owner: Owner, size: int) -> None:
+        """Waits until so many bytes may be sent in a circuit that this caller has dialled. Many circuits of one group
+        get no more than its share.
+        """
         assert self._rate is not None
-        async with self._turn:
+        async with self._turn.held_by(owner):
             await self._rate.take(max(size, _LEAST_BYTES))
             await self._upload.take(size)
 

@@ -57,6 +57,16 @@ CLIENT_OPTIONS: Options = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
+
+
+def small_messages(most_bytes: int) -> Options:
+    """Options for clients of services whose messages have at most `most_bytes`, so that a server that sends more costs
+    no memory.
+    """
+    bounds = {"grpc.max_receive_message_length": most_bytes, "grpc.http2.lookahead_bytes": 2 * most_bytes}
+    return [*(option for option in CLIENT_OPTIONS if option[0] not in bounds), *bounds.items()]
+
+
 _TUNNEL: Literal["tunnel"] = "tunnel"
 _RELAY: Literal["relay"] = "relay"
 """`_TUNNEL` and `_RELAY` stand for the tunnel and the relays among a peer's addresses. No real address looks

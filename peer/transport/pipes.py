@@ -4,7 +4,8 @@ them.
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
 from peer.bounded import BoundedDict
@@ -22,6 +23,17 @@ through that relay, which says who the caller is. Raises OSError.
 CHUNK_BYTES = 256 * 2**10
 _FLUSH_S = 5.0
 """How long the last bytes of one side may take to reach the other."""
+
+
+@contextmanager
+def aborting(pipe: Pipe) -> Iterator[None]:
+    """Closes the pipe at the end, and drops what its other end has not read. If a stranger is there, who reads nothing,
+    `close` would keep the socket open without end.
+    """
+    try:
+        yield
+    finally:
+        pipe[1].transport.abort()
 
 
 class ByteStream(Protocol):

@@ -23,7 +23,7 @@ from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.rates import TokenBuckets
 from peer.transport.addresses import Multiaddress
-from peer.transport.pipes import Exit, Listeners, Pipe, SocketStream, copy_both_ways
+from peer.transport.pipes import Exit, Listeners, Pipe, SocketStream, aborting, copy_both_ways
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -159,9 +159,9 @@ class Tunnels:
     async def _connect_pipes(self, here: Pipe, opening: Awaitable[Pipe]) -> None:
         """Copies between a pipe and one that is still being opened. `close` cancels the task that runs this."""
         try:
-            with self._tasks.including_current(), contextlib.closing(here[1]):
+            with self._tasks.including_current(), aborting(here):
                 there = await opening
-                with contextlib.closing(there[1]):
+                with aborting(there):
                     idle_s = self._limits.idle_s
                     await copy_both_ways(SocketStream(here), SocketStream(there), idle_s, self.bytes.inc)
         except UnreachableError as error:

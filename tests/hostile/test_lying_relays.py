@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -13,15 +15,17 @@ from callers import numbered_identities
 from grpc import StatusCode
 from relayed import SWARM, Caller, Served, closing, hide, serve, until
 
+from peer.bounded import Owner
 from peer.errors import UnreachableError
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rates import RateLimit
+from peer.relays.client import RelayClient
 from peer.relays.service import RelayServicer
-from peer.rpc.channels import CLIENT_OPTIONS
+from peer.rpc.channels import CLIENT_OPTIONS, KnownPeer
 from peer.rpc.connections import MARK, NAME_BYTES, Connections
-from peer.rpc.sessions import SESSION_KEY, Metadata, SessionClient, Sessions
+from peer.rpc.sessions import SESSION_KEY, Metadata, Session, SessionClient, Sessions
 from peer.transport.addresses import Multiaddress
 from peer.transport.pipes import ByteStream, Pipe, SocketStream
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
@@ -326,6 +330,40 @@ def test_a_circuit_that_floods_leaves_another_its_share(loop: LoopThread, keys: 
     play(loop, scenario)
 
 
+def test_many_circuits_of_one_neighbourhood_leave_another_its_share(
+    loop: LoopThread, keys: list[Identity]
+) -> None:
+    received: Counter[str] = Counter()
+
+    async def flood(end: Pipe) -> None:
+        while True:
+            end[1].write(bytes(2**16))
+            await end[1].drain()
+
+    async def count(name: str, end: Pipe) -> None:
+        while data := await end[0].read(2**16):
+            received[name] += len(data)
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], 32.0)
+        target = Rude(relay, keys[HIDDEN])
+        many, modest = Rude(relay, keys[CALLER], "192.0.2.1"), Rude(relay, keys[OTHER], "198.51.100.1")
+        async with closing(relay, target, many, modest), asyncio.TaskGroup() as tasks:
+            reservation = await target.reserve()
+            carrying = []
+            for name, who in (*12 * [("many", many)], ("modest", modest)):
+                _, here, there = await connect(reservation, target, who)
+                carrying += [tasks.create_task(flood(here)), tasks.create_task(count(name, there))]
+            await until(lambda: received["many"] > 2**21)
+            received.clear()
+            await until(lambda: received["modest"] > 2**20)
+            assert received["many"] < 3 * received["modest"]
+            for task in carrying:
+                task.cancel()
+
+    play(loop, scenario)
+
+
 def test_a_stalled_circuit_holds_the_sender_back_and_costs_no_memory(
     loop: LoopThread, keys: list[Identity]
 ) -> None:
@@ -456,8 +494,8 @@ def meddling(change: Callable[[bytes, int], list[bytes]]) -> type[RelayServicer]
     """A relay that alters what it copies. `change` takes some bytes and their number."""
 
     class Meddler(RelayServicer):
-        def _end(self, pipe: Pipe) -> ByteStream:
-            end, numbers = super()._end(pipe), itertools.count()
+        def _end(self, pipe: Pipe, owner: Owner) -> ByteStream:
+            end, numbers = super()._end(pipe, owner), itertools.count()
 
             async def write(data: bytes) -> None:
                 for each in change(data, next(numbers)):
@@ -502,8 +540,8 @@ def test_what_a_relay_does_to_the_bytes_breaks_the_circuit_and_nothing_else(
 
 def test_a_relay_that_cuts_and_delays_only_slows_down(loop: LoopThread, keys: list[Identity]) -> None:
     class Slow(RelayServicer):
-        def _end(self, pipe: Pipe) -> ByteStream:
-            end = super()._end(pipe)
+        def _end(self, pipe: Pipe, owner: Owner) -> ByteStream:
+            end = super()._end(pipe, owner)
             write = end.write
 
             async def cut(data: bytes) -> None:
@@ -541,6 +579,140 @@ def test_a_relay_can_put_nobody_else_in_the_place_of_a_peer(loop: LoopThread, ke
             with pytest.raises(grpc.aio.AioRpcError):
                 await method(b"", timeout=0.5)
             assert not impostor.served.echoes
+
+    play(loop, scenario)
+
+
+class Swallowing(RelayServicer):
+    """A relay that says that circuits are open, and passes nothing on."""
+
+    was_used = False
+
+    async def _carry(self, here: ByteStream, there: ByteStream, sessions: Sequence[Session]) -> None:
+        self.was_used = True
+        while await here.read():
+            pass
+
+
+class Shutting(Swallowing):
+    """A relay that closes each circuit at once."""
+
+    async def _carry(self, here: ByteStream, there: ByteStream, sessions: Sequence[Session]) -> None:
+        self.was_used = True
+
+
+@pytest.mark.parametrize("kind", [Swallowing, Shutting])
+def test_calls_get_round_a_relay_that_only_pretends_to_open_circuits(
+    loop: LoopThread, keys: list[Identity], kind: type[Swallowing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.relays.dialler._ANSWER_S", 1.0)
+
+    async def scenario() -> None:
+        bad, good = await serve(keys[RELAY], FAST_MBIT, kind), await serve(keys[OTHER], FAST_MBIT)
+        hidden = await hide(keys[HIDDEN], [bad, good], reservations=2)
+        caller = Caller(keys[CALLER])
+        bad_first = sorted(hidden.reservations.addresses, key=lambda at: at.dialled != bad.peer_id)
+        contact = KnownPeer(hidden.served.peer_id, (), hidden.served.pem, relay_addresses=bad_first)
+        async with closing(bad, good, hidden, caller):
+            assert await caller.ask(contact) == b"ping"
+            assert isinstance(bad.relaying, kind)
+            assert bad.relaying.was_used
+
+    play(loop, scenario)
+
+
+class Deaf(RelayServicer):
+    """A relay that soon reads nothing more of what the peer behind it answers, and then ends its own side only."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ending = asyncio.Event()
+
+    async def _carry(self, here: ByteStream, there: ByteStream, sessions: Sequence[Session]) -> None:
+        async def pass_on(source: ByteStream, target: ByteStream, most: float) -> None:
+            passed = 0
+            while passed < most and (data := await source.read()):
+                await target.write(data)
+                passed += len(data)
+
+        assert isinstance(there, SocketStream)
+        async with asyncio.TaskGroup() as tasks:
+            carrying = [
+                tasks.create_task(pass_on(there, here, 2**14)),
+                tasks.create_task(pass_on(here, there, math.inf)),
+            ]
+            await self.ending.wait()
+            for task in carrying:
+                task.cancel()
+        there._writer.write_eof()
+        await asyncio.Event().wait()
+
+
+def test_a_relay_that_stops_reading_keeps_no_socket_of_a_peer_open(
+    loop: LoopThread, keys: list[Identity]
+) -> None:
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT, Deaf)
+        hidden = await hide(keys[HIDDEN], [relay])
+        caller = Caller(keys[CALLER])
+        assert isinstance(relay.relaying, Deaf)
+        pipes: list[Pipe] = []
+        connect_to = hidden.client.connect
+
+        async def connect_and_note(relay: KnownPeer, circuit: bytes) -> Pipe:
+            pipes.append(await connect_to(relay, circuit))
+            return pipes[-1]
+
+        hidden.client.connect = connect_and_note  # type: ignore[method-assign]  # to see its socket
+        async with closing(relay, hidden, caller):
+            channel = await caller.pool.reach(hidden.contact)
+            method: Any = channel.unary_unary("/test/Echo")
+            calls = [method(bytes(2_500_000), timeout=60.0) for _ in range(5)]
+            waiting = [0]
+
+            def is_stuck() -> bool:
+                """Whether nothing of the answers has left for half a second."""
+                waiting.append(pipes[0][1].transport.get_write_buffer_size() if pipes else 0)
+                return len(waiting) > 50 and 0 < waiting[-1] == min(waiting[-50:]) == max(waiting[-50:])
+
+            await until(is_stuck)
+            relay.relaying.ending.set()
+            await until(lambda: not hidden.client.circuits)
+            async with asyncio.timeout(10.0):
+                await pipes[0][1].wait_closed()
+            for call in calls:
+                call.cancel()
+
+    play(loop, scenario)
+
+
+class Flooding(RelayServicer):
+    """A relay that adds replies without end that nobody wants."""
+
+    written = 0
+
+    async def Dial(self, request: Any, context: Any) -> None:
+        await context.write(relay_pb2.DialReply(circuit=os.urandom(NAME_BYTES)))
+        while True:
+            await context.write(relay_pb2.DialReply(circuit=bytes(10_000)))
+            self.written += 10_000
+
+
+def test_replies_that_a_relay_adds_take_little_of_a_callers_memory(
+    loop: LoopThread, keys: list[Identity]
+) -> None:
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT, Flooding)
+        client = RelayClient(keys[CALLER], SWARM)
+        assert isinstance(relay.relaying, Flooding)
+        async with closing(relay, client):
+            circuit = await client.dial(relay.as_relay, keys[HIDDEN].peer_id)
+            before = -1
+            while relay.relaying.written != before:
+                before = relay.relaying.written
+                await asyncio.sleep(0.5)
+            assert before < 2**20
+            circuit.close()
 
     play(loop, scenario)
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.bounded import Owner
 from peer.loop import LoopThread
 from peer.rates import (
     BURST_S,
     Backoff,
+    FairLock,
     FairTurns,
     Pace,
     RateLimit,
@@ -189,6 +191,32 @@ def test_turns_beyond_the_rate_are_given_in_a_fair_order(loop: LoopThread) -> No
     assert first <= 5, "neighbourhoods take turns"
     assert served.index("honest flood") <= 8 + 5, "so do sources"
     assert len(served) <= 2 + 8 * 2 + 2, "the flood waits for itself, and no more of it than two a source"
+
+
+def test_groups_take_turns_with_a_lock_and_one_that_goes_loses_it_for_nobody(loop: LoopThread) -> None:
+    held: list[str] = []
+
+    async def scenario() -> None:
+        lock = FairLock()
+
+        async def hold(group: str, name: str) -> None:
+            async with lock.held_by(Owner(group, name)):
+                held.append(name)
+                await asyncio.sleep(0)
+
+        async with lock.held_by(Owner.alone("first")):
+            crowd = [asyncio.create_task(hold("crowd", f"crowd {number % 2}")) for number in range(6)]
+            await asyncio.sleep(0)
+            modest = [asyncio.create_task(hold("elsewhere", "modest")) for _ in range(2)]
+            await asyncio.sleep(0)
+            crowd[0].cancel()  # before it gets the lock
+        modest[0].cancel()  # as it gets the lock
+        await asyncio.gather(*crowd, *modest, return_exceptions=True)
+        async with lock.held_by(Owner.alone("later")):
+            held.append("later")
+
+    loop.run(scenario(), 60)
+    assert held == ["crowd 1", "modest", "crowd 0", "crowd 1", "crowd 0", "crowd 1", "later"]
 
 
 def test_recent_use_halves_again_and_again_and_few_keys_are_remembered() -> None:
