@@ -198,10 +198,26 @@ class FairLine(Generic[T]):
             owners[name] = items
         if owners:
             self._groups[group] = owners
+        self._count_one_less(group)
+        return item
+
+    def discard(self, owner: Owner, item: T) -> None:
+        """Takes something out of the line. Harmless if it is not in line any more."""
+        owners = self._groups.get(owner.group, OrderedDict())
+        items = owners.get(owner.name, deque())
+        if item not in items:
+            return
+        items.remove(item)
+        if not items:
+            del owners[owner.name]
+        if not owners:
+            del self._groups[owner.group]
+        self._count_one_less(owner.group)
+
+    def _count_one_less(self, group: Hashable) -> None:
         self._counts[group] -= 1
         if not self._counts[group]:
             del self._counts[group]
-        return item
 
 
 class Backoff(Generic[K]):
@@ -302,13 +318,18 @@ class FairTurns:
         self._line.put(owner, future)
         if self._timer is None:
             self._timer = loop.call_later(self._bucket.take(0, time.monotonic()), self._serve)
-        await future
+        try:
+            await future
+        finally:
+            self._line.discard(owner, future)  # its caller may have been cancelled
         return True
 
     def _serve(self) -> None:
         self._timer = None
         while self._line:
-            if not (future := self._line.pop()).done():  # its caller may have been cancelled
+            if not (
+                future := self._line.pop()
+            ).done():  # its caller may be cancelled in this turn of the loop
                 future.set_result(None)
                 wait_s = self._bucket.take(1, time.monotonic())
                 if wait_s:
@@ -339,13 +360,14 @@ class FairLock:
         try:
             await future
         except asyncio.CancelledError:
+            self._line.discard(owner, future)
             if not future.cancelled():  # it was given the lock at that moment
                 self._pass_on()
             raise
 
     def _pass_on(self) -> None:
         while self._line:
-            if not (future := self._line.pop()).done():  # its owner may have been cancelled
+            if not (future := self._line.pop()).done():  # its owner may be cancelled in this turn of the loop
                 future.set_result(None)
                 return
         self._is_held = False

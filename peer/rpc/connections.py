@@ -323,9 +323,9 @@ class Connections:
         self._table.remove(connection)
         self._by_name.pop(name, None)
 
-    def begin(self, outside: "_Outside") -> None:
-        """Connects a caller to the server when it is its turn."""
-        self._tasks.spawn(self._connect(outside), "connect a caller with the server")
+    def begin(self, outside: "_Outside") -> "asyncio.Task[None]":
+        """Connects a caller to the server when it is its turn. Cancel the task if it is closed before that."""
+        return self._tasks.spawn(self._wait_for_turn(outside), "wait for a caller's turn")
 
     def hand_over(self, outside: "_Outside", name: bytes) -> None:
         """Gives a connection to whoever expects its name."""
@@ -340,13 +340,16 @@ class Connections:
         self._tasks.spawn(self._wait_for_end(writer, connection), "wait for the end of a circuit")
         expected.arrived.set_result((reader, writer))
 
-    async def _connect(self, outside: "_Outside") -> None:
+    async def _wait_for_turn(self, outside: "_Outside") -> None:
         caller = outside.connection
         if not await self._starts.turn(caller.origin, caller.peer):
             self._table.remove(caller)
             self._close(caller, "crowded")
-        if not outside.is_open:
-            return
+        elif outside.is_open:
+            self._tasks.spawn(self._connect(outside), "connect a caller with the server")
+
+    async def _connect(self, outside: "_Outside") -> None:
+        caller = outside.connection
         try:
             made, name = await self.server.dial()
         except OSError:  # no descriptor is left, or the server has stopped
@@ -484,6 +487,8 @@ class _Outside(_End):
     def __init__(self, connections: Connections) -> None:
         super().__init__(lambda: connections.forget(self.connection), connections.ends)
         self._connections = connections
+        self._waiting: asyncio.Task[None] | None = None
+        """Waits until this connection is passed on."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -499,12 +504,17 @@ class _Outside(_End):
         head = b"".join(self._early)[: len(MARK) + NAME_BYTES]
         if not head.startswith(MARK[: len(head)]):
             self.connection.has_spoken = True
-            self._connections.begin(self)
+            self._waiting = self._connections.begin(self)
         elif len(head) < len(MARK) + NAME_BYTES:
             self.read(True)
         else:
             self.connection.has_spoken = True
             self._connections.hand_over(self, head[len(MARK) :])
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     def streams(self) -> Pipe:
         """From now on, streams receive what comes after the connection's name."""

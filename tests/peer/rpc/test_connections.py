@@ -1,12 +1,16 @@
 """Which connections a server keeps when there are too many, and how long one may remain unproven."""
 
+import asyncio
 import socket
 from dataclasses import replace
 from functools import partial
 
 import pytest
 from callers import numbered_identities
+from relayed import LOCAL, closing, serve, until
 
+from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.connections import Connection, ConnectionTable, _listening_socket
 
 
@@ -68,6 +72,32 @@ def test_the_neighbourhood_that_reads_least_makes_room() -> None:
     assert table.unread(22) == [deaf[1]]
     assert table.unread(13) == [deaf[1], deaf[2]]
     assert set(table.unread(0)) == {*deaf, slow}, "but not the one for which nothing waits"
+
+
+def test_connections_that_were_closed_leave_the_line_for_handshakes(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.connections._STARTS_PER_S", 1.0)
+    monkeypatch.setattr("peer.rpc.connections._STARTS_AT_ONCE", 1.0)
+
+    async def scenario() -> None:
+        served = await serve(numbered_identities(1)[0])
+        connections = served.server.connections
+        connections._table = ConnectionTable(32)  # eight of them unproven
+        held = []
+        async with closing(served):
+            for number in range(100):
+                source = (f"127.66.0.{number + 1}", 0)
+                _, writer = await asyncio.open_connection(LOCAL, served.endpoint.port, local_addr=source)
+                writer.write(b"\x16")
+                held.append(writer)
+                await until(lambda: all(each.has_spoken for each in connections._table.all()))
+            await until(lambda: len(connections._starts._line) <= 8, 20.0)
+            assert total(connections.closed, reason="crowded") > 80
+            for writer in held:
+                writer.close()
+
+    loop.run(scenario(), 60)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
