@@ -15,6 +15,7 @@ from peer import PROTOCOL_VERSION
 from peer.choices import Activation, Norm, OptimizerName, check_heads
 from peer.codec import CodecName, codec_of, encoded_bytes
 from peer.errors import SettingsError, SwarmError, WireError
+from peer.formatting import counted
 from peer.settings import describe_validation_error, read_toml
 
 SwarmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}[a-z0-9]$")]
@@ -88,7 +89,9 @@ class ModelSpec(_Part):
         if not self.causal:
             return self
         if len(self.causal) != self.layers:
-            raise ValueError(f"causal has {len(self.causal)} values for {self.layers} layers")
+            raise ValueError(
+                f"causal has {counted(len(self.causal), 'value')} for {counted(self.layers, 'layer')}"
+            )
         if self.causal != tuple(sorted(self.causal)):
             raise ValueError("causal: the layers with false are the encoder, which comes first")
         if not self.causal[-1]:
@@ -286,7 +289,7 @@ class Manifest(_Part):
     def _top_k_is_not_too_large(self) -> Self:
         if self.routing.top_k > self.experts.count:
             raise ValueError(
-                f"top_k ({self.routing.top_k}) is more than a layer's {self.experts.count} experts"
+                f"top_k ({self.routing.top_k}) is more than a layer's {counted(self.experts.count, 'expert')}"
             )
         return self
 

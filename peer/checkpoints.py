@@ -24,7 +24,7 @@ from torch import Tensor
 
 from peer.errors import StateError
 from peer.files import write_atomically
-from peer.formatting import printable
+from peer.formatting import counted, printable
 from peer.platform.files import sync_folder
 
 FORMAT_VERSION = 1
@@ -215,7 +215,7 @@ def _read_header(metadata: Any, kind: type[H]) -> H:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise StateError(f"its header is not valid: {error.error_count()} errors") from error
+        raise StateError(f"its header is not valid: {counted(error.error_count(), 'error')}") from error
 
 
 def _tensors(data: bytes, places: Iterable[Place]) -> dict[str, Tensor]:

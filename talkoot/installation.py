@@ -217,7 +217,7 @@ def _by_other_means(environment: Path) -> str:
     """How to update or remove an installation that uv did not make."""
     source = Path(__file__).parents[1]
     if (source / "pyproject.toml").exists():
-        return f"Talkoot runs from its source in {source}: update it with `git pull`, or delete the folder"
+        return f"Talkoot runs from its source in {source}: `git pull` there updates it; to remove it, delete the folder"
     if (environment / "pipx_metadata.json").exists():
         return (
             "pipx installed Talkoot: `pipx upgrade talkoot` updates it, `pipx uninstall talkoot` removes it"

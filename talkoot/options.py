@@ -147,7 +147,9 @@ def _in_one_line(error: Any, ctx: Any) -> _WrongCommandLine:
             for flag in (*parameter.opts, *parameter.secondary_opts)
         }
         error.possibilities = [each for each in similar if each in shown]
-    return _WrongCommandLine(f"{error.format_message().rstrip('.')}; see `{ctx.command_path} --help`")
+    message = error.format_message().rstrip(".")
+    see = " See" if message.endswith("?") else "; see"
+    return _WrongCommandLine(f"{message}{see} `{ctx.command_path} --help`")
 
 
 def _in_words(record: tuple[str, str]) -> tuple[str, str]:

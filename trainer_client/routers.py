@@ -30,6 +30,7 @@ from dht.directory import LiveExperts, PrefixTables
 from dht.manifest import Manifest
 from peer.codec import Floats, Integers
 from peer.errors import SettingsError
+from peer.formatting import counted
 from peer.identity import PeerID
 from trainer_client.balancing import balanced_assignment
 from trainer_client.settings import Balance, RouterName, TrainerSettings
@@ -422,5 +423,7 @@ def experts_for_each_row(name: RouterName, asked: int | None, manifest: Manifest
     if router.only_k and asked != router.k:
         raise SettingsError(f"top_k: {name} sends each token to {router.k} expert, not to {asked}")
     if asked > most:
-        raise SettingsError(f"top_k: this swarm's manifest allows {most} experts for each token, not {asked}")
+        raise SettingsError(
+            f"top_k: this swarm's manifest allows {counted(most, 'expert')} for each token, not {asked}"
+        )
     return asked

@@ -14,6 +14,7 @@ from expert_server.serving.forward_cache import CachedForward, ForwardCache
 from expert_server.serving.sequence_cache import ENTRY_BYTES
 from peer.codec import Integers, decode_scalars, encoded_bytes
 from peer.errors import ExpertError, WireError
+from peer.formatting import counted
 from peer.layers import CACHE_GROWTH
 from peer.rpc.calls import require_same_swarm
 from peer.wire import expert_pb2
@@ -146,7 +147,7 @@ class HeaderParser:
             return ParsedHeader(rows, None)
         assignment = cached.assignment
         if len(assignment) != rows:
-            raise WireError(f"the kept forward call has {len(assignment)} rows, not {rows}")
+            raise WireError(f"the kept forward call has {counted(len(assignment), 'row')}, not {rows}")
         counts = rows, len(assignment.rows), len(assignment.lengths), len(assignment.uids)
         reserve(CallSize(*counts, header.width, direction).bytes)
         return ParsedHeader(rows, assignment, cached)
@@ -162,7 +163,8 @@ class HeaderParser:
         top_k = self._manifest.routing.top_k
         if not rows <= pairs <= rows * top_k:
             raise WireError(
-                f"{pairs} rows of experts for the {rows} rows of the call; each is for 1 to {top_k} experts"
+                f"{counted(pairs, 'row')} of experts for the {counted(rows, 'row')} of the call; each is for 1 to "
+                f"{top_k} experts"
             )
         return rows, pairs
 
@@ -193,7 +195,9 @@ def parse_assignment(header: expert_pb2.CallHeader, manifest: Manifest) -> Assig
     counts = np.array([len(its_rows) for its_rows in rows_of])
     for uid, count, weights in zip(uids, counts, weights_of, strict=True):
         if len(weights) != count:
-            raise WireError(f"expert {uid} has {count} rows, but {len(weights)} weights")
+            raise WireError(
+                f"expert {uid} has {counted(count, 'row')}, but {counted(len(weights), 'weight')}"
+            )
     assignment = Assignment(
         uids, lengths, positions, np.cumsum(counts), np.concatenate(rows_of), np.concatenate(weights_of)
     )
@@ -253,7 +257,9 @@ def _cache_bytes(manifest: Manifest, pairs: int, held: Sequence[HeldSegments]) -
 
 def _check_positions(lengths: Integers, positions: Integers, context: int) -> None:
     if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(positions):
-        raise WireError(f"the segments have {lengths.sum()} rows, but the call has {len(positions)}")
+        raise WireError(
+            f"the segments have {counted(lengths.sum(), 'row')}, but the call has {len(positions)}"
+        )
     if positions.max() >= context:
         raise WireError(f"position {positions.max()} is beyond this swarm's context of {context} tokens")
     starts = np.cumsum(lengths)[:-1]
@@ -266,7 +272,7 @@ def _check_positions(lengths: Integers, positions: Integers, context: int) -> No
 def _check_pairs(assignment: Assignment, top_k: int) -> None:
     rows, weights, count = assignment.rows, assignment.weights, len(assignment)
     if rows.max() >= count:
-        raise WireError(f"an expert gets row {rows.max()}, but the call has {count} rows")
+        raise WireError(f"an expert gets row {rows.max()}, but the call has {counted(count, 'row')}")
     rising = np.diff(rows) > 0
     rising[assignment.ends[:-1] - 1] = True
     if not rising.all():

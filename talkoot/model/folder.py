@@ -30,7 +30,7 @@ from expert_server.blocks import OWN_KINDS, weightless_block
 from peer.checkpoints import Form, form_of, is_finite
 from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
 from peer.files import write_atomically
-from peer.formatting import printable
+from peer.formatting import counted, printable
 from peer.layers import make_norm
 from peer.platform.files import open_plainly, sync_folder
 from peer.settings import describe_validation_error
@@ -553,7 +553,7 @@ def _require_routing(path: Path, routing: FolderRouting, manifest: Manifest) -> 
     router = routing.routing(manifest).router
     if routing.top_k > manifest.routing.top_k or (router.only_k and routing.top_k != router.k):
         raise ModelError(
-            f"{path / CONFIG}: {routing.router} can't send each token to {routing.top_k} experts here"
+            f"{path / CONFIG}: {routing.router} can't send each token to {counted(routing.top_k, 'expert')} here"
         )
 
 

@@ -163,7 +163,7 @@ def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Pat
         ('name = "Sauna!"', "name: small letters, digits and '-'"),
         ('name = "sauna"\n[model]\nlayers = 0', "model.layers"),
         ('name = "sauna"\n[model]\nlayers = "two"', "model.layers"),
-        ('name = "sauna"\n[model]\ncausal = [true]', "causal has 1 values for 2 layers"),
+        ('name = "sauna"\n[model]\ncausal = [true]', "causal has 1 value for 2 layers"),
         ('name = "sauna"\n[model]\ncausal = [true, false]', "the encoder, which comes first"),
         ('name = "sauna"\n[model]\ncausal = [false, false]', "no layer is left for the decoder"),
         ('name = "sauna"\n[model]\ncausal = false', "model.causal"),

@@ -161,7 +161,7 @@ def test_a_mistake_is_told_before_torch_is_imported(arguments: tuple[str, ...]) 
     [
         (["train", "--jion", "x"], "No such option: --jion"),
         (["train", "--steps"], "Option '--steps' requires an argument"),
-        (["nod"], "No such command 'nod'"),
+        (["nod"], "No such command 'nod'. Did you mean 'node'? See `"),
         (["--jion"], "No such option: --jion"),
         (["memory", "nod"], "No such command 'nod'"),
     ],

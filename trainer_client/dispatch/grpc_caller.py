@@ -34,7 +34,7 @@ from peer.codec import (
 )
 from peer.encoding import decode, encode
 from peer.errors import ExpertError, UnreachableError, WireError
-from peer.formatting import printable
+from peer.formatting import counted, printable
 from peer.identity import PeerID
 from peer.loop import TimeSlices
 from peer.rpc.calls import make_stub, retry_after_s, while_open
@@ -87,7 +87,7 @@ class ReplyAssembler:
             computed &= self._counts
         lacking = self._unanswered & computed.any(axis=1)
         if lacking.any():
-            raise WireError(f"it did not answer {lacking.sum()} rows that experts have computed")
+            raise WireError(f"it did not answer {counted(lacking.sum(), 'row')} that experts have computed")
 
     def take(self, reply: expert_pb2.CallReply) -> Iterator[CallReply]:
         """The replies that this message completes. Raises WireError if the message can't follow the ones before it.
@@ -192,7 +192,7 @@ def _answered(rows: expert_pb2.AnsweredRows, batch: NodeBatch, places: Integers)
     if not rows.masks:
         return asked
     if len(rows.masks) != len(places):
-        raise WireError(f"{len(places)} rows were announced, but {len(rows.masks)} masks")
+        raise WireError(f"it announced {counted(len(places), 'row')}, but {counted(len(rows.masks), 'mask')}")
     masks = np.array(rows.masks, dtype=np.uint64)[:, None]
     bits = np.uint64(1) << batch.ranks[places].astype(np.uint64)
     answered: Booleans = asked & (masks & bits != 0)

@@ -352,7 +352,7 @@ class SpotChecks:
             return
         self._calls.metrics.checked_rows.inc(len(sample.places))
         if wrong:
-            rows = f"{wrong} of {len(sample.places)} rows are wrong, by up to {apart:.2%}"
+            rows = f"{wrong} of {len(sample.places)} rows {'is' if wrong == 1 else 'are'} wrong, by up to {apart:.2%}"
             self._fail(sample, f"{rows}, for a node that computes in {precision}", wrong, precision)
         else:
             self._pass(sample)

@@ -20,6 +20,7 @@ import numpy as np
 
 from dht.memory import MemoryManifest, Passage, Place, ShardInfo, Vectors, prove
 from peer.errors import WireError
+from peer.formatting import counted
 from peer.identity import PeerID
 from peer.merkle import HASH_BYTES
 from peer.wire import memory_pb2
@@ -190,7 +191,7 @@ def _given(
     roots = list(asked)
     wanted = {Place(root, position) for root, positions in asked.items() for position in positions}
     if len(reply.passages) > len(wanted):
-        raise WireError(f"{len(wanted)} passages were asked for, but {len(reply.passages)} arrived")
+        raise WireError(f"asked for {counted(len(wanted), 'passage')}, but {len(reply.passages)} arrived")
     for message in reply.passages:
         if message.shard >= len(roots):
             raise WireError("a passage is from a shard that was not asked for")
