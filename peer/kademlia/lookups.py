@@ -100,6 +100,8 @@ class Found:
     """The PeerIDs of the nodes in the search."""
     entries: Entries = field(default_factory=dict)
     """Entries by subkey, from the answer that expires last. Some may have expired."""
+    outdated: Entries = field(default_factory=dict)
+    """What some of the entries have replaced."""
     counts: dict[int, int] = field(default_factory=dict)
     """How many entries each node says it has. Only for nodes that returned some of them."""
 
@@ -109,6 +111,8 @@ class Found:
             known = self.entries.get(subkey)
             if known is None or known.expires_at < entry.expires_at:
                 self.entries[subkey] = entry
+                if known is not None:
+                    self.outdated[subkey] = known
         return bool(entries)
 
     @property
@@ -549,8 +553,12 @@ class _Run:
     async def _answers_of(self, call: _Call) -> Mapping[int, FindResult] | None:
         peer, began = self._peers[call.node], self._clock()
         have = {key: self.found[key].entries for key in call.keys}
+        # witnesses store what they read a while ago, and would return entries that have been renewed since
+        outdated = {key: self.found[key].outdated for key in call.keys if call.node in self._drawn}
         contacts = self._contacts if self._wants_contacts(call) else 0
-        answers = await self._dht.find(peer, call.keys, self._lookups.checker, have, self._room, contacts)
+        answers = await self._dht.find(
+            peer, call.keys, self._lookups.checker, have, self._room, contacts, outdated
+        )
         if answers is not None:
             self._dht.backoff.succeeded(peer)
             self._lookups.round_trips.note(self._clock() - began)

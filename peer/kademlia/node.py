@@ -264,16 +264,23 @@ class KademliaNode:
         have: Mapping[int, Entries] = MappingProxyType({}),
         room: int | None = None,
         contacts: int | None = None,
+        outdated: Mapping[int, Entries] = MappingProxyType({}),
     ) -> dict[int, FindResult] | None:
         """The answers for all keys, or for the first ones if the message is full.
 
         None if the peer gives no proper answer. `checker`: takes turns with other answers. `have`: what this peer
         already has under each key. `room`: bytes of entries wanted for each key; None for all. `contacts`: how many
-        contacts are wanted for each key; None for as many as there is room for.
+        contacts are wanted for each key; None for as many as there is room for. `outdated`: older versions of what this
+        peer has, which are not wanted either.
         """
         known = {} if contacts == 0 else self.transport.contacts.known(keys)
         places = [peer.to_bytes() for peer in known.values()]
-        digests = (digest_of(key, *entry) for key in keys for entry in have.get(key, {}).items())
+        digests = (
+            digest_of(key, *entry)
+            for unwanted in (have, outdated)
+            for key in keys
+            for entry in unwanted.get(key, {}).items()
+        )
         request = dht_pb2.FindRequest(
             keys=map(id_bytes, keys),
             peer=self._introduction_to(peer_id),

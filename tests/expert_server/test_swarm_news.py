@@ -25,6 +25,7 @@ class Records:
     peer_id: PeerID = field(default_factory=lambda: peer(0))
     known: dict[PeerID, NodeInfo] = field(default_factory=dict)
     training: dict[PeerID, TrainerInfo] = field(default_factory=dict)
+    spent_bytes: int = 0
 
     async def nodes(self, peers: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
         return {p: self.known[p] for p in peers if p in self.known and (with_left or not self.known[p].left)}
@@ -148,3 +149,28 @@ def test_trainers_are_looked_up_now_and_then_and_again_after_a_look_that_failed(
 
     asyncio.run(looks())
     assert asked[0] == 3
+
+
+@pytest.mark.parametrize(("cost", "pause_s"), [(65_000, 650), (10**9, 1800)])
+def test_the_more_a_look_at_the_trainers_costs_the_later_the_next_one_is(cost: int, pause_s: float) -> None:
+    now, asked = [1000.0], [0]
+
+    class Costly(Records):
+        async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
+            asked[0] += 1
+            self.spent_bytes += cost
+            return await super().some_trainer_ids(enough)
+
+    registry: Any = Costly()
+    news = SwarmNews(registry, dict, lambda: 0, clock=lambda: now[0])
+
+    async def looks() -> None:
+        await news.look()
+        now[0] += pause_s - 1
+        await news.look()
+        assert asked[0] == 1
+        now[0] += 1
+        await news.look()
+        assert asked[0] == 2
+
+    asyncio.run(looks())

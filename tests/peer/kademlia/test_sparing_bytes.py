@@ -89,6 +89,25 @@ def test_what_a_reader_has_is_not_told_again_and_what_is_new_is() -> None:
     play(scenario)
 
 
+def test_witnesses_do_not_return_entries_that_have_been_renewed_since() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key, readers = key_id_of(KEY), swarm.peers[20:]
+        for peer in swarm.peers:
+            peer.lookups._sample_at = peer.lookups._replace_at = math.inf
+        await write(swarm, 300)
+        for peer in swarm.peers:
+            await peer.lookups.find([key])  # stores what it reads
+        await write(swarm, 600)
+        before = swarm.network.traffic.sent
+        for reader in readers:
+            found = (await reader.lookups.find([key], FRUGAL))[key]
+            assert len(found.entries) == WRITERS
+            assert len({entry.expires_at for entry in found.entries.values()}) == 1
+        assert swarm.network.traffic.sent - before < 2 * 1000 * WRITERS * len(readers)
+
+    play(scenario, nodes=30)
+
+
 def test_a_frugal_look_up_finds_the_same_for_fewer_bytes() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         key, sent = key_id_of(KEY), {}
