@@ -69,6 +69,10 @@ class FairBudget:
         self._add(reservation, size)
         return reservation
 
+    def require_room(self, owner: Owner, size: int) -> None:
+        """Raises ExpertError (RESOURCE_EXHAUSTED) if `reserve` would. Takes nothing from anybody."""
+        self._to_revoke(owner, size, self.used + size - self.limit)
+
     def held(self, owner: Owner) -> int:
         return self._sums.get(owner, 0)
 

@@ -5,6 +5,8 @@ from grpc import StatusCode
 from peer.errors import ExpertError
 from peer.identity import PeerID, is_peer_id
 
+CIRCUITS_TO_PEER = 32
+"""The most open circuits from one relay to one peer."""
 BEAT_S = 6.0
 """A peer tells its relay this often that it is still there. The gate ends calls that are silent for 20 s."""
 ACCEPT_S = 10.0

@@ -161,10 +161,10 @@ class RelayClient:
         try:
             async with asyncio.timeout(ACCEPT_S):
                 pipe = await asyncio.open_connection(endpoint.host, endpoint.port, limit=CHUNK_BYTES)
+            probe_when_idle(pipe[1])
+            await SocketStream(pipe).write(MARK + circuit)
         except OSError as error:
             raise UnreachableError(f"relay {relay.peer_id} does not answer at {endpoint}: {error}") from error
-        probe_when_idle(pipe[1])
-        pipe[1].write(MARK + circuit)
         return pipe
 
     async def _open(

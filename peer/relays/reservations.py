@@ -22,7 +22,7 @@ from peer.identity import PeerID
 from peer.loop import Restarts, TaskSet, first_of
 from peer.metrics import start_at_zero
 from peer.rates import Backoff, TokenBucket
-from peer.relays.circuits import BEAT_S, read_peer
+from peer.relays.circuits import BEAT_S, CIRCUITS_TO_PEER, read_peer
 from peer.relays.client import Call, RelayClient, breaking
 from peer.rpc.channels import Contact, KnownPeer
 from peer.rpc.connections import NAME_BYTES
@@ -46,7 +46,8 @@ _STEADY_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 """Pauses before a failed relay is tried again. They double until the relay has kept a reservation for a while."""
 _REMEMBERED = 1024
-_CIRCUITS_OF_RELAY = 32
+_CIRCUITS_OF_RELAY = CIRCUITS_TO_PEER + 16
+"""A relay that ends circuits to make room for others may announce these before this peer sees the end."""
 _REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
 _ABUSE_S = 8.0
 """A relay is given up once it exceeds its rate by this many seconds' worth."""

@@ -26,7 +26,7 @@ from peer.identity import PeerID
 from peer.loop import first_of
 from peer.metrics import start_at_zero
 from peer.rates import FairLock, FairTurns, RateLimit, TokenBucket, TokenBuckets
-from peer.relays.circuits import ACCEPT_S, IDLE_S, read_peer
+from peer.relays.circuits import ACCEPT_S, CIRCUITS_TO_PEER, IDLE_S, read_peer
 from peer.rpc.connections import Connections, Expected
 from peer.rpc.sessions import Session, Sessions
 from peer.transport.pipes import ByteStream, Pipe, SocketStream, copy_both_ways
@@ -34,7 +34,7 @@ from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
 _RESERVATIONS, _RESERVATIONS_NEAR = 128, 16
 """Reservations in all, and in one neighbourhood."""
-_CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, 32
+_CIRCUITS, _CIRCUITS_OF_CALLER, _CIRCUITS_TO_TARGET = 128, 32, CIRCUITS_TO_PEER
 """The most open circuits: in all, of one caller, and to one peer. A swarm may have only one relay, through which a
 trainer calls all its nodes. A circuit holds up to half a MiB in each direction.
 """
@@ -210,6 +210,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         Yields a function that gives them up, and ends the call.
         """
         places: list[Place] = []
+        owner = Owner.alone(near)
 
         def give_up() -> None:
             for place in places:
@@ -225,8 +226,10 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
 
         try:
             try:
-                for budget in budgets:  # if one has no place, those of the others are given up
-                    places.append(budget.reserve(Owner.alone(near), 1, revoke))
+                for budget in budgets:  # if one has no place, nobody loses one in another
+                    budget.require_room(owner, 1)
+                for budget in budgets:
+                    places.append(budget.reserve(owner, 1, revoke))
             except ExpertError:
                 self._refuse("crowded", StatusCode.RESOURCE_EXHAUSTED, _CROWDED, _RETRY_S)
             yield end

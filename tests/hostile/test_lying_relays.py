@@ -5,6 +5,8 @@ import contextlib
 import itertools
 import math
 import os
+import socket
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -288,6 +290,67 @@ def test_circuits_that_fill_a_relay_make_room_for_a_newcomer(
             again = await crowd.dial(keys[HIDDEN].peer_id.to_bytes())
             assert await status_of(again) is StatusCode.RESOURCE_EXHAUSTED
             assert relay.relaying._of_callers == {keys[CALLER].peer_id: 3, keys[OTHER].peer_id: 1}
+
+    play(loop, scenario)
+
+
+def test_nobody_loses_a_circuit_for_a_caller_that_gets_none(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.relays.service._CIRCUITS", 4)
+    monkeypatch.setattr("peer.relays.service._CIRCUITS_TO_TARGET", 1)
+
+    async def scenario() -> None:
+        keys = numbered_identities(7)
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        honest, stranger = Rude(relay, keys[1], "192.0.2.1"), Rude(relay, keys[2], "198.51.100.1")
+        targets = [Rude(relay, key) for key in keys[3:]]
+        async with closing(relay, honest, stranger, *targets):
+            for target in targets:
+                reservation = await target.reserve()
+                await reservation.read()
+                await connect(reservation, target, stranger if target is targets[-1] else honest)
+            again = await stranger.dial(targets[-1].identity.peer_id.to_bytes())
+            assert await status_of(again) is StatusCode.RESOURCE_EXHAUSTED
+            assert relay.relaying._circuits.used == 4
+            assert not total(relay.relaying.refused, reason="displaced")
+
+    play(loop, scenario)
+
+
+def test_a_caller_need_not_wait_until_a_peer_sees_that_a_strangers_circuit_has_ended(
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "peer.relays.service._CIRCUITS_TO_TARGET", 33
+    )  # the last of 32 seems to be open still
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        hidden = await hide(keys[HIDDEN], [relay])
+        stranger, caller = Rude(relay, keys[OTHER], "192.0.2.1"), Caller(keys[CALLER])
+        async with closing(relay, hidden, stranger, caller):
+            for _ in range(32):
+                dialled = await stranger.dial(keys[HIDDEN].peer_id.to_bytes())
+                await stranger.connect(MARK + (await dialled.read()).circuit)
+            await until(lambda: hidden.client.circuits == 32)
+            assert await caller.ask(hidden.contact) == b"ping"
+            assert not total(hidden.reservations.offers, outcome="refused")
+
+    play(loop, scenario)
+
+
+def test_a_write_after_a_reset_fails_like_any_other(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            pipe = await asyncio.open_connection(*listening.getsockname())
+            accepted, _ = listening.accept()
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            accepted.close()
+            await until(pipe[1].is_closing)
+            await asyncio.sleep(0.1)
+            with pytest.raises(OSError, match="closed the connection"):
+                await SocketStream(pipe).write(b"late")
 
     play(loop, scenario)
 
