@@ -219,11 +219,12 @@ class Connections:
         gauge.set_function(lambda: len(self._table))
         closed = Counter(
             "talkoot_connections_closed",
-            "Connections closed here: there were too many, their caller said nothing, read nothing, or abused them.",
+            "Connections closed here: there were too many, their caller said nothing, read nothing, or abused them, or "
+            "named a circuit that nobody expects.",
             ["reason"],
             registry=metrics,
         )
-        self.closed: Counter = start_at_zero(closed, "crowded", "silent", "unread", "abused")
+        self.closed: Counter = start_at_zero(closed, "crowded", "silent", "unread", "abused", "unexpected")
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
         self._expected: dict[bytes, Expected] = {}
@@ -286,7 +287,9 @@ class Connections:
         self._close(self._table.prove(connection, caller), "crowded")
 
     def punish(self, connection: Connection, reason: str = "abused") -> None:
-        """Closes a connection whose caller misbehaves, or does not read (`unread`)."""
+        """Closes a connection whose caller misbehaves, does not read (`unread`), or names a circuit that nobody expects
+        (`unexpected`).
+        """
         if connection in self._table:
             self._table.remove(connection)
             self._close(connection, reason)
@@ -331,7 +334,7 @@ class Connections:
         """Gives a connection to whoever expects its name."""
         expected, connection = self._expected.pop(name, None), outside.connection
         if expected is None or expected.arrived.done() or connection not in self._table:
-            connection.close()
+            self.punish(connection, "unexpected")
             return
         connection.calls = 1  # as long as it is open, it is used
         self.prove(connection, expected.caller)

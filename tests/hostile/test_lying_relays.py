@@ -164,6 +164,9 @@ def test_a_connection_with_a_name_that_nobody_expects_is_closed(
         async with closing(relay, target, caller, stranger):
             _, here, there = await connect(await target.reserve(), target, caller)
             assert await is_closed(await stranger.connect(data))
+            closed = relay.server.connections.closed
+            is_named = len(data) >= len(MARK) + NAME_BYTES and data.startswith(MARK)
+            assert total(closed, reason="unexpected") == is_named
             here[1].write(b"still here")
             assert await there[0].readexactly(10) == b"still here"
             assert len(relay.server.connections._table) == 4, "two ends, and two channels"
