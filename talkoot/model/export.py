@@ -39,6 +39,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _NAMED = 5
 """The most missing experts that an error names."""
 _LOOK_EVERY_S = 2.0
+_FETCHING = "fetching experts"
 
 
 @dataclass(frozen=True)
@@ -294,21 +295,26 @@ class _Export:
     @contextmanager
     def _shown(self, total: int) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
         """Yields two functions: one to call at intervals, and one to call for each expert that has arrived."""
+        began, done = time.monotonic(), 0
+
+        def rate() -> str:
+            return bytes_in_words(self._experts.received_bytes / max(1e-3, time.monotonic() - began)) + "/s"
+
         if not self._terminal.live:
-            yield lambda: None, lambda: None
+            progress = Progress(logger.info, False, _FETCHING)
+
+            def advance() -> None:
+                nonlocal done
+                done += 1
+
+            yield lambda: progress.show(_FETCHING, f"{done} of {total}, {rate()}"), advance
             return
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("experts, {task.fields[rate]}/s"),
+            TextColumn("experts, {task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        began = time.monotonic()
         with ProgressBar(*columns, console=self._terminal.err, transient=True) as bar:
-            task = bar.add_task("", total=total, rate=bytes_in_words(0))
-
-            def tick() -> None:
-                rate = self._experts.received_bytes / max(1e-3, time.monotonic() - began)
-                bar.update(task, rate=bytes_in_words(rate))
-
-            yield tick, lambda: bar.advance(task)
+            task = bar.add_task("", total=total, rate=rate())
+            yield lambda: bar.update(task, rate=rate()), lambda: bar.advance(task)

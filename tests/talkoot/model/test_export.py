@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -99,6 +100,7 @@ def test_a_folder_has_the_experts_of_the_nodes_and_the_dense_part_of_a_run(
         *export(founder, out, "--resume", "--state", state, "--data-note", "sauna talk", "--json")
     )
     assert ended.status == 0, ended.err
+    assert re.search(r"fetching experts: \d of 8, .*/s\n", caplog.text)
     assert "layer 1 is complete: 4 experts" in caplog.text
     values = json.loads(ended.out.splitlines()[-1])
     assert (values["folder"], values["experts"], values["experts_total"]) == (str(out), 8, 8)
