@@ -6,9 +6,9 @@ An invite holds bootstrap addresses, the swarm's name, the PeerID of its founder
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dht.admission import MAX_REVOKED, Role, read_grant
 from dht.records import SwarmKeys, parse_peer_id
-from peer.errors import InviteError, RecordError, SettingsError, StartError, UserError, WireError
+from peer.errors import (
+    AddressError,
+    InviteError,
+    RecordError,
+    SettingsError,
+    StartError,
+    UserError,
+    WireError,
+)
 from peer.files import write_atomically
 from peer.platform.files import open_plainly, wait_for_lock
 from peer.transport.addresses import Multiaddress, known
@@ -38,6 +46,7 @@ _MAX_CHARACTERS = 4096
 _MOST_LINES = 256
 """The most lines over which a mail program may have wrapped an invite."""
 _MAX_ADDRESSES = 16
+_LONGEST_SHOWN = 200
 _LONGEST_FILE = 8192
 """At most this many characters of a file are read."""
 
@@ -59,6 +68,11 @@ class Invite:
             return read_grant(admission_pb2.Token.FromString(self.token).grant).role
         except (DecodeError, RecordError):
             return None
+
+    def through(self, addresses: Iterable[Multiaddress]) -> "Invite":
+        """The same invite with these addresses before its own."""
+        bootstrap = dict.fromkeys((*addresses, *self.bootstrap))
+        return replace(self, bootstrap=tuple(islice(bootstrap, _MAX_ADDRESSES)))
 
     def __str__(self) -> str:
         message = records_pb2.InviteMessage(
@@ -135,6 +149,25 @@ def _unwrapped(text: str) -> bytes:
             decoded: bytes = base58.b58decode_check(line)
             return decoded
     raise ValueError("the checksum does not fit")
+
+
+def read_bootstrap(given: Iterable[str]) -> tuple[Multiaddress, ...]:
+    """The addresses that were passed as --bootstrap: each a multiaddress, or an invite as `Invite.read` takes it, of
+    which nothing else is used. Raises SettingsError and InviteError.
+    """
+    found: list[Multiaddress] = []
+    for text in given:
+        if text.startswith(("@", _SCHEME)):
+            found += Invite.read(text).bootstrap
+            continue
+        try:
+            found.append(Multiaddress(text))
+        except AddressError as error:
+            raise SettingsError(
+                f"--bootstrap {text[:_LONGEST_SHOWN]}: neither an invite nor a multiaddress with a peer, such as "
+                f"/ip4/10.0.0.1/tcp/31337/p2p/Qm…: {error}"
+            ) from error
+    return tuple(found)
 
 
 def invite_of(join: str | None) -> Invite:

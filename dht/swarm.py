@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from peer.metrics import new_registry
 from peer.parsing import ParseGuard
 from peer.rpc.sessions import Right, SessionClient
 from peer.transport.addresses import Multiaddress
+from peer.transport.dialling import Dialling, nearest_scope
 from peer.wire import admission_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -75,9 +76,8 @@ class Swarm:
 
     async def invite(self) -> Invite:
         """An invite by which others join through this peer or, if it is gone, through peers that it has met."""
-        own = self.host.bootstrap_addresses()
-        known = (a for a in self.peer_store.addresses() if self.host.dialling.allows(a.endpoint))
-        return Invite(self.keys, (*own, *itertools.islice(known, _OTHERS_IN_INVITE)))
+        own = Invite(self.keys, tuple(self.host.bootstrap_addresses()))
+        return _with_others(own, self.peer_store, self.host.dialling)
 
     async def keep_manifest(self) -> None:
         """Stores the founder's records again, so that they outlive their holders. The founder also renews them."""
@@ -171,6 +171,20 @@ async def join_swarm(
         raise
 
 
+def with_known_peers(invite: Invite, state: Path) -> Invite:
+    """The invite, with addresses of peers that a peer with this folder met last: it is of use even if nobody answers at
+    its own addresses.
+    """
+    nearest = nearest_scope(address.endpoint for address in invite.bootstrap)
+    return _with_others(invite, _peer_store(state, invite.keys), Dialling(nearest))
+
+
+def _with_others(invite: Invite, store: PeerStore, dialling: Dialling) -> Invite:
+    known = (address for address in store.addresses() if dialling.allows(address.endpoint))
+    others = itertools.islice(known, _OTHERS_IN_INVITE)
+    return replace(invite, bootstrap=tuple(dict.fromkeys((*invite.bootstrap, *others))))
+
+
 def was_member(state: Path, keys: SwarmKeys) -> bool:
     """Whether a peer with this folder has met other peers of the swarm."""
     return bool(_peer_store(state, keys).addresses())
@@ -224,6 +238,7 @@ class _Peer:
     def member(self, host: Host, registry: Registry, manifest: Manifest, record: FounderRecord) -> Swarm:
         """`record`: the manifest's."""
         self._store.add(host.bootstrapped_from, clock.now())
+        self._store.save()  # a short run may end before it meets others
         rules = manifest.admission
         exporters = (Role[word.upper()] for word in rules.export)
         self._admission.learn(writers_key(record.data), rules.mode, exporters)

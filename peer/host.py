@@ -52,6 +52,11 @@ _PATIENCE_S = (5.0, 10.0)
 """Deadlines of two more attempts at peers that accept connections but have not answered: their machines may be busy.
 The first of these may wait for the same connection as the call before it, and fail with it.
 """
+_OTHERWISE = (
+    "join through another node with --bootstrap ADDRESS: the address that its log names, or its invite. Or ask the "
+    "swarm's founder for a new invite"
+)
+"""What helps if nobody answers at the addresses in an invite. Its token, if there is one, stays valid."""
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
 """Pauses between attempts to start p2pd for the first time. The last one is used for all later attempts."""
 
@@ -316,8 +321,8 @@ class Host:
                 )
             raise UnreachableError(
                 f"none of the bootstrap addresses answers: {', '.join(bootstrap)}; check that this machine has a "
-                "network connection, and that its firewall allows connections to these ports. Or these peers are gone "
-                "for good: ask for a new invite, which any node of the swarm writes with --invite-file"
+                "network connection, and that its firewall allows connections to these ports. Or these peers are gone: "
+                f"{_OTHERWISE}"
             )
         if self.server is not None:
             await self._listen(self.server)
@@ -338,8 +343,8 @@ class Host:
                 )
             raise UnreachableError(
                 f"a bootstrap address accepts connections, but no DHT peer answered there: {', '.join(bootstrap)}. "
-                "If it is only busy, trying again in a minute helps. If another program uses the port now, ask for a "
-                "new invite"
+                "If it is only busy, trying again in a minute helps. If another program uses the port now, "
+                f"{_OTHERWISE}"
             )
         for warning in self._doubts(replies):
             logger.warning("%s", warning)

@@ -22,6 +22,7 @@ from talkoot.memory.commands import memory_commands
 from talkoot.options import (
     AsJson,
     AskCommand,
+    Bootstrap,
     Config,
     DashboardCommand,
     DoctorCommand,
@@ -150,14 +151,6 @@ def _talkoot(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(WELCOME)
-
-
-Bootstrap = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="MULTIADDR", help="Another peer to join the DHT through. May be given several times."
-    ),
-]
 
 
 @app.command(cls=NodeCommand, epilog=_ALL_SETTINGS.format(example="--checkpoint-every-s 300"))

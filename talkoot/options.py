@@ -42,7 +42,14 @@ Settings = TypeVar("Settings", bound="RoleSettings")
 
 Join = Annotated[
     str | None,
-    typer.Option(metavar="INVITE", help="The swarm's invite, or @FILE to read it from a file."),
+    typer.Option(metavar="INVITE", help="The swarm's invite, or @FILE that contains it."),
+]
+Bootstrap = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Another node to join through: address or invite.",
+    ),
 ]
 Config = Annotated[
     Path | None,
@@ -103,9 +110,32 @@ class _WrongCommandLine(typer.BadParameter):
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help and errors are for people: without Python's types and inequalities."""
+    """A command whose help and errors are for people: without Python's types and inequalities.
+
+    If it has `--join` without a `--bootstrap` of its own, it gets one: `join` is then an invite with these addresses.
+    """
+
+    @cached_property
+    def _bootstrap(self) -> Any:
+        """The added option; None: there is none."""
+        names = {parameter.name for parameter in self.params}
+        return _bootstrap_option() if "join" in names and "bootstrap" not in names else None
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = []
+        for parameter in super().get_params(ctx):
+            params.append(parameter)
+            if parameter.name == "join" and self._bootstrap is not None:
+                params.append(self._bootstrap)
+        return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = self._parse_args(ctx, args)
+        if self._bootstrap is not None and (given := ctx.params.pop("bootstrap", None)):
+            ctx.params["join"] = _joined_through(ctx.params["join"], given)
+        return rest
+
+    def _parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except _UsageError as error:
@@ -136,6 +166,30 @@ class PlainCommand(TyperCommand):
             if rows := [record for name, record in records.items() if (name in arguments) is wanted]:
                 with formatter.section(heading):
                     formatter.write_dl(rows, col_max=_FIRST_COLUMN)
+
+
+def _bootstrap_option() -> Any:
+    def joined(bootstrap: Bootstrap = None) -> None:
+        """A function with the option, which typer reads."""
+
+    return _options_of(joined)[0]
+
+
+def _joined_through(join: str | None, bootstrap: Sequence[str]) -> str:
+    """The invite with these addresses, as text. Ends the process with one line if one of them is not valid."""
+    from dht.invites import invite_of, read_bootstrap
+
+    try:
+        return str(invite_of(join).through(read_bootstrap(bootstrap)))
+    except UserError as error:
+        _fail(error)
+
+
+def _options_of(function: Any) -> list[Any]:
+    """The options that typer makes of a function's signature."""
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    return list(typer.main.get_command(app).params)
 
 
 def _in_one_line(error: Any, ctx: Any) -> _WrongCommandLine:
@@ -284,9 +338,7 @@ def make_options(role: "type[RoleSettings]", names: Collection[str]) -> list[Any
         """A function with the options as its signature, which typer reads."""
 
     settings.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
-    app = typer.Typer(add_completion=False)
-    app.command()(settings)
-    return list(typer.main.get_command(app).params)
+    return _options_of(settings)
 
 
 def _annotation(name: str, field: "FieldInfo | None") -> Any:
@@ -399,7 +451,7 @@ class DoctorCommand(NodeCommand):
 
 class TrainCommand(SettingsCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Swarm": ("join", "local", "name", "min_experts"),
+        "Swarm": ("join", "bootstrap", "local", "name", "min_experts"),
         "Data": ("data", "objective", "field", "tokenizer"),
         "Training": (
             "steps",
@@ -423,7 +475,7 @@ class TrainCommand(SettingsCommand):
 
 
 _TRAINED_MODEL = ("checkpoint", "memory", "wait_for_experts_s", "threads", "state", "p2pd")
-_TRAINED_MODEL_SHOWN = ("join", "checkpoint", "memory", "state", "threads", "wait_for_experts_s")
+_TRAINED_MODEL_SHOWN = ("join", "bootstrap", "checkpoint", "memory", "state", "threads", "wait_for_experts_s")
 
 
 class TrainedModelCommand(SettingsCommand):
@@ -458,7 +510,7 @@ class PublishCommand(SettingsCommand):
     """A command that serves a memory from its folder."""
 
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Swarm": ("join", "state"),
+        "Swarm": ("join", "bootstrap", "state"),
         "Network": _SERVED_SHOWN,
         "Output": ("log_format",),
     }
@@ -493,7 +545,7 @@ class GenerateCommand(TrainedModelCommand):
 class AskCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Question": ("question", "objective", "memory_passages"),
-        "Model": ("join", "model", *_TRAINED_MODEL_SHOWN[1:]),
+        "Model": (*_TRAINED_MODEL_SHOWN[:2], "model", *_TRAINED_MODEL_SHOWN[2:]),
         "Output": ("as_json",),
     }
 
@@ -533,7 +585,7 @@ class EvaluateCommand(TrainedModelCommand):
 
 class ServeCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Model": ("join", "model", *_TRAINED_MODEL_SHOWN[1:], "model_name"),
+        "Model": (*_TRAINED_MODEL_SHOWN[:2], "model", *_TRAINED_MODEL_SHOWN[2:], "model_name"),
         "Server": ("host", "port", "api_key_file"),
         "Limits": ("max_tokens", "max_streams", "max_waiting", "max_per_client"),
         "Settings and output": ("config", "log_format"),
@@ -550,7 +602,7 @@ class ServeCommand(TrainedModelCommand):
 class ExportCommand(TrainedModelCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Folder": ("out", "data_note", "allow_missing", "keep", "keep_by"),
-        "Swarm": ("join", "wait_for_experts_s", "download_mbit"),
+        "Swarm": ("join", "bootstrap", "wait_for_experts_s", "download_mbit"),
         "Dense part": ("resume", "checkpoint", "state", "tokenizer", "router"),
         "Output": ("as_json",),
     }
@@ -573,7 +625,7 @@ class ExportCommand(TrainedModelCommand):
 
 class DashboardCommand(SettingsCommand):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Options": ("join", "host", "port", "refresh_s", "state", "config", "log_format"),
+        "Options": ("join", "bootstrap", "host", "port", "refresh_s", "state", "config", "log_format"),
     }
 
     @staticmethod

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dht.admission import RIGHTS, Denylist, Role, invite_error
 from dht.directory import Directory
-from dht.invites import Invite
+from dht.invites import Invite, read_bootstrap
 from dht.manifest import Manifest
 from dht.relays import RelayKeeper, is_hidden
 from dht.swarm import Stage, Swarm, join_swarm
@@ -156,12 +156,15 @@ class SwarmClient:
             raise
 
     @classmethod
-    def join(cls, invite: str, *, wait_s: float = 60.0, **settings: Any) -> Self:
+    def join(
+        cls, invite: str, *, wait_s: float = 60.0, bootstrap: Sequence[str] = (), **settings: Any
+    ) -> Self:
         """Joins and waits until an expert is live, for at most `wait_s` seconds.
 
-        `invite`: the invite's line, or `@FILE` for the file that contains it. Settings are those of `talkoot train`,
-        such as `router`, `top_k`, `grace_s`, and `state`: a folder for one process at a time, by default
-        `talkoot/trainer` in the user's folder for program state. Only one client at a time can use it. Raises
+        `invite`: the invite's line, or `@FILE` for the file that contains it. `bootstrap`: other nodes to join through,
+        each by its address or its invite, in case nobody answers at the addresses in the invite. Settings are those of
+        `talkoot train`, such as `router`, `top_k`, `grace_s`, and `state`: a folder for one process at a time, by
+        default `talkoot/trainer` in the user's folder for program state. Only one client at a time can use it. Raises
         UserError, and TypeError if the invite is not text.
         """
         if not isinstance(invite, str):
@@ -171,7 +174,8 @@ class SwarmClient:
         values = TrainerSettings.load(**settings)
         state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
         try:
-            client = cls(Invite.read(invite), values, state, is_own_loop=True)
+            through = Invite.read(invite).through(read_bootstrap(bootstrap))
+            client = cls(through, values, state, is_own_loop=True)
         except StateFolderError as error:
             if not error.is_in_use:
                 raise

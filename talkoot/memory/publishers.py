@@ -14,7 +14,7 @@ import platformdirs
 
 from dht.admission import Role, make_token, new_serial
 from dht.invites import Invite, invite_of
-from dht.swarm import Stage, Swarm, join_swarm
+from dht.swarm import Stage, Swarm, join_swarm, with_known_peers
 from expert_server.settings import NodeSettings
 from peer.errors import LibraryError, RecordError, SettingsError
 from peer.files import StateFolder
@@ -104,7 +104,7 @@ def _founded(folder: Path, invite: Invite | None) -> Invite | None:
     """
     if not (folder / FILE).exists():
         return None
-    founded = Invite.parse(FoundedSwarm.load(folder).invite)
+    founded = with_known_peers(Invite.parse(FoundedSwarm.load(folder).invite), folder)
     if invite is not None and invite.keys != founded.keys:
         return None
     if Identity.load_or_create(folder / "identity.key").peer_id != founded.keys.author:
@@ -116,5 +116,5 @@ def _with_token(founded: Invite, given: Invite | None, founder: Identity) -> Inv
     """The invite with a token for the founder's second peer. The token is for this run, and is not saved."""
     keys = founded.keys
     token = make_token(founder, keys.swarm_id, Role.LIBRARIAN, time.time() + _TOKEN_S, new_serial())
-    addresses = dict.fromkeys((*(given.bootstrap if given is not None else ()), *founded.bootstrap))
-    return replace(founded, bootstrap=tuple(addresses), token=token.SerializeToString())
+    through = founded.through(() if given is None else given.bootstrap)
+    return replace(through, token=token.SerializeToString())

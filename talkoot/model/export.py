@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
-from dht.invites import invite_of
 from dht.uid import UID
 from peer.errors import SettingsError, UnavailableError
 from peer.formatting import bytes_in_words, counted
@@ -25,7 +24,7 @@ from talkoot.partial import PARTIAL, require_new
 from talkoot.progress import Progress, Rate
 from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import Terminal, to_json
-from talkoot.train.session import load_run, once
+from talkoot.train.session import load_run, once, reader_invite
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
 from trainer_client.data.sources import find_files
@@ -73,7 +72,7 @@ def run_export(
     """Raises UserError if it fails, and Stopped after a signal. The same command then resumes later."""
     plan.check()
     began = time.monotonic()
-    invite = invite_of(join)
+    invite = reader_invite(join, settings)
     tokenizer = _tokenizer(settings)
     given, checkpoint = settings, None
     if plan.resume or settings.checkpoint is not None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dht.admission import Mode, Role, make_token, new_serial
 from dht.invites import Invite, InviteLedger, IssuedInvite
+from dht.swarm import with_known_peers
 from peer.errors import SettingsError, StartError
 from peer.files import write_atomically
 from peer.identity import Identity
@@ -83,7 +84,7 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
     """Raises UserError if the folder is not the founder's, or if the swarm needs no tokens."""
     folder = node_folder(state)
     founded = FoundedSwarm.load(folder)
-    plain = Invite.parse(founded.invite)
+    plain = with_known_peers(Invite.parse(founded.invite), folder)
     if founded.admission == "open":
         raise SettingsError(
             "your swarm is open: anybody with the invite that your node printed can join. Only a swarm whose manifest "
@@ -113,6 +114,11 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
         f"serial {issued.number}: for a {request.role.word}, until {_day(issued.expires_at)}. Anybody who has this "
         f"line can use it: send it to one person, not to a list. `talkoot invite --revoke {issued.number}` revokes it"
     )
+    if all(address.peer_id == founder.peer_id for address in plain.bootstrap):
+        terminal.err.print(
+            "It names only your own node, because your node has met no other that people can join through. So it works "
+            "only while your node runs"
+        )
 
 
 def run_list(terminal: Terminal, state: Path | None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.live import Live
 
 from dht.admission import Denylist, Role
-from dht.invites import Invite
+from dht.invites import Invite, read_bootstrap
 from dht.manifest import Manifest
 from dht.records import SwarmKeys
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
@@ -69,23 +69,16 @@ class Origin:
                 "pass either --new swarm.toml to start a swarm, or --join INVITE to join one"
                 + ("; not both" if self.new else "")
             )
-        self.addresses()
+        addresses = self.addresses()
         if self.new is not None:
             manifest = Manifest.from_toml(self.new)
             require_kind(manifest)  # fails now rather than after the manifest is published
             return manifest
-        invite = Invite.read(self.join or "")
-        return replace(invite, bootstrap=(*invite.bootstrap, *self.addresses()))
+        return Invite.read(self.join or "").through(addresses)
 
     def addresses(self) -> tuple[Multiaddress, ...]:
-        """The addresses in `bootstrap`. Raises SettingsError."""
-        try:
-            return tuple(map(Multiaddress, self.bootstrap))
-        except AddressError as error:
-            raise SettingsError(
-                f"--bootstrap {' '.join(self.bootstrap)}: not a multiaddress with a peer, such as "
-                f"/ip4/10.0.0.1/tcp/31337/p2p/Qm…: {error}"
-            ) from error
+        """The addresses in `bootstrap`. Raises SettingsError and InviteError."""
+        return read_bootstrap(self.bootstrap)
 
 
 def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_file: Path | None) -> None:
@@ -259,6 +252,8 @@ class _NodeRun:
         if narrow := self._invite_advice(made):
             logger.warning("%s", narrow)
         logger.info("peer %s serves on %s; metrics at %s", peer_id, node.address, node.metrics_address)
+        if made.bootstrap and made.bootstrap[0].peer_id == node.swarm.host.peer_id:
+            logger.info("others can join through this node with --bootstrap %s", made.bootstrap[0])
 
     async def _show_wider_invite(self, node: Node, shown: Invite) -> None:
         """Shows a new invite once the router forwards the port of a founder at home, so that people elsewhere

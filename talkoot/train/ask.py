@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dht.invites import invite_of
 from dht.memory import MemoryID, Passage
 from peer.errors import CheckpointError, DataError, ModelError, SettingsError
 from peer.formatting import counted, printable
@@ -17,6 +16,7 @@ from talkoot.model.opened import open_model
 from talkoot.model.reading import FolderMemory
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, to_json
+from talkoot.train.session import reader_invite
 from talkoot.train.trained import JoinedRun, joined_run
 from trainer_client.client import SwarmClient
 from trainer_client.data.sources import as_text
@@ -174,12 +174,11 @@ def _answerer_of_folder(
         raise ModelError(
             f"the model in {path} has not learned to answer questions: use `talkoot serve --model {path}`"
         )
+    invite = reader_invite(join, settings)
     settings = settings.resumed(learned.settings.model_dump(include=set(FolderMemory.model_fields)))
     with tempfile.TemporaryDirectory(prefix="talkoot-model-") as name:
         with terminal.stages("making ready") as stage:
-            client = SwarmClient(
-                invite_of(join), settings, Path(name) / "state", stage=stage, reads_only=True
-            )
+            client = SwarmClient(invite, settings, Path(name) / "state", stage=stage, reads_only=True)
         try:
             with terminal.stages("opening the memory"):
                 memory = client.memory(settings.memory)

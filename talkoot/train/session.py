@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, TypeVar
 import platformdirs
 
 from dht.admission import Role
-from dht.invites import Invite
+from dht.invites import Invite, invite_of
 from dht.manifest import Manifest
-from dht.swarm import Swarm
+from dht.swarm import Swarm, with_known_peers
 from peer.errors import CheckpointError, InviteError, SettingsError, UnreachableError
 from peer.formatting import counted
 from peer.metrics import total
@@ -163,6 +163,13 @@ def next_commands(values: Mapping[str, Any], join: str | None, settings: Trainer
 def trainer_state(settings: TrainerSettings) -> Path:
     """The folder for a trainer's identity, text and checkpoints."""
     return settings.state or platformdirs.user_state_path("talkoot") / "trainer"
+
+
+def reader_invite(join: str | None, settings: TrainerSettings) -> Invite:
+    """The invite for a command that joins with a temporary identity, with addresses of peers that the trainer has met.
+    Raises SettingsError and InviteError.
+    """
+    return with_known_peers(invite_of(join), trainer_state(settings))
 
 
 def load_run(

@@ -13,14 +13,13 @@ from typing import Any
 
 from rich.table import Table
 
-from dht.invites import invite_of
 from peer.errors import LibraryError, SettingsError, UnreachableError
 from peer.metrics import total
 from talkoot.progress import Progress, Rate
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, escaped, to_json
 from talkoot.train.recompute import BlockLoader
-from talkoot.train.session import load_run, once
+from talkoot.train.session import load_run, once, reader_invite
 from trainer_client.client import SwarmClient
 from trainer_client.data.corpus import encode_corpus
 from trainer_client.data.sources import find_texts
@@ -94,7 +93,7 @@ def joined_run(
     `prepare` is called first, with the tokenizer, the settings and a folder that lasts as long as the run is open.
     `through` wraps the network, for example to observe calls.
     """
-    invite = invite_of(join)
+    invite = reader_invite(join, settings)
     checkpoint, settings = load_run(terminal, invite, settings)
     if settings.memory is not None and checkpoint.header.settings.get("memory") is None:
         raise SettingsError("memory: this model has not learned to read one: leave --memory out")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dht.invites import Invite
+from dht.invites import Invite, read_bootstrap
 from dht.records import SwarmKeys
-from peer.errors import InviteError
+from peer.errors import InviteError, SettingsError
 from peer.identity import Identity, PeerID
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
@@ -220,3 +220,32 @@ def test_whatever_is_passed_raises_only_invite_error(text: str) -> None:
 def test_addresses_of_kinds_that_are_not_known_yet_are_left_out() -> None:
     later = f"/ip4/203.0.113.7/udp/31337/quic-v1/p2p/{AUTHOR.to_base58()}"
     assert Invite.parse(line_of(message_of(bootstrap_addresses=[later, ADDRESS]))).bootstrap == (ADDRESS,)
+
+
+# Other nodes to join through
+
+
+def test_others_to_join_through_come_before_the_invites_own(tmp_path: Path) -> None:
+    other = Multiaddress.of(Endpoint("198.51.100.9:31337"), PeerID(b"\x12\x20" + bytes(32)))
+    (tmp_path / "theirs").write_text(LINE)
+    mine = Invite(INVITE.keys, (ADDRESS,), token=b"secret")
+    assert read_bootstrap([str(other), LINE]) == (other, *INVITE.bootstrap)
+    assert read_bootstrap([f"@{tmp_path / 'theirs'}"]) == INVITE.bootstrap
+    through = mine.through([other, ADDRESS])
+    assert (through.keys, through.token) == (mine.keys, mine.token)
+    assert through.bootstrap == (other, ADDRESS)
+
+
+def test_an_invite_keeps_as_many_addresses_as_others_read() -> None:
+    many = [Multiaddress.of(Endpoint.of("198.51.100.9", 1000 + port), AUTHOR) for port in range(20)]
+    through = INVITE.through(many)
+    assert Invite.parse(str(through)).bootstrap == through.bootstrap == tuple(many[:16])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("there", SettingsError), ("203.0.113.7:31337", SettingsError), (LINE[:-4], InviteError)],
+)
+def test_what_is_neither_an_address_nor_an_invite_is_told(text: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        read_bootstrap([text])

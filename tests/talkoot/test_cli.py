@@ -271,6 +271,11 @@ def test_unreachable_bootstrap_is_named(founder: Founder, tmp_path: Path, name: 
     assert_one_clear_line(ended, f"/ip4/{HOST}/tcp/{port}")
 
 
+def test_a_nodes_log_names_the_address_to_join_through(founder: Founder) -> None:
+    log = (founder.state / "node.log").read_text()
+    assert f"--bootstrap {Invite.parse(founder.invite).bootstrap[0]}\n" in log
+
+
 @pytest.mark.parametrize("option", ["--port", "--metrics-port"])
 def test_busy_port_is_named(tmp_path: Path, option: str) -> None:
     manifest = tmp_path / "swarm.toml"

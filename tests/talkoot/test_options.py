@@ -1,7 +1,7 @@
 """Options, and the settings that they are generated from."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,13 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from dht.invites import Invite
+from dht.records import SwarmKeys
 from expert_server.settings import NodeSettings
+from peer.identity import Identity
 from peer.settings import RoleSettings
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.cli import app
 from talkoot.dashboard.settings import DashboardSettings
 from talkoot.options import given_settings, help_of, load_settings
@@ -64,6 +69,41 @@ def test_help_shows_what_people_need_in_sections(name: str) -> None:
             shown = options_of(name)[option]
             assert any(flag in ended.stdout for flag in (shown.opts if option != "paths" else ["FILE"]))
     assert len(ended.stdout.splitlines()) < _SCREEN
+
+
+def all_commands(group: Any = None) -> Iterator[Any]:
+    for command in (COMMANDS if group is None else group.commands).values():
+        yield from all_commands(command) if hasattr(command, "commands") else [command]
+
+
+def test_every_command_that_joins_can_join_through_another_node(tmp_path: Path) -> None:
+    joining = [command for command in all_commands() if "join" in {each.name for each in command.params}]
+    assert len(joining) > 10
+    other = Identity.load_or_create(tmp_path / "key").peer_id
+    mine, theirs = (Multiaddress.of(Endpoint.of("192.0.2.7", port), other) for port in (1, 2))
+    invite = Invite(SwarmKeys("sauna", other), (mine,), token=b"")
+    for command in joining:
+        needed = ["x" for each in command.params if each.param_type_name == "argument"]
+        arguments = ["--join", str(invite), "--bootstrap", str(theirs), *needed]
+        given = command.make_context(command.name, arguments).params
+        if "bootstrap" in given:
+            assert given["bootstrap"] == [theirs]
+        else:
+            assert Invite.parse(given["join"]).bootstrap == (theirs, mine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bootstrap", "there"], "pass --join INVITE"),
+        (["--join", "talkoot2", "--bootstrap", "there"], "the invite is incomplete"),
+    ],
+)
+def test_a_wrong_bootstrap_is_told_in_one_line(arguments: list[str], said: str) -> None:
+    ended = CliRunner().invoke(app, ["status", *arguments])
+    assert ended.exit_code == 2
+    assert ended.output.startswith("error: ")
+    assert said in ended.output
 
 
 def test_settings_that_help_does_not_show_are_accepted() -> None:

@@ -9,6 +9,7 @@ from commands import assert_one_clear_line, run_here
 
 from dht.admission import Mode, Role, SwarmAdmission, read_grant
 from dht.invites import Invite
+from dht.membership import PeerStore
 from dht.records import SwarmKeys
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
@@ -87,6 +88,22 @@ def test_an_invite_for_people_says_what_it_is_worth(tmp_path: Path) -> None:
     assert made.stdout.startswith("invite: talkoot2")
     assert "for a trainer" in made.stderr
     assert "--revoke" in made.stderr
+
+
+def test_an_invite_names_other_nodes_that_the_founders_node_has_met(tmp_path: Path) -> None:
+    plain = founded(tmp_path)
+    assert "It names only your own node" in run_here("invite", "--state", str(tmp_path)).stderr
+    others = [Identity.load_or_create(tmp_path / f"{number}.key").peer_id for number in range(2)]
+    met = [Multiaddress.of(Endpoint("192.0.2.8:31337"), others[0])]
+    here = [Multiaddress.of(Endpoint("127.0.0.1:31337"), others[1])]
+    store = PeerStore(tmp_path / "peers" / f"{plain.keys.swarm_id}.json")
+    store.add([*met, *here], time.time())
+    store.save()
+    made = run_here("invite", "--state", str(tmp_path))
+    assert "names only" not in made.stderr
+    assert Invite.parse(made.stdout).bootstrap == (*plain.bootstrap, *met), (
+        "this machine is of no use to others"
+    )
 
 
 @pytest.mark.parametrize(

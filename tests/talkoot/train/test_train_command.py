@@ -25,6 +25,8 @@ from expert_server.status import NodeState
 from peer import checkpoints
 from peer.errors import RevokedInviteError
 from peer.loop import LoopThread
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot import signals
 from talkoot.train import session
 from trainer_client.client import SwarmClient
@@ -332,6 +334,16 @@ def test_without_a_live_expert_nothing_begins(founder: Founder, trained: Path) -
         talkoot("generate", *join, "--prompt", "In").is_one_clear_line(said)
     finally:
         founder.resume()
+
+
+def test_a_trained_model_joins_through_the_peers_that_its_trainer_met(
+    founder: Founder, trained: Path
+) -> None:
+    invite = Invite.parse(founder.invite)
+    silent = replace(invite, bootstrap=(Multiaddress.of(Endpoint("127.0.0.1:9"), invite.keys.author),))
+    prompt = ("--prompt", "In", "--max-tokens", 1, "--join", silent)
+    ended = talkoot("generate", *prompt, "--state", trained)
+    assert ended.status == 0, ended.err
 
 
 def test_experts_lost_while_text_comes_end_it_in_time(
