@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ _LOOKS = 3
 """How often a peer looks for the manifest before it uses its own copy, or a founder founds a new swarm."""
 _REMEMBERED_TRIED = 64
 """The most addresses from earlier runs that are tried at the start."""
-_OTHERS_IN_INVITE = 4
+OTHERS_IN_INVITE = 4
 """The most addresses of other peers in an invite."""
 
 _EXPIRES_AT = attrgetter("expires_at")
@@ -77,7 +76,7 @@ class Swarm:
     async def invite(self) -> Invite:
         """An invite by which others join through this peer or, if it is gone, through peers that it has met."""
         own = Invite(self.keys, tuple(self.host.bootstrap_addresses()))
-        return _with_others(own, self.peer_store, self.host.dialling)
+        return _with_others(own, _allowed(self.peer_store, self.host.dialling))
 
     async def keep_manifest(self) -> None:
         """Stores the founder's records again, so that they outlive their holders. The founder also renews them."""
@@ -171,18 +170,26 @@ async def join_swarm(
         raise
 
 
-def with_known_peers(invite: Invite, state: Path) -> Invite:
-    """The invite, with addresses of peers that a peer with this folder met last: it is of use even if nobody answers at
-    its own addresses.
+def known_peers(invite: Invite, state: Path) -> list[Multiaddress]:
+    """Addresses of peers that a peer with this folder has met, the last one first, without those that people who join
+    by the invite can't reach.
     """
     nearest = nearest_scope(address.endpoint for address in invite.bootstrap)
-    return _with_others(invite, _peer_store(state, invite.keys), Dialling(nearest))
+    return _allowed(_peer_store(state, invite.keys), Dialling(nearest))
 
 
-def _with_others(invite: Invite, store: PeerStore, dialling: Dialling) -> Invite:
-    known = (address for address in store.addresses() if dialling.allows(address.endpoint))
-    others = itertools.islice(known, _OTHERS_IN_INVITE)
-    return replace(invite, bootstrap=tuple(dict.fromkeys((*invite.bootstrap, *others))))
+def with_known_peers(invite: Invite, state: Path) -> Invite:
+    """The invite with some of the `known_peers`: it is of use even if nobody answers at its own addresses."""
+    return _with_others(invite, known_peers(invite, state))
+
+
+def _allowed(store: PeerStore, dialling: Dialling) -> list[Multiaddress]:
+    return [address for address in store.addresses() if dialling.allows(address.endpoint)]
+
+
+def _with_others(invite: Invite, others: Sequence[Multiaddress]) -> Invite:
+    bootstrap = dict.fromkeys((*invite.bootstrap, *others[:OTHERS_IN_INVITE]))
+    return replace(invite, bootstrap=tuple(bootstrap))
 
 
 def was_member(state: Path, keys: SwarmKeys) -> bool:
@@ -277,7 +284,8 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role], ex
     wanted = f"{', '.join(others)} or {last}" if others else last
     if not invite.token:
         raise InviteError(
-            f"this swarm admits by token: {purpose}ask its founder for an invite of your own, for a {wanted}"
+            f"this swarm admits by token: {purpose}ask its founder for an invite of your own, for a {wanted}. If you "
+            "have one, pass it as --join, and this one as --bootstrap"
         )
     token = admission_pb2.Token.FromString(invite.token)
     try:

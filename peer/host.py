@@ -37,7 +37,7 @@ from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import Admission, Sessions
 from peer.transport.addresses import Multiaddress
 from peer.transport.contacts import OwnContact
-from peer.transport.dialling import Dialling, nearest_scope, resolved
+from peer.transport.dialling import Dialling, accepts, nearest_scope, resolved
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.libp2p import Libp2p
 from peer.transport.p2pd_setup import Libp2pConfig
@@ -401,20 +401,12 @@ class Host:
         Host names are looked up: only the owner and the invite give any.
         """
 
-        async def accepts(address: Multiaddress) -> bool:
+        async def dial(address: Multiaddress) -> bool:
             endpoint = address.endpoint
-            if not self.dialling.begin(endpoint, address.dialled):
-                return False
-            try:
-                async with asyncio.timeout(DIAL_DEADLINE_S):
-                    _, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
-            except OSError:
-                return False
-            writer.close()
-            return True
+            return self.dialling.begin(endpoint, address.dialled) and await accepts(endpoint, DIAL_DEADLINE_S)
 
         numeric = await resolved(addresses)
-        results = await asyncio.gather(*map(accepts, numeric))
+        results = await asyncio.gather(*map(dial, numeric))
         return [address for address, ok in zip(numeric, results, strict=True) if ok]
 
 

@@ -127,6 +127,17 @@ def nearest_scope(endpoints: Iterable[Endpoint]) -> AddressScope:
     return max((scope for scope in scopes if scope), default=AddressScope.GLOBAL)
 
 
+async def accepts(endpoint: Endpoint, deadline_s: float) -> bool:
+    """Whether something accepts connections there."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            _, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
 async def resolved(addresses: Iterable[Address]) -> list[Address]:
     """The same addresses, with host names replaced by the IP addresses they lead to now. For addresses of the owner or
     an invite.

@@ -4,10 +4,12 @@ that it prints.
 The command needs the founder's key, but no running node.
 """
 
+import asyncio
 import ipaddress
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,11 +18,13 @@ from rich.table import Table
 
 from dht.admission import Mode, Role, make_token, new_serial
 from dht.invites import Invite, InviteLedger, IssuedInvite
-from dht.swarm import with_known_peers
+from dht.swarm import OTHERS_IN_INVITE, known_peers
 from peer.errors import SettingsError, StartError
 from peer.files import write_atomically
+from peer.host import DIAL_DEADLINE_S
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
+from peer.transport.dialling import accepts
 from talkoot.node.control import node_folder
 from talkoot.node.remote import parse_duration_s
 from talkoot.terminal import Terminal
@@ -84,7 +88,7 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
     """Raises UserError if the folder is not the founder's, or if the swarm needs no tokens."""
     folder = node_folder(state)
     founded = FoundedSwarm.load(folder)
-    plain = with_known_peers(Invite.parse(founded.invite), folder)
+    plain = Invite.parse(founded.invite)
     if founded.admission == "open":
         raise SettingsError(
             "your swarm is open: anybody with the invite that your node printed can join. Only a swarm whose manifest "
@@ -105,7 +109,10 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
     )
     token = make_token(founder, plain.keys.swarm_id, request.role, issued.expires_at, issued.serial)
     InviteLedger(folder).add(issued)
-    invite = str(replace(plain, token=token.SerializeToString()))
+    own = tuple(address for address in plain.bootstrap if address.peer_id == founder.peer_id)
+    others = tuple(_live(known_peers(plain, folder))[:OTHERS_IN_INVITE])
+    bootstrap = (*own, *others) or plain.bootstrap
+    invite = str(replace(plain, bootstrap=bootstrap, token=token.SerializeToString()))
     if terminal.json:
         terminal.event("invite", {"invite": invite, **_values(issued)})
         return
@@ -114,11 +121,20 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
         f"serial {issued.number}: for a {request.role.word}, until {_day(issued.expires_at)}. Anybody who has this "
         f"line can use it: send it to one person, not to a list. `talkoot invite --revoke {issued.number}` revokes it"
     )
-    if all(address.peer_id == founder.peer_id for address in plain.bootstrap):
+    if not others:
         terminal.err.print(
-            "It names only your own node, because your node has met no other that people can join through. So it works "
-            "only while your node runs"
+            "It names only your own node, because no other node that yours has met answers now. So it works only while "
+            "your node runs"
         )
+
+
+def _live(addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
+    """Those where something accepts connections now."""
+
+    async def ask() -> list[bool]:
+        return await asyncio.gather(*(accepts(each.endpoint, DIAL_DEADLINE_S) for each in addresses))
+
+    return list(compress(addresses, asyncio.run(ask())))
 
 
 def run_list(terminal: Terminal, state: Path | None) -> None:

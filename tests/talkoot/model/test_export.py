@@ -337,7 +337,7 @@ def test_in_a_swarm_with_tokens_only_roles_that_the_manifest_names_export(
             )
             looking = talkoot(*export(founder, tmp_path / "model"))
             looking.is_one_clear_line(
-                "to export its model, ask its founder for an invite of your own, for a reader ["
+                "to export its model, ask its founder for an invite of your own, for a reader."
             )
             ended = talkoot(*export(reader, tmp_path / "model"))
         assert ended.status == 0, ended.err

@@ -1,6 +1,7 @@
 """`talkoot invite` makes, lists and revokes invites, with only the founder's folder."""
 
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from peer.wire import admission_pb2
 from talkoot.node.invites import FoundedSwarm
 
 
-def founded(folder: Path, mode: Mode = "token", author: Identity | None = None) -> Invite:
+def founded(
+    folder: Path, mode: Mode = "token", author: Identity | None = None, host: str = "192.0.2.7"
+) -> Invite:
     """Makes a folder as a founder's node leaves it."""
     identity = Identity.load_or_create(folder / "identity.key")
     keys = SwarmKeys("sauna", (author or identity).peer_id)
-    invite = Invite(keys, (Multiaddress.of(Endpoint("192.0.2.7:31337"), identity.peer_id),))
+    invite = Invite(keys, (Multiaddress.of(Endpoint.of(host, 31337), identity.peer_id),))
     FoundedSwarm(invite=str(invite), admission=mode).save(folder)
     return invite
 
@@ -90,20 +93,30 @@ def test_an_invite_for_people_says_what_it_is_worth(tmp_path: Path) -> None:
     assert "--revoke" in made.stderr
 
 
-def test_an_invite_names_other_nodes_that_the_founders_node_has_met(tmp_path: Path) -> None:
-    plain = founded(tmp_path)
+def test_an_invite_names_other_nodes_that_answer(tmp_path: Path) -> None:
+    plain = founded(tmp_path, host="127.0.0.1")
     assert "It names only your own node" in run_here("invite", "--state", str(tmp_path)).stderr
     others = [Identity.load_or_create(tmp_path / f"{number}.key").peer_id for number in range(2)]
-    met = [Multiaddress.of(Endpoint("192.0.2.8:31337"), others[0])]
-    here = [Multiaddress.of(Endpoint("127.0.0.1:31337"), others[1])]
     store = PeerStore(tmp_path / "peers" / f"{plain.keys.swarm_id}.json")
-    store.add([*met, *here], time.time())
-    store.save()
-    made = run_here("invite", "--state", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        live, gone = (Endpoint.of("127.0.0.1", port) for port in (server.getsockname()[1], 9))
+        store.add([Multiaddress.of(live, others[0]), Multiaddress.of(gone, others[1])], time.time())
+        store.save()
+        made = run_here("invite", "--state", str(tmp_path))
     assert "names only" not in made.stderr
-    assert Invite.parse(made.stdout).bootstrap == (*plain.bootstrap, *met), (
-        "this machine is of no use to others"
-    )
+    assert Invite.parse(made.stdout).bootstrap == (*plain.bootstrap, Multiaddress.of(live, others[0]))
+
+
+def test_an_invite_names_no_peers_that_only_the_founders_machine_reaches(tmp_path: Path) -> None:
+    plain = founded(tmp_path)
+    store = PeerStore(tmp_path / "peers" / f"{plain.keys.swarm_id}.json")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = Endpoint.of("127.0.0.1", server.getsockname()[1])
+        other = Identity.load_or_create(tmp_path / "other.key").peer_id
+        store.add([Multiaddress.of(here, other)], time.time())
+        store.save()
+        made = run_here("invite", "--state", str(tmp_path))
+    assert Invite.parse(made.stdout).bootstrap == plain.bootstrap
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from dht.announcements import TrainerInfo
 from dht.invites import Invite
 from peer.errors import StartError
 from peer.loop import LoopThread
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from trainer_client.client import SwarmClient
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.record import Progress, Validation
@@ -96,6 +99,13 @@ def test_a_loop_of_ones_own_reports_and_leaves_its_result(
     (found,) = founder.loop.run(records(), 120)
     assert (found.is_own_loop, found.loss, found.validation_loss) == (True, 2.25, 2.0)
     assert (found.bits_per_byte, found.tokens_per_s) == (None, None)
+
+
+def test_your_own_loop_can_join_through_another_node(founder: Founder, tmp_path: Path) -> None:
+    invite = Invite.parse(founder.invite)
+    silent = replace(invite, bootstrap=(Multiaddress.of(Endpoint("127.0.0.1:9"), invite.keys.author),))
+    with SwarmClient.join(str(silent), bootstrap=[founder.invite], state=tmp_path / "state") as client:
+        assert client.manifest == founder.node.swarm.manifest
 
 
 def test_a_mixture_whose_client_is_closed_says_so(founder: Founder, tmp_path: Path) -> None:
