@@ -322,25 +322,27 @@ class HostingManager:
         One that others serve may be on offer because they do not answer.
         """
         # runs beside a look: that peer waits at most ten seconds for an heir, and a look may take minutes
-        others = await self._offered_by(leaving, uids)
+        replicas = await self._offered_by(leaving, uids)
+        others = {
+            uid: len(serving_elsewhere(hosts, self._swarm.host.peer_id)) for uid, hosts in replicas.items()
+        }
         for count in sorted({*others.values()}):
-            if taken := await self._take([uid for uid in others if others[uid] == count], count + 1):
+            wanted = [uid for uid in others if others[uid] == count < max(1, self._enough)]
+            if taken := await self._take(wanted, count + 1, replicas):
                 self.adopted.inc(len(taken))
                 logger.info(
                     "adopted %s of %s, which leaves or pauses", counted(len(taken), "expert"), leaving
                 )
 
-    async def _offered_by(self, leaving: PeerID, uids: Collection[UID]) -> dict[UID, int]:
-        """How many other nodes serve each of the experts."""
+    async def _offered_by(self, leaving: PeerID, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
+        """The replicas of those experts that this peer offers, and that this node does not host."""
         replicas = await self._swarm.experts.replicas(uids)
-        me, mine = self._swarm.host.peer_id, self._replicas.experts
-        others = {
-            uid: len(serving_elsewhere(hosts, me))
+        return {
+            uid: hosts
             for uid, hosts in replicas.items()
-            if uid not in mine
+            if uid not in self._replicas.experts
             and any(r.peer_id == leaving and r.state is ReplicaState.LEAVING for r in hosts)
         }
-        return {uid: count for uid, count in others.items() if count < max(1, self._enough)}
 
     async def release(self, timeout_s: float, average: AverageLast | None = None) -> int:
         """Gives up all experts, and waits at most `timeout_s` for others to adopt those that nobody else serves.
@@ -499,10 +501,13 @@ class HostingManager:
                 await side_by_side(map(prove, [*uids][:_MOST_PROOFS]), _PROOFS_AT_ONCE)
         return proven
 
-    async def _take(self, wanted: list[UID], enough: int = 1) -> list[UID]:
-        """Takes as many of these as there is room for, in their order."""
+    async def _take(
+        self, wanted: list[UID], enough: int = 1, replicas: Mapping[UID, Collection[Replica]] | None = None
+    ) -> list[UID]:
+        """Takes as many of these as there is room for, in their order. `replicas`: of the last look unless given."""
         wanted = wanted[: max(0, self.capacity - self._replicas.count)]
-        return await self._replicas.take(wanted, usual_updates(self.seen), enough) if wanted else []
+        seen = self.seen if replicas is None else replicas
+        return await self._replicas.take(wanted, usual_updates(self.seen), enough, seen) if wanted else []
 
     async def _take_vacant(self) -> set[UID]:
         """Takes vacant experts. Returns those that others have claimed, but nobody serves yet: the claims may

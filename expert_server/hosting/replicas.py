@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median_low
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState
@@ -64,6 +65,7 @@ that were down or cut off are announced again within this time.
 """
 _HALF_LIFE_S = 300.0
 """The half-life of recent rows."""
+_NONE_SEEN: Mapping[UID, Collection[Replica]] = MappingProxyType({})
 _SAVE_S = 10.0
 """The longest time that saving given-up experts may take."""
 
@@ -202,19 +204,26 @@ class LocalReplicas:
             async with asyncio.timeout(_QUEUE_S):
                 await self.runtime.settle()
 
-    async def take(self, wanted: list[UID], usual: int | None, enough: int = 1) -> list[UID]:
+    async def take(
+        self,
+        wanted: list[UID],
+        usual: int | None,
+        enough: int = 1,
+        seen: Mapping[UID, Collection[Replica]] = _NONE_SEEN,
+    ) -> list[UID]:
         """Takes those of the experts into service that fewer than `enough` others host. Returns the experts it took.
 
         Skips experts that it already has, or that another call is taking. `usual`: the updates of a median node's
-        experts, which limit the update count of a state from another node; None if nobody serves anything. Ends early
-        if the node leaves. Raises UnreachableError.
+        experts, which limit the update count of a state from another node; None if nobody serves anything. `seen`:
+        replicas that were read before; an expert whose host has gone since then is not begun anew. Ends early if the
+        node leaves. Raises UnreachableError.
         """
         wanted = [uid for uid in wanted if uid not in self._taking and uid not in self.experts]
         if not wanted or self._leaving:
             return []
         self._taking.update(wanted)
         try:
-            return await self._unless_leaving(self._claim_and_serve(wanted, usual, enough), [])
+            return await self._unless_leaving(self._claim_and_serve(wanted, usual, enough, seen), [])
         finally:
             self._taking.difference_update(wanted)
             for uid in wanted:
@@ -347,7 +356,13 @@ class LocalReplicas:
             self._provisional_since.pop(expert.uid, None)
         await self.checkpoints.save_all_within(_SAVE_S, experts)
 
-    async def _claim_and_serve(self, wanted: list[UID], usual: int | None, enough: int) -> list[UID]:
+    async def _claim_and_serve(
+        self,
+        wanted: list[UID],
+        usual: int | None,
+        enough: int,
+        seen: Mapping[UID, Collection[Replica]],
+    ) -> list[UID]:
         """Claims experts, waits for the claims of others, and serves those whose claims it wins."""
         experts, me = self._swarm.experts, self._swarm.host.peer_id
         claimed_at = self._now()
@@ -366,7 +381,11 @@ class LocalReplicas:
             del claims[uid]
             self._built.pop(uid, None)
         restored_before = total(self.checkpoints.restored)
-        taken = await self._serve(claims, replicas, saved, usual)
+        hosts = {
+            uid: found if state_sources(found, me, self._rng) else (*seen.get(uid, ()),)
+            for uid, found in replicas.items()
+        }
+        taken = await self._serve(claims, hosts, saved, usual)
         if restored := total(self.checkpoints.restored) - restored_before:
             logger.info(
                 "%d of %s can continue from this node's checkpoints", restored, counted(len(taken), "expert")

@@ -177,6 +177,33 @@ def test_a_leaving_nodes_expert_is_not_adopted_if_enough_others_serve_it(play: P
     play(scenario)
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_no_expert_is_begun_anew_because_its_host_leaves_just_then(
+    play: Play, monkeypatch: pytest.MonkeyPatch, is_asked: bool
+) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        await train(leaver, dict.fromkeys(UIDS, 2))
+        heir = await village.join(1, await leaver.swarm.invite(), experts=8)
+        build = heir.replicas._build_for
+
+        async def build_while_it_leaves(*arguments: Any) -> None:
+            await leaver.hosting.release(0)
+            await build(*arguments)
+
+        monkeypatch.setattr(heir.replicas, "_build_for", build_while_it_leaves)
+        leaver.replicas.leave()
+        await leaver.replicas.offer(UIDS)
+        if is_asked:
+            await heir.hosting.adopt_from(leaver.swarm.host.peer_id, UIDS)
+        else:
+            await heir.hosting.replicate()
+        assert not leaver.runtime.experts
+        assert not heir.runtime.experts
+
+    play(scenario)
+
+
 def unless_frozen(monkeypatch: pytest.MonkeyPatch, node: Node, frozen: Node) -> None:
     """Lets calls by the node to the frozen one wait for ever."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import tracemalloc
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -93,7 +93,9 @@ class FakeReplicas:
     def withheld(self) -> set[UID]:
         return set()
 
-    async def take(self, wanted: list[UID], usual: int | None, enough: int) -> list[UID]:
+    async def take(
+        self, wanted: list[UID], usual: int | None, enough: int, seen: Mapping[UID, Collection[Replica]]
+    ) -> list[UID]:
         self.wanted += wanted
         return []
 
