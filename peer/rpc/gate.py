@@ -12,8 +12,8 @@ import logging
 import math
 import time
 from collections import Counter as Multiset
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -41,6 +41,8 @@ frequent and must not hold up experts, and relay calls last for hours.
 """
 _LASTING = "talkoot.v1.RelayService"
 """The service whose calls keep their places although they mostly wait for their callers."""
+_CALLS_WITHOUT_MESSAGE = 128
+"""Calls whose first message has not arrived. gRPC holds up to a MiB of each, because it must not read less."""
 _FIRST_MESSAGE_S, _NEXT_MESSAGE_S = 10.0, 20.0
 """How long a call waits for its caller's messages. Even a slow line needs less for a chunk."""
 _UNREAD_S = 20.0
@@ -174,6 +176,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             for service, most in _OWN_PLACES.items()
         }
         self._strange_slots = Slots(_CALLS_WITHOUT_SESSION)
+        self._beginning = Slots(_CALLS_WITHOUT_MESSAGE)
         self._rates = TokenBuckets[Hashable](_CALLS_PER_S, _CALLS_AT_ONCE)
         self._strange_rates = TokenBuckets[Hashable](_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE)
         self._faults = BoundedDict[tuple[str, str], float](256)
@@ -237,7 +240,7 @@ class CallGate(grpc.aio.ServerInterceptor):
     ) -> "_EndedError | None":
         """Returns how the call ends; None if it succeeded."""
         try:
-            await answer(Requests(requests, slot), call)
+            await answer(Requests(requests, slot, self._begin(slot)), call)
         except _EndedError as end:
             return end
         except grpc.aio.BaseError:  # the caller has left
@@ -287,14 +290,27 @@ class CallGate(grpc.aio.ServerInterceptor):
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED, "you call too often: try again a little later", wait_s
             )
+        self._take(slots, slot)
+
+    def _take(self, slots: Slots, slot: Slot) -> None:
+        """Raises ExpertError (RESOURCE_EXHAUSTED)."""
         try:
-            loser = slots.take(slot, now)
+            loser = slots.take(slot, time.monotonic())
         except ExpertError:
             self.refused.labels("crowded").inc()
             raise
         if loser is not None:
             self.refused.labels("displaced").inc()
             loser.task.cancel()
+
+    @contextmanager
+    def _begin(self, slot: Slot) -> Iterator[None]:
+        """Wraps the wait for the call's first message. Raises ExpertError (RESOURCE_EXHAUSTED)."""
+        self._take(self._beginning, slot)
+        try:
+            yield
+        finally:
+            self._beginning.release(slot)
 
     def _note_fault(self, method: str, error: Exception) -> None:
         """Logs each kind of failure only now and then: a stranger who triggers one must not fill the log."""
@@ -333,20 +349,30 @@ class Requests:
     of a read that nobody awaits (grpc issue 43360).
     """
 
-    def __init__(self, stream: AsyncIterator[Any], slot: Slot) -> None:
+    def __init__(
+        self, stream: AsyncIterator[Any], slot: Slot, beginning: AbstractContextManager[None]
+    ) -> None:
+        """`beginning`: wraps the wait for the first message."""
         self._stream = stream
         self._slot = slot
-        self._wait_s = _FIRST_MESSAGE_S
+        self._beginning: AbstractContextManager[None] | None = beginning
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
 
     async def __anext__(self) -> Any:
-        message = await _in_time(_next(self._stream), self._slot, self._wait_s, _SILENT)
-        self._wait_s = _NEXT_MESSAGE_S
+        if (beginning := self._beginning) is not None:
+            self._beginning = None
+            with beginning:
+                message = await self._read(_FIRST_MESSAGE_S)
+        else:
+            message = await self._read(_NEXT_MESSAGE_S)
         if message is _END:
             raise StopAsyncIteration
         return message
+
+    async def _read(self, limit_s: float) -> Any:
+        return await _in_time(_next(self._stream), self._slot, limit_s, _SILENT)
 
 
 _SILENT = "the call's next message did not arrive in time"
@@ -426,6 +452,9 @@ def _streaming(handler: Any) -> _Answer:
             request = await anext(requests, None)
             if request is None:
                 raise ExpertError(StatusCode.INVALID_ARGUMENT, "the call has no message")
+            # gRPC would keep more messages for as long as the call lasts
+            if handler.response_streaming and await anext(requests, None) is not None:
+                raise ExpertError(StatusCode.INVALID_ARGUMENT, "the call has more than one message")
         answering = behaviour(request, context)
         if inspect.isasyncgen(answering):
             async with aclosing(answering):

@@ -56,10 +56,15 @@ class InSession:
 
 
 def opened(
-    sessions: Sessions, server: Identity, swarm_id: str, identity: Identity | None = None, near: str = ""
+    sessions: Sessions,
+    server: Identity,
+    swarm_id: str,
+    identity: Identity | None = None,
+    near: str = "",
+    rights: Sequence[Right] = RIGHTS,
 ) -> Metadata:
     """Opens a session without a round trip. Returns the metadata of the caller's calls. `near`: the neighbourhood that
     the caller comes from.
     """
-    request = a_caller(swarm_id, identity).statement(server.peer_id, sessions.challenges.new())
+    request = a_caller(swarm_id, identity, rights).statement(server.peer_id, sessions.challenges.new())
     return (("talkoot-session-bin", sessions.open(request, near).session),)

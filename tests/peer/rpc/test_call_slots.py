@@ -4,6 +4,7 @@ waiting.
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_a_read_that_has_begun_is_not_cancelled_with_its_call() -> None:
             ended.set()
             yield b"late"
 
-        reading = asyncio.ensure_future(anext(Requests(requests(), slot("here", "me"))))
+        reading = asyncio.ensure_future(anext(Requests(requests(), slot("here", "me"), nullcontext())))
         await asyncio.sleep(0)
         reading.cancel()
         await asyncio.wait([reading])
