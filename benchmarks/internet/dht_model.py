@@ -1,14 +1,16 @@
 """A model of the DHT below `Lookups`: who holds which items, how long look-ups take, and how many bytes each peer
 sends.
 
-An item is held by the five living servers that are nearest to its key when it is stored. A server that dies loses its
-copies. `hops.json` says how many rounds, calls and bytes a look-up takes; `measure_dht` measures that on the real code.
-All readers share one dictionary of a key's entries, so nobody may change what `find` returns.
+An item is held by the living servers that are nearest to its key when it is stored: by five, and by others within the
+distance that its writer considers usual. A server that dies loses its copies. `hops.json` says how many rounds, calls
+and bytes a look-up takes; `measure_dht` measures that on the real code. All readers share one dictionary of a key's
+entries, so nobody may change what `find` returns.
 """
 
 import asyncio
 import json
 import math
+import random
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,7 +22,7 @@ from benchmarks.internet.world import Peer, World
 from dht.registry import Entries
 from peer.kademlia.lookups import Item, Lookups, pause_after_sample
 from peer.kademlia.routing import ID_BITS, REPLICAS, key_id_of
-from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
+from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits, UsualReach
 from peer.kademlia.validation import ITEM_OVERHEAD_BYTES, Entry
 
 T = TypeVar("T")
@@ -31,6 +33,8 @@ _CORE_S = 0.04
 """Seconds from the core of the network to an average peer and back."""
 _FIGURES = Path(__file__).with_name("hops.json")
 _DIGEST_BYTES = 8
+_MOST_HOLDERS = 3 * REPLICAS
+_REACHES, _SERVERS = 64, 100
 _SAMPLES, _SAMPLE_FOR_S = 8, 2.0
 _SAMPLED_BY = 3
 """If an answer has no room for all entries, a reader asks this many holders, each of which gives a random sample."""
@@ -223,6 +227,8 @@ class ModelDHT:
         self._table = HopTable()
         self._keys: dict[int, _Key] = {}
         self.rng = world.rng("dht")
+        self.reaches = _usual_reaches(self.rng)
+        """How many servers are usually within the reach that a peer measures; one value for each of some peers."""
         self._searches = [_Search(rounds, True) for rounds in range(32)]
         self._costs: dict[tuple[str, bool, int, int], Cost] = {}
         world.accounts.settlers.append(self.settle)
@@ -266,6 +272,13 @@ class ModelDHT:
                 key.near_changes = world.changes_in(key.near_leaves, half), half
             key.near_at = state
         return key.near
+
+    def holders(self, key: _Key, writer: Peer, within: float) -> tuple[Peer, ...]:
+        """The servers at which a peer stores. `within`: how many are usually within the reach that it measured."""
+        near, world = self.near(key, writer.half), self.world
+        reach = within / max(1, world.servers(writer.half)) * 2 ** (ID_BITS - _HEAD)
+        further, _ = world.nearest(key.place, writer.half, _MOST_HOLDERS)
+        return (*near, *(each for each in further[len(near) :] if each.place ^ key.place <= reach))
 
     def charge(self, keys: Iterable[_Key], count: int, cost: Cost, peer: Peer, purpose: str) -> None:
         """Counts the bytes of a look-up of `count` keys, without the values."""
@@ -392,6 +405,18 @@ class ModelDHT:
         key.deaths = self.world.deaths_in(slice(key.first_leaf, key.last_leaf + 1))
 
 
+def _usual_reaches(rng: random.Random) -> list[float]:
+    """How many servers are on average within the reach that each of some peers measures among others of random IDs."""
+    found = []
+    for _ in range(_REACHES):
+        usual, servers = UsualReach(), [rng.getrandbits(ID_BITS) for _ in range(_SERVERS)]
+        while usual.missing:
+            key = rng.getrandbits(ID_BITS)
+            usual.note(key, sorted(servers, key=key.__xor__)[: DEFAULT_LIMITS.front])
+        found.append(usual.distance(0, ()) * _SERVERS / 2**ID_BITS)
+    return found
+
+
 def _size(entries: Mapping[Any, Entry]) -> int:
     return sum(len(entry.value) + ITEM_OVERHEAD_BYTES for entry in entries.values())
 
@@ -407,6 +432,7 @@ class ModelLookups(Lookups):
         memory.
         """
         self._sample_at = 0.0
+        self._within = dht.rng.choice(dht.reaches)
 
     @property
     def estimated_nodes(self) -> float:
@@ -431,20 +457,19 @@ class ModelLookups(Lookups):
         sent = 0
         for item in items:
             key = model.key(keys[item.key])
-            near = model.near(key, peer.half)
-            size = len(near) * (len(item.value) + ITEM_OVERHEAD_BYTES)
+            holders = model.holders(key, peer, self._within)
+            others = [holder.number for holder in holders if holder is not peer]
+            size = len(others) * (len(item.value) + ITEM_OVERHEAD_BYTES)
             sent += size
             key.owed_down += size
-            model.put(item, key, near or (peer,))
-            for server in near:
-                called.add(server.number)
+            model.put(item, key, holders or (peer,))
+            called.update(others)
         up[peer.number] += sent
         overhead = model.store_bytes()
         for number in called:
             down[number] += overhead
         up[peer.number] += len(called) * overhead
-        is_alone = called <= {peer.number}
-        return set() if is_alone and world.living > 1 else {(item.key, item.subkey) for item in items}
+        return set() if not called and world.living > 1 else {(item.key, item.subkey) for item in items}
 
     async def find(  # type: ignore[override]  # what stands for `Found`
         self,
