@@ -246,6 +246,10 @@ class Host:
         """The DHT peers in the routing table."""
         return frozenset(peer_id for _, peer_id in self.dht.table)
 
+    def has_failed(self, peer_id: PeerID) -> bool:
+        """Whether the peer did not answer this one's last call to its DHT node. False if it was never called."""
+        return self.dht.backoff.pause_s(peer_id) > 0
+
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         """Dials peers and joins their DHT. Returns the addresses of those that answered."""
         accepting = await self._accepting(addresses)

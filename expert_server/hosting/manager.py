@@ -185,8 +185,12 @@ class Handover:
             asking.spawn(self._ask_one(heir, share), "ask an heir")
 
     def _shares(self, uids: Collection[UID]) -> list[tuple[PeerID, list[UID]]]:
+        """Chooses a node for each expert. Those that did not answer lately come last: they may have died."""
         rooms = {peer_id: room for peer_id, room in self._rooms.items() if peer_id not in self._silent}
-        found = assign_orphans(uids, rooms)
+        doubtful = {peer_id for peer_id in rooms if self._swarm.host.has_failed(peer_id)}
+        found = assign_orphans(uids, {p: room for p, room in rooms.items() if p not in doubtful})
+        left = [uid for uid in uids if uid not in found]
+        found |= assign_orphans(left, {p: room for p, room in rooms.items() if p in doubtful})
         by_heir = groupby(sorted(found, key=lambda uid: (found[uid].to_bytes(), uid)), key=found.__getitem__)
         return [(heir, list(share)[:MAX_UIDS_IN_ASK]) for heir, share in by_heir]
 

@@ -34,7 +34,7 @@ LOCAL = "127.0.0.1"
 
 @pytest.fixture(scope="module")
 def identities() -> list[Identity]:
-    return numbered_identities(3)
+    return numbered_identities(4)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,25 @@ def test_joining_works_when_only_one_of_several_addresses_answers(
         dead = [tcp_address(closed_port, identities[2])]
         host = await Host.start(identities[1], NetworkConfig(LOCAL), bootstrap=dead + good)
         await host.stop()
+
+    loop.run(scenario(), 120)
+
+
+def test_a_peer_that_has_gone_has_failed_to_answer(
+    loop: LoopThread, identities: list[Identity], first: Host
+) -> None:
+    async def scenario() -> None:
+        # not the identity of a host that another test has stopped
+        host = await Host.start(identities[3], NetworkConfig(LOCAL), bootstrap=first.bootstrap_addresses())
+        failed_at_first = first.has_failed(host.peer_id)
+        await host.stop()
+        assert not failed_at_first
+
+        async def failed() -> bool:
+            await read_raw(first, "key")
+            return first.has_failed(host.peer_id)
+
+        await eventually(failed)
 
     loop.run(scenario(), 120)
 

@@ -237,6 +237,26 @@ def test_an_heir_that_does_not_answer_holds_up_no_other(play: Play, monkeypatch:
     play(scenario)
 
 
+def test_an_heir_that_did_not_answer_lately_is_asked_last(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 600.0)
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        frozen = await village.join(1, invite, experts=0, spare=8)
+        heir = await village.join(2, invite, experts=0, spare=8)
+        await village.run(heir)
+        unless_frozen(monkeypatch, leaver, frozen)
+        dead = frozen.swarm.host.peer_id
+        monkeypatch.setattr(leaver.swarm.host, "has_failed", lambda peer_id: peer_id == dead)
+        assert await asyncio.wait_for(leaver.hosting.release(600), DEADLINE_S) == 0
+        assert set(heir.runtime.experts) == set(UIDS)
+
+    play(scenario)
+
+
 def test_an_heir_adopts_also_while_it_looks_for_what_to_host(play: Play) -> None:
     """A node makes one look at a time, and the states that a look fetches may arrive slowly."""
 
