@@ -124,9 +124,13 @@ class Handover:
         """Averages these experts, and withdraws them. Those whose other hosts do not answer are given away."""
         if self._average is None:
             return await self._withdraw(shared)
-        averaging = asyncio.create_task(self._average(shared, self._silent), name="average before leaving")
+        silent = set[PeerID]()
+        averaging = asyncio.create_task(self._average(shared, silent), name="average before leaving")
         try:
             await asyncio.wait({averaging}, timeout=_ANSWER_WITHIN_S)
+            self._silent = {
+                *silent
+            }  # those that answer later find these experts leaving, and don't average them
             orphans = {uid for uid, others in shared.items() if not self._serving(others)}
             served = shared.keys() - orphans
             self.alone.update(orphans)
