@@ -121,27 +121,33 @@ class Handover:
         return [replica for replica in others if replica.peer_id not in self._silent]
 
     async def _share(self, shared: Mapping[UID, Sequence[Replica]]) -> None:
-        """Averages these experts, and withdraws them. Those whose other hosts do not answer are given away."""
+        """Averages these experts, and withdraws them. Those whose other hosts do not answer are given away: at once if
+        calls to the hosts' DHT nodes have failed, too, and otherwise after the averages, as a slow line may be busy.
+        """
         if self._average is None:
             return await self._withdraw(shared)
         silent = set[PeerID]()
         averaging = asyncio.create_task(self._average(shared, silent), name="average before leaving")
         try:
             await asyncio.wait({averaging}, timeout=_ANSWER_WITHIN_S)
-            self._silent = {
-                *silent
-            }  # those that answer later find these experts leaving, and don't average them
-            orphans = {uid for uid, others in shared.items() if not self._serving(others)}
-            served = shared.keys() - orphans
-            self.alone.update(orphans)
+            gone = self._orphaned(shared, {peer for peer in silent if self._swarm.host.has_failed(peer)})
 
             async def end() -> None:
                 await averaging
-                await self._withdraw(served)
+                late = self._orphaned({uid: shared[uid] for uid in shared.keys() - gone}, silent)
+                await self._withdraw(shared.keys() - gone - late)
+                await self._give_away({*late})
 
-            await side_by_side((end(), self._give_away(orphans)), 2)
+            await side_by_side((end(), self._give_away({*gone})), 2)
         finally:
             await cancel_all([averaging])
+
+    def _orphaned(self, shared: Mapping[UID, Sequence[Replica]], silent: Collection[PeerID]) -> set[UID]:
+        """The experts whose other hosts are all silent. These hosts don't count from now on."""
+        self._silent.update(silent)
+        orphans = {uid for uid, others in shared.items() if not self._serving(others)}
+        self.alone.update(orphans)
+        return orphans
 
     async def _withdraw(self, uids: Collection[UID]) -> None:
         with contextlib.suppress(UnreachableError):  # they are withdrawn again at the end

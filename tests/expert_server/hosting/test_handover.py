@@ -147,6 +147,8 @@ def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
         await train(leaver, dict.fromkeys(UIDS, 4))
         for node in (leaver, heir):
             unless_frozen(monkeypatch, node, frozen)
+        dead = frozen.swarm.host.peer_id
+        monkeypatch.setattr(leaver.swarm.host, "has_failed", lambda peer_id: peer_id == dead)
         stopping = asyncio.create_task(leaver.stop())
 
         async def others_have_all() -> bool:
