@@ -123,13 +123,16 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
     play(scenario)
 
 
+@pytest.mark.parametrize("has_failed", [True, False])
 def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+    play: Play, monkeypatch: pytest.MonkeyPatch, has_failed: bool
 ) -> None:
     """A node shares six experts with a partner that has frozen, one with another partner, and hosts one alone. None of
-    its updates is lost, though the frozen partner is still announced.
+    its updates is lost, though the frozen partner is still announced. If its DHT node still answered, its experts are
+    handed over after the averages.
     """
-    monkeypatch.setattr("expert_server.hosting.averaging._LAST_AVERAGING_S", 600.0)
+    averaging_s = 600.0 if has_failed else 5.0
+    monkeypatch.setattr("expert_server.hosting.averaging._LAST_AVERAGING_S", averaging_s)
     monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 5.0)
     monkeypatch.setattr("expert_server.hosting.whole_states._PATIENCE_S", 0.5)
 
@@ -147,8 +150,8 @@ def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
         await train(leaver, dict.fromkeys(UIDS, 4))
         for node in (leaver, heir):
             unless_frozen(monkeypatch, node, frozen)
-        dead = frozen.swarm.host.peer_id
-        monkeypatch.setattr(leaver.swarm.host, "has_failed", lambda peer_id: peer_id == dead)
+        failed = {frozen.swarm.host.peer_id} if has_failed else ()
+        monkeypatch.setattr(leaver.swarm.host, "has_failed", failed.__contains__)
         stopping = asyncio.create_task(leaver.stop())
 
         async def others_have_all() -> bool:
