@@ -17,7 +17,7 @@ from dht.announcements import (
     read_replicas,
 )
 from dht.records import INDEX_PIECE, MAX_LIFETIME_S, parse_peer_id
-from dht.regions import CROWDED_BYTES, INDEX_LIVES, Prefix, Region, RegionMap, pieces_of, prefix_of
+from dht.regions import CROWDED_BYTES, Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.registry import Entries, Registry, active_under
 from dht.uid import UID
 from peer.bounded import BoundedDict
@@ -30,6 +30,10 @@ _MOST_CROWDED = 65536
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
 """Bytes of announcements, drawn at random, that one holder returns for a region and for a single expert. Several
 holders together return more: about a dozen hosts of an expert that has many.
+"""
+_CLAIMED_S = 90.0
+"""How long an index entry lives that leads to claims only: until all who claim at the same time have seen each other.
+Many claims fail, and an entry can't be withdrawn, so an expert that nobody hosts would look active.
 """
 
 
@@ -107,11 +111,13 @@ class ExpertRegistry:
         }
         if hosted:
             now = self.registry.now()
-            index_until = now + min(INDEX_LIVES * (expires_at - now), MAX_LIFETIME_S)
+            claims = all(replica.state is ReplicaState.CLAIMED for replica in hosted)
             for depth, following in enumerate(coordinate):
-                if self.regions.renews_index(home, depth):
+                if lives := self.regions.index_lives(home, depth):
                     index = self._keys.index(layer, coordinate[:depth], following)
-                    items[index, following] = Item(index, following, index, index_until)
+                    lifetime_s = _CLAIMED_S if claims else MAX_LIFETIME_S
+                    until = now + min(lives * (expires_at - now), lifetime_s)
+                    items[index, following] = Item(index, following, index, until)
         return items
 
     async def withdraw(self, uids: Iterable[UID], lifetime_s: float) -> None:

@@ -45,8 +45,10 @@ _EMPTY_READS = 2
 """After this many empty reads in a row, a prefix counts as one where nobody announces."""
 _RENEWED_BY = 8
 """How many hosts renew an index entry in each period, on average."""
-INDEX_LIVES = 2
-"""How long an index entry lives, in lifetimes of an announcement, which are three periods each."""
+_SHARED_LIVES = 2
+"""How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are three
+periods each.
+"""
 _LEFT_TO_OTHERS = 4
 """How many times in a row a host may leave the renewal of an index entry to others. The entry lives longer than that.
 """
@@ -230,16 +232,18 @@ class RegionMap:
                 return prefix, seen.read_at > self._now() - _WRITE_FOR_S
         return uid, True
 
-    def renews_index(self, home: Prefix, depth: int) -> bool:
-        """Whether a node that announces in a region should now renew the index entry that leads there from the first
-        `depth` coordinates. If an entry leads to many hosts, a few of them renew it, chosen at random each time.
-        Otherwise all would write to few keys. Since hosts may be made up, no host leaves an entry to others for as long
-        as it lives. Hosts in the node's own region count only for a while after it has read them.
+    def index_lives(self, home: Prefix, depth: int) -> int:
+        """For how long a node that announces in a region should now renew the index entry that leads there from the
+        first `depth` coordinates, in lifetimes of its announcement; 0: it leaves that to others.
+
+        If an entry leads to few hosts, each renews it whenever it announces, and the entry lives no longer than the
+        announcements: while it lives, readers do not see that the hosts have died. If it leads to many, a few of them
+        renew it, chosen at random each time, because otherwise all would write to few keys. Since hosts may be made up,
+        no host leaves an entry to others for as long as it lives. Hosts in the node's own region count only for a while
+        after it has read them.
         """
         entry = prefix_of(home, depth + 1)
         left = self._left_to_others.pop(entry, 0)
-        if left == _LEFT_TO_OTHERS:
-            return True
         hosts = 1
         for below in range(len(home[1]) - 1, depth, -1):
             seen = self._seen_above(home, below)
@@ -249,10 +253,12 @@ class RegionMap:
             read_at, others = seen.read_at, seen.hosts
         if read_at > self._now() - _WRITE_FOR_S:
             hosts *= max(1, others)
-        if self._rng.random() * hosts < _RENEWED_BY:
-            return True
+        if hosts <= _RENEWED_BY:
+            return 1
+        if left == _LEFT_TO_OTHERS or self._rng.random() * hosts < _RENEWED_BY:
+            return _SHARED_LIVES
         self._left_to_others[entry] = left + 1
-        return False
+        return 0
 
     def _seen_above(self, below: Prefix, depth: int) -> _Seen | None:
         """What was seen under the first `depth` coordinates of a longer prefix, for the piece with its

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
+from expert_server.state.transfer import MAX_TRANSFER_S
 from peer.identity import PeerID
 from peer.kademlia.routing import ID_BITS, REPLICAS, id_of_bytes
+from peer.rpc.transfer import GRACE_S
 
 PURPOSES = ("announce", "read", "dht_served", "transfer", "relayed")
 """The purposes for which bytes are counted. The first three are upkeep."""
@@ -256,7 +258,7 @@ class World:
 
     async def transfer(self, sender: Peer, receiver: Peer, size: float, relays: Sequence[Peer] = ()) -> bool:
         """Sends `size` bytes over both links, each of which does one transfer after another. Returns whether they
-        arrived.
+        arrived. If a peer dies, that is noticed after a while, and no transfer takes longer than real ones may.
 
         `relays`: peers whose links carry the bytes too, both ways.
         """
@@ -270,14 +272,20 @@ class World:
         # Each link continues with other transfers while this one waits for the other link.
         ends = [peer.occupy(way, took_s, now) for (way, peer), took_s in zip(ways, takes, strict=True)]
         delay_s = self.rtt_s(sender, receiver) / 2 + sum(relay.link.rtt_s for relay in relays)
+        arrives_at = max(ends) + delay_s
+        has_arrived = False
         try:
-            await asyncio.sleep(max(ends) - now + delay_s)
-        except asyncio.CancelledError:
-            now = self.time()
-            for (way, peer), took_s, end in zip(ways, takes, ends, strict=True):
-                peer.occupy(way, -min(took_s, max(0.0, end - now)), now)
-            raise
-        if not all(peer.is_alive and peer.half == sender.half for _, peer in ways):
+            while (left_s := min(arrives_at, now + MAX_TRANSFER_S) - self.time()) > 0:
+                await asyncio.sleep(min(left_s, GRACE_S))
+                if not all(peer.is_alive and peer.half == sender.half for _, peer in ways):
+                    return False
+            has_arrived = self.time() >= arrives_at
+        finally:
+            if not has_arrived:
+                ended_at = self.time()
+                for (way, peer), took_s, end in zip(ways, takes, ends, strict=True):
+                    peer.occupy(way, -min(took_s, max(0.0, end - ended_at)), ended_at)
+        if not has_arrived:
             return False
         self.accounts.up["transfer"][sender.number] += size
         self.accounts.down["transfer"][receiver.number] += size

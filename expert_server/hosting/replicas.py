@@ -436,12 +436,13 @@ class LocalReplicas:
             else:
                 self._withheld.failed(uid, self._now())
                 failed.append(uid)
+                with contextlib.suppress(UnreachableError):  # the claim is not renewed, and expires
+                    await self.withdraw([uid])
 
         try:
             await side_by_side(map(serve, claims), _FETCHES)
         finally:
             await cancel_all([renewing])
-        await self.withdraw(failed)
         await self.announce(taken)
         if failed:
             logger.warning(

@@ -181,14 +181,43 @@ def test_a_host_further_down_does_not_make_a_prefix_split() -> None:
 def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
     clock = Clock()
     regions, home = RegionMap(clock.now, random.Random(1)), (0, (2, 3))
-    assert all(regions.renews_index(home, depth) for depth in (0, 1) for _ in range(100))
+    lives = {regions.index_lives(home, depth) for depth in (0, 1) for _ in range(100)}
+    assert lives == {1}, "an entry that few hosts renew must not outlive them for long"
     regions.note(home, [], Region({}, frozenset(), 40, 0))
     regions.note((0, (2,)), [0], Region({}, frozenset(range(16)), 0, 0))
-    renewed = [sum(regions.renews_index(home, depth) for _ in range(6400)) for depth in (0, 1)]
-    assert 1280 <= renewed[0] < 1500
-    assert 1500 < renewed[1] < 2500
+    drawn = [[regions.index_lives(home, depth) for _ in range(6400)] for depth in (0, 1)]
+    assert all(set(lives) == {0, 2} for lives in drawn)
+    assert 1280 <= drawn[0].count(2) < 1500
+    assert 1500 < drawn[1].count(2) < 2500
     clock.time += 301
-    assert all(regions.renews_index(home, 1) for _ in range(100)), "the others may be gone"
+    assert all(regions.index_lives(home, 1) for _ in range(100)), "the others may be gone"
+
+
+def test_an_index_entry_does_not_outlive_the_few_hosts_that_it_leads_to_nor_a_claim_for_long() -> None:
+    """While it is there, readers don't see that nobody serves the expert."""
+
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        claimant, host, reader = swarm.peers[:3]
+        claimed, served = UID(1, (1, 1)), UID(1, (2, 2))
+        claim = [ReplicaAnnouncement(uid, ReplicaState.CLAIMED) for uid in (claimed, served)]
+        for peer in (claimant, host):
+            for prefix in ((1, ()), (1, (1,)), (1, (2,))):
+                peer.experts.regions.note(prefix, [0], SPLIT)
+        await announce(host, served, lifetime_s=150.0)
+        await claimant.experts.announce(claim, 150.0)
+
+        async def active() -> list[frozenset[int]]:
+            rows = [(1, (1,)), (1, (2,))]
+            found = await reader.experts.prefixes(rows, 4)
+            return [found[row] for row in rows]
+
+        assert await active() == [{1}, {2}]
+        await asyncio.sleep(100)
+        assert await active() == [set(), {2}], "the claim may have failed long ago"
+        await asyncio.sleep(60)
+        assert await active() == [set(), set()]
+
+    play(scenario, nodes=8)
 
 
 def test_regions_of_single_experts_are_remembered_only_as_long_as_they_count() -> None:
@@ -207,7 +236,7 @@ def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(
     regions, home = RegionMap(clock.now, random.Random(1)), (0, (2, 3))
     regions.note(home, [], Region({}, frozenset(), 4096, 0))
     regions.note((0, (2,)), [0], Region({}, frozenset(range(128)), 0, 0))
-    renewed = [regions.renews_index(home, depth) for _ in range(1000)]
+    renewed = [regions.index_lives(home, depth) for _ in range(1000)]
     times = [time for time, renews in enumerate(renewed) if renews]
     assert max(after - before for before, after in pairwise(times)) == 5
 
