@@ -121,11 +121,12 @@ class Handover:
         return [replica for replica in others if replica.peer_id not in self._silent]
 
     async def _share(self, shared: Mapping[UID, Sequence[Replica]]) -> None:
-        """Averages these experts, and withdraws them. Those whose other hosts do not answer are given away: at once if
-        calls to the hosts' DHT nodes have failed, too, and otherwise after the averages, as a slow line may be busy.
+        """Averages these experts, and leaves them to their other hosts. If these do not answer, the experts are given
+        away: at once if calls to the hosts' DHT nodes have failed, too, and otherwise after the averages, as a slow
+        line may be busy.
         """
         if self._average is None:
-            return await self._withdraw(shared)
+            return await self._leave_to_others({*shared})
         silent = set[PeerID]()
         averaging = asyncio.create_task(self._average(shared, silent), name="average before leaving")
         try:
@@ -134,13 +135,25 @@ class Handover:
 
             async def end() -> None:
                 await averaging
-                late = self._orphaned({uid: shared[uid] for uid in shared.keys() - gone}, silent)
-                await self._withdraw(shared.keys() - gone - late)
-                await self._give_away({*late})
+                self._silent.update(silent)
+                await self._leave_to_others(shared.keys() - gone)
 
             await side_by_side((end(), self._give_away({*gone})), 2)
         finally:
             await cancel_all([averaging])
+
+    async def _leave_to_others(self, uids: set[UID]) -> None:
+        """Withdraws those of the experts that another node still serves, and gives the others away. Their hosts may be
+        leaving at the same moment. Each of them first announces that it leaves, and then reads who serves, so the last
+        one to announce it sees that nobody else stays.
+        """
+        if not uids:
+            return
+        await self._replicas.offer(uids)
+        replicas = await self._swarm.experts.replicas(uids)
+        served = {uid for uid, hosts in replicas.items() if self._serving(hosts)}
+        self.alone = (self.alone | uids) - served
+        await side_by_side((self._withdraw(served), self._give_away(uids - served)), 2)
 
     def _orphaned(self, shared: Mapping[UID, Sequence[Replica]], silent: Collection[PeerID]) -> set[UID]:
         """The experts whose other hosts are all silent. These hosts don't count from now on."""

@@ -4,7 +4,7 @@ replicas.
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from callers import numbered_identities
 from real_swarm import DEADLINE_S, UIDS, Play, Village, end, eventually, playing, serving
 from test_restart import announced, train
 
-from dht.announcements import NodeInfo, ReplicaAnnouncement, ReplicaState
+from dht.announcements import NodeInfo, Replica, ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
 from dht.uid import UID
 from expert_server.experts.format import State
@@ -26,7 +26,7 @@ from expert_server.serving.batching import WorkItem
 from expert_server.status import NodeState
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import ExpertError, UnreachableError
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.metrics import total
 
@@ -105,6 +105,34 @@ def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
         assert len(heir.runtime.experts) == total(leaver.hosting.handed_over) == 3
         assert await leaver.replicas.checkpoints.newest() == dict.fromkeys(UIDS, 2)
         assert not leaver.runtime.experts
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("room", [8, 0])
+def test_no_host_is_lost_when_two_that_share_experts_leave_at_the_same_moment(play: Play, room: int) -> None:
+    """Each has read that the other one serves them, and has averaged with it. A third node may have room for them."""
+
+    async def scenario(village: Village) -> None:
+        settings: dict[str, Any] = {"average_every_s": 600.0, **LEAVES}
+        first = await village.found(experts=8, **settings)
+        invite = await first.swarm.invite()
+        second = await village.join(1, invite, experts=0, spare=4, **settings)
+        assert len(await second.replicas.take(UIDS[:4], MAX_UPDATE_COUNT, enough=2)) == 4
+        heir = await village.join(2, invite, experts=0, spare=room)
+        await village.run(heir)
+        both_have_averaged = asyncio.Barrier(2)
+
+        async def leave(node: Node) -> int:
+            async def average(others: Mapping[UID, Sequence[Replica]], silent: set[PeerID]) -> None:
+                await node.averaging.average_last(others, silent)
+                await both_have_averaged.wait()
+
+            return await node.hosting.release(600, average)
+
+        alone = await asyncio.gather(leave(first), leave(second))
+        assert set(heir.runtime.experts) == set(UIDS[:room])
+        assert sum(alone) == 0 if room else sum(alone) >= 8  # both may see that the other one leaves
 
     play(scenario)
 
