@@ -226,7 +226,10 @@ class InviteLedger:
             listed = self.read()
             found = next((each for each in listed if each.number == number.strip().lower()), None)
             if found is None:
-                raise UserError(f"no invite {number}: `talkoot invite --list` shows those that you made")
+                raise UserError(
+                    f"no invite {number} in {self._path}: `talkoot invite --list` with the same --state shows those "
+                    "that you made"
+                )
             if len(revoked_in(listed, now)) >= MAX_REVOKED and not found.revoked:
                 raise UserError(
                     f"{MAX_REVOKED} invites are revoked and have not expired: wait until some have"

@@ -313,7 +313,8 @@ async def _own_manifest(
     if record is not None and joined and _manifest_in(record) != manifest:
         raise SwarmError(
             f"your swarm {manifest.name!r} was founded with another manifest: pass that one, or choose another name "
-            "in it" + ("" if found is not None else f"; if that swarm has ended, remove {file.path}")
+            "in it and pass another --state"
+            + ("" if found is not None else f"; if that swarm has ended, remove {file.path}")
         )
     if record is None or _manifest_in(record) != manifest:
         record = registry.sign_manifest(manifest.to_json(), clock.now() + LIFETIME_S)

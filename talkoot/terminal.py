@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -222,6 +223,11 @@ def log_file(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+def option_text(option: str, path: Path | None) -> str:
+    """An option with a path, for a command that is shown to be typed: with a space before it; empty without a path."""
+    return "" if path is None else f" {option} {shlex.quote(str(path))}"
 
 
 def escaped(text: str) -> str:

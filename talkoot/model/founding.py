@@ -8,6 +8,7 @@ with.
 import json
 import logging
 import secrets
+import shlex
 import time
 import tomllib
 from collections.abc import Callable
@@ -36,7 +37,8 @@ from peer.settings import describe_validation_error
 from talkoot.model.folder import ModelFolder
 from talkoot.model.upcycling import UpcycledModel, grown_manifest
 from talkoot.node.control import node_folder
-from talkoot.terminal import Terminal
+from talkoot.node.invites import require_no_other_swarm
+from talkoot.terminal import Terminal, option_text
 from talkoot.train.session import once, trainer_state
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointWriter, Header, checkpoint_folder, manifest_sha256
@@ -70,12 +72,11 @@ def run_import(terminal: Terminal, plan: ImportPlan) -> None:
     if terminal.json:
         terminal.event("import", values)
         return
-    state = "" if plan.node_state is None else f" --state {plan.node_state}"
-    trainers_state = "" if plan.trainer_state is None else f" --state {plan.trainer_state}"
+    state, trainers_state = (option_text("--state", each) for each in (plan.node_state, plan.trainer_state))
     experts = counted(values["experts"], "expert")
     terminal.line(f"{experts} and the dense part are ready for the swarm {values['name']}.")
     terminal.line("Found it, with a node that has room for all of them:")
-    terminal.line(f"  talkoot node --new {plan.manifest_file}{state}")
+    terminal.line(f"  talkoot node --new {shlex.quote(str(plan.manifest_file))}{state}")
     if values["admission"] == "token":
         terminal.line(f"Then train on, with an invite that `talkoot invite --role trainer{state}` makes:")
     else:
@@ -104,6 +105,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
         trainer_state(TrainerSettings.load(state=plan.trainer_state)),
     )
     with closing(StateFolder(node)), closing(StateFolder(trainer)):
+        require_no_other_swarm(node, manifest.name)
         keys = SwarmKeys(manifest.name, Identity.load_or_create(node / "identity.key").peer_id)
         if RecordFile(node / "manifests" / keys.swarm_id).read() is not None:
             raise SettingsError(

@@ -21,6 +21,7 @@ from peer.errors import ControlError, StartError, TalkootError, UserError
 from peer.loop import TaskSet
 from peer.platform.control import ControlListener, connect
 from peer.settings import describe_validation_error
+from talkoot.terminal import option_text
 
 if TYPE_CHECKING:
     from expert_server.status import NodeStatus
@@ -171,7 +172,9 @@ class ControlServer:
                 # if it were cancelled half-way, a pause would leave the node neither hosting nor paused
                 return ControlReply(status=await asyncio.shield(command))
         except TimeoutError:
-            return ControlReply(error="it is still at it: `talkoot logs` shows how far")
+            return ControlReply(
+                error=f"it is still at it: `talkoot logs{state_option(self._state)}` shows how far"
+            )
 
     async def _run(self, request: ControlRequest) -> ControlStatus:
         if request.command == "stop":
@@ -203,6 +206,7 @@ class ControlClient:
 
     def __init__(self, state: Path) -> None:
         """Raises ControlError if no node runs with this state folder."""
+        self._state = state
         try:
             self._socket, self.pid = connect(state, _CLIENT_DEADLINE_S)
         except (FileNotFoundError, ConnectionRefusedError):
@@ -219,6 +223,10 @@ class ControlClient:
     def __exit__(self, *error: object) -> None:
         self._socket.close()
 
+    @property
+    def _logs(self) -> str:
+        return f"`talkoot logs{state_option(self._state)}` may say why"
+
     def ask(self, command: ControlCommand, *, for_s: float | None = None) -> ControlStatus:
         """Raises UserError with the node's words if it refuses."""
         request = ControlRequest(command=command, for_s=for_s)
@@ -228,11 +236,11 @@ class ControlClient:
             with self._socket.makefile("rb") as answers:
                 line = answers.readline(MAX_LINE_BYTES)
         except OSError as error:
-            raise ControlError(f"the node did not answer: {error}; `talkoot logs` may say why") from error
+            raise ControlError(f"the node did not answer: {error}; {self._logs}") from error
         try:
             reply = ControlReply.model_validate_json(line)
         except ValidationError:
-            raise ControlError("the node's answer can't be understood: `talkoot logs` may say why") from None
+            raise ControlError(f"the node's answer can't be understood: {self._logs}") from None
         if reply.status is None:
             raise UserError(f"the node says: {reply.error}")
         return reply.status
@@ -243,6 +251,11 @@ def node_folder(state: Path | None) -> Path:
     # not NodeSettings.load: other variables may only be valid together with options that this command does not have
     given = state or os.environ.get(f"{NodeSettings.env_prefix}STATE")
     return Path(given) if given else platformdirs.user_state_path("talkoot") / "node"
+
+
+def state_option(folder: Path) -> str:
+    """The `--state` that commands for the node of this folder need, with a space before it; empty if they need none."""
+    return option_text("--state", None if folder == node_folder(None) else folder)
 
 
 def is_running(state: Path) -> bool:

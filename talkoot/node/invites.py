@@ -19,13 +19,13 @@ from rich.table import Table
 from dht.admission import Mode, Role, make_token, new_serial
 from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.swarm import OTHERS_IN_INVITE, known_peers
-from peer.errors import SettingsError, StartError
+from peer.errors import SettingsError, StartError, UserError
 from peer.files import write_atomically
 from peer.host import DIAL_DEADLINE_S
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import accepts
-from talkoot.node.control import node_folder
+from talkoot.node.control import node_folder, state_option
 from talkoot.node.remote import parse_duration_s
 from talkoot.terminal import Terminal
 
@@ -58,10 +58,22 @@ class FoundedSwarm(BaseModel):
         except FileNotFoundError:
             raise SettingsError(
                 f"no swarm was founded with the state folder {folder}: pass the --state of the node that you started "
-                "with --new"
+                "with --new. If it is still starting, wait until it prints its invite"
             ) from None
         except (OSError, ValidationError) as error:
             raise SettingsError(f"can't read {folder / FILE}: restart your node, which writes it") from error
+
+
+def require_no_other_swarm(folder: Path, name: str) -> None:
+    """Raises SettingsError if a swarm of another name was founded with the folder. `talkoot invite` knows only one."""
+    try:
+        founded = Invite.parse(FoundedSwarm.load(folder).invite).keys.name
+    except UserError:  # there is none, or the node writes the file again
+        return
+    if founded != name:
+        raise SettingsError(
+            f"you founded the swarm {founded!r} with the state folder {folder}: pass another --state to found {name!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,8 +103,9 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
     plain = Invite.parse(founded.invite)
     if founded.admission == "open":
         raise SettingsError(
-            "your swarm is open: anybody with the invite that your node printed can join. Only a swarm whose manifest "
-            'has mode = "token" under [admission] needs more invites'
+            f"the swarm {plain.keys.name!r}, which you founded with the state folder {folder}, is open: anybody with "
+            'the invite that your node printed can join. Only a swarm whose manifest has mode = "token" under '
+            "[admission] needs more invites"
         )
     founder = Identity.load_or_create(folder / "identity.key")
     if founder.peer_id != plain.keys.author:
@@ -119,7 +132,8 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
     terminal.line(f"invite: {invite}")
     terminal.err.print(
         f"serial {issued.number}: for a {request.role.word}, until {_day(issued.expires_at)}. Anybody who has this "
-        f"line can use it: send it to one person, not to a list. `talkoot invite --revoke {issued.number}` revokes it"
+        f"line can use it: send it to one person, not to a list. `talkoot invite --revoke "
+        f"{issued.number}{state_option(folder)}` revokes it"
     )
     if not others:
         terminal.err.print(

@@ -35,8 +35,8 @@ from peer.platform.processes import keep_freed_memory, lower_priority
 from peer.settings import DENYLIST
 from peer.transport.addresses import Multiaddress, default_listen_address, require_free_port
 from peer.transport.endpoints import Endpoint, ip_address
-from talkoot.node.control import LOG_FILE, ControlServer, node_folder
-from talkoot.node.invites import FoundedSwarm, invite_advice
+from talkoot.node.control import LOG_FILE, ControlServer, node_folder, state_option
+from talkoot.node.invites import FoundedSwarm, invite_advice, require_no_other_swarm
 from talkoot.node.view import NodeRates, RateMeter, line, live_panel, summary
 from talkoot.node.week import WeeklySummary
 from talkoot.signals import Stopped, run_until_stopped
@@ -92,6 +92,7 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
         _check_folder(invite_file)
     if isinstance(source, Manifest):
         within_memory(settings, source)  # fails before it is published
+        require_no_other_swarm(node_folder(settings.state), source.name)
     host = listen_address(settings)
     lower_priority(settings.niceness)
     folder = StateFolder(node_folder(settings.state))
@@ -245,7 +246,8 @@ class _NodeRun:
             self._terminal.line(f"invite: {invite}")
             if node.swarm.admission.mode == "token":
                 logger.info(
-                    "this invite only lets people look: `talkoot invite` makes invites that let them take part"
+                    "this invite only lets people look: `talkoot invite%s` makes invites that let them take part",
+                    state_option(self._state),
                 )
             if self._terminal.live:
                 self._terminal.err.rule()

@@ -11,7 +11,14 @@ import psutil
 from peer.errors import ControlError, DataError, SettingsError, UserError
 from peer.formatting import counted
 from peer.platform.processes import how_to_kill
-from talkoot.node.control import LOG_FILE, MAX_PAUSE_S, ControlClient, ControlStatus, node_folder
+from talkoot.node.control import (
+    LOG_FILE,
+    MAX_PAUSE_S,
+    ControlClient,
+    ControlStatus,
+    node_folder,
+    state_option,
+)
 from talkoot.terminal import Terminal, escaped
 
 _LEAVES_WITHIN_S = 90.0
@@ -53,7 +60,7 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
             if not wait:
                 terminal.line(f"asked process {control.pid} to leave; {words(status)}")
                 return
-            _wait_until_gone(terminal, process, log)
+            _wait_until_gone(terminal, process, log, folder)
         finally:
             log.close()
     terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
@@ -178,15 +185,16 @@ def _handle(pid: int, folder: Path) -> psutil.Process:
         raise UserError(f"the node of {folder} runs in another container: stop it there") from error
 
 
-def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower) -> None:
+def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower, folder: Path) -> None:
     """Waits for the process to end, and shows what the node logs meanwhile."""
     deadline = time.monotonic() + _LEAVES_WITHIN_S
     with terminal.stages("leaving the swarm") as stage:
         while _runs(process):
             if time.monotonic() > deadline:
                 raise ControlError(
-                    f"process {process.pid} is still running after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs` shows what "
-                    f"it is doing; `{how_to_kill(process.pid)}` kills it, and loses what it has not saved"
+                    f"process {process.pid} is still running after {_LEAVES_WITHIN_S:.0f} s: `talkoot logs"
+                    f"{state_option(folder)}` shows what it is doing; `{how_to_kill(process.pid)}` kills it, and loses "
+                    "what it has not saved"
                 )
             time.sleep(_LOOK_EVERY_S)
             for line in log.lines()[-1:]:

@@ -12,7 +12,7 @@ from peer.files import write_atomically
 from peer.platform.autostart import service_manager
 from peer.platform.files import user_id
 from peer.platform.services import Program, ServiceManager
-from talkoot.node.control import ControlClient, is_running, node_folder
+from talkoot.node.control import ControlClient, is_running, node_folder, state_option
 from talkoot.node.remote import run_stop, words
 from talkoot.terminal import Terminal
 
@@ -57,7 +57,9 @@ def run_install(
     path = manager.path()
     replaced = _installed_state(manager) if path.exists() else None
     if replaced is None and is_running(service.state):
-        raise StartError(f"a node already runs with {service.state}: `talkoot stop` it first")
+        raise StartError(
+            f"a node already runs with {service.state}: `talkoot stop{state_option(service.state)}` it first"
+        )
     _make_folder(service.state, 0o700)
     _make_folder(path.parent, 0o777)
     before = {file: _content(file) for file in (path, service.invite_file)}
@@ -73,7 +75,7 @@ def run_install(
         raise
     terminal.line(f"installed and started {manager.NAME}")
     terminal.line(
-        f"`talkoot logs --state {service.state}` shows what it does; `talkoot service status` whether it runs"
+        f"`talkoot logs{state_option(service.state)}` shows what it does; `talkoot service status` whether it runs"
     )
     if advice := manager.advice():
         terminal.line(advice)
@@ -110,7 +112,7 @@ def run_status(terminal: Terminal) -> bool:
     manager.require()
     active, says = manager.describe()
     terminal.line(says)
-    terminal.line(f"state folder {state}; `talkoot logs --state {state}` shows what the node logs")
+    terminal.line(f"state folder {state}; `talkoot logs{state_option(state)}` shows what the node logs")
     runs = is_running(state)
     if runs:
         with ControlClient(state) as control:

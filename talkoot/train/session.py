@@ -21,7 +21,7 @@ from peer.formatting import counted
 from peer.metrics import total
 from talkoot.ephemeral import run_in_swarm
 from talkoot.signals import StopSignals
-from talkoot.terminal import Terminal, check_writable, write_json
+from talkoot.terminal import Terminal, check_writable, option_text, write_json
 from talkoot.train.display import (
     Write,
     check_plot,
@@ -152,7 +152,7 @@ def next_commands(values: Mapping[str, Any], join: str | None, settings: Trainer
     invite = shlex.quote(join) if join is not None and join.startswith("@") else "INVITE"
     options = f"--join {invite}"
     for name, path in (("--state", settings.state), ("--checkpoint", settings.checkpoint)):
-        options += "" if path is None else f" {name} {shlex.quote(str(path))}"
+        options += option_text(name, path)
     more = "" if values["stopped"] else f" --steps {2 * values['steps']}"
     return [
         f"next: talkoot generate {options} --prompt 'Once upon a time'",

@@ -14,14 +14,18 @@ from node_process import started
 from safetensors.torch import load_file, save_file
 from training_swarm import talkoot
 
+from dht.invites import Invite
 from dht.manifest import AdmissionSpec, Manifest, OptimizerSpec
 from dht.records import SwarmKeys
 from expert_server.state.checkpoints import CheckpointStore
 from peer.errors import UserError
 from peer.identity import Identity
+from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 from talkoot.model.folder import ModelFolder
 from talkoot.model.founding import ImportPlan, import_model
 from talkoot.model.opened import open_model
+from talkoot.node.invites import FoundedSwarm
 from talkoot.train.local import LocalSwarm
 from trainer_client.data.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
 from trainer_client.inference import evaluate
@@ -176,6 +180,10 @@ def test_missing_experts_a_file_in_the_way_and_a_founded_swarm_are_refused(tmp_p
     record.write_bytes(b"signed")
     with pytest.raises(UserError, match="has already founded a swarm kiuas"):
         imported(folder, tmp_path, name="kiuas")
+    invite = Invite(keys, (Multiaddress.of(Endpoint.of("192.0.2.7", 31337), keys.author),))
+    FoundedSwarm(invite=str(invite), admission="open").save(Path(values["node_state"]))
+    with pytest.raises(UserError, match=r"you founded the swarm 'kiuas' with .* to found 'loyly'"):
+        imported(folder, tmp_path, name="loyly")
 
 
 def test_a_full_disk_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """`talkoot invite` makes, lists and revokes invites, with only the founder's folder."""
 
 import json
+import re
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -84,13 +86,35 @@ def test_a_list_of_no_invites_says_so(tmp_path: Path) -> None:
     assert " ".join(listed.stdout.split()) == f"no invites were made with the state folder {tmp_path}"
 
 
+def test_a_folder_that_founded_a_swarm_founds_no_other(tmp_path: Path) -> None:
+    founded(tmp_path / "state")
+    before = sorted((tmp_path / "state").iterdir())
+    manifest = tmp_path / "swarm.toml"
+    manifest.write_text('name = "kiuas"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
+    options = ("--new", str(manifest), "--state", str(tmp_path / "state"), "--host", "127.0.0.1")
+    # before the folder is used
+    assert_one_clear_line(
+        run_here("node", *options), "you founded the swarm 'sauna' with", "to found 'kiuas'"
+    )
+    assert sorted((tmp_path / "state").iterdir()) == before
+
+
 def test_an_invite_for_people_says_what_it_is_worth(tmp_path: Path) -> None:
-    founded(tmp_path)
-    made = run_here("invite", "--state", str(tmp_path))
+    folder = tmp_path / "my club"
+    founded(folder)
+    made = run_here("invite", "--state", str(folder))
     assert made.returncode == 0
     assert made.stdout.startswith("invite: talkoot2")
     assert "for a trainer" in made.stderr
+    (shown,) = re.findall("`talkoot (.*?)` revokes it", " ".join(made.stderr.split()))
+    assert "is revoked" in run_here(*shlex.split(shown)).stdout
+
+
+def test_a_folder_that_is_used_by_default_is_left_out_of_commands(tmp_path: Path) -> None:
+    founded(tmp_path)
+    made = run_here("invite", TALKOOT_NODE_STATE=str(tmp_path))
     assert "--revoke" in made.stderr
+    assert "--state" not in made.stderr
 
 
 def test_an_invite_names_other_nodes_that_answer(tmp_path: Path) -> None:
@@ -143,8 +167,8 @@ def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path
     founded(open_one, "open")
     founded(anothers, author=Identity.load_or_create(tmp_path / "other.key"))
     for folder, said in (
-        (nobodys, "no swarm was founded"),
-        (open_one, "your swarm is open"),
+        (nobodys, "wait until it prints its invite"),
+        (open_one, f"'sauna', which you founded with the state folder {open_one}, is open"),
         (anothers, "does not have the key"),
     ):
         ended = run_here("invite", "--state", str(folder))

@@ -238,7 +238,7 @@ def test_state_folder_of_a_running_node_is_refused(machine: Machine, loop: LoopT
     server = ControlServer(machine.state)
     loop.run(server.__aenter__(), 120)
     try:
-        with pytest.raises(StartError, match="`talkoot stop` it first"):
+        with pytest.raises(StartError, match=f"`talkoot stop --state '{machine.state}'` it first"):
             machine.install()
     finally:
         loop.run(server.__aexit__(), 120)
