@@ -32,6 +32,8 @@ _DIAL_EVERY_S = 120.0
 """Seconds between two dials of known peers that the DHT does not return. This way, two halves of a split swarm find
 each other.
 """
+_WARN_AGAIN_S = 3600.0
+"""Seconds between two warnings that another process runs with this peer's identity."""
 _LONELY_ROUNDS = 3
 """After this many rounds without an answer, this peer considers itself alone in its swarm."""
 
@@ -118,6 +120,9 @@ class Membership:
         """Consecutive rounds in which nobody answered."""
         self._in_vain = 0
         """Consecutive rejoins after which nobody returned this peer's announcement."""
+        self._duplicate_until = -math.inf
+        """When the last record of another process with this identity expires; minus infinity: none was seen."""
+        self._warned_at = -math.inf
 
     async def check(self, announced: bool) -> None:
         """Checks whether other peers see this one, and rejoins through known peers if they don't.
@@ -133,6 +138,24 @@ class Membership:
         await self._meet()
         if self._is_time_to_dial():
             await self._dial_one()
+
+    async def look_for_duplicate(self) -> None:
+        """Warns if another process runs with this peer's identity. Raises UnreachableError.
+
+        One record of another process may be from before a restart. Only a process that still runs renews it.
+        """
+        found = await self._registry.duplicate()
+        if found is None:
+            return
+        is_renewed = -math.inf < self._duplicate_until < found.expires_at
+        self._duplicate_until = max(self._duplicate_until, found.expires_at)
+        if is_renewed and self._now() >= self._warned_at + _WARN_AGAIN_S:
+            self._warned_at = self._now()
+            logger.warning(
+                "another node runs with this node's identity%s, and each hides the other from the swarm: stop one of "
+                "them; for a second node, begin with an empty --state",
+                "".join(f" at {address}" for address in found.addresses[:1]),
+            )
 
     async def keep(self, every_s: float) -> None:
         """Checks for ever, for a peer that announces nothing."""

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ from peer.kademlia.lookups import FRUGAL, Item, Lookups
 from peer.kademlia.node import KademliaNode
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
-from peer.kademlia.validation import MAX_KEY_BYTES, unpack
+from peer.kademlia.validation import MAX_KEY_BYTES, Entry, unpack
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import Message, ParseGuard
 from peer.wire import admission_pb2, records_pb2
@@ -294,12 +295,28 @@ class Registry:
 
     async def is_seen_by_others(self) -> bool:
         """Whether another peer returns this one's node record. After it was published, some should."""
-        peer_id = self._identity.peer_id
-        return await self._in_time(self._is_held_by_others(self.keys.node(peer_id), peer_id.to_bytes()))
+        me = self.peer_id
+        return await self._in_time(self._held_by_others(self.keys.node(me), me.to_bytes())) is not None
+
+    async def duplicate(self) -> NodeInfo | None:
+        """This peer's node record, if others have one that outlives all that this process wrote: another process with
+        the same identity wrote it, now or before this one started. It is signed, so that no other peer can forge it.
+        """
+        me, key = self.peer_id, self.keys.node(self.peer_id)
+        entry = await self._in_time(self._held_by_others(key, me.to_bytes()))
+        if entry is None:
+            return None
+        value = entry.value
+        info = self.guard.read("node", me, lambda: self._info(self._nodes, unpack(value), key, me))
+        is_own = info is None or info.left or info.expires_at <= self._written.get(key, math.inf)
+        return None if is_own else info
 
     async def is_manifest_held(self) -> bool:
         """Whether another peer returns the manifest, as some do in every reachable swarm."""
-        return await self._in_time(self._is_held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
+        return (
+            await self._in_time(self._held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
+            is not None
+        )
 
     async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
         """The peers listed in the node shards; at most `most` of them, drawn at random.
@@ -376,11 +393,11 @@ class Registry:
             self._admission.check_record(payload, peer_id)
         return payload
 
-    async def _is_held_by_others(self, key: str, subkey: bytes) -> bool:
+    async def _held_by_others(self, key: str, subkey: bytes) -> Entry | None:
         """Asks only others: a normal look-up also returns what this peer stores itself."""
         key_id = key_id_of(key)
         found = await self.lookups.find([key_id], FRUGAL, besides_self=True, room=MAX_KEY_BYTES)
-        return subkey in found[key_id].entries
+        return found[key_id].entries.get(subkey)
 
     async def store(self, items: Sequence[Item]) -> None:
         """Raises UnreachableError if no peer accepted any of the items."""

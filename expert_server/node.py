@@ -412,10 +412,13 @@ class Node:
             await asyncio.sleep(self.period.drawn_s())
 
     async def _hear_news(self) -> None:
-        """Follows the swarm's news until cancelled. If the DHT does not answer, other tasks have logged it."""
+        """Follows the swarm's news, and looks for a second node with this identity, until cancelled. If the DHT does
+        not answer, other tasks have logged it.
+        """
         while True:
             with contextlib.suppress(UnreachableError):
                 await self.news.look()
+                await self.swarm.membership.look_for_duplicate()
             await asyncio.sleep(self.period.drawn_s())
 
     async def _watch_pauses(self) -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 from callers import numbered_identities
@@ -23,9 +25,10 @@ from real_swarm import (
     serving,
 )
 
+from dht.announcements import NodeInfo
 from dht.experts import ExpertRegistry
 from dht.membership import Membership, PeerStore
-from dht.records import RecordValidator
+from dht.records import RecordValidator, SwarmKeys
 from dht.registry import Registry
 from dht.swarm import Swarm, found_swarm, join_swarm
 from expert_server.node import Node
@@ -278,3 +281,73 @@ def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(play: Pla
 
 async def sees_all(swarm: Swarm) -> bool:
     return await serving(swarm) == ONCE_EACH
+
+
+def test_two_nodes_with_one_identity_warn_their_owners(
+    play: Play, caplog: pytest.LogCaptureFixture, long_lives: None
+) -> None:
+    async def scenario(village: Village) -> None:
+        first = await village.found(announce_every_s=0.5)
+        invite = await first.swarm.invite()
+        running = [first, await village.join(1, invite, experts=1, announce_every_s=0.5)]
+        await running[1].swarm.host.stop()  # no farewell
+        running[1] = await village.join(1, invite, experts=1, announce_every_s=0.5)
+        for node in running:
+            await village.run(node)
+        me = running[1].swarm.host.peer_id
+
+        async def expires_at() -> float:
+            return (await first.swarm.registry.nodes([me]))[me].expires_at
+
+        began = await expires_at()
+
+        async def is_renewed() -> bool:
+            return await expires_at() > began + 2.0
+
+        await eventually(is_renewed)
+        assert not duplicates(caplog), "only an earlier run had this identity"
+
+        copy = await village.join(1, invite, experts=1, announce_every_s=0.5)
+        await village.run(copy)
+
+        async def both_warn() -> bool:
+            return duplicates(caplog) == {f" at {node.address}" for node in (running[1], copy)}
+
+        await eventually(both_warn)
+
+    play(scenario)
+
+
+def duplicates(caplog: pytest.LogCaptureFixture) -> set[str]:
+    """Where other nodes with the same identity are, according to warnings."""
+    found = [re.search(r"with this node's identity(.*), and", each.getMessage()) for each in caplog.records]
+    return {each[1] for each in found if each}
+
+
+def test_only_a_record_that_is_renewed_is_a_duplicates(
+    loop: LoopThread,
+    identities: list[Identity],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        identity, now = identities[0], [0.0]
+        host = await Host.start(identity, NetworkConfig(LOCAL), swarm_id="sauna", validator=RecordValidator())
+        try:
+            registry = Registry(host.dht, SwarmKeys("sauna", identity.peer_id), identity)
+            membership = Membership(host, registry, PeerStore(None), now=lambda: now[0])
+
+            async def warnings_of(expires_at: float) -> int:
+                record = NodeInfo(peer_id=identity.peer_id, expires_at=expires_at)
+                monkeypatch.setattr(registry, "duplicate", AsyncMock(return_value=record))
+                await membership.look_for_duplicate()
+                return sum("identity" in each.getMessage() for each in caplog.records)
+
+            assert [await warnings_of(each) for each in (100.0, 100.0, 90.0, 100.0)] == [0, 0, 0, 0]
+            assert [await warnings_of(each) for each in (110.0, 120.0)] == [1, 1]
+            now[0] = 3600.0
+            assert [await warnings_of(each) for each in (120.0, 3700.0, 3710.0)] == [1, 2, 2]
+        finally:
+            await host.stop()
+
+    loop.run(scenario())
