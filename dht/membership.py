@@ -1,6 +1,7 @@
 """Staying in a swarm: known peers on disk, and a watchdog that rejoins through them if this peer is isolated."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -175,7 +176,8 @@ class Membership:
     async def _join_again(self, announced: bool) -> None:
         """Rejoins the swarm. Raises UnreachableError for the first few rounds without success. After that, a node
         continues alone, and tries now and then: it may be the last peer of its swarm, or all others may lie and say
-        that they don't know it. A peer that announces nothing tries every time, because it is of no use alone.
+        that they don't know it. If all others have said goodbye, it continues alone at once. A peer that announces
+        nothing tries every time, because it is of no use alone.
         """
         gave_up = max(self._lonely, self._in_vain) >= _LONELY_ROUNDS
         if announced and gave_up and not self._is_time_to_dial():
@@ -196,6 +198,13 @@ class Membership:
                     self._dial_every_s,
                 )
             return
+        if announced and not self._lonely and await self._have_all_left():
+            self._lonely = _LONELY_ROUNDS
+            logger.info(
+                "all other peers have left: this one continues alone, and looks for others every %.0f s",
+                self._dial_every_s,
+            )
+            return
         self._lonely += 1
         if self._lonely < _LONELY_ROUNDS:
             raise UnreachableError("no other peer of the swarm answers")
@@ -204,6 +213,14 @@ class Membership:
                 "no other peer of the swarm answers: this one continues alone, and looks for others %s",
                 f"every {self._dial_every_s:.0f} s" if announced else "again and again",
             )
+
+    async def _have_all_left(self) -> bool:
+        """Whether all known peers were nodes that said goodbye, according to the records that this peer stores."""
+        known = {address.peer_id for address in self._peer_store.addresses()}
+        with contextlib.suppress(UnreachableError):
+            nodes = await self._registry.nodes(known, with_left=True)
+            return bool(known) and all(peer in nodes and nodes[peer].left for peer in known)
+        return False
 
     def _is_time_to_dial(self) -> bool:
         if self._now() < self._dialled_at + self._dial_every_s:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 import time
 from collections import Counter
@@ -250,6 +251,25 @@ def test_the_last_peer_says_that_nobody_answers_and_goes_on_alone(
         await village.join(1, await first.swarm.invite(), experts=2, spare=0)
         await first._publish_record()
         await check(announced=True)
+
+    play(scenario)
+
+
+def test_the_last_peer_does_not_warn_if_the_others_said_goodbye(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario(village: Village) -> None:
+        first = await village.found(experts=2, spare=0)
+        second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
+        check = first.swarm.membership.check
+        await check(announced=True)
+        await second.stop()
+        for _ in range(5):
+            await check(announced=True)
+        assert caplog.text.count("all other peers have left: this one continues alone") == 1
+        assert "no other peer" not in caplog.text
 
     play(scenario)
 
