@@ -35,6 +35,7 @@ from expert_server.reachability import ReachabilityMonitor
 from expert_server.resources import (
     batch_rows_of,
     call_memory_of,
+    disk_shortage,
     kept_bytes_of,
     most_bytes,
     require_room,
@@ -273,10 +274,21 @@ class Node:
             if not node._pauses.hosts:
                 await node._publish_record()
             node._note_work()
+            await node._check_disk(state)
             return node
         except BaseException:
             await node.stop()
             raise
+
+    async def _check_disk(self, state: Path) -> None:
+        """Warns if checkpoints of its experts may not fit. A folder that can't be read has been reported."""
+        with contextlib.suppress(OSError):
+            experts = len(self.runtime.experts)
+            shortage = await asyncio.to_thread(
+                disk_shortage, state, self._settings, self.swarm.manifest, experts
+            )
+            if shortage:
+                logger.warning("%s", shortage)
 
     async def _serve(self, host: str) -> None:
         """Adds the node's services to the running server, and starts /metrics."""

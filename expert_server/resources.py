@@ -1,7 +1,9 @@
 """What a node uses of its machine: how memory is divided, and how many threads and rows it uses."""
 
 import math
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
@@ -9,7 +11,7 @@ from expert_server.serving.call import smallest_call_memory
 from expert_server.settings import NodeSettings
 from expert_server.state.transfer import MAX_SNAPSHOTS, largest_state_bytes
 from peer.errors import SettingsError
-from peer.formatting import bytes_in_words
+from peer.formatting import bytes_in_words, counted
 from peer.platform.processes import usable_cores
 
 _CPU_BATCH_ROWS, _GPU_BATCH_ROWS = 128, 2048
@@ -96,6 +98,28 @@ def within_memory(settings: NodeSettings, manifest: Manifest) -> NodeSettings:
             "spare": min(spare, fitting - experts),
             "max_kept_bytes": kept,
         }
+    )
+
+
+def checkpoint_bytes(settings: NodeSettings, manifest: Manifest, experts: int) -> int:
+    """What the checkpoints of so many experts may take on disk. One more than is kept exists while it is written."""
+    return experts * (settings.checkpoints_kept + 1) * expert_bytes(manifest)
+
+
+def disk_shortage(state: Path, settings: NodeSettings, manifest: Manifest, experts: int) -> str:
+    """What to do if checkpoints of so many experts may not fit on the disk of this state folder; empty if they do.
+    Those that are there count as free space: new ones replace them. Blocks. Raises OSError.
+    """
+    needed = checkpoint_bytes(settings, manifest, experts)
+    free = shutil.disk_usage(state).free
+    if free >= needed:
+        return ""
+    there = sum(path.stat().st_size for path in (state / "checkpoints").rglob("*") if path.is_file())
+    if free + there >= needed:
+        return ""
+    return (
+        f"checkpoints of {counted(experts, 'expert')} may take {bytes_in_words(needed)}, and {bytes_in_words(free)} "
+        f"are free in {state}: free some space, or host fewer"
     )
 
 

@@ -32,7 +32,7 @@ from expert_server.experts.devices import check_devices
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.graphs import Rows
 from expert_server.probe import DialledBack, Link, call_dial_back, call_probe
-from expert_server.resources import within_memory
+from expert_server.resources import checkpoint_bytes, disk_shortage, within_memory
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.clock import CLOCK
@@ -226,6 +226,7 @@ def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts:
     """Free space and write speed of the state folder, measured with 16 MiB. Blocks like check_speed."""
     try:
         speed, free = _write_speed(state), shutil.disk_usage(state).free
+        fix = disk_shortage(state, settings, manifest, experts)
     except OSError as error:
         return Finding(
             name="disk",
@@ -233,15 +234,11 @@ def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts:
             says=f"can't write to {state}: {error.strerror}",
             fix=("free some space, or " if error.errno == errno.ENOSPC else "") + "pass another --state",
         )
-    needed = experts * (settings.checkpoints_kept + 1) * expert_bytes(manifest)
+    needed = checkpoint_bytes(settings, manifest, experts)
     says = f"{bytes_in_words(free)} free in {state}, {bytes_in_words(speed)}/s"
     values = {"free_bytes": free, "needed_bytes": needed, "write_bytes_per_s": speed}
-    verdict, fix = Verdict.OK, ""
-    if free < needed:
-        verdict = Verdict.WEAK
-        needs = f"checkpoints of {counted(experts, 'expert')} may take {bytes_in_words(needed)}"
-        fix = f"{needs}: free some space, or host fewer"
-    elif speed < _SLOW_DISK_BYTES_PER_S:
+    verdict = Verdict.WEAK if fix else Verdict.OK
+    if not fix and speed < _SLOW_DISK_BYTES_PER_S:
         verdict, fix = Verdict.WEAK, "saving checkpoints would be slow: pass a --state on a faster disk"
     return Finding(name="disk", verdict=verdict, says=says, fix=fix, values=values)
 

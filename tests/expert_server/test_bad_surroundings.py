@@ -186,6 +186,7 @@ def test_a_node_starts_and_serves_where_the_disk_is_full_and_keeps_its_checkpoin
     full.touch()
     with started(tmp_path, MANIFEST_TOML, experts=1, threads=1, checkpoint_every_s=0.2) as node:
         assert "continue from this node's checkpoints" in node.log.read_text()
+        assert "checkpoints of 1 expert may take" in node.log.read_text()
         loop.run(scenario(node), 120)
         assert "could not save 1 expert, such as 0.0: No space left on device" in node.log.read_text()
 

@@ -1,8 +1,11 @@
 """The memory that an owner allows is divided without ever exceeding it, and freed memory is kept between batches."""
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +15,8 @@ from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
 from expert_server.resources import (
     call_memory_of,
+    checkpoint_bytes,
+    disk_shortage,
     kept_bytes_of,
     most_bytes,
     require_room,
@@ -88,6 +93,25 @@ def test_what_is_left_is_for_experts_a_third_of_it_to_adopt() -> None:
     assert (fitted.experts, fitted.spare) == (6, 3)
     assert fitted.max_kept_bytes == memory // 8
     assert snapshots_of(fitted, manifest) == memory // 8 // largest_state_bytes(manifest)
+
+
+def test_checkpoints_that_may_not_fit_on_disk_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(16, 8)
+    needed = checkpoint_bytes(NodeSettings(), manifest, 8)
+    assert needed == 24 * expert_bytes(manifest)
+    free = SimpleNamespace(free=needed - 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    said = disk_shortage(tmp_path, NodeSettings(), manifest, 8)
+    assert said.startswith(
+        f"checkpoints of 8 experts may take {bytes_in_words(needed)}, and {bytes_in_words(free.free)} "
+    )
+    assert not disk_shortage(tmp_path, NodeSettings(), manifest, 7)
+    earlier = tmp_path / "checkpoints" / "sauna" / "0.0"
+    earlier.mkdir(parents=True)
+    (earlier / "7").write_bytes(bytes(100))
+    assert not disk_shortage(tmp_path, NodeSettings(), manifest, 8), "new ones replace those that are there"
 
 
 def test_kept_forward_passes_have_what_is_asked_or_a_sixteenth_of_what_is_free() -> None:

@@ -20,8 +20,9 @@ from peer.host import NetworkConfig
 from peer.identity import Identity
 
 _MAIN = """
-import errno, os
+import errno, os, shutil
 from functools import partial
+from types import SimpleNamespace
 from peer import files
 from talkoot import options
 from talkoot.cli import main
@@ -36,6 +37,8 @@ def set_up_and_patch(*arguments):
             raise OSError(errno.ENOSPC, "No space left on device")
         return open_new(*arguments)
     files._open_new = open_unless_full
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: SimpleNamespace(free=0) if os.path.exists({full!r}) else usage(path)
 options.set_up_logging = set_up_and_patch
 main()
 """
