@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cached_property
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -200,7 +201,10 @@ def _in_one_line(error: Any, ctx: Any) -> _WrongCommandLine:
             if not getattr(parameter, "hidden", False)  # a removed one
             for flag in (*parameter.opts, *parameter.secondary_opts)
         }
-        error.possibilities = [each for each in similar if each in shown]
+        wanted = error.option_name.lstrip("-")  # with their dashes, short options all look alike
+        error.possibilities = [
+            each for each in similar if each in shown and get_close_matches(wanted, [each.lstrip("-")])
+        ]
     message = error.format_message().rstrip(".")
     see = " See" if message.endswith("?") else "; see"
     return _WrongCommandLine(f"{message}{see} `{ctx.command_path} --help`")

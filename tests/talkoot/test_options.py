@@ -129,6 +129,11 @@ def test_a_hint_for_a_mistyped_option_names_no_removed_one() -> None:
         COMMANDS["train"].make_context("train", ["--grace-sx"])
 
 
+def test_an_option_that_is_like_no_other_gets_no_hint() -> None:
+    with pytest.raises(typer.BadParameter, match=r"--bogus; see `"):
+        COMMANDS["node"].make_context("node", ["--bogus", "3"])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "role", "expected"),
     [
