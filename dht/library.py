@@ -110,7 +110,7 @@ class LibraryEntry:
             part,
             manifest.revision,
             manifest.passages,
-            sum(shard.size for shard in manifest.shards),
+            manifest.shard_bytes,
             manifest.licenses[:MAX_LISTED_LICENSES],
             manifest.about,
             len(manifest.shards),

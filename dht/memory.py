@@ -315,6 +315,11 @@ class MemoryManifest:
         """The number of passages that were not revoked."""
         return sum(shard.leaves for shard in self.shards if not shard.is_secondary) - len(self.revoked)
 
+    @property
+    def shard_bytes(self) -> int:
+        """The size of all shards."""
+        return sum(shard.size for shard in self.shards)
+
     def has_text_at(self, place: Place) -> bool:
         """Whether the place has, or had before it was revoked, a passage's text."""
         info = self.by_root.get(place.root)

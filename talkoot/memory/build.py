@@ -34,6 +34,7 @@ from peer.formatting import bytes_in_words, counted, printable
 from peer.platform.files import open_plainly
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from talkoot.memory.passages import PassageFile, read_passages
+from talkoot.memory.replication import sizes_in_words
 from talkoot.memory.shards import write_shards
 from talkoot.memory.training import WordCounter, train_static_encoder
 from talkoot.partial import LOCK, PartialFolder, naming_failures
@@ -99,6 +100,8 @@ class BuildReport:
     """The number of passages in the fullest cell, as a multiple of the mean."""
     bytes: int
     """The size of the whole folder."""
+    shard_bytes: int
+    encoder_bytes: int
     seconds: float
 
 
@@ -112,7 +115,7 @@ def run_build(terminal: Terminal, plan: BuildPlan) -> None:
     terminal.line(
         f"{report.folder} has revision {report.revision} of the memory {report.name}: "
         f"{counted(report.passages, 'new passage', ',')} in {counted(report.shards, 'shard')}, "
-        f"{bytes_in_words(report.bytes)} in all, made in {report.seconds:.0f} s"
+        f"{sizes_in_words(report.shard_bytes, report.encoder_bytes)}, made in {report.seconds:.0f} s"
     )
     if report.duplicates:
         terminal.line(
@@ -164,6 +167,8 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
         len(manifest.by_cell),
         skew(manifest),
         size,
+        manifest.shard_bytes,
+        manifest.encoder.size,
         time.monotonic() - began,
     )
 

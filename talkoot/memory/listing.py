@@ -18,7 +18,7 @@ from peer.rates import RateLimit
 from peer.rpc.parts import PartClient, has_sha256
 from peer.wire import session_pb2
 from talkoot.ephemeral import run_in_swarm
-from talkoot.memory.replication import Replication, Survey, entry_values, replication, survey
+from talkoot.memory.replication import Replication, Survey, entry_values, replication, sizes_in_words, survey
 from talkoot.terminal import FittingTable, Terminal
 
 _CHANNELS = 16
@@ -58,11 +58,11 @@ def _values(found: Survey) -> dict[str, object]:
 
 
 def _memories_table(surveys: list[Survey]) -> FittingTable:
-    columns = ("name", "publisher", "revision", "passages", "size", "licences", "shards", "replicas", "about")
+    columns = ("name", "publisher", "revision", "passages", "licences", "shards", "replicas", "about")
     table = FittingTable(
         "memories, and the replicas of the shard with the fewest",
         columns,
-        ("about", "shards", "revision", "publisher", "passages", "size", "licences"),
+        ("about", "revision", "publisher", "passages", "shards", "licences"),
     )
     for found in sorted(surveys, key=lambda each: (each.entry.memory.name, each.entry.memory.publisher)):
         entry = found.entry
@@ -71,9 +71,8 @@ def _memories_table(surveys: list[Survey]) -> FittingTable:
             entry.memory.publisher,
             str(entry.revision),
             f"{entry.passages:,}",
-            bytes_in_words(entry.total_bytes),
             ", ".join(entry.licenses) or "-",
-            str(entry.shards),
+            f"{entry.shards}, {bytes_in_words(entry.total_bytes)}",
             str(found.fewest) if found.fewest else f"none of {counted(found.below(1), 'shard')}",
             entry.about or "-",
         )
@@ -127,10 +126,9 @@ def _in_words(entry: LibraryEntry, manifest: MemoryManifest) -> str:
         f"{entry.memory}{about}\n"
         f"publisher {entry.publisher.to_base58()}; revision {manifest.revision} of {made}{revoked}\n"
         f"{counted(entry.passages, 'passage', ',')} in {counted(len(manifest.shards), 'shard')} of "
-        f"{counted(len(manifest.by_cell), 'cell')}, {bytes_in_words(entry.total_bytes)}; licences: "
-        f"{', '.join(manifest.licenses) or 'none given'}\n"
-        f"encoder {manifest.encoder_kind}, {manifest.dimensions} dimensions, "
-        f"{bytes_in_words(manifest.encoder.size)}"
+        f"{counted(len(manifest.by_cell), 'cell')}, {sizes_in_words(manifest.shard_bytes, manifest.encoder.size)}\n"
+        f"encoder {manifest.encoder_kind}, {manifest.dimensions} dimensions; "
+        f"licences: {', '.join(manifest.licenses) or 'none given'}"
     )
 
 
@@ -152,11 +150,15 @@ def _cells_table(manifest: MemoryManifest, replicas: Replication) -> Table:
 
 def _hosts_table(replicas: Replication, hosts: Mapping[PeerID, NodeInfo]) -> Table:
     table = Table(title="hosts")
-    for column in ("peer", "name", "shards", "all its shards"):
+    for column in ("peer", "name", "shards", "all memories, last announced"):
         table.add_column(column, overflow="fold")
     for peer_id, shards in sorted(_shards_by_host(replicas).items(), key=lambda each: -each[1]):
         node = hosts.get(peer_id)
-        of_all = "?" if node is None else f"{node.memory_shards}, {bytes_in_words(node.memory_bytes)}"
+        of_all = (
+            "?"
+            if node is None
+            else f"{counted(node.memory_shards, 'shard')}, {bytes_in_words(node.memory_bytes)}"
+        )
         table.add_row(peer_id.to_base58()[-8:], (node and node.name) or "-", str(shards), of_all)
     return table
 

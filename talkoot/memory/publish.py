@@ -32,7 +32,7 @@ from peer.transport.dialling import resolved
 from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
 from talkoot.memory.inspection import open_memory
 from talkoot.memory.publishers import Publisher, publisher_of
-from talkoot.memory.replication import Replication, entry_values, replication
+from talkoot.memory.replication import Replication, entry_values, replication, sizes_in_words
 from talkoot.node.launch import listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
@@ -263,7 +263,7 @@ def run_publish(
         logger.info(
             "%s, revision %d: %s in %s, %s; licences: %s", manifest.name, manifest.revision,
             counted(manifest.passages, "passage", ","), counted(len(manifest.shards), "shard"),
-            bytes_in_words(store.shard_bytes), ", ".join(manifest.licenses) or "none given",
+            sizes_in_words(manifest.shard_bytes, manifest.encoder.size), ", ".join(manifest.licenses) or "none given",
         )  # fmt: skip
         runner.run(run_until_stopped(_publish(terminal, publisher, store, settings, host)))
 

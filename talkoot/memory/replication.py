@@ -9,7 +9,7 @@ from typing import Self
 from dht.announcements import ReplicaState
 from dht.library import WANTED_REPLICAS, CellHost, LibraryEntry, MemoryRegistry
 from dht.memory import MAX_SHARDS, Cell, MemoryManifest
-from peer.formatting import counted
+from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 
 _MOST_CELLS, _CELLS_AT_ONCE = 4096, 64
@@ -124,6 +124,11 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
                             replicas[shard] += 1
             await asyncio.sleep(0)
     return Survey(entry, replicas, frozenset(hosts), len(looked_up) == len(active))
+
+
+def sizes_in_words(shard_bytes: int, encoder_bytes: int) -> str:
+    """A memory's size: the hosts share the shards, and each host and searcher has the encoder."""
+    return f"{bytes_in_words(shard_bytes)} of shards and {bytes_in_words(encoder_bytes)} of encoder"
 
 
 def entry_values(entry: LibraryEntry) -> dict[str, object]:

@@ -23,6 +23,7 @@ from peer.errors import LibraryError
 from peer.host import NetworkConfig
 from peer.loop import LoopThread
 from talkoot.memory.listing import _inspect, _list, _memories_table
+from talkoot.memory.replication import sizes_in_words
 from talkoot.terminal import LogFormat, Terminal
 
 MEMORY = SampleMemory.make()
@@ -102,7 +103,8 @@ def test_a_memory_is_listed_and_inspected_with_its_hosts(
             assert shown["hosts"] == [{"peer_id": FOUNDER.peer_id.to_base58(), "name": None, "shards": 4}]
             await _inspect(Terminal(LogFormat.TEXT), swarm, "python-docs")
             text = capsys.readouterr().out
-            assert "80 passages in 4 shards of 4 cells" in text
+            sizes = sizes_in_words(entry.total_bytes, store.manifest.encoder.size)
+            assert f"80 passages in 4 shards of 4 cells, {sizes}\n" in text
             assert "0 have 2 replicas or more, 4 have 1, 0 have none" in text
             with pytest.raises(LibraryError, match="pass one of python-docs-"):
                 await _inspect(Terminal(LogFormat.TEXT), swarm, "wikipedia")
