@@ -103,6 +103,11 @@ class Grant:
     serial: int
     key: bytes
 
+    def check_expiry(self, now: float) -> None:
+        """Raises ExpiredTokenError."""
+        if self.expires_at <= now:
+            raise ExpiredTokenError("the token has expired")
+
 
 class Denylist:
     """The peers that this one neither calls nor answers: those named in its settings, and those in a file.
@@ -312,8 +317,7 @@ class SwarmAdmission:
         if badge is None:
             raise RecordError("there is none")
         grant = check_badge(badge, peer_id, self._keys.swarm_id, self._founder_key)
-        if grant.expires_at <= self._now():
-            raise ExpiredTokenError("the token has expired")
+        grant.check_expiry(self._now())
         if grant.serial in self.revoked:
             raise RevokedError("the token was revoked")
         return grant
@@ -324,6 +328,13 @@ def invite_error(error: RecordError, message: str) -> InviteError:
     if isinstance(error, RevokedError):
         return RevokedInviteError(message)
     return ExpiredInviteError(message) if isinstance(error, ExpiredTokenError) else InviteError(message)
+
+
+def no_longer_admitted(error: RecordError) -> InviteError:
+    """The error for a user whose invite has a token that can't be used because of `error`."""
+    return invite_error(
+        error, f"this invite no longer admits you: {error}; ask the founder for another{clock.CLOCK.doubt}"
+    )
 
 
 def parse_denied(text: str) -> PeerID:

@@ -17,10 +17,12 @@ import base58
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dht.admission import MAX_REVOKED, Role, read_grant
+from dht.admission import MAX_REVOKED, Grant, Role, no_longer_admitted, read_grant
 from dht.records import SwarmKeys, parse_peer_id
+from peer import clock
 from peer.errors import (
     AddressError,
+    ExpiredTokenError,
     InviteError,
     RecordError,
     SettingsError,
@@ -62,12 +64,25 @@ class Invite:
     """A serialized Token, which is a secret: in a swarm that admits by token, it admits its holder. May be empty."""
 
     @property
-    def role(self) -> Role | None:
-        """The role that the token names; None: there is no token, or it can't be read."""
+    def grant(self) -> Grant | None:
+        """What the token says that it grants, not yet verified; None: there is no token, or it can't be read."""
         try:
-            return read_grant(admission_pb2.Token.FromString(self.token).grant).role
+            return read_grant(admission_pb2.Token.FromString(self.token).grant)
         except (DecodeError, RecordError):
             return None
+
+    @property
+    def role(self) -> Role | None:
+        """The role that the token names; None as for `grant`."""
+        return None if (grant := self.grant) is None else grant.role
+
+    def check_expiry(self) -> None:
+        """Raises ExpiredInviteError if there is a token that has expired."""
+        try:
+            if (grant := self.grant) is not None:
+                grant.check_expiry(clock.now())
+        except ExpiredTokenError as error:
+            raise no_longer_admitted(error) from error
 
     def through(self, addresses: Iterable[Multiaddress]) -> "Invite":
         """The same invite with these addresses before its own."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from dht.admission import Denylist, Role, SwarmAdmission, invite_error
+from dht.admission import Denylist, Role, SwarmAdmission, no_longer_admitted
 from dht.experts import ExpertRegistry
 from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocations
 from dht.invites import Invite
@@ -265,12 +265,19 @@ class _Peer:
 
 
 async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role], exports: bool) -> None:
-    """Makes this peer's badge from the invite's token, if it needs one. Raises InviteError."""
+    """Makes this peer's badge from the invite's token, if it needs one. Raises InviteError.
+
+    A peer that only reads needs none, but its owner is warned if the token has expired.
+    """
     if swarm.admission.mode == "open" or swarm.host.peer_id == swarm.keys.author:
         return
     with contextlib.suppress(UnreachableError):  # in that case, the revocation is seen later
         await swarm.revocations.read()
     if not roles:
+        try:
+            invite.check_expiry()
+        except InviteError as error:
+            logger.warning("%s", error)
         return
     purpose = ""
     if exports:
@@ -291,10 +298,7 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role], ex
     try:
         role = swarm.admission.present(token, swarm.host.peer_id).role
     except RecordError as error:
-        raise invite_error(
-            error,
-            f"this invite no longer admits you: {error}; ask the founder for another{clock.CLOCK.doubt}",
-        ) from error
+        raise no_longer_admitted(error) from error
     if role not in roles:
         raise InviteError(
             f"this invite is for a {role.word}, not for a {wanted}: {purpose}ask the swarm's founder for another"

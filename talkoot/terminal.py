@@ -132,7 +132,9 @@ def _can_redraw(console: Console) -> bool:
 
 
 class FittingTable:
-    """A table that leaves out the least important columns if it would be too wide for the terminal."""
+    """A table that leaves out the least important columns if it would be too wide for the terminal. For commands with
+    `--json`, which shows all.
+    """
 
     def __init__(self, title: str, columns: Sequence[str], first_to_go: Sequence[str]) -> None:
         self._title, self._columns, self._first_to_go = title, tuple(columns), tuple(first_to_go)
@@ -151,7 +153,9 @@ class FittingTable:
 
     def _table(self, without: Sequence[str]) -> Table:
         shown = [n for n, column in enumerate(self._columns) if column not in without]
-        gone = f" (too narrow for: {', '.join(without)})" if without else ""
+        gone = (
+            f" (too narrow for: {', '.join(without)}; widen the terminal, or pass --json)" if without else ""
+        )
         table = Table(title=self._title + gone)
         for n in shown:
             table.add_column(self._columns[n], overflow="fold")

@@ -190,10 +190,11 @@ def _figures(facts: CardFacts) -> str:
     ]
     # a stranger may have announced it
     if (loss := dense.validation_loss) is not None and 0 <= loss <= _WORST_LOSS:
+        measured = f", measured after step {step:.0f}" if (step := dense.validated_after) is not None else ""
         rows.append(
             (
                 "validation loss",
-                f"{loss:.4f} nats per token (perplexity {perplexity(loss):.2f}), on its trainer's text",
+                f"{loss:.4f} nats per token (perplexity {perplexity(loss):.2f}), on its trainer's text{measured}",
             )
         )
     rows += [(name, f"{loss:.4f} nats per token") for name, loss in facts.figures.items()]

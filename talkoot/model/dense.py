@@ -45,6 +45,8 @@ class ExportedDense:
     """Steps that have gone into it."""
     validation_loss: float | None
     """The loss in nats per token; None: not known."""
+    validated_after: float | None = None
+    """The step of its run after which the loss was measured; None: not known."""
     memory: FolderMemory | None = None
     """How it reads a memory; None: it reads none."""
     beside: Mapping[str, Tensor] = field(default_factory=dict)
@@ -65,12 +67,17 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
     model = _model(client, routing, tokenizer, experts, memory)
     answering = None if memory is None else memory.answering(model, client.manifest, tokenizer)
     checkpoint.load_into(answering or model)
-    losses = checkpoint.tensors.get("history.validation_losses")
-    loss = float(losses[-1]) if losses is not None and losses.numel() else None
+    loss, validated = (
+        _last(checkpoint.tensors.get(f"history.{name}")) for name in ("validation_losses", "validated")
+    )
     steps = header.step if header.age is None else header.age
     origin = f"a trainer's run of {counted(header.step, 'step')}"
     beside = {} if answering is None else answering.questions.state_dict(prefix=QUESTIONS)
-    return ExportedDense(model, tokenizer, routing, origin, steps, loss, memory, beside)
+    return ExportedDense(model, tokenizer, routing, origin, steps, loss, validated, memory, beside)
+
+
+def _last(values: Tensor | None) -> float | None:
+    return None if values is None or not values.numel() else float(values[-1])
 
 
 def dense_of_trainers(

@@ -189,12 +189,14 @@ def load_run(
 
 @contextmanager
 def _role_first(terminal: Terminal, where: Invite | Manifest, roles: Sequence[Role]) -> Iterator[None]:
-    """If there is no saved run, joins the swarm to see whether the invite allows one of these roles: without it, the
-    advice to train first would be no help. Raises InviteError if not.
+    """If there is no saved run, checks that the invite has not expired and, in the swarm, that it allows one of these
+    roles: otherwise, the advice to train first would be no help. Raises InviteError if not.
     """
     try:
         yield
     except CheckpointError:
+        if isinstance(where, Invite):
+            where.check_expiry()
         # only the manifest tells whether an invite without a token is enough
         if roles and isinstance(where, Invite) and where.role not in roles:
             with suppress(UnreachableError):

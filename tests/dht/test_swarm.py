@@ -2,12 +2,14 @@
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from callers import numbered_identities
 from real_swarm import LOCAL, MANIFEST
 
+from dht.admission import Role, make_token
 from dht.invites import Invite
 from dht.manifest import AdmissionSpec
 from dht.records import RecordValidator, SwarmKeys
@@ -105,6 +107,28 @@ def test_what_was_revoked_is_known_at_the_start(
             back = await found_swarm(founder, by_token, CONFIG, state=tmp_path / "founder")
             stack.push_async_callback(back.stop)
             assert back.admission.revoked == {7}
+
+    loop.run(scenario(), 120)
+
+
+def test_a_reader_is_warned_that_its_invite_has_expired(
+    loop: LoopThread, identities: list[Identity], caplog: pytest.LogCaptureFixture
+) -> None:
+    by_token = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")})
+
+    async def scenario() -> None:
+        founder, joiner, *_ = identities
+        async with contextlib.AsyncExitStack() as stack:
+            founded = await found_swarm(founder, by_token, CONFIG)
+            stack.push_async_callback(founded.stop)
+            invite = await founded.invite()
+            for lasts_s in (60.0, 0.0):
+                until = time.time() + lasts_s
+                token = make_token(founder, invite.keys.swarm_id, Role.READER, until, 7).SerializeToString()
+                joined = await join_swarm(joiner, replace(invite, token=token), CONFIG)
+                await joined.stop()
+                warned = "this invite no longer admits you: the token has expired" in caplog.text
+                assert warned is (lasts_s == 0)
 
     loop.run(scenario(), 120)
 

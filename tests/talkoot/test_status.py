@@ -180,6 +180,7 @@ def test_status_leaves_out_columns_that_do_not_fit_and_breaks_no_word() -> None:
     wide, narrow = (status_text(reading(trainers={peer(5): trainer(5)}), width) for width in (200, 80))
     assert "too narrow" not in wide
     assert "too narrow for: expires, version" in narrow
+    assert "widen the terminal, or pass --json)" in " ".join(narrow.split())
     for word in ("experts", "serving", "trainer 5", "7/100", "validation loss", "[red]kuusi[/red]"):
         assert word in narrow
 

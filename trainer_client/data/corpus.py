@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dht.manifest import LEAST_CONTEXT
 from peer.errors import DataError, StartError
 from trainer_client.data.sources import read_text
 from trainer_client.data.tokenizer import BYTES, Tokenizer, Tokens, digest
@@ -95,17 +96,19 @@ def _fingerprint(files: Sequence[Path], field: str, tokenizer: Tokenizer) -> str
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
 
-def require_length(tokens: Tokens, context: int, token_bytes: Sequence[bytes] | None = None) -> int:
+def require_length(tokens: Tokens, context: int | None, token_bytes: Sequence[bytes] | None = None) -> int:
     """The number of tokens in a sequence. Raises DataError if the text is too short for one training and one validation
-    sequence.
+    sequence. `context`: the swarm's; None: not known yet, so it is checked for the shortest.
     """
-    length = context + 1
+    length = (LEAST_CONTEXT if context is None else context) + 1
     if len(tokens) < 2 * length:
         unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
-        raise DataError(
-            f"the text has {len(tokens)} {unit}, but a model with a context of {context} needs {2 * length} or more: "
-            "give a longer text"
+        why = (
+            "too few to train on"
+            if context is None
+            else f"but a model with a context of {context} needs {2 * length} or more"
         )
+        raise DataError(f"the text has {len(tokens)} {unit}, {why}: give a longer text")
     return length
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
-from dht.manifest import LEAST_CONTEXT, Manifest
+from dht.manifest import Manifest
 from peer.checkpoints import (
     CheckpointHeader,
     Outline,
@@ -303,8 +303,7 @@ def prepare_run(
             corpus = Corpus(np.empty(0, np.uint8), digest_of(questions))
         else:
             corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
-            # the swarm's context length is not known yet
-            require_length(corpus.tokens, LEAST_CONTEXT, tokenizer.token_bytes)
+            require_length(corpus.tokens, None, tokenizer.token_bytes)
     if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
         logger.warning("the text differs from the text that the checkpoint was trained on")
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus, questions)

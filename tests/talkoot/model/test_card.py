@@ -51,6 +51,9 @@ def test_a_card_has_the_figures_and_the_update_counts_of_each_layer() -> None:
     assert "| loss before leaving experts out | 1.2500 nats per token |" in card
     assert "| 0 | 4 | 0 / 1 / 3 | 8 | 0 / 2 / 6 |" in card
     assert "| 1 | 4 | 4 / 5 / 7 | 8 | 4 / 7 / 14 |" in card
+    assert "on its trainer's text |" in card
+    later = model_card(replace(FACTS, dense=replace(FACTS.dense, validated_after=5)))
+    assert "on its trainer's text, measured after step 5 |" in later
     assert "Not recorded." in card
     assert "2001-09-09" in card
     assert "announce a name: Ada." in card

@@ -5,12 +5,13 @@ import re
 import shlex
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import assert_one_clear_line, run_here
 
-from dht.admission import Mode, Role, SwarmAdmission, read_grant
+from dht.admission import Mode, Role, SwarmAdmission, make_token, read_grant
 from dht.invites import Invite
 from dht.membership import PeerStore
 from dht.records import SwarmKeys
@@ -67,6 +68,23 @@ def test_without_a_checkpoint_the_remedy_is_one_that_the_invite_allows(
     invite = json.loads(made.stdout)["invite"]
     ended = run_here("generate", "--join", invite, "--prompt", "x", "--state", str(tmp_path / "reader"))
     assert_one_clear_line(ended, "no checkpoint of this swarm", said, "--checkpoint DIR", "[T113]")
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "--prompt", "x"), ("train", "--resume"), ("export", "--resume")]
+)
+def test_without_a_checkpoint_an_expired_invite_is_said_to_be_expired(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    plain = founded(tmp_path)
+    founder = Identity.load_or_create(tmp_path / "identity.key")
+    token = make_token(founder, plain.keys.swarm_id, Role.READER, time.time() - 1, 7)
+    invite = str(replace(plain, token=token.SerializeToString()))
+    out = ("--out", str(tmp_path / "out")) if command[0] == "export" else ()
+    ended = run_here(*command, *out, "--join", invite, "--state", str(tmp_path / "reader"))
+    assert ended.returncode == 3
+    assert "error: this invite no longer admits you: the token has expired; ask the founder" in ended.stderr
+    assert "[T117]" in ended.stderr
 
 
 @pytest.mark.parametrize("place", [".", "none/invite"])
