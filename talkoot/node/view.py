@@ -234,7 +234,7 @@ def hours_in_words(hours: float) -> str:
 
 def _trouble(status: NodeStatus) -> str:
     if status.unsteady:
-        return f"fails again and again: {', '.join(status.unsteady)}; see `talkoot logs`"
+        return f"fails again and again: {', '.join(status.unsteady)}; its log says why"
     return status.clock_warning
 
 
