@@ -33,6 +33,8 @@ _DIAL_EVERY_S = 120.0
 """Seconds between two dials of known peers that the DHT does not return. This way, two halves of a split swarm find
 each other.
 """
+_ROUNDS_APART = 4
+"""In how many calls one look is made for another process with this peer's identity, which takes a look-up."""
 _WARN_AGAIN_S = 3600.0
 """Seconds between two warnings that another process runs with this peer's identity."""
 _LONELY_ROUNDS = 3
@@ -124,6 +126,8 @@ class Membership:
         self._duplicate_until = -math.inf
         """When the last record of another process with this identity expires; minus infinity: none was seen."""
         self._warned_at = -math.inf
+        self._rounds_left = 0
+        """Until the next look for such a process."""
 
     async def check(self, announced: bool) -> None:
         """Checks whether other peers see this one, and rejoins through known peers if they don't.
@@ -141,12 +145,17 @@ class Membership:
             await self._dial_one()
 
     async def look_for_duplicate(self) -> None:
-        """Warns if another process runs with this peer's identity. Raises UnreachableError.
+        """Warns if another process runs with this peer's identity. Call it in every announcement period. Raises
+        UnreachableError.
 
         One record of another process may be from before a restart. Only a process that still runs renews it.
         """
+        if self._rounds_left:
+            self._rounds_left -= 1
+            return
         found = await self._registry.duplicate()
         if found is None:
+            self._rounds_left = _ROUNDS_APART - 1
             return
         is_renewed = -math.inf < self._duplicate_until < found.expires_at
         self._duplicate_until = max(self._duplicate_until, found.expires_at)
