@@ -206,7 +206,13 @@ _FINE = Configuration(
     settings=_PRODUCT_KEY,
     rival="dense-4",
 )
-_MANY = replace(_FINE, name="ffn top-4, fine, 256 experts", grid=(16, 16), optimizer={"warmup_updates": 1000})
+_MANY = replace(
+    _FINE,
+    name="ffn top-4, fine, 256 experts",
+    feed_forward=23 / 24,
+    grid=(16, 16),
+    optimizer={"warmup_updates": 1000},
+)
 """Each expert gets few rows, so larger first steps would be too noisy."""
 _NARROW = replace(
     _FINE, name="transformer top-4, narrow", expert_kind="transformer", width=1 / 4, feed_forward=13 / 4
