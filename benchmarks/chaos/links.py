@@ -4,8 +4,11 @@ Each node listens behind proxies of its own. To find which peer opened a connect
 the other end of it is looked up in the kernel's tables.
 """
 
+import asyncio
+import math
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,9 @@ class PairLinks:
         self._wires: dict[frozenset[str], Wire] = {}
         self._cut_off: set[str] = set()
         self._proxies: list[Proxy] = []
+        self._looking = asyncio.Lock()
+        self._looked_at = -math.inf
+        self._owners: dict[int, str] = {}
 
     async def before(self, name: str) -> tuple[int, int]:
         """Puts a proxy in front of a peer. Returns the port that the peer should listen on, and the port that others
@@ -58,8 +64,8 @@ class PairLinks:
         for proxy in self._proxies:
             await proxy.close()
 
-    def _wire_from(self, name: str, port: int) -> Wire:
-        return self._wire(name, self._owner(port))
+    async def _wire_from(self, name: str, port: int) -> Wire:
+        return self._wire(name, await self._owner(port))
 
     def _wire(self, *ends: str) -> Wire:
         pair = frozenset(ends)
@@ -73,33 +79,45 @@ class PairLinks:
             apart = OUTSIDE not in pair and 0 < len(pair & self._cut_off) < len(pair)
             (wire.cut if apart else wire.mend)()
 
-    def _owner(self, port: int) -> str:
-        socket = _socket_at(port)
-        if socket is None:
-            return OUTSIDE
-        for name, pid in self._processes():
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(pid)
-                if any(_holds(each.pid, socket) for each in (process, *process.children(recursive=True))):
-                    return name
-        return OUTSIDE
+    async def _owner(self, port: int) -> str:
+        """The peer that has opened a connection from this port. One look at the kernel's tables, in a thread, answers
+        for all connections that wait for it: in a burst, looking for each of them would hold up all links.
+        """
+        asked_at = time.monotonic()
+        async with self._looking:
+            if self._looked_at < asked_at:
+                self._looked_at = time.monotonic()
+                peers = {pid: name for name, pid in self._processes()}
+                self._owners = await asyncio.to_thread(_owners_of_ports, peers)
+        return self._owners.get(port, OUTSIDE)
 
 
-def _socket_at(port: int) -> str | None:
-    """The kernel's name of the connected socket with this port, as in /proc/PID/fd. gRPC uses IPv6 sockets."""
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[1].endswith(f":{port:04X}") and fields[3] != _LISTENS and fields[9] != "0":
-                return f"socket:[{fields[9]}]"
-    return None
+def _owners_of_ports(peers: Mapping[int, str]) -> dict[int, str]:
+    """The name of the peer that holds each connected socket, by the socket's port. `peers`: names by process id."""
+    parents = {process.pid: process.info["ppid"] for process in psutil.process_iter(["ppid"])}
+    holders: dict[str, str] = {}
+    for pid in parents:
+        ancestor: int | None = pid
+        while ancestor is not None and ancestor not in peers:
+            ancestor = parents.get(ancestor)
+        if ancestor is not None:
+            holders |= dict.fromkeys(_open_files(pid), peers[ancestor])
+    return {port: holders[socket] for port, socket in _connections() if socket in holders}
 
 
-def _holds(pid: int, socket: str) -> bool:
+def _open_files(pid: int) -> Iterator[str]:
+    """What a process has open, as the kernel names it. Nothing if the process has ended."""
     folder = f"/proc/{pid}/fd"
     with suppress(OSError):
         for descriptor in os.listdir(folder):
             with suppress(OSError):  # closed meanwhile
-                if os.readlink(f"{folder}/{descriptor}") == socket:
-                    return True
-    return False
+                yield os.readlink(f"{folder}/{descriptor}")
+
+
+def _connections() -> Iterator[tuple[int, str]]:
+    """The port and the kernel's name, as in /proc/PID/fd, of each connected socket. gRPC uses IPv6 sockets."""
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] != _LISTENS:
+                yield int(fields[1].rpartition(":")[2], 16), f"socket:[{fields[9]}]"

@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -164,7 +164,7 @@ class Wire:
         return there, back
 
 
-WireFrom = Callable[[int], Wire]
+WireFrom = Callable[[int], Awaitable[Wire]]
 
 
 class Proxy:
@@ -214,13 +214,17 @@ class Proxy:
         while True:
             client, address = await loop.sock_accept(self._listener)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire = self.wire if self._wire_from is None else self._wire_from(address[1])
-            self._tasks.spawn(self._carry(wire, client), "carry a connection")
+            self._tasks.spawn(self._carry(client, address[1]), "carry a connection")
 
-    async def _carry(self, wire: Wire, client: socket.socket) -> None:
+    async def _carry(self, client: socket.socket, port: int) -> None:
+        with contextlib.closing(client):
+            wire = self.wire if self._wire_from is None else await self._wire_from(port)
+            await self._carry_over(wire, client)
+
+    async def _carry_over(self, wire: Wire, client: socket.socket) -> None:
         there, back = wire.next_chances()
         lives_s = there.expovariate(wire.link.resets_per_min / 60) if wire.link.resets_per_min else None
-        with contextlib.closing(client), contextlib.closing(_socket(wire.link, self._target[0])) as server:
+        with contextlib.closing(_socket(wire.link, self._target[0])) as server:
             # otherwise a second small message waits until the first is acknowledged
             for side in (client, server):
                 side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

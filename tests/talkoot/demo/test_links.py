@@ -212,11 +212,11 @@ def test_each_connection_takes_the_wire_of_who_opened_it() -> None:
         async with echo_behind(Link()) as echo:
             strangers, cut_off = Wire(Link()), set[int]()
             strangers.cut()
-            proxy = await Proxy.start(
-                echo.wire,
-                (LOCAL, echo.port),
-                wire_from=lambda port: strangers if port in cut_off else echo.wire,
-            )
+
+            async def wire_from(port: int) -> Wire:
+                return strangers if port in cut_off else echo.wire
+
+            proxy = await Proxy.start(echo.wire, (LOCAL, echo.port), wire_from=wire_from)
             for is_cut_off in (True, False):
                 sock = socket.socket()
                 sock.bind((LOCAL, 0))
