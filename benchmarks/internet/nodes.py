@@ -135,6 +135,9 @@ class SimulatedHost:
     def reached_at(self, peer_id: PeerID) -> list[Multiaddress]:
         return []
 
+    def has_failed(self, peer_id: PeerID) -> bool:
+        return False
+
 
 @dataclass
 class _Membership:

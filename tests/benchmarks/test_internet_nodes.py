@@ -162,7 +162,7 @@ def test_a_claim_is_renewed_now_and_then_while_a_state_comes_over_a_slow_line(
         assert len(times) <= 4 + took_s / node.settings.announce_every_s
 
 
-def test_a_node_that_leaves_hands_over() -> None:
+def test_a_node_that_leaves_hands_over(caplog: pytest.LogCaptureFixture) -> None:
     with simulated(1) as world:
         swarm = grown(world, 8, 8)
         (uid, (node, *_)), *_ = swarm.hosts().items()
@@ -174,6 +174,7 @@ def test_a_node_that_leaves_hands_over() -> None:
         assert spare
         assert uid in swarm.hosts()
         assert not swarm.faults
+        assert not [each for each in caplog.records if each.exc_info]
 
 
 def test_a_sleeping_node_goes_on_with_what_it_had() -> None:
