@@ -169,16 +169,19 @@ def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) 
 
     Of all other peers that host anything, the one that prefers the expert most keeps the copy.
     """
-    hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
-    hosts.add(peer_id)
-    wanted = {}
+    single = {}
     for uid, found in replicas.items():
         serving = [replica for replica in found if replica.state is not ReplicaState.CLAIMED]
         if len(serving) == 1 and serving[0].peer_id != peer_id:
-            (only,) = serving
-            own = preference(uid, peer_id)
-            if all(preference(uid, host) <= own for host in hosts if host != only.peer_id):
-                wanted[uid] = only
+            single[uid] = serving[0]
+    if not single:  # usually, and there may be thousands of hosts
+        return {}
+    hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
+    wanted = {}
+    for uid, only in single.items():
+        own = preference(uid, peer_id)
+        if all(preference(uid, host) <= own for host in hosts if host != only.peer_id):
+            wanted[uid] = only
     return wanted
 
 

@@ -78,6 +78,9 @@ class StandbyCopies:
             return
         seen = self._seen()
         wanted = single_hosted(seen, self._swarm.host.peer_id)
+        self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
+        if not wanted:
+            return
         found = await self._replicas.checkpoints.newest_by_source()
         saved = {
             uid: max(counts.get("", 0), counts.get(wanted[uid].peer_id.to_base58(), 0))
@@ -93,7 +96,6 @@ class StandbyCopies:
             for uid, r in wanted.items()
             if uid not in held and self._is_stale(r, saved.get(uid, 0), most[uid])
         ]
-        self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
         stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
         room = self._limit - len(saved.keys() - held)
         new = [replica for replica in stale if replica.uid not in saved][: max(room, 0)]
