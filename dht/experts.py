@@ -153,7 +153,7 @@ class ExpertRegistry:
                     below = active.get((layer, coordinate[:depth]))
                     if below is not None and depth < len(coordinate):
                         below.add(coordinate[depth])
-        return {prefix: frozenset(c for c in some if c < size) for prefix, some in active.items()}
+        return {prefix: frozenset([c for c in some if c < size]) for prefix, some in active.items()}
 
     async def replicas(
         self,

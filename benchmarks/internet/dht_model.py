@@ -118,6 +118,7 @@ class _Key:
         "near_at",
         "near_changes",
         "near_leaves",
+        "nearest",
         "owed_down",
         "owed_up",
         "place",
@@ -138,12 +139,14 @@ class _Key:
         """The count of deaths there at that time."""
         self.near: tuple[Peer, ...] = ()
         """The living servers nearest to the key."""
+        self.nearest: tuple[Peer, ...] = ()
+        """The same, and as many others as may hold its items, in the order of their distance."""
         self.near_at = (-1, 0)
-        """The count of the world's changes, and the half of the network, for which `near` holds."""
+        """The count of the world's changes, and the half of the network, for which both hold."""
         self.near_leaves = slice(0)
-        """The leaves on which `near` depends."""
+        """The leaves on which they depend."""
         self.near_changes = (-1, 0)
-        """The count of changes in these leaves, and the half of the network, for which `near` holds."""
+        """The count of changes in these leaves, and the half of the network, for which they hold."""
         self.drawn_at = -1
         self.samples: list[Answer] = []
         self.answer: Answer | None = None
@@ -168,7 +171,7 @@ class Unpacked(Entries):
     """Entries in the form that `Registry.get` returns."""
 
     def __init__(self, entries: Mapping[Any, Entry], unread: int) -> None:
-        super().__init__({subkey: (entry.value, entry.expires_at) for subkey, entry in entries.items()})
+        super().__init__(entries)  # an `Entry` is a pair of a value and its expiry
         self.unread = unread
         self.region: Any = None
         """What a reader has computed from the entries, kept for other readers."""
@@ -267,8 +270,8 @@ class ModelDHT:
         if key.near_at != state:
             if key.near_changes != (world.changes_in(key.near_leaves, half), half):
                 self._settle(key)
-                near, key.near_leaves = world.nearest(key.place, half, REPLICAS)
-                key.near = tuple(near)
+                nearest, key.near_leaves = world.nearest(key.place, half, _MOST_HOLDERS)
+                key.nearest, key.near = tuple(nearest), tuple(nearest[:REPLICAS])
                 key.near_changes = world.changes_in(key.near_leaves, half), half
             key.near_at = state
         return key.near
@@ -277,8 +280,10 @@ class ModelDHT:
         """The servers at which a peer stores. `within`: how many are usually within the reach that it measured."""
         near, world = self.near(key, writer.half), self.world
         reach = within / max(1, world.servers(writer.half)) * 2 ** (ID_BITS - _HEAD)
-        further, _ = world.nearest(key.place, writer.half, _MOST_HOLDERS)
-        return (*near, *(each for each in further[len(near) :] if each.place ^ key.place <= reach))
+        count, nearest = len(near), key.nearest
+        while count < len(nearest) and nearest[count].place ^ key.place <= reach:
+            count += 1
+        return near if count == len(near) else nearest[:count]
 
     def charge(self, keys: Iterable[_Key], count: int, cost: Cost, peer: Peer, purpose: str) -> None:
         """Counts the bytes of a look-up of `count` keys, without the values."""
@@ -305,15 +310,16 @@ class ModelDHT:
             key.bytes += len(value) + ITEM_OVERHEAD_BYTES
         else:
             key.bytes += len(value) - len(before.value)
-        stored = StoredRecord(value) if isinstance(value, bytes) else value
+        stored = StoredRecord(value) if type(value) is bytes else value
         key.entries[subkey] = Entry(stored, item.expires_at)  # type: ignore[arg-type]  # not packed
         key.answer = None
-        key.holders[subkey] = holders
-        for peer in holders:
-            if peer.leaf < key.first_leaf:
-                key.first_leaf = peer.leaf
-            if peer.leaf > key.last_leaf:
-                key.last_leaf = peer.leaf
+        if key.holders.get(subkey) != holders:
+            key.holders[subkey] = holders
+            for peer in holders:
+                if peer.leaf < key.first_leaf:
+                    key.first_leaf = peer.leaf
+                if peer.leaf > key.last_leaf:
+                    key.last_leaf = peer.leaf
         if item.expires_at < key.first_expiry:
             key.first_expiry = item.expires_at
 
@@ -517,14 +523,17 @@ class ModelLookups(Lookups):
         looked up before, if there is one among them.
         """
         model, peer = self._model, self._peer
-        fresh, known, places = list[_Key](), list[_Key](), self._looked_up
+        places = self._looked_up
+        fresh: list[_Key] = []
+        known: list[_Key] = []
         for key in map(model.key, key_ids):
             number = bisect_left(places, key.place)
             is_known = number < len(places) and places[number] == key.place
             (known if is_known else fresh).append(key)
         cost = model.cost(kind, not fresh, len(key_ids))
         if known:
-            model.charge(known, len(known), model.cost(kind, True, len(key_ids)), peer, purpose)
+            of_known = model.cost(kind, True, len(key_ids)) if fresh else cost
+            model.charge(known, len(known), of_known, peer, purpose)
         if fresh:
             model.charge(fresh, len(fresh), cost, peer, purpose)
             for key in fresh:

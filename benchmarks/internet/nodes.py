@@ -117,17 +117,18 @@ class SimulatedHost:
         self.peer_id = peer.peer_id
         self._world = swarm.world
         self._peer = peer
-        self._known: Sequence[Peer] = ()
+        self._known: frozenset[PeerID] = frozenset()
         self._known_until = 0.0
 
     def peers(self) -> frozenset[PeerID]:
         """Some of the DHT peers that the node knows."""
         world = self._world
-        if world.time() >= self._known_until or not self._known:
+        if world.time() >= self._known_until:
             rng = world.rng("acquaintances")
-            self._known = world.random_servers(rng, self._peer.half, _ACQUAINTANCES)
-            self._known_until = world.time() + _KNOWN_FOR_S
-        return frozenset([peer.peer_id for peer in self._known if peer is not self._peer])
+            known = world.random_servers(rng, self._peer.half, _ACQUAINTANCES)
+            self._known = frozenset([peer.peer_id for peer in known if peer is not self._peer])
+            self._known_until = world.time() + (_KNOWN_FOR_S if known else 0.0)
+        return self._known
 
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         return []
