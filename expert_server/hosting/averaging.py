@@ -5,11 +5,14 @@ import contextlib
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
+from math import ceil
 from operator import itemgetter
-from typing import Any, TypeAlias
+from statistics import median_low
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -46,12 +49,14 @@ from peer.wire import state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _TAKES_INITIATIVE = 0.5
 """The share of its replicated experts for which a node starts an average in each round: those with the most updates
 since the replicas met. Other nodes start the rest, so each replica is averaged about once.
 """
 _PAUSE = 4
-"""The shortest pause after a round, as a multiple of the round's duration, because slow uplinks have other things to
+"""The shortest pause after a round, as a multiple of its usual duration, because slow uplinks have other things to
 send, too.
 """
 _LAST_AVERAGING_S = 5.0
@@ -60,6 +65,8 @@ _MAX_HINTS = 256
 """The most pending requests of other nodes to fetch an expert."""
 _AT_ONCE = 4
 """How many requests of one kind are followed at the same time, and how many averages are started at the same time."""
+_TIMED = 16
+"""The latest averages whose durations tell how long one usually takes."""
 _REMEMBERED = 4096
 """Other nodes' replicas that are remembered as out of reach, and those remembered as tried."""
 _LONGEST_REFUSED = 32
@@ -119,6 +126,8 @@ class ReplicaAveraging:
         """How many times in a row another node's replica was out of reach, and until when it is avoided."""
         self._tried = BoundedDict[tuple[UID, PeerID], int](_REMEMBERED)
         """The update count of this node's own replica when it last tried to meet another one."""
+        self._took_s = deque[float](maxlen=_TIMED)
+        """How long the latest averages took. Those that failed are left out."""
         self._meeting = WeakValueDictionary[UID, asyncio.Lock]()
         """Experts that are being averaged. Each is averaged with one replica at a time, because the snapshot that was
         sent must stay the base.
@@ -149,8 +158,11 @@ class ReplicaAveraging:
         finally:
             self._runs = False
 
-    async def average_some(self) -> None:
-        """Averages about half of the experts that other nodes serve too. Raises UnreachableError."""
+    async def average_some(self) -> float:
+        """Averages about half of the experts that other nodes serve too. Returns how many seconds that usually takes: a
+        partner that freezes or is cut off may hold up this round, but says nothing about this node's line. Raises
+        UnreachableError.
+        """
         me = self._swarm.host.peer_id
         replicas = await replicas_to_meet(self._swarm.experts, self._replicas.experts, self._seen(), me)
         partners = choose_partners(replicas, me, self._unshared, self._rng)
@@ -158,12 +170,15 @@ class ReplicaAveraging:
             count = self._replicas.experts[replica.uid].update_count
             self._tried[replica.uid, replica.peer_id] = count
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
-        meetings = (
-            self._attempt(self.meet(replica.uid, nodes[replica.peer_id]))
-            for replica in partners
-            if replica.peer_id in nodes
-        )
-        await side_by_side(meetings, _AT_ONCE)
+
+        async def meet(replica: Replica) -> None:
+            began = self._clock()
+            await self.meet(replica.uid, nodes[replica.peer_id])
+            self._took_s.append(self._clock() - began)
+
+        able = [replica for replica in partners if replica.peer_id in nodes]
+        await side_by_side((self._attempt(meet(replica)) for replica in able), _AT_ONCE)
+        return median_low(self._took_s) * ceil(len(able) / _AT_ONCE) if self._took_s else 0.0
 
     def _unshared(self, replica: Replica) -> int | None:
         """The updates of this node's own replica since it last met that one, or tried to: otherwise those that can't be
@@ -357,9 +372,7 @@ class ReplicaAveraging:
         took_s = 0.0
         while True:
             await asyncio.sleep(pause_after(self._every_s, took_s, self._rng))
-            began = self._clock()
-            await self._attempt(self.average_some())
-            took_s = self._clock() - began
+            took_s = await self._attempt(self.average_some()) or 0.0
 
     def _lock_of(self, uid: UID) -> asyncio.Lock:
         return self._meeting.setdefault(uid, asyncio.Lock())
@@ -384,18 +397,20 @@ class ReplicaAveraging:
             if hint.peer_id in nodes:
                 await self._answer(hint, nodes[hint.peer_id])
 
-    async def _attempt(self, work: Coroutine[Any, Any, Any]) -> None:
+    async def _attempt(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Returns the result, or None if the work failed."""
         try:
             with tolerating("average or adopt", self._restarts):
-                await work
+                return await work
         except OutOfReachError as error:  # this node's owner can do nothing about it
             logger.debug("%s", error)
         except (UnreachableError, TransferError, StateError, ExpertError) as error:
             logger.info("%s", error)
+        return None
 
 
 def pause_after(every_s: float, took_s: float, rng: random.Random) -> float:
-    """The pause until the next round of averages, given how long the last one took."""
+    """The pause until the next round of averages, given how long one usually takes."""
     return max(every_s, _PAUSE * took_s) * rng.uniform(0.5, 1.5)
 
 

@@ -1,5 +1,6 @@
 """Replicas of one expert on real nodes: they take different updates, meet, and have the same state again."""
 
+import asyncio
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -422,6 +423,45 @@ def test_a_node_first_averages_what_others_lack_most_and_passes_over_what_it_jus
         assert sorted(tried) == sorted(UIDS), (
             "half of all in each round, whether they could be averaged or not"
         )
+
+    play(scenario)
+
+
+def test_a_partner_that_freezes_for_a_while_does_not_make_averages_rare(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pauses follow the usual duration of averages, because that shows how slow the line is."""
+    monkeypatch.setattr("expert_server.hosting.averaging._AT_ONCE", 1)
+    durations: list[float] = []
+
+    def pause_after(every_s: float, took_s: float, rng: random.Random) -> float:
+        durations.append(took_s)
+        return 0.01
+
+    monkeypatch.setattr("expert_server.hosting.averaging.pause_after", pause_after)
+
+    async def scenario(village: Village) -> None:
+        first, _ = await couple(village, 1, average_every_s=60)
+        now, tried = 0.0, list[UID]()
+        fetch = first.replicas.states.fetch
+
+        async def fetch_slowly(node: NodeInfo, uid: UID) -> Fetched:
+            nonlocal now
+            tried.append(uid)
+            now += 100 if uid == AN_UID else 1
+            return await fetch(node, uid)
+
+        first.replicas.states.fetch = fetch_slowly  # type: ignore[method-assign, assignment]
+        monkeypatch.setattr(first.averaging, "_clock", lambda: now)
+        averaging = asyncio.create_task(first.averaging._average_now_and_then())
+
+        async def all_were_averaged_twice() -> bool:
+            await train(first, dict.fromkeys(UIDS, 1))
+            return all(tried.count(uid) >= 2 for uid in UIDS)
+
+        await eventually(all_were_averaged_twice)
+        averaging.cancel()
+        assert 3 <= max(durations) <= 5, "half of eight, each in a second"
 
     play(scenario)
 
