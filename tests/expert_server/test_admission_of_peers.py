@@ -184,6 +184,33 @@ def test_a_node_whose_token_is_over_says_so_and_stops(
     play(scenario)
 
 
+def test_a_revoked_node_that_returns_with_a_new_invite_is_accepted_at_once(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
+        await village.run(founder)
+        invite, issued = await invited(village, founder, Role.NODE)
+        # its last record outlives the first one of its next run
+        node = await village.start(
+            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 120}
+        )
+        InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
+        await founder._access.look()
+        await node._access.look()
+        assert node.is_token_over
+        await node.stop()
+        again, _ = await invited(village, founder, Role.NODE)
+        caplog.clear()
+        swarm = await come_in(village, 1, again, Role.NODE)
+        returned = await village.start(swarm, {"experts": 4, "spare": 0, "announce_every_s": 0.5})
+        assert "accepted our records" not in caplog.text
+        await found_by(founder.swarm, returned)
+        await sees(founder.swarm, founder, returned)
+
+    play(scenario)
+
+
 def test_a_node_leaves_when_its_token_expires_and_not_only_when_it_is_refused(
     play: Play, caplog: pytest.LogCaptureFixture
 ) -> None:
