@@ -34,6 +34,13 @@ _HOURS = 48.0
 _HOURS_OF_LARGE, _LARGE = 4.0, 100_000
 _MOST_FOR_EVENTS = 10_000
 _QUICK_NODES, _QUICK_HOURS = (24,), 0.5
+_ENVIRONMENT = {
+    # hashes of text, which differ from run to run, change the order in which peers in sets are read
+    "PYTHONHASHSEED": "0",
+    # large pages: what thousands of nodes remember is far larger than the processor's tables of small ones
+    "PYTHONMALLOC": "malloc",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def play_days(nodes: int, hours: float | None, seed: int, quick: bool) -> dict[str, Any]:
@@ -71,8 +78,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.hours is not None and options.hours * 3600 <= days.WARM_UP_S:
         parser.error(f"--hours: more than {days.WARM_UP_S / 3600:.2g}, after which days begin to be measured")
-    if sys.flags.hash_randomization:  # it changes the order in which peers in sets are read
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONHASHSEED": "0"})  # noqa: S606 the same command
+    if sys.flags.hash_randomization:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **_ENVIRONMENT})  # noqa: S606 the same command
     end_in_order_when_stopped()
     logging.disable(logging.WARNING)  # Nodes that fail would log thousands of warnings.
     console = Console(width=130)
