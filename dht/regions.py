@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dht.announcements import Replica, ReplicaState
 from dht.records import INDEX_PIECE, MAX_REPLICAS_OF_RECORD
@@ -69,6 +70,11 @@ class Region:
     """The size of their announcements, in bytes."""
     unread: int = 0
     """About how many more nodes announce there than were read."""
+
+    @cached_property
+    def active_by_piece(self) -> Mapping[int, int]:
+        """How many of the active coordinates are in each piece of the index."""
+        return Counter([coordinate // INDEX_PIECE for coordinate in self.active])
 
     def serves(self, uid: Prefix) -> bool:
         """Whether a node that announces there serves the expert."""
@@ -140,7 +146,6 @@ class RegionMap:
         self._just_read[prefix] = now, frozenset(pieces), region
         if region.hosts or region.active:
             self._renew_splits_above(prefix, now)
-        active = Counter([coordinate // INDEX_PIECE for coordinate in region.active]) if region.active else {}
         if not pieces:  # an expert has no index
             while self._hosts and next(iter(self._hosts.values()))[0] <= now - _WRITE_FOR_S:
                 self._hosts.popitem(last=False)
@@ -149,13 +154,14 @@ class RegionMap:
             entry = prefix[0], *prefix[1], piece
             before = self._seen.get(entry)
             split_until = 0.0 if before is None else before.split_until
-            if active.get(piece):
+            active = region.active_by_piece.get(piece, 0)
+            if active:
                 split_until = self._drawn_split_until(now)
             empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
             self._seen[entry] = _Seen(
                 region.hosts + region.unread,
                 region.size > CROWDED_BYTES,
-                active.get(piece, 0),
+                active,
                 now,
                 split_until,
                 empty_reads,

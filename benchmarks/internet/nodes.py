@@ -8,6 +8,7 @@ import contextlib
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups
@@ -363,7 +364,7 @@ class SimulatedNode:
 
     async def _publish(self) -> None:
         record = self._record.record(
-            self._status(),
+            _status(len(self.runtime.experts), self.hosting.capacity),
             self._activity,
             self.swarm.world.now(),
             addresses=[] if self.peer.link.nat else ["203.0.113.7:50051"],
@@ -376,16 +377,18 @@ class SimulatedNode:
         )
         await self.registry.publish_node(record, self.period.lifetime_s)
 
-    def _status(self) -> NodeStatus:
-        experts = len(self.runtime.experts)
-        return NodeStatus(
-            NodeState.SERVING, experts, self.hosting.capacity, 0, 0, 0, 0, 20, "", 0, 0, 0, None, None, 0, 0, 0.0, 1,
-            0, 0, 0.0, 0, 0,
-        )  # fmt: skip
-
     def _note_useful(self) -> None:
         if self.useful_since is None and self.runtime.experts:
             self.useful_since = self.swarm.world.time()
+
+
+@cache
+def _status(experts: int, capacity: int) -> NodeStatus:
+    """The status of a node that hosts this many experts."""
+    return NodeStatus(
+        NodeState.SERVING, experts, capacity, 0, 0, 0, 0, 20, "", 0, 0, 0, None, None, 0, 0, 0.0, 1,
+        0, 0, 0.0, 0, 0,
+    )  # fmt: skip
 
 
 class InternetSwarm:

@@ -133,9 +133,11 @@ class VolunteerSwarm:
 
     def look(self) -> Look:
         """Records the state of the swarm."""
-        counts = [(node.runtime.experts, node) for node in self.serving()]
-        replicas = sum(len(experts) for experts, _ in counts)
-        served: set[UID] = set().union(*(experts for experts, _ in counts))
+        served: set[UID] = set()
+        replicas = 0
+        for node in self.serving():
+            replicas += len(node.runtime.experts)
+            served.update(node.runtime.experts)
         self._settle_orphans(served)
         now = self.world.time()
         if self.looks:

@@ -428,7 +428,8 @@ async def replicas_to_meet(
     of a node's upkeep, so only experts that nobody else served are read again.
     """
     known = {uid: seen[uid] for uid in uids if serving_elsewhere(seen.get(uid, ()), me)}
-    return {**known, **await experts.replicas([uid for uid in uids if uid not in known])}
+    unknown = [uid for uid in uids if uid not in known]
+    return {**known, **await experts.replicas(unknown)} if unknown else known
 
 
 def choose_partners(
