@@ -10,7 +10,7 @@ import hashlib
 import random
 import selectors
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -44,6 +44,48 @@ Ts = TypeVarTuple("Ts")
 _SLEEP = asyncio.sleep
 
 
+class _Sleep:
+    """What a sleeping task awaits: a future to the task, and to the loop a handle that wakes the task.
+
+    With asyncio's classes, that would be three objects, and two more steps for each sleep.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_callback", "_context", "_is_cancelled", "_loop", "is_over")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._is_cancelled = self.is_over = False
+        self._asyncio_future_blocking = False
+
+    def __await__(self) -> "Generator[_Sleep, None, None]":
+        self._asyncio_future_blocking = True  # so asyncio knows that it was awaited
+        yield self
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(self, callback: "Callable[[_Sleep], object]", *, context: Context) -> None:
+        """The task calls this once, after it has begun to wait."""
+        self._callback, self._context = callback, context
+
+    def result(self) -> None:
+        if self._is_cancelled:
+            raise asyncio.CancelledError
+
+    def cancel(self, msg: object = None) -> bool:
+        if self.is_over or self._is_cancelled:
+            return False
+        self._is_cancelled = True
+        self._loop.call_soon(self._callback, self, context=self._context)
+        return True
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def _run(self) -> None:
+        self._context.run(self._callback, self)
+
+
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop in simulated time: when it would sleep, the clock jumps to the end of that sleep. What it runs must
     use no sockets and no threads.
@@ -52,15 +94,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     spends less time here than in the loop that this class is derived from.
     """
 
-    _ready: deque[asyncio.Handle]
+    _ready: deque[asyncio.Handle | _Sleep]
     """Callbacks that are due, in the order in which `call_soon` adds them."""
     _stopping: bool
 
     def __init__(self) -> None:
         super().__init__(selectors.SelectSelector())
         self._now = 0.0
-        self._timers: list[tuple[float, int, asyncio.TimerHandle | asyncio.Future[None]]] = []
-        """A heap: when each timer or sleep is due, a number that rises, and the timer or what the sleeper awaits."""
+        self._timers: list[tuple[float, int, asyncio.TimerHandle | _Sleep]] = []
+        """A heap: when each timer or sleep is due, a number that rises, and the timer or sleep."""
         self._numbers = count()
 
     def time(self) -> float:
@@ -73,9 +115,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Stands for `asyncio.sleep`."""
         if seconds <= 0:
             return await _SLEEP(0, result)
-        end = self.create_future()
-        heappush(self._timers, (self._now + seconds, next(self._numbers), end))
-        await end
+        sleep = _Sleep(self)
+        heappush(self._timers, (self._now + seconds, next(self._numbers), sleep))
+        await sleep
         return result
 
     def call_at(
@@ -111,10 +153,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         ends = self._now + _CLOCK_RESOLUTION_S
         while timers and timers[0][0] < ends:
             due = heappop(timers)[2]
-            if isinstance(due, asyncio.Handle):
-                ready.append(due)
-            elif not due.done():
-                due.set_result(None)
+            if isinstance(due, _Sleep):
+                due.is_over = True
+            ready.append(due)
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle.cancelled():
