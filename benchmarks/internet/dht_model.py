@@ -243,12 +243,11 @@ class ModelDHT:
 
     def cost(self, kind: str, is_warm: bool, keys: int) -> Cost:
         """The cost of one key in a look-up of this many keys, at the swarm's present size."""
-        size = self.world.servers().bit_length(), keys.bit_length()
-        cost = self._costs.get((kind, is_warm, *size))
+        servers = self.world.servers()
+        known = kind, is_warm, servers.bit_length(), keys.bit_length()
+        cost = self._costs.get(known)
         if cost is None:
-            cost = self._costs[(kind, is_warm, *size)] = self._table.cost(
-                kind, is_warm, self.world.servers(), keys
-            )
+            cost = self._costs[known] = self._table.cost(kind, is_warm, servers, keys)
         return cost
 
     def search(self, cost: Cost) -> _Search:

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from benchmarks.internet.world import World
 from benchmarks.simulated_p2p import EPOCH, simulated_world
+from dht import announcements
 from dht.announcements import Replica
 from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
@@ -269,6 +270,12 @@ def _middle(states: Sequence[Checkpoint], known: Checkpoint, rng: random.Random)
     return index, states[index]
 
 
+def _parsed_once(parse: Callable[..., T]) -> Callable[..., T]:
+    """Stands for a parser of lists of addresses, the last argument: all records of a node have the same ones."""
+    parsed = functools.lru_cache(maxsize=1 << 18)(lambda texts, *others: parse(*others, texts))
+    return lambda *arguments: parsed(tuple(arguments[-1]), *arguments[:-1])
+
+
 def _same_peer_id(world: World, subkey: object) -> PeerID:
     """Stands for `parse_peer_id`: returns the object that all nodes share, whose text is made only once."""
     found = parse_peer_id(subkey)
@@ -291,6 +298,8 @@ def simulated(seed: int) -> Iterator[World]:
             "dht.registry.Lookups": lambda lookups, **kwargs: lookups,
             "dht.registry.unpack": lambda value: value,
             "dht.registry.key_id_of": _key_id_of,
+            "dht.announcements._endpoints": _parsed_once(announcements._endpoints),
+            "dht.announcements._own": _parsed_once(announcements._own),
             "dht.experts.parse_peer_id": functools.partial(_same_peer_id, world),
             "benchmarks.internet.dht_model.key_id_of": _key_id_of,
             "expert_server.hosting.manager.Handover": functools.partial(Handover, clock=world.time),
