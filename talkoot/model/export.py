@@ -267,13 +267,17 @@ class _Export:
                     yield uid, taken.tensors
                     sources[uid] = self._source(taken)
                 else:
-                    self._client.require_admitted(reads=True)
-                if taken is None and not self._plan.allow_missing:
-                    raise UnavailableError(
-                        f"no host of expert {uid} sent usable parameters: run the same command again (complete layers "
-                        "are kept), or pass --allow-missing"
-                    )
+                    self._require_optional(uid)
                 advance()
+
+    def _require_optional(self, missing: UID) -> None:
+        """Raises UserError if the export can't go on without this expert."""
+        self._client.require_admitted(reads=True)
+        if not self._plan.allow_missing:
+            raise UnavailableError(
+                f"no host of expert {missing} sent usable parameters: run the same command again (complete layers are "
+                "kept), or pass --allow-missing"
+            )
 
     def _source(self, taken: TakenExpert) -> ExpertSource:
         replicas = {
