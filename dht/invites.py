@@ -84,9 +84,9 @@ class Invite:
         except ExpiredTokenError as error:
             raise no_longer_admitted(error) from error
 
-    def through(self, addresses: Iterable[Multiaddress]) -> "Invite":
-        """The same invite with these addresses before its own."""
-        bootstrap = dict.fromkeys((*addresses, *self.bootstrap))
+    def through(self, before: Iterable[Multiaddress] = (), after: Iterable[Multiaddress] = ()) -> "Invite":
+        """The same invite with these addresses before and after its own; at most as many as others read."""
+        bootstrap = dict.fromkeys((*before, *self.bootstrap, *after))
         return replace(self, bootstrap=tuple(islice(bootstrap, _MAX_ADDRESSES)))
 
     def __str__(self) -> str:

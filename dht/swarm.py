@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Swarm:
     async def invite(self) -> Invite:
         """An invite by which others join through this peer or, if it is gone, through peers that it has met."""
         own = Invite(self.keys, tuple(self.host.bootstrap_addresses()))
-        return _with_others(own, _allowed(self.peer_store, self.host.dialling))
+        return own.through(after=_allowed(self.peer_store, self.host.dialling)[:OTHERS_IN_INVITE])
 
     async def keep_manifest(self) -> None:
         """Stores the founder's records again, so that they outlive their holders. The founder also renews them."""
@@ -180,16 +180,11 @@ def known_peers(invite: Invite, state: Path) -> list[Multiaddress]:
 
 def with_known_peers(invite: Invite, state: Path) -> Invite:
     """The invite with some of the `known_peers`: it is of use even if nobody answers at its own addresses."""
-    return _with_others(invite, known_peers(invite, state))
+    return invite.through(after=known_peers(invite, state)[:OTHERS_IN_INVITE])
 
 
 def _allowed(store: PeerStore, dialling: Dialling) -> list[Multiaddress]:
     return [address for address in store.addresses() if dialling.allows(address.endpoint)]
-
-
-def _with_others(invite: Invite, others: Sequence[Multiaddress]) -> Invite:
-    bootstrap = dict.fromkeys((*invite.bootstrap, *others[:OTHERS_IN_INVITE]))
-    return replace(invite, bootstrap=tuple(bootstrap))
 
 
 def was_member(state: Path, keys: SwarmKeys) -> bool:

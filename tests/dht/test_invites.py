@@ -234,12 +234,16 @@ def test_others_to_join_through_come_before_the_invites_own(tmp_path: Path) -> N
     through = mine.through([other, ADDRESS])
     assert (through.keys, through.token) == (mine.keys, mine.token)
     assert through.bootstrap == (other, ADDRESS)
+    assert mine.through(after=[other, ADDRESS]).bootstrap == (ADDRESS, other)
 
 
 def test_an_invite_keeps_as_many_addresses_as_others_read() -> None:
     many = [Multiaddress.of(Endpoint.of("198.51.100.9", 1000 + port), AUTHOR) for port in range(20)]
     through = INVITE.through(many)
     assert Invite.parse(str(through)).bootstrap == through.bootstrap == tuple(many[:16])
+    through = INVITE.through(after=many)
+    assert Invite.parse(str(through)).bootstrap == through.bootstrap
+    assert through.bootstrap == (*INVITE.bootstrap, *many)[:16]
 
 
 @pytest.mark.parametrize(
