@@ -327,14 +327,13 @@ class FairTurns:
     def _serve(self) -> None:
         self._timer = None
         while self._line:
-            if not (
-                future := self._line.pop()
-            ).done():  # its caller may be cancelled in this turn of the loop
-                future.set_result(None)
-                wait_s = self._bucket.take(1, time.monotonic())
-                if wait_s:
-                    self._timer = asyncio.get_running_loop().call_later(wait_s, self._serve)
-                    return
+            future = self._line.pop()
+            if future.done():  # its caller may be cancelled in this turn of the loop
+                continue
+            future.set_result(None)
+            if wait_s := self._bucket.take(1, time.monotonic()):
+                self._timer = asyncio.get_running_loop().call_later(wait_s, self._serve)
+                return
 
 
 class FairLock:

@@ -60,9 +60,8 @@ class SocketStream:
         return await self._reader.read(self._chunk_bytes)
 
     async def write(self, data: bytes) -> None:
-        if (
-            self._writer.is_closing()
-        ):  # uvloop would raise RuntimeError if the other end has reset the connection
+        # uvloop would raise RuntimeError if the other end has reset the connection
+        if self._writer.is_closing():
             raise ConnectionResetError("the other end has closed the connection")
         self._writer.write(data)
         await self._writer.drain()
