@@ -254,10 +254,7 @@ class ReplicaAveraging:
         async with self._lock_of(uid):
             base = await self._snapshots.take(uid)
             fetched = await self._replicas.states.fetch(node, uid)
-            try:
-                await self._average(base, fetched, node.peer_id)
-            except OutOfReachError as error:
-                logger.debug("%s", error)
+            await self._average(base, fetched, node.peer_id)
         given = base.given_to(node.peer_id)
         accepted = await self._replicas.states.ask(
             node, state_pb2.ASK_REASON_AVERAGE, [uid], base.sha256, base_sha256=fetched.sha256
@@ -294,9 +291,10 @@ class ReplicaAveraging:
         try:
             belief = await self._replicas.runtime.run(average)
         except OutOfReachError as error:
+            logger.debug("%s", error)  # this node's owner can do nothing about it
             self.refused.inc()
             await self._note_out_of_reach(expert, peer_id, believed, error.is_untrained)
-            raise
+            return
         self._refused.pop((base.uid, peer_id), None)
         expert.reports.note_averaged()
         mine = believed_updates(base.update_count, believed, share, belief)
@@ -402,8 +400,6 @@ class ReplicaAveraging:
         try:
             with tolerating("average or adopt", self._restarts):
                 return await work
-        except OutOfReachError as error:  # this node's owner can do nothing about it
-            logger.debug("%s", error)
         except (UnreachableError, TransferError, StateError, ExpertError) as error:
             logger.info("%s", error)
         return None
