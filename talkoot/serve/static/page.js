@@ -1,6 +1,7 @@
 // The page to try the model: a prompt, an answer that is written while one looks, and what it took.
 
 import { byId, copyButton, el, setText } from "./shared/dom.js";
+import { count, counted } from "./shared/format.js";
 import { complete } from "./stream.js";
 
 const LOOK_EVERY_MS = 5000;
@@ -24,7 +25,8 @@ function showStatus() {
   document.title = `${model} – Talkoot`;
   setText(byId("model"), model);
   const where = from === "swarm" ? "live in the swarm" : "on this machine";
-  setText(byId("state"), `${experts.live} of ${experts.total} experts ${where}, context of ${context} tokens`);
+  const live = `${count(experts.live)} of ${counted(experts.total, "expert")}`;
+  setText(byId("state"), `${live} ${where}, context of ${counted(context, "token")}`);
   byId("tokens").max = status.max_tokens;
   byId("key-field").hidden = !status.needs_key;
   setText(byId("prompt-label"), status.answers_questions ? "Question" : "Text to continue");
@@ -95,7 +97,7 @@ function finish({ first, tokens, nodes, sources, end }, seconds) {
   byId("more").disabled = !byId("written").textContent;
   byId("stop").disabled = true;
   const said = [];
-  if (tokens) said.push(`${tokens} ${tokens === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(1)} tokens/s`);
+  if (tokens) said.push(`${counted(tokens, "token")} in ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(1)} tokens/s`);
   if (first !== null) said.push(`first text after ${Math.round(first)} ms`);
   if (end) said.push(end);
   setText(byId("speed"), said.join("; "));
