@@ -214,6 +214,7 @@ class Placing(Lookups):
         besides_self: bool = False,
         patience_s: float = math.inf,
         room: int | None = None,
+        sought: bytes | None = None,
     ) -> dict[int, Found]:
         """Returns what the nearest node stores."""
         found = {}

@@ -295,15 +295,14 @@ class Registry:
 
     async def is_seen_by_others(self) -> bool:
         """Whether another peer returns this one's node record. After it was published, some should."""
-        me = self.peer_id
-        return await self._in_time(self._held_by_others(self.keys.node(me), me.to_bytes())) is not None
+        return await self._is_held_by_another(self.keys.node(self.peer_id), self.peer_id)
 
     async def duplicate(self) -> NodeInfo | None:
         """This peer's node record, if others have one that outlives all that this process wrote: another process with
         the same identity wrote it, now or before this one started. It is signed, so that no other peer can forge it.
         """
         me, key = self.peer_id, self.keys.node(self.peer_id)
-        entry = await self._in_time(self._held_by_others(key, me.to_bytes()))
+        entry = await self._held_by_others(key, me.to_bytes())
         if entry is None:
             return None
         value = entry.value
@@ -313,10 +312,7 @@ class Registry:
 
     async def is_manifest_held(self) -> bool:
         """Whether another peer returns the manifest, as some do in every reachable swarm."""
-        return (
-            await self._in_time(self._held_by_others(self.keys.manifest, self.keys.author.to_bytes()))
-            is not None
-        )
+        return await self._is_held_by_another(self.keys.manifest, self.keys.author)
 
     async def node_ids(self, most: int = 65536) -> frozenset[PeerID]:
         """The peers listed in the node shards; at most `most` of them, drawn at random.
@@ -393,11 +389,18 @@ class Registry:
             self._admission.check_record(payload, peer_id)
         return payload
 
-    async def _held_by_others(self, key: str, subkey: bytes) -> Entry | None:
-        """Asks only others: a normal look-up also returns what this peer stores itself."""
+    async def _is_held_by_another(self, key: str, writer: PeerID) -> bool:
+        """Whether any other peer has a record by this writer. The first that has it is enough."""
+        subkey = writer.to_bytes()
+        return await self._held_by_others(key, subkey, sought=subkey) is not None
+
+    async def _held_by_others(self, key: str, subkey: bytes, sought: bytes | None = None) -> Entry | None:
+        """Asks only others: a normal look-up also returns what this peer stores itself. `sought`: as in
+        `Lookups.find`.
+        """
         key_id = key_id_of(key)
-        found = await self.lookups.find([key_id], FRUGAL, besides_self=True, room=MAX_KEY_BYTES)
-        return found[key_id].entries.get(subkey)
+        find = self.lookups.find([key_id], FRUGAL, besides_self=True, room=MAX_KEY_BYTES, sought=sought)
+        return (await self._in_time(find))[key_id].entries.get(subkey)
 
     async def store(self, items: Sequence[Item]) -> None:
         """Raises UnreachableError if no peer accepted any of the items."""

@@ -55,6 +55,12 @@ class Cost:
     near_share: float
     """The share of the calls that go to the nodes nearest to the key."""
 
+    @property
+    def of_one_call(self) -> "Cost":
+        """The cost of a look-up that its first answer ends."""
+        question, answer = self.question_bytes / self.calls, self.answer_bytes / self.calls
+        return Cost(1, 1.0, question, answer, 1.0, 1.0, self.near_share)
+
 
 class HopTable:
     """The costs of look-ups by kind, by whether the same keys were looked up before, and by the sizes of the swarm and
@@ -68,8 +74,7 @@ class HopTable:
             if each["kind"] == "store":
                 self._store_bytes[each["nodes"]] = each["bytes"]
                 continue
-            by_size = self._costs.setdefault((each["kind"], each["warm"]), {})
-            by_size.setdefault(each["nodes"], {})[each["keys"]] = Cost(
+            cost = Cost(
                 round(each["rounds"]),
                 each["seconds_by_rtt"],
                 each["question_bytes"],
@@ -78,6 +83,12 @@ class HopTable:
                 each["calls"],
                 each["near_share"],
             )
+            costs = {each["kind"]: cost}
+            if each["kind"] == "frugal":
+                costs["first"] = cost.of_one_call
+            for kind, cost in costs.items():
+                by_size = self._costs.setdefault((kind, each["warm"]), {})
+                by_size.setdefault(each["nodes"], {})[each["keys"]] = cost
 
     def cost(self, kind: str, is_warm: bool, nodes: int, keys: int) -> Cost:
         """The cost at the smallest measured sizes that are not below these, or at the largest."""
@@ -483,11 +494,13 @@ class ModelLookups(Lookups):
         besides_self: bool = False,
         patience_s: float = math.inf,
         room: int | None = None,
+        sought: bytes | None = None,
     ) -> dict[int, ModelFound]:
         peer, model = self._peer, self._model
         if not peer.is_alive:
             await _awake(peer)
-        cost = await self._reach(keys, "frugal" if limits.is_frugal else "find", "read")
+        kind = "first" if sought is not None else "frugal" if limits.is_frugal else "find"
+        cost = await self._reach(keys, kind, "read")
         world = model.world
         someone = world.servers(peer.half) > (not peer.link.nat) or world.living == 1
         search = model.search(cost) if someone else model.nobody

@@ -160,22 +160,25 @@ class Lookups:
         besides_self: bool = False,
         patience_s: float = math.inf,
         room: int | None = None,
+        sought: bytes | None = None,
     ) -> dict[int, Found]:
         """Looks up all keys, and stores what is found. `besides_self`: leaves out what this peer itself stores.
 
         `patience_s`: how long a search with few answers waits for late ones, once it has any. `room`: bytes of entries
-        that each peer returns for a key, drawn at random, besides index entries; None: all.
+        that each peer returns for a key, drawn at random, besides index entries; None: all. `sought`: a search ends
+        with the first entry of this subkey.
         """
         now = asyncio.get_running_loop().time()
         is_outgrown = now >= self._replace_at and len(self.dht.table) > _OUTGROWN * self.estimated_nodes
         if limits.witnesses and (is_outgrown or now >= self._sample_at):
             self._sample_at = self._replace_at = now + _SAMPLE_EVERY_S
             self.spawn(self.sample(afresh=is_outgrown))
-        run = _Run(self, keys, limits, besides_self, patience_s, room)
+        run = _Run(self, keys, limits, besides_self, patience_s, room, sought)
         await run.until_finished()
         slices = TimeSlices()
         for key, found in run.found.items():
-            self._remember(key, found)
+            if sought is None:  # otherwise, only a few of the nearest nodes may have answered
+                self._remember(key, found)
             if found.entries:
                 self.dht.storage.put(key, found.entries)
             await slices.pause()
@@ -412,10 +415,12 @@ class _Run:
         besides_self: bool,
         patience_s: float = math.inf,
         room: int | None = None,
+        sought: bytes | None = None,
     ) -> None:
         self._lookups = lookups
         self._dht = lookups.dht
         self._room = room
+        self._sought = sought
         self._clock = asyncio.get_running_loop().time
         self._patient_until = self._clock() + patience_s
         self._is_patient = True
@@ -487,6 +492,9 @@ class _Run:
         """Queues the next requests of these searches."""
         for key in keys:
             search = self.found[key].search
+            if self._sought in self.found[key].entries:
+                self._unfinished.discard(key)
+                continue
             heard = {
                 node: peer
                 for node, peer in self._lookups.unverified.near(key).items()

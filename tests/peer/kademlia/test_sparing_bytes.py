@@ -312,3 +312,37 @@ def test_few_calls_for_a_key_that_was_looked_up_before_ask_for_names() -> None:
         assert not any(request.known for request in asked if not request.contacts)
 
     play(scenario, nodes=40, contacts=True)
+
+
+def test_the_first_answer_proves_that_a_record_is_held() -> None:
+    """A peer looks in every period whether others still hold its record."""
+
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        peer = swarm.peers[0]
+        peer.lookups._sample_at = peer.lookups._replace_at = math.inf
+        name = peer.registry.keys.node(peer.peer_id)
+        key, subkey = key_id_of(name), peer.peer_id.to_bytes()
+
+        async def look() -> tuple[bool, int]:
+            before = swarm.network.traffic.by_method["find"]
+            is_seen = await peer.registry.is_seen_by_others()
+            return is_seen, swarm.network.traffic.by_method["find"] - before
+
+        await peer.lookups.store([Item(name, subkey, bytes(1000), peer.registry.now() + 60)])
+        near = peer.lookups.near(key)
+        assert await look() == (True, 1)
+        assert peer.lookups.near(key) == near, "it starts from all of them the next time"
+        others = sorted(swarm.peers[1:], key=lambda other: other.dht.node_id ^ key)
+        first = others[0].dht.storage
+        first.clear()
+        first.put(key, {b"a stranger's": Entry(b"something", peer.registry.now() + 60)})
+        is_seen, calls = await look()
+        assert is_seen
+        assert calls > 1, "what others write under the same key proves nothing"
+        for other in others:
+            other.dht.storage.clear()
+        is_seen, calls = await look()
+        assert not is_seen
+        assert calls >= DEFAULT_LIMITS.front + DEFAULT_LIMITS.doubt - 1, "all near ones have said so"
+
+    play(scenario)
