@@ -253,16 +253,20 @@ class SwarmClient:
 
         Unless `choose_by` is given, it routes as the manifest says. If the manifest has a `prefix`, it routes by the
         first tokens of each sequence, and none of these may be predicted in the loss. `torch.compile` leaves it as it
-        is, and compiles the rest of the model.
+        is, and compiles the rest of the model. In a loop of your own, calling it raises InviteError once this trainer's
+        token is revoked or has expired.
         """
         routing = self._joined.routing
         if choose_by is not None:
             routing = replace(routing, choose_by=choose_by, prefix=routing_prefix)
+        if not self._is_own_loop:
+            return RemoteMixtureOfExperts(
+                layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale
+            )
         mixture = RemoteMixtureOfExperts(
-            layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale
+            layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale, self.require_admitted
         )
-        if self._is_own_loop:
-            mixture.disable_compiling()
+        mixture.disable_compiling()
         return mixture
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:
@@ -325,15 +329,15 @@ class SwarmClient:
         try:
             self._joined.swarm.admission.check_own()
         except RecordError as error:
-            saved = (
-                ""
-                if self._reads_only
-                else ". What is saved stays: to train on from there, also pass --resume"
-            )
+            again = "start again with `--join NEW_INVITE`"
+            if self._is_own_loop:
+                again = "join again with it"
+            elif not self._reads_only:
+                again += ". What is saved stays: to train on from there, also pass --resume"
             raise invite_error(
                 error,
                 f"nodes no longer answer you, because of your invite: {error}. Ask the swarm's founder for a new one, "
-                f"and start again with `--join NEW_INVITE`{saved}{clock.CLOCK.doubt}",
+                f"and {again}{clock.CLOCK.doubt}",
             ) from error
 
     def has_experts(self, limit_s: float | None = None, warns: Callable[[], None] = lambda: None) -> bool:

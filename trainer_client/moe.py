@@ -106,9 +106,11 @@ class RemoteMixtureOfExperts(nn.Module):
         run: "RunOnLoop[Any]",
         routing: Routing,
         gradient_scale: Callable[[], float] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """`layer`: in the model, from 0. `gradient_scale`: a GradScaler's `get_scale`, if one is used: experts receive
-        unscaled gradients. Raises SettingsError if the swarm has no such layer, and TypeError if it is not a number.
+        unscaled gradients. `check`: called before each forward pass, which raises what it raises. Raises SettingsError
+        if the swarm has no such layer, and TypeError if it is not a number.
         """
         super().__init__()
         last = manifest.model.layers - 1
@@ -142,6 +144,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self._experts = experts
         self._run = run
         self._gradient_scale = gradient_scale
+        self._check = check
         self._rng = np.random.default_rng((routing.seed, layer))
         self._last = threading.local()  # several threads may train the same layer
 
@@ -189,6 +192,7 @@ class RemoteMixtureOfExperts(nn.Module):
         `segments`: if x is packed rows [R, D] of several sequences, which rows belong to which.
         """
         assert x.shape[-1] == self.hidden, f"{x.shape[-1]} columns, and this swarm's model has {self.hidden}"
+        self._check()
         if not x.numel():
             return x
         x_RD = x.reshape(-1, self.hidden)
