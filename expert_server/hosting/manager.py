@@ -60,6 +60,8 @@ _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4
 """Experts that one look can give up, and states that are fetched at the same time to prove them."""
 _PROOFS_S = 20.0
 """The longest time for all proofs of one look."""
+_AVERAGE_WITHIN_S = 2.0
+"""After this time, a leaving node waits no longer for averages with hosts to which calls have failed."""
 _ANSWER_WITHIN_S = 2.0
 """If a node does not answer a request to adopt experts within this time, others are asked, too."""
 _CLAIM_WITHIN_S = 10.0
@@ -130,7 +132,7 @@ class Handover:
         silent = set[PeerID]()
         averaging = asyncio.create_task(self._average(shared, silent), name="average before leaving")
         try:
-            await asyncio.wait({averaging}, timeout=_ANSWER_WITHIN_S)
+            await asyncio.wait({averaging}, timeout=_AVERAGE_WITHIN_S)
             gone = self._orphaned(shared, {peer for peer in silent if self._swarm.host.has_failed(peer)})
 
             async def end() -> None:

@@ -159,10 +159,10 @@ def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
     its updates is lost, though the frozen partner is still announced. If its DHT node still answered, its experts are
     handed over after the averages.
     """
-    averaging_s = 600.0 if has_failed else 5.0
+    averaging_s = 600.0 if has_failed else 0.5
     monkeypatch.setattr("expert_server.hosting.averaging._LAST_AVERAGING_S", averaging_s)
-    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 5.0)
-    monkeypatch.setattr("expert_server.hosting.whole_states._PATIENCE_S", 0.5)
+    monkeypatch.setattr("expert_server.hosting.manager._AVERAGE_WITHIN_S", 0.25)
+    monkeypatch.setattr("expert_server.hosting.whole_states._PATIENCE_S", 0.1)
 
     async def scenario(village: Village) -> None:
         averages: dict[str, Any] = {"average_every_s": 600.0}
@@ -254,26 +254,11 @@ def unless_frozen(monkeypatch: pytest.MonkeyPatch, node: Node, frozen: Node) -> 
     patch("ask")
 
 
-def test_an_heir_that_does_not_answer_holds_up_no_other(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 0.5)
-
-    async def scenario(village: Village) -> None:
-        leaver = await village.found(experts=8, **LEAVES)
-        invite = await leaver.swarm.invite()
-        frozen = await village.join(1, invite, experts=0, spare=8)
-        heir = await village.join(2, invite, experts=0, spare=8)
-        await village.run(heir)
-        unless_frozen(monkeypatch, leaver, frozen)
-        assert await asyncio.wait_for(leaver.hosting.release(600), DEADLINE_S) == 0
-        assert set(heir.runtime.experts) == set(UIDS)
-
-    play(scenario)
-
-
-def test_an_heir_that_did_not_answer_lately_is_asked_last(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("has_failed", "answer_within_s"), [(False, 0.5), (True, 600.0)])
+def test_an_heir_that_does_not_answer_holds_up_no_other_and_one_that_failed_lately_is_asked_last(
+    play: Play, monkeypatch: pytest.MonkeyPatch, has_failed: bool, answer_within_s: float
 ) -> None:
-    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 600.0)
+    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", answer_within_s)
 
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
@@ -282,8 +267,8 @@ def test_an_heir_that_did_not_answer_lately_is_asked_last(
         heir = await village.join(2, invite, experts=0, spare=8)
         await village.run(heir)
         unless_frozen(monkeypatch, leaver, frozen)
-        dead = frozen.swarm.host.peer_id
-        monkeypatch.setattr(leaver.swarm.host, "has_failed", lambda peer_id: peer_id == dead)
+        failed = {frozen.swarm.host.peer_id} if has_failed else ()
+        monkeypatch.setattr(leaver.swarm.host, "has_failed", failed.__contains__)
         assert await asyncio.wait_for(leaver.hosting.release(600), DEADLINE_S) == 0
         assert set(heir.runtime.experts) == set(UIDS)
 
