@@ -8,14 +8,28 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
 import pytest
 from callers import numbered_identities
 from grpc import StatusCode
-from relayed import SWARM, Caller, Served, closing, hide, serve, until
+from relayed import (
+    CALLER,
+    FAST_MBIT,
+    HIDDEN,
+    OTHER,
+    RELAY,
+    SWARM,
+    Caller,
+    Served,
+    behind_relay,
+    closing,
+    hide,
+    serve,
+    until,
+)
 
 from peer.bounded import Owner
 from peer.errors import UnreachableError
@@ -32,20 +46,10 @@ from peer.transport.addresses import Multiaddress
 from peer.transport.pipes import ByteStream, Pipe, SocketStream
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
-RELAY, HIDDEN, CALLER, OTHER = range(4)
-FAST_MBIT = 10_000.0
-
 
 @pytest.fixture(scope="module")
 def keys() -> list[Identity]:
     return numbered_identities(6)
-
-
-def play(loop: LoopThread, scenario: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await scenario()
-
-    loop.run(run(), 60)
 
 
 class Rude:
@@ -171,7 +175,7 @@ def test_a_connection_with_a_name_that_nobody_expects_is_closed(
             assert await there[0].readexactly(10) == b"still here"
             assert len(relay.server.connections._table) == 4, "two ends, and two channels"
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_name_may_arrive_in_pieces_and_with_what_follows_it(loop: LoopThread, keys: list[Identity]) -> None:
@@ -191,7 +195,7 @@ def test_a_name_may_arrive_in_pieces_and_with_what_follows_it(loop: LoopThread, 
             assert relay.relaying._circuits.used == 0
             assert not relay.server.connections._expected
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_caller_that_does_not_open_its_end_gives_up_its_place(
@@ -210,7 +214,7 @@ def test_a_caller_that_does_not_open_its_end_gives_up_its_place(
             assert await is_closed(await caller.connect(MARK + reply.circuit))
             assert relay.relaying._circuits.used == 0
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_malformed_calls_by_the_hundred_leave_nothing(loop: LoopThread, keys: list[Identity]) -> None:
@@ -225,7 +229,7 @@ def test_malformed_calls_by_the_hundred_leave_nothing(loop: LoopThread, keys: li
             assert not relay.server.connections._expected
             assert relay.relaying._circuits.used == relay.relaying._places.used == 0
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_flood_of_reservations_from_one_neighbourhood_keeps_nobody_out(
@@ -249,7 +253,7 @@ def test_a_flood_of_reservations_from_one_neighbourhood_keeps_nobody_out(
             assert newcomer.identity.peer_id in relay.relaying._reservations
             assert total(relay.relaying.refused, reason="displaced") == 1
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_one_neighbourhood_gets_few_reservations_though_there_is_room(
@@ -269,7 +273,7 @@ def test_one_neighbourhood_gets_few_reservations_though_there_is_room(
             assert relay.relaying._reservations.keys() == {keys[n].peer_id for n in (1, 2, 4)}
             assert total(relay.relaying.refused, reason="crowded") == 1
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_circuits_that_fill_a_relay_make_room_for_a_newcomer(
@@ -294,7 +298,7 @@ def test_circuits_that_fill_a_relay_make_room_for_a_newcomer(
             assert await status_of(again) is StatusCode.RESOURCE_EXHAUSTED
             assert relay.relaying._of_callers == {keys[CALLER].peer_id: 3, keys[OTHER].peer_id: 1}
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_nobody_loses_a_circuit_for_a_caller_that_gets_none(
@@ -318,7 +322,7 @@ def test_nobody_loses_a_circuit_for_a_caller_that_gets_none(
             assert relay.relaying._circuits.used == 4
             assert not total(relay.relaying.refused, reason="displaced")
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_caller_need_not_wait_until_a_peer_sees_that_a_strangers_circuit_has_ended(
@@ -340,7 +344,7 @@ def test_a_caller_need_not_wait_until_a_peer_sees_that_a_strangers_circuit_has_e
             assert await caller.ask(hidden.contact) == b"ping"
             assert not total(hidden.reservations.offers, outcome="refused")
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_write_after_a_reset_fails_like_any_other(loop: LoopThread) -> None:
@@ -355,7 +359,7 @@ def test_a_write_after_a_reset_fails_like_any_other(loop: LoopThread) -> None:
             with pytest.raises(OSError, match="closed the connection"):
                 await SocketStream(pipe).write(b"late")
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_circuit_that_floods_leaves_another_its_share(loop: LoopThread, keys: list[Identity]) -> None:
@@ -393,7 +397,7 @@ def test_a_circuit_that_floods_leaves_another_its_share(loop: LoopThread, keys: 
             await asyncio.gather(*tasks, return_exceptions=True)
             assert upload.bytes >= sum(received)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_many_circuits_of_one_neighbourhood_leave_another_its_share(
@@ -427,7 +431,7 @@ def test_many_circuits_of_one_neighbourhood_leave_another_its_share(
             for task in carrying:
                 task.cancel()
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_stalled_circuit_holds_the_sender_back_and_costs_no_memory(
@@ -454,7 +458,7 @@ def test_a_stalled_circuit_holds_the_sender_back_and_costs_no_memory(
             assert carried <= sent, "it sends no more than it receives"
             assert sent - carried < 16 * 2**20, "the rest waits in the sockets"
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_nobody_is_dialled_for_a_peer_that_is_not_here_or_does_not_accept(
@@ -474,7 +478,7 @@ def test_nobody_is_dialled_for_a_peer_that_is_not_here_or_does_not_accept(
             assert not relay.server.connections._expected
             assert relay.relaying._circuits.used == 0
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_each_end_of_a_circuit_is_opened_only_once(loop: LoopThread, keys: list[Identity]) -> None:
@@ -494,7 +498,7 @@ def test_each_end_of_a_circuit_is_opened_only_once(loop: LoopThread, keys: list[
             accepted[1].write(b"still here")
             assert await opened[0].readexactly(10) == b"still here"
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_one_caller_has_few_circuits_and_dials_seldom(
@@ -517,7 +521,7 @@ def test_one_caller_has_few_circuits_and_dials_seldom(
             assert min(refused) > 0
             assert relay.relaying._circuits.used == 8
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_dials_that_flood_one_peer_leave_another_its_callers(
@@ -539,7 +543,7 @@ def test_dials_that_flood_one_peer_leave_another_its_callers(
             await caller.dial(keys[OTHER].peer_id.to_bytes())
             assert (await offered(reservation)).caller == keys[CALLER].peer_id.to_bytes()
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_peer_that_says_too_often_that_it_is_there_loses_its_reservation(
@@ -553,7 +557,7 @@ def test_a_peer_that_says_too_often_that_it_is_there_loses_its_reservation(
             assert total(relay.relaying.refused, reason="hasty") == 1
             await until(lambda: not relay.relaying._reservations)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def meddling(change: Callable[[bytes, int], list[bytes]]) -> type[RelayServicer]:
@@ -591,17 +595,14 @@ def test_what_a_relay_does_to_the_bytes_breaks_the_circuit_and_nothing_else(
     loop: LoopThread, keys: list[Identity], change: Callable[[bytes, int], list[bytes]]
 ) -> None:
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT, meddling(change))
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys, make_relay=meddling(change)) as (_, hidden, caller):
             channel = await caller.pool.reach(hidden.contact)
             method: Any = channel.unary_unary("/test/Echo")
             with pytest.raises(grpc.aio.AioRpcError):
                 await method(os.urandom(300_000), timeout=0.5)
             assert not hidden.served.echoes
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_relay_that_cuts_and_delays_only_slows_down(loop: LoopThread, keys: list[Identity]) -> None:
@@ -619,14 +620,11 @@ def test_a_relay_that_cuts_and_delays_only_slows_down(loop: LoopThread, keys: li
             return end
 
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT, Slow)
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys, make_relay=Slow) as (_, hidden, caller):
             payload = os.urandom(300_000)
             assert await caller.ask(hidden.contact, payload) == payload
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_relay_can_put_nobody_else_in_the_place_of_a_peer(loop: LoopThread, keys: list[Identity]) -> None:
@@ -646,7 +644,7 @@ def test_a_relay_can_put_nobody_else_in_the_place_of_a_peer(loop: LoopThread, ke
                 await method(b"", timeout=0.5)
             assert not impostor.served.echoes
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 class Swallowing(RelayServicer):
@@ -684,7 +682,7 @@ def test_calls_get_round_a_relay_that_only_pretends_to_open_circuits(
             assert isinstance(bad.relaying, kind)
             assert bad.relaying.was_used
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 class Deaf(RelayServicer):
@@ -749,7 +747,7 @@ def test_a_relay_that_stops_reading_keeps_no_socket_of_a_peer_open(
             for call in calls:
                 call.cancel()
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 class Flooding(RelayServicer):
@@ -780,7 +778,7 @@ def test_replies_that_a_relay_adds_take_little_of_a_callers_memory(
             assert before < 2**20
             circuit.close()
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 class Calling(RelayServicer):
@@ -821,7 +819,7 @@ def test_a_relay_that_names_callers_without_end_is_given_up(
             origins = {each.origin for each in hidden.served.server.connections._table.all()}
             assert origins <= {f"relay {relay.peer_id}"}
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_relay_that_answers_nonsense_is_left_alone(loop: LoopThread, keys: list[Identity]) -> None:
@@ -838,7 +836,7 @@ def test_a_relay_that_answers_nonsense_is_left_alone(loop: LoopThread, keys: lis
             await until(lambda: hidden.reservations._pauses.held_back(0.0))
             assert not hidden.reservations.addresses
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_what_a_relay_says_when_it_ends_a_reservation_is_told_in_one_printable_line(
@@ -859,4 +857,4 @@ def test_what_a_relay_says_when_it_ends_a_reservation_is_told_in_one_printable_l
             assert said.isprintable()
             assert len(said) < 400
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import struct
-from collections.abc import Awaitable, Callable
 from contextlib import closing as closing_it
 from typing import Any
 
@@ -11,7 +10,7 @@ import http2_attacks
 import pytest
 from callers import numbered_identities, opened
 from http2_attacks import frame, grpc_message, header_block
-from relayed import SWARM, Served, closing, hide, serve, until
+from relayed import CALLER, FAST_MBIT, HIDDEN, RELAY, SWARM, Served, closing, hide, serve, until
 
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -21,7 +20,6 @@ from peer.rpc.sessions import Metadata
 from peer.wire import relay_pb2, session_pb2
 
 SERVICE = "talkoot.v1.RelayService"
-FAST_MBIT = 10_000.0
 BEGUN = struct.pack("!BI", 0, 2_000_000) + bytes(1000)
 """The beginning of a message of 2 MB."""
 
@@ -29,13 +27,6 @@ BEGUN = struct.pack("!BI", 0, 2_000_000) + bytes(1000)
 @pytest.fixture(scope="module")
 def keys() -> list[Identity]:
     return numbered_identities(3)
-
-
-def play(loop: LoopThread, scenario: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await scenario()
-
-    loop.run(run(), 60)
 
 
 def in_session(served: Served, identity: Identity) -> Metadata:
@@ -60,9 +51,9 @@ def test_few_calls_wait_for_their_first_message_and_make_room_for_others(
     monkeypatch.setattr("peer.rpc.gate._CALLS_WITHOUT_MESSAGE", 8)
 
     async def scenario() -> None:
-        served, pool = await serve(keys[0], FAST_MBIT), ChannelPool()
+        served, pool = await serve(keys[RELAY], FAST_MBIT), ChannelPool()
         async with closing(served, pool):
-            gate, metadata = served.server.gate, in_session(served, keys[1])
+            gate, metadata = served.server.gate, in_session(served, keys[CALLER])
             with closing_it(await asyncio.to_thread(send, served.endpoint, metadata, 40, BEGUN)):
                 await until(lambda: total(gate.refused, reason="crowded") == 32)
                 assert len(gate._own_slots[SERVICE]) == 8
@@ -70,7 +61,7 @@ def test_few_calls_wait_for_their_first_message_and_make_room_for_others(
                 assert await echo(b"ping", timeout=30.0) == b"ping"
                 assert total(gate.refused, reason="displaced") == 1
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_call_with_one_message_does_not_begin_while_more_comes(
@@ -81,15 +72,15 @@ def test_a_call_with_one_message_does_not_begin_while_more_comes(
     monkeypatch.setattr("peer.relays.reservations.BEAT_S", 0.2)
 
     async def scenario() -> None:
-        relay = await serve(keys[0], FAST_MBIT)
-        hidden = await hide(keys[2], [relay])
+        relay = await serve(keys[RELAY], FAST_MBIT)
+        hidden = await hide(keys[HIDDEN], [relay])
         async with closing(relay, hidden):
-            dial = relay_pb2.DialRequest(peer_id=keys[2].peer_id.to_bytes()).SerializeToString()
+            dial = relay_pb2.DialRequest(peer_id=keys[HIDDEN].peer_id.to_bytes()).SerializeToString()
             more = grpc_message(dial) + BEGUN
             with closing_it(
-                await asyncio.to_thread(send, relay.endpoint, in_session(relay, keys[1]), 1, more)
+                await asyncio.to_thread(send, relay.endpoint, in_session(relay, keys[CALLER]), 1, more)
             ):
                 await until(lambda: total(relay.server.gate.refused, reason="slow") == 1)
             assert not total(hidden.reservations.offers)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)

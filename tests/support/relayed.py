@@ -21,6 +21,9 @@ from peer.transport.endpoints import Endpoint
 
 LOCAL = "127.0.0.1"
 SWARM = "sauna"
+RELAY, HIDDEN, CALLER, OTHER = range(4)
+"""Places of these peers among a test's identities."""
+FAST_MBIT = 10_000.0
 
 
 class Served:
@@ -149,6 +152,18 @@ async def closing(*things: Any) -> AsyncIterator[None]:
     finally:
         for thing in reversed(things):
             await (thing.stop() if isinstance(thing, Served) else thing.close())
+
+
+@contextlib.asynccontextmanager
+async def behind_relay(
+    keys: Sequence[Identity], relay_mbit: float = FAST_MBIT, **options: Any
+) -> AsyncIterator[tuple[Served, Hidden, Caller]]:
+    """A relay, a peer that is reached through it, and one that calls this peer. `options`: the relay's."""
+    relay = await serve(keys[RELAY], relay_mbit, **options)
+    hidden = await hide(keys[HIDDEN], [relay])
+    caller = Caller(keys[CALLER])
+    async with closing(relay, hidden, caller):
+        yield relay, hidden, caller
 
 
 async def until(condition: Callable[[], object], within_s: float = 60.0) -> None:

@@ -4,14 +4,27 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from callers import numbered_identities
 from grpc import StatusCode
-from relayed import SWARM, Caller, closing, hide, serve, until
+from relayed import (
+    CALLER,
+    FAST_MBIT,
+    HIDDEN,
+    OTHER,
+    RELAY,
+    SWARM,
+    Caller,
+    behind_relay,
+    closing,
+    hide,
+    serve,
+    until,
+)
 
 from peer.errors import ExpertError, UnreachableError
 from peer.identity import Identity, PeerID
@@ -27,30 +40,17 @@ from peer.transport.dialling import ENDPOINT_BURST, Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.wire import admission_pb2, relay_pb2
 
-RELAY, OTHER_RELAY, HIDDEN, CALLER = range(4)
-FAST_MBIT = 10_000.0
-
 
 @pytest.fixture(scope="module")
 def keys() -> list[Identity]:
     return numbered_identities(7)
 
 
-def play(loop: LoopThread, scenario: Callable[[], Awaitable[None]]) -> None:
-    async def run() -> None:
-        await scenario()
-
-    loop.run(run(), 60)
-
-
 def test_a_call_reaches_a_hidden_peer_with_its_certificate_pinned(
     loop: LoopThread, keys: list[Identity]
 ) -> None:
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys) as (relay, hidden, caller):
             payload = os.urandom(2 * 2**20)
             for _ in range(3):
                 assert await caller.ask(hidden.contact, payload) == payload
@@ -62,7 +62,7 @@ def test_a_call_reaches_a_hidden_peer_with_its_certificate_pinned(
             with pytest.raises(UnreachableError):  # its addresses lead to another peer
                 await caller.dialler.dial(impostor.peer_id, impostor.relay_addresses)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_several_callers_share_a_relay(loop: LoopThread, keys: list[Identity]) -> None:
@@ -78,14 +78,14 @@ def test_several_callers_share_a_relay(loop: LoopThread, keys: list[Identity]) -
             assert await asyncio.gather(*answers) == payloads
             assert relay.relaying._circuits.used == 3
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_when_a_relay_dies_calls_go_on_by_the_second_and_a_third_is_found(
     loop: LoopThread, keys: list[Identity]
 ) -> None:
     async def scenario() -> None:
-        relays = [await serve(key, FAST_MBIT) for key in (*keys[:2], keys[6])]
+        relays = [await serve(key, FAST_MBIT) for key in (keys[RELAY], keys[OTHER], keys[6])]
         hidden = await hide(keys[HIDDEN], relays, reservations=2)
         caller = Caller(keys[CALLER])
         async with closing(*relays, hidden, caller):
@@ -98,7 +98,7 @@ def test_when_a_relay_dies_calls_go_on_by_the_second_and_a_third_is_found(
             await until(lambda: len(hidden.reservations.addresses) == 2)
             assert first not in {address.dialled for address in hidden.reservations.addresses}
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_relay_itself_calls_the_peers_that_have_reservations_there(
@@ -111,7 +111,7 @@ def test_a_relay_itself_calls_the_peers_that_have_reservations_there(
         async with closing(relay, hidden, caller):
             assert await caller.ask(hidden.contact) == b"ping"
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_relay_whose_places_for_calls_are_taken_relays_all_the_same(
@@ -128,7 +128,7 @@ def test_a_relay_whose_places_for_calls_are_taken_relays_all_the_same(
             assert relay.relaying._circuits.used == 3
             assert total(relay.server.gate.refused) == 0
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_reservations_are_dropped_and_kept_again(loop: LoopThread, keys: list[Identity]) -> None:
@@ -145,7 +145,7 @@ def test_reservations_are_dropped_and_kept_again(loop: LoopThread, keys: list[Id
             hidden.reservations.keep(hidden.candidates)
             await until(lambda: len(hidden.reservations.addresses) == 1)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_peer_renews_its_reservation_where_its_neighbourhood_has_no_place_left(
@@ -164,7 +164,7 @@ def test_a_peer_renews_its_reservation_where_its_neighbourhood_has_no_place_left
             assert not call.done()
             call.cancel()
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 class Members(AllowAll):
@@ -200,7 +200,7 @@ def test_only_members_use_a_relay_and_only_as_long_as_they_are(
             assert await call.code() is StatusCode.PERMISSION_DENIED
             await until(lambda: not relay.relaying._reservations)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 @pytest.mark.parametrize("number", [CALLER, HIDDEN])
@@ -215,10 +215,7 @@ def test_a_circuit_ends_when_one_of_its_peers_is_no_longer_admitted(
             return caller not in revoked
 
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT, admission=Revoking())
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys, admission=Revoking()) as (relay, hidden, caller):
             assert await caller.ask(hidden.contact) == b"ping"
             await asyncio.sleep(0.2)
             assert relay.relaying._circuits.used == 1
@@ -226,7 +223,7 @@ def test_a_circuit_ends_when_one_of_its_peers_is_no_longer_admitted(
             await until(lambda: not relay.relaying._circuits.used)
             await until(lambda: not caller.client.circuits and not hidden.client.circuits)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_two_relays_are_on_two_machines_where_there_are_two(keys: list[Identity]) -> None:
@@ -266,7 +263,7 @@ def test_a_relay_that_was_reached_costs_no_dials(loop: LoopThread, keys: list[Id
             assert not dialling.begin(relay.endpoint, stranger)
             assert dialling.begin(relay.endpoint, relay.peer_id)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_peer_that_relays_for_nobody_says_so(loop: LoopThread, keys: list[Identity]) -> None:
@@ -286,46 +283,37 @@ def test_a_peer_that_relays_for_nobody_says_so(loop: LoopThread, keys: list[Iden
             said = f"relay {relay.peer_id} refuses: this peer relays for nobody"
             assert hidden.reservations.refusal == said
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_relay_carries_no_more_than_its_owner_gives(loop: LoopThread, keys: list[Identity]) -> None:
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], 8.0)  # 1 MB/s
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys, 8.0) as (_, hidden, caller):  # 1 MB/s
             await caller.ask(hidden.contact)
             began = time.monotonic()
             await caller.ask(hidden.contact, bytes(500_000))
             assert time.monotonic() - began > 0.7, "1 MB there and back, less a burst of 0.2 MB"
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_session_that_the_relay_forgot_is_opened_again(loop: LoopThread, keys: list[Identity]) -> None:
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys) as (relay, hidden, caller):
             (address,) = hidden.reservations.addresses
             for _ in range(2):
                 (await caller.dialler.dial(hidden.served.peer_id, [address])).close()
                 for session in list(relay.sessions._sessions):
                     relay.sessions._end(session)
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
     loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys) as (_, hidden, caller):
             (address,) = hidden.reservations.addresses
             unlucky = address.at(Endpoint("127.0.0.1:1"))
             find, mistake = caller.client.relay, ZeroDivisionError("a mistake")
@@ -342,7 +330,7 @@ def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
         logged = [record.exc_info[1] for record in caplog.records if record.exc_info]
         assert logged == [mistake, mistake]
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_of_two_relays_the_one_that_answers_opens_the_circuit(
@@ -360,7 +348,7 @@ def test_of_two_relays_the_one_that_answers_opens_the_circuit(
                 dead = address.at(Endpoint.of("127.0.0.1", silent.getsockname()[1]))
                 (await caller.dialler.dial(hidden.served.peer_id, [dead, address])).close()
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
 
 
 def test_an_idle_circuit_is_probed_before_routers_forget_it(
@@ -376,10 +364,7 @@ def test_an_idle_circuit_is_probed_before_routers_forget_it(
         monkeypatch.setattr(f"{module}.probe_when_idle", note)
 
     async def scenario() -> None:
-        relay = await serve(keys[RELAY], FAST_MBIT)
-        hidden = await hide(keys[HIDDEN], [relay])
-        caller = Caller(keys[CALLER])
-        async with closing(relay, hidden, caller):
+        async with behind_relay(keys) as (_, hidden, caller):
             assert await caller.ask(hidden.contact) == b"ping"
         assert len(opened) == 4, "at both ends, and twice at the relay"
         for each in opened:
@@ -387,4 +372,4 @@ def test_an_idle_circuit_is_probed_before_routers_forget_it(
                 assert each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 30
 
-    play(loop, scenario)
+    loop.run(scenario(), 60)
