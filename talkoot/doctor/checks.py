@@ -5,6 +5,7 @@ memory, cores, disk), and what other nodes measure (clock, bandwidth, reachabili
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,13 +95,38 @@ class Finding(BaseModel):
     """The measured figures, by names that include the units."""
 
 
-def check_state(folder: Path, error: UserError | None) -> Finding:
+@dataclass(frozen=True)
+class NodeHere:
+    """The node that runs on this machine with the checked state folder, if any."""
+
+    runs: bool = False
+    memory_bytes: int = 0
+    """What it and its child processes take."""
+    ports: frozenset[int] = frozenset()
+    """The TCP ports that they listen on."""
+
+    @classmethod
+    def of_process(cls, pid: int) -> "NodeHere":
+        memory_bytes, ports = 0, set[int]()
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            for each in (process, *process.children(recursive=True)):
+                memory_bytes += each.memory_info().rss
+                ports.update(c.laddr.port for c in each.net_connections("tcp") if c.status == "LISTEN")
+        return cls(True, memory_bytes, frozenset(ports))
+
+
+NO_NODE = NodeHere()
+
+
+def check_state(folder: Path, error: UserError | None, here: NodeHere = NO_NODE) -> Finding:
     """`error`: what is wrong with the state folder, if anything."""
+    name, says = "state folder", str(folder)
+    if here.runs:
+        return Finding(name=name, verdict=Verdict.OK, says=f"{says}; a node runs here with it")
     if error is not None:
-        return Finding(
-            name="state folder", verdict=Verdict.PROBLEM, says=f"{folder} can't be used", fix=str(error)
-        )
-    return Finding(name="state folder", verdict=Verdict.OK, says=str(folder))
+        return Finding(name=name, verdict=Verdict.PROBLEM, says=f"{says} can't be used", fix=str(error))
+    return Finding(name=name, verdict=Verdict.OK, says=says)
 
 
 def check_software() -> Finding:
@@ -132,14 +158,18 @@ def check_device(settings: NodeSettings) -> Finding:
     return Finding(name="device", verdict=Verdict.OK, says=says, values={"devices": ",".join(devices)})
 
 
-def check_ports(settings: NodeSettings, host: str) -> Finding:
-    """Whether a node could listen on its port and on that of /metrics. `host`: the address it would listen on."""
+def check_ports(settings: NodeSettings, host: str, here: NodeHere = NO_NODE) -> Finding:
+    """Whether a node could listen on its port and on that of /metrics, or does. `host`: the address it would listen
+    on.
+    """
     wanted = {
         "--port": (host, settings.port),
         "--metrics-port": (settings.metrics_host, settings.metrics_port),
     }
     taken = []
     for option, (address, port) in wanted.items():
+        if port in here.ports:
+            continue
         try:
             require_free_port(address, port)
         except PortError as error:
@@ -166,7 +196,7 @@ def check_clock_keeping() -> Finding:
     )
 
 
-def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
+def check_speed(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO_NODE) -> Finding:
     """Trains one expert of the manifest for a moment. Blocks, so don't call it on an event loop."""
     if expert_bytes(manifest) > psutil.virtual_memory().available:
         return Finding(name="speed", verdict=Verdict.SKIPPED, says="not one expert fits into memory")
@@ -175,23 +205,29 @@ def check_speed(settings: NodeSettings, manifest: Manifest) -> Finding:
     rows_per_s = _rows_per_s(manifest, threads)
     kind, width = manifest.experts.kind, manifest.width
     says = f"{rows_per_s:,.0f} rows/s, forward and backward, through a {kind} expert of width {width}"
+    if here.runs:
+        says += ", beside the node that runs here"
     slow = rows_per_s < _SLOW_ROWS_PER_S
+    others = (
+        "pause the node (`talkoot pause`) and close other programs" if here.runs else "close other programs"
+    )
     return Finding(
         name="speed",
         verdict=Verdict.WEAK if slow else Verdict.OK,
         says=says,
-        fix="close other programs; if that does not help, this swarm's experts are too large for this machine"
+        fix=f"{others}; if that does not help, this swarm's experts are too large for this machine"
         if slow
         else "",
         values={"rows_per_s": rows_per_s, "threads": threads},
     )
 
 
-def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
-    """How many experts fit into memory."""
-    free, each = psutil.virtual_memory().available, expert_bytes(manifest)
+def check_memory(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO_NODE) -> Finding:
+    """How many experts fit into memory. What a running node takes counts as free."""
+    free, each = psutil.virtual_memory().available + here.memory_bytes, expert_bytes(manifest)
     values = {"free_bytes": free, "expert_bytes": each, "experts_that_fit": free // each}
-    name, says = "memory", f"{bytes_in_words(free)} free; an expert takes {bytes_in_words(each)}"
+    free_in_words = f"{bytes_in_words(free)} free{' or used by the node that runs here' if here.runs else ''}"
+    name, says = "memory", f"{free_in_words}; an expert takes {bytes_in_words(each)}"
     try:
         wanted = within_memory(settings, manifest).experts
     except SettingsError as error:
@@ -209,10 +245,12 @@ def check_memory(settings: NodeSettings, manifest: Manifest) -> Finding:
     return Finding(name=name, verdict=Verdict.OK, says=says, values=values | {"experts": hosts})
 
 
-def check_cores() -> Finding:
+def check_cores(here: NodeHere = NO_NODE) -> Finding:
     cores, load = usable_cores(), machine.load()
     says = f"{counted(cores, 'core')}, {load:.1f} busy in the last minute"
-    busy = load > 0.75 * cores
+    if here.runs:
+        says += ", with the node that runs here"
+    busy = load > 0.75 * cores and not here.runs
     return Finding(
         name="cores",
         verdict=Verdict.WEAK if busy else Verdict.OK,
@@ -244,22 +282,31 @@ def check_disk(state: Path, settings: NodeSettings, manifest: Manifest, experts:
 
 
 async def ask_peers(
-    swarm: Swarm, host: str, port: int, rng: random.Random, *, upnp: bool = False
+    swarm: Swarm,
+    host: str,
+    port: int,
+    rng: random.Random,
+    *,
+    upnp: bool = False,
+    own: PeerID | None = None,
+    here: NodeHere = NO_NODE,
 ) -> list[Finding]:
     """Asks some nodes of the swarm. `host`, `port`: where a node would serve here; port 0: any free one.
 
-    `upnp`: asks the router to forward the port during the checks, as a node would. Raises PortError if the port can't
-    be used, and UnreachableError if the DHT does not answer.
+    `upnp`: asks the router to forward the port during the checks, as a node would. `own`: this machine's node, which is
+    not asked. Raises PortError if the port can't be used, and UnreachableError if the DHT does not answer.
     """
-    others = await _others(swarm)
+    others = await _others(swarm, own)
+    listens = port in here.ports
     links: list[Link] = []
     dials: list[DialledBack] = []
     failures: list[str] = []
     pool = ChannelPool(dialling=swarm.host.dialling)
     try:
         async with (
-            _listening(host, port) as listening,
-            _forwarding(host, listening if upnp and others else 0) as router,
+            contextlib.nullcontext(port) if listens else _listening(host, port) as listening,
+            # the node has asked the router itself, and goes on needing the forwarded port
+            _forwarding(host, listening if upnp and others and not listens else 0) as router,
         ):
             own_port = router.external.port if router.external else listening
             router_says = router.in_words
@@ -456,10 +503,10 @@ def _skipped(name: str, why: str) -> Finding:
     return Finding(name=name, verdict=Verdict.SKIPPED, says=why)
 
 
-async def _others(swarm: Swarm) -> list[NodeInfo]:
-    """The other nodes of the swarm. This machine's own node is left out."""
+async def _others(swarm: Swarm, own: PeerID | None) -> list[NodeInfo]:
+    """The nodes of the swarm without this machine's own."""
     listed: frozenset[PeerID] = await swarm.registry.node_ids()
-    nodes = await swarm.registry.nodes(listed - {swarm.host.peer_id})
+    nodes = await swarm.registry.nodes({each for each in listed if each != own})
     return [node for node in nodes.values() if node.addresses]
 
 

@@ -19,11 +19,11 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import Stage, Swarm, join_swarm
 from expert_server.settings import NodeSettings
-from peer.errors import DaemonError, DataError, StartError, UserError
+from peer.errors import ControlError, DaemonError, DataError, StartError, StateFolderError, UserError
 from peer.files import StateFolder, write_atomically
 from peer.formatting import age_in_words
 from peer.host import NetworkConfig
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.loop import new_loop
 from peer.platform.p2pd import is_offered, why_unavailable
 from peer.transport.dialling import Dialling
@@ -31,7 +31,9 @@ from peer.transport.endpoints import AddressScope
 from peer.transport.libp2p import Libp2p
 from peer.transport.p2pd_setup import Libp2pConfig
 from talkoot.doctor.checks import (
+    NO_NODE,
     Finding,
+    NodeHere,
     Verdict,
     ask_peers,
     check_clock_keeping,
@@ -46,7 +48,7 @@ from talkoot.doctor.checks import (
     check_traffic,
     judge_clock,
 )
-from talkoot.node.control import node_folder
+from talkoot.node.control import ControlClient, node_folder
 from talkoot.node.launch import Origin, listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
@@ -164,28 +166,44 @@ class Check:
         self._host = host
         self._state = state
         self._findings: list[Finding] = []
+        self._here = NO_NODE
+        self._own: PeerID | None = None
+        """The node with this state folder."""
 
     async def run(self, stage: Stage) -> Report:
-        """Saves the report in the state folder, if that is usable."""
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(contextlib.closing(StateFolder(self._state)))
-                identity = Identity.load_or_create(self._state / "identity.key")
-            except StartError as error:
-                self._findings.append(check_state(self._state, error))
-                elsewhere = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="talkoot-")))
-                identity = Identity.load_or_create(elsewhere / "identity.key")
-                return await self._check(identity, stage)
-            self._findings.append(check_state(self._state, None))
-            report = await self._check(identity, stage)
+        """Saves the report in the state folder, if that is usable. A node may run with it meanwhile."""
+        is_usable = self._look_at_state()
+        # another identity than the node's: two peers with one would hide each other from the swarm
+        with tempfile.TemporaryDirectory(prefix="talkoot-") as elsewhere:
+            report = await self._check(Identity.load_or_create(Path(elsewhere) / "identity.key"), stage)
+        if is_usable:
             report.save(self._state)
-            return report
+        return report
+
+    def _look_at_state(self) -> bool:
+        """Whether the report can be saved in the state folder."""
+        found: StartError | None = None
+        try:
+            StateFolder(self._state).close()
+        except StartError as error:
+            found = error
+        if isinstance(found, StateFolderError) and found.is_in_use:
+            with contextlib.suppress(ControlError), ControlClient(self._state) as running:
+                self._here = NodeHere.of_process(running.pid)
+        is_usable = found is None or self._here.runs
+        if is_usable and (key := self._state / "identity.key").exists():
+            try:
+                self._own = Identity.load_or_create(key).peer_id
+            except StartError as error:
+                found = error
+        self._findings.append(check_state(self._state, found, self._here))
+        return is_usable
 
     async def _check(self, identity: Identity, stage: Stage) -> Report:
         self._findings += [
             check_software(),
             await asyncio.to_thread(check_device, self._settings),
-            check_ports(self._settings, self._host),
+            check_ports(self._settings, self._host, self._here),
         ]
         await self._check_p2pd(identity, stage)
         manifest, swarm_id = Manifest.founded({"name": "demo"}), None
@@ -210,7 +228,8 @@ class Check:
             return
         stage("starting p2pd, the libp2p daemon")
         began = time.monotonic()
-        config = Libp2pConfig(self._host, self._settings.p2pd_port)
+        port = self._settings.p2pd_port
+        config = Libp2pConfig(self._host, 0 if port in self._here.ports else port)
         libp2p = Libp2p(identity, config, Dialling(AddressScope.LOOPBACK))
         try:
             await libp2p.start()
@@ -256,7 +275,13 @@ class Check:
             rng = random.Random()  # noqa: S311  # chooses whom to ask
             settings = self._settings
             self._findings += await ask_peers(
-                swarm, self._host, settings.port, rng, upnp=settings.asks_router
+                swarm,
+                self._host,
+                settings.port,
+                rng,
+                upnp=settings.asks_router,
+                own=self._own,
+                here=self._here,
             )
         except StartError as error:
             self._note("reachability", Verdict.PROBLEM, "nobody can listen there", fix=str(error))
@@ -269,12 +294,12 @@ class Check:
         self._findings.append(check_traffic(manifest, line))
         stage("training one expert for a moment")
         try:
-            self._findings.append(await asyncio.to_thread(check_speed, self._settings, manifest))
-            memory = check_memory(self._settings, manifest)
+            self._findings.append(await asyncio.to_thread(check_speed, self._settings, manifest, self._here))
+            memory = check_memory(self._settings, manifest, self._here)
         except UserError as error:
             self._note("experts", Verdict.PROBLEM, "they can't be built here", fix=str(error))
             return
-        self._findings += [memory, check_cores()]
+        self._findings += [memory, check_cores(self._here)]
         stage("writing to the state folder")
         experts = int(memory.values.get("experts", 1))
         disk = await asyncio.to_thread(check_disk, self._state, self._settings, manifest, experts)

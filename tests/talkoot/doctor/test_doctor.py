@@ -78,6 +78,7 @@ def test_sound_machine_has_no_problem(doctor: Doctor, tmp_path: Path) -> None:
     assert "--join" in found["reachability"].says
     assert "Mbit/s up" in found["traffic"].says
     assert Report.load(tmp_path / "state").can_serve
+    assert not (tmp_path / "state" / "identity.key").exists(), "only a node needs one"
 
 
 def test_a_machine_whose_first_address_is_loopback_has_no_network() -> None:
@@ -111,7 +112,7 @@ def test_folder_that_can_not_be_written_is_named(doctor: Doctor, tmp_path: Path)
     assert "pass another --state" in found["state folder"].fix
 
 
-def test_folder_of_a_running_node_is_named(doctor: Doctor, tmp_path: Path) -> None:
+def test_folder_of_another_process_is_named(doctor: Doctor, tmp_path: Path) -> None:
     held = StateFolder(tmp_path / "state")
     try:
         assert problems(found := doctor()) == {"state folder"}

@@ -83,6 +83,24 @@ def test_machine_is_checked_against_a_running_swarm(node: RunningNode, tmp_path:
     assert [verdicts[name] for name in ("p2pd", "swarm", "clock", "reachability")] == ["ok"] * 4, verdicts
     assert set(verdicts) >= {"bandwidth", "speed", "memory", "cores", "disk"}
     assert Report.load(tmp_path).to_dict(0.0)["checks"] == found["checks"]
+    assert not (tmp_path / "identity.key").exists(), "only a node needs one"
+
+
+def test_machine_is_checked_while_its_node_runs(node: RunningNode) -> None:
+    port = (node.state / "port").read_text().strip()
+    options = ["--host", HOST, "--port", port, "--threads", "1", "--p2pd", "off"]
+    checked = node.say("doctor", "--join", node.invite, *options)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout.endswith("\nthis machine can host experts\n")
+    report = Report.load(node.state)
+    found = {finding.name: finding for finding in report.findings}
+    assert not [each for each in found.values() if each.verdict is Verdict.PROBLEM]
+    assert found["state folder"].says == f"{node.state}; a node runs here with it"
+    assert "; an expert takes" in found["memory"].says
+    assert "beside the node that runs here" in found["speed"].says
+    assert found["reachability"].says == "there is no other node to ask"
+    cached = node.say("doctor", "--cached")
+    assert (cached.returncode, "a node runs here" in "".join(cached.stdout.split("\n"))) == (0, True), cached
 
 
 def test_machine_that_can_not_serve_is_an_exit_status(tmp_path: Path) -> None:
