@@ -582,6 +582,7 @@ class Node:
             swarm_experts=self.swarm.manifest.experts_total,
             loss=self.news.training.loss,
             loss_at_first=self.news.training.loss_at_first,
+            loss_age=self.news.loss_age,
             alone=tuple(map(str, self.hosting.alone)),
             offline=self.hosting.offline,
         )
@@ -601,4 +602,5 @@ class Node:
 
     def _contribution(self) -> Contribution:
         work = self.runtime.metrics
-        return self._account.total(int(total(work.rows)), int(total(work.updates)))
+        rows, updates = int(total(work.rows)), int(total(work.updates))
+        return self._account.total(rows, updates, self._receipts.signed.work.pairs)

@@ -105,6 +105,8 @@ class NodeStatus:
     """The lowest validation loss of the swarm's trainers, in nats per token; None: not known."""
     loss_at_first: float | None = None
     """The first such loss that this node heard of."""
+    loss_age: str = ""
+    """How long ago this node last heard of the loss, such as `12 min`; empty if that was just now, or never."""
     alone: tuple[str, ...] = ()
     """Experts that nobody else serves, as far as the node knows."""
     offline: int | None = None
@@ -139,11 +141,15 @@ class ContributionAccount:
             self._served_s += now - self._serves_since
         self._serves_since = now if serves else None
 
-    def total(self, rows: int, updates: int) -> Contribution:
-        """The contribution of all runs. `rows`, `updates`: how many there were in this run."""
+    def total(self, rows: int, updates: int, signed_rows: int = 0) -> Contribution:
+        """The contribution of all runs. `rows`, `updates`: how many there were in this run.
+
+        `signed_rows`: the rows that callers have signed for. A node that was killed has lost its own count of its last
+        minute, for which callers sign later.
+        """
         before = self._before
         return Contribution(
-            rows=before.rows + rows,
+            rows=max(before.rows + rows, signed_rows),
             updates=before.updates + updates,
             served_s=before.served_s + self._served_s,
         )

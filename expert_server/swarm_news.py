@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dht.announcements import Replica, ReplicaState
 from dht.registry import Registry, some_of
 from dht.uid import UID
-from peer.formatting import counted
+from peer.formatting import age_in_words, counted
 from peer.identity import PeerID
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -17,16 +17,18 @@ _MOST_ASKED = 16
 """The most missing nodes that are looked up at once."""
 _MOST_READ = 8
 """The most trainers whose records are read, drawn at random. Trainers average, so their losses are alike."""
-TRAINERS_EVERY_S, _LONGEST_PAUSE_S = 300.0, 1800.0
+TRAINERS_EVERY_S, _LONGEST_PAUSE_S = 60.0, 1800.0
 """The pause between two looks at the trainers."""
+_OLD_S = 120.0
+"""Younger losses count as present ones."""
 _BYTES_PER_S = 100.0
 """The average traffic of these looks. Among 24 nodes, one takes 65 KB, as much as all else in a period."""
 
 
 @dataclass(frozen=True)
 class TrainingNews:
-    """How the swarm's training goes. Losses are the lowest validation loss of the active trainers, in nats per
-    token.
+    """How the swarm's training goes. Losses are the lowest validation loss of the trainers that are active or have just
+    left, in nats per token.
     """
 
     trainers: int | None = None
@@ -35,6 +37,8 @@ class TrainingNews:
     """The last loss that the node heard of."""
     loss_at_first: float | None = None
     """The first loss that the node heard of."""
+    heard_at: float | None = None
+    """When the node last heard of a loss, by its monotonic clock."""
 
 
 class SwarmNews:
@@ -67,14 +71,26 @@ class SwarmNews:
         spent = self._registry.spent_bytes
         listed, about = await self._registry.some_trainer_ids(_MOST_READ)
         some = some_of(listed, _MOST_READ)
-        read = await self._registry.trainers(some)
+        # a run may begin and end between two looks; a trainer that leaves announces its last loss
+        read = await self._registry.trainers(some, with_left=True)
+        active = sum(not info.left for info in read.values())
         # anybody can list trainers that don't exist
-        live = round(about * len(read) / max(1, len(some)))
+        live = round(about * active / max(1, len(some)))
+        before = self.training
         losses = [info.validation_loss for info in read.values() if info.validation_loss is not None]
-        loss, first = min(losses, default=self.training.loss), self.training.loss_at_first
-        self.training = TrainingNews(live, loss, loss if first is None else first)
+        loss, heard_at = (min(losses), now) if losses else (before.loss, before.heard_at)
+        self.training = TrainingNews(
+            live, loss, loss if before.loss_at_first is None else before.loss_at_first, heard_at
+        )
         cost = self._registry.spent_bytes - spent
         self._next_at = now + max(self._trainers_every_s, min(cost / _BYTES_PER_S, _LONGEST_PAUSE_S))
+
+    @property
+    def loss_age(self) -> str:
+        """How long ago the node last heard of the loss, in words; empty if that was just now, or never."""
+        heard_at = self.training.heard_at
+        age_s = 0.0 if heard_at is None else self._clock() - heard_at
+        return age_in_words(age_s) if age_s >= _OLD_S else ""
 
     async def _note_gone(self) -> None:
         """Reports each host that has disappeared without leaving."""

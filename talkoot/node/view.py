@@ -79,7 +79,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(ratio=1, overflow="fold")
-    grid.add_row("state", Text(_state_and_use(status), style=_STYLES.get(status.state, "")))
+    grid.add_row("state", Text(_state_and_use(status, rates), style=_STYLES.get(status.state, "")))
     if _may_host_experts(status):
         grid.add_row("trained", _trained(status, verb=""))
         grid.add_row("computed", _computed(status, rates))
@@ -134,10 +134,12 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
         yield trouble
 
 
-def _state_and_use(status: NodeStatus) -> str:
+def _state_and_use(status: NodeStatus, rates: NodeRates) -> str:
     """The state, and whether anybody uses the node if it serves."""
     words = state_in_words(status)
-    if status.state is not NodeState.SERVING or status.trainers_now or not _may_host_experts(status):
+    # a trainer that validates, and a reader, send rows but no gradients
+    is_used = bool(status.trainers_now or rates.rows)
+    if status.state is not NodeState.SERVING or is_used or not _may_host_experts(status):
         return words
     if not status.swarm_trainers:
         return f"{words}; idle: nobody trains" if status.swarm_trainers == 0 else words
@@ -154,7 +156,8 @@ def _trained(status: NodeStatus, verb: str = " trained") -> str:
 
 
 def _rows_for(status: NodeStatus) -> str:
-    return f"{counted(status.rows, 'row', ',')} for {counted(status.trainers, 'trainer', ',')}"
+    rows = counted(status.rows, "row", ",")
+    return f"{rows} for {counted(status.trainers, 'trainer', ',')}" if status.trainers else rows
 
 
 def _computed(status: NodeStatus, rates: NodeRates) -> str:
@@ -164,8 +167,9 @@ def _computed(status: NodeStatus, rates: NodeRates) -> str:
 
 def _model(status: NodeStatus) -> str:
     if status.loss is None or status.loss_at_first is None:
-        return "no validation loss known yet; the node looks every 5 minutes"
-    return f"validation loss {status.loss:.3f}; {status.loss_at_first:.3f} when this node first looked"
+        return "no validation loss known yet"
+    age = f" ({status.loss_age} ago)" if status.loss_age else ""
+    return f"validation loss {status.loss:.3f}{age}; {status.loss_at_first:.3f} when this node first looked"
 
 
 def _share(status: NodeStatus) -> str:
@@ -217,7 +221,7 @@ def signed_in_words(status: NodeStatus) -> str:
     """The work that trainers and other callers have signed for, and this node's share of all work done for them."""
     work, callers = status.signed.work, status.signed.trainers
     if not callers:
-        return "nobody has signed for its work yet"
+        return "no receipt for its work has arrived yet"
     words = counted(work.pairs, "row", ",")
     if work.queries:
         words += f" and {work.queries:,} {'query' if work.queries == 1 else 'queries'}"

@@ -37,6 +37,12 @@ def test_it_is_counted_on_over_runs(loop: LoopThread, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["contribution.json"]
 
 
+def test_a_node_that_was_killed_has_computed_at_least_what_callers_signed_for(tmp_path: Path) -> None:
+    account = ContributionAccount(tmp_path / "contribution.json")
+    assert account.total(rows=10, updates=3, signed_rows=25) == Contribution(rows=25, updates=3)
+    assert account.total(rows=30, updates=3, signed_rows=25).rows == 30
+
+
 @pytest.mark.parametrize(
     "broken", [b"", b"{", b'{"rows": -1}', b'{"hours": 2}', b"\xff" * 10, b'{"rows": 1}' + b" " * 5000 + b"x"]
 )

@@ -33,13 +33,19 @@ class Records:
     async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
         return frozenset(self.training), len(self.training)
 
-    async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
-        return {p: self.training[p] for p in peers if p in self.training}
+    async def trainers(
+        self, peers: Collection[PeerID], *, with_left: bool = False
+    ) -> dict[PeerID, TrainerInfo]:
+        return {
+            p: self.training[p]
+            for p in peers
+            if p in self.training and (with_left or not self.training[p].left)
+        }
 
 
 def news_of(records: Records, seen: dict[UID, tuple[Replica, ...]], users: int) -> SwarmNews:
     registry: Any = records
-    return SwarmNews(registry, lambda: seen, lambda: users, trainers_every_s=0.0)
+    return SwarmNews(registry, lambda: seen, lambda: users, trainers_every_s=0.0, clock=lambda: 7.0)
 
 
 @pytest.mark.parametrize(
@@ -96,19 +102,35 @@ def test_the_models_loss_is_told_beside_the_first_that_was_heard_of() -> None:
     assert asyncio.run(looks()) == [
         TrainingNews(0),
         TrainingNews(1),
-        TrainingNews(2, 4.0, 4.0),
-        TrainingNews(1, 3.0, 4.0),
-        TrainingNews(0, 3.0, 4.0),
+        TrainingNews(2, 4.0, 4.0, 7.0),
+        TrainingNews(1, 3.0, 4.0, 7.0),
+        TrainingNews(0, 3.0, 4.0, 7.0),
     ]
+
+
+def test_the_last_loss_of_a_trainer_that_has_left_is_heard_and_grows_old() -> None:
+    now, records = [1000.0], Records()
+    registry: Any = records
+    news = SwarmNews(registry, dict, lambda: 0, clock=lambda: now[0])
+    records.training = {peer(1_000_000): trainer(0, validation_loss=3.5, left=True)}
+    asyncio.run(news.look())
+    assert (news.training.trainers, news.training.loss, news.loss_age) == (0, 3.5, "")
+    records.training.clear()
+    for seconds, said in ((119.0, ""), (1.0, "2 min"), (600.0, "12 min")):
+        now[0] += seconds
+        asyncio.run(news.look())
+        assert news.loss_age == said
 
 
 def test_of_many_trainers_some_are_read_and_all_counted() -> None:
     read: list[int] = []
 
     class Counting(Records):
-        async def trainers(self, peers: Collection[PeerID]) -> dict[PeerID, TrainerInfo]:
+        async def trainers(
+            self, peers: Collection[PeerID], *, with_left: bool = False
+        ) -> dict[PeerID, TrainerInfo]:
             read.append(len(peers))
-            return await super().trainers(peers)
+            return await super().trainers(peers, with_left=with_left)
 
     records = Counting(training={peer(1_000_000 + n): trainer(n) for n in range(100)})
     news = news_of(records, {}, 0)
@@ -151,7 +173,7 @@ def test_trainers_are_looked_up_now_and_then_and_again_after_a_look_that_failed(
     assert asked[0] == 3
 
 
-@pytest.mark.parametrize(("cost", "pause_s"), [(65_000, 650), (10**9, 1800)])
+@pytest.mark.parametrize(("cost", "pause_s"), [(500, 60), (65_000, 650), (10**9, 1800)])
 def test_the_more_a_look_at_the_trainers_costs_the_later_the_next_one_is(cost: int, pause_s: float) -> None:
     now, asked = [1000.0], [0]
 

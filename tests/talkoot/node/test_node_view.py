@@ -85,6 +85,7 @@ statuses = st.builds(
         "reachability": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
         "reachability_advice": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
         "clock_warning": st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200),
+        "loss_age": st.sampled_from(["", "12 min"]),
         "unsteady": st.lists(st.text("abc ", max_size=40), max_size=5).map(tuple),
         "upload_mbit": st.none() | st.floats(0.01, 1e6),
         "download_mbit": st.none() | st.floats(0.01, 1e6),
@@ -154,6 +155,18 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
 )
 def test_idleness_is_told(changes: dict[str, Any], said: str) -> None:
     assert any(f"state     {said}" in row for row in shown(replace(STATUS, **changes), NodeRates()))
+
+
+def test_a_node_that_computes_for_a_trainer_that_only_validates_is_not_idle() -> None:
+    status = replace(STATUS, trainers=0, trainers_now=0)
+    rows = shown(status, NodeRates(rows=347.0))
+    assert any("state     serving  " in row for row in rows)
+    assert any("computed  50,000 rows; 347 rows/s now" in row for row in rows)
+
+
+def test_an_old_loss_is_shown_with_its_age() -> None:
+    said = "\n".join(shown(replace(STATUS, loss_age="12 min"), NodeRates(), 100))
+    assert "model     validation loss 3.215 (12 min ago); 4.100 when this node first looked" in said
 
 
 def test_a_node_without_experts_says_nothing_of_training() -> None:
@@ -303,7 +316,7 @@ def test_a_line_for_the_log_says_the_same() -> None:
 @pytest.mark.parametrize(
     ("signed", "share", "said"),
     [
-        (SignedWork(), None, "nobody has signed for its work yet"),
+        (SignedWork(), None, "no receipt for its work has arrived yet"),
         (SignedWork(Work(pairs=1), 1), 1.0, "1 caller has signed for 1 row, 100% of all that they used"),
         (SignedWork(Work(queries=1), 1), None, "1 caller has signed for 0 rows and 1 query"),
         (

@@ -77,6 +77,20 @@ def test_what_a_trainer_signs_is_kept_announced_and_grows_over_its_runs(
         wait_until(counted, "its receipts as others count them")
 
 
+def test_the_count_of_a_node_that_was_killed_does_not_lag_behind_what_was_signed(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    with founded(loop, tmp_path, experts=8) as founder:
+        node = founder.node
+        train(founder.invite, tmp_path / "trainer")
+        wait_until(lambda: node.status().signed.trainers == 1, "the trainer's last receipt")
+        signed = node.status().signed.work.pairs
+    (tmp_path / "founder" / "contribution.json").unlink()  # a node that is killed may not have saved it yet
+    with founded(loop, tmp_path, experts=8) as founder:
+        status = founder.node.status()
+        assert (status.signed.work.pairs, status.contributed_rows) == (signed, signed)
+
+
 def test_where_the_founder_gives_tokens_each_is_one_vote(loop: LoopThread, tmp_path: Path) -> None:
     by_token = {"admission": AdmissionSpec(mode="token")}
     with founded(loop, tmp_path / "founder", experts=8, parts=by_token) as founder:
