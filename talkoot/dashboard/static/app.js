@@ -13,7 +13,7 @@ import { makeTables } from "./tables.js";
 const SPARKS_REST_MS = 15000;
 const LONGEST_BLANK_MS = 3000;
 const HELP =
-  "Check the network of the dashboard's machine. If it works, all peers that the dashboard knows have gone: restart it with a new invite.";
+  "Check the network of the dashboard's machine. If it works, all peers that the dashboard knows have gone. It goes on when one of them comes back; if none does, restart it with a new invite.";
 const sparks = new Section(byId("overview"), showSparks, () => SPARKS_REST_MS);
 const sections = [sparks, makeGrid(), makeCharts(), ...makeTables(), makePanel()];
 const connection = { lostAt: 0, retryAt: 0 };

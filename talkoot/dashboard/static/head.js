@@ -100,13 +100,12 @@ const TILES = [
   { id: "loss", value: (s) => shown(s.validation_loss, format.loss), sub: bits, spark: "validation_loss" },
 ];
 
-function nodesInTrouble({ nodes }) {
+function nodesInTrouble({ nodes, unreachable_since: since }) {
   if (nodes.gone === null) return [shown(null)];
+  if (since !== null) return ["when last seen"];
   const link = (kind, words) => el("a", { href: "#nodes", class: kind }, words);
   return [
-    ...(nodes.gone
-      ? [link("gone-link", `${format.count(nodes.gone)} gone`), " in a day"]
-      : ["none gone within a day"]),
+    nodes.gone ? link("gone-link", `${format.count(nodes.gone)} gone`) : "none missing",
     ...(nodes.unsteady ? [", ", link("unsteady-link", `${format.count(nodes.unsteady)} unsteady`)] : []),
   ];
 }

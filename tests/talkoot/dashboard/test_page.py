@@ -247,7 +247,7 @@ def test_killed_node_turns_red(swarm: LiveSwarm, seen: Visit, pictures: Path) ->
     seen.page.locator("#nodes-table tr.lost", has_text=DOOMED).wait_for()
     assert colour_as("gone") != ground
     until_figures(seen, nodes="2")
-    seen.until(lambda: seen.text("#tile-nodes .sub") == "1 gone in a day")
+    seen.until(lambda: seen.text("#tile-nodes .sub") == "1 gone")
     seen.page.screenshot(path=pictures / "killed.png")
 
 

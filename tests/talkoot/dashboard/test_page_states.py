@@ -41,6 +41,7 @@ def test_unreachable_swarm_is_told_and_its_last_state_stays(browser: Browser, tm
         assert seen.text("#state-words") == "cannot reach the swarm"
         assert seen.page.locator("#state").get_attribute("data-level") == "unknown"
         assert figures(seen) == ["2", "32", "32", "1", "2.250"]
+        assert seen.text("#tile-nodes .sub") == "when last seen"
         assert seen.page.locator("#banner-retry").is_hidden()
     asked.history.close()
 
@@ -69,7 +70,7 @@ def test_what_fails_again_and_again_is_told(browser: Browser, tmp_path: Path) ->
     for _ in range(3):
         asked.watcher.restarts.note("watch the swarm")
     with served(asked.app) as address, visit(browser, address) as seen:
-        assert seen.text("#tile-nodes .sub") == "none gone within a day, 1 unsteady"
+        assert seen.text("#tile-nodes .sub") == "none missing, 1 unsteady"
         seen.page.locator(".unsteady-link").click()
         seen.until("document.querySelector('#nodes-table tbody tr')?.textContent.includes('unsteady')")
         assert re.fullmatch(
@@ -172,7 +173,7 @@ def test_what_ended_in_order_is_not_red(browser: Browser, tmp_path: Path) -> Non
         seen.until("document.querySelectorAll('#nodes-table tbody tr').length === 3")
         assert seen.page.locator("#nodes-table .lost").all_inner_texts()[0].startswith("volunteer 3")
         assert seen.page.locator("#nodes-table .lost").count() == 1
-        assert seen.text("#tile-nodes .sub") == "1 gone in a day"
+        assert seen.text("#tile-nodes .sub") == "1 gone"
     asked.history.close()
 
 
