@@ -63,6 +63,9 @@ class Credit:
     """The node's share of what all tokens give to nodes, each in proportion to signed work; None in an open swarm."""
 
 
+_NOTHING = Credit(Work(), 0, (), None)
+
+
 def signed_figures(node: NodeInfo, credit: Credit | None) -> dict[str, int | float | None]:
     """The work that others have signed for a node, for programs. None if the node's receipts were not read."""
     if credit is None:
@@ -208,7 +211,9 @@ class CreditReader:
     ) -> None:
         """`channels`: closed together with it."""
         self.credit: Mapping[PeerID, Credit] = {}
-        """The credit according to the last count."""
+        """The credit according to the last count, of all nodes that answered."""
+        self._counted: Mapping[PeerID, Credit] = {}
+        """The same, of nodes with receipts that count."""
         self._swarm_id = swarm_id
         self._admission = admission
         self._channels = channels
@@ -238,7 +243,9 @@ class CreditReader:
         revoked = self._admission.revoked
         if self._ledger.has_changed or revoked != self._revoked:
             self._revoked = revoked
-            self.credit = await asyncio.to_thread(self._ledger.count, revoked)
+            self._counted = await asyncio.to_thread(self._ledger.count, revoked)
+        answered = [peer_id for peer_id, (_, said) in self._tried.items() if said is not None]
+        self.credit = {**dict.fromkeys(answered, _NOTHING), **self._counted}
 
     async def close(self) -> None:
         await self._channels.close()

@@ -13,7 +13,7 @@ from credit_node import KEYS, NODE, SWARM, CreditNode, credit_node
 from expert_fakes import make_node
 from receipts import peer
 
-from dht.admission import SwarmAdmission
+from dht.admission import Mode, SwarmAdmission
 from dht.announcements import NodeInfo
 from dht.receipts import SignedWork, Work, check_receipt, sign_receipt
 from peer.identity import certificate_pem
@@ -23,7 +23,7 @@ from peer.rpc.channels import SERVER_OPTIONS, ChannelPool
 from peer.rpc.server import server_credentials
 from peer.wire import credit_pb2, credit_pb2_grpc
 from talkoot import credit
-from talkoot.credit import CreditReader
+from talkoot.credit import CreditReader, signed_figures
 
 LIAR = numbered_identity(3)
 
@@ -35,9 +35,9 @@ class Clock:
         return self.now
 
 
-def reader(clock: Clock | None = None) -> CreditReader:
+def reader(clock: Clock | None = None, mode: Mode = "open") -> CreditReader:
     admission = SwarmAdmission(KEYS)
-    admission.learn(numbered_identity(0).public_key, "open")
+    admission.learn(numbered_identity(0).public_key, mode)
     return CreditReader(SWARM, admission, ChannelPool(16), ParseGuard(), clock or Clock())
 
 
@@ -81,6 +81,20 @@ def test_what_nodes_have_is_read_and_counted_and_not_read_again(loop: LoopThread
         await reads.read([announced(node)], 8, 60.0)
         assert reads.credit[NODE.peer_id].work == Work(35)
         assert asked == [0, 0]
+
+    run(loop, scenario)
+
+
+def test_a_node_whose_receipts_do_not_count_has_nothing_signed_rather_than_something_unknown(
+    loop: LoopThread,
+) -> None:
+    async def scenario(node: CreditNode, _: CreditReader, clock: Clock) -> None:
+        sign(node, 5, 10)
+        reads = reader(clock, "token")  # the trainer has no badge, as if its token had been revoked
+        await reads.read([announced(node)], 8, 60.0)
+        await reads.close()
+        figures = signed_figures(announced(node), reads.credit.get(NODE.peer_id))
+        assert (figures["signed_pairs"], figures["signed_trainers"]) == (0, 0)
 
     run(loop, scenario)
 
@@ -171,7 +185,7 @@ def test_a_node_that_lies_gains_nothing_and_holds_up_nobody(
         while NODE.peer_id not in reads.credit:  # the deadline of a call is short where one hangs
             clock.now += 60.0
             await reads.read([announced(node)], 8, 60.0)
-        assert reads.credit.keys() == {NODE.peer_id}
+        assert {peer_id for peer_id, found in reads.credit.items() if found.work != Work()} == {NODE.peer_id}
         await server.stop(None)
 
     run(loop, scenario)
