@@ -37,6 +37,7 @@ from peer.transport.addresses import Multiaddress, default_listen_address, requi
 from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder, state_option
 from talkoot.node.invites import FoundedSwarm, invite_advice, require_no_other_swarm
+from talkoot.node.remote import given_up
 from talkoot.node.view import NodeRates, RateMeter, line, live_panel, summary
 from talkoot.node.week import WeeklySummary
 from talkoot.signals import Stopped, run_until_stopped
@@ -175,6 +176,8 @@ class _NodeRun:
                 what = "1 expert goes" if experts == 1 else f"{experts} experts go"
                 logger.info("leaving: %s to others with room; Ctrl-C again leaves at once", what)
             await node.stop()
+            if status.experts and (offline := node.hosting.offline) is not None:
+                logger.info("%s", given_up(status.experts, offline, "starts again"))
             logger.info("%s", summary(status))
 
     async def _start_swarm(self, identity: Identity, stage: Stage) -> Swarm:

@@ -23,6 +23,7 @@ from talkoot.terminal import Terminal, escaped
 
 _LEAVES_WITHIN_S = 90.0
 """How long a node may take to leave: it finishes calls, saves its experts and hands them over, each with a deadline."""
+_GIVEN_UP = "other nodes serve"
 _LOOK_EVERY_S = 0.2
 _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -37,7 +38,7 @@ def run_pause(terminal: Terminal, state: Path | None, duration: str | None) -> N
         after = control.ask("pause", for_s=for_s)
         terminal.line(words(after))
     if before.experts and after.offline is not None:
-        terminal.line(given_up(before.experts, after.offline))
+        terminal.line(given_up(before.experts, after.offline, "resumes"))
 
 
 def run_resume(terminal: Terminal, state: Path | None) -> None:
@@ -60,9 +61,11 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
             if not wait:
                 terminal.line(f"asked process {control.pid} to leave; {words(status)}")
                 return
-            _wait_until_gone(terminal, process, log, folder)
+            said = _wait_until_gone(terminal, process, log, folder)
         finally:
             log.close()
+    if said:
+        terminal.line(said)
     terminal.line(f"stopped; its identity and checkpoints stay in {folder}")
 
 
@@ -104,11 +107,11 @@ def taken_offline(status: ControlStatus, until: str) -> str:
     )
 
 
-def given_up(experts: int, offline: int) -> str:
-    """What became of the experts that a node gave up, in words."""
-    served = f"other nodes serve {experts - offline} of the {counted(experts, 'expert')} that it gave up"
+def given_up(experts: int, offline: int, until: str) -> str:
+    """What became of the experts that a node gave up, in words. `until`: what it does when it hosts again."""
+    served = f"{_GIVEN_UP} {experts - offline} of the {counted(experts, 'expert')} that it gave up"
     return (
-        f"{served}; {offline} {'is' if offline == 1 else 'are'} offline until it resumes"
+        f"{served}; {offline} {'is' if offline == 1 else 'are'} offline until it {until}"
         if offline
         else served
     )
@@ -185,9 +188,12 @@ def _handle(pid: int, folder: Path) -> psutil.Process:
         raise UserError(f"the node of {folder} runs in another container: stop it there") from error
 
 
-def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower, folder: Path) -> None:
-    """Waits for the process to end, and shows what the node logs meanwhile."""
+def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower, folder: Path) -> str:
+    """Waits for the process to end, and shows what the node logs meanwhile. Returns what it logs about the experts that
+    it gave up, because it can't be asked any more; empty if nothing.
+    """
     deadline = time.monotonic() + _LEAVES_WITHIN_S
+    said: list[str] = []
     with terminal.stages("leaving the swarm") as stage:
         while _runs(process):
             if time.monotonic() > deadline:
@@ -197,8 +203,11 @@ def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower,
                     "what it has not saved"
                 )
             time.sleep(_LOOK_EVERY_S)
-            for line in log.lines()[-1:]:
-                stage(line.split(" ", 2)[-1])  # without its date and time
+            said += [line.split(" ", 2)[-1] for line in log.lines()]  # without its date and time
+            if said:
+                stage(said[-1])
+    said += [line.split(" ", 2)[-1] for line in log.lines()]
+    return next((line for line in reversed(said) if line.startswith(_GIVEN_UP)), "")
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -122,6 +122,10 @@ def test_logs_are_followed_while_the_node_leaves_in_order(node: RunningNode) -> 
             stopped = node.say("stop")
             assert stopped.returncode == 0, stopped.stderr
             assert "is offline until this one starts again\n" in stopped.stdout
+            lost = (
+                "other nodes serve 0 of the 4 experts that it gave up; 4 are offline until it starts again\n"
+            )
+            assert lost in stopped.stdout
             assert f"stopped; its identity and checkpoints stay in {node.state}" in stopped.stdout
             assert node.process.wait(60) == 0  # its threads may end a moment after it counts as ended
             heard = ""
@@ -162,10 +166,10 @@ def test_what_a_pause_takes_offline_is_told() -> None:
         "first; what none takes is offline until this one starts again"
     )
     assert "nothing goes offline" in taken_offline(status.model_copy(update={"experts": 0}), "resumes")
-    assert given_up(16, 8) == (
+    assert given_up(16, 8, "resumes") == (
         "other nodes serve 8 of the 16 experts that it gave up; 8 are offline until it resumes"
     )
-    assert given_up(3, 0) == "other nodes serve 3 of the 3 experts that it gave up"
+    assert given_up(3, 0, "resumes") == "other nodes serve 3 of the 3 experts that it gave up"
 
 
 # Durations
