@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
+from peer.formatting import age_in_words
+
 Show: TypeAlias = Callable[[str, str], None]
 """Called with what is being done, and how much of it is done."""
 _SHOWN_EVERY_S, _LOGGED_EVERY_S = 0.2, 5.0
@@ -38,7 +40,8 @@ class Rate:
         total = total or self._total
         rate = done / max(time.monotonic() - self._began, 1e-3)
         share = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-        self._show(self._what, f"{share} {self._noun}, {rate:,.0f} a second{more}")
+        left = "" if total is None or not done else f", {age_in_words((total - done) / rate)} left"
+        self._show(self._what, f"{share} {self._noun}, {rate:,.0f} a second{more}{left}")
 
     def step(self, step: int, steps: int, loss: float) -> None:
         """Shows a step of training."""

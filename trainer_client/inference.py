@@ -5,6 +5,7 @@ Shapes: B sequences, T the model's context, K candidate tokens, V vocabulary.
 
 import codecs
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -128,16 +129,28 @@ class Evaluation:
     bytes: int  # that these tokens stand for
 
 
-@torch.no_grad()
 def evaluate(
     model: LanguageModel,
     tokens: Tokens,
     token_bytes: Sequence[bytes],
     batch_size: int,
     observe: Callable[[int], bool] = lambda done: True,
-    neighbours: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
+    """The scores of the whole text: see `evaluations`."""
+    return deque(evaluations(model, tokens, token_bytes, batch_size, observe), maxlen=1).pop()
+
+
+@torch.no_grad()
+def evaluations(
+    model: LanguageModel,
+    tokens: Tokens,
+    token_bytes: Sequence[bytes],
+    batch_size: int,
+    observe: Callable[[int], bool] = lambda done: True,
+    neighbours: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Evaluation]:
     """Predicts each token once, from the earlier ones in its piece of the text. A piece is as long as the context.
+    Yields the scores of all tokens so far after each batch.
 
     `observe` is called after each batch with the number of tokens done, and returns whether the batch is valid; if not,
     it is computed again. `neighbours`: returns a batch's neighbours, for a model that reads a memory. Raises DataError
@@ -157,9 +170,9 @@ def evaluate(
         nats += loss * targets.size
         done += targets.size
         size += int(bytes_of[targets].sum())
-    if not math.isfinite(nats):
-        raise UserError("the loss is not finite: the model's checkpoint or an expert is broken")
-    return _evaluation(nats, done, size)
+        if not math.isfinite(nats):
+            raise UserError("the loss is not finite: the model's checkpoint or an expert is broken")
+        yield _evaluation(nats, done, size)
 
 
 def check_length(tokens: Tokens, first: int, name: str = "the text") -> None:

@@ -14,9 +14,10 @@ from typing import Any
 from rich.table import Table
 
 from peer.errors import LibraryError, SettingsError, UnreachableError
+from peer.formatting import counted
 from peer.metrics import total
 from talkoot.progress import Progress, Rate
-from talkoot.signals import StopSignals
+from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import Terminal, escaped, to_json
 from talkoot.train.recompute import BlockLoader
 from talkoot.train.session import load_run, once, reader_invite
@@ -30,7 +31,7 @@ from trainer_client.inference import (
     Evaluation,
     check_length,
     combined,
-    evaluate,
+    evaluations,
 )
 from trainer_client.model import LanguageModel, require_memory, require_no_encoder
 from trainer_client.retrieval.attention import RetrievalSpec
@@ -154,7 +155,7 @@ def run_evaluate(
     settings: TrainerSettings,
 ) -> None:
     """Each path is a text of its own, whose files are joined. Raises UserError if it fails, and Stopped after
-    a signal.
+    a signal, once it has printed the figures for what was done until then.
     """
     texts = find_texts(paths)
     read: dict[str, Tokens] = {}
@@ -172,7 +173,14 @@ def run_evaluate(
         trained.language_model()
         for name, tokens in read.items():  # again: a swarm may route by a prefix, which no checkpoint tells
             check_length(tokens, trained.model.first_scored, name)
-        found = _evaluate(terminal, trained, read)
+        found: dict[str, Evaluation] = {}
+        stopped: Stopped | None = None
+        try:
+            _evaluate(terminal, trained, read, found)
+        except Stopped as error:
+            if not found:
+                raise
+            stopped = error
         unanswered = int(total(run.client.dispatcher.metrics.unanswered_rows))
     values = asdict(combined(list(found.values())))
     rest = {"step": run.checkpoint.header.step, "unanswered_rows": unanswered}
@@ -184,12 +192,26 @@ def run_evaluate(
         terminal.out.print(_table(rest))
     else:
         terminal.out.print(_table(values | rest))
+    if stopped is not None:
+        logger.warning(
+            "stopped: these are the figures for the first %s of %s",
+            f"{values['tokens']:,}",
+            counted(_predicted(read, trained.model.first_scored), "token", ","),
+        )
+        raise stopped
 
 
-def _evaluate(terminal: Terminal, trained: TextModel, texts: Mapping[str, Tokens]) -> dict[str, Evaluation]:
+def _predicted(texts: Mapping[str, Tokens], first: int) -> int:
+    """How many tokens of the texts are predicted, if the first one of each is number `first`."""
+    return sum(len(tokens) - first for tokens in texts.values())
+
+
+def _evaluate(
+    terminal: Terminal, trained: TextModel, texts: Mapping[str, Tokens], found: dict[str, Evaluation]
+) -> None:
+    """Adds each text's scores to `found`. If it is stopped, they are those of the tokens until then."""
     run, first, done_before = trained.run, trained.model.first_scored, 0
-    found: dict[str, Evaluation] = {}
-    total_tokens = sum(len(tokens) - first for tokens in texts.values())
+    total_tokens = _predicted(texts, first)
     with terminal.stages(_EVALUATING) as stage:
         progress = Progress(stage, terminal.live, _EVALUATING)
         rate = Rate(progress.show, _EVALUATING, total_tokens, "tokens")
@@ -201,11 +223,11 @@ def _evaluate(terminal: Terminal, trained: TextModel, texts: Mapping[str, Tokens
         for name, tokens in texts.items():
             token_bytes, batch_size = run.tokenizer.token_bytes, run.settings.batch_size
             neighbours = None if trained.lookup is None else trained.lookup.learned
-            found[name] = evaluate(
+            for scores in evaluations(
                 trained.language_model(), tokens, token_bytes, batch_size, observe, neighbours
-            )
+            ):
+                found[name] = scores
             done_before += found[name].tokens
-    return found
 
 
 def _table(values: Mapping[str, Any]) -> Table:

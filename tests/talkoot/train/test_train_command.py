@@ -30,6 +30,7 @@ from peer.transport.endpoints import Endpoint
 from talkoot import signals
 from talkoot.train import session
 from trainer_client.client import SwarmClient
+from trainer_client.inference import Evaluation, evaluations
 from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.settings import PRESETS
 from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
@@ -161,6 +162,28 @@ def test_the_newest_run_is_taken_by_default(
     assert "using the newest run" in caplog.text
     assert talkoot(*train(founder, trained, "--data", text, "--steps", 1)).status == 0
     assert "starting a new run; --resume would continue run" in caplog.text
+
+
+def test_an_evaluation_that_is_stopped_prints_the_figures_so_far(
+    founder: Founder,
+    trained: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def interrupted(*arguments: Any) -> Iterator[Evaluation]:
+        for number, found in enumerate(evaluations(*arguments)):
+            if number == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield found
+
+    monkeypatch.setattr("talkoot.train.trained.evaluations", interrupted)
+    given = ("evaluate", text, "--join", founder.invite, "--state", trained, "--json")
+    ended = talkoot(*given)
+    assert ended.status == 130, ended.err
+    done = 2 * founder.node.swarm.manifest.model.context  # one batch
+    assert json.loads(ended.out.splitlines()[-1])["tokens"] == done
+    assert f"stopped: these are the figures for the first {done} of " in caplog.text
 
 
 @pytest.mark.parametrize("command", [("generate",), ("train", "--resume")])
