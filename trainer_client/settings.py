@@ -51,6 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _VALIDATIONS, _LEAST_STEPS_BETWEEN = 10, 10
 """The default number of validations between the first and the last, and the default fewest steps between two."""
+_CHUNK, _SMALLEST_CHUNK = 64, 4
+"""Tokens for which passages are looked up together: usually, and the fewest."""
 _EARLY_VALIDATIONS = (10, 100, 1_000, 10_000, 100_000)
 """The steps after which a long run validates by default before the first of those. Each costs a few forward passes."""
 _OF_THIS_MACHINE = {
@@ -197,8 +199,12 @@ class TrainerSettings(RoleSettings):
         description="name or id of a memory whose passages the model reads while it learns, writes or answers; unset: "
         "none",
     )
-    memory_chunk: int = Field(
-        default=64, ge=4, le=1024, description="tokens of the text for which passages are looked up together"
+    memory_chunk: int | None = Field(
+        default=None,
+        ge=_SMALLEST_CHUNK,
+        le=1024,
+        description="tokens of the text for which passages are looked up together, fewer than the swarm's context; "
+        "unset: 64, or a quarter of the context if it is no longer than that",
     )
     memory_passages: int | None = Field(
         default=None,
@@ -368,6 +374,10 @@ class TrainerSettings(RoleSettings):
     @property
     def answers_questions(self) -> bool:
         return self.objective in ("rag-sequence", "rag-token")
+
+    def chunk_in(self, context: int) -> int:
+        """Tokens for which passages are looked up together, by a model with this context."""
+        return self.memory_chunk or (_CHUNK if context > _CHUNK else max(_SMALLEST_CHUNK, context // 4))
 
     @property
     def passages_read(self) -> int:

@@ -63,7 +63,7 @@ def dense_of_run(client: SwarmClient, checkpoint: Checkpoint, experts: Experts) 
     header = checkpoint.header
     tokenizer = load_tokenizer(header.tokenizer)
     routing = _anywhere(Routing.of(client.settings, client.manifest, 0))
-    memory = FolderMemory.of(client.settings, header.encoder, checkpoint.tensors)
+    memory = FolderMemory.of(client.settings, client.manifest, header.encoder, checkpoint.tensors)
     model = _model(client, routing, tokenizer, experts, memory)
     answering = None if memory is None else memory.answering(model, client.manifest, tokenizer)
     checkpoint.load_into(answering or model)

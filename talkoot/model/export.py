@@ -1,6 +1,7 @@
 """`talkoot export`: writes the model that a swarm trains into a folder that its user keeps."""
 
 import logging
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
@@ -172,6 +173,13 @@ class _Export:
             f"{self._plan.out} has the model with {len(self._sources)} of {counted(total, 'expert')}: fetched "
             f"{bytes_in_words(received)} of experts in {seconds:.0f} s"
         )
+        path = shlex.quote(str(self._plan.out))
+        command = (
+            f"ask --join INVITE --model {path} 'YOUR QUESTION'"
+            if self._client.settings.answers_questions
+            else f"serve --model {path}"
+        )
+        self._terminal.line(f"next: talkoot {command}")
 
     def _survey(self, stage: Callable[[str], None]) -> None:
         """Reads who hosts what. Raises UnavailableError if required experts are missing."""

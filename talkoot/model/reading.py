@@ -35,12 +35,15 @@ class FolderMemory(BaseModel):
     """For models that answer questions: how many numbers the memory's vectors have."""
 
     @classmethod
-    def of(cls, settings: TrainerSettings, encoder: str | None, tensors: dict[str, Tensor]) -> Self | None:
+    def of(
+        cls, settings: TrainerSettings, manifest: Manifest, encoder: str | None, tensors: dict[str, Tensor]
+    ) -> Self | None:
         """None for a model that reads no memory. `encoder`, `tensors`: from its checkpoint."""
         if settings.memory is None:
             return None
         names = cls.model_fields.keys() - {"encoder", "dimensions"}
         values: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        values["memory_chunk"] = settings.chunk_in(manifest.model.context)
         if settings.answers_questions:
             change = tensors.get(f"model.{QUESTIONS}change.weight")
             values |= {"encoder": encoder, "dimensions": None if change is None else len(change)}

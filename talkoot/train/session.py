@@ -133,7 +133,11 @@ def _train(
         else:
             client = SwarmClient(where, start.settings, state, stage=stage, make_loader=BlockLoader.of)
     try:
-        run = _Run(terminal, signals, client, replace(start, settings=client.settings))
+        chunk = client.settings.chunk_in(
+            client.manifest.model.context
+        )  # saved with the run, like what the user sets
+        settings = client.settings.model_copy(update={"memory_chunk": chunk})
+        run = _Run(terminal, signals, client, replace(start, settings=settings))
         values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
         values |= run.read()
         folder = None if run.saver is None or not run.saver.saved_step else str(run.saver.folder)
@@ -262,6 +266,7 @@ class _Run:
         make_model = partial(LanguageModel, client.manifest, client.mixture, vocabulary, spec)
         if spec is None:
             return Training(make_model(), dataset, settings, make_model)
+        logger.info("passages are looked up for each %d tokens (--memory-chunk)", spec.chunk)
         cache = NeighbourCache(trainer_state(settings) / "neighbours")
         self._exits.callback(cache.close)
         lookup = NeighbourLookup(
@@ -385,7 +390,7 @@ def _dataset(start: RunStart, manifest: Manifest, seed: int) -> Dataset | PairDa
             f"objective: {settings.objective} is for models with an encoder, but this swarm's model has none: leave it "
             "out"
         )
-    align = 1 if settings.memory is None else settings.memory_chunk
+    align = 1 if settings.memory is None else settings.chunk_in(context)
     return Dataset(tokens, context, seed, share, token_bytes, align)
 
 

@@ -65,9 +65,10 @@ class RetrievalSpec:
             raise SettingsError(
                 "memory: an encoder-decoder can't read a memory while it writes: leave --memory out"
             )
-        if settings.memory_chunk >= model.context:
+        chunk = settings.chunk_in(model.context)
+        if chunk >= model.context:
             raise SettingsError(
-                f"memory_chunk: {settings.memory_chunk} tokens, but this swarm's models see only {model.context}: pass "
+                f"memory_chunk: {chunk} tokens, but this swarm's models see only {model.context}: pass "
                 f"a smaller number, such as --memory-chunk {max(4, model.context // 4)}"
             )
         layers = tuple(sorted(set(settings.memory_layers))) or (model.layers // 2,)
@@ -75,7 +76,7 @@ class RetrievalSpec:
             raise SettingsError(
                 f"memory_layers: there is no layer {layers[-1]}; this swarm's models have 0 to {model.layers - 1}"
             )
-        return cls(settings.memory_chunk, settings.passages_read, settings.memory_length, layers)
+        return cls(chunk, settings.passages_read, settings.memory_length, layers)
 
     @property
     def meaning(self) -> str:

@@ -122,6 +122,7 @@ def test_a_model_that_answers_can_be_kept_and_asked_without_the_swarms_experts(
     used, out = ("--join", founder.invite, "--state", trained), tmp_path / "model"
     ended = talkoot("export", "-o", out, "--resume", "--wait-for-experts", 0, *used)
     assert ended.status == 0, ended.err
+    assert ended.out.endswith(f"\nnext: talkoot ask --join INVITE --model {out} 'YOUR QUESTION'\n")
     card = (out / "README.md").read_text()
     assert f"the memory `{NAME}` of its swarm" in card
     asked = ("ask", "what is word7?", "--json")

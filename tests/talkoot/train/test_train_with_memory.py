@@ -1,6 +1,7 @@
 """Models that read a memory of their swarm: trained, resumed, evaluated and used with commands."""
 
 import json
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_a_run_reads_and_says_what_it_read(trained: Path) -> None:
     assert any(name.startswith("model.retrieval.attention.1.") for name in checkpoint.tensors)
 
 
+def test_without_a_size_a_chunk_is_a_quarter_of_a_short_context(
+    founder: Founder, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    new = train(founder, tmp_path, "--data", text, "--steps", 1, "--json", tmp_path / "new.json")
+    ended = talkoot(*new, "--memory", NAME)
+    assert ended.status == 0, ended.err
+    assert "passages are looked up for each 4 tokens (--memory-chunk)" in caplog.text
+    checkpoint = Path(json.loads((tmp_path / "new.json").read_text())["checkpoint"])
+    assert load_checkpoint(checkpoint, checkpoint.parent.name).header.settings["memory_chunk"] == 4
+
+
 def test_a_resumed_run_finds_on_disk_what_was_looked_up(
     founder: Founder, text: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -95,8 +108,8 @@ def test_what_can_not_be_is_one_clear_line(
 ) -> None:
     new = train(founder, tmp_path / "state", "--data", text)
     talkoot(*new, *READS, "--memory", "away").is_one_clear_line("away")
-    talkoot(*new, "--memory", NAME).is_one_clear_line(
-        "memory_chunk: 64 tokens", "see only 16", "--memory-chunk 4"
+    talkoot(*new, "--memory", NAME, "--memory-chunk", 16).is_one_clear_line(
+        "memory_chunk: 16 tokens", "see only 16", "--memory-chunk 4"
     )
     talkoot(*new, *READS, "--memory-layers", 2).is_one_clear_line("memory_layers: there is no layer 2")
 
@@ -106,6 +119,7 @@ def test_a_model_that_reads_can_be_kept(founder: Founder, trained: Path, tmp_pat
     export = ("export", "--join", founder.invite, "--state", trained, "--out", out, "--wait-for-experts", 0)
     ended = talkoot(*export, "--resume")
     assert ended.status == 0, ended.err
+    assert ended.out.endswith(f"\nnext: talkoot serve --model {out}\n")
     assert f"the memory `{NAME}` of its swarm" in (out / "README.md").read_text()
     opened = open_model(out)
     assert opened.memory is not None
