@@ -79,7 +79,8 @@ def describe(values: Values) -> str:
     averaged = f"averaged {counted(values['averagings'], 'time')}, " if values["averagings"] else ""
     return (
         f"loss {values['loss']:.3f}, {values['tokens_per_s']:.0f} tokens/s, {in_flight}{averaged}"
-        f"{values['experts_live']} of {counted(values['experts_total'], 'expert')} live, {failures or 'no failures'}"
+        f"{values['experts_live']} of {counted(values['experts_total'], 'expert')} live, "
+        + (f"failed calls: {failures}" if failures else "no failed calls")
     )
 
 

@@ -202,11 +202,13 @@ def test_a_watched_step_is_told_whole_on_a_narrow_terminal(width: int) -> None:
 
 
 def test_a_step_is_told_in_one_line() -> None:
-    assert describe(VALUES) == "loss 2.000, 10 tokens/s, 3 of 4 experts live, 2 DEADLINE_EXCEEDED"
+    assert (
+        describe(VALUES) == "loss 2.000, 10 tokens/s, 3 of 4 experts live, failed calls: 2 DEADLINE_EXCEEDED"
+    )
     busy = VALUES | {"in_flight": 4, "staleness": 3, "averagings": 2, "failures": {}}
     assert describe(busy) == (
         "loss 2.000, 10 tokens/s, 4 steps in flight, gradient 3 updates old, averaged 2 times, "
-        "3 of 4 experts live, no failures"
+        "3 of 4 experts live, no failed calls"
     )
 
 
