@@ -6,6 +6,7 @@ An invite holds bootstrap addresses, the swarm's name, the PeerID of its founder
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -242,8 +243,8 @@ class InviteLedger:
             found = next((each for each in listed if each.number == number.strip().lower()), None)
             if found is None:
                 raise UserError(
-                    f"no invite {number} in {self._path}: `talkoot invite --list` with the same --state shows those "
-                    "that you made"
+                    f"no invite {number} in {self._path}: `talkoot invite --list --state "
+                    f"{shlex.quote(str(self._path.parent))}` shows those that you made"
                 )
             if len(revoked_in(listed, now)) >= MAX_REVOKED and not found.revoked:
                 raise UserError(

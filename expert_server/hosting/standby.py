@@ -110,7 +110,9 @@ class StandbyCopies:
                 self.copied.inc()
                 self._copied_at[replica.uid] = self._clock()
             except (TransferError, StateError, OSError) as error:
-                logger.info("could not copy expert %s: %s", replica.uid, error)
+                # a busy host is normal: the next round tries again
+                level = logging.DEBUG if isinstance(error, TransferError) and error.answered else logging.INFO
+                logger.log(level, "could not copy expert %s: %s", replica.uid, error)
 
         await side_by_side(map(copy, some), _FETCHES)
 

@@ -25,7 +25,7 @@ from peer.formatting import counted
 from peer.platform.sockets import sweep_socket_folders
 from talkoot.demo.links import Link, Proxy, Wire, free_ports
 from talkoot.demo.processes import DemoProcess, DemoProcesses
-from talkoot.signals import run_until_stopped
+from talkoot.signals import Stopped, run_until_stopped
 from talkoot.terminal import StepBar, Terminal, check_writable, write_json
 from trainer_client.data.sources import find_files
 
@@ -104,9 +104,13 @@ def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None
         find_files([str(plan.data)])  # fails now rather than when the trainer starts
     if json_file is not None:
         check_writable(json_file, "--json")
-    with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:
-        demo = _Demo(terminal, plan, Path(folder))
-        result = runner.run(run_until_stopped(demo.run()))
+    try:
+        with tempfile.TemporaryDirectory(prefix="talkoot-demo-") as folder, asyncio.Runner() as runner:
+            demo = _Demo(terminal, plan, Path(folder))
+            result = runner.run(run_until_stopped(demo.run()))
+    except Stopped:
+        terminal.err.print("stopped: all processes of the demo have ended, and its files are removed")
+        raise
     terminal.line(summary(result))
     if json_file is not None:
         write_json(json_file, asdict(result))

@@ -188,6 +188,9 @@ def test_interrupted_demo_over_links_ends_at_once_and_leaves_nothing(tmp_path: P
         assert demo.process.returncode == 128 + signal.SIGINT, demo.log.read_text()
         assert not demo.processes()
     assert "Traceback" not in demo.log.read_text()
+    assert demo.log.read_text().endswith(
+        "stopped: all processes of the demo have ended, and its files are removed\n"
+    )
     assert not list(demo.temporary.iterdir())
     assert not any(path.exists() for path in sockets)
 

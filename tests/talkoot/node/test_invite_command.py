@@ -176,6 +176,8 @@ def test_what_can_not_be_is_told(tmp_path: Path, arguments: tuple[str, ...], sai
     ended = run_here("invite", *arguments, "--state", str(tmp_path))
     assert ended.returncode == 2
     assert said in ended.stderr
+    if "--revoke" in arguments:
+        assert f"`talkoot invite --list --state {tmp_path}` shows" in ended.stderr
 
 
 def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path) -> None:

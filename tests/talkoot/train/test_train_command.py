@@ -472,7 +472,11 @@ BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
     "binary": ("x.bin", b"\x7fELF\0\0", "is not text: byte 4 is 0"),
     "empty": ("x.txt", b"", "x.txt is empty: give"),
     # The founder's model has a context of 16. The error comes before the manifest is read.
-    "too short for any model": ("x.txt", b"Moi!", "the text has 4 bytes, too few to train on: give"),
+    "too short for any model": (
+        "x.txt",
+        b"Moi!",
+        "the text has 4 bytes, but a model with the usual context of 128 needs 258 or more: give",
+    ),
     "a wrong field": (
         "x.jsonl",
         b'{"body": "a"}\n',
