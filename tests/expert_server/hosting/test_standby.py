@@ -1,5 +1,6 @@
 """An expert with one host survives on another node's disk when that host dies for good."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from expert_server.hosting.standby import StandbyCopies
 from expert_server.node import Node
 from expert_server.settings import NodeSettings
 from expert_server.state.transfer import Fetched
+from peer.errors import TransferError
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
@@ -194,6 +196,27 @@ def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_expert
 
     play(scenario)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_that_a_host_is_too_busy_for_a_copy_is_no_news(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answered: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def refuse(node: NodeInfo, uid: UID) -> Fetched:
+        raise TransferError("RESOURCE_EXHAUSTED: too many new snapshots were asked for lately", answered)
+
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        monkeypatch.setattr(keeper.replicas.states, "fetch", refuse)
+        assert await copied(keeper) == 0
+
+    play(scenario)
+    assert ("could not copy expert" in caplog.text) is not answered
 
 
 def test_a_copy_is_renewed_when_its_host_has_moved_on_or_it_is_old(play: Play) -> None:

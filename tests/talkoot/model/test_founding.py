@@ -1,6 +1,7 @@
 """`talkoot import`: a new swarm starts from a model folder."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dht.manifest import AdmissionSpec, Manifest, OptimizerSpec
 from dht.records import SwarmKeys
 from expert_server.state.checkpoints import CheckpointStore
 from peer.errors import UserError
+from peer.files import StateFolder
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
@@ -182,7 +184,12 @@ def test_missing_experts_a_file_in_the_way_and_a_founded_swarm_are_refused(tmp_p
         imported(folder, tmp_path, name="kiuas")
     invite = Invite(keys, (Multiaddress.of(Endpoint.of("192.0.2.7", 31337), keys.author),))
     FoundedSwarm(invite=str(invite), admission="open").save(Path(values["node_state"]))
-    with pytest.raises(UserError, match=r"you founded the swarm 'kiuas' with .* to found 'loyly'"):
+    with (
+        closing(
+            StateFolder(Path(values["node_state"]))
+        ),  # its node may run, and stopping that would not help
+        pytest.raises(UserError, match=r"you founded the swarm 'kiuas' with .* to found 'loyly'"),
+    ):
         imported(folder, tmp_path, name="loyly")
 
 
