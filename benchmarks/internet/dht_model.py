@@ -330,7 +330,7 @@ class ModelDHT:
                     key.first_leaf = peer.leaf
                 if peer.leaf > key.last_leaf:
                     key.last_leaf = peer.leaf
-        if item.expires_at < key.first_expiry:
+        if item.expires_at < key.first_expiry or len(key.entries) == 1:
             key.first_expiry = item.expires_at
 
     def get(self, key: _Key, reader: Peer) -> Answer:

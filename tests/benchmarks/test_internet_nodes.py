@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups, StoredRecord
 from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
-from benchmarks.internet.stand_ins import simulated
+from benchmarks.internet.stand_ins import UnsignedRecord, simulated
 from benchmarks.internet.world import HomeLine, World
-from benchmarks.simulated_p2p import VirtualLoop
+from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from benchmarks.simulated_swarm import grid_of
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.manifest import Manifest
+from dht.records import sign_record
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
+from peer.wire import records_pb2
 
 
 def plan_of(experts: int) -> SwarmPlan:
@@ -318,3 +320,10 @@ def test_records_expire() -> None:
         assert run(second.find([key]))[key].entries
         world.run(5)
         assert not run(second.find([key]))[key].entries
+
+
+@pytest.mark.parametrize("characters", [1, 40, 200])
+def test_an_unsigned_record_is_as_long_as_a_signed_one(characters: int) -> None:
+    payload = records_pb2.RecordPayload(key="k" * characters, expires_at=1.0, peer_id=bytes(34))
+    identity: Any = SimulatedIdentity(1)
+    assert len(UnsignedRecord(payload)) == len(sign_record(identity, payload))
