@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter as Multiset
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -322,7 +322,7 @@ class HostingManager:
             mine, saved = {*self._replicas.experts}, await self._replicas.checkpoints.newest()
             replicas = await self._read(saved)
             self._require_own(mine, replicas)
-            self._vacant_looks = self._vacant_again(replicas)
+            self._vacant_looks = self._vacant_again(replicas, saved)
             await self._adopt(replicas, saved)
             await self._replicate(replicas, saved)
             await self._exchange(replicas)
@@ -337,8 +337,9 @@ class HostingManager:
             replicas = await self._swarm.experts.replicas(suspects | own)
             self._require_own(own, replicas)
             others = {uid: looks for uid, looks in self._vacant_looks.items() if uid not in suspects}
-            self._vacant_looks = others | self._vacant_again(replicas)
-            await self._adopt(replicas, await self._replicas.checkpoints.newest())
+            saved = await self._replicas.checkpoints.newest()
+            self._vacant_looks = others | self._vacant_again(replicas, saved)
+            await self._adopt(replicas, saved)
 
     async def replicate(self) -> None:
         """Fills the remaining room with replicas of the experts that have the fewest."""
@@ -566,9 +567,31 @@ class HostingManager:
         if not self._replicas.leaving and any(me not in {r.peer_id for r in replicas[uid]} for uid in read):
             raise UnreachableError("the DHT does not return this node's own announcements")
 
-    def _vacant_again(self, replicas: Mapping[UID, Collection[Replica]]) -> dict[UID, int]:
-        """The vacant experts, each with the number of looks in a row that found it vacant."""
-        return {uid: self._vacant_looks.get(uid, 0) + 1 for uid in self._vacant(replicas)}
+    def _vacant_again(
+        self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]
+    ) -> dict[UID, int]:
+        """The vacant experts, each with the number of looks in a row that found it vacant. An expert of which this node
+        has a checkpoint also counts as vacant if none of its hosts answered this node's last call: they are announced
+        for some time after they have died.
+        """
+        vacancies = [*self._vacant(replicas), *self._silent(replicas, saved.keys())]
+        return {uid: self._vacant_looks.get(uid, 0) + 1 for uid in vacancies}
+
+    def _silent(self, replicas: Mapping[UID, Collection[Replica]], saved: Set[UID]) -> list[UID]:
+        """Those of the `saved` experts whose hosts did not answer this node's last calls. None if half of all hosts did
+        not: then it may be this node that is cut off.
+        """
+        has_failed = self._swarm.host.has_failed
+        silent = [
+            uid
+            for uid in saved & replicas.keys() - self._replicas.experts.keys()
+            if replicas[uid] and all(has_failed(replica.peer_id) for replica in replicas[uid])
+        ]
+        if not silent:
+            return []
+        hosts = {replica.peer_id for found in replicas.values() for replica in found}
+        hosts.add(self._swarm.host.peer_id)
+        return silent if 2 * sum(map(has_failed, hosts)) < len(hosts) else []
 
     def _regressed_elsewhere(
         self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]

@@ -375,7 +375,9 @@ class LocalReplicas:
         await experts.announce(claims.values(), self._period.lifetime_s)
         await self._build_for(self.claim_wait_s, wanted)
         replicas = await experts.replicas(wanted)
-        lost = lost_claims(wanted, replicas, me, saved, enough)
+        has_failed = self._swarm.host.has_failed  # those that died a short time ago are still announced
+        answering = {uid: [r for r in found if not has_failed(r.peer_id)] for uid, found in replicas.items()}
+        lost = lost_claims(wanted, answering, me, saved, enough)
         await self.withdraw(lost)
         for uid in lost:
             del claims[uid]

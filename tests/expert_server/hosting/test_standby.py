@@ -86,6 +86,41 @@ def limited(node: Node, limit: int, clock: Callable[[], float] = time.monotonic)
     return StandbyCopies(NodeSettings(), node.swarm, node.replicas, lambda: node.hosting.seen, limit, clock)
 
 
+def test_a_copy_is_served_although_its_dead_host_is_still_announced(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Announcements live for minutes in a large swarm. While the node itself is cut off, it takes nothing."""
+
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8, announce_every_s=120)
+        invite = await keeper.swarm.invite()
+        dying, living = [
+            await village.join(n, invite, experts=4, spare=0, announce_every_s=120) for n in (1, 2)
+        ]
+        held = {*dying.runtime.experts}
+        await train(dying, dict.fromkeys(held, 3))
+        for uid in held:
+            copy = await dying.runtime.run(dying.runtime.experts[uid].checkpoint)
+            await keeper.replicas.checkpoints.keep(uid, copy)
+        for host in (dying, living):
+            await host.hosting.announce()
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper.swarm.host, "has_failed", lambda peer_id: True)
+            for _ in range(3):
+                await keeper.hosting.look()
+        assert not keeper.runtime.experts
+        await dying.swarm.stop()
+
+        async def adopted() -> bool:
+            await keeper.hosting.look()  # an expert must be vacant twice in a row
+            return set(keeper.runtime.experts) == held
+
+        await eventually(adopted)
+        assert {expert.update_count for expert in keeper.runtime.experts.values()} == {3}
+
+    play(scenario)
+
+
 def test_an_orphan_goes_on_from_the_copy_on_another_nodes_disk(play: Play) -> None:
     async def scenario(village: Village) -> None:
         keeper = await village.found(experts=0, spare=8, announce_every_s=1)

@@ -194,9 +194,8 @@ def test_experts_that_others_took_since_an_earlier_look_are_not_claimed() -> Non
     uids = all_uids((16, 16))
     registry, replicas = FakeRegistry(uids), FakeReplicas()
     registry.split(0, 1)
-    swarm = SimpleNamespace(
-        experts=registry, manifest=manifest_of((16, 16)), host=SimpleNamespace(peer_id=ME)
-    )
+    host = SimpleNamespace(peer_id=ME, has_failed=lambda peer_id: False)
+    swarm = SimpleNamespace(experts=registry, manifest=manifest_of((16, 16)), host=host)
     settings = NodeSettings(experts=16, replicas=2)
     manager = HostingManager(settings, swarm, replicas, registry.now)  # type: ignore[arg-type]  # stand-ins
 
