@@ -203,11 +203,15 @@ def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower,
                     "what it has not saved"
                 )
             time.sleep(_LOOK_EVERY_S)
-            said += [line.split(" ", 2)[-1] for line in log.lines()]  # without its date and time
-            if said:
-                stage(said[-1])
-    said += [line.split(" ", 2)[-1] for line in log.lines()]
-    return next((line for line in reversed(said) if line.startswith(_GIVEN_UP)), "")
+            said += (new := _messages(log))
+            for line in new[-1:]:
+                stage(line)
+    return next((line for line in reversed(said + _messages(log)) if line.startswith(_GIVEN_UP)), "")
+
+
+def _messages(log: Follower) -> list[str]:
+    """The new lines without their dates and times."""
+    return [line.split(" ", 2)[-1] for line in log.lines()]
 
 
 def _runs(process: psutil.Process) -> bool:
