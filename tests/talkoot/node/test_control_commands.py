@@ -3,13 +3,17 @@ from outside.
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, run, run_here, wait_until
 from hypothesis import given
@@ -21,7 +25,14 @@ from talkoot import terminal
 from talkoot.doctor.checks import Finding, Verdict
 from talkoot.doctor.examination import Report
 from talkoot.node.control import ControlClient, ControlStatus
-from talkoot.node.remote import Follower, given_up, parse_duration_s, run_logs, taken_offline
+from talkoot.node.remote import (
+    Follower,
+    _wait_until_gone,
+    given_up,
+    parse_duration_s,
+    run_logs,
+    taken_offline,
+)
 from talkoot.terminal import LogFormat, Terminal, log_file
 
 
@@ -127,9 +138,6 @@ def test_logs_are_followed_while_the_node_leaves_in_order(node: RunningNode) -> 
                 "other nodes serve 0 of the 4 experts that it gave up; 4 are offline until it starts again\n"
             )
             assert lost in stopped.stdout
-            assert stopped.stderr.count("leaving: 4 experts go to others") <= 1, (
-                "each line of its log is shown once"
-            )
             assert f"stopped; its identity and checkpoints stay in {node.state}" in stopped.stdout
             assert node.process.wait(60) == 0  # its threads may end a moment after it counts as ended
             heard = ""
@@ -174,6 +182,20 @@ def test_what_a_pause_takes_offline_is_told() -> None:
         "other nodes serve 8 of the 16 experts that it gave up; 8 are offline until it resumes"
     )
     assert given_up(3, 0, "resumes") == "other nodes serve 3 of the 3 experts that it gave up"
+
+
+def test_each_line_of_a_leaving_nodes_log_is_shown_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    log, gone = tmp_path / "node.log", given_up(4, 1, "starts again")
+    log.write_text(f"2026-11-29 03:30:35 {gone}\n2026-11-29 03:30:36 in this run: 4 experts trained\n")
+    leaving = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+    with closing(Follower(log)) as lines:
+        said = _wait_until_gone(Terminal(LogFormat.TEXT), psutil.Process(leaving.pid), lines, tmp_path)
+    leaving.wait()
+    assert said == gone
+    assert caplog.messages == ["leaving the swarm", "in this run: 4 experts trained"]
 
 
 # Durations
