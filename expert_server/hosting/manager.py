@@ -124,23 +124,29 @@ class Handover:
 
     async def _share(self, shared: Mapping[UID, Sequence[Replica]]) -> None:
         """Averages these experts, and leaves them to their other hosts. If these do not answer, the experts are given
-        away: at once if calls to the hosts' DHT nodes have failed, too, and otherwise after the averages, as a slow
-        line may be busy.
+        away: at once if the last calls to the hosts' DHT nodes failed, soon if they fail meanwhile, and otherwise after
+        the averages, as a slow line may be busy.
         """
         if self._average is None:
             return await self._leave_to_others({*shared})
-        silent = set[PeerID]()
+        has_failed, silent = self._swarm.host.has_failed, set[PeerID]()
         averaging = asyncio.create_task(self._average(shared, silent), name="average before leaving")
-        try:
+        # they may have died a short time ago: they are still announced
+        dead = self._orphaned(shared, {*filter(has_failed, _hosts_of(shared))})
+
+        async def end() -> None:
             await asyncio.wait({averaging}, timeout=_AVERAGE_WITHIN_S)
-            gone = self._orphaned(shared, {peer for peer in silent if self._swarm.host.has_failed(peer)})
+            waiting = {uid: others for uid, others in shared.items() if uid not in dead}
+            gone = self._orphaned(waiting, {*filter(has_failed, silent)})
+            await side_by_side((leave(waiting.keys() - gone), self._give_away({*gone})), 2)
 
-            async def end() -> None:
-                await averaging
-                self._silent.update(silent)
-                await self._leave_to_others(shared.keys() - gone)
+        async def leave(uids: Set[UID]) -> None:
+            await averaging
+            self._silent.update(silent)
+            await self._leave_to_others({*uids})
 
-            await side_by_side((end(), self._give_away({*gone})), 2)
+        try:
+            await side_by_side((end(), self._give_away({*dead})), 2)
         finally:
             await cancel_all([averaging])
 
@@ -240,6 +246,10 @@ class Handover:
             if not claimed and self._clock() > until:
                 del self._asked[uid]
                 self._rooms[heir] = 0
+
+
+def _hosts_of(replicas: Mapping[UID, Collection[Replica]]) -> set[PeerID]:
+    return {replica.peer_id for hosts in replicas.values() for replica in hosts}
 
 
 class HostingManager:
@@ -589,8 +599,7 @@ class HostingManager:
         ]
         if not silent:
             return []
-        hosts = {replica.peer_id for found in replicas.values() for replica in found}
-        hosts.add(self._swarm.host.peer_id)
+        hosts = _hosts_of(replicas) | {self._swarm.host.peer_id}
         return silent if 2 * sum(map(has_failed, hosts)) < len(hosts) else []
 
     def _regressed_elsewhere(

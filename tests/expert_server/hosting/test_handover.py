@@ -161,7 +161,7 @@ def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
     """
     averaging_s = 600.0 if has_failed else 0.5
     monkeypatch.setattr("expert_server.hosting.averaging._LAST_AVERAGING_S", averaging_s)
-    monkeypatch.setattr("expert_server.hosting.manager._AVERAGE_WITHIN_S", 0.25)
+    monkeypatch.setattr("expert_server.hosting.manager._AVERAGE_WITHIN_S", averaging_s / 2)
     monkeypatch.setattr("expert_server.hosting.whole_states._PATIENCE_S", 0.1)
 
     async def scenario(village: Village) -> None:
