@@ -244,6 +244,12 @@ class SwarmAdmission:
         if len(self.revoked) > 2 * MAX_REVOKED:
             self.revoked = now
 
+    def _hear(self, serials: Collection[int]) -> None:
+        """Adds a list that others store here, which may be an older one, so that this peer need not look for it."""
+        heard = self.revoked.union(serials)
+        if len(heard) <= 2 * MAX_REVOKED:
+            self.revoked = heard
+
     def admit(self, caller: PeerID, rights: Set[Right], badge: admission_pb2.Badge | None) -> Admitted:
         """Admits a caller with these rights. Raises ExpertError (PERMISSION_DENIED), which says what is missing."""
         if caller in self.denylist:
@@ -292,8 +298,8 @@ class SwarmAdmission:
         return caller not in self.denylist and serial not in self.revoked
 
     def check_record(self, payload: records_pb2.RecordPayload, writer: PeerID) -> None:
-        """Raises RecordError if this writer may not write this record in this swarm. Its signature is
-        already checked.
+        """Raises RecordError if this writer may not write this record in this swarm. Its signature is already checked.
+        Applies the founder's list of revoked tokens.
         """
         body = payload.WhichOneof("body") or ""
         if not payload.key.startswith(f"{self._keys.swarm_id}."):
@@ -304,6 +310,8 @@ class SwarmAdmission:
         if writer in self.denylist:
             raise RecordError("the record's writer is denied here")
         if writer == self._keys.author:
+            if body == "revocations":
+                self._hear(payload.revocations.serials)
             return
         # this peer's earlier record, whose token may be over, says how long others hold it
         if writer == self._holder:

@@ -219,6 +219,19 @@ class InviteLedger:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
+        self._stamp = self._stamp_now()
+
+    def has_changed(self) -> bool:
+        """Whether the file has been written since the last call."""
+        before, self._stamp = self._stamp, self._stamp_now()
+        return self._stamp != before
+
+    def _stamp_now(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino
 
     def read(self) -> tuple[IssuedInvite, ...]:
         """All issued invites. Raises StartError if the file is broken."""

@@ -339,6 +339,7 @@ class Node:
         every_s = self._settings.checkpoint_every_s
         tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "announce": self._stay_announced,
+            "hear of revocations": self._access.keep_watch,
             "look around": self._look_around,
             "average with other nodes": self.averaging.run,
             "copy experts that one node hosts alone": self._standby.run,

@@ -19,7 +19,7 @@ from expert_server.probe import ProbeServicer
 from expert_server.serving.servicer import ExpertServicer
 from expert_server.state.servicer import StateServicer
 from peer import clock
-from peer.errors import ExpiredTokenError, InviteError, RecordError, StartError
+from peer.errors import ExpiredTokenError, InviteError, RecordError, StartError, UnreachableError
 from peer.rpc.sessions import Sessions
 from peer.wire import (
     credit_pb2_grpc,
@@ -91,8 +91,14 @@ _EXPIRED = (
 )
 
 
+_WATCH_EVERY_S = 1.0
+"""How often a node looks whether it has heard of revocations, and a founder's node whether its owner has revoked."""
+
+
 class AccessControl:
-    """Who may call this node. Call `look` in every announcement period to keep that up to date."""
+    """Who may call this node. Call `look` in every announcement period, and `keep_watch` as a task, to keep that up to
+    date.
+    """
 
     def __init__(self, swarm: Swarm, state: Path) -> None:
         """`state`: the node's state folder; a founder's contains the ledger of its invites."""
@@ -117,6 +123,23 @@ class AccessControl:
         finally:
             self.sessions.recheck()
             self.look_at_own()
+
+    async def keep_watch(self) -> None:
+        """Applies revocations within a second, when this node hears of them or its owner makes them, until cancelled.
+
+        Nodes near the key of the founder's list hear of it when the founder stores it there. In a small swarm, these
+        are all nodes.
+        """
+        known = self._swarm.admission.revoked
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            if self._ledger is not None and self._ledger.has_changed():
+                with contextlib.suppress(UnreachableError):  # in that case, `look` publishes them later
+                    await self.look()
+            if (revoked := self._swarm.admission.revoked) != known:
+                known = revoked
+                self.sessions.recheck()
+                self.look_at_own()
 
     @property
     def is_over(self) -> bool:

@@ -169,8 +169,8 @@ def run_revoke(terminal: Terminal, state: Path | None, number: str) -> None:
         terminal.event("revoked", _values(revoked))
     else:
         terminal.line(
-            f"{revoked.number} is revoked. Your node tells the others while it runs, or when you start it: that "
-            "takes up to a minute in a small swarm, and some minutes in a large one"
+            f"{revoked.number} is revoked. Your node tells the others at once while it runs, or when you start it: "
+            "that takes some seconds in a small swarm, and some minutes in a large one"
         )
 
 

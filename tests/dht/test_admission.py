@@ -24,10 +24,11 @@ from dht.admission import (
     SwarmAdmission,
     make_badge,
     make_token,
+    read_grant,
 )
 from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.records import RecordValidator, SwarmKeys, sign_record
-from peer.errors import ExpertError, RecordError, SettingsError, StartError, UserError
+from peer.errors import ExpertError, RecordError, RevokedError, SettingsError, StartError, UserError
 from peer.identity import GRANT_DOMAIN, Identity
 from peer.kademlia.routing import id_bytes, key_id_of
 from peer.kademlia.validation import Record, pack
@@ -272,6 +273,27 @@ def test_only_those_with_a_nodes_token_announce_experts(founder: Identity, alice
         else:
             with pytest.raises(RecordError):
                 admission.check_record(payload, writer.peer_id)
+
+
+def test_the_founders_list_of_revoked_tokens_counts_as_soon_as_it_is_stored_here(
+    founder: Identity, alice: Identity
+) -> None:
+    admission = rules(founder)
+    badge = make_badge(token_of(founder, Role.NODE), alice.peer_id)
+    serial = read_grant(badge.grant).serial
+    payload, _ = a_record(alice, founder, badge, **ANNOUNCEMENT)
+    for writer, counts in ((alice, False), (founder, True)):
+        listed, _ = a_record(writer, founder, None, revocations=admission_pb2.Revocations(serials=[serial]))
+        with contextlib.suppress(RecordError):
+            admission.check_record(listed, writer.peer_id)
+        assert (serial in admission.revoked) is counts
+    with pytest.raises(RevokedError):
+        admission.check_record(payload, alice.peer_id)
+    older, _ = a_record(
+        founder, founder, None, revocations=admission_pb2.Revocations(serials=range(1, 2 * MAX_REVOKED + 1))
+    )
+    admission.check_record(older, founder.peer_id)
+    assert serial in admission.revoked, "a list that others store again takes nothing back"
 
 
 def test_before_the_manifest_is_known_every_record_is_taken(founder: Identity, alice: Identity) -> None:

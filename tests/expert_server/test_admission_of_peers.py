@@ -211,6 +211,23 @@ def test_a_revoked_node_that_returns_with_a_new_invite_is_accepted_at_once(
     play(scenario)
 
 
+def test_a_revocation_reaches_a_node_of_a_small_swarm_before_its_next_announcement(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=120)
+        await village.run(founder)
+        invite, issued = await invited(village, founder, Role.NODE)
+        node = await village.start(
+            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 120}
+        )
+        running = asyncio.create_task(node.run())
+        InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
+        with pytest.raises(ExceptionGroup) as caught:
+            await asyncio.wait_for(running, 60)
+        assert [*map(type, caught.value.exceptions)] == [RevokedInviteError]
+
+    play(scenario)
+
+
 def test_a_node_leaves_when_its_token_expires_and_not_only_when_it_is_refused(
     play: Play, caplog: pytest.LogCaptureFixture
 ) -> None:
