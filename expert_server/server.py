@@ -81,8 +81,9 @@ def add_services(
 
 
 _REVOKED = (
-    "the swarm's founder has revoked this node's token: it has left the swarm. Ask the founder for another invite if "
-    "you think that this is a mistake"
+    "the swarm's founder has revoked this node's invite: it has left the swarm. Its experts' checkpoints and its "
+    "memories stay. If you think that this is a mistake, ask the founder for a new invite, and start the node with it: "
+    "it continues with them"
 )
 _EXPIRED = (
     "this node's invite has expired: it has left the swarm. Ask the swarm's founder for a new one, and start the node "

@@ -396,14 +396,13 @@ class HostingManager:
             count = len(self._replicas.experts)
             await self._replicas.finish_work()
             handover = Handover(self._swarm, self._replicas, average)
-            if count and timeout_s:
-                await self._hand_over(handover, timeout_s)
+            has_looked = bool(count and timeout_s) and await self._hand_over(handover, timeout_s)
             await self._replicas.release_all()
             self._vacant_looks.clear()
             self.replicated = 0
         alone = len(handover.alone)
-        self.offline = alone if timeout_s else None
-        if count and not timeout_s:
+        self.offline = alone if has_looked else None
+        if count and not has_looked:
             logger.info("gave up %s, which are in this node's checkpoints", counted(count, "expert"))
         elif count:
             logger.info(
@@ -416,15 +415,18 @@ class HostingManager:
         """Stops waiting for others to adopt this node's experts."""
         self._hurried.set()
 
-    async def _hand_over(self, handover: Handover, timeout_s: float) -> None:
+    async def _hand_over(self, handover: Handover, timeout_s: float) -> bool:
+        """Returns whether the DHT has said who else serves the experts, as far as that could be seen in time."""
         try:
             await first_of(handover.run(), self._hurried.wait(), asyncio.sleep(timeout_s))
+            return True
         except UnreachableError as error:
             logger.warning("could not hand experts over: %s", error)
         except Exception:  # the experts must still be saved
             logger.exception("could not hand experts over")
         finally:
             self.handed_over.inc(handover.handed_over)
+        return False
 
     async def _read(self, saved: Mapping[UID, int]) -> Mapping[UID, tuple[Replica, ...]]:
         """Reads the replicas of the experts that may need this node. `saved`: the update counts of its checkpoints."""

@@ -171,20 +171,24 @@ class MemoryHosting:
     async def release(self, timeout_s: float) -> int:
         """Stops serving once others have the shards that only this node has, or after `timeout_s`.
 
-        Files stay on disk. Returns how many shards nobody else serves. Raises nothing if the DHT does not answer.
+        Files stay on disk. Returns how many shards nobody else serves, as far as this node has seen. Raises nothing if
+        the DHT does not answer.
         """
         self.hosted.leaving = True
         mine = self.hosted.mine()
         alone = set(mine)
-        with suppress(TimeoutError, UnreachableError):
+        has_looked = bool(timeout_s)
+        try:
             async with asyncio.timeout(timeout_s):
                 await first_of(self._hand_over(alone), self._hurried.wait())
+        except TimeoutError:
+            pass
+        except UnreachableError:
+            has_looked = False
         if mine:
-            logger.info(
-                "stopped serving %s of memories; nobody else serves %d of them",
-                counted(len(mine), "shard"),
-                len(alone),
-            )
+            shards = counted(len(mine), "shard")
+            others = f"nobody else serves {len(alone)} of them" if has_looked else "they stay on disk"
+            logger.info("stopped serving %s of memories; %s", shards, others)
         self.hosted.served.clear()
         with suppress(TimeoutError, UnreachableError):  # or the announcements expire
             async with asyncio.timeout(_WITHDRAW_S):

@@ -148,7 +148,7 @@ def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> 
 @pytest.mark.parametrize(
     ("is_revoked", "kind", "words"),
     [
-        (True, RevokedInviteError, "has revoked this node's token"),
+        (True, RevokedInviteError, "has revoked this node's invite"),
         (False, ExpiredInviteError, "this node's invite has expired"),
     ],
 )

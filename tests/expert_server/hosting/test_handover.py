@@ -109,6 +109,23 @@ def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
     play(scenario)
 
 
+def test_a_node_that_can_ask_nobody_does_not_say_that_nobody_hosts_its_experts(
+    play: Play, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable(*_: object) -> dict[UID, tuple[Replica, ...]]:
+        raise UnreachableError("no DHT peer answered")
+
+    async def scenario(village: Village) -> None:
+        caplog.set_level(logging.INFO)
+        node = await village.found(experts=8, **LEAVES)
+        monkeypatch.setattr(node.swarm.experts, "replicas", unreachable)
+        await node.hosting.release(600)
+        assert "gave up 8 experts, which are in this node's checkpoints" in caplog.messages
+        assert node.status().offline is None
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("room", [8, 0])
 def test_no_host_is_lost_when_two_that_share_experts_leave_at_the_same_moment(play: Play, room: int) -> None:
     """Each has read that the other one serves them, and has averaged with it. A third node may have room for them."""

@@ -496,6 +496,26 @@ def test_a_node_that_leaves_waits_until_others_have_what_it_had_alone(play: Play
     play(scenario)
 
 
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_node_that_can_ask_nobody_does_not_say_that_nobody_serves_its_shards(
+    play: Play, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    async def unreachable(*_: object, **__: object) -> Any:
+        raise UnreachableError("no DHT peer answered")
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        await village.run(founder)
+        await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
+        monkeypatch.setattr(MemoryRegistry, "cell_hosts", unreachable)
+        caplog.set_level(logging.INFO)
+        await founder.memories.release(100.0 if asks else 0)
+        said = [message for message in caplog.messages if message.startswith("stopped serving")]
+        assert said == ["stopped serving 4 shards of memories; they stay on disk"]
+
+    play(scenario)
+
+
 def test_a_node_leaves_while_publishers_unlist_what_it_hosts(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
