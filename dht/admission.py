@@ -23,6 +23,7 @@ from grpc import StatusCode
 
 from dht.records import SwarmKeys
 from peer import clock
+from peer.bounded import BoundedDict
 from peer.errors import (
     ExpertError,
     ExpiredInviteError,
@@ -50,6 +51,7 @@ _LONGEST_FILE = 8 * 2**20
 """At most this many bytes of the denylist are read."""
 BADGE_DOMAIN = b"talkoot badge v1\0"
 _REMEMBERED_BADGES = 4096
+_REMEMBERED_OUT = 256
 _WARN_BEFORE_S = 5 * 86400.0
 """How long before its token expires a peer's owner is warned, once a day."""
 _WARN_EVERY_S = 86400.0
@@ -187,6 +189,8 @@ class SwarmAdmission:
         self._warned_at = -math.inf
         self.revoked: frozenset[int] = frozenset()
         """The serials of revoked tokens, as far as this peer knows."""
+        self._out: BoundedDict[PeerID, str] = BoundedDict(_REMEMBERED_OUT)
+        """Why the swarm no longer admits some peers whose calls or records came since."""
 
     def learn(self, founder_key: bytes, mode: Mode, exporters: Iterable[Role] = ()) -> None:
         """Applies the manifest's rules from now on. Before that, callers may use only the DHT, and all records are
@@ -328,10 +332,21 @@ class SwarmAdmission:
         if badge is None:
             raise RecordError("there is none")
         grant = check_badge(badge, peer_id, self._keys.swarm_id, self._founder_key)
-        grant.check_expiry(self._now())
-        if grant.serial in self.revoked:
-            raise RevokedError("the token was revoked")
+        try:
+            grant.check_expiry(self._now())
+            if grant.serial in self.revoked:
+                raise RevokedError("the token was revoked")
+        except RecordError as error:
+            self._out[peer_id] = "was revoked" if isinstance(error, RevokedError) else "has expired"
+            raise
+        self._out.pop(peer_id, None)
         return grant
+
+    def why_out(self, peer_id: PeerID) -> str:
+        """What became of the invite of a peer that the swarm no longer admits, such as `was revoked`. Empty if it does,
+        or if this peer has seen no call or record of it since.
+        """
+        return self._out.get(peer_id, "")
 
 
 def invite_error(error: RecordError, message: str) -> InviteError:

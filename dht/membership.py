@@ -210,25 +210,34 @@ class Membership:
         if announced and not self._lonely and await self._have_all_left():
             self._lonely = _LONELY_ROUNDS
             logger.info(
-                "all other peers have left: this one continues alone, and looks for others every %.0f s",
+                "all other nodes have left: this one continues to serve, and looks for others every %.0f s",
                 self._dial_every_s,
             )
             return
         self._lonely += 1
+        nobody = "no other node" if announced else "no node"
         if self._lonely < _LONELY_ROUNDS:
-            raise UnreachableError("no other peer of the swarm answers")
+            raise UnreachableError(f"{nobody} of the swarm answers")
         if self._lonely == _LONELY_ROUNDS:
             logger.warning(
-                "no other peer of the swarm answers: this one continues alone, and looks for others %s",
-                f"every {self._dial_every_s:.0f} s" if announced else "again and again",
+                "%s of the swarm answers: this one continues to %s",
+                nobody,
+                f"serve, and looks for others every {self._dial_every_s:.0f} s"
+                if announced
+                else "look for one",
             )
 
     async def _have_all_left(self) -> bool:
-        """Whether all known peers were nodes that said goodbye, according to the records that this peer stores."""
+        """Whether all known peers were nodes that said goodbye, according to the records that this peer stores, or that
+        the swarm no longer admits.
+        """
         known = {address.peer_id for address in self._peer_store.addresses()}
         with contextlib.suppress(UnreachableError):
             nodes = await self._registry.nodes(known, with_left=True)
-            return bool(known) and all(peer in nodes and nodes[peer].left for peer in known)
+            left = {
+                peer for peer in known if (peer in nodes and nodes[peer].left) or self._registry.why_out(peer)
+            }
+            return bool(known) and left == known
         return False
 
     def _is_time_to_dial(self) -> bool:

@@ -293,6 +293,10 @@ class Registry:
     def _info(self, kind: "_PeerKind[Info]", value: object, key: str, peer_id: PeerID) -> Info | None:
         return kind.read(self.unseal(value, key, peer_id), peer_id)
 
+    def why_out(self, peer_id: PeerID) -> str:
+        """See `SwarmAdmission.why_out`."""
+        return "" if self._admission is None else self._admission.why_out(peer_id)
+
     async def is_seen_by_others(self) -> bool:
         """Whether another peer returns this one's node record. After it was published, some should."""
         return await self._is_held_by_another(self.keys.node(self.peer_id), self.peer_id)

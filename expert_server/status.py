@@ -28,7 +28,7 @@ class NodeState(Enum):
     JOINING = "joining"
     SERVING = "serving"
     PAUSED = "paused"
-    UNREACHABLE = "no other peer answers"
+    UNREACHABLE = "no other node answers"
     DRAINING = "draining"
     STOPPING = "stopping"
 

@@ -93,15 +93,18 @@ class SwarmNews:
         return age_in_words(age_s) if age_s >= _OLD_S else ""
 
     async def _note_gone(self) -> None:
-        """Reports each host that has disappeared without leaving."""
+        """Reports each host that has disappeared without leaving, or had to leave."""
         hosts = _serving(self._seen()) - {self._registry.peer_id}
         missing = sorted(self._hosts - hosts)[:_MOST_ASKED]
         self._hosts = hosts
         if missing:
             known = await self._registry.nodes(missing, with_left=True)
             for peer_id in missing:
-                if peer_id not in known:
-                    logger.info("node %s has gone; %s", peer_id.to_base58()[-8:], self._still_used())
+                name, why = peer_id.to_base58()[-8:], self._registry.why_out(peer_id)
+                if why:
+                    logger.info("node %s, whose invite %s, has left; %s", name, why, self._still_used())
+                elif peer_id not in known:
+                    logger.info("node %s has gone; %s", name, self._still_used())
 
     def _still_used(self) -> str:
         users = self._trainers_here()

@@ -3,6 +3,7 @@ else.
 """
 
 import asyncio
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -211,7 +212,11 @@ def test_a_revoked_node_that_returns_with_a_new_invite_is_accepted_at_once(
     play(scenario)
 
 
-def test_a_revocation_reaches_a_node_of_a_small_swarm_before_its_next_announcement(play: Play) -> None:
+def test_a_revocation_reaches_a_node_of_a_small_swarm_before_its_next_announcement(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scenario(village: Village) -> None:
         founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=120)
         await village.run(founder)
@@ -219,11 +224,31 @@ def test_a_revocation_reaches_a_node_of_a_small_swarm_before_its_next_announceme
         node = await village.start(
             await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 120}
         )
+
+        async def has_met() -> bool:
+            await founder.hosting.look()
+            await founder.news.look()
+            await founder.swarm.membership.check(announced=True)
+            return bool(founder.news._hosts)
+
+        await eventually(has_met)
         running = asyncio.create_task(node.run())
         InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
         with pytest.raises(ExceptionGroup) as caught:
             await asyncio.wait_for(running, 60)
         assert [*map(type, caught.value.exceptions)] == [RevokedInviteError]
+        await node.stop()
+        name = node.swarm.host.peer_id.to_base58()[-8:]
+
+        async def is_told() -> bool:
+            await founder.hosting.look()
+            await founder.news.look()
+            await founder.swarm.membership.check(announced=True)
+            has_left = f"node {name}, whose invite was revoked, has left; yours goes on" in caplog.messages
+            return has_left and "all other nodes have left" in caplog.text
+
+        await eventually(is_told)
+        assert "no other node" not in caplog.text
 
     play(scenario)
 

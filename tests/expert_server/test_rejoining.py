@@ -243,11 +243,11 @@ def test_the_last_peer_says_that_nobody_answers_and_goes_on_alone(
         await check(announced=True)
         await second.swarm.host.stop()  # no farewell
         for _ in range(2):
-            with pytest.raises(UnreachableError, match="no other peer of the swarm answers"):
+            with pytest.raises(UnreachableError, match="no other node of the swarm answers"):
                 await check(announced=True)
         for _ in range(3):
             await check(announced=True)
-        assert caplog.text.count("this one continues alone") == 1
+        assert caplog.text.count("no other node of the swarm answers: this one continues to serve") == 1
         await village.join(1, await first.swarm.invite(), experts=2, spare=0)
         await first._publish_record()
         await check(announced=True)
@@ -268,8 +268,8 @@ def test_the_last_peer_does_not_warn_if_the_others_said_goodbye(
         await second.stop()
         for _ in range(5):
             await check(announced=True)
-        assert caplog.text.count("all other peers have left: this one continues alone") == 1
-        assert "no other peer" not in caplog.text
+        assert caplog.text.count("all other nodes have left: this one continues to serve") == 1
+        assert "no other node" not in caplog.text
 
     play(scenario)
 

@@ -27,6 +27,11 @@ class Records:
     training: dict[PeerID, TrainerInfo] = field(default_factory=dict)
     spent_bytes: int = 0
 
+    out: dict[PeerID, str] = field(default_factory=dict)
+
+    def why_out(self, peer_id: PeerID) -> str:
+        return self.out.get(peer_id, "")
+
     async def nodes(self, peers: Collection[PeerID], *, with_left: bool = False) -> dict[PeerID, NodeInfo]:
         return {p: self.known[p] for p in peers if p in self.known and (with_left or not self.known[p].left)}
 
@@ -69,6 +74,26 @@ def test_a_host_that_dies_is_named_with_who_still_uses_this_node(
 
     asyncio.run(looks())
     assert caplog.messages == [f"node {peer(2).to_base58()[-8:]} has gone; {said}"]
+
+
+def test_a_host_that_the_swarm_no_longer_admits_is_named_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    seen: dict[UID, tuple[Replica, ...]] = {HERE: (replica(HERE, 1), replica(HERE, 2))}
+    news = news_of(Records(out={peer(1): "was revoked", peer(2): "has expired"}), seen, 1)
+
+    async def looks() -> None:
+        await news.look()
+        seen.clear()
+        await news.look()
+
+    asyncio.run(looks())
+    names = [peer(number).to_base58()[-8:] for number in (1, 2)]
+    assert sorted(caplog.messages) == sorted(
+        f"node {name}, whose invite {what}, has left; 1 trainer still uses yours"
+        for name, what in zip(names, ("was revoked", "has expired"), strict=True)
+    )
 
 
 def test_a_replica_that_does_not_serve_yet_is_missed_by_nobody(caplog: pytest.LogCaptureFixture) -> None:

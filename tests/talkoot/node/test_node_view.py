@@ -289,7 +289,7 @@ def test_the_panel_stays_in_its_place_between_looks() -> None:
             "resumed by hand, else paused: on battery",
             "serving (resumed by hand, else paused: on battery)",
         ),
-        (NodeState.UNREACHABLE, "", "no other peer answers"),
+        (NodeState.UNREACHABLE, "", "no other node answers"),
     ],
 )
 def test_the_state_comes_with_its_reason(state: NodeState, pause_reason: str, words: str) -> None:
