@@ -5,12 +5,12 @@ import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import grpc
 import numpy as np
 import torch
 from expert_fakes import Request
+from stranger import new_identity
 
 from dht.announcements import NodeInfo
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
@@ -23,7 +23,7 @@ from expert_server.state.servicer import StateServicer
 from expert_server.state.transfer import SnapshotTaker, TransferMetrics
 from peer.codec import Floats
 from peer.errors import ExpertError
-from peer.identity import Identity, certificate_pem
+from peer.identity import certificate_pem
 from peer.rates import RateLimit
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.server import server_credentials
@@ -68,13 +68,12 @@ class LyingRuntime(Runtime):
 
 @asynccontextmanager
 async def a_node(
-    path: Path,
     max_kept_bytes: int,
     manifest: Manifest = MANIFEST,
     uids: Sequence[UID] = UIDS,
     runtime_class: type[Runtime] = Runtime,
 ) -> AsyncIterator[tuple[NodeInfo, Runtime]]:
-    identity = Identity.load_or_create(path / "identity.key")
+    identity = new_identity()
     certificate = identity.make_certificate()
     runtime = runtime_class(
         {uid: Expert(uid, manifest) for uid in uids}, max_queued_rows=999, max_batch_rows=99, threads=1

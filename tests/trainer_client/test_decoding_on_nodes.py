@@ -4,7 +4,6 @@ import math
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -103,7 +102,7 @@ class OnNodes:
 
 @contextmanager
 def on_nodes(
-    loop: LoopThread, path: Path, manifest: Manifest, count: int = 2, max_kept_bytes: int = 2**24
+    loop: LoopThread, manifest: Manifest, count: int = 2, max_kept_bytes: int = 2**24
 ) -> Iterator[OnNodes]:
     """With two nodes, each has every second expert; with four, there are two of each kind."""
     stack, channels = AsyncExitStack(), ChannelPool()
@@ -112,10 +111,8 @@ def on_nodes(
         stack.push_async_callback(channels.close)
         nodes, runtimes = [], []
         for number in range(count):
-            folder = path / str(number)
-            folder.mkdir()
             uids = manifest.uids()[number % 2 :: 2]
-            node, runtime = await stack.enter_async_context(a_node(folder, max_kept_bytes, manifest, uids))
+            node, runtime = await stack.enter_async_context(a_node(max_kept_bytes, manifest, uids))
             nodes.append(node)
             runtimes.append(runtime)
         return nodes, runtimes
@@ -145,8 +142,8 @@ def on_nodes(
 
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("kind", ["transformer", "ffn"])
-def test_nodes_compute_each_row_once(loop: LoopThread, tmp_path: Path, kind: str, prefix: int) -> None:
-    with on_nodes(loop, tmp_path, make_manifest(kind, prefix)) as swarm:
+def test_nodes_compute_each_row_once(loop: LoopThread, kind: str, prefix: int) -> None:
+    with on_nodes(loop, make_manifest(kind, prefix)) as swarm:
         decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         counts = [swarm.check(decoder, sequences, token) for token in range(9)]
@@ -162,10 +159,10 @@ def test_nodes_compute_each_row_once(loop: LoopThread, tmp_path: Path, kind: str
 
 
 def test_what_nodes_keep_is_known_with_the_last_rows_also_on_a_busy_loop(
-    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peer.loop._SLICE_S", 0.0)  # other tasks get a turn after each reply
-    with on_nodes(loop, tmp_path, make_manifest()) as swarm:
+    with on_nodes(loop, make_manifest()) as swarm:
         decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         assert [swarm.check(decoder, sequences, token) for token in range(3)] == [
@@ -173,8 +170,8 @@ def test_what_nodes_keep_is_known_with_the_last_rows_also_on_a_busy_loop(
         ]
 
 
-def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread, tmp_path: Path) -> None:
-    with on_nodes(loop, tmp_path, make_manifest()) as swarm:
+def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread) -> None:
+    with on_nodes(loop, make_manifest()) as swarm:
         decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         swarm.check(decoder, sequences, 0)
@@ -186,8 +183,8 @@ def test_an_expert_that_has_changed_is_given_the_prompt_again(loop: LoopThread, 
         assert swarm.dispatcher.open_breakers() == 0
 
 
-def test_experts_that_change_all_the_time_are_seldom_asked_to_go_on(loop: LoopThread, tmp_path: Path) -> None:
-    with on_nodes(loop, tmp_path, make_manifest()) as swarm:
+def test_experts_that_change_all_the_time_are_seldom_asked_to_go_on(loop: LoopThread) -> None:
+    with on_nodes(loop, make_manifest()) as swarm:
         decoder, attempts = TextDecoder(swarm.model), []
         sequence = decoder.begin(PROMPTS[0])
         for token in range(40):
@@ -201,9 +198,9 @@ def test_experts_that_change_all_the_time_are_seldom_asked_to_go_on(loop: LoopTh
 
 @pytest.mark.parametrize("how", ["says so", "keeps nothing"])
 def test_a_node_that_forgets_again_and_again_is_avoided_where_others_have_its_experts(
-    loop: LoopThread, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with on_nodes(loop, tmp_path, make_manifest(), count=4) as swarm:
+    with on_nodes(loop, make_manifest(), count=4) as swarm:
         forgetful = swarm.nodes[0].peer_id
 
         async def forget(caller: GrpcCaller, call: NodeCall) -> AsyncGenerator[CallReply, None]:
@@ -236,8 +233,8 @@ def test_a_node_that_forgets_again_and_again_is_avoided_where_others_have_its_ex
         assert any(asked)
 
 
-def test_nodes_without_room_are_given_whole_sequences(loop: LoopThread, tmp_path: Path) -> None:
-    with on_nodes(loop, tmp_path, make_manifest(), max_kept_bytes=0) as swarm:
+def test_nodes_without_room_are_given_whole_sequences(loop: LoopThread) -> None:
+    with on_nodes(loop, make_manifest(), max_kept_bytes=0) as swarm:
         decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         assert [swarm.check(decoder, sequences, token) for token in range(3)] == [
@@ -246,10 +243,8 @@ def test_nodes_without_room_are_given_whole_sequences(loop: LoopThread, tmp_path
         assert total(swarm.dispatcher.metrics.forgotten_sequences) == 0
 
 
-def test_a_sequence_stays_with_its_replicas_and_moves_when_they_leave(
-    loop: LoopThread, tmp_path: Path
-) -> None:
-    with on_nodes(loop, tmp_path, make_manifest(), count=4) as swarm:
+def test_a_sequence_stays_with_its_replicas_and_moves_when_they_leave(loop: LoopThread) -> None:
+    with on_nodes(loop, make_manifest(), count=4) as swarm:
         decoder = TextDecoder(swarm.model)
         sequences = [decoder.begin(prompt) for prompt in PROMPTS]
         counts = [swarm.check(decoder, sequences, token) for token in range(3)]

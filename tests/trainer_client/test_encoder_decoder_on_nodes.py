@@ -3,7 +3,6 @@
 import statistics
 import threading
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import numpy as np
 from callers import a_caller
@@ -33,13 +32,11 @@ MANIFEST = make_manifest((2, 2), k=2, layers=2, causal=(False, True), hidden=16,
 TEXT = np.frombuffer(b"In the sauna one must behave as in church. " * 60, np.uint8)
 
 
-def test_the_loss_falls_also_after_one_of_two_nodes_has_died(loop: LoopThread, tmp_path: Path) -> None:
+def test_the_loss_falls_also_after_one_of_two_nodes_has_died(loop: LoopThread) -> None:
     stacks, channels = [AsyncExitStack() for _ in range(2)], ChannelPool()
 
     async def start(number: int) -> tuple[NodeInfo, Runtime]:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        node = a_node(folder, 2**24, MANIFEST, MANIFEST.uids())
+        node = a_node(2**24, MANIFEST, MANIFEST.uids())
         return await stacks[number].enter_async_context(node)
 
     def die(number: int) -> None:

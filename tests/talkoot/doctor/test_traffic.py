@@ -1,7 +1,6 @@
 """The computed traffic of a trainer, compared with bytes counted on real connections."""
 
 from dataclasses import astuple, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +42,7 @@ def make_manifest(
     )
 
 
-async def counted(path: Path, manifest: Manifest, experts: float) -> tuple[float, float]:
+async def counted(manifest: Manifest, experts: float) -> tuple[float, float]:
     """Bytes carried to the node and back for each row, forward and backward.
 
     On average, a row is for `experts` of the node's two experts.
@@ -59,7 +58,7 @@ async def counted(path: Path, manifest: Manifest, experts: float) -> tuple[float
         lengths = np.full(SEQUENCES, OF_EACH)
         return NodeBatch(np.arange(ROWS), lengths, np.concatenate(positions), tuple(UIDS), which)
 
-    async with a_node(path, 2**24, manifest) as (node, _):
+    async with a_node(2**24, manifest) as (node, _):
         port = int(str(node.addresses[0]).rsplit(":", 1)[1])
         proxy = await Proxy.start(wire, ("127.0.0.1", port))
         behind = replace(node, addresses=(Endpoint(f"127.0.0.1:{proxy.port}"),))
@@ -92,11 +91,9 @@ async def counted(path: Path, manifest: Manifest, experts: float) -> tuple[float
 
 @pytest.mark.parametrize("experts", [1, 1.25, 1.5])
 @pytest.mark.parametrize(("width", "codec"), [(448, "int4"), (64, "int4"), (64, "fp32")])
-def test_it_is_what_real_calls_move(
-    loop: LoopThread, tmp_path: Path, width: int, codec: CodecName, experts: float
-) -> None:
+def test_it_is_what_real_calls_move(loop: LoopThread, width: int, codec: CodecName, experts: float) -> None:
     manifest = make_manifest(width, codec)
-    there, back = loop.run(counted(tmp_path, manifest, experts), 60)
+    there, back = loop.run(counted(manifest, experts), 60)
     # There are 52 bytes of headers in each packet, and an acknowledgement for every second packet.
     upload = there * 1500 / 1448 + back * 52 / 2 / 1448
     download = back * 1500 / 1448 + there * 52 / 2 / 1448

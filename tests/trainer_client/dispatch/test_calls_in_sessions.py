@@ -2,8 +2,6 @@
 happens.
 """
 
-from pathlib import Path
-
 import grpc
 import pytest
 from callers import a_caller
@@ -23,11 +21,11 @@ STALE = ((SESSION_KEY, bytes(16)),)
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_session_that_has_ended_is_opened_again_and_the_call_repeated(
-    loop: LoopThread, tmp_path: Path, direction: str
+    loop: LoopThread, direction: str
 ) -> None:
     async def scenario() -> None:
         channels = ChannelPool()
-        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+        async with a_node(GENEROUS) as (node, runtime):
             sessions = a_caller("kept-swarm")
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=sessions)
             sessions._known[node.peer_id] = STALE, float("inf")
@@ -56,11 +54,11 @@ class CrowdedPool(ChannelPool):
 
 @pytest.mark.parametrize("has_session", [False, True])
 def test_a_node_is_not_to_blame_for_a_channel_that_the_trainer_closes(
-    loop: LoopThread, tmp_path: Path, has_session: bool
+    loop: LoopThread, has_session: bool
 ) -> None:
     async def scenario() -> None:
         channels, crowded, sessions = ChannelPool(), CrowdedPool(), a_caller("kept-swarm")
-        async with a_node(tmp_path, GENEROUS) as (node, _):
+        async with a_node(GENEROUS) as (node, _):
             if has_session:
                 await sessions.metadata(node.peer_id, await channels.reach(node), 60)
             with pytest.raises(ExpertError, match="the channel was closed") as caught:
@@ -77,10 +75,10 @@ def test_a_node_is_not_to_blame_for_a_channel_that_the_trainer_closes(
     loop.run(scenario(), 120)
 
 
-def test_who_asks_for_forward_alone_may_not_go_backward(loop: LoopThread, tmp_path: Path) -> None:
+def test_who_asks_for_forward_alone_may_not_go_backward(loop: LoopThread) -> None:
     async def scenario() -> None:
         channels = ChannelPool()
-        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+        async with a_node(GENEROUS) as (node, runtime):
             reader = a_caller("kept-swarm", rights=(session_pb2.RIGHT_FORWARD,))
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=reader)
             assert (await ask(caller, node, "forward", request(UIDS[0]))).answered == UIDS[:1]
@@ -93,10 +91,10 @@ def test_who_asks_for_forward_alone_may_not_go_backward(loop: LoopThread, tmp_pa
     loop.run(scenario(), 120)
 
 
-def test_without_a_session_nothing_is_done(loop: LoopThread, tmp_path: Path) -> None:
+def test_without_a_session_nothing_is_done(loop: LoopThread) -> None:
     async def scenario() -> None:
         channels = ChannelPool()
-        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+        async with a_node(GENEROUS) as (node, runtime):
             with pytest.raises(ExpertError, match="open one") as caught:
                 await ask(
                     GrpcCaller(channels, "kept-swarm", HIDDEN), node, "backward", request(UIDS[0], rows(2))

@@ -1,7 +1,6 @@
 """Every codec between a trainer and a real node, over real sockets."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -27,12 +26,10 @@ layer.
 """
 
 
-async def out_and_back(
-    path: Path, codec: CodecName, uids: Sequence[UID] = tuple(UIDS)
-) -> tuple[list[Floats], float]:
+async def out_and_back(codec: CodecName, uids: Sequence[UID] = tuple(UIDS)) -> tuple[list[Floats], float]:
     """What experts answer, forward and backward, and the bytes sent both ways."""
     channels = ChannelPool()
-    async with a_node(path, GENEROUS) as (node, runtime):
+    async with a_node(GENEROUS) as (node, runtime):
         caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec), a_caller("kept-swarm"))
         forward = await ask(caller, node, "forward", *(request(uid) for uid in uids), keep=True)
         requests = [request(uid, rows(2 + i)) for i, uid in enumerate(uids)]
@@ -48,10 +45,10 @@ async def out_and_back(
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_answers_are_close_to_those_of_fp32_and_as_small_as_the_codec_makes_them(
-    loop: LoopThread, tmp_path: Path, codec: CodecName
+    loop: LoopThread, codec: CodecName
 ) -> None:
-    exact, _ = loop.run(out_and_back(tmp_path / "exact", "fp32"), 120)
-    found, sent = loop.run(out_and_back(tmp_path / "coded", codec), 120)
+    exact, _ = loop.run(out_and_back("fp32"), 120)
+    found, sent = loop.run(out_and_back(codec), 120)
     assert sent == 4 * encoded_bytes(ROWS, HIDDEN, codec_of(codec))
     assert len(found) == len(exact) == 4
     for one, other in zip(found, exact, strict=True):
@@ -59,7 +56,7 @@ def test_answers_are_close_to_those_of_fp32_and_as_small_as_the_codec_makes_them
 
 
 def test_int4_rounds_gradients_at_random_and_alike_for_the_same_request(
-    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This concerns gradients, which decide a node's step and its answer, and the answer itself.
 
@@ -70,7 +67,7 @@ def test_int4_rounds_gradients_at_random_and_alike_for_the_same_request(
         ids = (bytes([first_id + call]) * 16 for call in range(2))
         source = SimpleNamespace(token_bytes=lambda size: next(ids))
         monkeypatch.setattr("trainer_client.dispatch.grpc_caller.secrets", source)
-        tensors, _ = loop.run(out_and_back(tmp_path / name, "int4", UIDS[:1]), 120)
+        tensors, _ = loop.run(out_and_back("int4", UIDS[:1]), 120)
         return [tensor.tobytes() for tensor in tensors]
 
     one, again, other = answers("one", 0), answers("again", 0), answers("other", 2)
@@ -81,14 +78,14 @@ def test_int4_rounds_gradients_at_random_and_alike_for_the_same_request(
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_gradient_that_is_not_finite_is_refused_by_the_node_in_every_codec(
-    loop: LoopThread, tmp_path: Path, codec: CodecName
+    loop: LoopThread, codec: CodecName
 ) -> None:
     gradients = rows(1)
     gradients[2, 3] = np.nan
 
     async def scenario() -> None:
         channels = ChannelPool()
-        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+        async with a_node(GENEROUS) as (node, runtime):
             try:
                 caller = GrpcCaller(channels, "kept-swarm", HIDDEN, codec_of(codec), a_caller("kept-swarm"))
                 await ask(caller, node, "backward", request(UIDS[0], gradients))

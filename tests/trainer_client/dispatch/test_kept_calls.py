@@ -1,7 +1,5 @@
 """Inputs that the node has kept from the forward call are not sent again, over real sockets."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -20,10 +18,10 @@ from peer.rpc.channels import ChannelPool
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
 
-async def forward_and_backward(path: Path, keep: bool, max_kept_bytes: int) -> tuple[list[Floats], float]:
+async def forward_and_backward(keep: bool, max_kept_bytes: int) -> tuple[list[Floats], float]:
     """The gradients of the inputs of both experts, and the payload bytes of the backward call."""
     channels = ChannelPool()
-    async with a_node(path, max_kept_bytes) as (node, _):
+    async with a_node(max_kept_bytes) as (node, _):
         caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
         forward = await ask(caller, node, "forward", *(request(uid) for uid in UIDS), keep=keep)
         sent = total(caller.metrics.bytes, direction="sent")
@@ -44,36 +42,36 @@ ENOUGH_FOR_ONE = 3 * ONE_TENSOR + 3072
     ids=["not asked to keep", "kept", "no memory to keep"],
 )
 def test_kept_inputs_do_not_travel_twice(
-    loop: LoopThread, tmp_path: Path, keep: bool, max_kept_bytes: int, tensors_sent: int
+    loop: LoopThread, keep: bool, max_kept_bytes: int, tensors_sent: int
 ) -> None:
-    _, sent = loop.run(forward_and_backward(tmp_path, keep, max_kept_bytes), 120)
+    _, sent = loop.run(forward_and_backward(keep, max_kept_bytes), 120)
     assert sent == tensors_sent * ONE_TENSOR
 
 
-def test_kept_or_sent_again_the_gradients_are_the_same(loop: LoopThread, tmp_path: Path) -> None:
-    kept, _ = loop.run(forward_and_backward(tmp_path / "kept", True, GENEROUS), 120)
-    sent, _ = loop.run(forward_and_backward(tmp_path / "sent", False, GENEROUS), 120)
+def test_kept_or_sent_again_the_gradients_are_the_same(loop: LoopThread) -> None:
+    kept, _ = loop.run(forward_and_backward(True, GENEROUS), 120)
+    sent, _ = loop.run(forward_and_backward(False, GENEROUS), 120)
     for one, other in zip(kept, sent, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_what_goes_in_one_message_or_in_several_is_answered_alike(
-    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once, _ = loop.run(forward_and_backward(tmp_path / "one", False, GENEROUS), 120)
+    at_once, _ = loop.run(forward_and_backward(False, GENEROUS), 120)
     monkeypatch.setattr("peer.codec.CHUNK_BYTES", 100)
-    in_pieces, sent = loop.run(forward_and_backward(tmp_path / "several", False, GENEROUS), 120)
+    in_pieces, sent = loop.run(forward_and_backward(False, GENEROUS), 120)
     assert sent == 4 * ONE_TENSOR
     for one, other in zip(at_once, in_pieces, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_node_that_gave_up_what_it_kept_is_sent_the_inputs(loop: LoopThread, tmp_path: Path) -> None:
+def test_a_node_that_gave_up_what_it_kept_is_sent_the_inputs(loop: LoopThread) -> None:
     """The memory is enough for only one of two calls."""
 
     async def scenario() -> None:
         channels = ChannelPool()
-        async with a_node(tmp_path, ENOUGH_FOR_ONE) as (node, runtime):
+        async with a_node(ENOUGH_FOR_ONE) as (node, runtime):
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
             kept = [(await ask(caller, node, "forward", request(uid), keep=True)).kept for uid in UIDS]
             assert all(kept)
@@ -96,10 +94,10 @@ def as_rows(asked: Request) -> Rows:
     return Rows(torch.from_numpy(asked.inputs), lengths, positions, torch.from_numpy(asked.gradients))
 
 
-def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> None:
+def test_what_is_kept_is_handed_over_once(loop: LoopThread) -> None:
     async def scenario() -> tuple[float, float]:
         channels = ChannelPool()
-        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+        async with a_node(GENEROUS) as (node, runtime):
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
             forward = await ask(caller, node, "forward", request(UIDS[0]), keep=True)
             sent = []
@@ -116,10 +114,10 @@ def test_what_is_kept_is_handed_over_once(loop: LoopThread, tmp_path: Path) -> N
     assert loop.run(scenario(), 120) == (ONE_TENSOR, 3 * ONE_TENSOR)
 
 
-def test_gradients_of_other_rows_than_were_kept_are_refused(loop: LoopThread, tmp_path: Path) -> None:
+def test_gradients_of_other_rows_than_were_kept_are_refused(loop: LoopThread) -> None:
     async def scenario() -> None:
         channels = ChannelPool()
-        async with a_node(tmp_path, GENEROUS) as (node, runtime):
+        async with a_node(GENEROUS) as (node, runtime):
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=a_caller("kept-swarm"))
             forward = await ask(caller, node, "forward", request(UIDS[0]), keep=True)
             twice = [request(uid, rows(2)) for uid in UIDS]

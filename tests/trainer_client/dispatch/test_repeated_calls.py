@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,11 +44,9 @@ class FaultyLine(GrpcCaller):
 
 
 @asynccontextmanager
-async def a_line(
-    path: Path, lost: int, *, arrives: bool
-) -> AsyncIterator[tuple[FaultyLine, NodeInfo, Runtime]]:
+async def a_line(lost: int, *, arrives: bool) -> AsyncIterator[tuple[FaultyLine, NodeInfo, Runtime]]:
     channels = ChannelPool()
-    async with a_node(path, GENEROUS) as (node, runtime):
+    async with a_node(GENEROUS) as (node, runtime):
         try:
             yield FaultyLine(channels, lost, arrives=arrives), node, runtime
         finally:
@@ -66,11 +63,9 @@ def run(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutin
     return lambda scenario: loop.run(scenario, 60)
 
 
-def test_a_call_that_never_arrived_is_made_again(
-    run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path
-) -> None:
+def test_a_call_that_never_arrived_is_made_again(run: Callable[[Coroutine[Any, Any, None]], None]) -> None:
     async def scenario() -> None:
-        async with a_line(tmp_path, 1, arrives=False) as (line, node, runtime):
+        async with a_line(1, arrives=False) as (line, node, runtime):
             answers = await ask(line, node, "backward", *(request(uid, rows(2)) for uid in UIDS))
             assert sorted(answers.answered) == UIDS
             assert updates(runtime) == [1, 1]
@@ -81,12 +76,12 @@ def test_a_call_that_never_arrived_is_made_again(
 
 
 def test_what_was_applied_is_not_applied_again_when_its_answer_is_lost(
-    run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path
+    run: Callable[[Coroutine[Any, Any, None]], None],
 ) -> None:
     """The node remembers the id over a new connection too. The caller learns that the call broke off."""
 
     async def scenario() -> None:
-        async with a_line(tmp_path, 1, arrives=True) as (line, node, runtime):
+        async with a_line(1, arrives=True) as (line, node, runtime):
             once, pools = line._call_once, list[ChannelPool]()
 
             async def over_a_new_connection(*arguments: Any) -> Any:
@@ -109,13 +104,12 @@ def test_what_was_applied_is_not_applied_again_when_its_answer_is_lost(
 @pytest.mark.parametrize(("direction", "lost", "calls"), [("forward", 1, 1), ("backward", 2, 2)])
 def test_a_forward_call_is_not_repeated_and_a_backward_call_once(
     run: Callable[[Coroutine[Any, Any, None]], None],
-    tmp_path: Path,
     direction: Direction,
     lost: int,
     calls: int,
 ) -> None:
     async def scenario() -> None:
-        async with a_line(tmp_path, lost, arrives=False) as (line, node, runtime):
+        async with a_line(lost, arrives=False) as (line, node, runtime):
             gradients = None if direction == "forward" else rows(2)
             with pytest.raises(ExpertError, match="cut off"):
                 await ask(line, node, direction, request(UIDS[0], gradients))
@@ -126,14 +120,14 @@ def test_a_forward_call_is_not_repeated_and_a_backward_call_once(
 
 
 def test_without_time_nothing_is_repeated(
-    run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[[Coroutine[Any, Any, None]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "trainer_client.dispatch.grpc_caller._REPEAT_AFTER_S", 11.0
     )  # of 20 s, more than half must be left
 
     async def scenario() -> None:
-        async with a_line(tmp_path, 1, arrives=False) as (line, node, _):
+        async with a_line(1, arrives=False) as (line, node, _):
             with pytest.raises(ExpertError, match="cut off"):
                 await ask(line, node, "backward", request(UIDS[0], rows(2)))
             assert total(line.metrics.repeated_calls) == 0

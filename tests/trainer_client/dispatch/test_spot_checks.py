@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -329,7 +328,6 @@ class Checked:
 
 
 async def check_nodes(
-    path: Path,
     *runtimes: type[Runtime],
     codec: CodecName = "fp32",
     steps: int = 33,
@@ -343,10 +341,8 @@ async def check_nodes(
     async with AsyncExitStack() as stack:
         nodes = []
         for number, kind in enumerate(runtimes):
-            folder = path / str(number)
-            folder.mkdir(exist_ok=True)
             uids = [UIDS[number]]
-            nodes.append((await stack.enter_async_context(a_node(folder, 2**24, manifest, uids, kind)))[0])
+            nodes.append((await stack.enter_async_context(a_node(2**24, manifest, uids, kind)))[0])
         stack.push_async_callback(channels.close)
         caller = GrpcCaller(channels, SWARM, HIDDEN, codec_of(codec), a_caller(SWARM))
         blocks = BlockClient(channels, a_caller(SWARM, rights=rights), SWARM, loader.max_bytes)
@@ -377,14 +373,11 @@ async def check_nodes(
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
 def test_a_node_that_alters_one_row_in_a_hundred_is_banned_and_an_honest_one_is_not(
     loop: LoopThread,
-    tmp_path: Path,
     codec: CodecName,
     caplog: pytest.LogCaptureFixture,
     any_traffic: None,
 ) -> None:
-    checked, (liar, honest) = loop.run(
-        check_nodes(tmp_path, LyingRuntime, Runtime, codec=codec, steps=400), 60
-    )
+    checked, (liar, honest) = loop.run(check_nodes(LyingRuntime, Runtime, codec=codec, steps=400), 60)
     assert checked.banned == {liar.peer_id}
     assert honest.peer_id not in checked.banned
     assert checked.outcomes["failed"] == 2
@@ -394,15 +387,15 @@ def test_a_node_that_alters_one_row_in_a_hundred_is_banned_and_an_honest_one_is_
     assert "1.00%" in warning or codec != "fp32"
 
 
-def test_a_lone_host_is_checked_while_it_trains(loop: LoopThread, tmp_path: Path, any_traffic: None) -> None:
+def test_a_lone_host_is_checked_while_it_trains(loop: LoopThread, any_traffic: None) -> None:
     """Each step makes a new version, which is fetched to check the answers it has given."""
-    checked, _ = loop.run(check_nodes(tmp_path, Runtime, steps=12, trains=True), 60)
+    checked, _ = loop.run(check_nodes(Runtime, steps=12, trains=True), 60)
     assert checked.outcomes["passed"] == 12
     assert checked.outcomes["failed"] == 0
 
 
-def test_bytes_of_parameters_are_a_small_share_of_those_of_answers(loop: LoopThread, tmp_path: Path) -> None:
-    checked, _ = loop.run(check_nodes(tmp_path, Runtime, steps=12, trains=True), 60)
+def test_bytes_of_parameters_are_a_small_share_of_those_of_answers(loop: LoopThread) -> None:
+    checked, _ = loop.run(check_nodes(Runtime, steps=12, trains=True), 60)
     assert checked.outcomes["passed"] <= 2, "one expert takes as many bytes as several answers"
 
 
@@ -472,10 +465,10 @@ def test_a_node_that_holds_up_the_checks_of_its_answers_holds_up_no_others(any_t
 
 
 def test_a_node_that_gives_no_parameters_is_not_banned_but_counted(
-    loop: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture, any_traffic: None
+    loop: LoopThread, caplog: pytest.LogCaptureFixture, any_traffic: None
 ) -> None:
     source = Reluctant(TransferError("busy"))
-    checked, _ = loop.run(check_nodes(tmp_path, LyingRuntime, source=source), 60)
+    checked, _ = loop.run(check_nodes(LyingRuntime, source=source), 60)
     assert checked.outcomes["not_given"] == 33
     assert checked.outcomes["passed"] == checked.outcomes["failed"] == 0
     assert not checked.banned
@@ -493,9 +486,9 @@ class Evading(LyingRuntime):
 
 
 def test_a_node_whose_parameters_always_have_moved_on_is_noticed(
-    loop: LoopThread, tmp_path: Path, caplog: pytest.LogCaptureFixture, any_traffic: None
+    loop: LoopThread, caplog: pytest.LogCaptureFixture, any_traffic: None
 ) -> None:
-    checked, _ = loop.run(check_nodes(tmp_path, Evading), 60)
+    checked, _ = loop.run(check_nodes(Evading), 60)
     assert checked.outcomes["moved_on"] == 33
     assert checked.outcomes["passed"] == checked.outcomes["failed"] == 0
     assert not checked.banned
@@ -503,26 +496,26 @@ def test_a_node_whose_parameters_always_have_moved_on_is_noticed(
 
 
 def test_a_node_that_gives_parameters_which_cant_be_right_is_banned(
-    loop: LoopThread, tmp_path: Path, any_traffic: None
+    loop: LoopThread, any_traffic: None
 ) -> None:
-    checked, (node,) = loop.run(check_nodes(tmp_path, Runtime, source=Reluctant(StateError("garbage"))), 60)
+    checked, (node,) = loop.run(check_nodes(Runtime, source=Reluctant(StateError("garbage"))), 60)
     assert checked.banned == {node.peer_id}
     assert checked.outcomes["failed"] == 2
 
 
 def test_parameters_that_break_their_parser_end_no_task(
-    loop: LoopThread, tmp_path: Path, any_traffic: None, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread, any_traffic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(self: BlockLoader, uid: UID, data: bytes) -> RecomputedExpert:
         raise ZeroDivisionError
 
     monkeypatch.setattr(BlockLoader, "load", load)
-    checked, _ = loop.run(check_nodes(tmp_path, Runtime, steps=5), 60)
+    checked, _ = loop.run(check_nodes(Runtime, steps=5), 60)
     assert checked.outcomes["not_given"] == 5
 
 
-def test_whoever_may_not_fetch_checks_nothing(loop: LoopThread, tmp_path: Path, any_traffic: None) -> None:
-    checked, _ = loop.run(check_nodes(tmp_path, Runtime, rights=[session_pb2.RIGHT_BACKWARD], steps=5), 60)
+def test_whoever_may_not_fetch_checks_nothing(loop: LoopThread, any_traffic: None) -> None:
+    checked, _ = loop.run(check_nodes(Runtime, rights=[session_pb2.RIGHT_BACKWARD], steps=5), 60)
     assert checked.outcomes["not_given"] == 5
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import numpy as np
 from callers import a_caller
@@ -29,11 +28,11 @@ async def call(tracker: CallTracker, node: NodeInfo, direction: Direction, keep:
     assert reply.error is None
 
 
-def test_a_node_learns_how_many_updates_others_took(loop: LoopThread, tmp_path: Path) -> None:
+def test_a_node_learns_how_many_updates_others_took(loop: LoopThread) -> None:
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
             (slow, slow_runtime), (quick, quick_runtime) = [
-                await stack.enter_async_context(a_node(tmp_path / name, GENEROUS)) for name in ("a", "b")
+                await stack.enter_async_context(a_node(GENEROUS)) for name in ("a", "b")
             ]
             channels = ChannelPool()
             stack.push_async_callback(channels.close)
