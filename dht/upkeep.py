@@ -1,8 +1,8 @@
 """How often a peer announces itself and looks around: as often as its owner wants, unless that costs too much.
 
 The cost of a round grows with the swarm, and with what the peer hosts. So the period grows with the bytes of the peer's
-own DHT calls since the last round. Announcements live for three periods. So in a large swarm a dead node is noticed
-later, but upkeep does not fill a home line.
+own DHT calls since the last round. Announcements live until two more are due, and a while longer. So in a large swarm a
+dead node is noticed later, but upkeep does not fill a home line.
 """
 
 import random
@@ -15,12 +15,20 @@ about as much of others' calls to it.
 MOST_STRETCHED = 18
 """The longest period, as a multiple of the wanted one."""
 _LONGEST_S = 190.0
-"""The longest period: announcements live for three periods, and may not live for more than 600 s."""
-_LIFETIMES = 3
+"""The longest period."""
+_LATE_S = 40.0
+"""How late the second announcement after this one may come before others take the peer for dead. It is at most a
+period.
+"""
 _WEIGHT = 0.25
 """The weight of the last period in the running mean of costs."""
 _JITTER = 0.1
 """The share by which pauses vary, so that no two peers stay in step."""
+
+
+def lifetime_s(period_s: float) -> float:
+    """The lifetime of announcements. One may get lost, and the next may be late."""
+    return 2 * period_s + min(period_s, _LATE_S)
 
 
 class UpkeepPeriod:
@@ -51,7 +59,7 @@ class UpkeepPeriod:
     @property
     def lifetime_s(self) -> float:
         """The lifetime of what is announced now."""
-        return _LIFETIMES * self.seconds
+        return lifetime_s(self.seconds)
 
     def drawn_s(self, part: float = 1.0) -> float:
         """A pause of about this share of the period, drawn at random."""

@@ -184,7 +184,7 @@ def long_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Announcements live for at least 15 s, however often they are renewed, since a busy machine may stall
     for seconds.
     """
-    monkeypatch.setattr("dht.upkeep._LIFETIMES", 30)
+    monkeypatch.setattr("dht.upkeep.lifetime_s", lambda period_s: 30 * period_s)
     monkeypatch.setattr("expert_server.settings.NodeSettings.lifetime_s", 15.0)
 
 

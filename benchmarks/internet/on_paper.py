@@ -22,7 +22,7 @@ from benchmarks.internet.formulas import (
     vacant_share,
 )
 from benchmarks.internet.report import LEAST_SERVED
-from dht.upkeep import MOST_STRETCHED, ROUND_BYTES
+from dht.upkeep import MOST_STRETCHED, ROUND_BYTES, lifetime_s
 from expert_server.hosting.manager import _LOOKS, _LOOKS_WITHOUT
 from expert_server.settings import NodeSettings
 from peer.kademlia.routing import REPLICAS
@@ -31,7 +31,6 @@ DIE_IN_A_DAY = 0.2
 """The share of volunteers that disappear in a day (`benchmarks.internet.population`)."""
 REPAIRED_WITHIN_S = 600.0
 """Assumed: the time until an expert that has lost a replica has another. A node with room must come first."""
-_LIFETIMES = 3
 _LOOKERS = 8
 """Assumed: the number of nodes with room that look at an expert without a host."""
 
@@ -66,7 +65,7 @@ def table_of_comparisons(results: Mapping[str, Any]) -> Table:
 
 def _days(nodes: int, found: Mapping[str, Any]) -> Iterator[Comparison]:
     settings, rate = NodeSettings(), failure_rate(DIE_IN_A_DAY)
-    adopted = adoption_time(*_adoption(settings.announce_every_s, _LOOKS))
+    adopted = adoption_time(*_adoption(found["period_s"], _LOOKS))
     vacant = vacant_share(settings.replicas, rate, REPAIRED_WITHIN_S, adopted.mean_s)
     what = f"{nodes:,} volunteers: share of experts that nobody serves"
     yield Comparison(what, f"{vacant:.1e}", f"{1 - found['served']:.1e}")
@@ -103,7 +102,7 @@ def _tenth_dies(nodes: int, found: Mapping[str, Any]) -> Iterator[Comparison]:
     what = f"a tenth of {nodes:,} nodes dies: experts without a host, at {replicas:.1f} replicas"
     yield Comparison(what, f"{vacant:.1f}", f"{found['vacant']}")
     if found["vacant"]:
-        period_s = NodeSettings().announce_every_s
+        period_s = found["period_s"]
         saved, lost = (adoption_time(*_adoption(period_s, sights)) for sights in (_LOOKS, _LOOKS_WITHOUT))
         periods = found["served_again_periods"]
         yield Comparison(
@@ -128,4 +127,4 @@ def _adoption(period_s: float, sights: int) -> tuple[float, float, int, float, f
     """Arguments of `adoption_time`. Nodes look again after half a period. Building a small expert takes practically no
     time.
     """
-    return period_s, _LIFETIMES, sights, period_s / 2, 0.0, _LOOKERS
+    return period_s, lifetime_s(period_s) / period_s, sights, period_s / 2, 0.0, _LOOKERS

@@ -53,7 +53,9 @@ _LOOKS_WITHOUT = 4
 Nodes with a checkpoint come first, because all of them look twice in this time.
 """
 _FIRM_LOOKS = 4
-"""How many looks in a row must find that the same replica can be spared. Announcements live for three periods."""
+"""How many looks in a row must find that the same replica can be spared. There are two in a period, and announcements
+live for more than two periods.
+"""
 _EXCHANGE_EVERY_S = 600.0
 """The shortest time between two exchanges."""
 _MOST_PROOFS, _PROOFS_AT_ONCE = 16, 4

@@ -457,14 +457,14 @@ class LocalReplicas:
         self, claims: Mapping[UID, ReplicaAnnouncement], taken: list[UID], failed: list[UID]
     ) -> None:
         clock = asyncio.get_running_loop().time
-        announced, renew_at = 0, clock() + self._period.lifetime_s / 3
+        announced, renew_at = 0, clock() + self._period.seconds
         while True:
-            await asyncio.sleep(min(_ANNOUNCE_EVERY_S, self._period.lifetime_s / 3))
+            await asyncio.sleep(min(_ANNOUNCE_EVERY_S, self._period.seconds))
             with contextlib.suppress(UnreachableError):  # it is announced again soon
                 if clock() >= renew_at:
                     waiting = [claim for uid, claim in claims.items() if uid not in {*taken, *failed}]
                     await self._swarm.experts.announce(waiting, self._period.lifetime_s)
-                    renew_at = clock() + self._period.lifetime_s / 3
+                    renew_at = clock() + self._period.seconds
                 if ready := taken[announced:]:
                     await self.announce(ready)
                     announced += len(ready)
