@@ -317,8 +317,9 @@ class SwarmAdmission:
             if body == "revocations":
                 self._hear(payload.revocations.serials)
             return
-        # this peer's earlier record, whose token may be over, says how long others hold it
-        if writer == self._holder:
+        # this peer's earlier record, whose token may be over, says how long others hold it; a library counts as long as
+        # its token does
+        if writer == self._holder and body != "library":
             return
         if self._mode != "token":
             if body == "library":
