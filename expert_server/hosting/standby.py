@@ -76,8 +76,10 @@ class StandbyCopies:
         """
         if self._replicas.leaving:
             return
-        seen = self._seen()
-        wanted = single_hosted(seen, self._swarm.host.peer_id)
+        seen, host = self._seen(), self._swarm.host
+        # those that died a short time ago are still announced, and neither serve experts nor keep copies
+        answering = {uid: [r for r in found if not host.has_failed(r.peer_id)] for uid, found in seen.items()}
+        wanted = single_hosted(answering, host.peer_id)
         self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
         if not wanted:
             return

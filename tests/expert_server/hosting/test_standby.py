@@ -86,6 +86,27 @@ def limited(node: Node, limit: int, clock: Callable[[], float] = time.monotonic)
     return StandbyCopies(NodeSettings(), node.swarm, node.replicas, lambda: node.hosting.seen, limit, clock)
 
 
+def test_an_expert_whose_other_host_has_died_is_copied_although_that_one_is_still_announced(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        invite = await keeper.swarm.invite()
+        living, dead = [await village.join(n, invite, experts=8, replicas=2) for n in (1, 2)]
+        await train(living, dict.fromkeys(living.runtime.experts, 3))
+        for host in (dead, living):
+            await host.hosting.replicate()
+            await host.hosting.announce()
+        assert {*living.runtime.experts} == {*dead.runtime.experts} == {*UIDS}
+        assert await copied(keeper) == 0
+        monkeypatch.setattr(
+            keeper.swarm.host, "has_failed", lambda peer_id: peer_id == dead.swarm.host.peer_id
+        )
+        assert await copied(keeper) == len(UIDS)
+
+    play(scenario)
+
+
 def test_a_copy_is_served_although_its_dead_host_is_still_announced(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,8 +236,10 @@ def test_what_is_no_state_of_its_expert_takes_no_copys_place(
 
 
 def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_experts(
-    play: Play, caplog: pytest.LogCaptureFixture
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Its DHT node may still have answered a moment ago."""
+
     async def scenario(village: Village) -> None:
         keeper = await village.found(experts=0, spare=0)
         host = await village.join(1, await keeper.swarm.invite(), experts=8)
@@ -225,6 +248,7 @@ def test_a_host_that_answers_with_no_messages_does_not_end_who_copies_its_expert
         peer = host.swarm.host
         assert peer.server is not None
         await peer.server.stop(None)
+        monkeypatch.setattr(keeper.swarm.host, "has_failed", lambda peer_id: False)
         async with garbage_server(peer.identity, peer.certificate, peer.port):
             assert await copied(keeper) == 0
         assert total(keeper.replicas.states.metrics.fetches, outcome="broken") == len(UIDS)
