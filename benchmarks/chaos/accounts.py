@@ -47,6 +47,8 @@ class Loss:
     """Updates that the expert had when it was served next; None: it was never served again."""
     interval: int
     """Updates that the expert took in the checkpoint interval before the death."""
+    away_s: float | None
+    """How long no replica was seen to serve it; None: it was never served again."""
 
     @property
     def updates(self) -> int:
@@ -97,6 +99,7 @@ def losses(
                     kept,
                     _after(death, expert, wanted, observations, rescue_s),
                     interval,
+                    _away_s(death, expert, observations),
                 )
             )
     return found
@@ -119,6 +122,11 @@ def _after(
         if seen.at_s > first[0] + rescue_s:
             break
     return None if first is None else first[1]
+
+
+def _away_s(death: Death, expert: str, observations: Sequence[Observation]) -> float | None:
+    later = (seen for seen in observations if seen.at_s > death.at_s and seen.counts.get(expert))
+    return next((seen.at_s - death.at_s for seen in later), None)
 
 
 def _count_at(expert: str, at_s: float, observations: Sequence[Observation]) -> int:

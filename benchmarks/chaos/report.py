@@ -93,9 +93,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 
 
 def show_losses(chaos: Mapping[str, Any], console: Console) -> None:
-    table = Table(
-        "hosted experts of the dead", "number", "updates lost, mean", "most", "lost", title="what deaths cost"
-    )
+    columns = ("hosted experts of the dead", "number", "updates lost, mean", "most", "lost", "away, mean s")
+    table = Table(*columns, title="what deaths cost")
     for name, had_survivor in (("with another replica", True), ("without", False)):
         rows = [loss for loss in chaos["losses"] if loss["had_survivor"] == had_survivor]
         table.add_row(
@@ -104,6 +103,7 @@ def show_losses(chaos: Mapping[str, Any], console: Console) -> None:
             _mean(r["updates"] for r in rows),
             str(max((r["updates"] for r in rows), default=0)),
             str(sum(r["is_lost"] for r in rows)),
+            _mean(away_s for r in rows if (away_s := r.get("away_s")) is not None),
         )
     console.print(table)
     for loss in chaos["losses"]:
@@ -120,6 +120,6 @@ def _verdict(value: float, target: str, reached: bool) -> dict[str, Any]:
     return {"value": value, "target": target, "reached": bool(reached)}
 
 
-def _mean(values: Iterable[int]) -> str:
+def _mean(values: Iterable[float]) -> str:
     listed = list(values)
     return f"{statistics.fmean(listed):.1f}" if listed else "-"

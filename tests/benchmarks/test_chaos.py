@@ -75,6 +75,7 @@ def test_with_a_survivor_what_it_lacks_is_lost() -> None:
 def test_without_one_a_checkpoint_interval_may_be_lost_and_no_more() -> None:
     loss = loss_of(death(survivor=None, saved=92), (52.0, -1), (60.0, 92))
     assert (loss.updates, loss.interval, loss.is_lost, loss.is_beyond_interval) == (8, 10, False, False)
+    assert loss.away_s == 10
     stale = loss_of(death(survivor=None, saved=60), (60.0, 60))
     assert (stale.updates, stale.is_lost, stale.is_beyond_interval) == (40, False, True)
 
@@ -100,7 +101,7 @@ def test_a_state_that_is_not_used_is_lost_unless_it_comes_back_soon() -> None:
     ignored = loss_of(death(survivor=93), (60.0, 80), (62.0, 82))
     assert ignored.is_lost, "a replica lived"
     never = loss_of(death(survivor=93))
-    assert (never.after, never.is_lost, never.updates) == (None, True, 100)
+    assert (never.after, never.is_lost, never.updates, never.away_s) == (None, True, 100, None)
 
 
 def test_averages_and_copies_of_others_experts_count_as_checkpoints(tmp_path: Path) -> None:
