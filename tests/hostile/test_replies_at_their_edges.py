@@ -207,7 +207,8 @@ async def read_credit(stage: Stage) -> None:
     admission.learn(numbered_identity(0).public_key, "open")
     reader = CreditReader(KEYS.swarm_id, admission, stage.channels, ParseGuard())
     await reader.read([stage.info], 1, LONG)
-    assert all(credit.work.is_sane for credit in reader.credit.values())
+    # a node that answered and has no receipts that count has nothing
+    assert all(credit.work.is_sane or credit.work == Work() for credit in reader.credit.values())
 
 
 async def search(stage: Stage) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.internet.calls import Calls, Costs, ModelCaller, row_bytes
 from benchmarks.internet.dht_model import ModelLookups
 from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
-from benchmarks.internet.stand_ins import simulated
+from benchmarks.internet.stand_ins import SharedRegistry, simulated
 from benchmarks.internet.validation.measured import Adoption, Measured, Stretch
 from benchmarks.internet.validation.scenario import Hosting, Scenario
 from benchmarks.internet.validation.steady_trainers import Step, settings_of, train
@@ -18,7 +18,6 @@ from benchmarks.internet.world import World
 from benchmarks.simulated_p2p import SimulatedIdentity
 from dht.directory import Directory
 from dht.experts import ExpertRegistry
-from dht.registry import Registry
 from peer.identity import PeerID
 from trainer_client.client import TrainerTiming
 from trainer_client.dispatch.dispatcher import Dispatcher
@@ -136,7 +135,7 @@ class SimulatedRun:
         peer = world.add(EmulatedMachine(), SimulatedIdentity(10**6 + trainer))
         lookups: Any = ModelLookups(self._swarm.dht, peer)
         identity: Any = peer.identity
-        registry = Registry(
+        registry = SharedRegistry(
             lookups,
             self._swarm.keys,
             identity,
