@@ -51,6 +51,20 @@ async def invited(village: Village, founder: Node, role: Role) -> tuple[Invite, 
     return replace(await swarm.invite(), token=token.SerializeToString()), issued
 
 
+async def founder_and_node(
+    village: Village, founder_every_s: float = 0.5, node_every_s: float = 0.5
+) -> tuple[Node, Node, IssuedInvite]:
+    """A running founder and a node that has joined, each with four experts, and the node's invite."""
+    founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=founder_every_s)
+    await village.run(founder)
+    invite, issued = await invited(village, founder, Role.NODE)
+    node = await village.start(
+        await come_in(village, 1, invite, Role.NODE),
+        {"experts": 4, "spare": 0, "announce_every_s": node_every_s},
+    )
+    return founder, node, issued
+
+
 async def come_in(village: Village, number: int, invite: Invite, role: Role) -> Swarm:
     swarm = await join_swarm(
         village.identities[number], invite, NetworkConfig(LOCAL, serves_dht=role is Role.NODE), roles=(role,)
@@ -114,12 +128,7 @@ async def sees(swarm: Swarm, *nodes: Node) -> None:
 
 def test_nodes_and_trainers_come_in_by_token_until_it_is_revoked(play: Play) -> None:
     async def scenario(village: Village) -> None:
-        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
-        await village.run(founder)
-        invite, _ = await invited(village, founder, Role.NODE)
-        node = await village.start(
-            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 0.5}
-        )
+        founder, node, _ = await founder_and_node(village)
         await village.run(node)
         invite, issued = await invited(village, founder, Role.TRAINER)
         trainer = await come_in(village, 2, invite, Role.TRAINER)
@@ -157,12 +166,7 @@ def test_a_node_whose_token_is_over_says_so_and_stops(
     play: Play, caplog: pytest.LogCaptureFixture, is_revoked: bool, kind: type[InviteError], words: str
 ) -> None:
     async def scenario(village: Village) -> None:
-        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
-        await village.run(founder)
-        invite, issued = await invited(village, founder, Role.NODE)
-        node = await village.start(
-            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 0.5}
-        )
+        founder, node, issued = await founder_and_node(village)
         running = asyncio.create_task(node.run())
         if is_revoked:
             InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
@@ -189,13 +193,8 @@ def test_a_revoked_node_that_returns_with_a_new_invite_is_accepted_at_once(
     play: Play, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(village: Village) -> None:
-        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=0.5)
-        await village.run(founder)
-        invite, issued = await invited(village, founder, Role.NODE)
         # its last record outlives the first one of its next run
-        node = await village.start(
-            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 120}
-        )
+        founder, node, issued = await founder_and_node(village, node_every_s=120)
         InviteLedger(village.state(founder.swarm)).revoke(issued.number, time.time())
         await founder._access.look()
         await node._access.look()
@@ -218,12 +217,7 @@ def test_a_revocation_reaches_a_node_of_a_small_swarm_before_its_next_announceme
     caplog.set_level(logging.INFO)
 
     async def scenario(village: Village) -> None:
-        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0, announce_every_s=120)
-        await village.run(founder)
-        invite, issued = await invited(village, founder, Role.NODE)
-        node = await village.start(
-            await come_in(village, 1, invite, Role.NODE), {"experts": 4, "spare": 0, "announce_every_s": 120}
-        )
+        founder, node, issued = await founder_and_node(village, 120, 120)
 
         async def has_met() -> bool:
             await founder.hosting.look()
@@ -257,13 +251,7 @@ def test_a_node_leaves_when_its_token_expires_and_not_only_when_it_is_refused(
     play: Play, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(village: Village) -> None:
-        founder = await village.found(manifest=BY_TOKEN, experts=4, spare=0)
-        await village.run(founder)
-        invite, issued = await invited(village, founder, Role.NODE)
-        node = await village.start(
-            await come_in(village, 1, invite, Role.NODE),
-            {"experts": 4, "spare": 0, "announce_every_s": 120},
-        )
+        founder, node, issued = await founder_and_node(village, 10, 120)
         began = time.time()
         for each in (node, founder):
             each.swarm.admission._now = lambda: issued.expires_at - 0.5 + time.time() - began
