@@ -259,14 +259,12 @@ class SwarmClient:
         routing = self._joined.routing
         if choose_by is not None:
             routing = replace(routing, choose_by=choose_by, prefix=routing_prefix)
-        if not self._is_own_loop:
-            return RemoteMixtureOfExperts(
-                layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale
-            )
+        check = self.require_admitted if self._is_own_loop else None
         mixture = RemoteMixtureOfExperts(
-            layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale, self.require_admitted
+            layer, self.manifest, self.dispatcher, self.run, routing, gradient_scale, check
         )
-        mixture.disable_compiling()
+        if self._is_own_loop:
+            mixture.disable_compiling()
         return mixture
 
     def wait_for_experts(self, limit_s: float, report: Callable[[str], None], share: float = 1.0) -> None:

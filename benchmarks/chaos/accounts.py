@@ -1,6 +1,6 @@
 """What the deaths in a chaos run have cost, computed from observations of it. All functions are pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 Counts = Mapping[str, Mapping[str, int]]
@@ -112,9 +112,7 @@ def _after(
     within `rescue_s` afterwards count. None: it was never served again.
     """
     first: tuple[float, int] | None = None
-    for seen in observations:
-        if seen.at_s <= death.at_s or not seen.counts.get(expert):
-            continue
+    for seen in _served_after(death, expert, observations):
         count = max(seen.counts[expert].values())
         first = first or (seen.at_s, count)
         if count >= wanted:
@@ -125,8 +123,12 @@ def _after(
 
 
 def _away_s(death: Death, expert: str, observations: Sequence[Observation]) -> float | None:
-    later = (seen for seen in observations if seen.at_s > death.at_s and seen.counts.get(expert))
-    return next((seen.at_s - death.at_s for seen in later), None)
+    return next((seen.at_s - death.at_s for seen in _served_after(death, expert, observations)), None)
+
+
+def _served_after(death: Death, expert: str, observations: Sequence[Observation]) -> Iterator[Observation]:
+    """The observations after a death in which a replica of the expert answered."""
+    return (seen for seen in observations if seen.at_s > death.at_s and seen.counts.get(expert))
 
 
 def _count_at(expert: str, at_s: float, observations: Sequence[Observation]) -> int:

@@ -19,6 +19,7 @@ from dht.uid import UID
 from expert_server.hosting.placement import (
     ExchangeHysteresis,
     HostingSurvey,
+    answering,
     assign_orphans,
     exchange,
     further_replica,
@@ -596,11 +597,8 @@ class HostingManager:
         not: then it may be this node that is cut off.
         """
         has_failed = self._swarm.host.has_failed
-        silent = [
-            uid
-            for uid in saved & replicas.keys() - self._replicas.experts.keys()
-            if replicas[uid] and all(has_failed(replica.peer_id) for replica in replicas[uid])
-        ]
+        others = {uid: replicas[uid] for uid in saved & replicas.keys() - self._replicas.experts.keys()}
+        silent = [uid for uid, found in answering(others, has_failed).items() if others[uid] and not found]
         if not silent:
             return []
         hosts = _hosts_of(replicas) | {self._swarm.host.peer_id}

@@ -9,7 +9,7 @@ import math
 import random
 from bisect import bisect_right
 from collections import Counter as Multiset
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import accumulate, chain, islice
@@ -214,6 +214,15 @@ def keener(hosts: Collection[Replica], uid: UID, peer_id: PeerID) -> list[Replic
 def serving_elsewhere(hosts: Collection[Replica], me: PeerID) -> list[Replica]:
     """Other peers' replicas that answer calls."""
     return [r for r in hosts if r.state is ReplicaState.SERVING and r.peer_id != me]
+
+
+def answering(
+    replicas: Mapping[UID, Collection[Replica]], has_failed: Callable[[PeerID], bool]
+) -> dict[UID, list[Replica]]:
+    """The replicas without those whose hosts did not answer the last call: hosts that died a short time ago are still
+    announced.
+    """
+    return {uid: [r for r in found if not has_failed(r.peer_id)] for uid, found in replicas.items()}
 
 
 def lasting_replicas(hosts: Collection[Replica]) -> int:

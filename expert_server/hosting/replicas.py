@@ -21,7 +21,7 @@ from expert_server.experts.devices import ComputeDevice, roomiest
 from expert_server.experts.expert import Expert, expert_bytes
 from expert_server.experts.format import Checkpoint
 from expert_server.experts.plausibility import Scale
-from expert_server.hosting.placement import ahead_of, lost_claims, plausible_updates, state_sources
+from expert_server.hosting.placement import ahead_of, answering, lost_claims, plausible_updates, state_sources
 from expert_server.hosting.whole_states import WholeStates
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints
@@ -375,9 +375,7 @@ class LocalReplicas:
         await experts.announce(claims.values(), self._period.lifetime_s)
         await self._build_for(self.claim_wait_s, wanted)
         replicas = await experts.replicas(wanted)
-        has_failed = self._swarm.host.has_failed  # those that died a short time ago are still announced
-        answering = {uid: [r for r in found if not has_failed(r.peer_id)] for uid, found in replicas.items()}
-        lost = lost_claims(wanted, answering, me, saved, enough)
+        lost = lost_claims(wanted, answering(replicas, self._swarm.host.has_failed), me, saved, enough)
         await self.withdraw(lost)
         for uid in lost:
             del claims[uid]

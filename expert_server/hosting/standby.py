@@ -15,7 +15,7 @@ from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint, StateForm, check_state
 from expert_server.experts.plausibility import Scale, require_plausible
-from expert_server.hosting.placement import plausible_updates, single_hosted, usual_updates
+from expert_server.hosting.placement import answering, plausible_updates, single_hosted, usual_updates
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from peer.errors import StateError, TransferError, UnreachableError
@@ -77,9 +77,8 @@ class StandbyCopies:
         if self._replicas.leaving:
             return
         seen, host = self._seen(), self._swarm.host
-        # those that died a short time ago are still announced, and neither serve experts nor keep copies
-        answering = {uid: [r for r in found if not host.has_failed(r.peer_id)] for uid, found in seen.items()}
-        wanted = single_hosted(answering, host.peer_id)
+        # hosts that have died neither serve experts nor keep copies
+        wanted = single_hosted(answering(seen, host.has_failed), host.peer_id)
         self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
         if not wanted:
             return

@@ -104,9 +104,8 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
         node_folder(plan.node_state),
         trainer_state(TrainerSettings.load(state=plan.trainer_state)),
     )
-    require_no_other_swarm(
-        node, manifest.name
-    )  # before the lock, since stopping a node that runs there would not help
+    # before the lock, since stopping a node that runs there would not help
+    require_no_other_swarm(node, manifest.name)
     with closing(StateFolder(node)), closing(StateFolder(trainer)):
         keys = SwarmKeys(manifest.name, Identity.load_or_create(node / "identity.key").peer_id)
         if RecordFile(node / "manifests" / keys.swarm_id).read() is not None:

@@ -133,9 +133,8 @@ def _train(
         else:
             client = SwarmClient(where, start.settings, state, stage=stage, make_loader=BlockLoader.of)
     try:
-        chunk = client.settings.chunk_in(
-            client.manifest.model.context
-        )  # saved with the run, like what the user sets
+        # saved with the run, like what the user sets
+        chunk = client.settings.chunk_in(client.manifest.model.context)
         settings = client.settings.model_copy(update={"memory_chunk": chunk})
         run = _Run(terminal, signals, client, replace(start, settings=settings))
         values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
