@@ -19,6 +19,9 @@ from uv_home import DEPLOY, UvHome
 
 INSTALL_SH = DEPLOY / "install.sh"
 INSTALL_PS1 = DEPLOY / "install.ps1"
+FROM_THE_PACKAGE_INDEX = (
+    "download.pytorch.org does not answer: torch comes from your package index, perhaps with CUDA (3 GB)"
+)
 APPROVED_VERBS = {
     "Copy",
     "Exit",
@@ -51,6 +54,11 @@ def assert_refused(ended: subprocess.CompletedProcess[str], *said: str) -> None:
         assert part in errors[0]
 
 
+def install_call(home: UvHome) -> list[str]:
+    (install,) = (call for call in home.calls() if call[:2] == ["tool", "install"] and "--help" not in call)
+    return install
+
+
 # install.sh
 
 
@@ -65,7 +73,8 @@ def test_installs_by_the_uv_that_is_there_and_uninstalls_without_a_trace(home: U
     ended = home.install()
     assert ended.returncode == 0, ended.stderr
     assert "talkoot uninstall" in ended.stdout
-    (install,) = (call for call in home.calls() if call[:2] == ["tool", "install"] and "--help" not in call)
+    assert FROM_THE_PACKAGE_INDEX not in ended.stdout
+    install = install_call(home)
     assert install[-1] == str(INSTALL_SH.parents[2])
     assert install[install.index("--torch-backend") + 1] == "auto"
     assert install[install.index("--python") + 1] == ">=3.11,<3.14"
@@ -75,6 +84,16 @@ def test_installs_by_the_uv_that_is_there_and_uninstalls_without_a_trace(home: U
     removed = home.talkoot("uninstall", "--yes")
     assert removed.returncode == 0, removed.stderr
     assert home.files() == set()
+
+
+def test_without_the_site_of_pytorch_torch_comes_from_the_package_index(home: UvHome) -> None:
+    home.add_uv()
+    home.program("curl", "exit 7")
+    ended = home.install()
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count(FROM_THE_PACKAGE_INDEX) == 1
+    assert "--torch-backend" not in install_call(home)
+    assert home.talkoot("--version").returncode == 0
 
 
 @pytest.fixture
@@ -248,7 +267,14 @@ def test_powershell_script_follows_the_analyzers_rules(powershell: Node) -> None
     named = Counter(
         re.sub(r"[${}@]", "", name).lower() for name in words(powershell, "variable", "braced_variable")
     )
-    automatic = {"erroractionpreference", "lastexitcode", "progresspreference", "psscriptroot"}
+    automatic = {
+        "erroractionpreference",
+        "false",
+        "lastexitcode",
+        "progresspreference",
+        "psscriptroot",
+        "true",
+    }
     assert {
         name for name, number in named.items() if number == 1 and not name.startswith("env:")
     } <= automatic
@@ -260,6 +286,11 @@ def test_scripts_pin_the_same_uv_and_pythons() -> None:
     assert re.findall(r"uv_version=(\S+)", shell) == re.findall(r"UvVersion = '(\S+)'", power)
     assert re.findall(r"python='(\S+)'", shell) == re.findall(r"Python = '(\S+)'", power)
     assert len({*re.findall(r"\b[0-9a-f]{64}\b", shell + power)}) == 4
+
+
+def test_all_installers_say_in_the_same_words_where_torch_comes_from() -> None:
+    for installer in (INSTALL_SH, INSTALL_PS1, DEPLOY.parents[1] / "tools" / "install.py"):
+        assert FROM_THE_PACKAGE_INDEX in installer.read_text()
 
 
 @pytest.mark.skipif(shutil.which("pwsh") is None, reason="no PowerShell here")

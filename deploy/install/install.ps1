@@ -8,7 +8,8 @@ Installs Talkoot for this user on Windows. It never asks for administrator right
 1. It looks for `uv`, which installs Python programs. If there is no uv, it downloads a pinned release into
    %LOCALAPPDATA%\Programs\talkoot, and checks its checksum.
 2. `uv tool install` makes an environment for Talkoot. uv picks the build of torch for this machine, without CUDA if
-   there is no GPU, and installs a Python if the system's is too old or too new.
+   there is no GPU, and installs a Python if the system's is too old or too new. If download.pytorch.org does not
+   answer, torch comes from your package index.
 3. With -Join, it offers to start a node whenever you log in.
 
 To remove all of it, run `talkoot uninstall`, which says what to do. If that doesn't work, run `uv tool uninstall
@@ -40,9 +41,13 @@ param(
 Set-StrictMode -Version 3.0
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = 'SilentlyContinue'  # Windows PowerShell downloads ten times slower while it shows progress
+[Net.ServicePointManager]::SecurityProtocol = [Net.SecurityProtocolType]::Tls12
+# Windows PowerShell ignores the variable
+if ($env:HTTPS_PROXY) { [Net.WebRequest]::DefaultWebProxy = [Net.WebProxy]::new($env:HTTPS_PROXY) }
 
 $UvVersion = '0.12.5'
 $UvSha256 = '4c4d49d8738847d9b71ba319e49a5688c93eac0fe6204b1df24e98528dddf39a'  # checksum of uv's release
+$TorchBuilds = 'https://download.pytorch.org/whl/cpu/torch/'  # where uv finds the builds that suit a machine
 $Python = '>=3.11,<3.14'  # the versions that Talkoot is tested with
 $NeededMB = 2000  # torch takes 1 GB without CUDA, and 7 GB with it
 
@@ -114,7 +119,6 @@ function Install-Uv([string]$Uv) {
     try {
         New-Item -ItemType Directory -Path $scratch | Out-Null
         try {
-            [Net.ServicePointManager]::SecurityProtocol = [Net.SecurityProtocolType]::Tls12
             Invoke-WebRequest -Uri $url -OutFile $archive -UseBasicParsing
         } catch {
             Exit-WithError "can't download ${url}: $($_.Exception.Message) Behind a proxy, set HTTPS_PROXY; without GitHub, install uv in another way"
@@ -134,14 +138,28 @@ function Install-Uv([string]$Uv) {
     }
 }
 
+function Test-Url([string]$Url) {
+    try {
+        Invoke-WebRequest -Uri $Url -TimeoutSec 10 -UseBasicParsing | Out-Null
+        return $true
+    } catch {
+        return $false
+    }
+}
+
 if ($Service -and -not $Join) { Exit-WithError '-Service needs -Join INVITE' }
 $source = Get-Source
 Test-Machine
 $uv = Find-Uv (Join-Path $env:LOCALAPPDATA 'Programs\talkoot')
 
+$backend = @('--torch-backend', 'auto')
+if (-not (Test-Url $TorchBuilds)) {
+    Write-Output 'download.pytorch.org does not answer: torch comes from your package index, perhaps with CUDA (3 GB)'
+    $backend = @()
+}
 # this also repairs or updates an existing installation
-Invoke-Program -Program $uv -Arguments @(
-    'tool', 'install', '--torch-backend', 'auto', '--python', $Python, '--reinstall-package', 'talkoot', $source
+Invoke-Program -Program $uv -Arguments (
+    @('tool', 'install') + $backend + @('--python', $Python, '--reinstall-package', 'talkoot', $source)
 ) -WhenItFails 'uv could not install Talkoot: see its message above. Behind a proxy, set HTTPS_PROXY. Stop a running node. Then run this again: it continues from here'
 $talkoot = 'talkoot'
 if (-not $DryRun) {

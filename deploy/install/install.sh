@@ -15,7 +15,8 @@
 # 1. It looks for `uv`, which installs Python programs. If there is no uv, it downloads a pinned release into
 #    ~/.local/share/talkoot, and checks its checksum.
 # 2. `uv tool install` makes an environment for Talkoot. uv picks the build of torch for this machine, without CUDA if
-#    there is no GPU, and installs a Python if the system's is too old or too new.
+#    there is no GPU, and installs a Python if the system's is too old or too new. If download.pytorch.org does not
+#    answer, torch comes from your package index.
 # 3. With --join, it offers to start a node whenever you log in.
 #
 # To remove all of it: `talkoot uninstall`. If that does not work: `uv tool uninstall talkoot`, or, if this script
@@ -32,6 +33,8 @@ sha256_of() {
     aarch64-apple-darwin) echo 5bb0e5fe008a773c3dbcb97ff79cd89e1241464fe9d2f986d52ad8f1b037bd62 ;;
     esac
 }
+# where uv finds the builds of torch that suit a machine
+torch_builds=https://download.pytorch.org/whl/cpu/torch/
 # the versions of Python that Talkoot is tested with
 python='>=3.11,<3.14'
 # torch takes 1 GB without CUDA, and 7 GB with it
@@ -74,6 +77,8 @@ main() {
     done
     [ ! "$service" ] || [ "$invite" ] || fail "--service needs --join INVITE"
     [ "${HOME:-}" ] || fail "HOME is not set: set it to your home folder"
+    # wget knows only the name in lower case
+    [ ! "${HTTPS_PROXY:-}" ] || export https_proxy="$HTTPS_PROXY"
     find_source
     find_target
     # Everything that the script downloads is in one folder, so that it can be removed as a whole.
@@ -166,9 +171,24 @@ download_uv() {
     fi
 }
 
+# Whether an address answers. Without curl and wget, this can't tell, and says yes.
+answers() {
+    if command -v curl >/dev/null; then
+        curl --fail --silent --location --max-time 10 --output /dev/null "$1"
+    elif command -v wget >/dev/null; then
+        wget --quiet --tries=1 --timeout=10 --output-document=/dev/null "$1"
+    fi
+}
+
 install_talkoot() {
+    backend='--torch-backend auto'
+    if ! answers "$torch_builds"; then
+        echo "download.pytorch.org does not answer: torch comes from your package index, perhaps with CUDA (3 GB)"
+        backend=''
+    fi
     # this also repairs or updates an existing installation
-    run "$uv" tool install --torch-backend auto --python "$python" --reinstall-package talkoot "$from" ||
+    # shellcheck disable=SC2086  # two words or none
+    run "$uv" tool install $backend --python "$python" --reinstall-package talkoot "$from" ||
         fail "uv could not install Talkoot: see its message above. Behind a proxy, set HTTPS_PROXY. Then run this again: it continues from here"
     [ "$dry_run" ] && return
     bin=$("$uv" tool dir --bin)
