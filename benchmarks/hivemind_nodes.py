@@ -31,7 +31,7 @@ from hivemind.p2p import PeerID as TheirPeerID
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedTransport, simulated_world
 from benchmarks.simulated_swarm import known_to
 from peer import clock
-from peer.identity import PeerID
+from peer.identity import SIGNATURE_BYTES, PeerID
 from peer.kademlia.bootstrap import meet_neighbours
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import KademliaNode
@@ -47,7 +47,6 @@ from peer.wire import contact_pb2
 _NAMED = "DHTProtocol.rpc_"
 _SIDES = ("tables", "talkoot", "hivemind", "p2pd")
 """`tables`: Talkoot's without the contacts."""
-_SIGNATURE_BYTES = 256
 _JOINS = 20
 _MEASURED = 300
 """The largest number of nodes that are created. The others are only known to them."""
@@ -204,7 +203,7 @@ def _contact(peer_id: PeerID) -> contact_pb2.Contact:
         addresses=[contact_pb2.ContactAddress(direct=_place_of(peer_id))],
         certificate=SimulatedIdentity(0).make_certificate(),
     ).SerializeToString()
-    return contact_pb2.Contact(statement=statement, signature=bytes(_SIGNATURE_BYTES))
+    return contact_pb2.Contact(statement=statement, signature=bytes(SIGNATURE_BYTES))
 
 
 async def _make(side: str, network: Network, name: bytes) -> tuple[Any, Callable[[bytes], Any]]:

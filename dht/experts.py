@@ -88,7 +88,7 @@ class ExpertRegistry:
         items: dict[tuple[str, int | bytes], Item] = {}
         for home, some in written.items():
             items |= self._region_items(home, some, expires_at, queued_rows)
-            await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
+            await asyncio.sleep(0)  # there may be hundreds: let other tasks run
         await self.registry.store(list(items.values()))
         for replica in replicas:
             if replica.state is ReplicaState.WITHDRAWN:

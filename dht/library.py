@@ -282,7 +282,7 @@ class MemoryRegistry:
                 for depth, coordinate in enumerate(cell):
                     prefix = self._keys.memory_index(memory, cell[:depth], coordinate)
                     items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
-            await asyncio.sleep(0)  # a signature takes about a millisecond; let other tasks run
+            await asyncio.sleep(0)  # there may be hundreds: let other tasks run
         await self._registry.store(list(items.values()))
 
     async def active_cells(self, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:

@@ -114,7 +114,7 @@ def sign_receipt(
     all_pairs: int,
     badge: admission_pb2.Badge | None = None,
 ) -> credit_pb2.SignedReceipt:
-    """This trainer's receipt for a node. Signing takes about a millisecond."""
+    """This trainer's receipt for a node."""
     receipt = credit_pb2.Receipt(
         swarm_id=swarm_id,
         trainer=identity.peer_id.to_bytes(),

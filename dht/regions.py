@@ -3,7 +3,7 @@
 For a node that hosts 256 experts, one signed record per expert would cost more than everything else it does. So a
 record covers a region: all experts below a prefix of the grid that its node hosts. In a small swarm the region is a
 layer, and a peer that reads one key knows all hosts of that layer. Regions split as they fill up, as shards of nodes
-do: when about 30 others announce at a prefix, further hosts announce at prefixes that are one coordinate longer. Index
+do: when about 70 others announce at a prefix, further hosts announce at prefixes that are one coordinate longer. Index
 entries at the short prefix say so, and hosts that see them move too. So no key outgrows what one peer can read, and in
 a large swarm nobody has to read the shortest prefixes. A node with several experts in a row of the grid stays at the
 row after it has split, because one record costs less than several. Readers read both.
@@ -25,7 +25,7 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 CROWDED_BYTES = 24 * 1024
-"""If the announcements at a prefix have this size, further hosts use longer prefixes. That is about 30 hosts of a few
+"""If the announcements at a prefix have this size, further hosts use longer prefixes. That is about 70 hosts of a few
 experts each.
 """
 STAYS_AT_ROW = 4

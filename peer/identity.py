@@ -1,7 +1,8 @@
-"""A peer's single RSA key: it is the libp2p identity and the TLS key, and it signs records.
+"""A peer's single key, of ECDSA on the curve P-256: it is the libp2p identity and the TLS key, and it signs records.
 
-The PeerID is the hash of the public key (libp2p's peer-id rules for RSA). With a PeerID, anyone can check a key, a
-signature and a certificate; no authority is needed.
+The PeerID is the hash of the public key (libp2p's peer-id rules). With a PeerID, anyone can check a key, a signature
+and a certificate; no authority is needed. Every TLS library knows P-256. Its keys and signatures are short, and every
+record in the DHT carries one of each.
 """
 
 import hashlib
@@ -9,13 +10,13 @@ import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeGuard
 
 import base58
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.x509.oid import NameOID
 
 from peer.errors import RecordError, StartError
@@ -28,9 +29,9 @@ _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 """What cryptography raises for bytes that are not a key, or are a key of another kind; TypeError if it needs a
 password.
 """
-_RSA_MESSAGE = b"\x08\x00\x12"
-"""How libp2p's message of an RSA key begins: field 1, the type, is 0; field 2, the key, follows with its length."""
-_KEY_BITS = 2048
+_CURVE = ec.SECP256R1()
+_KEY_MESSAGE = b"\x08\x03\x12"
+"""How libp2p's message of an ECDSA key begins: field 1, the type, is 3; field 2, the key, follows with its length."""
 _SERIAL_BYTES = 16
 VALID_FROM: datetime = datetime(2025, 1, 1, tzinfo=UTC)
 """Certificates of peers are valid from then on. On a machine whose clock is earlier, no TLS connection is made."""
@@ -38,19 +39,20 @@ _VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 """RFC 5280's notation (4.1.2.5) for a certificate that never expires. It is valid as long as its key."""
 _MULTIHASH = b"\x12\x20"
 """How a multihash by SHA-256 begins: its kind and its length."""
-_SIGNATURE_PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.DIGEST_LENGTH)
 RECORD_DOMAIN = b"talkoot record v1\0"
 SESSION_DOMAIN = b"talkoot session v1\0"
 GRANT_DOMAIN = b"talkoot grant v1\0"
 CONTACT_DOMAIN = b"talkoot contact v1\0"
 RECEIPT_DOMAIN = b"talkoot receipt v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
-_MAX_PUBLIC_KEY_BYTES = 600
-"""The limit in DER. A key of 4096 bits takes 550 bytes."""
-_MAX_CERTIFICATE_BYTES = 2048
-"""The limit in DER. With a key of 4096 bits, a certificate has 1,350 bytes. Peers remember those of many others."""
-_EXPONENT = 65537
-"""The exponent of all of libp2p's RSA keys. With a large one, verifying a signature would be as slow as signing."""
+PUBLIC_KEY_BYTES = 91
+"""Of a public key in DER, with both coordinates of its point."""
+_PUBLIC_KEY_HEAD = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
+"""How it begins: with the curve and the form of its point. Other forms are refused, so that each key has one PeerID."""
+SIGNATURE_BYTES = 64
+"""Of a signature: r and s, 32 bytes each, big-endian (IEEE P1363)."""
+_MAX_CERTIFICATE_BYTES = 1024
+"""The limit in DER. Ours have 355 bytes. Peers remember those of many others."""
 
 
 class PeerID:
@@ -97,7 +99,7 @@ class PeerID:
 class Identity:
     """A key pair and its PeerID."""
 
-    key: rsa.RSAPrivateKey
+    key: ec.EllipticCurvePrivateKey
     path: Path
     peer_id: PeerID
     public_key: bytes
@@ -114,14 +116,15 @@ class Identity:
             ) from error
         except _NO_KEY as error:
             raise StartError(
-                f"{path} does not contain a libp2p RSA key: move it away to get a new identity"
+                f"{path} does not contain a libp2p P-256 key: move it away to get a new identity"
             ) from error
         public_key = _public_bytes(key.public_key())
         return cls(key, path, peer_id_of(public_key), public_key)
 
     def sign(self, data: bytes, domain: bytes = RECORD_DOMAIN) -> bytes:
-        """Signs the domain and the data with RSA-PSS and SHA-256."""
-        return self.key.sign(domain + data, _SIGNATURE_PADDING, hashes.SHA256())
+        """Signs the domain and the data with ECDSA and SHA-256."""
+        r, s = utils.decode_dss_signature(self.key.sign(domain + data, ec.ECDSA(hashes.SHA256())))
+        return r.to_bytes(SIGNATURE_BYTES // 2) + s.to_bytes(SIGNATURE_BYTES // 2)
 
     def private_key_pem(self) -> bytes:
         return self.key.private_bytes(
@@ -142,7 +145,7 @@ class Identity:
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)
         )
-        signed = builder.sign(self.key, hashes.SHA256(), rsa_padding=padding.PKCS1v15())  # deterministic
+        signed = builder.sign(self.key, hashes.SHA256(), ecdsa_deterministic=True)
         return signed.public_bytes(serialization.Encoding.DER)
 
 
@@ -152,29 +155,31 @@ def peer_id_of(public_key: bytes) -> PeerID:
 
 
 def is_peer_id(data: bytes) -> bool:
-    """Whether a stranger's bytes may be the PeerID of an RSA key."""
+    """Whether a stranger's bytes may be a PeerID that is a hash."""
     return len(data) == 34 and data.startswith(_MULTIHASH)
 
 
 def key_message(key: bytes) -> bytes:
-    """libp2p's protobuf message (crypto.proto) of an RSA key in DER, public or private, of 128 to 16,383 bytes."""
-    return _RSA_MESSAGE + bytes((len(key) % 128 | 128, len(key) // 128)) + key
+    """libp2p's protobuf message (crypto.proto) of a P-256 key in DER, public or private, which has less than 128 bytes.
+    For longer bytes, which are no such key, the result means nothing.
+    """
+    return _KEY_MESSAGE + bytes([len(key) % 128]) + key
 
 
 def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = RECORD_DOMAIN) -> None:
     """Raises RecordError unless `signature` is this key's signature of `data` in this domain."""
-    if len(public_key) > _MAX_PUBLIC_KEY_BYTES:
-        raise RecordError("the record's key is too long")
+    if len(public_key) != PUBLIC_KEY_BYTES or not public_key.startswith(_PUBLIC_KEY_HEAD):
+        raise RecordError("the record's key is not a P-256 key")
     try:
-        key = serialization.load_der_public_key(public_key)
-    except _NO_KEY as error:
-        raise RecordError("the record carries no public key") from error
-    if not isinstance(key, rsa.RSAPublicKey) or not 2048 <= key.key_size <= 4096:
-        raise RecordError("the record's key is not an RSA key of 2048 to 4096 bits")
-    if key.public_numbers().e != _EXPONENT:
-        raise RecordError(f"the record's key does not have the exponent {_EXPONENT}")
+        key = ec.EllipticCurvePublicKey.from_encoded_point(_CURVE, public_key[len(_PUBLIC_KEY_HEAD) - 1 :])
+    except ValueError as error:
+        raise RecordError("the record's key is not on the curve") from error
+    half = SIGNATURE_BYTES // 2
+    r, s = int.from_bytes(signature[:half]), int.from_bytes(signature[half:])
     try:
-        key.verify(signature, domain + data, _SIGNATURE_PADDING, hashes.SHA256())
+        if len(signature) != SIGNATURE_BYTES:
+            raise InvalidSignature
+        key.verify(utils.encode_dss_signature(r, s), domain + data, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
         raise RecordError("the record's signature is wrong") from None
 
@@ -193,36 +198,36 @@ def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
         public_key = x509.load_der_x509_certificate(certificate).public_key()
     except (*_NO_KEY, x509.InvalidVersion) as error:
         raise RecordError("the record carries no certificate") from error
-    if not isinstance(public_key, rsa.RSAPublicKey):
-        raise RecordError("the certificate's key is not an RSA key")
+    if not _is_on_curve(public_key):
+        raise RecordError("the certificate's key is not a P-256 key")
     encoded = _public_bytes(public_key)
     if peer_id_of(encoded) != peer_id:
         raise RecordError(f"the certificate is not that of peer {peer_id}")
     return encoded
 
 
-def _public_bytes(key: rsa.RSAPublicKey) -> bytes:
+def _is_on_curve(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:
+    return isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == _CURVE.name
+
+
+def _public_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def _key_in(message: bytes) -> bytes:
-    """The key in a libp2p key message. Raises ValueError."""
-    key = message[len(_RSA_MESSAGE) + 2 :]
-    if not 128 <= len(key) < 2**14 or message != key_message(key):
-        raise ValueError("not a libp2p message with an RSA key")
-    return key
-
-
-def _read_key(path: Path) -> rsa.RSAPrivateKey:
-    """Checks that the numbers are those of an RSA key, which takes as long as making one. Raises one of `_NO_KEY`."""
-    key = serialization.load_der_private_key(_key_in(path.read_bytes()), password=None)
-    if not isinstance(key, rsa.RSAPrivateKey):
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Raises one of `_NO_KEY`."""
+    message = path.read_bytes()
+    key = message[len(_KEY_MESSAGE) + 1 :]
+    if len(key) >= 128 or message != key_message(key):
+        raise ValueError("not a libp2p message with a short ECDSA key")
+    read = serialization.load_der_private_key(key, password=None)
+    if not isinstance(read, ec.EllipticCurvePrivateKey) or read.curve.name != _CURVE.name:
         raise TypeError("a key of another kind")
-    return key
+    return read
 
 
-def _write_new_key(path: Path) -> rsa.RSAPrivateKey:
-    key = rsa.generate_private_key(public_exponent=65537, key_size=_KEY_BITS)
+def _write_new_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(_CURVE)
     data = key.private_bytes(
         serialization.Encoding.DER,
         serialization.PrivateFormat.TraditionalOpenSSL,

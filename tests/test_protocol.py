@@ -162,7 +162,7 @@ def test_comments_in_proto_name_every_domain() -> None:
     comments = "".join(path.read_text() for path in (ROOT / "proto").glob("*.proto"))
     for domain in VECTORS["domains"].values():
         assert f'"{domain[:-1]}\\0"' in comments
-    assert comments.count("salt of 32 bytes") == comments.count("RSA-PSS") == 5
+    assert comments.count("r and s of 32 bytes") == comments.count("ECDSA with P-256") == 5
     for constant in (VECTORS["tls_name"], SESSION_KEY):
         assert constant in comments
 

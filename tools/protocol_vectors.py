@@ -2,8 +2,8 @@
 
     python tools/protocol_vectors.py
 
-The peers' keys are taken from the present file. RSA-PSS draws a new salt for each signature, so a signature that the
-code still accepts is kept as it is. Everything else is computed.
+The peers' keys are taken from the present file. ECDSA signatures are random, so one that the code still accepts is kept
+as it is. Everything else is computed.
 """
 
 import json

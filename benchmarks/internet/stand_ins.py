@@ -39,7 +39,7 @@ from peer.wire import records_pb2
 T = TypeVar("T")
 
 _key_id_of = functools.lru_cache(maxsize=1 << 18)(key_id_of)
-SIGNED_BYTES = 552
+SIGNED_BYTES = 161
 """What a short payload grows by when it is signed."""
 _GC_THRESHOLDS = 1_000_000, 20, 100
 """The garbage collector's thresholds. A full collection visits the objects of all nodes and frees little, so it is

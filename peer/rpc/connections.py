@@ -49,7 +49,7 @@ _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
 """A connection is closed if it has sent no byte after the first time, or has no call in a session after the second.
 """
 _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
-"""TLS handshakes of all callers together. Each takes about a millisecond."""
+"""TLS handshakes of all callers together. Each takes less than a millisecond."""
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20

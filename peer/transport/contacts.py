@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from peer import clock
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
-from peer.identity import CONTACT_DOMAIN, Identity, PeerID, certificate_key, verify
+from peer.identity import CONTACT_DOMAIN, SIGNATURE_BYTES, Identity, PeerID, certificate_key, verify
 from peer.transport.addresses import known
 from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
@@ -23,9 +23,7 @@ LIFETIME_S = 3600.0
 """The longest lifetime of a contact."""
 MAX_ADDRESSES = 8
 MAX_CONTACT_BYTES = 4096
-"""The limit for a contact, which fits the longest addresses. A usual one has 1,100 bytes."""
-_MAX_SIGNATURE_BYTES = 512
-"""The limit for a signature: that of a key of 4096 bits."""
+"""The limit for a contact, which fits the longest addresses. A usual one has 500 bytes."""
 _OVERHEAD_BYTES = 16
 
 
@@ -70,7 +68,7 @@ class UncheckedContact:
     def read(cls, message: contact_pb2.Contact) -> "UncheckedContact":
         """Cheap, because no signature is checked. Raises WireError."""
         size = len(message.statement) + len(message.signature)
-        if size > MAX_CONTACT_BYTES - _OVERHEAD_BYTES or len(message.signature) > _MAX_SIGNATURE_BYTES:
+        if size > MAX_CONTACT_BYTES - _OVERHEAD_BYTES or len(message.signature) > SIGNATURE_BYTES:
             raise WireError(f"a contact has at most {MAX_CONTACT_BYTES} bytes")
         try:
             statement = contact_pb2.ContactStatement.FromString(message.statement)

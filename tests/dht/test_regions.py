@@ -241,10 +241,11 @@ def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(
     assert max(after - before for before, after in pairwise(times)) == 5
 
 
-def test_everybody_is_found_while_regions_split() -> None:
+def test_everybody_is_found_while_regions_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty nodes have one expert each, and one has all: more than fit at the layer's key, and then at the
     rows' keys.
     """
+    monkeypatch.setattr("dht.regions.CROWDED_BYTES", 10 * 1024)
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids = swarm.manifest.uids()

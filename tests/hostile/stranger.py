@@ -8,7 +8,7 @@
         address = await stranger.serve({"talkoot.v1.StateService/Fetch": trickle})
         caller = stranger.caller_of(node)                              # gRPC without a client's checks
 
-`HostileCaller` also works alone, against any server and with any identity; `new_identities` makes those cheaply.
+`HostileCaller` also works alone, against any server and with any identity.
 """
 
 import asyncio
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import grpc
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from google.protobuf.message import Message
 
 from dht.admission import Role
@@ -34,7 +32,7 @@ from dht.records import sign_record
 from dht.swarm import Swarm, join_swarm
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.host import NetworkConfig
-from peer.identity import SESSION_DOMAIN, Identity, PeerID, key_message, peer_id_of
+from peer.identity import SESSION_DOMAIN, Identity, PeerID
 from peer.kademlia.lookups import Item
 from peer.kademlia.node import KademliaNode
 from peer.kademlia.routing import id_bytes, key_id_of, node_id_of
@@ -55,7 +53,6 @@ ALL_RIGHTS: tuple[Right, ...] = (
     session_pb2.RIGHT_AVERAGE,
 )
 _DEADLINE_S = 10.0
-_EXPONENT = 65537
 
 Frames: TypeAlias = AsyncIterator[bytes]
 Handler: TypeAlias = Callable[[Frames, Any], Frames]
@@ -369,44 +366,8 @@ class _Handlers(grpc.GenericRpcHandler):
 @functools.cache
 def _identities() -> Iterator[Identity]:
     """Identities that this process has not used yet."""
-    return _made_identities()
-
-
-def _made_identities() -> Iterator[Identity]:
-    """Makes a key from every pair of the primes found so far, since finding primes takes longest."""
-    primes: list[int] = []
-    while True:
-        found = rsa.generate_private_key(public_exponent=_EXPONENT, key_size=2048).private_numbers()
-        for prime in (found.p, found.q):
-            for other in primes:
-                yield _identity(prime, other)
-            primes.append(prime)
-
-
-def _identity(p: int, q: int) -> Identity:
-    d = rsa.rsa_recover_private_exponent(_EXPONENT, p, q)
-    numbers = rsa.RSAPrivateNumbers(
-        p,
-        q,
-        d,
-        rsa.rsa_crt_dmp1(d, p),
-        rsa.rsa_crt_dmq1(d, q),
-        rsa.rsa_crt_iqmp(p, q),
-        rsa.RSAPublicNumbers(_EXPONENT, p * q),
-    )
-    key = numbers.private_key(unsafe_skip_rsa_key_validation=True)
-    public = key.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    peer_id = peer_id_of(public)
-    path = Path(_key_folder().name) / f"{peer_id}.key"
-    data = key.private_bytes(
-        serialization.Encoding.DER,
-        serialization.PrivateFormat.TraditionalOpenSSL,
-        serialization.NoEncryption(),
-    )
-    path.write_bytes(key_message(data))
-    return Identity(key, path, peer_id, public)
+    folder = Path(_key_folder().name)
+    return (Identity.load_or_create(folder / f"{number}.key") for number in itertools.count())
 
 
 @functools.cache

@@ -28,7 +28,7 @@ LOOK_S, _PATIENCE_S = 3.0, 30.0
 DEADLINE_S = 240.0
 LOOPS = 6
 UPLOAD_MBIT = 8.0
-FORGED = 80
+FORGED = 180
 """Records under one key: as many as fit in one message."""
 BODIES, BATCHES = 3700, 12
 """Empty bodies of two kinds in a record of 16 KB, which takes 1.8 MB of memory once it is parsed, and the messages with

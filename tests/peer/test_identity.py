@@ -1,7 +1,10 @@
 """A peer's key: what is derived from it, and what is refused."""
 
+import hashlib
 import stat
+import subprocess
 from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.errors import RecordError, StartError
-from peer.identity import TLS_NAME, Identity, PeerID, certificate_pem, key_message, peer_id_of, verify
+from peer.identity import (
+    SIGNATURE_BYTES,
+    TLS_NAME,
+    Identity,
+    PeerID,
+    certificate_pem,
+    is_peer_id,
+    key_message,
+    peer_id_of,
+    verify,
+)
+
+P2PD = str(files("hivemind") / "hivemind_cli" / "p2pd")
 
 
-def test_peer_id_is_the_one_that_hivemind_reads_from_the_file(identity: Identity) -> None:
-    assert identity.peer_id.to_bytes() == P2PPeerID.from_identity(identity.path.read_bytes()).to_bytes()
+def test_peer_id_is_the_hash_of_libp2ps_message(identity: Identity) -> None:
+    message = crypto_pb2.PublicKey(key_type=crypto_pb2.ECDSA, data=identity.public_key).SerializeToString()
+    assert identity.peer_id.to_bytes() == b"\x12\x20" + hashlib.sha256(message).digest()
     assert peer_id_of(identity.public_key) == identity.peer_id
+
+
+def test_p2pd_takes_the_key_and_has_the_same_peer_id(identity: Identity, tmp_path: Path) -> None:
+    command = [P2PD, "-id", str(identity.path), "-listen", f"/unix{tmp_path}/socket"]
+    with subprocess.Popen(
+        [*command, "-hostAddrs", "/ip4/127.0.0.1/tcp/0"], stdout=subprocess.PIPE, text=True
+    ) as p2pd:
+        assert p2pd.stdout is not None
+        said = next(line for line in p2pd.stdout if line.startswith("Peer ID"))
+        p2pd.kill()
+    assert said.split()[-1] == str(identity.peer_id)
 
 
 @given(st.binary(max_size=60), st.binary(max_size=60))
@@ -33,10 +60,10 @@ def test_names_are_written_compared_and_ordered_as_hivemind_does(one: bytes, oth
     assert ours[0] != one
 
 
-@given(st.binary(min_size=128, max_size=3000))
+@given(st.binary(max_size=127))
 def test_the_message_of_a_key_is_libp2ps(key: bytes) -> None:
     for message in (crypto_pb2.PrivateKey, crypto_pb2.PublicKey):
-        assert key_message(key) == message(key_type=crypto_pb2.RSA, data=key).SerializeToString()
+        assert key_message(key) == message(key_type=crypto_pb2.ECDSA, data=key).SerializeToString()
 
 
 def test_a_second_start_loads_the_same_key(identity: Identity) -> None:
@@ -65,11 +92,14 @@ def test_a_key_half_written_before_a_crash_does_not_hinder(tmp_path: Path) -> No
     assert not (tmp_path / ".peer.key.new").exists()
 
 
-def other_curve() -> bytes:
-    data = ec.generate_private_key(ec.SECP256R1()).private_bytes(
-        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+def key_file(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+    data = key.private_bytes(
+        serialization.Encoding.DER,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.NoEncryption(),
     )
-    return bytes(crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=data).SerializeToString())
+    kind = crypto_pb2.RSA if isinstance(key, rsa.RSAPrivateKey) else crypto_pb2.ECDSA
+    return bytes(crypto_pb2.PrivateKey(key_type=kind, data=data).SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -77,11 +107,13 @@ def other_curve() -> bytes:
     [
         b"",
         b"not a key",
-        b"\x08\x00\x12\x04abcd",
+        b"\x08\x03\x12\x04abcd",
         b"-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----\n",
-        other_curve(),
+        key_file(rsa.generate_private_key(65537, 2048)),
+        key_file(ec.generate_private_key(ec.SECP224R1())),
+        key_file(ec.generate_private_key(ec.SECP256K1())),
     ],
-    ids=["empty", "text", "wrong key", "pem", "elliptic curve"],
+    ids=["empty", "text", "wrong key", "pem", "of version 0.1", "a short curve", "another curve"],
 )
 def test_a_broken_file_is_named_with_a_remedy_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "peer.key"
@@ -125,7 +157,7 @@ def test_a_signature_does_not_hold_for_another_key(identity: Identity, other: Id
         verify(other.public_key, b"data", identity.sign(b"data"))
 
 
-@given(bit=st.integers(0, 256 * 8 - 1))
+@given(bit=st.integers(0, 64 * 8 - 1))
 def test_a_changed_signature_is_refused(identity: Identity, bit: int) -> None:
     signature = bytearray(identity.sign(b"data"))
     signature[bit // 8] ^= 1 << bit % 8
@@ -143,16 +175,60 @@ def test_garbage_instead_of_a_signature_or_key_raises_only_record_error(
         verify(garbage, b"data", signature)
 
 
-def public_der(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
-    return key.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+def public_der(
+    key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey,
+    encoding: serialization.Encoding = serialization.Encoding.DER,
+) -> bytes:
+    return key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def test_keys_of_another_kind_are_refused() -> None:
+    keys = (
+        rsa.generate_private_key(65537, 2048),
+        ec.generate_private_key(ec.SECP256K1()),
+        ec.generate_private_key(ec.SECP384R1()),
     )
+    for key in keys:
+        with pytest.raises(RecordError, match="not a P-256 key"):
+            verify(public_der(key), b"data", bytes(SIGNATURE_BYTES))
 
 
-def test_keys_that_are_too_weak_or_not_rsa_are_refused() -> None:
-    for key in (rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP256R1())):
-        with pytest.raises(RecordError, match="not an RSA key of 2048 to 4096 bits"):
-            verify(public_der(key), b"data", b"signature")
+@pytest.mark.parametrize("head", [2, 6])
+def test_another_form_of_a_key_is_refused_for_its_peer_would_have_a_second_name(
+    identity: Identity, head: int
+) -> None:
+    """SEC 1, section 2.3.3: a point may be compressed, and libraries know a hybrid form too."""
+    x, y = identity.public_key[27:59], identity.public_key[59:]
+    head = head - head % 2 + y[-1] % 2
+    if head < 4:
+        other = bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200") + bytes([head]) + x
+    else:
+        other = identity.public_key[:26] + bytes([head]) + x + y
+    assert serialization.load_der_public_key(other) == identity.key.public_key()
+    with pytest.raises(RecordError, match="not a P-256 key"):
+        verify(other, b"data", identity.sign(b"data"))
+
+
+def test_a_point_that_is_not_on_the_curve_is_refused(identity: Identity) -> None:
+    with pytest.raises(RecordError, match="not on the curve"):
+        verify(identity.public_key[:-32] + bytes(32), b"data", identity.sign(b"data"))
+
+
+@pytest.mark.parametrize("size", [0, 63, 65, 72])
+def test_a_signature_of_another_size_is_refused(identity: Identity, size: int) -> None:
+    with pytest.raises(RecordError, match="signature is wrong"):
+        verify(identity.public_key, b"data", (identity.sign(b"data") * 2)[:size])
+
+
+@given(st.sampled_from([0, 1, 2**256 - 1]), st.sampled_from([0, 1, 2**256 - 1]))
+def test_extreme_numbers_are_no_signature(identity: Identity, r: int, s: int) -> None:
+    with pytest.raises(RecordError, match="signature is wrong"):
+        verify(identity.public_key, b"data", r.to_bytes(32) + s.to_bytes(32))
+
+
+@given(st.binary(max_size=70_000))
+def test_any_bytes_have_a_name_but_only_a_key_has_its_own(data: bytes) -> None:
+    assert is_peer_id(peer_id_of(data).to_bytes())
 
 
 def test_the_certificate_belongs_to_the_key(identity: Identity) -> None:
@@ -196,7 +272,7 @@ def test_a_certificate_with_padding_that_all_peers_would_remember_is_refused(ide
         .add_extension(padding, critical=False)
         .sign(identity.key, hashes.SHA256())
     )
-    with pytest.raises(RecordError, match="bytes, more than 2048"):
+    with pytest.raises(RecordError, match="bytes, more than 1024"):
         certificate_pem(padded.public_bytes(serialization.Encoding.DER), identity.peer_id)
 
 

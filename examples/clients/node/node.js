@@ -43,7 +43,7 @@ export class Node {
   // `rights`: names of the enum Right. `token`: of the invite, if it has one.
   async openSession(peer, rights, token) {
     // for this run alone; a peer that wants to keep its name keeps its key
-    const { privateKey, publicKey } = crypto.generateKeyPairSync('rsa', { modulusLength: 2048 });
+    const { privateKey, publicKey } = crypto.generateKeyPairSync('ec', { namedCurve: 'P-256' });
     const public_key = publicKey.export({ format: 'der', type: 'spki' });
     const caller = peerId(public_key);
     const { challenge } = await this.call('Challenge', {});

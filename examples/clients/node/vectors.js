@@ -14,8 +14,8 @@ const author = bytes(founder.peer_id), holder = bytes(caller.peer_id);
 for (const peer of [founder, caller]) {
   assert.equal(peerId(bytes(peer.public_key)).toString('hex'), peer.peer_id);
   assert.equal(base58(bytes(peer.peer_id)), peer.peer_id_base58);
-  // the file of a key: five bytes of libp2p's message, and PKCS #1
-  const key = crypto.createPrivateKey({ key: bytes(peer.key_file).subarray(5), format: 'der', type: 'pkcs1' });
+  // the file of a key: four bytes of libp2p's message, and SEC 1
+  const key = crypto.createPrivateKey({ key: bytes(peer.key_file).subarray(4), format: 'der', type: 'sec1' });
   assert(verify(bytes(peer.public_key), 'session', author, sign(key, 'session', author)));
   assert(!verify(bytes(peer.public_key), 'record', author, sign(key, 'session', author)));
 }

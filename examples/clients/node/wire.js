@@ -52,16 +52,16 @@ export const swarmId = (name, author) => `${name}-${base58(author).slice(-12)}`;
 
 // `publicKey`: DER SubjectPublicKeyInfo; libp2p's PublicKey message is hashed
 export function peerId(publicKey) {
-  const head = Buffer.from([8, 0, 18, (publicKey.length % 128) | 128, publicKey.length >> 7]);
+  const head = Buffer.from([8, 3, 18, publicKey.length]);
   return Buffer.concat([Buffer.from([18, 32]), hash('sha256', Buffer.concat([head, publicKey]))]);
 }
 
-const pss = (key) => ({ key, padding: crypto.constants.RSA_PKCS1_PSS_PADDING, saltLength: 32 });
+const plain = (key) => ({ key, dsaEncoding: 'ieee-p1363' });
 const signed = (domain, data) => Buffer.concat([Buffer.from(`talkoot ${domain} v1\0`), data]);
-export const sign = (key, domain, data) => crypto.sign('sha256', signed(domain, data), pss(key));
+export const sign = (key, domain, data) => crypto.sign('sha256', signed(domain, data), plain(key));
 export function verify(publicKey, domain, data, signature) {
   const key = crypto.createPublicKey({ key: publicKey, format: 'der', type: 'spki' });
-  return crypto.verify('sha256', signed(domain, data), pss(key), signature);
+  return crypto.verify('sha256', signed(domain, data), plain(key), signature);
 }
 
 // the token's Ed25519 key signs who holds it

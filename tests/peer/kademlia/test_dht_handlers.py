@@ -303,10 +303,10 @@ def test_entries_under_a_full_key_count_as_the_work_that_they_make(world: Virtua
             return float(handlers._work._taken[stranger.peer_id] - handlers._work._virtual)
 
         first = await work_of_one(2000)
-        for number in range(2001, 2080):
+        for number in range(2001, 2140):
             await work_of_one(number)
         assert first < 5
-        assert await work_of_one(2080) > 20
+        assert await work_of_one(2140) > 20
 
     play(world, scenario)
 
