@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from benchmarks.internet.world import Peer, World
 from dht.registry import Entries
-from peer.kademlia.lookups import Item, Lookups, pause_after_sample
+from peer.kademlia.lookups import STORED_AGAIN, Item, Lookups, pause_after_sample
 from peer.kademlia.routing import ID_BITS, REPLICAS, key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits, UsualReach
 from peer.kademlia.validation import ITEM_OVERHEAD_BYTES, Entry
@@ -447,6 +447,8 @@ class ModelLookups(Lookups):
         """The places of the keys that this peer has looked up, in ascending order. A set would take ten times as much
         memory.
         """
+        self._stored: dict[int, int] = {}
+        """For each key under which this peer has stored, how many more times it does so without a look-up."""
         self._sample_at = 0.0
         self._within = dht.rng.choice(dht.reaches)
 
@@ -467,7 +469,8 @@ class ModelLookups(Lookups):
             await _awake(peer)
         world = model.world
         keys = {item.key: key_id_of(item.key) for item in items}
-        await self._reach(keys.values(), "nearest", "announce")
+        if sought := [key_id for key_id in set(keys.values()) if self._looks_for_nearest(key_id)]:
+            await self._reach(sought, "nearest", "announce")
         up, down = world.accounts.up["announce"], world.accounts.down["dht_served"]
         called: set[int] = set()
         sent = 0
@@ -486,6 +489,11 @@ class ModelLookups(Lookups):
             down[number] += overhead
         up[peer.number] += len(called) * overhead
         return set() if not called and world.living > 1 else {(item.key, item.subkey) for item in items}
+
+    def _looks_for_nearest(self, key_id: int) -> bool:
+        times = self._stored.get(key_id, 0)
+        self._stored[key_id] = times - 1 if times else STORED_AGAIN
+        return not times
 
     async def find(  # type: ignore[override]  # what stands for `Found`
         self,

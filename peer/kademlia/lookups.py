@@ -79,6 +79,11 @@ _FRUGAL_S = 1.0
 """After this time, a frugal search stops asking nodes one by one, because a liar may answer slowly on purpose."""
 _STORE_S = 3.0
 """After this time, nodes that are late or fail are no longer replaced."""
+STORED_AGAIN = 3
+"""How many times in a row a peer stores under a key at the same nodes, as long as all of them answer and it knows no
+nearer ones. After that, it looks for the nearest nodes again. New nodes get the items from the earlier holders
+meanwhile.
+"""
 _REMEMBERED_KEYS = 4096
 
 
@@ -89,6 +94,14 @@ class Item(NamedTuple):
     subkey: int | bytes
     value: str | bytes
     expires_at: float
+
+
+class _Holders(NamedTuple):
+    """The nodes at which a key's items were stored."""
+
+    nodes: Mapping[int, PeerID]
+    times: int
+    """How many more times they are used without looking for nearer ones."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +165,8 @@ class Lookups:
         self.unverified: UnverifiedNodes = UnverifiedNodes()
         self._near: BoundedDict[int, dict[int, PeerID]] = BoundedDict(_REMEMBERED_KEYS)
         """The nodes that answered in the last look-up of each key. The key looked up most recently comes last."""
+        self._holders: BoundedDict[int, _Holders] = BoundedDict(_REMEMBERED_KEYS)
+        """For each key under which this peer has stored."""
 
     async def find(
         self,
@@ -230,7 +245,8 @@ class Lookups:
         """Stores each item at the live nodes nearest to its key. Returns key and subkey of the items that any node
         accepted.
 
-        This peer stores them first, as a witness. If more nodes than usual are within reach, the nearest ones may be
+        This peer stores them first, as a witness. The nodes at which it stored under the same key before usually get
+        them again, without a look-up. If more nodes than usual are within reach, the nearest ones may be
         liars, so some of the others, drawn at random, get the items as well. If a node is late, the next one gets its
         items too.
         """
@@ -238,10 +254,45 @@ class Lookups:
         for item in items:
             by_key.setdefault(key_id_of(item.key), []).append(item)
         kept = await _store_here(self.dht, by_key)
-        found = await self.find(list(by_key), _NEAREST, patience_s=_PATIENCE_S, room=0)
-        writing = _Writing(self, by_key, found, kept)
-        await writing.until_finished()
-        return writing.accepted
+        reach = self.usual_reach()
+        known = {key: nodes for key in by_key if (nodes := self._known_holders(key, reach))}
+        again = _Writing(self, by_key, {key: (nodes, len(nodes)) for key, nodes in known.items()}, kept)
+        await again.until_finished()
+        left = by_key.keys() - again.finished
+        places = await self._places(left) if left else {}
+        anew = _Writing(self, by_key, places, kept)
+        await anew.until_finished()
+        for key in by_key:
+            if key in again.finished:
+                self._holders[key] = _Holders(again.sent[key], self._holders[key].times - 1)
+            else:
+                self._holders[key] = _Holders(anew.sent[key], STORED_AGAIN)
+        return again.accepted | anew.accepted
+
+    def _known_holders(self, key: int, reach: int) -> Mapping[int, PeerID]:
+        """The nodes at which to store the key's items once more: the nearest, and all within the usual reach, which may
+        have been estimated better since. None if nearer ones have to be looked for.
+        """
+        holders = self._holders.get(key)
+        if holders is None or not holders.times:
+            return {}
+        nodes = sorted(holders.nodes, key=key.__xor__)
+        farthest = nodes[:REPLICAS][-1] ^ key
+        if any(
+            node ^ key < farthest and node not in nodes for node, _ in self.dht.table.nearest(key, REPLICAS)
+        ):
+            return {}
+        return {n: holders.nodes[n] for rank, n in enumerate(nodes) if rank < REPLICAS or n ^ key <= reach}
+
+    async def _places(self, keys: Collection[int]) -> dict[int, tuple[Mapping[int, PeerID], int]]:
+        """For each key, the nodes that may store it, best first, and how many of them should."""
+        found = await self.find(keys, _NEAREST, patience_s=_PATIENCE_S, room=0)
+        places: dict[int, tuple[Mapping[int, PeerID], int]] = {}
+        for key in keys:
+            holders, others = found[key].search.places(REPLICAS, _WIDE * REPLICAS, self.rng)
+            nodes = {node: found[key].peers[node] for node in (*holders, *others)}
+            places[key] = nodes, max(len(holders), REPLICAS)
+        return places
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts a call that may outlive its look-up. It ends at its own deadline: a late answer still counts."""
@@ -296,30 +347,34 @@ class _Writing:
     def __init__(
         self,
         lookups: Lookups,
-        by_key: Mapping[int, Sequence[Item]],
-        found: Mapping[int, "Found"],
+        by_key: Mapping[int, list[Item]],
+        places: Mapping[int, tuple[Mapping[int, PeerID], int]],
         kept: Collection[tuple[str, int | bytes]],
     ) -> None:
-        """`kept`: the items that this peer has stored itself."""
+        """`places`: the keys to store, each with the nodes to ask, best first, and how many of them should have the
+        items. `kept`: the items that this peer has stored itself.
+        """
         self.accepted: set[tuple[str, int | bytes]] = set()
+        self.sent: dict[int, dict[int, PeerID]] = {key: {} for key in places}
+        """For each key, the nodes that were asked and have not failed or been late."""
         self._lookups = lookups
         self._dht = lookups.dht
         self._by_key = by_key
-        self._found = found
         self._kept = kept
         self._clock = asyncio.get_running_loop().time
         self._ends_at = self._clock() + _STORE_S
-        self._candidates: dict[int, deque[int]] = {}
-        self._missing: dict[int, int] = {}
+        self._candidates = {key: deque(nodes.items()) for key, (nodes, _) in places.items()}
+        self._missing = {key: count for key, (_, count) in places.items()}
         """For each key, how many more nodes should get it."""
         self._answered: set[int] = set()
-        self._in_time: dict[asyncio.Task[bool], tuple[float, Sequence[int]]] = {}
-        """Calls that are not late yet: for each, when it will be late, and its keys."""
+        self._in_time: dict[asyncio.Task[bool], tuple[float, int, Sequence[int]]] = {}
+        """Calls that are not late yet: for each, when it will be late, its node and its keys."""
         self._late: dict[asyncio.Task[bool], Sequence[int]] = {}
-        for key in by_key:
-            holders, others = found[key].search.places(REPLICAS, _WIDE * REPLICAS, lookups.rng)
-            self._candidates[key] = deque([*holders, *others])
-            self._missing[key] = max(len(holders), REPLICAS)
+
+    @property
+    def finished(self) -> set[int]:
+        """The keys that enough nodes have got in time."""
+        return {key for key, missing in self._missing.items() if not missing}
 
     async def until_finished(self) -> None:
         """Sends until every key has enough holders or no nodes are left. Late calls continue in the background, and are
@@ -327,7 +382,7 @@ class _Writing:
         """
         self._send()
         while self._in_time or self._needs_late():
-            late_at = min((at for at, _ in self._in_time.values()), default=None)
+            late_at = min((at for at, *_ in self._in_time.values()), default=None)
             await asyncio.wait(
                 [*self._in_time, *self._late],
                 timeout=None if late_at is None else max(0.0, late_at - self._clock()),
@@ -341,7 +396,7 @@ class _Writing:
 
     def _settle(self) -> None:
         now = self._clock()
-        for call, (late_at, keys) in list(self._in_time.items()):
+        for call, (late_at, node, keys) in list(self._in_time.items()):
             if not call.done() and now < late_at:
                 continue
             del self._in_time[call]
@@ -352,6 +407,7 @@ class _Writing:
             else:
                 for key in keys:
                     self._missing[key] += 1
+                    self.sent[key].pop(node, None)
         for call, keys in list(self._late.items()):
             if call.done():
                 del self._late[call]
@@ -364,16 +420,16 @@ class _Writing:
         now = self._clock()
         for key, candidates in self._candidates.items():
             while self._missing[key] and candidates and now < self._ends_at:
-                node = candidates.popleft()
+                node, peers[node] = candidates.popleft()
                 self._missing[key] -= 1
                 by_node.setdefault(node, []).append(key)
-                peers[node] = self._found[key].peers[node]
+                self.sent[key][node] = peers[node]
         # slow peers can't raise this by much
         late_at = now + min(self._lookups.store_trips.timeout_s, _PATIENCE_S)
         for node, its_keys in by_node.items():
             for part in _parts(its_keys, self._by_key):
                 call = self._lookups.spawn(self._store_at(peers[node], part))
-                self._in_time[call] = late_at, part
+                self._in_time[call] = late_at, node, part
 
     async def _store_at(self, peer: PeerID, keys: Sequence[int]) -> bool:
         """Stores at the peer. Returns whether it answered, even if it accepted nothing."""

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from peer.identity import PeerID
-from peer.kademlia.lookups import FRUGAL, Item
-from peer.kademlia.routing import id_bytes, key_id_of
+from peer.kademlia.lookups import FRUGAL, STORED_AGAIN, Item
+from peer.kademlia.routing import REPLICAS, id_bytes, key_id_of, node_id_of
 from peer.kademlia.search import DEFAULT_LIMITS
 from peer.kademlia.validation import MAX_KEY_BYTES, SMALL_ENTRY_BYTES, Entries, Entry, entry_bytes, some_of
 from peer.wire import dht_pb2
@@ -58,10 +58,9 @@ async def newcomer(swarm: SimulatedSwarm) -> SimulatedPeer:
 
 def test_a_writer_is_told_no_values() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
-        await write(swarm, 60)
         swarm.network.traffic.largest = 0
-        await write(swarm, 90)
-        assert not swarm.network.traffic.largest
+        await write(swarm, 60)
+        assert not swarm.network.traffic.largest, "all but the first look up a key that has values"
         reader = await newcomer(swarm)
         found = (await reader.lookups.find([key_id_of(KEY)]))[key_id_of(KEY)]
         assert set(found.entries) == set(range(WRITERS))
@@ -106,6 +105,72 @@ def test_witnesses_do_not_return_entries_that_have_been_renewed_since() -> None:
         assert swarm.network.traffic.sent - before < 2 * 1000 * WRITERS * len(readers)
 
     play(scenario, nodes=30)
+
+
+def holders(swarm: SimulatedSwarm, until: float) -> set[PeerID]:
+    """The peers that have the first writer's item with this expiry."""
+    key = key_id_of(KEY)
+    stored = {peer.peer_id: peer.dht.storage.get(key).get(0) for peer in swarm.peers}
+    return {peer for peer, entry in stored.items() if entry is not None and entry.expires_at == until}
+
+
+async def store_again(swarm: SimulatedSwarm) -> tuple[set[PeerID], int]:
+    """The first peer writes its item once more. Returns who holds it then, and how many calls looked for nodes."""
+    await asyncio.sleep(20)
+    writer, until = swarm.peers[0], swarm.peers[0].registry.now() + 90
+    before = swarm.network.traffic.by_method["find"]
+    assert await writer.lookups.store([Item(KEY, 0, bytes(1000), until)])
+    return holders(swarm, until), swarm.network.traffic.by_method["find"] - before
+
+
+def test_a_writer_stores_at_the_same_nodes_a_few_times_without_looking_for_nearer_ones() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        first, calls = await store_again(swarm)
+        assert calls
+        assert len(first) >= REPLICAS
+        for _ in range(STORED_AGAIN):
+            assert await store_again(swarm) == (first, 0)
+        again, calls = await store_again(swarm)
+        assert calls, "others may have joined since"
+        assert len(again) >= REPLICAS
+
+    play(scenario, nodes=30, contacts=True)
+
+
+def test_a_writer_looks_for_others_as_soon_as_a_holder_does_not_answer() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        before, _ = await store_again(swarm)
+        dead = min(
+            before - {swarm.peers[0].peer_id}, key=lambda peer: node_id_of(peer.to_bytes()) ^ key_id_of(KEY)
+        )
+        swarm.network.kill([dead])
+        swarm.peers = [peer for peer in swarm.peers if peer.peer_id != dead]
+        after, calls = await store_again(swarm)
+        assert calls
+        assert len(after - {swarm.peers[0].peer_id}) >= REPLICAS - 1
+        nearest = sorted(swarm.peers, key=lambda peer: peer.dht.node_id ^ key_id_of(KEY))[:REPLICAS]
+        assert {peer.peer_id for peer in nearest} <= after
+        assert dead not in after
+        assert await store_again(swarm) == (after, 0), "it forgets the dead one"
+
+    play(scenario, nodes=30, contacts=True)
+
+
+def test_a_writer_looks_for_the_nearest_as_soon_as_it_knows_a_nearer_one() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key = key_id_of(KEY)
+        nearest = min(swarm.peers[1:], key=lambda peer: peer.dht.node_id ^ key)
+        away = swarm.network.peers.pop(nearest.peer_id.to_bytes())
+        before, _ = await store_again(swarm)
+        assert nearest.peer_id not in before
+        swarm.network.peers[nearest.peer_id.to_bytes()] = away
+        assert await store_again(swarm) == (before, 0), "it has not heard of the other"
+        assert await swarm.peers[0].dht.ping(nearest.peer_id) is not None
+        after, calls = await store_again(swarm)
+        assert calls
+        assert nearest.peer_id in after
+
+    play(scenario, nodes=30, contacts=True)
 
 
 def test_a_frugal_look_up_finds_the_same_for_fewer_bytes() -> None:
