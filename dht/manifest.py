@@ -364,6 +364,34 @@ class Manifest(_Part):
                 "made it: update this one"
             ) from error
 
+    @classmethod
+    def from_own_json(cls, text: bytes) -> Self | None:
+        """The manifest that a founder published itself. One of another protocol version is read as if it were of this
+        one, because a founder that updates continues its swarm; None if that is not possible. Raises SwarmError if it
+        is invalid.
+        """
+        try:
+            version = _Versioned.model_validate_json(text).protocol_version
+        except ValidationError:
+            return cls.from_json(text)
+        if version == PROTOCOL_VERSION:
+            return cls.from_json(text)
+        try:
+            return cls.model_validate(json.loads(text) | {"protocol_version": PROTOCOL_VERSION})
+        except ValidationError:
+            return None
+
+    def differences(self, other: Self) -> dict[str, str]:
+        """The keys whose values differ, such as `model.hidden`, each with its values in words: `is 64, not 128`."""
+        values, others = (
+            set_keys(each.model_dump(mode="json", exclude={"protocol_version"})) for each in (self, other)
+        )
+        return {
+            key: f"is {_in_toml(value)}, not {_in_toml(others[key])}"
+            for key, value in values.items()
+            if value != others[key]
+        }
+
     def to_json(self) -> bytes:
         """Leaves out keys with default values, so that a release with more keys writes the same bytes."""
         values = {"name": self.name, "protocol_version": self.protocol_version}
@@ -425,6 +453,21 @@ class Manifest(_Part):
             and len(uid.coordinate) == len(self.experts.grid)
             and all(0 <= x < size for x, size in zip(uid.coordinate, self.experts.grid, strict=True))
         )
+
+
+def set_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a founder's file sets, with their values. Those in tables are named like `model.hidden`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": each for inner, each in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _in_toml(value: object) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 class _Versioned(BaseModel):

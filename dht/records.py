@@ -241,6 +241,15 @@ def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes
 
 def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_pb2.RecordPayload:
     """The payload of a stored value, after all checks. Raises RecordError."""
+    payload = open_old_record(data, key, peer_id)
+    if payload.expires_at <= clock.earliest(now):
+        raise RecordError("the record has expired")
+    _check_lifetime(payload.expires_at, now, payload)
+    return payload
+
+
+def open_old_record(data: object, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:
+    """The payload of a value that may have expired, after all other checks. Raises RecordError."""
     if not isinstance(data, bytes):
         raise RecordError("a record must be bytes")
     payload = _verified(data)
@@ -248,9 +257,6 @@ def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_
         raise RecordError(f"the record belongs under {payload.key[:80]!r}, not {key!r}")
     if payload.peer_id != peer_id.to_bytes():
         raise RecordError("the record is another peer's")
-    if payload.expires_at <= clock.earliest(now):
-        raise RecordError("the record has expired")
-    _check_lifetime(payload.expires_at, now, payload)
     return payload
 
 

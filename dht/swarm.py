@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +17,7 @@ from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocati
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
-from dht.records import FounderRecord, RecordValidator, SwarmKeys, writers_key
+from dht.records import FounderRecord, RecordValidator, SwarmKeys, open_old_record, writers_key
 from dht.registry import Registry
 from peer import clock
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
@@ -40,6 +40,9 @@ _REMEMBERED_TRIED = 64
 """The most addresses from earlier runs that are tried at the start."""
 OTHERS_IN_INVITE = 4
 """The most addresses of other peers in an invite."""
+
+_MOST_DIFFERENCES = 4
+"""How many keys are named that differ in a founder's manifest."""
 
 _EXPIRES_AT = attrgetter("expires_at")
 
@@ -108,6 +111,7 @@ async def found_swarm(
     manifest: Manifest,
     config: NetworkConfig,
     *,
+    given: Collection[str] | None = None,
     bootstrap: Sequence[Multiaddress] = (),
     state: Path | None = None,
     denylist: Denylist | None = None,
@@ -116,16 +120,21 @@ async def found_swarm(
     """Starts a peer and publishes its manifest. A founder that returns finds its swarm's manifest in the DHT or on
     disk.
 
-    `state`: the folder for the manifest and the addresses of known peers. Raises SwarmError if the manifest is not the
-    one that the swarm was founded with and other peers are in it.
+    `given`: the keys that the founder's file sets. The others keep the values with which the swarm was founded, because
+    another release may complete the file with other ones. None: all keys were given. `state`: the folder for the
+    manifest and the addresses of known peers. Raises SwarmError if the manifest is not the one that the swarm was
+    founded with.
     """
-    stage("starting the DHT")
     peer = _Peer(identity, SwarmKeys(manifest.name, identity.peer_id), state, denylist)
+    if (founded_with := _founded_with(peer.manifest_file, peer.keys)) is not None:
+        manifest = _continued(founded_with, manifest, given)
+    stage("starting the DHT")
     host = await peer.start(config, bootstrap)
     try:
         registry = peer.registry(host)
         stage("publishing the manifest")
-        record = await _own_manifest(registry, manifest, peer.manifest_file, bool(host.bootstrapped_from))
+        joined = bool(host.bootstrapped_from)
+        manifest, record = await _own_manifest(registry, manifest, given, peer.manifest_file, joined)
         return peer.member(host, registry, manifest, record)
     except BaseException:
         await host.stop()
@@ -203,7 +212,7 @@ class _Peer:
         self, identity: Identity, keys: SwarmKeys, state: Path | None, denylist: Denylist | None
     ) -> None:
         self._identity = identity
-        self._keys = keys
+        self.keys = keys
         self._store = _peer_store(state, keys)
         self._folder = state
         self.manifest_file = self._record_file("manifests")
@@ -217,9 +226,9 @@ class _Peer:
             config,
             bootstrap=bootstrap,
             remembered=self._store.addresses()[:_REMEMBERED_TRIED],
-            swarm_id=self._keys.swarm_id,
+            swarm_id=self.keys.swarm_id,
             admission=self._admission,
-            validator=RecordValidator(rule=self._admission.check_record, swarm_id=self._keys.swarm_id),
+            validator=RecordValidator(rule=self._admission.check_record, swarm_id=self.keys.swarm_id),
             metrics=self._metrics,
             guard=self._guard,
         )
@@ -227,7 +236,7 @@ class _Peer:
     def registry(self, host: Host) -> Registry:
         return Registry(
             host.dht,
-            self._keys,
+            self.keys,
             self._identity,
             self._admission,
             guard=self._guard,
@@ -235,7 +244,7 @@ class _Peer:
         )
 
     def _record_file(self, kind: str) -> RecordFile:
-        return RecordFile(None if self._folder is None else self._folder / kind / self._keys.swarm_id)
+        return RecordFile(None if self._folder is None else self._folder / kind / self.keys.swarm_id)
 
     def member(self, host: Host, registry: Registry, manifest: Manifest, record: FounderRecord) -> Swarm:
         """`record`: the manifest's."""
@@ -300,28 +309,61 @@ async def _present_token(swarm: Swarm, invite: Invite, roles: Sequence[Role], ex
         )
 
 
-async def _own_manifest(
-    registry: Registry, manifest: Manifest, file: RecordFile, joined: bool
-) -> FounderRecord:
-    """The founder's record of the manifest: the newest in the DHT or on disk, or a new one.
+def _founded_with(file: RecordFile, keys: SwarmKeys) -> Manifest | None:
+    """The manifest that the founder with this file published last, even if it has expired since; None if there is none.
 
-    `joined`: whether other peers answered. A founder that is alone may found its swarm again with another manifest.
+    Raises SwarmError if a later release has published it, and this one can't read it.
+    """
+    data = file.read()
+    if data is None:
+        return None
+    try:
+        payload = open_old_record(data, keys.manifest, keys.author)
+    except RecordError:
+        return None
+    return Manifest.from_own_json(payload.manifest_json)
+
+
+def _continued(founded_with: Manifest, manifest: Manifest, given: Collection[str] | None) -> Manifest:
+    """The manifest that the swarm was founded with. `given`: see `found_swarm`. Raises SwarmError if a given key
+    differs.
+    """
+    differences = founded_with.differences(manifest)
+    given = differences if given is None else given
+    if changed := [f"{key} {how}" for key, how in differences.items() if key in given]:
+        more = len(changed) - _MOST_DIFFERENCES
+        raise SwarmError(
+            f"your swarm {manifest.name!r} was founded with another manifest: in that one, "
+            f"{', '.join(changed[:_MOST_DIFFERENCES])}{f', and {more} more differ' if more > 0 else ''}. A swarm's "
+            "manifest can't change: pass the original file, or choose another name in this one and pass another --state"
+        )
+    if differences:
+        kept = ", ".join(f"{key} {how}" for key, how in differences.items())
+        logger.warning(
+            "the swarm keeps the values that it was founded with, which your file leaves out: %s", kept
+        )
+    return founded_with
+
+
+async def _own_manifest(
+    registry: Registry, manifest: Manifest, given: Collection[str] | None, file: RecordFile, joined: bool
+) -> tuple[Manifest, FounderRecord]:
+    """The founder's manifest and its record: the newest in the DHT or on disk, or a new one.
+
+    `given`: see `found_swarm`. `joined`: whether other peers answered. Raises SwarmError if another manifest was
+    published.
     """
     found, saved = await _look_for_manifest(registry, _LOOKS if joined else 1), _saved(registry, file)
     record = max(filter(None, (found, saved)), key=_EXPIRES_AT, default=None)
-    if record is not None and joined and _manifest_in(record) != manifest:
-        raise SwarmError(
-            f"your swarm {manifest.name!r} was founded with another manifest: pass that one, or choose another name "
-            "in it and pass another --state"
-            + ("" if found is not None else f"; if that swarm has ended, remove {file.path}")
-        )
-    if record is None or _manifest_in(record) != manifest:
+    if record is None:
         record = registry.sign_manifest(manifest.to_json(), clock.now() + LIFETIME_S)
+    else:
+        manifest = _continued(_manifest_in(record), manifest, given)
     try:
         await registry.republish(record)
     except UnreachableError as error:
         logger.warning("the manifest is not published yet: %s", error)  # `keep_manifest` publishes it again
-    return record
+    return manifest, record
 
 
 async def _find_manifest(registry: Registry, file: RecordFile) -> FounderRecord:

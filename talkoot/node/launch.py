@@ -16,7 +16,7 @@ from rich.live import Live
 
 from dht.admission import Denylist, Role
 from dht.invites import Invite, read_bootstrap
-from dht.manifest import Manifest
+from dht.manifest import Manifest, set_keys
 from dht.records import SwarmKeys
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
 from expert_server.blocks import require_kind
@@ -32,7 +32,7 @@ from peer.identity import Identity
 from peer.kademlia.storage import StoreBounds
 from peer.loop import keep_running, new_loop
 from peer.platform.processes import keep_freed_memory, lower_priority
-from peer.settings import DENYLIST
+from peer.settings import DENYLIST, read_toml
 from peer.transport.addresses import Multiaddress, default_listen_address, require_free_port
 from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder, state_option
@@ -77,6 +77,10 @@ class Origin:
             return manifest
         return Invite.read(self.join or "").through(addresses)
 
+    def given(self) -> frozenset[str]:
+        """The keys that the new swarm's file sets; none if an invite is given. Raises SettingsError."""
+        return frozenset(() if self.new is None else set_keys(read_toml(self.new)))
+
     def addresses(self) -> tuple[Multiaddress, ...]:
         """The addresses in `bootstrap`. Raises SettingsError and InviteError."""
         return read_bootstrap(self.bootstrap)
@@ -99,7 +103,7 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
     folder = StateFolder(node_folder(settings.state))
     try:
         with log_file(folder.path / LOG_FILE):
-            run = _NodeRun(terminal, source, origin.addresses(), settings, host, folder.path, invite_file)
+            run = _NodeRun(terminal, source, origin, settings, host, folder.path, invite_file)
             with asyncio.Runner(loop_factory=new_loop) as runner:
                 runner.run(run.run())
     finally:
@@ -113,16 +117,16 @@ class _NodeRun:
         self,
         terminal: Terminal,
         source: Manifest | Invite,
-        bootstrap: tuple[Multiaddress, ...],
+        origin: Origin,
         settings: NodeSettings,
         host: str,
         state: Path,
         invite_file: Path | None,
     ) -> None:
-        """`source`, `bootstrap`: see `Origin`."""
+        """`source`: what was read from `origin`."""
         self._terminal = terminal
         self._source = source
-        self._bootstrap = bootstrap
+        self._bootstrap, self._given = origin.addresses(), origin.given()
         self._settings = settings
         self._host = host
         self._state = state
@@ -207,6 +211,7 @@ class _NodeRun:
                 identity,
                 self._source,
                 config,
+                given=self._given,
                 bootstrap=self._bootstrap,
                 state=state,
                 denylist=denylist,

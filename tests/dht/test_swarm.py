@@ -11,15 +11,17 @@ from real_swarm import LOCAL, MANIFEST
 
 from dht.admission import Role, make_token
 from dht.invites import Invite
-from dht.manifest import AdmissionSpec
+from dht.manifest import AdmissionSpec, Manifest, set_keys
+from dht.presets import PRESETS
 from dht.records import RecordValidator, SwarmKeys
 from dht.swarm import found_swarm, join_swarm
-from peer import clock
+from peer import PROTOCOL_VERSION, clock
 from peer.bounded import BoundedDict
 from peer.errors import SwarmError, UnreachableError
 from peer.host import Host, NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.settings import read_toml
 from peer.transport.addresses import Multiaddress
 
 CONFIG = NetworkConfig(LOCAL)
@@ -131,6 +133,77 @@ def test_a_reader_is_warned_that_its_invite_has_expired(
                 assert warned is (lasts_s == 0)
 
     loop.run(scenario(), 120)
+
+
+TOML = 'name = "sauna"\n[model]\nlayers = 1\nhidden = 16\n'
+
+
+def read(folder: Path, text: str) -> tuple[Manifest, set[str]]:
+    """The manifest of a founder's file with this text, and the keys that it sets."""
+    file = folder / "swarm.toml"
+    file.write_text(text)
+    return Manifest.from_toml(file), set(set_keys(read_toml(file)))
+
+
+@pytest.mark.parametrize("lasts_s", [0.0, 60.0])
+def test_a_founder_alone_can_not_change_its_manifest_even_if_that_has_expired(
+    loop: LoopThread,
+    identities: list[Identity],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lasts_s: float,
+) -> None:
+    monkeypatch.setattr("dht.swarm.LIFETIME_S", lasts_s)
+
+    async def scenario() -> None:
+        manifest, given = read(tmp_path, TOML)
+        for text, refused in (
+            (TOML, ""),
+            ('# as founded\nname="sauna"\nmodel={hidden=0x10, layers=1}\nexperts.grid=[8, 8]', ""),
+            (TOML.replace("16", "32"), "model.hidden is 16, not 32. A swarm's manifest can't change"),
+            (f"{TOML}[experts]\ngrid = [4, 4]\n", r"experts.grid is \[8, 8\], not \[4, 4\]"),
+            ('license = "MIT"\n' + TOML, 'license is unset, not "MIT"'),
+        ):
+            again, given = read(tmp_path, text)
+            founding = found_swarm(identities[0], again, CONFIG, given=given, state=tmp_path)
+            if refused:
+                with pytest.raises(SwarmError, match=refused):
+                    await founding
+            else:
+                swarm = await founding
+                assert swarm.manifest == manifest
+                await swarm.stop()
+
+    loop.run(scenario(), 60)
+
+
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION, PROTOCOL_VERSION - 1])
+def test_a_later_release_keeps_the_values_that_a_file_left_out(
+    loop: LoopThread,
+    identities: list[Identity],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: int,
+) -> None:
+    async def scenario() -> None:
+        manifest, given = read(tmp_path, TOML)
+        earlier = manifest.model_copy(update={"protocol_version": version})
+        swarm = await found_swarm(identities[0], earlier, CONFIG, given=given, state=tmp_path)
+        await swarm.stop()
+        monkeypatch.setitem(PRESETS, "transformer", PRESETS["ffn"])
+        later, given = read(tmp_path, TOML)
+        assert later.experts.kind == "ffn"
+        swarm = await found_swarm(identities[0], later, CONFIG, given=given, state=tmp_path)
+        await swarm.stop()
+        assert (
+            swarm.manifest
+            == Manifest.from_json(swarm.manifest_record.newest.payload.manifest_json)
+            == manifest
+        )
+        assert 'your file leaves out: model.feed_forward is 8, not 16, experts.kind is "tr' in caplog.text
+
+    loop.run(scenario(), 60)
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"\xff" * 100_000, b"talkoot"])

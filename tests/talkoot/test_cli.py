@@ -471,6 +471,26 @@ def test_a_founders_invite_holds_when_it_comes_back(tmp_path: Path) -> None:
         assert second.invite == first.invite
 
 
+def test_a_founder_that_comes_back_with_another_manifest_changes_nothing(tmp_path: Path) -> None:
+    def files() -> dict[Path, bytes]:
+        """All but the log."""
+        paths = (path for path in (tmp_path / "state").rglob("*") if not path.name.startswith("node.log"))
+        return {path: path.read_bytes() for path in paths if path.is_file()}
+
+    with founding(tmp_path, "--experts", "1") as first:
+        first.process.send_signal(signal.SIGTERM)
+        first.process.communicate(timeout=DEADLINE_S)
+    before = files()
+    other = tmp_path / "other.toml"
+    other.write_text('name = "taken"\n[model]\nlayers = 1\nhidden = 32\n')
+    ended = run("node", "--new", str(other), "--host", HOST, "--state", str(tmp_path / "state"))
+    assert_one_clear_line(ended, "model.hidden is 16, not 32. A swarm's", "pass the original file", "[T110]")
+    assert files() == before
+    with founding(tmp_path, "--experts", "1") as second:
+        assert second.invite == first.invite
+        assert "skipping" not in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "number"), [("node", signal.SIGINT), ("train", signal.SIGTERM), ("status", signal.SIGINT)]
 )
