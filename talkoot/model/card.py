@@ -181,10 +181,8 @@ def _data(facts: CardFacts) -> str:
 def _figures(facts: CardFacts) -> str:
     dense, counts = facts.dense, [source.updates for source in facts.experts.values()]
     rows = [
-        (
-            "dense part",
-            f"of {dense.origin}, after {counted(dense.steps, 'step')}, those of other trainers included",
-        ),
+        ("dense part", f"from {dense.origin}"),
+        ("training steps in the dense part, with those averaged in from other trainers", f"{dense.steps:,}"),
         ("experts", f"{len(facts.experts)} of {facts.manifest.experts_total}"),
         ("updates of an expert", f"{median_low(counts)} (median)" if counts else "none"),
     ]

@@ -46,7 +46,8 @@ FACTS = CardFacts(
 def test_a_card_has_the_figures_and_the_update_counts_of_each_layer() -> None:
     card = model_card(FACTS)
     assert "`village-Qm`" in card
-    assert "a trainer's run of 7 steps, after 9 steps" in card
+    assert "| dense part | from a trainer's run of 7 steps |" in card
+    assert "| training steps in the dense part, with those averaged in from other trainers | 9 |" in card
     assert "1.5000 nats per token (perplexity 4.48)" in card
     assert "| loss before leaving experts out | 1.2500 nats per token |" in card
     assert "| 0 | 4 | 0 / 1 / 3 | 8 | 0 / 2 / 6 |" in card
