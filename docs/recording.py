@@ -124,7 +124,7 @@ def picture(frames: Sequence[Frame]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
             'aria-labelledby="title">',
             f'  <title id="title">talkoot demo, recorded and played {_SPEED} times as fast: three nodes serve experts '
-            "to a trainer, one node is killed half-way, the others adopt its experts, and the loss keeps falling"
+            "to a trainer, one node is killed half-way, its experts are adopted, and the loss keeps falling"
             "</title>",
             _STYLE + _animation(rules, total) + "  </style>",
             f'  <rect class="sheet" x=".5" y=".5" width="{width - 1:g}" height="{height - 1:g}" rx="8"/>',

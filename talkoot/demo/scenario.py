@@ -149,6 +149,17 @@ def summary(result: DemoResult) -> str:
     return "\n".join([*said, f"Next: `{program}` says how to join a swarm, and how to start one."])
 
 
+def experts_in_words(before: Mapping[str, Any] | None, state: Mapping[str, Any]) -> str:
+    """What a node does with its experts, if its state shows more of them than the one before; otherwise empty."""
+    if before is None:
+        return f"serves {counted(state['experts'], 'expert')}"
+    if state["adopted"] > before["adopted"]:
+        return f"adopts {counted(state['adopted'] - before['adopted'], 'expert')}"
+    if state["experts"] > before["experts"]:
+        return f"now serves {counted(state['experts'], 'expert')}"
+    return ""
+
+
 class _Demo:
     """One run of the demo."""
 
@@ -314,13 +325,8 @@ class _Demo:
             self._reading = event
 
     def _on_state(self, node: DemoProcess, state: Mapping[str, Any]) -> None:
-        before = self._states.get(node)
-        if before is None:
-            self._display.tell(f"{node.name} serves {counted(state['experts'], 'expert')}")
-        elif state["adopted"] > before["adopted"]:
-            self._display.tell(
-                f"{node.name} adopts {counted(state['adopted'] - before['adopted'], 'expert')}"
-            )
+        if news := experts_in_words(self._states.get(node), state):
+            self._display.tell(f"{node.name} {news}")
         self._states[node] = state
         self._display.show_node(node.name, node.pid, state)
 

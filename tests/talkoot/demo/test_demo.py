@@ -22,6 +22,7 @@ import pytest
 from commands import sockets_of
 
 from peer import SOFTWARE_VERSION
+from talkoot.demo.scenario import experts_in_words
 
 MARK = "TEST_OF_THE_DEMO"
 LIMIT_S = 200
@@ -177,6 +178,15 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(
     assert not list(demo.temporary.iterdir())
     assert len(sockets) >= 4 if not options else not sockets  # of the p2pds of three nodes and a trainer
     assert not any(path.exists() for path in sockets)
+
+
+def test_news_of_a_node_end_with_as_many_experts_as_the_table_shows() -> None:
+    states = [
+        {"experts": experts, "adopted": adopted} for experts, adopted in [(42, 0), (43, 0), (43, 0), (85, 42)]
+    ]
+    news = [experts_in_words(before, state) for before, state in zip([None, *states], states, strict=False)]
+    assert news == ["serves 42 experts", "now serves 43 experts", "", "adopts 42 experts"]
+    assert experts_in_words(states[-1], states[0]) == "", "it is leaving"
 
 
 def test_interrupted_demo_over_links_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
