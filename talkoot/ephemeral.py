@@ -21,11 +21,16 @@ T = TypeVar("T")
 
 
 def run_in_swarm(
-    terminal: Terminal, join: str | None, look: Callable[[Swarm], Awaitable[T]], roles: Sequence[Role] = ()
+    terminal: Terminal,
+    join: str | None,
+    look: Callable[[Swarm], Awaitable[T]],
+    roles: Sequence[Role] = (),
+    first: str = "making ready",
 ) -> T:
     """Runs `look` while the peer is in the swarm, and returns its result.
 
-    `join`: the invite, as it was given. `roles`: as for `join_swarm`. Raises UserError, and Stopped after a signal.
+    `join`: the invite, as it was given. `roles`: as for `join_swarm`. `first`: the first stage, in words. Raises
+    UserError, and Stopped after a signal.
     """
     invite = invite_of(join)
     with (
@@ -33,7 +38,7 @@ def run_in_swarm(
         asyncio.Runner(loop_factory=new_loop) as runner,
     ):
         identity = Identity.load_or_create(Path(folder) / "identity.key")
-        return runner.run(run_until_stopped(_look(terminal, invite, identity, look, roles)))
+        return runner.run(run_until_stopped(_look(terminal, invite, identity, look, roles, first)))
 
 
 async def _look(
@@ -42,8 +47,9 @@ async def _look(
     identity: Identity,
     look: Callable[[Swarm], Awaitable[T]],
     roles: Sequence[Role],
+    first: str,
 ) -> T:
-    with terminal.stages("making ready") as stage:
+    with terminal.stages(first) as stage:
         config = NetworkConfig("127.0.0.1", serves_dht=False)
         swarm = await join_swarm(identity, invite, config, roles=roles, stage=stage)
     try:

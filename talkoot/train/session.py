@@ -203,7 +203,9 @@ def _role_first(terminal: Terminal, where: Invite | Manifest, roles: Sequence[Ro
         # only the manifest tells whether an invite without a token is enough
         if roles and isinstance(where, Invite) and where.role not in roles:
             with suppress(UnreachableError):
-                run_in_swarm(terminal, str(where), _nothing, roles)
+                run_in_swarm(
+                    terminal, str(where), _nothing, roles, "no saved run: asking what the invite allows"
+                )
         raise
 
 

@@ -188,12 +188,14 @@ def test_an_evaluation_that_is_stopped_prints_the_figures_so_far(
 
 @pytest.mark.parametrize("command", [("generate",), ("train", "--resume")])
 def test_without_a_run_an_invite_that_only_lets_people_look_says_so(
-    loop: LoopThread, tmp_path: Path, command: tuple[str, ...]
+    loop: LoopThread, tmp_path: Path, command: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     rules = AdmissionSpec(mode="token")
     with founded(loop, tmp_path, experts=8, name="club", parts={"admission": rules}) as club:
         ended = talkoot(*command, "--join", club.invite, "--state", tmp_path / "none")
     ended.is_one_clear_line("this swarm admits by token: ask its founder for an invite of your own")
+    assert "no saved run: asking what the invite allows" in caplog.messages
+    assert caplog.messages.count("making ready") == command.count("train")
 
 
 def test_a_model_that_learned_to_read_no_memory_is_given_none(founder: Founder, trained: Path) -> None:
