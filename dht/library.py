@@ -197,6 +197,19 @@ class MemoryRegistry:
                 self._registry.guard.read("memory", subkey, partial(self._take, subkey, value))
         return {publisher: library.entries for publisher, library in self._valid()}
 
+    def record_of(self, publisher: PeerID) -> bytes:
+        """The publisher's record that was read or stored last, for `hear`; empty if there is none."""
+        known = self._known.get(publisher)
+        return b"" if known is None else known.record
+
+    def hear(self, publisher: PeerID, record: bytes, caller: PeerID) -> bool:
+        """Takes a publisher's record that another peer shows. It must be signed, as in the DHT. Returns whether it is
+        newer than the known one.
+        """
+        before = self._known.get(publisher)
+        self._registry.guard.read("memory", caller, partial(self._take, publisher.to_bytes(), record))
+        return self._known.get(publisher) is not before
+
     def saved(self) -> bytes:
         """The records that were read and are still valid, for `restore` in a later run."""
         records = sorted((publisher.to_bytes(), library.record) for publisher, library in self._valid())

@@ -165,6 +165,7 @@ class Node:
             memory_metrics,
             threads_of(settings),
             note_served=self._receipts.note_served,
+            hear=self.memories.publishers.hear,
         )
 
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
@@ -422,7 +423,7 @@ class Node:
     async def _follow_memories(self) -> None:
         while True:
             await self._rounds.run("follow memories", self.memories.publishers.follow)
-            await asyncio.sleep(self.period.drawn_s())
+            await self.memories.publishers.until_due(self.period.drawn_s())
 
     async def _hear_news(self) -> None:
         """Follows the swarm's news, and looks for a second node with this identity, until cancelled. If the DHT does

@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,7 @@ from expert_server.memory.store import MemoryStore, parts_bytes
 from expert_server.settings import NodeSettings
 from peer.errors import TransferError, WireError
 from peer.formatting import bytes_in_words
+from peer.identity import PeerID
 from peer.loop import side_by_side, tolerating
 from peer.rpc.parts import has_sha256
 
@@ -30,6 +32,12 @@ _MANIFEST_S = 60.0
 _FOLLOWED_AT_ONCE = 8
 _UNLISTED_S = 3600.0
 """How long a memory is kept after its publisher stopped listing it, because the DHT may fail for a while."""
+_LEAST_PAUSE_S = 3.0
+"""The shortest pause between two looks, however many new lists callers show."""
+_HOSTS_ASKED = 6
+"""Hosts that are asked for a manifest, besides the publisher and the peer that showed its list: these are all that one
+fetch asks.
+"""
 _KEEP_EVERY_S = 3600.0
 """How often the libraries are stored again."""
 
@@ -90,6 +98,31 @@ class PublisherFollower:
         """Since when memories that are hosted here are on no list."""
         self._kept_at: float | None = None
         self._pace = ManifestPace()
+        self._heard = asyncio.Event()
+        """Set if a caller has shown a newer list since the last look."""
+        self._shown_by: dict[PeerID, PeerID] = {}
+        """For each publisher, the last caller that showed a newer list of it."""
+
+    def hear(self, caller: PeerID, memory: str, record: bytes) -> None:
+        """Takes the publisher's record that lists a memory which is hosted here, from a caller. If it is newer than the
+        known one, or the last look could not follow the revision in it, the next look is due at once.
+        """
+        entry = next((each for each in self.listed.values() if str(each.memory) == memory), None)
+        if entry is None:
+            return
+        store = self._hosted.stores.get(entry.memory)
+        is_behind = store is not None and store.manifest.revision < entry.revision
+        if self._memories.hear(entry.publisher, record, caller) or is_behind:
+            self._shown_by[entry.publisher] = caller
+            self._heard.set()
+
+    async def until_due(self, pause_s: float) -> None:
+        """Waits until the next look: this long, or until a caller has shown a newer list."""
+        least_s = min(pause_s, _LEAST_PAUSE_S)
+        await asyncio.sleep(least_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_s - least_s):
+                await self._heard.wait()
 
     async def follow(self) -> None:
         """Follows later revisions, and removes memories that their publisher no longer lists. Raises UnreachableError.
@@ -98,7 +131,9 @@ class PublisherFollower:
         """
         if not self._rules.disk_bytes and self._swarm.host.peer_id != self._swarm.keys.author:
             return
+        self._heard.clear()
         libraries = await self._memories.libraries()
+        self._shown_by = {each: caller for each, caller in self._shown_by.items() if each in libraries}
         await self._hosted.save_libraries()
         listed = {entry.memory: entry for entries in libraries.values() for entry in entries}
         self._refused = {memory: part for memory, part in self._refused.items() if memory in listed}
@@ -214,12 +249,17 @@ class PublisherFollower:
 
     async def _fetch_manifest(self, entry: LibraryEntry) -> tuple[bytes, MemoryManifest]:
         """Raises TransferError, and WireError if the manifest is not what its publisher lists."""
-        hosts = {host.peer_id for host in await self._memories.some_hosts(entry.memory, entry.grid)}
+        some = await self._memories.some_hosts(entry.memory, entry.grid, _HOSTS_ASKED)
+        # the peer that showed the list has it, and few others may have it yet
+        hosts = {host.peer_id for host in some} | {
+            entry.publisher,
+            self._shown_by.get(entry.publisher, entry.publisher),
+        }
         name, size = entry.manifest.sha256, entry.manifest.size
         check = partial(has_sha256, name)
         try:
             async with asyncio.timeout(_MANIFEST_S):
-                data = await self._fetcher.fetch(entry.memory, hosts | {entry.publisher}, name, size, check)
+                data = await self._fetcher.fetch(entry.memory, hosts, name, size, check)
         except TimeoutError:
             raise TransferError(f"its manifest did not arrive within {_MANIFEST_S:.0f} s") from None
         manifest = await asyncio.to_thread(MemoryManifest.parse, data)

@@ -174,10 +174,13 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         metrics: MemoryMetrics,
         threads: int,
         note_served: Callable[[PeerID, Work], None] = lambda caller, work: None,
+        hear: Callable[[PeerID, str, bytes], None] = lambda caller, memory, record: None,
     ) -> None:
         """`stores`: by memory; the host may change it. `sessions`: who may call. `up`: limits the upload of answers.
 
         `threads`: calls that compute at the same time. `note_served` is called for callers whose searches are answered.
+
+        `hear`: called with the publishers' records that callers show, and for which memory.
         """
         self.metrics = metrics
         self._stores = stores
@@ -185,6 +188,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         self._sessions = sessions
         self._up = up
         self._note_served = note_served
+        self._hear = hear
         self._turns = Turns(threads, _MAX_WAITING)
         self._vectors = VectorCache()
         self._slots = TransferSlots(_MAX_TRANSFERS)
@@ -235,11 +239,13 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
 
     async def FetchPart(self, request: memory_pb2.FetchPartRequest, context: FetchContext) -> None:
         async with abort_on_error(context, _MAX_TRANSFER_S, "the part was not read in time"):
-            caller = self._sessions.require(context, session_pb2.RIGHT_MEMORY).owner
+            session = self._sessions.require(context, session_pb2.RIGHT_MEMORY)
             store, name = self._store(request), _root(request.name)
+            if request.library:
+                self._hear(session.caller, request.memory, request.library)
             if request.offset and not request.sha256:
                 raise WireError("an offset needs the checksum of its file")
-            with self._slots.taken(caller, MAX_SHARD_BYTES):
+            with self._slots.taken(session.owner, MAX_SHARD_BYTES):
                 try:
                     data, sha256 = await asyncio.to_thread(store.file, name)
                 except OSError as error:

@@ -74,12 +74,19 @@ class PartClient:
             limit_s=_LIMIT_S,
         )
 
-    async def fetch(self, peer: Contact, memory: str, name: bytes, max_bytes: int) -> bytes:
-        """Fetches a file that should be the part of this name, which is not checked here. Raises TransferError if it
-        did not arrive, and StateError if it is not a file of that size.
+    async def fetch(
+        self, peer: Contact, memory: str, name: bytes, max_bytes: int, library: bytes = b""
+    ) -> bytes:
+        """Fetches a file that should be the part of this name, which is not checked here. `library`: shows the peer the
+        publisher's record that lists the memory. Raises TransferError if the file did not arrive, and StateError if it
+        is not a file of that size.
         """
         request = memory_pb2.FetchPartRequest(
-            protocol_version=PROTOCOL_VERSION, swarm_id=self._swarm_id, memory=memory, name=name
+            protocol_version=PROTOCOL_VERSION,
+            swarm_id=self._swarm_id,
+            memory=memory,
+            name=name,
+            library=library,
         )
         what = f"part {name.hex()[:8]} of memory {memory} of {peer.peer_id}"
         incoming = await self.service(max_bytes).download(peer, "FetchPart", request, what, self._down)

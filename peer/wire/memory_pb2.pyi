@@ -116,20 +116,22 @@ class Passage(_message.Message):
     def __init__(self, text: _Optional[str] = ..., title: _Optional[str] = ..., source: _Optional[str] = ..., offset: _Optional[int] = ..., license: _Optional[str] = ...) -> None: ...
 
 class FetchPartRequest(_message.Message):
-    __slots__ = ("protocol_version", "swarm_id", "memory", "name", "offset", "sha256")
+    __slots__ = ("protocol_version", "swarm_id", "memory", "name", "offset", "sha256", "library")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SWARM_ID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    LIBRARY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     swarm_id: str
     memory: str
     name: bytes
     offset: int
     sha256: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., memory: _Optional[str] = ..., name: _Optional[bytes] = ..., offset: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+    library: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., swarm_id: _Optional[str] = ..., memory: _Optional[str] = ..., name: _Optional[bytes] = ..., offset: _Optional[int] = ..., sha256: _Optional[bytes] = ..., library: _Optional[bytes] = ...) -> None: ...
 
 class MemoryManifest(_message.Message):
     __slots__ = ("format", "name", "revision", "about", "created_at", "encoder_kind", "encoder_sha256", "encoder_bytes", "dimensions", "codebook_sha256", "codebook_bytes", "grid", "licenses", "shards", "revoked")

@@ -106,6 +106,11 @@ class Publication:
         """Uploaded bytes of the memory's parts."""
         return total(self._metrics.bytes, direction="sent")
 
+    @property
+    def library(self) -> bytes:
+        """The signed record in which the memory is listed."""
+        return self.memories.record_of(self._publisher.signer.peer_id)
+
     @asynccontextmanager
     async def published(self, stage: Stage) -> AsyncIterator[None]:
         """Serves, announces and lists the memory while inside. Raises LibraryError and UnreachableError.

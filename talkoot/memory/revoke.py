@@ -243,8 +243,12 @@ class _FollowerWatch:
 
     async def _ask(self, host: NodeInfo) -> None:
         memory, manifest = str(self._publication.entry.memory), self._publication.entry.manifest
+        # a host that does not have the revision yet learns from the record that there is one
+        library = self._publication.library
         with contextlib.suppress(TransferError, StateError, WireError, TimeoutError):
             async with asyncio.timeout(_ANSWER_S):
-                data = await self._publication.parts.fetch(host, memory, manifest.sha256, manifest.size)
+                data = await self._publication.parts.fetch(
+                    host, memory, manifest.sha256, manifest.size, library
+                )
             has_sha256(manifest.sha256, data)
             self._following.add(host.peer_id)

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -489,6 +490,28 @@ def test_no_memory_goes_back_to_an_older_revision(loop: LoopThread) -> None:
             assert await store_raw(hosts[2], KEYS.library, FOUNDER.peer_id.to_bytes(), record, later)
             read = await reading.libraries()
             assert read == {FOUNDER.peer_id: (entry(revision=5), entry("bible"))}
+
+    run(loop, scenario)
+
+
+def test_what_another_peer_shows_counts_only_if_it_is_signed_and_newer(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        async with swarm("open") as (_, (founder, second, _)):
+            until = time.time() + MONTH_S
+            publishing, reading = MemoryRegistry(founder), MemoryRegistry(second)
+            await publishing.publish_library([entry(revision=2)])
+            first = publishing.record_of(FOUNDER.peer_id)
+            await publishing.publish_library([entry(revision=3)])
+            second_record = publishing.record_of(FOUNDER.peer_id)
+            show = partial(reading.hear, caller=STRANGER.peer_id)
+            assert [show(FOUNDER.peer_id, second_record) for _ in range(2)] == [True, False]
+            own = sign_record(STRANGER, library(entry(publisher=STRANGER), expires_at=until))
+            for publisher in (FOUNDER, STRANGER):
+                for record in (first, own, second_record[:-1], b"junk", bytes(100_000)):
+                    assert not show(publisher.peer_id, record)
+            assert reading.record_of(FOUNDER.peer_id) == second_record
+            assert reading.record_of(STRANGER.peer_id) == b""
+            assert await reading.libraries() == {FOUNDER.peer_id: (entry(revision=3),)}
 
     run(loop, scenario)
 

@@ -3,10 +3,10 @@
 import asyncio
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from expert_fakes import make_peer_id
+from expert_fakes import make_peer_id, virtual_time
 
 from dht.library import LibraryEntry
 from dht.memory import MAX_MANIFEST_BYTES, MemoryID, Part
@@ -14,6 +14,7 @@ from expert_server.memory import following
 from expert_server.memory.following import HostingRules, PublisherFollower
 from peer.errors import TransferError
 from peer.identity import PeerID
+from peer.loop import cancel_all
 
 HOSTILE, HONEST = make_peer_id(1), make_peer_id(2)
 
@@ -33,7 +34,10 @@ class World:
     room: int = 10**12
     fetched: dict[PeerID, int] = field(default_factory=lambda: {HOSTILE: 0, HONEST: 0})
 
+    looks: int = 0
+
     async def libraries(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
+        self.looks += 1
         return {publisher: tuple(entries) for publisher, entries in self.listed.items()}
 
     async def some_hosts(self, *arguments: Any) -> tuple[()]:
@@ -44,7 +48,7 @@ class World:
     async def keep_libraries(self) -> None: ...
 
     async def fetch(self, memory: MemoryID, hosts: Any, name: bytes, size: int, *more: Any) -> bytes:
-        (publisher,) = hosts
+        (publisher,) = set(hosts) & self.fetched.keys()
         self.fetched[publisher] += size
         raise TransferError("it does not arrive")
 
@@ -53,6 +57,9 @@ class World:
 
     def put_off(self, memory: MemoryID) -> bool:
         return True
+
+    def hear(self, publisher: PeerID, record: bytes, caller: PeerID) -> bool:
+        return record == b"newer"
 
 
 def entry(publisher: PeerID, name: str, size: int) -> LibraryEntry:
@@ -90,3 +97,47 @@ def test_a_publisher_of_ever_new_manifests_fills_no_hosts_line(
         asyncio.run(look())
     assert MAX_MANIFEST_BYTES <= world.fetched[HOSTILE] <= 3 * MAX_MANIFEST_BYTES + 16 * 2**10 * seconds
     assert world.fetched[HONEST] == 100_000 * seconds // 30, "each of its revisions"
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, world: Any, shown: str, seconds: float) -> int:
+    """How often a follower looks within this time, while a stranger shows the record ten times a second."""
+    follower = PublisherFollower(world, HostingRules(10**12), cast(Any, None), world, world, lambda: None)
+
+    async def follow() -> None:
+        while True:
+            await follower.follow()
+            await follower.until_due(600.0)
+
+    async def show() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            follower.hear(make_peer_id(3), shown, b"newer")
+
+    async def run() -> None:
+        tasks = [asyncio.create_task(work) for work in (follow(), show())]
+        await asyncio.sleep(seconds)
+        await cancel_all(tasks)
+
+    with virtual_time() as runner:
+        monkeypatch.setattr(following, "time", SimpleNamespace(monotonic=runner.get_loop().time))
+        runner.run(run())
+    return int(world.looks)
+
+
+def test_callers_that_show_newer_lists_without_end_cause_a_look_every_three_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hosted = entry(HONEST, "python-docs", 100_000)
+    for memory, expected in ((str(hosted.memory), 20), ("python-docs-000000000000", 1), ("\x00", 1)):
+        world: Any = World({HONEST: [hosted]}, {hosted.memory: Store()})
+        assert expected <= looks(monkeypatch, world, memory, 60.0) <= expected + 1
+
+
+def test_a_list_that_was_shown_before_causes_no_look_once_its_revision_is_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hosted = entry(HONEST, "python-docs", 100_000)
+    for revision, expected in ((1, 1), (0, 20)):
+        world: Any = World({HONEST: [hosted]}, {hosted.memory: Store(SimpleNamespace(revision=revision))})
+        monkeypatch.setattr(World, "hear", lambda *shown: False)
+        assert expected <= looks(monkeypatch, world, str(hosted.memory), 60.0) <= expected + 1

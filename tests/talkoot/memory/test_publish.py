@@ -19,7 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_folders import SampleMemory, passages_in
 from memory_hosts import SimpleHost
+from memory_peers import until
 from memory_samples import node_info
+from published_memories import HOST as HOSTING
+from published_memories import memory_id, until_hosted
+from published_memories import publishing as publishing_node
+from real_swarm import Village, playing
 
 from dht.admission import Role, make_token, read_grant
 from dht.announcements import NodeInfo, ReplicaState
@@ -29,6 +34,7 @@ from dht.manifest import Manifest
 from dht.memory import Cell, Part
 from dht.records import SwarmKeys
 from dht.swarm import Swarm, found_swarm, join_swarm
+from expert_server.memory.following import PublisherFollower
 from expert_server.memory.store import MemoryStore
 from expert_server.settings import NodeSettings
 from peer.errors import InviteError, LibraryError, SettingsError, StateFolderError
@@ -264,7 +270,7 @@ def test_a_host_that_stalls_does_not_hide_what_others_deleted() -> None:
     part = Part(hashlib.sha256(manifest).digest(), len(manifest))
 
     class Parts:
-        async def fetch(self, host: NodeInfo, memory: str, name: bytes, most: int) -> bytes:
+        async def fetch(self, host: NodeInfo, memory: str, name: bytes, most: int, library: bytes) -> bytes:
             if host.peer_id in hosts[:9]:
                 await asyncio.Event().wait()
             return manifest
@@ -277,7 +283,7 @@ def test_a_host_that_stalls_does_not_hide_what_others_deleted() -> None:
         return Replication({bytes(32): frozenset(hosts)})
 
     entry = SimpleNamespace(memory="notes", manifest=part)
-    publication: Any = SimpleNamespace(entry=entry, parts=Parts(), announced=announced)
+    publication: Any = SimpleNamespace(entry=entry, parts=Parts(), announced=announced, library=b"signed")
     swarm: Any = SimpleNamespace(registry=Registry())
     watch = _FollowerWatch(Terminal(LogFormat.TEXT), swarm, publication)
     with virtual_time() as runner:
@@ -401,6 +407,44 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
                 assert not any(passage.title == "title 7" for passage in left if passage is not None)
 
     loop.run(scenario(), 180)
+
+
+@pytest.mark.parametrize("nodes", [2, 5])
+def test_hosts_that_seldom_look_delete_a_revoked_passage_within_seconds(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int
+) -> None:
+    """The period of a node with many cells, or in a large swarm, is minutes long."""
+    until_due, pauses = PublisherFollower.until_due, dict[PublisherFollower, float]()
+
+    async def noted(follower: PublisherFollower, pause_s: float) -> None:
+        pauses[follower] = pause_s
+        await until_due(follower, pause_s)
+
+    monkeypatch.setattr(PublisherFollower, "until_due", noted)
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing_node(village, MEMORY)
+        hosts = [founder]
+        invite = await founder.swarm.invite()
+        for number in range(1, nodes):
+            hosts.append(await village.join(number, invite, **HOSTING))
+        for node in hosts:
+            await village.run(node)
+        await until_hosted(founder.swarm, memory_id(village, MEMORY), 2, MEMORY)
+        for node in hosts:
+            node.period.wanted_s = 600.0
+        await until(lambda: all(pauses.get(node.memories.publishers, 0.0) > 100 for node in hosts))
+        store = MEMORY.write(tmp_path / "published")
+        found = Selection.parse([], "title 7").find(store)
+        publisher = Publisher(FOUNDER, LIBRARIAN, _with_token(invite, Role.LIBRARIAN), None)
+        async with asyncio.timeout(20):
+            await _revoke(Terminal(LogFormat.JSON), publisher, store, found, SETTINGS, HOST)
+        for number, node in enumerate(hosts):
+            for hosted in node.memories.hosted.stores.values():
+                left = [each for root in hosted.shards for each in passages_in(hosted, root)]
+                assert not any(each.title == "title 7" for each in left if each is not None), number
+
+    playing(loop, [numbered_identity(number) for number in (0, 1, 2, 4, 5)], tmp_path)(scenario)
 
 
 def test_a_stopped_publisher_leaves_what_others_have_and_goes_on_when_it_is_started_again(
