@@ -15,8 +15,10 @@ from weakref import WeakSet
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from dht.announcements import Activity, NodeInfo
 from dht.library import WANTED_REPLICAS, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest
+from dht.registry import some_of
 from dht.swarm import Swarm
 from dht.upkeep import UpkeepPeriod
 from expert_server.memory.fetching import PartFetcher
@@ -42,6 +44,8 @@ _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
 """The most shards taken in one look, and at the same time."""
 _LOOK_EVERY_S = 1.0
 """How often a leaving node checks whether others have the shards that only it had."""
+_MOST_LISTED, _MOST_WATCHED = 512, 8
+"""A leaving node looks for nodes that stay among at most this many, and then watches a few of them."""
 _WITHDRAW_S = 2.0
 """How long a leaving node tries to withdraw its announcements."""
 _REMEMBERED = 4096
@@ -297,13 +301,27 @@ class MemoryHosting:
     # leaving
 
     async def _hand_over(self, alone: set[ShardKey]) -> None:
-        """Returns when others serve all of these shards. Shards that others serve are removed from the set."""
+        """Returns when others serve all of these shards, or when all other nodes are leaving too. Shards that others
+        serve are removed from the set.
+        """
         await self.hosted.announce_all()
+        staying = frozenset[PeerID]()
         while True:
             alone &= await self._without_other_host(alone)
-            if not alone:
+            if not alone or not (staying := await self._staying(staying)):
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _staying(self, before: frozenset[PeerID]) -> frozenset[PeerID]:
+        """Some nodes that stay, and so may take shards. `before`: what the last look returned. All nodes are looked up
+        only once these have gone.
+        """
+        swarm = self._swarm
+        if before and (found := _serving(await swarm.registry.nodes(before))):
+            return found
+        listed = await swarm.registry.node_ids(_MOST_LISTED)
+        others = (listed | swarm.host.peers()) - {swarm.host.peer_id}
+        return frozenset(some_of(_serving(await swarm.registry.nodes(others)), _MOST_WATCHED))
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
         alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()
@@ -323,3 +341,7 @@ class MemoryHosting:
                 claims = [(self._rng.choice(peers), key) for key, peers in others.items() if peers]
                 alone -= {key for _, key in await self._proofs.proven(claims, seen)}
         return alone
+
+
+def _serving(nodes: Mapping[PeerID, NodeInfo]) -> frozenset[PeerID]:
+    return frozenset(peer_id for peer_id, node in nodes.items() if node.activity is Activity.SERVING)

@@ -16,7 +16,7 @@ from grpc import StatusCode
 from memory_folders import DIMENSIONS, SampleMemory, passages_in
 from memory_peers import MEMORY_RIGHTS, read_request, search_request, until
 from published_memories import HOST, folder, list_memories, memory_id, publishing, replicas, until_hosted
-from real_swarm import Play, Village, end, eventually, playing
+from real_swarm import DEADLINE_S, Play, Village, end, eventually, playing
 
 from dht.announcements import NodeInfo
 from dht.library import LibraryEntry, MemoryRegistry
@@ -492,6 +492,19 @@ def test_a_node_that_leaves_waits_until_others_have_what_it_had_alone(play: Play
         await founder.stop()
         assert node.memories.hosted.shards == 4
         await end(running)
+
+    play(scenario)
+
+
+def test_nodes_that_leave_together_do_not_wait_for_each_other(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY, drain_timeout_s=200)
+        node = await village.join(1, await founder.swarm.invite(), **HOST, drain_timeout_s=200)
+        for each in (founder, node):
+            await village.run(each)
+        await until_hosted(founder.swarm, memory_id(village, MEMORY), 2, MEMORY)
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.gather(founder.stop(), node.stop())
 
     play(scenario)
 
