@@ -13,6 +13,7 @@ from operator import add
 from google.protobuf.message import DecodeError
 
 from peer.errors import RecordError
+from peer.formatting import counted
 from peer.identity import RECEIPT_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.wire import admission_pb2, credit_pb2
 
@@ -78,6 +79,12 @@ class SignedWork:
 
     work: Work = Work()
     trainers: int = 0
+
+    @property
+    def in_words(self) -> str:
+        """The work, such as `1,234 rows and 5 queries`."""
+        rows, queries = counted(self.work.pairs, "row", ","), self.work.queries
+        return f"{rows} and {queries:,} {'query' if queries == 1 else 'queries'}" if queries else rows
 
     def message(self) -> credit_pb2.SignedWork:
         return credit_pb2.SignedWork(work=self.work.message(), trainers=self.trainers)

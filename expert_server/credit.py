@@ -3,9 +3,10 @@ returns receipts.
 """
 
 import asyncio
+import logging
 import time
 from collections import Counter as Multiset
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Iterable
 from pathlib import Path
 
 import grpc
@@ -28,12 +29,15 @@ from dht.receipts import (
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError, WireError
 from peer.files import read_state_file, write_state_file
+from peer.formatting import counted
 from peer.identity import PeerID
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns, RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Sessions, near_of
 from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRAINERS = 512
 """Trainers whose receipts a node keeps. Beyond that, the token or neighbourhood with the most trainers loses the
@@ -75,6 +79,10 @@ class ReceiptBook:
         """The token or the neighbourhood of each receipt's trainer. For receipts of an earlier run without tokens, the
         trainer itself.
         """
+        self._left_out: set[PeerID] = set()
+        """Trainers whose receipts don't count, because their token was revoked. The receipts are kept: if a trainer
+        continues with another token, its next one covers its earlier work too.
+        """
         self.forgotten: Work = Work()
         """The work that the node had done when it lost its receipts. A trainer's first receipt may include that much.
         """
@@ -88,16 +96,31 @@ class ReceiptBook:
 
     @property
     def signed(self) -> SignedWork:
-        """The sum of all receipts."""
+        """The sum of all receipts that count."""
         if self._signed is None:
-            self._signed = total_of(self._receipts.values())
+            self._signed = total_of(self._counting)
         return self._signed
 
+    def note_revoked(self, serials: Collection[Hashable]) -> None:
+        """Receipts of these tokens no longer count, here as for others who read them."""
+        self._leave_out(trainer for trainer, crowd in self._crowds.items() if crowd in serials)
+
+    def _leave_out(self, trainers: Iterable[PeerID]) -> None:
+        """Tells the owner what no longer counts."""
+        gone = set(trainers) - self._left_out
+        if gone:
+            self._left_out |= gone
+            self._signed = self._ordered = None
+            logger.warning(
+                "the founder has revoked the invites of %s that had signed for %s, which no longer counts as signed "
+                "for. What this node counted itself stays",
+                counted(len(gone), "caller", ","),
+                total_of(self._receipts[trainer] for trainer in gone).in_words,
+            )
+
     @property
-    def share(self) -> float | None:
-        """This node's share of all the pairs that nodes have answered for these trainers."""
-        most = sum(receipt.all_pairs for receipt in self._receipts.values())
-        return self.signed.work.pairs / most if most else None
+    def _counting(self) -> list[Receipt]:
+        return [each for trainer, each in self._receipts.items() if trainer not in self._left_out]
 
     def note_served(self, caller: PeerID, work: Work) -> None:
         """Records work done for a caller, which may sign for it from now on."""
@@ -141,11 +164,11 @@ class ReceiptBook:
         return check_receipt(signed, self.swarm_id, self._node)
 
     def page(self, offset: int) -> credit_pb2.ListReply:
-        """A page of receipts, from this offset on. Tokens or neighbourhoods take turns, each with its largest receipts
-        first.
+        """A page of the receipts that count, from this offset on. Tokens or neighbourhoods take turns, each with its
+        largest receipts first.
         """
         if self._ordered is None:
-            by_work = [receipt.trainer for receipt in sorted(self._receipts.values(), key=_most_first)]
+            by_work = [receipt.trainer for receipt in sorted(self._counting, key=_most_first)]
             self._ordered = [self._receipts[trainer] for trainer in in_turns(by_work, self._crowds)]
         some = self._ordered[offset : offset + PAGE]
         return credit_pb2.ListReply(receipts=(receipt.signed for receipt in some), total=len(self._ordered))
@@ -157,30 +180,33 @@ class ReceiptBook:
         ).SerializeToString()
 
     def restore(self, data: bytes) -> int:
-        """Restores saved receipts, but not those whose token has been revoked since, and returns how many there are.
-        Raises RecordError if any is wrong.
-        """
+        """Restores saved receipts, and returns how many there are. Raises RecordError if any is wrong."""
         try:
             saved = credit_pb2.ListReply.FromString(data)
         except DecodeError as error:
             raise RecordError("it can't be parsed") from error
+        revoked = []
         for signed in saved.receipts[: self._most]:
             receipt = self.check(signed)
             try:
                 signer = self._signer_of(receipt)
             except RecordError:  # its token has been revoked since
-                continue
+                revoked.append(receipt.trainer)
+                signer = None
             self._keep(receipt, signer)
+        self._leave_out(trainer for trainer in revoked if trainer in self._receipts)
         self.has_changed = False
         return len(self._receipts)
 
     def _keep(self, receipt: Receipt, signer: int | None, near: str = "") -> None:
+        self._left_out.discard(receipt.trainer)
         self._receipts[receipt.trainer] = receipt
         self._crowds[receipt.trainer] = (near or receipt.trainer) if signer is None else signer
         if len(self._receipts) > self._most:
             crowded = largest_crowd(self._crowds)
             least = max(crowded, key=lambda trainer: _most_first(self._receipts[trainer]))
             del self._receipts[least], self._crowds[least]
+            self._left_out.discard(least)
         self._signed, self._ordered, self.has_changed = None, None, True
 
 

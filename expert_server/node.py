@@ -147,13 +147,13 @@ class Node:
             memory_metrics.bytes.labels("received").inc,
         )
 
-        self._access = AccessControl(swarm, state)
-        self.sessions: Sessions = self._access.sessions
         self._receipts = ReceiptBook(
             swarm_id,
             swarm.host.peer_id,
             lambda receipt: swarm.admission.signer_of(receipt.trainer, receipt.badge),
         )
+        self._access = AccessControl(swarm, state, self._receipts.note_revoked)
+        self.sessions: Sessions = self._access.sessions
         self._receipt_file = ReceiptFile(state / "receipts" / swarm_id, self._receipts)
         kept_bytes = kept_bytes_of(settings, sum(device.memory_bytes for device in devices))
         self._servicer = self._make_servicer(kept_bytes)
@@ -576,7 +576,6 @@ class Node:
             memory_queries=int(total(self._memory_servicer.metrics.queries)),
             clock_warning=clock.CLOCK.warning,
             signed=self._receipts.signed,
-            signed_share=self._receipts.share,
             trained=len(self.runtime.trained),
             trainers=self._servicer.trainers(),
             trainers_now=self._servicer.trainers(_LATELY_S),

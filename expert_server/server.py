@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,10 +101,13 @@ class AccessControl:
     date.
     """
 
-    def __init__(self, swarm: Swarm, state: Path) -> None:
-        """`state`: the node's state folder; a founder's contains the ledger of its invites."""
+    def __init__(self, swarm: Swarm, state: Path, note_revoked: Callable[[Collection[int]], None]) -> None:
+        """`state`: the node's state folder; a founder's contains the ledger of its invites. `note_revoked`: called with
+        the serials of revoked tokens when there may be more of them.
+        """
         self.sessions: Sessions = swarm.host.sessions
         self._swarm = swarm
+        self._note_revoked = note_revoked
         self._ledger = InviteLedger(state) if swarm.host.peer_id == swarm.keys.author else None
         self._end: InviteError | None = None
         self._ended = asyncio.Event()
@@ -122,8 +125,7 @@ class AccessControl:
         try:
             await self._swarm.refresh_admission()
         finally:
-            self.sessions.recheck()
-            self.look_at_own()
+            self._apply()
 
     async def keep_watch(self) -> None:
         """Applies revocations within a second, when this node hears of them or its owner makes them, until cancelled.
@@ -139,8 +141,12 @@ class AccessControl:
                     await self.look()
             if (revoked := self._swarm.admission.revoked) != known:
                 known = revoked
-                self.sessions.recheck()
-                self.look_at_own()
+                self._apply()
+
+    def _apply(self) -> None:
+        self.sessions.recheck()
+        self._note_revoked(self._swarm.admission.revoked)
+        self.look_at_own()
 
     @property
     def is_over(self) -> bool:

@@ -89,8 +89,6 @@ class NodeStatus:
     """A warning in words, if most peers say that this machine's clock is wrong."""
     signed: SignedWork = field(default_factory=SignedWork)
     """The work that trainers have signed for, over all runs."""
-    signed_share: float | None = None
-    """This node's share of all pairs that nodes have answered for those trainers; None: no receipts."""
     trained: int = 0
     """Experts that were trained here in this run."""
     trainers: int = 0

@@ -93,7 +93,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
         "compute", _bar(rates.busy, 1.0, f"{rates.busy:.0%} busy, {counted(status.threads, 'thread')}")
     )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
-    grid.add_row("all runs", f"computed {_so_far(status)}")
+    grid.add_row("all runs", f"computed {so_far(status)}")
     grid.add_row("", signed_in_words(status))
     if trouble := _trouble(status):
         grid.add_row("trouble", Text(trouble, style="red"))
@@ -103,7 +103,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
 def summary(status: NodeStatus) -> str:
     """What the node achieved in the run that is ending, with thanks."""
     return (
-        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {_so_far(status)}; "
+        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {so_far(status)}; "
         f"{signed_in_words(status)}. Thank you for taking part!"
     )
 
@@ -128,7 +128,7 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield f"memory {_memory(status)}"
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
-    yield f"in all runs computed {_so_far(status)}"
+    yield f"in all runs computed {so_far(status)}"
     yield signed_in_words(status)
     if trouble := _trouble(status):
         yield trouble
@@ -211,23 +211,20 @@ def _memory(status: NodeStatus) -> str:
     return f"{bytes_in_words(status.memory_bytes)} of {bytes_in_words(status.memory_limit_bytes)}"
 
 
-def _so_far(status: NodeStatus) -> str:
+def so_far(status: NodeStatus) -> str:
+    """What the node did in all runs."""
     rows = counted(status.contributed_rows, "row", ",")
     updates = counted(status.contributed_updates, "update", ",")
     return f"{rows}, {updates}, {hours_in_words(status.contributed_hours)} served"
 
 
 def signed_in_words(status: NodeStatus) -> str:
-    """The work that trainers and other callers have signed for, and this node's share of all work done for them."""
-    work, callers = status.signed.work, status.signed.trainers
+    """The part of all runs' work that trainers and other callers have signed for."""
+    callers = status.signed.trainers
     if not callers:
         return "no receipt for its work has arrived yet"
-    words = counted(work.pairs, "row", ",")
-    if work.queries:
-        words += f" and {work.queries:,} {'query' if work.queries == 1 else 'queries'}"
-    share = "" if status.signed_share is None else f", {status.signed_share:.0%} of all that they used"
     have = "has" if callers == 1 else "have"
-    return f"{counted(callers, 'caller', ',')} {have} signed for {words}{share}"
+    return f"of that, {counted(callers, 'caller', ',')} {have} signed for {status.signed.in_words} so far"
 
 
 def hours_in_words(hours: float) -> str:

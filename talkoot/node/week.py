@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from expert_server.status import NodeStatus
 from peer.files import read_state_file, write_state_file
 from peer.formatting import counted
-from talkoot.node.view import hours_in_words, signed_in_words
+from talkoot.node.view import hours_in_words, signed_in_words, so_far
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class WeekBegun(BaseModel):
         signed = counted(max(0, status.signed.work.pairs - self.signed_rows), "row", ",")
         return (
             f"in the last week: {hours} served, computed {rows}, trainers signed for {signed}; "
-            f"in all runs {signed_in_words(status)}"
+            f"in all runs computed {so_far(status)}; {signed_in_words(status)}"
         )
 
 

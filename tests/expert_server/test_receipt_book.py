@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from receipts import histories, peer, receipt
 
-from dht.receipts import PAGE, SignedWork, SignerOf, Work, sign_receipt, total_of
+from dht.receipts import PAGE, Receipt, SignedWork, SignerOf, Work, sign_receipt, total_of
 from expert_server.credit import SLACK, ReceiptBook, ReceiptFile
-from peer.errors import ExpertError
+from peer.errors import ExpertError, RecordError
 from peer.loop import LoopThread
 from peer.wire import credit_pb2
 
@@ -154,12 +154,33 @@ def test_many_keys_of_one_neighbourhood_do_not_fill_the_first_page() -> None:
     assert first[6:] == list(range(98, 98 - PAGE + 6, -1))
 
 
-def test_its_share_is_of_what_its_trainers_had_answered() -> None:
-    kept = book(1, 2)
-    assert kept.share is None
-    kept.take(receipt(1, Work(pairs=10), all_pairs=100))
-    kept.take(receipt(2, Work(pairs=30), all_pairs=60))
-    assert kept.share == 40 / 160
+def test_what_was_signed_with_a_revoked_token_counts_again_with_another_token(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokens, revoked = {peer(1): 7, peer(2): 8}, set[int]()
+
+    def signer_of(signed: Receipt) -> int:
+        if tokens[signed.trainer] in revoked:
+            raise RecordError("the token was revoked")
+        return tokens[signed.trainer]
+
+    kept, much = book(signer_of=signer_of), 10 * SLACK
+    for trainer in tokens:
+        kept.note_served(trainer, Work(pairs=much, queries=2))
+    kept.take(receipt(1, Work(pairs=much, queries=2)))
+    kept.take(receipt(2, Work(pairs=5)))
+    revoked.add(7)
+    for _ in range(2):  # a node reads the list of revoked tokens again and again
+        kept.note_revoked(revoked)
+    assert kept.signed == SignedWork(Work(pairs=5), 1)
+    assert list(kept.page(0).receipts) == [receipt(2, Work(pairs=5)).signed]
+    (told,) = caplog.messages
+    assert "the invites of 1 caller that had signed for 655,360 rows and 2 queries" in told
+    tokens[peer(1)] = 9
+    kept.note_served(peer(1), Work(pairs=10))
+    kept.take(receipt(1, Work(pairs=much + 10, queries=2)))
+    kept.note_revoked(revoked)
+    assert kept.signed == SignedWork(Work(pairs=much + 15, queries=2), 2)
 
 
 def test_receipts_outlive_the_node(loop: LoopThread, tmp_path: Path) -> None:

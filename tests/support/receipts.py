@@ -11,10 +11,9 @@ def peer(number: int) -> PeerID:
     return PeerID(b"\x12\x20" + number.to_bytes(32, "big"))
 
 
-def receipt(trainer: int, work: Work, all_pairs: int | None = None) -> Receipt:
+def receipt(trainer: int, work: Work) -> Receipt:
     """A receipt as if it had been checked."""
-    pairs = work.pairs if all_pairs is None else all_pairs
-    return Receipt(peer(trainer), work, pairs, None, credit_pb2.SignedReceipt(receipt=bytes([trainer])))
+    return Receipt(peer(trainer), work, work.pairs, None, credit_pb2.SignedReceipt(receipt=bytes([trainer])))
 
 
 @st.composite

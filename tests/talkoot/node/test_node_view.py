@@ -70,7 +70,6 @@ STATUS = NodeStatus(
     loss=3.2145,
     loss_at_first=4.1,
     signed=SignedWork(Work(pairs=6_900_000, updates=34_000), 5),
-    signed_share=0.123,
 )
 LATER = replace(
     STATUS, calls=131, rows=54_120, uploaded_bytes=11_500_000, downloaded_bytes=21_000_000, busy_s=15.4
@@ -96,7 +95,6 @@ statuses = st.builds(
         "loss_at_first": st.none() | st.floats(0, 1e6),
         "alone": st.just(()),
         "signed": st.builds(SignedWork, st.builds(Work, numbers, numbers, numbers), numbers),
-        "signed_share": st.none() | st.floats(0, 1),
     },
 )
 
@@ -138,7 +136,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "600 MB of 2 GB",
         "reached   relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2 ",
         "all runs  computed 7,000,000 rows, 34,567 updates, 12 h 18 min served",
-        "          5 callers have signed for 6,900,000 rows, 12% of all that they used",
+        "          of that, 5 callers have signed for 6,900,000 rows so far",
     ):
         assert said in text
 
@@ -309,27 +307,24 @@ def test_a_line_for_the_log_says_the_same() -> None:
         "up 1.2 and down 0.8 Mbit/s, 34% busy, memory 600 MB of 2 GB, 9 DHT peers, "
         "reached: relayed by 2 relays; forward TCP ports 1 and 2 on your router to 192.168.1.2, "
         "in all runs computed 7,000,000 rows, 34,567 updates, 12 h 18 min served, "
-        "5 callers have signed for 6,900,000 rows, 12% of all that they used"
+        "of that, 5 callers have signed for 6,900,000 rows so far"
     )
 
 
 @pytest.mark.parametrize(
-    ("signed", "share", "said"),
+    ("signed", "said"),
     [
-        (SignedWork(), None, "no receipt for its work has arrived yet"),
-        (SignedWork(Work(pairs=1), 1), 1.0, "1 caller has signed for 1 row, 100% of all that they used"),
-        (SignedWork(Work(queries=1), 1), None, "1 caller has signed for 0 rows and 1 query"),
+        (SignedWork(), "no receipt for its work has arrived yet"),
+        (SignedWork(Work(pairs=1), 1), "of that, 1 caller has signed for 1 row so far"),
+        (SignedWork(Work(queries=1), 1), "of that, 1 caller has signed for 0 rows and 1 query so far"),
         (
             SignedWork(Work(pairs=5, queries=70), 2),
-            0.5,
-            "2 callers have signed for 5 rows and 70 queries, 50%",
+            "of that, 2 callers have signed for 5 rows and 70 queries so far",
         ),
     ],
 )
-def test_what_trainers_signed_stands_beside_what_the_node_computed(
-    signed: SignedWork, share: float | None, said: str
-) -> None:
-    status = replace(STATUS, signed=signed, signed_share=share)
+def test_what_trainers_signed_stands_beside_what_the_node_computed(signed: SignedWork, said: str) -> None:
+    status = replace(STATUS, signed=signed)
     assert said in "\n".join(shown(status, NodeRates(), 100))
     assert said in line(status, NodeRates())
     assert f"; {said}" in summary(status)
