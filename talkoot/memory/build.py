@@ -40,7 +40,7 @@ from talkoot.memory.training import WordCounter, train_static_encoder
 from talkoot.partial import LOCK, PartialFolder, naming_failures
 from talkoot.progress import Progress, Rate, Show
 from talkoot.terminal import Terminal
-from trainer_client.data.sources import find_files
+from trainer_client.data.sources import find_files, unread_files
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import (
     DUAL,
@@ -58,6 +58,7 @@ _PASSAGES = ".passages"
 """A temporary file in the folder."""
 _AT_ONCE = 1024
 """Passages that are encoded together."""
+_SHOWN_CHARACTERS = 200
 _MUCH_UNKNOWN = 0.1
 """If the base's encoder does not know this share of the new text's words, the command warns the publisher."""
 
@@ -108,6 +109,8 @@ class BuildReport:
 def run_build(terminal: Terminal, plan: BuildPlan) -> None:
     """Raises UserError."""
     with terminal.stages("looking for text") as stage:
+        # looked for first, as the new folder may be in one of those that are read
+        others = unread_files(plan.paths)
         report = build_memory(plan, Progress(stage, terminal.live).show)
     if terminal.json:
         terminal.event("memory", asdict(report))
@@ -120,6 +123,11 @@ def run_build(terminal: Terminal, plan: BuildPlan) -> None:
     if report.duplicates:
         terminal.line(
             f"{counted(report.duplicates, 'passage', ',')} left out: the same text is there already"
+        )
+    if others:
+        terminal.line(
+            f"{counted(len(others), 'file', ',')} not read, such as {printable(str(others[0]), _SHOWN_CHARACTERS)}: "
+            "name text files that don't end in .txt by a glob in quotes"
         )
     if report.unknown > _MUCH_UNKNOWN:
         logger.warning(
@@ -141,7 +149,7 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
     )
     base = None if plan.base is None else _Base.open(plan.base)
     given = None if plan.encoder is None else _given_encoder(plan.encoder, base)
-    name, files = _name(plan, base), find_files(plan.paths)
+    files, name = find_files(plan.paths), _name(plan, base)
     with PartialFolder(plan.out) as folder, naming_failures(plan.out):
         try:
             _clear(folder.partial)
@@ -406,7 +414,11 @@ def _name(plan: BuildPlan, base: _Base | None) -> str:
     try:
         return check_name(name)
     except WireError as error:
-        raise SettingsError(f"--name: {error}") from error
+        if plan.name:
+            raise SettingsError(f"--name: {error}") from error
+        raise SettingsError(
+            f"the memory would be named after its folder, but {error}: pass --name"
+        ) from error
 
 
 def _checked(manifest: MemoryManifest) -> bytes:

@@ -50,6 +50,20 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def unread_files(paths: Sequence[str]) -> list[Path]:
+    """The files in folders among the paths that `find_files` leaves out because of their suffix, without hidden ones.
+    Raises DataError as `find_files` does.
+    """
+    read = {file.resolve() for file in find_files(paths)}
+    others: dict[Path, None] = {}
+    for folder in filter(Path.is_dir, map(Path, paths)):
+        for file in sorted(folder.rglob("*")):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if not is_hidden and file.is_file() and file.resolve() not in read:
+                others[file] = None
+    return list(others)
+
+
 def find_texts(paths: Sequence[str]) -> dict[str, list[Path]]:
     """The files of each path. Each path is a text of its own.
 

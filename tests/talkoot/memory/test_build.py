@@ -19,9 +19,10 @@ from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
 from peer.errors import DataError, LibraryError, SettingsError, StartError, UserError
 from talkoot.memory import shards
-from talkoot.memory.build import BuildPlan, build_memory, text_of
+from talkoot.memory.build import BuildPlan, build_memory, run_build, text_of
 from talkoot.memory.clustering import two_cells
 from talkoot.memory.inspection import inspect_memory, open_memory
+from talkoot.terminal import LogFormat, Terminal
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import load_encoder
 
@@ -84,6 +85,26 @@ def places(store: MemoryStore) -> dict[Passage, list[int]]:
         assert entry.passage is not None
         by_passage[entry.passage] = cells
     return by_passage
+
+
+def test_a_missing_text_is_named_before_a_wrong_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        build_memory(BuildPlan((str(tmp_path / "nowhere"),), tmp_path / "x"))
+
+
+def test_a_folder_whose_name_is_no_name_for_a_memory_is_not_taken_for_the_option(folder: Path) -> None:
+    texts = (str(folder / "texts.jsonl"),)
+    with pytest.raises(SettingsError, match=r"named after its folder, but 'x' is not a name .*: pass --name"):
+        build_memory(BuildPlan(texts, folder / "x"))
+    with pytest.raises(SettingsError, match=r"^--name: 'Y' is not a name"):
+        build_memory(BuildPlan(texts, folder / "new", "Y"))
+
+
+def test_files_that_are_not_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "texts.jsonl", 150)
+    (tmp_path / "x.md").write_text("a note")
+    run_build(Terminal(LogFormat.TEXT), BuildPlan((str(tmp_path),), tmp_path / "trees"))
+    assert f"1 file not read, such as {tmp_path / 'x.md'}: name" in capsys.readouterr().out
 
 
 def test_each_passage_is_in_its_two_cells(folder: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peer import settings
 from peer.errors import DataError, SettingsError
 from trainer_client.data import sources
-from trainer_client.data.sources import find_files, find_texts, read_documents, read_text
+from trainer_client.data.sources import find_files, find_texts, read_documents, read_text, unread_files
 
 
 def text_of(*paths: Path, field: str = "text") -> str:
@@ -50,6 +50,16 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_a_file_of_one_line_without_an_end_is_text(tmp_path: Path) -> None:
     assert text_of(write_bytes(tmp_path / "one.txt", b"one line")) == "one line"
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md", "sub/c.md", "sub/d.jsonl", ".git/e.md", ".f"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    folder, others = str(tmp_path), str(tmp_path / "sub" / "*.md")
+    assert unread_files([folder]) == [tmp_path / "b.md", tmp_path / "sub" / "c.md"]
+    assert unread_files([folder, others]) == [tmp_path / "b.md"]
+    assert unread_files([str(tmp_path / "b.md"), others]) == []
 
 
 def test_a_folder_gives_all_text_below_it_in_order(tmp_path: Path) -> None:
