@@ -118,6 +118,10 @@ def summary_lines(values: Values) -> Iterator[str]:
             f"the busiest expert got {values['load_max_over_mean']:.1f} times the tokens of the mean one "
             f"(load_cv {values['load_cv']:.2f}; 0 is even)"
         )
+    if asked := values.get("memory_chunks"):
+        gave = asked - values["memory_chunks_without"]
+        why = "" if gave else ": a model gets none of the documents that it learns from"
+        yield f"the memory gave passages for {gave:,} of {counted(asked, 'look-up', ',')}{why}"
     failures = ", ".join(f"{count} {cause}" for cause, count in sorted(values["failures"].items()))
     yield f"calls that failed: {failures or 'none'}; longest stall {values['longest_stall_s']:.1f} s"
     counts = (

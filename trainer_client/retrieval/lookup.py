@@ -134,7 +134,9 @@ class NeighbourLookup:
         exist yet, so no neighbour can reveal it.
         """
         some = [Chunk(self._decode(tokens)) for tokens in chunks]
-        return [self._neighbours(candidates[: self.spec.neighbours]) for candidates in self._candidates(some)]
+        found = [candidates[: self.spec.neighbours] for candidates in self._candidates(some)]
+        self.counts.add(without=sum(not passages for passages in found))
+        return [self._neighbours(passages) for passages in found]
 
     def learned(self, tokens_BT: Tensor) -> Tensor:
         """The neighbours of the whole chunks of sequences that a model should predict, [B, U, N, L], without those that
@@ -144,13 +146,15 @@ class NeighbourLookup:
         """
         rows = [chunks_of(tokens_T[:-1].tolist(), self.spec.chunk, self._decode) for tokens_T in tokens_BT]
         every = self._candidates(list(chain.from_iterable(rows)))
-        given = self.spec.nothing(len(rows), len(rows[0]))
+        given, without = self.spec.nothing(len(rows), len(rows[0])), 0
         for row, chunks in enumerate(rows):
             candidates, every = every[: len(chunks)], every[len(chunks) :]
             own = own_documents(chunks, candidates, self._words_of)
             for place, (chunk, some) in enumerate(zip(chunks, candidates, strict=True)):
                 passages = chosen(chunk, some, self.spec.neighbours, own, self._most_overlap, self._words_of)
                 given[row, place] = self._neighbours(passages).tokens_NL
+                without += not passages
+        self.counts.add(without=without)
         return given
 
     def nothing(self, tokens_BT: Tensor) -> Tensor:
@@ -166,9 +170,8 @@ class NeighbourLookup:
         new = [text for text in dict.fromkeys(texts) if text not in known]
         for at in range(0, len(new), MAX_QUERIES):
             known |= self._search(new[at : at + MAX_QUERIES], revision)
-        found = [known.get(text, []) for text in texts]
-        self.counts.add(chunks=len(texts), cached=cached, without=sum(not some for some in found))
-        return found
+        self.counts.add(chunks=len(texts), cached=cached)
+        return [known.get(text, []) for text in texts]
 
     def _search(self, texts: Sequence[str], revision: int) -> dict[str, list[Passage]]:
         try:

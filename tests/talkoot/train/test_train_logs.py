@@ -237,6 +237,12 @@ def test_the_summary_is_in_words() -> None:
     lines = list(summary_lines(stopped))
     assert lines[0] == "stopped after 1 step (151 in all) in 90 s at 4,096 tokens/s"
     assert lines[4].startswith("calls that failed: none")
+    for without, said in (
+        (200, "1,000 of 1,200 look-ups"),
+        (1200, "0 of 1,200 look-ups: a model gets none of the"),
+    ):
+        reading = SUMMARY | {"memory_chunks": 1200, "memory_chunks_without": without}
+        assert list(summary_lines(reading))[4].startswith(f"the memory gave passages for {said}")
     nothing = dict.fromkeys(("loss_first", "validation_loss_last", "load_max_over_mean"))
     assert len(list(summary_lines(stopped | nothing))) == 3
 

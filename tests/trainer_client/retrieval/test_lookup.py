@@ -64,12 +64,15 @@ def text_of(tokens_L: Tensor) -> str:
 
 def test_each_whole_chunk_gets_the_tokens_of_its_neighbours() -> None:
     memory = Echo()
-    given = lookup(memory).learned(tokens("aaaa bbbcccc dddeee"))
+    looking = lookup(memory)
+    given = looking.learned(tokens("aaaa bbbcccc dddeee"))
     assert given.shape == (1, 2, 2, 16)
     # A passage with all words of a chunk comes from the text's own document.
     assert memory.asked == ["aaaa bbb", "cccc ddd"]
     assert (given == NOTHING).all()
-    written = lookup(memory).written([list(b"aaaa bbb")])
+    written = looking.written([list(b"aaaa bbb")])
+    counts = looking.counts.values()
+    assert (counts["memory_chunks"], counts["memory_chunks_without"]) == (3, 2)
     assert [text_of(each) for each in written[0].tokens_NL] == ["0 aaaa bbb", "1 aaaa bbb"]
     assert [each.title for each in written[0].passages] == ["page 0", "page 1"]
 
