@@ -338,15 +338,16 @@ class ExpertRegistry:
         hosts = count = size = 0
         key = keys[0]
         records = [(subkey, value) for subkey, (value, _) in answers[key].items() if isinstance(value, bytes)]
-        self.registry.rng.shuffle(records)
-        me = self.registry.peer_id.to_bytes()
-        # its own record comes first: a node checks whether the DHT returns it
-        for subkey, value in sorted(records, key=lambda record: record[0] != me):
-            # in a flood, holders together have more than each has room for, and 512 experts take 5 ms to read
+        # in a flood, holders together have more than each has room for, and 512 experts take 5 ms to read
+        if sum([len(value) for _, value in records]) > MAX_KEY_BYTES:
+            self.registry.rng.shuffle(records)
+            me = self.registry.peer_id.to_bytes()
+            # its own record comes first: a node checks whether the DHT returns it
+            records.sort(key=lambda record: record[0] != me)
+        for subkey, value in records:
             if size + len(value) > MAX_KEY_BYTES:
                 continue
-            read = partial(self._replicas_in, prefix, key, subkey, value)
-            record = self.registry.guard.read("replica", subkey, read) or {}
+            record = self._replicas_in(prefix, key, subkey, value)
             hosts += bool(record)
             count += 1
             size += len(value)
@@ -357,9 +358,14 @@ class ExpertRegistry:
         unread = answers[key].unread * hosts // max(1, count)
         return Region(replicas, frozenset(active), hosts, size, unread)
 
-    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> dict[UID, Replica]:
-        peer_id = parse_peer_id(subkey)
-        return read_replicas(self.registry.unseal(value, key, peer_id), *prefix, peer_id)
+    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: object) -> Mapping[UID, Replica]:
+        """The replicas in a record; none if it is not valid."""
+
+        def read() -> Mapping[UID, Replica]:
+            peer_id = parse_peer_id(subkey)
+            return read_replicas(self.registry.unseal(value, key, peer_id), *prefix, peer_id)
+
+        return self.registry.guard.read("replica", subkey, read) or {}
 
 
 def _pieces(

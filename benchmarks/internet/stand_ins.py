@@ -255,10 +255,10 @@ class SharedRegistry(Registry):
 class SharedExperts(ExpertRegistry):
     """Like `SharedRegistry`, for what nodes announce of their experts."""
 
-    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: Any) -> dict[UID, Replica]:
+    def _replicas_in(self, prefix: Prefix, key: str, subkey: object, value: Any) -> Mapping[UID, Replica]:
         if value.parsed is None:
             value.parsed = super()._replicas_in(prefix, key, subkey, value)
-        replicas: dict[UID, Replica] = value.parsed
+        replicas: Mapping[UID, Replica] = value.parsed
         return replicas
 
     def _region(
