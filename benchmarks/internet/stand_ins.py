@@ -204,17 +204,12 @@ class UnsignedRecord(StoredRecord):
     """Stands for a signed record, and is as long as that one. Nobody forges any here, so readers take its payload."""
 
     def __new__(cls, payload: records_pb2.RecordPayload) -> "UnsignedRecord":
-        record = super().__new__(cls)
-        record.payload = payload
         size = payload.ByteSize()
-        record._size = size + SIGNED_BYTES + (size >= 128)  # longer sizes take two bytes
+        record = super().__new__(cls, size + SIGNED_BYTES + (size >= 128))  # longer sizes take two bytes
+        record.payload = payload
         return record
 
     payload: records_pb2.RecordPayload
-    _size: int
-
-    def __len__(self) -> int:
-        return self._size
 
 
 class SharedRegistry(Registry):
