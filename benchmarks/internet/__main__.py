@@ -34,13 +34,8 @@ _HOURS = 48.0
 _HOURS_OF_LARGE, _LARGE = 4.0, 100_000
 _MOST_FOR_EVENTS = 10_000
 _QUICK_NODES, _QUICK_HOURS = (24,), 0.5
-_ENVIRONMENT = {
-    # hashes of text, which differ from run to run, change the order in which peers in sets are read
-    "PYTHONHASHSEED": "0",
-    # large pages: what thousands of nodes remember is far larger than the processor's tables of small ones
-    "PYTHONMALLOC": "malloc",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
+# hashes of text, which differ from run to run, change the order in which peers in sets are read
+_ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 
 
 def play_days(nodes: int, hours: float | None, seed: int, quick: bool) -> dict[str, Any]:

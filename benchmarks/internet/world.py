@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from benchmarks.internet.large_pages import use_large_pages
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from expert_server.state.transfer import MAX_TRANSFER_S
 from peer.identity import PeerID
@@ -22,6 +23,8 @@ PURPOSES = ("announce", "read", "dht_served", "transfer", "relayed")
 """The purposes for which bytes are counted. The first three are upkeep."""
 UPKEEP = PURPOSES[:3]
 _PLACE_BITS = 64
+_FEW, _GROWN = 2000, 1.2
+"""From this many peers on, and again each time their number has grown by this factor, memory moves to large pages."""
 _LEAF_BITS = 10
 """Positions with the same first bits are a leaf. For each leaf, the world counts what happens there, so that others
 know what has not changed.
@@ -158,6 +161,8 @@ class World:
         """For each half, the sorted positions of the living peers that serve the DHT."""
         self._at_place: dict[int, Peer] = {}
         self._rngs: dict[str, random.Random] = {}
+        self._crowd = _FEW
+        """With this many peers, memory moves to large pages."""
 
     def run(self, seconds: float) -> None:
         """Lets time pass."""
@@ -174,6 +179,9 @@ class World:
         number = len(self.peers)
         peer = Peer(number, identity or SimulatedIdentity(number + 1), link)
         self.peers.append(peer)
+        if number == self._crowd:
+            use_large_pages()
+            self._crowd = int(_GROWN * number)
         self.accounts.open()
         self.by_id[peer.peer_id] = peer
         self.revive(peer)
