@@ -13,7 +13,8 @@ import math
 import random
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -558,8 +559,45 @@ class ModelLookups(Lookups):
             model.charge(fresh, len(fresh), cost, peer, purpose)
             for key in fresh:
                 insort(places, key.place)
-        await asyncio.sleep(cost.round_trips * (peer.link.rtt_s + _CORE_S))
+        takes_s, owed = cost.round_trips * (peer.link.rtt_s + _CORE_S), _OWED.get()
+        if owed is None:
+            await asyncio.sleep(takes_s)
+        else:
+            owed.seconds += takes_s
         return cost
+
+
+class Owed:
+    """The time that a task's look-ups have taken, and that the task will wait all at once.
+
+    A task wakes up for each wait, and in a large swarm, its node's memory is no longer in the processor's caches by
+    then. So the rounds of a node at rest make all their look-ups at one moment, and the next pause is longer.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        _OWED.set(self)
+
+    async def sleep(self, seconds: float = 0.0) -> None:
+        """Waits that long, and what is owed."""
+        seconds, self.seconds = seconds + self.seconds, 0.0
+        await asyncio.sleep(seconds)
+
+
+_OWED: ContextVar[Owed | None] = ContextVar("owed", default=None)
+"""What the current task owes; None: its look-ups take their time at once."""
+
+
+async def without_owing(work: Callable[[], Awaitable[T]]) -> T:
+    """Waits what the current task owes, and then does work whose look-ups take their time at once."""
+    owed = _OWED.get()
+    if owed is not None:
+        await owed.sleep()
+    _OWED.set(None)
+    try:
+        return await work()
+    finally:
+        _OWED.set(owed)
 
 
 async def _awake(peer: Peer) -> None:

@@ -8,10 +8,10 @@ import contextlib
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from benchmarks.internet.dht_model import ModelDHT, ModelLookups
+from benchmarks.internet.dht_model import ModelDHT, ModelLookups, Owed, without_owing
 from benchmarks.internet.stand_ins import (
     CountedCheckpoints,
     CountedExpert,
@@ -141,6 +141,13 @@ class SimulatedHost:
         return False
 
 
+class SimulatedReplicas(LocalReplicas):
+    """Takes experts in as much time as real nodes do, since others may want the same ones."""
+
+    async def take(self, *args: Any) -> list[UID]:
+        return await without_owing(partial(super().take, *args))
+
+
 @dataclass
 class _Membership:
     """Stands for `dht.swarm.Swarm`, with those parts that hosting uses."""
@@ -205,7 +212,7 @@ class SimulatedNode:
         self.checkpoints = CountedCheckpoints(disk)
         self.states = CountedStates(self)
         stand_ins: tuple[Any, Any, Any] = self.runtime, self.checkpoints, self.states
-        self.replicas = LocalReplicas(member, *stand_ins, (), period=self.period, now=now)
+        self.replicas = SimulatedReplicas(member, *stand_ins, (), period=self.period, now=now)
         self.hosting = HostingManager(self.settings, member, self.replicas, now)
         self._standby = StandbyCopies(
             self.settings, member, self.replicas, lambda: self.hosting.seen, clock=world.time
@@ -265,9 +272,9 @@ class SimulatedNode:
         self.spawn(self._look_around())
         self.spawn(self._average_now_and_then())
         self.spawn(self._copy_now_and_then())
-        saved_at = self.swarm.world.time()
+        saved_at, owed = self.swarm.world.time(), Owed()
         while True:
-            await self._sleep(self.period.drawn_s())
+            await self._sleep(self.period.drawn_s(), owed)
             self.period.note_round()
             await self._rounds.run(
                 "announce", self._keep_relays, self.hosting.announce, self._publish, self._stay_member
@@ -278,31 +285,32 @@ class SimulatedNode:
                 self.checkpoints.save(self.runtime.experts.values())
 
     async def _look_around(self) -> None:
-        look = self.hosting.replicate
+        look, owed = self.hosting.replicate, Owed()
         while True:
             await self._rounds.run("look", look)
             self._note_useful()
             look = self.hosting.look_again if look != self.hosting.look_again else self.hosting.look
-            await self._sleep(self.period.drawn_s(0.5))
+            await self._sleep(self.period.drawn_s(0.5), owed)
 
     async def _average_now_and_then(self) -> None:
         every_s, rng = self.settings.average_every_s, self.swarm.world.rng("averaging")
-        took_s = 0.0
+        took_s, owed = 0.0, Owed()
         while every_s:
-            await self._sleep(pause_after(every_s, took_s, rng))
+            await self._sleep(pause_after(every_s, took_s, rng), owed)
             began = self.swarm.world.time()
             with contextlib.suppress(UnreachableError):
                 await self._average()
-            took_s = self.swarm.world.time() - began
+            took_s = self.swarm.world.time() - began + owed.seconds
 
     async def _copy_now_and_then(self) -> None:
+        owed = Owed()
         while self.settings.standby_every_s:
-            await self._sleep(self.settings.standby_every_s)
+            await self._sleep(self.settings.standby_every_s, owed)
             with contextlib.suppress(UnreachableError):
                 await self._standby.copy()
 
-    async def _sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+    async def _sleep(self, seconds: float, owed: Owed) -> None:
+        await owed.sleep(seconds)
         if self.peer.awake is not None:
             await self.peer.awake.wait()
 

@@ -4,8 +4,11 @@ their holders.
 
 import asyncio
 import gc
+import hashlib
 import json
+import random
 from collections.abc import Callable, Collection
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.internet.dht_model import ModelDHT, ModelLookups, StoredRecord
+from benchmarks.internet.dht_model import ModelDHT, ModelLookups, Owed, StoredRecord, without_owing
+from benchmarks.internet.large_pages import use_large_pages
 from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
 from benchmarks.internet.stand_ins import UnsignedRecord, simulated
 from benchmarks.internet.world import HomeLine, World
@@ -84,6 +88,48 @@ def test_a_cancelled_timer_does_not_move_the_clock() -> None:
         assert loop.time() == 4.0
     finally:
         loop.close()
+
+
+def test_a_task_that_owes_the_time_of_its_look_ups_waits_in_its_next_pause() -> None:
+    with simulated(1) as world:
+        lookups = ModelLookups(ModelDHT(world), world.add(HomeLine()))
+
+        async def rounds() -> None:
+            owed = Owed()
+            await lookups.find([1])
+            assert world.time() == 0 < (first := owed.seconds)
+            await owed.sleep(1.0)
+            assert (world.time(), owed.seconds) == (1.0 + first, 0.0)
+            await lookups.find([2])
+            second = owed.seconds
+            await owed.sleep()
+            assert world.time() == pytest.approx(1.0 + first + second)
+
+        world.loop.run_until_complete(rounds())
+
+
+def test_work_that_takes_its_time_at_once_begins_when_nothing_is_owed() -> None:
+    with simulated(1) as world:
+        lookups = ModelLookups(ModelDHT(world), world.add(HomeLine()))
+
+        async def rounds() -> None:
+            owed = Owed()
+            await lookups.find([1])
+            earlier = owed.seconds
+            await without_owing(partial(lookups.find, [2]))
+            assert world.time() > earlier
+            assert owed.seconds == 0
+            await lookups.find([3])
+            assert owed.seconds > 0, "the task owes again"
+
+        world.loop.run_until_complete(rounds())
+
+
+def test_memory_on_large_pages_keeps_its_content() -> None:
+    content = random.Random(1).randbytes(8 << 20)
+    digest = hashlib.sha256(content).digest()
+    use_large_pages()
+    assert hashlib.sha256(content).digest() == digest
 
 
 def test_a_dead_host_is_replaced() -> None:
