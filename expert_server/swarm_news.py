@@ -14,7 +14,9 @@ from peer.identity import PeerID
 logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_ASKED = 16
-"""The most missing nodes that are looked up at once."""
+"""The most nodes that are looked up at once."""
+_MOST_NAMED = 64
+"""The most hosts whose names are looked up and remembered."""
 _MOST_READ = 8
 """The most trainers whose records are read, drawn at random. Trainers average, so their losses are alike."""
 TRAINERS_EVERY_S, _LONGEST_PAUSE_S = 60.0, 1800.0
@@ -61,6 +63,8 @@ class SwarmNews:
         self._trainers_every_s = trainers_every_s
         self._clock = clock
         self._next_at = float("-inf")
+        self._names: dict[PeerID, str] = {}
+        """The names of hosts; empty for those that have none."""
 
     async def look(self) -> None:
         """Raises UnreachableError."""
@@ -100,17 +104,29 @@ class SwarmNews:
         if missing:
             known = await self._registry.nodes(missing, with_left=True)
             for peer_id in missing:
-                name, why = peer_id.to_base58()[-8:], self._registry.why_out(peer_id)
+                name, why = self._name(peer_id), self._registry.why_out(peer_id)
                 if why:
                     logger.info("node %s, whose invite %s, has left; %s", name, why, self._still_used())
                 elif peer_id not in known:
                     logger.info("node %s has gone; %s", name, self._still_used())
+        await self._learn_names(hosts)
+
+    async def _learn_names(self, hosts: frozenset[PeerID]) -> None:
+        """Looks each host's name up while it is there."""
+        self._names = {peer_id: name for peer_id, name in self._names.items() if peer_id in hosts}
+        room = _MOST_NAMED - len(self._names)
+        if unnamed := sorted(hosts - self._names.keys())[: min(_MOST_ASKED, room)]:
+            known = await self._registry.nodes(unnamed)
+            self._names |= {peer_id: known[peer_id].name if peer_id in known else "" for peer_id in unnamed}
+
+    def _name(self, peer_id: PeerID) -> str:
+        """The end of the PeerID, after the name if there is one. Anybody can choose any name."""
+        short, name = peer_id.to_base58()[-8:], self._names.get(peer_id)
+        return f"{name} ({short})" if name else short
 
     def _still_used(self) -> str:
         users = self._trainers_here()
-        if not users:
-            return "yours goes on"
-        return f"{counted(users, 'trainer')} still {'uses' if users == 1 else 'use'} yours"
+        return f"{counted(users, 'trainer')} used yours in the last minute" if users else "yours goes on"
 
 
 def _serving(seen: Mapping[UID, tuple[Replica, ...]]) -> frozenset[PeerID]:

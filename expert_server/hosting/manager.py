@@ -464,9 +464,10 @@ class HostingManager:
         wanted += rank_vacancies(lasting - orphans, room - len(wanted), me, saved)
         if taken := await self._take(wanted):
             self.adopted.inc(len(taken))
-            logger.info(
-                "adopted %s that nobody hosted, or that others had restarted", counted(len(taken), "expert")
-            )
+            restarted = sum(uid in gains for uid in taken)
+            kinds = (len(taken) - restarted, "nobody hosted"), (restarted, "others had restarted")
+            said = [f"{counted(count, 'expert')} that {why}" for count, why in kinds if count]
+            logger.info("adopted %s", " and ".join(said))
 
     async def _exchange(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
         """On a full node, exchanges a replica with enough other hosts for one that is needed more.

@@ -55,7 +55,11 @@ def news_of(records: Records, seen: dict[UID, tuple[Replica, ...]], users: int) 
 
 @pytest.mark.parametrize(
     ("users", "said"),
-    [(0, "yours goes on"), (1, "1 trainer still uses yours"), (2, "2 trainers still use yours")],
+    [
+        (0, "yours goes on"),
+        (1, "1 trainer used yours in the last minute"),
+        (2, "2 trainers used yours in the last minute"),
+    ],
 )
 def test_a_host_that_dies_is_named_with_who_still_uses_this_node(
     caplog: pytest.LogCaptureFixture, users: int, said: str
@@ -76,6 +80,22 @@ def test_a_host_that_dies_is_named_with_who_still_uses_this_node(
     assert caplog.messages == [f"node {peer(2).to_base58()[-8:]} has gone; {said}"]
 
 
+def test_a_host_that_dies_is_called_by_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    records = Records(known={peer(1): node(1, name="Benno")})
+    seen: dict[UID, tuple[Replica, ...]] = {HERE: (replica(HERE, 1),)}
+    news = news_of(records, seen, 0)
+
+    async def looks() -> None:
+        await news.look()
+        seen.clear()
+        records.known.clear()
+        await news.look()
+
+    asyncio.run(looks())
+    assert caplog.messages == [f"node Benno ({peer(1).to_base58()[-8:]}) has gone; yours goes on"]
+
+
 def test_a_host_that_the_swarm_no_longer_admits_is_named_with_the_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -91,7 +111,7 @@ def test_a_host_that_the_swarm_no_longer_admits_is_named_with_the_reason(
     asyncio.run(looks())
     names = [peer(number).to_base58()[-8:] for number in (1, 2)]
     assert sorted(caplog.messages) == sorted(
-        f"node {name}, whose invite {what}, has left; 1 trainer still uses yours"
+        f"node {name}, whose invite {what}, has left; 1 trainer used yours in the last minute"
         for name, what in zip(names, ("was revoked", "has expired"), strict=True)
     )
 
