@@ -70,6 +70,10 @@ allowed.
 """
 
 
+OFFLINE = "offline"
+"""The value of a finding that says that this machine has no network."""
+
+
 class Verdict(StrEnum):
     """Whether one aspect of the machine is good enough for a node."""
 
@@ -176,9 +180,11 @@ def check_ports(settings: NodeSettings, host: str, here: NodeHere = NO_NODE) -> 
             taken.append(f"{option}: {error}")
     shown = ", ".join(f"{option} {port or 'any free one'}" for option, (_, port) in wanted.items())
     verdict, fix = Verdict.PROBLEM if taken else Verdict.OK, "; ".join(taken)
+    values: dict[str, bool | int | float | str] = {}
     if not taken and settings.host is None and host.startswith("127."):
         verdict, fix = Verdict.WEAK, "this machine has no network: nobody else could reach a node"
-    return Finding(name="ports", verdict=verdict, says=f"on {host}: {shown}", fix=fix)
+        values[OFFLINE] = True
+    return Finding(name="ports", verdict=verdict, says=f"on {host}: {shown}", fix=fix, values=values)
 
 
 def check_clock_keeping() -> Finding:
@@ -241,7 +247,10 @@ def check_memory(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO
     hosts = wanted
     if hosts is None:
         hosts = min(max(1, int(_FREE_MEMORY_SHARE * free / each)), manifest.experts_total)
-    says += f"; it would host {hosts:,}, and {free // each:,} would fit"
+    if hosts >= manifest.experts_total:
+        says += f"; it would host all {counted(manifest.experts_total, 'expert', ',')} of the model"
+    else:
+        says += f"; it would host {hosts:,}, and {free // each:,} would fit"
     return Finding(name=name, verdict=Verdict.OK, says=says, values=values | {"experts": hosts})
 
 

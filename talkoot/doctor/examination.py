@@ -32,6 +32,7 @@ from peer.transport.libp2p import Libp2p
 from peer.transport.p2pd_setup import Libp2pConfig
 from talkoot.doctor.checks import (
     NO_NODE,
+    OFFLINE,
     Finding,
     NodeHere,
     Verdict,
@@ -142,7 +143,9 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
         if finding.fix and finding.verdict is not Verdict.OK:
             table.add_row("", "", f"→ {finding.fix}")
     terminal.out.print(table)
-    if report.can_serve:
+    if report.can_serve and any(OFFLINE in finding.values for finding in report.findings):
+        terminal.line("this machine can host experts for others as soon as it has a network")
+    elif report.can_serve:
         terminal.line("this machine can host experts")
     else:
         terminal.line("this machine can't host experts: fix the problems above first")

@@ -293,6 +293,13 @@ def test_memory_says_how_many_experts_fit(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     found = check_memory(NodeSettings(), SMALL)
     assert (found.verdict, found.values["experts"], found.values["experts_that_fit"]) == (Verdict.OK, 2, 10)
+    assert "it would host 2, and 10 would fit" in found.says
+    free.available = 1000 * each
+    assert (
+        f"it would host all {SMALL.experts_total} experts of the model"
+        in check_memory(NodeSettings(), SMALL).says
+    )
+    free.available = 10 * each
     assert check_memory(NodeSettings(experts=10), SMALL).verdict is Verdict.OK
     found = check_memory(NodeSettings(experts=11), SMALL)
     assert (found.verdict, "--experts 10" in found.fix) == (Verdict.WEAK, True)

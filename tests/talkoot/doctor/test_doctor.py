@@ -28,7 +28,8 @@ from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
 from talkoot.doctor import checks, examination
 from talkoot.doctor.checks import Finding, Verdict
-from talkoot.doctor.examination import Check, Report
+from talkoot.doctor.examination import Check, Report, show
+from talkoot.terminal import LogFormat, Terminal
 
 SMALL = Manifest.model_validate(
     {"name": "sauna", "model": {"hidden": 8, "heads": 2, "context": 8, "feed_forward": 8}}
@@ -81,13 +82,17 @@ def test_sound_machine_has_no_problem(doctor: Doctor, tmp_path: Path) -> None:
     assert not (tmp_path / "state" / "identity.key").exists(), "only a node needs one"
 
 
-def test_a_machine_whose_first_address_is_loopback_has_no_network() -> None:
+def test_a_machine_whose_first_address_is_loopback_has_no_network(capsys: pytest.CaptureFixture[str]) -> None:
     found = checks.check_ports(NodeSettings(), HOST)
     assert (found.verdict, found.fix) == (
         Verdict.WEAK,
         "this machine has no network: nobody else could reach a node",
     )
-    assert checks.check_ports(NodeSettings(host=HOST), HOST).verdict is Verdict.OK
+    by_choice = checks.check_ports(NodeSettings(host=HOST), HOST)
+    assert by_choice.verdict is Verdict.OK
+    for finding, said in ((found, " for others as soon as it has a network\n"), (by_choice, "\n")):
+        show(Terminal(LogFormat.TEXT), Report(checked_at=0.0, swarm=None, findings=(finding,)), cached=False)
+        assert capsys.readouterr().out.endswith(f"this machine can host experts{said}")
 
 
 @pytest.mark.parametrize("option", ["port", "metrics_port"])
