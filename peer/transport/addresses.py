@@ -137,7 +137,8 @@ def require_free_port(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise PortError(
-                    f"can't listen on {host}, which is not an address of this machine: pass one that `ip address` shows"
+                    f"can't listen on {host}, which is not an address of this machine: pass one that `ip address` "
+                    "shows. If others reach this machine there through a router, set announce_host to it instead"
                 ) from error
             raise PortError(
                 f"can't listen on {host} port {port}: {error.strerror}; pass another port"
