@@ -249,16 +249,14 @@ class InviteLedger:
         with self._locked():
             self._write((*self.read(), issued))
 
-    def revoke(self, number: str, now: float) -> IssuedInvite:
-        """Marks an invite as revoked. Raises UserError if there is no such invite, or if too many are revoked."""
+    def revoke(self, which: str, now: float) -> IssuedInvite:
+        """Marks an invite as revoked. `which`: its serial, or the name of its person if it is the only one for that
+        name that is neither revoked nor expired. Raises UserError if there is no such invite, or if too many are
+        revoked.
+        """
         with self._locked():
             listed = self.read()
-            found = next((each for each in listed if each.number == number.strip().lower()), None)
-            if found is None:
-                raise UserError(
-                    f"no invite {number} in {self._path}: `talkoot invite --list --state "
-                    f"{shlex.quote(str(self._path.parent))}` shows those that you made"
-                )
+            found = self._found(which.strip(), listed, now)
             if len(revoked_in(listed, now)) >= MAX_REVOKED and not found.revoked:
                 raise UserError(
                     f"{MAX_REVOKED} invites are revoked and have not expired: wait until some have"
@@ -266,6 +264,21 @@ class InviteLedger:
             changed = found.model_copy(update={"revoked": True})
             self._write(tuple(changed if each is found else each for each in listed))
             return changed
+
+    def _found(self, which: str, listed: tuple[IssuedInvite, ...], now: float) -> IssuedInvite:
+        """Raises UserError."""
+        if with_number := [each for each in listed if each.number == which.lower()]:
+            return with_number[0]
+        named = [each for each in listed if each.name == which and not each.revoked and each.expires_at > now]
+        if len(named) == 1:
+            return named[0]
+        if named:
+            serials = ", ".join(each.number for each in named)
+            raise UserError(f"{len(named)} invites for {which} are valid: pass the serial of one, {serials}")
+        raise UserError(
+            f"no invite {which} in {self._path}: `talkoot invite --list --state "
+            f"{shlex.quote(str(self._path.parent))}` shows those that you made"
+        )
 
     def revoked(self, now: float) -> list[int]:
         """The serials to publish: revoked and not yet expired. Raises StartError."""

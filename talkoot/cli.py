@@ -239,13 +239,14 @@ def status(
     join: Join = None,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Repeat until Ctrl-C.")] = False,
+    state: NodeState = None,
 ) -> None:
-    """List the nodes, trainers and experts of a swarm."""
+    """List the nodes, trainers and experts of a swarm; without --join, that of the node that runs here."""
     with command(as_json=as_json) as (terminal, signals):
         with signals.importing():
             from talkoot.status import run_status
 
-        run_status(terminal, join, watch)
+        run_status(terminal, join, watch, state)
 
 
 @app.command(cls=DashboardCommand)
@@ -632,12 +633,15 @@ def invite(
         bool, typer.Option("--list", help="List the invites that you made, instead of making one.")
     ] = False,
     revoke: Annotated[
-        str | None, typer.Option(metavar="SERIAL", help="Revoke an invite, instead of making one.")
+        str | None,
+        typer.Option(
+            metavar="SERIAL", help="Revoke the invite with this serial or --name, instead of making one."
+        ),
     ] = None,
     state: NodeState = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make, list or revoke invites for a swarm that you founded.
+    """Make, list or revoke invites for a swarm that you founded. If it is open, print its only invite.
 
     With `mode = "token"` in its manifest, only people with such an invite can take part. Keep it secret: until it
     expires, anybody who has it can use it.

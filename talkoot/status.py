@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -17,11 +18,12 @@ from dht.manifest import Manifest
 from dht.swarm import Swarm
 from dht.uid import UID, grid_coordinates
 from peer import clock
-from peer.errors import UnreachableError
+from peer.errors import SettingsError, UnreachableError
 from peer.formatting import age_in_words, counted
 from peer.identity import PeerID
 from talkoot.credit import Credit, CreditReader, signed_figures
 from talkoot.ephemeral import run_in_swarm
+from talkoot.node.control import invite_of_running, node_folder
 from talkoot.terminal import FittingScreen, FittingTable, Terminal
 
 _WATCH_EVERY_S = 2.0
@@ -153,8 +155,18 @@ class SwarmReader:
         return found
 
 
-def run_status(terminal: Terminal, join: str | None, watch: bool = False) -> None:
-    """Prints a reading of the swarm; with `watch`, again and again. Raises UserError if it can't be reached."""
+def run_status(terminal: Terminal, join: str | None, watch: bool = False, state: Path | None = None) -> None:
+    """Prints a reading of the swarm; with `watch`, again and again. Raises UserError if it can't be reached.
+
+    `state`: the folder of the node whose swarm it is if there is no invite.
+    """
+    if join is None:
+        folder = node_folder(state)
+        join = invite_of_running(folder)
+        if join is None:
+            raise SettingsError(
+                f"pass --join INVITE, or the --state of a node that runs here: none runs with {folder}"
+            )
     run_in_swarm(terminal, join, lambda swarm: _look(terminal, swarm, watch))
 
 
@@ -234,7 +246,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
         "state",
         "address",
         "reached",
-        "experts",
+        "experts/max",
         "updates",
         "computed",
         "signed",
@@ -244,22 +256,20 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
         "up",
         "expires",
     )
-    table = FittingTable(
-        "nodes",
-        columns,
-        (
-            "expires",
-            "version",
-            "updates",
-            "up",
-            "rows/s",
-            "shards",
-            "address",
-            "computed",
-            "signed",
-            "reached",
-        ),
-    )
+    first_to_go = [
+        "expires",
+        "version",
+        "updates",
+        "up",
+        "rows/s",
+        "address",
+        "computed",
+        "signed",
+        "reached",
+    ]
+    has_memories = any(node.memory_shards for node in reading.nodes.values())
+    first_to_go.insert(first_to_go.index("address") if has_memories else 0, "shards")
+    table = FittingTable("nodes", columns, first_to_go)
     for node in reading.nodes.values():
         table.add_row(
             node.peer_id.to_base58()[-8:],

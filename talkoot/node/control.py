@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
@@ -42,7 +42,7 @@ _ACT_DEADLINE_S = 60.0
 _CLIENT_DEADLINE_S = 65.0
 """How long a client waits: a little longer than a node may take."""
 
-ControlCommand = Literal["status", "pause", "resume", "stop"]
+ControlCommand = Literal["status", "pause", "resume", "stop", "invite"]
 
 
 class ControllableNode(Protocol):
@@ -90,6 +90,8 @@ class ControlStatus(BaseModel):
     """Some of the experts that no other node serves."""
     offline: int | None = None
     """How many of the experts that it gave up last no other node took over; None: not known."""
+    invite: str = ""
+    """An invite without a token, by which one can look at its swarm. Only if it was asked for."""
 
 
 class ControlReply(BaseModel):
@@ -109,6 +111,7 @@ class ControlServer:
         self._listener = ControlListener(state)
         self._stop = stop or _ask_to_end
         self._node: ControllableNode | None = None
+        self._make_invite: Callable[[], Awaitable[object]] | None = None
         self._clients, self._commands = TaskSet(), TaskSet()
         self._server: asyncio.Server | None = None
 
@@ -131,9 +134,9 @@ class ControlServer:
         await self._commands.aclose()
         await self._server.wait_closed()
 
-    def attach(self, node: ControllableNode) -> None:
+    def attach(self, node: ControllableNode, make_invite: Callable[[], Awaitable[object]]) -> None:
         """Sends requests to this node from now on. Until then the node is joining its swarm."""
-        self._node = node
+        self._node, self._make_invite = node, make_invite
 
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -181,8 +184,10 @@ class ControlServer:
             logger.info("asked to stop")
             self._stop()
         elif request.command != "status":
-            if self._node is None:
+            if self._node is None or self._make_invite is None:
                 raise UserError("it is still joining its swarm: try again when it is serving")
+            if request.command == "invite":
+                return self._status().model_copy(update={"invite": str(await self._make_invite())})
             if request.command == "pause":
                 await self._node.pause("by its owner", request.for_s)
             else:
@@ -256,6 +261,17 @@ def node_folder(state: Path | None) -> Path:
 def state_option(folder: Path) -> str:
     """The `--state` that commands for the node of this folder need, with a space before it; empty if they need none."""
     return option_text("--state", None if folder == node_folder(None) else folder)
+
+
+def invite_of_running(state: Path) -> str | None:
+    """An invite to the swarm of the node that runs with this state folder; None if none runs. Raises UserError if the
+    node refuses.
+    """
+    try:
+        with ControlClient(state) as control:
+            return control.ask("invite").invite
+    except ControlError:
+        return None
 
 
 def is_running(state: Path) -> bool:

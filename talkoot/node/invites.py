@@ -30,6 +30,10 @@ from talkoot.node.remote import parse_duration_s
 from talkoot.terminal import Terminal
 
 FILE = "swarm.json"
+_ONLY_OWN = (
+    "It names only your own node, because no other node that yours has met answers now. So it works only while your "
+    "node runs"
+)
 _LONGEST_NAME = 64
 _LONGEST_S = 10 * 365 * 86400.0
 
@@ -97,16 +101,13 @@ class InviteRequest:
 
 
 def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -> None:
-    """Raises UserError if the folder is not the founder's, or if the swarm needs no tokens."""
+    """Prints a new invite, or that of an open swarm. Raises UserError if the folder is not the founder's."""
     folder = node_folder(state)
     founded = FoundedSwarm.load(folder)
     plain = Invite.parse(founded.invite)
     if founded.admission == "open":
-        raise SettingsError(
-            f"the swarm {plain.keys.name!r}, which you founded with the state folder {folder}, is open: anybody with "
-            'the invite that your node printed can join. Only a swarm whose manifest has mode = "token" under '
-            "[admission] needs more invites"
-        )
+        _print_open_invite(terminal, folder, plain, request)
+        return
     founder = Identity.load_or_create(folder / "identity.key")
     if founder.peer_id != plain.keys.author:
         raise SettingsError(
@@ -122,10 +123,8 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
     )
     token = make_token(founder, plain.keys.swarm_id, request.role, issued.expires_at, issued.serial)
     InviteLedger(folder).add(issued)
-    own = tuple(address for address in plain.bootstrap if address.peer_id == founder.peer_id)
-    others = tuple(_live(known_peers(plain, folder))[:OTHERS_IN_INVITE])
-    bootstrap = (*own, *others) or plain.bootstrap
-    invite = str(replace(plain, bootstrap=bootstrap, token=token.SerializeToString()))
+    current, others = _with_live_peers(plain, folder)
+    invite = str(replace(current, token=token.SerializeToString()))
     if terminal.json:
         terminal.event("invite", {"invite": invite, **_values(issued)})
         return
@@ -136,10 +135,34 @@ def run_invite(terminal: Terminal, state: Path | None, request: InviteRequest) -
         f"{issued.number}{state_option(folder)}` revokes it"
     )
     if not others:
-        terminal.err.print(
-            "It names only your own node, because no other node that yours has met answers now. So it works only while "
-            "your node runs"
+        terminal.err.print(_ONLY_OWN)
+
+
+def _print_open_invite(terminal: Terminal, folder: Path, plain: Invite, request: InviteRequest) -> None:
+    """Raises SettingsError if another invite is asked for than the one that everybody uses."""
+    if request != InviteRequest.parse(None, None, None):
+        raise SettingsError(
+            f"the swarm {plain.keys.name!r}, which you founded with the state folder {folder}, is open: it has one "
+            "invite for everybody, which `talkoot invite` without options prints. Only a swarm whose manifest has "
+            'mode = "token" under [admission] has invites for one person'
         )
+    current, others = _with_live_peers(plain, folder)
+    if terminal.json:
+        terminal.event("invite", {"invite": str(current)})
+        return
+    terminal.line(f"invite: {current}")
+    terminal.err.print(
+        "The swarm is open: anybody who has this line can take part, for as long as the swarm exists"
+    )
+    if not others:
+        terminal.err.print(_ONLY_OWN)
+
+
+def _with_live_peers(plain: Invite, folder: Path) -> tuple[Invite, bool]:
+    """The founder's invite with other nodes that answer now, and whether there are any."""
+    own = tuple(address for address in plain.bootstrap if address.peer_id == plain.keys.author)
+    others = tuple(_live(known_peers(plain, folder))[:OTHERS_IN_INVITE])
+    return replace(plain, bootstrap=(*own, *others) or plain.bootstrap), bool(others)
 
 
 def _live(addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
@@ -162,16 +185,17 @@ def run_list(terminal: Terminal, state: Path | None) -> None:
         terminal.line(f"no invites were made with the state folder {node_folder(state)}")
 
 
-def run_revoke(terminal: Terminal, state: Path | None, number: str) -> None:
-    """Raises UserError."""
-    revoked = InviteLedger(node_folder(state)).revoke(number, time.time())
+def run_revoke(terminal: Terminal, state: Path | None, which: str) -> None:
+    """`which`: the serial of an invite, or the name of its person. Raises UserError."""
+    revoked = InviteLedger(node_folder(state)).revoke(which, time.time())
     if terminal.json:
         terminal.event("revoked", _values(revoked))
-    else:
-        terminal.line(
-            f"{revoked.number} is revoked. Your node tells the others at once while it runs, or when you start it: "
-            "that takes some seconds in a small swarm, and some minutes in a large one"
-        )
+        return
+    person = f", for {revoked.name}," if revoked.name else ""
+    terminal.line(
+        f"{revoked.number}{person} is revoked. Your node tells the others at once while it runs, or when you start it: "
+        "that takes some seconds in a small swarm, and some minutes in a large one"
+    )
 
 
 def _values(issued: IssuedInvite) -> dict[str, object]:
@@ -193,7 +217,7 @@ def _table(issued: Sequence[IssuedInvite], now: float) -> Table:
 
 
 def _day(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at))
 
 
 def invite_advice(bootstrap: Sequence[Multiaddress], host: str, port: int, *, chosen: bool = True) -> str:

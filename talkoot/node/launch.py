@@ -161,7 +161,7 @@ class _NodeRun:
             node = await Node.start(self._settings, swarm, host=self._host, state=self._state, stage=stage)
         try:
             remember_port(self._state, swarm.host.port)
-            self._control.attach(node)
+            self._control.attach(node, swarm.invite)
             self._served = True
             self._node = node
             invite = await swarm.invite()
@@ -245,14 +245,14 @@ class _NodeRun:
                 logger.warning("%s", error)
         if self._invite_file is not None:
             _write(self._invite_file, invite + "\n")
-        peer_id = node.swarm.host.peer_id.to_base58()
+        peer_id, by_token = node.swarm.host.peer_id.to_base58(), node.swarm.admission.mode == "token"
         if self._terminal.json:
             self._terminal.event("invite", {"peer_id": peer_id, "invite": invite})
         elif isinstance(self._source, Manifest):
             if self._terminal.live:
-                self._terminal.err.rule("others join with")
+                self._terminal.err.rule("others look with" if by_token else "others join with")
             self._terminal.line(f"invite: {invite}")
-            if node.swarm.admission.mode == "token":
+            if by_token:
                 logger.info(
                     "this invite only lets people look: `talkoot invite%s` makes invites that let them take part",
                     state_option(self._state),

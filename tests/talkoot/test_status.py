@@ -179,10 +179,16 @@ def test_status_shows_what_was_computed_and_what_was_signed_beside_each_other() 
 def test_status_leaves_out_columns_that_do_not_fit_and_breaks_no_word() -> None:
     wide, narrow = (status_text(reading(trainers={peer(5): trainer(5)}), width) for width in (200, 80))
     assert "too narrow" not in wide
-    assert "too narrow for: expires, version" in narrow
+    assert "too narrow for: shards, expires, version" in narrow
     assert "widen the terminal, or pass --json)" in " ".join(narrow.split())
     for word in ("experts", "serving", "trainer 5", "7/100", "validation loss", "[red]kuusi[/red]"):
         assert word in narrow
+
+
+@pytest.mark.parametrize(("shards", "first"), [(0, "shards, expires"), (1, "expires, version")])
+def test_the_first_column_to_go_is_one_that_says_nothing(shards: int, first: str) -> None:
+    nodes = {peer(number): node(number, memory_shards=number * shards) for number in range(2)}
+    assert f"too narrow for: {first}" in status_text(reading(nodes=nodes), 110)
 
 
 def test_a_low_terminal_shows_first_that_the_swarm_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from talkoot.node.control import (
     MAX_LINE_BYTES,
     ControlClient,
     ControlServer,
+    invite_of_running,
     is_running,
     node_folder,
 )
@@ -53,6 +54,9 @@ class FakeNode:
     async def resume(self) -> None:
         self.told.append("resume")
 
+    async def invite(self) -> str:
+        return "talkoot2…"
+
     def status(self) -> NodeStatus:
         values: dict[str, Any] = {field.name: 0 for field in fields(NodeStatus)}
         return NodeStatus(
@@ -75,7 +79,7 @@ class Running:
     def start(self, *, serving: bool = True) -> None:
         self.loop.run(self.server.__aenter__(), DEADLINE_S)
         if serving:
-            self.server.attach(self.node)
+            self.server.attach(self.node, self.node.invite)
 
     def close(self) -> None:
         self.loop.run(self.server.__aexit__(), DEADLINE_S)
@@ -142,6 +146,13 @@ def test_status_after_a_command_is_told(running: Running) -> None:
     assert status.pid == os.getpid()
     running.ask("resume")
     assert running.node.told[1:] == ["resume"]
+
+
+def test_an_invite_is_given_to_whom_asks_for_it(running: Running) -> None:
+    assert running.ask("invite").invite == "talkoot2…"
+    assert running.ask("status").invite == ""
+    assert invite_of_running(running.state) == "talkoot2…"
+    assert invite_of_running(running.state / "none") is None
 
 
 def test_client_knows_the_process_by_the_kernel(running: Running) -> None:

@@ -191,9 +191,41 @@ def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path
         (open_one, f"'sauna', which you founded with the state folder {open_one}, is open"),
         (anothers, "does not have the key"),
     ):
-        ended = run_here("invite", "--state", str(folder))
+        ended = run_here("invite", "--role", "node", "--state", str(folder))
         assert ended.returncode == 2
         assert said in ended.stderr
+
+
+def test_the_invite_of_an_open_swarm_is_printed_again(tmp_path: Path) -> None:
+    plain = founded(tmp_path, "open")
+    printed = run_here("invite", "--state", str(tmp_path))
+    assert printed.stdout == f"invite: {plain}\n"
+    assert "anybody who has this line can take part" in " ".join(printed.stderr.split())
+    assert "It names only your own node" in printed.stderr
+    assert json.loads(run_here("invite", "--json", "--state", str(tmp_path)).stdout)["invite"] == str(plain)
+
+
+def test_an_invite_is_revoked_by_the_name_of_its_person(tmp_path: Path) -> None:
+    founded(tmp_path)
+    state = ("--state", str(tmp_path))
+    made = [
+        json.loads(run_here("invite", "--name", name, "--json", *state).stdout)["serial"]
+        for name in ("Ada", "Bob", "Bob")
+    ]
+    assert f"{made[0]}, for Ada, is revoked" in run_here("invite", "--revoke", "Ada", *state).stdout
+    assert "no invite Ada" in run_here("invite", "--revoke", "Ada", *state).stderr
+    both = run_here("invite", "--revoke", "Bob", *state).stderr
+    assert f"2 invites for Bob are valid: pass the serial of one, {made[1]}, {made[2]}" in " ".join(
+        both.split()
+    )
+    assert f"{made[2]}, for Bob, is revoked" in run_here("invite", "--revoke", made[2], *state).stdout
+    assert f"{made[1]}, for Bob, is revoked" in run_here("invite", "--revoke", "Bob", *state).stdout
+
+
+def test_the_end_of_an_invite_has_a_time_zone(tmp_path: Path) -> None:
+    founded(tmp_path)
+    made = run_here("invite", "--state", str(tmp_path), TZ="UTC")
+    assert re.search(r"until \d{4}-\d\d-\d\d \d\d:\d\d UTC\.", " ".join(made.stderr.split()))
 
 
 @pytest.mark.parametrize("command", ["node", "train", "status", "dashboard"])
