@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ _REMEMBERED_TRIED = 64
 OTHERS_IN_INVITE = 4
 """The most addresses of other peers in an invite."""
 
+_MANIFESTS = "manifests"
+"""The folder with the manifests of the swarms that a peer has been in."""
 _MOST_DIFFERENCES = 4
 """How many keys are named that differ in a founder's manifest."""
 
@@ -201,6 +204,17 @@ def was_member(state: Path, keys: SwarmKeys) -> bool:
     return bool(_peer_store(state, keys).addresses())
 
 
+def other_swarms(state: Path, keys: SwarmKeys) -> list[str]:
+    """The ids of the other swarms that a peer with this folder has been in."""
+    try:
+        names = os.listdir(state / _MANIFESTS)
+    except OSError:
+        return []
+    return sorted(
+        name for name in names if name != keys.swarm_id and not name.startswith(".")
+    )  # half-written
+
+
 def _peer_store(state: Path | None, keys: SwarmKeys) -> PeerStore:
     return PeerStore(None if state is None else state / "peers" / f"{keys.swarm_id}.json")
 
@@ -215,7 +229,7 @@ class _Peer:
         self.keys = keys
         self._store = _peer_store(state, keys)
         self._folder = state
-        self.manifest_file = self._record_file("manifests")
+        self.manifest_file = self._record_file(_MANIFESTS)
         self._admission = SwarmAdmission(keys, denylist)
         self._metrics = new_registry()
         self._guard = ParseGuard(self._metrics)

@@ -173,7 +173,7 @@ class Node:
         self.news: SwarmNews = SwarmNews(
             swarm.registry, lambda: self.hosting.seen, lambda: self._servicer.trainers(_LATELY_S)
         )
-        self._account = ContributionAccount(state / "contribution.json")
+        self._account = ContributionAccount(state / "contributions" / f"{swarm.keys.swarm_id}.json")
         self._records = NodeRecordBuilder(settings, swarm.host.certificate, clock.now())
         self._expert_bytes = expert_bytes(swarm.manifest)
         self._most_bytes = settings.memory or most_bytes(

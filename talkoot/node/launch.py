@@ -18,7 +18,7 @@ from dht.admission import Denylist, Role
 from dht.invites import Invite, read_bootstrap
 from dht.manifest import Manifest, set_keys
 from dht.records import SwarmKeys
-from dht.swarm import Stage, Swarm, found_swarm, join_swarm, was_member
+from dht.swarm import Stage, Swarm, found_swarm, join_swarm, other_swarms, was_member
 from expert_server.blocks import require_kind
 from expert_server.experts.devices import check_devices
 from expert_server.node import Node
@@ -165,13 +165,18 @@ class _NodeRun:
             self._served = True
             self._node = node
             invite = await swarm.invite()
+            if others := other_swarms(self._state, swarm.keys):
+                logger.info(
+                    "this state folder was used in %s before: all totals here are of this swarm alone",
+                    ", ".join(others),
+                )
             self._show_invite(node, invite)
             async with asyncio.TaskGroup() as group:
                 group.create_task(node.run())
                 group.create_task(self._show_wider_invite(node, invite))
                 show = partial(self._show_state, node)
                 group.create_task(keep_running("show the node's state", show, node.restarts))
-                week = WeeklySummary(self._state / "week.json")
+                week = WeeklySummary(self._state / "weeks" / f"{swarm.keys.swarm_id}.json")
                 tell = partial(week.keep_telling, node.status)
                 group.create_task(keep_running("tell what the week brought", tell, node.restarts))
         finally:

@@ -1,5 +1,6 @@
 """The command as users run it: in processes of its own, judged by what it prints and how it ends."""
 
+import json
 import os
 import re
 import resource
@@ -426,6 +427,17 @@ def test_status_lists_nodes_and_experts(founder: Founder) -> None:
     assert "layer 0" in ended.stdout
 
 
+def test_status_without_an_invite_is_that_of_the_node_that_runs_here(
+    founder: Founder, tmp_path: Path
+) -> None:
+    shown = run("status", "--json", "--state", str(founder.state))
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["swarm"].startswith("taken-")
+    assert_one_clear_line(
+        run("status", "--state", str(tmp_path / "none")), "pass --join INVITE", "or the --state"
+    )
+
+
 def test_trainer_with_too_short_a_text_is_told_what_it_needs(founder: Founder, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
@@ -467,8 +479,14 @@ def test_a_founders_invite_holds_when_it_comes_back(tmp_path: Path) -> None:
         first.process.send_signal(signal.SIGTERM)
         first.process.communicate(timeout=DEADLINE_S)
     (tmp_path / "invite").unlink()
+    assert "this state folder was used in" not in (tmp_path / "log").read_text()
+    (tmp_path / "state" / "manifests" / "sauna-pMaMF1XMTXsX").touch()  # that of a swarm that it joined
     with founding(tmp_path, "--experts", "1") as second:
         assert second.invite == first.invite
+        assert (
+            "this state folder was used in sauna-pMaMF1XMTXsX before: all" in (tmp_path / "log").read_text()
+        )
+        assert run_here("invite", "--state", str(second.state)).stdout == f"invite: {second.invite}\n"
 
 
 def test_a_founder_that_comes_back_with_another_manifest_changes_nothing(tmp_path: Path) -> None:

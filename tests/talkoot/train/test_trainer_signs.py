@@ -83,8 +83,10 @@ def test_the_count_of_a_node_that_was_killed_does_not_lag_behind_what_was_signed
         node = founder.node
         train(founder.invite, tmp_path / "trainer")
         wait_until(lambda: node.status().signed.trainers == 1, "the trainer's last receipt")
-        signed = node.status().signed.work.pairs
-    (tmp_path / "founder" / "contribution.json").unlink()  # a node that is killed may not have saved it yet
+        signed, swarm_id = node.status().signed.work.pairs, node.swarm.keys.swarm_id
+    (contribution,) = (tmp_path / "founder" / "contributions").iterdir()
+    assert contribution.stem == swarm_id, "each swarm has its own totals"
+    contribution.unlink()  # a node that is killed may not have saved it yet
     with founded(loop, tmp_path, experts=8) as founder:
         status = founder.node.status()
         assert (status.signed.work.pairs, status.contributed_rows) == (signed, signed)
