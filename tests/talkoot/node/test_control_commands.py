@@ -29,6 +29,7 @@ from talkoot.node.remote import (
     Follower,
     _wait_until_gone,
     given_up,
+    leaving,
     parse_duration_s,
     run_logs,
     taken_offline,
@@ -181,6 +182,8 @@ def test_what_a_pause_takes_offline_is_told() -> None:
     assert given_up(16, 8, "resumes") == (
         "other nodes serve 8 of the 16 experts that it gave up; 8 are offline until it resumes"
     )
+    assert leaving(16, 0) == "leaving: other nodes serve all of its 16 experts too"
+    assert leaving(16, 9).startswith("leaving: no other node serves 9 of its 16 experts; nodes with room")
     assert given_up(3, 0, "resumes") == "other nodes serve 3 of the 3 experts that it gave up"
 
 
@@ -189,11 +192,12 @@ def test_each_line_of_a_leaving_nodes_log_is_shown_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     log, gone = tmp_path / "node.log", given_up(4, 1, "starts again")
-    log.write_text(f"2026-11-29 03:30:35 {gone}\n2026-11-29 03:30:36 in this run: 4 experts trained\n")
-    leaving = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+    logged = (gone, "in this run: 4 experts trained", leaving(4, 1))
+    log.write_text("".join(f"2026-11-29 03:30:35 {line}\n" for line in logged))
+    ending = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
     with closing(Follower(log)) as lines:
-        said = _wait_until_gone(Terminal(LogFormat.TEXT), psutil.Process(leaving.pid), lines, tmp_path)
-    leaving.wait()
+        said = _wait_until_gone(Terminal(LogFormat.TEXT), psutil.Process(ending.pid), lines, tmp_path)
+    ending.wait()
     assert said == gone
     assert caplog.messages == ["leaving the swarm", "in this run: 4 experts trained"]
 
