@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from peer.errors import PortError
+from peer.transport.addresses import require_free_port
 from talkoot.demo.links import free_ports
 from talkoot.node.launch import last_port, remember_port
 
@@ -32,3 +34,10 @@ def test_a_spoilt_file_counts_as_none(tmp_path: Path, text: str) -> None:
     remember_port(tmp_path, 1)
     (tmp_path / "port").write_text(text)
     assert last_port(tmp_path, HOST) == 0
+
+
+def test_whoever_listens_on_the_routers_address_is_told_how_to_announce_it() -> None:
+    with pytest.raises(
+        PortError, match=r"not an address of this machine: .* set announce_host to it instead"
+    ):
+        require_free_port("203.0.113.7", 31337)
