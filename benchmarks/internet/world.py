@@ -23,7 +23,7 @@ PURPOSES = ("announce", "read", "dht_served", "transfer", "relayed")
 """The purposes for which bytes are counted. The first three are upkeep."""
 UPKEEP = PURPOSES[:3]
 _PLACE_BITS = 64
-_FEW, _GROWN = 2000, 1.2
+_FEW, _GROWN = 400, 1.2
 """From this many peers on, and again each time their number has grown by this factor, memory moves to large pages."""
 _LEAF_BITS = 10
 """Positions with the same first bits are a leaf. For each leaf, the world counts what happens there, so that others
