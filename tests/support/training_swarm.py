@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from memory_samples import SampleMemory
-from published_memories import list_memories
+from published_memories import list_memories, until_hosted
 from typer.main import get_command
 
 from dht.manifest import Manifest
@@ -131,6 +131,9 @@ def founded(
     node, invite = loop.run(start(), 120)
     running = loop.submit(node.run())
     try:
+        for memory in memories:
+            memory_id = MemoryID.of(memory.manifest.name, identity.peer_id)
+            loop.run(until_hosted(node.swarm, memory_id, 1, memory), 120)
         yield Founder(node, invite, loop)
     finally:
         running.cancel()
