@@ -255,34 +255,38 @@ class Lookups:
             by_key.setdefault(key_id_of(item.key), []).append(item)
         kept = await _store_here(self.dht, by_key)
         reach = self.usual_reach()
-        known = {key: nodes for key in by_key if (nodes := self._known_holders(key, reach))}
-        again = _Writing(self, by_key, {key: (nodes, len(nodes)) for key, nodes in known.items()}, kept)
-        await again.until_finished()
+        known = {key: holders for key in by_key if (holders := self._known_holders(key, reach))}
+        places = {key: (holders.nodes, len(holders.nodes)) for key, holders in known.items()}
+        again = _Writing(self, by_key, places, kept)
+        await again.until_finished(awaits_late=False)
         left = by_key.keys() - again.finished
-        places = await self._places(left) if left else {}
-        anew = _Writing(self, by_key, places, kept)
+        anew = _Writing(self, by_key, await self._places(left) if left else {}, kept)
         await anew.until_finished()
         for key in by_key:
             if key in again.finished:
-                self._holders[key] = _Holders(again.sent[key], self._holders[key].times - 1)
-            else:
+                self._holders[key] = known[key]
+            elif anew.sent[key]:
                 self._holders[key] = _Holders(anew.sent[key], STORED_AGAIN)
+            else:
+                self._holders.pop(key, None)
         return again.accepted | anew.accepted
 
-    def _known_holders(self, key: int, reach: int) -> Mapping[int, PeerID]:
+    def _known_holders(self, key: int, reach: int) -> _Holders | None:
         """The nodes at which to store the key's items once more: the nearest, and all within the usual reach, which may
         have been estimated better since. None if nearer ones have to be looked for.
         """
         holders = self._holders.get(key)
         if holders is None or not holders.times:
-            return {}
+            return None
         nodes = sorted(holders.nodes, key=key.__xor__)
-        farthest = nodes[:REPLICAS][-1] ^ key
+        # if there are fewer than there should be, any other node is near enough
+        farthest = nodes[REPLICAS - 1] ^ key if len(nodes) >= REPLICAS else 1 << ID_BITS
         if any(
             node ^ key < farthest and node not in nodes for node, _ in self.dht.table.nearest(key, REPLICAS)
         ):
-            return {}
-        return {n: holders.nodes[n] for rank, n in enumerate(nodes) if rank < REPLICAS or n ^ key <= reach}
+            return None
+        within = {n: holders.nodes[n] for rank, n in enumerate(nodes) if rank < REPLICAS or n ^ key <= reach}
+        return _Holders(within, holders.times - 1)
 
     async def _places(self, keys: Collection[int]) -> dict[int, tuple[Mapping[int, PeerID], int]]:
         """For each key, the nodes that may store it, best first, and how many of them should."""
@@ -376,12 +380,13 @@ class _Writing:
         """The keys that enough nodes have got in time."""
         return {key for key, missing in self._missing.items() if not missing}
 
-    async def until_finished(self) -> None:
-        """Sends until every key has enough holders or no nodes are left. Late calls continue in the background, and are
-        awaited only if no other node is left for a key.
+    async def until_finished(self, awaits_late: bool = True) -> None:
+        """Sends until every key has enough holders or no nodes are left. Late calls continue in the background.
+
+        `awaits_late`: whether they are awaited if no node has answered for a key and no other is left.
         """
         self._send()
-        while self._in_time or self._needs_late():
+        while self._in_time or (awaits_late and self._needs_late()):
             late_at = min((at for at, *_ in self._in_time.values()), default=None)
             await asyncio.wait(
                 [*self._in_time, *self._late],

@@ -173,6 +173,64 @@ def test_a_writer_looks_for_the_nearest_as_soon_as_it_knows_a_nearer_one() -> No
     play(scenario, nodes=30, contacts=True)
 
 
+def test_a_writer_with_few_holders_looks_for_others_as_soon_as_it_knows_one() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        key = key_id_of(KEY)
+        farthest = max(swarm.peers[1:], key=lambda peer: peer.dht.node_id ^ key)
+        away = swarm.network.peers.pop(farthest.peer_id.to_bytes())
+        before, _ = await store_again(swarm)
+        assert len(before) == REPLICAS - 1
+        assert farthest.peer_id not in before
+        assert await store_again(swarm) == (before, 0), "there are no others"
+        swarm.network.peers[farthest.peer_id.to_bytes()] = away
+        assert await swarm.peers[0].dht.ping(farthest.peer_id) is not None
+        after, _ = await store_again(swarm)
+        assert farthest.peer_id in after
+
+    play(scenario, nodes=REPLICAS, contacts=True)
+
+
+def test_a_writer_does_not_wait_for_late_holders_before_it_looks_for_others() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        before, _ = await store_again(swarm)
+        swarm.network.kill(before - {swarm.peers[0].peer_id})
+        swarm.peers = [peer for peer in swarm.peers if peer.peer_id.to_bytes() in swarm.network.peers]
+        began = asyncio.get_running_loop().time()
+        after, _ = await store_again(swarm)
+        assert len(after) >= REPLICAS
+        assert asyncio.get_running_loop().time() - began < 20 + 2.0
+
+    play(scenario, nodes=30, contacts=True)
+
+
+def test_a_writer_whose_holders_are_all_gone_stores_at_others_once_there_are_any() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        writer, until = await newcomer(swarm), swarm.peers[0].registry.now() + 90
+        peers = dict(swarm.network.peers)
+        swarm.network.kill([peer.peer_id for peer in swarm.peers])
+        for _ in range(2):
+            assert not await writer.lookups.store([Item(KEY, 0, b"", until)])
+        swarm.network.peers |= peers
+        for peer in swarm.peers:
+            await writer.dht.ping(peer.peer_id)
+        assert await writer.lookups.store([Item(KEY, 0, b"", until)])
+
+    play(scenario, contacts=True)
+
+
+def test_a_writer_that_stores_twice_at_once_looks_for_others_no_later() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        writer = swarm.peers[0].lookups
+        await store_again(swarm)
+        for _ in range(STORED_AGAIN):
+            item = Item(KEY, 0, bytes(1000), swarm.peers[0].registry.now() + 90)
+            await asyncio.gather(writer.store([item]), writer.store([item]))
+        _, calls = await store_again(swarm)
+        assert calls
+
+    play(scenario, nodes=30, contacts=True)
+
+
 def test_a_frugal_look_up_finds_the_same_for_fewer_bytes() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         key, sent = key_id_of(KEY), {}
