@@ -268,7 +268,7 @@ def writers_key(data: bytes) -> bytes:
 def parse_peer_id(value: object) -> PeerID:
     """A PeerID from a DHT subkey. Raises WireError."""
     if not isinstance(value, bytes) or not is_peer_id(value):
-        raise WireError("not the PeerID of an RSA key")
+        raise WireError("not a PeerID that is a hash")
     return PeerID(value)
 
 
@@ -325,6 +325,11 @@ def _verified(data: bytes) -> records_pb2.RecordPayload:
     digest = hashlib.blake2b(data, digest_size=32).digest()
     if digest in _verified_before:
         return payload
+    signed = records_pb2.SignedRecord(
+        payload=record.payload, public_key=record.public_key, signature=record.signature
+    )
+    if data != signed.SerializeToString():  # anybody could make others' records larger
+        raise RecordError("the record has more than its writer signed")
     if peer_id_of(record.public_key).to_bytes() != payload.peer_id:
         raise RecordError("the record's key is not its writer's")
     _check_replicas(payload)

@@ -51,6 +51,10 @@ _PUBLIC_KEY_HEAD = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107
 """How it begins: with the curve and the form of its point. Other forms are refused, so that each key has one PeerID."""
 SIGNATURE_BYTES = 64
 """Of a signature: r and s, 32 bytes each, big-endian (IEEE P1363)."""
+_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+"""Of the curve's group. If s makes a signature valid, so does `_ORDER` - s. Only the smaller one is accepted, so that
+nobody but the signer can turn a signature into another one.
+"""
 _MAX_CERTIFICATE_BYTES = 1024
 """The limit in DER. Ours have 355 bytes. Peers remember those of many others."""
 
@@ -124,7 +128,7 @@ class Identity:
     def sign(self, data: bytes, domain: bytes = RECORD_DOMAIN) -> bytes:
         """Signs the domain and the data with ECDSA and SHA-256."""
         r, s = utils.decode_dss_signature(self.key.sign(domain + data, ec.ECDSA(hashes.SHA256())))
-        return r.to_bytes(SIGNATURE_BYTES // 2) + s.to_bytes(SIGNATURE_BYTES // 2)
+        return r.to_bytes(SIGNATURE_BYTES // 2) + min(s, _ORDER - s).to_bytes(SIGNATURE_BYTES // 2)
 
     def private_key_pem(self) -> bytes:
         return self.key.private_bytes(
@@ -177,7 +181,7 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
     half = SIGNATURE_BYTES // 2
     r, s = int.from_bytes(signature[:half]), int.from_bytes(signature[half:])
     try:
-        if len(signature) != SIGNATURE_BYTES:
+        if len(signature) != SIGNATURE_BYTES or 2 * s > _ORDER:
             raise InvalidSignature
         key.verify(utils.encode_dss_signature(r, s), domain + data, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:

@@ -48,9 +48,11 @@ _CALLS = 512
 """The most calls of others in progress. Above half of that, each peer may have only one."""
 _CALLS_OF_PEER = 64
 _WORK = (2000.0, 1000.0)
-"""Units of work per second that others may cause, all together and each. A unit is a key looked up or an entry checked,
-and takes 0.1 ms or less.
+"""Units of work per second that others may cause, all together and each. A unit is a key looked up or an index entry
+checked, and takes 0.1 ms or less.
 """
+_WORK_OF_RECORD = 3
+"""A signed record, whose badge has two more signatures to check."""
 _BYTES_OF_WORK = 2048
 """Packed bytes that count as one unit of work. (To store an entry, all others of its key are unpacked.)"""
 _NEAREST_BURSTS = 1.5
@@ -296,7 +298,8 @@ class DHTServer:
                 entries = self._entries(sender, subkey, value, expires_at)
             except WireError:
                 continue
-            self._work.take(sender, len(entries), loop.time())
+            large = large_entries(entries)
+            self._work.take(sender, len(entries) - large + large * _WORK_OF_RECORD, loop.time())
             key = id_of_bytes(name)
             places.setdefault(key, []).append((number, entries.keys()))
             brought.setdefault(key, {}).update(entries)

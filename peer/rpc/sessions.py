@@ -47,7 +47,9 @@ _SESSION_BYTES = 16
 _MAX_REQUEST_BYTES = 4096
 _MAX_RIGHTS = 16
 _CHECKS_PER_S = 200.0
-"""The rate of signatures checked for callers that open sessions. Each takes about 0.2 ms of the loop."""
+"""The rate of signatures checked for callers that open sessions. Each takes about 0.1 ms of the loop, or 0.3 ms with
+a badge.
+"""
 _CHECKS_AT_ONCE = 32
 _TUNNELS = "tunnels"
 """The neighbourhood of all callers that come through tunnels."""

@@ -122,7 +122,7 @@ class OwnContact:
             self._signed = None
 
     def message(self) -> contact_pb2.Contact | None:
-        """None while this peer has no address. Signing takes 1 ms, once in half an hour."""
+        """None while this peer has no address. It is signed once in half an hour."""
         now = self._now()
         if self._signed is None or now >= self._renew_at:
             self._signed = self._sign(now) if self._addresses else None

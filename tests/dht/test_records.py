@@ -330,6 +330,19 @@ def test_a_record_with_any_one_byte_changed_is_refused(
     assert not VALIDATOR.validate(Record(key, subkey, value, EXPIRES_AT))
 
 
+@pytest.mark.parametrize(
+    "added",
+    [b"\xfa\x01\x80\x10" + bytes(2048), b"\x1a\x00", b"\x0a\x00"],
+    ids=["a field 31", "an empty signature before it", "an empty payload before it"],
+)
+def test_nobody_else_can_add_anything_to_a_record(identity: Identity, keys: SwarmKeys, added: bytes) -> None:
+    """Of a field that comes several times, the last one counts, and unknown fields are kept."""
+    key, subkey, value = announced(identity, keys)
+    VALIDATOR.check(stored(key, subkey, value))
+    for larger in (added + value, value + added):
+        assert not VALIDATOR.validate(stored(key, subkey, larger))
+
+
 @given(st.one_of(st.binary(max_size=300), st.none(), st.text(), st.integers(), st.lists(st.binary())))
 def test_unsealing_something_else_raises_only_record_error(identity: Identity, data: object) -> None:
     with pytest.raises(RecordError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 from hivemind.p2p import PeerID as P2PPeerID
 from hivemind.proto import crypto_pb2
 from hypothesis import given
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from peer.errors import RecordError, StartError
 from peer.identity import (
+    RECORD_DOMAIN,
     SIGNATURE_BYTES,
     TLS_NAME,
     Identity,
@@ -212,6 +213,22 @@ def test_another_form_of_a_key_is_refused_for_its_peer_would_have_a_second_name(
 def test_a_point_that_is_not_on_the_curve_is_refused(identity: Identity) -> None:
     with pytest.raises(RecordError, match="not on the curve"):
         verify(identity.public_key[:-32] + bytes(32), b"data", identity.sign(b"data"))
+
+
+def test_nobody_else_can_turn_a_signature_into_another_one(identity: Identity) -> None:
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # FIPS 186-4, appendix D.1.2.3
+    for number in range(8):
+        data = bytes([number])
+        signature = identity.sign(data)
+        verify(identity.public_key, data, signature)
+        other = signature[:32] + (order - int.from_bytes(signature[32:])).to_bytes(32)
+        identity.key.public_key().verify(
+            utils.encode_dss_signature(int.from_bytes(other[:32]), int.from_bytes(other[32:])),
+            RECORD_DOMAIN + data,
+            ec.ECDSA(hashes.SHA256()),
+        )
+        with pytest.raises(RecordError, match="signature is wrong"):
+            verify(identity.public_key, data, other)
 
 
 @pytest.mark.parametrize("size", [0, 63, 65, 72])

@@ -58,7 +58,14 @@ export function peerId(publicKey) {
 
 const plain = (key) => ({ key, dsaEncoding: 'ieee-p1363' });
 const signed = (domain, data) => Buffer.concat([Buffer.from(`talkoot ${domain} v1\0`), data]);
-export const sign = (key, domain, data) => crypto.sign('sha256', signed(domain, data), plain(key));
+// of s and ORDER - s, others accept the smaller one
+const ORDER = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551n;
+export function sign(key, domain, data) {
+  const signature = crypto.sign('sha256', signed(domain, data), plain(key));
+  const s = BigInt(`0x${signature.toString('hex', 32)}`);
+  if (2n * s > ORDER) signature.write((ORDER - s).toString(16).padStart(64, '0'), 32, 'hex');
+  return signature;
+}
 export function verify(publicKey, domain, data, signature) {
   const key = crypto.createPublicKey({ key: publicKey, format: 'der', type: 'spki' });
   return crypto.verify('sha256', signed(domain, data), plain(key), signature);

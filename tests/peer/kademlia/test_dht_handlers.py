@@ -311,6 +311,24 @@ def test_entries_under_a_full_key_count_as_the_work_that_they_make(world: Virtua
     play(world, scenario)
 
 
+def test_a_record_counts_as_more_work_than_an_index_entry(world: VirtualLoop) -> None:
+    """A strange record's signature, and the two of its badge, take 0.35 ms to check."""
+
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, until = swarm.keys.prefix(5), world.unix_time() + 60
+
+        async def work_of(number: int, values: bytes) -> float:
+            stranger: Any = SimulatedIdentity(number)
+            entries = Packed(pack_entries({n: Entry(values, until) for n in range(100)}))
+            await send(peer, "store", store_request(key, b"", entries, until), stranger.peer_id)
+            return float(peer.server._work._taken[stranger.peer_id] - peer.server._work._virtual)
+
+        assert await work_of(2000, bytes(100)) == 101
+        assert await work_of(2001, bytes(200)) == 301
+
+    play(world, scenario)
+
+
 def test_a_handler_that_fails_unexpectedly_gives_an_empty_answer_and_says_so_once(
     world: VirtualLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
