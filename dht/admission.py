@@ -45,8 +45,8 @@ Mode = Literal["open", "token"]
 MAX_DENIED = 65_536
 MAX_REVOKED = 1024
 MAX_GRANT_BYTES = 512
-MAX_BADGE_BYTES = 1152
-"""The limit for a badge: a grant, and two signatures of at most 512 and 64 bytes."""
+MAX_BADGE_BYTES = 672
+"""The limit for a badge: a grant, and two signatures of 64 bytes. A usual one has 200 bytes."""
 _LONGEST_FILE = 8 * 2**20
 """At most this many bytes of the denylist are read."""
 BADGE_DOMAIN = b"talkoot badge v1\0"

@@ -17,10 +17,8 @@ from peer.formatting import counted
 from peer.identity import RECEIPT_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.wire import admission_pb2, credit_pb2
 
-MAX_RECEIPT_BYTES = 2560
-"""The limit for a signed receipt, with a key of 4096 bits and a badge. With a key of 2048 bits and no badge it takes
-about 700 bytes.
-"""
+MAX_RECEIPT_BYTES = 1024
+"""The limit for a signed receipt, with the largest badge. A usual one has 460 bytes, or 260 without a badge."""
 PAGE = 32
 """How many receipts a node gives in one answer."""
 MOST = 2**53

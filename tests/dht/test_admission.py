@@ -145,7 +145,7 @@ def test_a_badge_with_unknown_fields_that_would_be_remembered_is_refused(
 ) -> None:
     data = make_badge(token_of(founder), alice.peer_id).SerializeToString()
     padded = admission_pb2.Badge.FromString(data + b"\xfa\x01\x80\x10" + bytes(2048))  # field 31
-    denied(rules(founder), alice, padded, "bytes, more than 1152")
+    denied(rules(founder), alice, padded, "bytes, more than 672")
 
 
 def test_a_token_of_another_founder_or_swarm_lets_nobody_in(

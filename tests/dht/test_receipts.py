@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from receipts import histories, works
 
-from dht.admission import Role, SwarmAdmission, make_badge, make_token
+from dht.admission import MAX_BADGE_BYTES, MAX_GRANT_BYTES, Role, SwarmAdmission, make_badge, make_token
 from dht.announcements import read_node
 from dht.receipts import MAX_RECEIPT_BYTES, MOST, SignedWork, Work, check_receipt, sign_receipt
 from dht.records import SwarmKeys
 from peer.errors import RecordError
-from peer.identity import CONTACT_DOMAIN, RECORD_DOMAIN
+from peer.identity import CONTACT_DOMAIN, RECORD_DOMAIN, SIGNATURE_BYTES
 from peer.wire import admission_pb2, credit_pb2, records_pb2
 
 SWARM = "sauna-QmFounder"
@@ -111,6 +111,18 @@ def test_what_is_too_large_or_no_message_is_refused_before_its_signature_is_chec
     refused(forged(swarm_id="s" * MAX_RECEIPT_BYTES), "bytes, more than")
     refused(credit_pb2.SignedReceipt(receipt=b"\xff\xff"), "can't be parsed")
     refused(credit_pb2.SignedReceipt(), "for swarm ''")
+
+
+def test_the_largest_receipt_with_the_largest_badge_is_accepted() -> None:
+    badge = admission_pb2.Badge(
+        grant=bytes(MAX_GRANT_BYTES), signature=bytes(SIGNATURE_BYTES), holder_signature=bytes(64)
+    )
+    assert badge.ByteSize() <= MAX_BADGE_BYTES
+    badge.holder_signature += bytes(MAX_BADGE_BYTES - badge.ByteSize())
+    swarm = f"{'s' * 32}-{'p' * 12}"
+    work = Work(MOST, MOST, MOST, MOST // 2, MOST // 2)
+    largest = sign_receipt(TRAINER, swarm, NODE.peer_id, work, MOST, badge)
+    assert check_receipt(largest, swarm, NODE.peer_id).work == work
 
 
 @given(histories())
