@@ -8,9 +8,6 @@ from peer.errors import RecordError, UnreachableError
 from peer.identity import TLS_NAME, PeerID, certificate_pem
 from peer.transport.endpoints import Endpoint
 
-MAX_CERTIFICATE_BYTES = 4096
-"""The limit for a certificate, DER. One for a key of 4096 bits takes 1,400 bytes."""
-
 
 async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: float) -> bytes:
     """Makes one TLS connection and returns the other side's certificate, PEM, if its key is the peer's.
@@ -34,7 +31,7 @@ async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: flo
         ) from error
     finally:
         connection.abort()
-    if not shown or len(shown) > MAX_CERTIFICATE_BYTES:
+    if not shown:
         raise UnreachableError(f"the server at {endpoint} shows no certificate of a peer")
     try:
         return certificate_pem(shown, peer_id)

@@ -322,7 +322,7 @@ def new_identity() -> Identity:
 
 
 def new_identities(count: int) -> list[Identity]:
-    """Identities that nobody has met. Their keys share primes, so that 66 of them take only 0.3 s."""
+    """Identities that nobody has met."""
     return list(itertools.islice(_identities(), count))
 
 

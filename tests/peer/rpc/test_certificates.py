@@ -115,11 +115,11 @@ def test_who_is_cancelled_as_tls_stands_leaves_no_connection(
 
 
 def test_a_certificate_that_is_too_large_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peer.rpc.certificates.MAX_CERTIFICATE_BYTES", 100)
+    monkeypatch.setattr("peer.identity._MAX_CERTIFICATE_BYTES", 100)
 
     async def scenario() -> None:
         identity = numbered_identity(0)
         async with grpc_server(identity) as endpoint:
-            await refused(fetch_certificate(endpoint, identity.peer_id, 60.0), "no certificate of a peer")
+            await refused(fetch_certificate(endpoint, identity.peer_id, 60.0), "bytes, more than 100")
 
     asyncio.run(scenario())

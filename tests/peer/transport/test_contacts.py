@@ -168,5 +168,5 @@ def test_the_longest_contact_is_within_the_bound() -> None:
     contact.set(Endpoint(f"[2001:db8:1111:1111:1111:1111:1111:{n}]:65535") for n in range(1000, 1020))
     message = contact.message()
     assert message is not None
-    assert message.ByteSize() < MAX_CONTACT_BYTES - 1024, "with room for a key of 4096 bits"
+    assert message.ByteSize() < MAX_CONTACT_BYTES - 1024, "with room for the largest certificate"
     assert len(UncheckedContact.read(message).check(NOW).addresses) == MAX_ADDRESSES
