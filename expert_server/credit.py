@@ -137,10 +137,7 @@ class ReceiptBook:
         before = Work() if held is None else held.work
         if receipt.work <= before:
             return False
-        if held is None and receipt.trainer not in self._served:
-            raise ExpertError(
-                StatusCode.FAILED_PRECONDITION, "you have not called this node since it started"
-            )
+        self.require_served(receipt.trainer)
         answered = self._served.get(receipt.trainer, Work())
         over = dict[str, int]()
         for name in ("pairs", "queries"):
@@ -158,6 +155,13 @@ class ReceiptBook:
         self._slack.subtract(over)
         self._served[receipt.trainer] = Work()
         return True
+
+    def require_served(self, trainer: PeerID) -> None:
+        """Raises ExpertError (FAILED_PRECONDITION) if this node has done no work for the trainer."""
+        if trainer not in self._receipts and trainer not in self._served:
+            raise ExpertError(
+                StatusCode.FAILED_PRECONDITION, "you have not called this node since it started"
+            )
 
     def check(self, signed: credit_pb2.SignedReceipt) -> Receipt:
         """Raises RecordError if this is not a receipt for this node that its trainer has signed."""
@@ -309,6 +313,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
         if wait_s := self._given.wait_s(caller, now):
             raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "receipts come too often", wait_s)
         self._given.take(caller, 1, now)
+        self._book.require_served(caller)  # checked before signatures, which take longer
         try:
             receipt = self._book.check(signed)
             if receipt.trainer != caller:

@@ -2,6 +2,7 @@
 
 import asyncio
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -12,7 +13,7 @@ from grpc import StatusCode
 from dht.receipts import PAGE, SignedWork, Work, check_receipt, sign_receipt
 from expert_server import credit
 from peer import PROTOCOL_VERSION
-from peer.identity import RECORD_DOMAIN, PeerID
+from peer.identity import RECORD_DOMAIN, PeerID, verify
 from peer.loop import LoopThread
 from peer.metrics import totals
 from peer.wire import credit_pb2, session_pb2
@@ -98,6 +99,23 @@ def test_what_no_honest_trainer_gives_is_refused_and_leaves_nothing(
         assert "more pairs than this node" in said
         assert node.book.signed == SignedWork()
         assert (await stub.Give(signed())).kept  # it is as good as any
+
+    in_node(loop, scenario)
+
+
+def test_no_signature_is_checked_for_who_has_not_called(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = Mock(wraps=verify)
+    monkeypatch.setattr("dht.receipts.verify", checked)
+
+    async def scenario(node: CreditNode) -> None:
+        stub = await node.stub(TRAINER)
+        assert (await refusal(stub, signed()))[0] is StatusCode.FAILED_PRECONDITION
+        assert not checked.called
+        node.book.note_served(TRAINER.peer_id, SERVED)
+        assert (await stub.Give(signed())).kept
+        assert checked.call_count == 1
 
     in_node(loop, scenario)
 
