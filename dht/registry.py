@@ -41,6 +41,7 @@ from peer.kademlia.node import KademliaNode
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.kademlia.validation import MAX_KEY_BYTES, Entry, unpack
+from peer.loop import TimeSlices
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import Message, ParseGuard
 from peer.wire import admission_pb2, records_pb2
@@ -280,8 +281,9 @@ class Registry:
     ) -> dict[PeerID, Info]:
         keys = {kind.record_key(peer_id): peer_id for peer_id in peer_ids}
         found = await self.get(list(keys), limits)
-        infos = {}
+        infos, slices = {}, TimeSlices()
         for key, peer_id in keys.items():
+            await slices.pause()
             value, _ = found[key].get(peer_id.to_bytes(), (None, 0.0))
             if value is None:
                 continue

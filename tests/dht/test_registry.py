@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from loop_lags import longest_slice
 from raw_dht import read_raw
 from three_hosts import (
     CLAIMED,
@@ -259,6 +260,35 @@ def test_a_trainer_that_is_started_again_is_heard_at_once(swarm: Swarm) -> None:
         again = swarm.registry(1, time.time)
         await again.publish_trainer(records_pb2.TrainerRecord(step=12), LIFETIME_S)
         assert (await swarm.registry(2).trainers([peer_id]))[peer_id].step == 12
+
+    swarm.run(scenario())
+
+
+def test_reading_many_node_records_leaves_turns_to_others(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of nodes in a large swarm, of which each record's certificate is parsed and many signatures are checked again."""
+    registry = swarm.experts(2).registry
+    peers = [PeerID(bytes([18, 32, n, *bytes(31)])) for n in range(200)]
+
+    async def get(keys: Sequence[str], *options: Any) -> Any:
+        await asyncio.sleep(0)
+        return {key: {peer.to_bytes(): (b"", 0.0)} for key, peer in zip(keys, peers, strict=True)}
+
+    def read_slowly(*of: Any) -> None:
+        ends = time.thread_time() + 0.0005
+        while time.thread_time() < ends:
+            pass
+
+    monkeypatch.setattr(registry, "get", get)
+    monkeypatch.setattr(registry, "_info", read_slowly)
+
+    async def look() -> None:
+        await registry.nodes(peers)
+        await asyncio.sleep(0)
+
+    async def scenario() -> None:
+        assert await longest_slice(look) < 0.03, "0.1 s together"
 
     swarm.run(scenario())
 
