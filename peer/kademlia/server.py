@@ -298,8 +298,8 @@ class DHTServer:
                 entries = self._entries(sender, subkey, value, expires_at)
             except WireError:
                 continue
-            large = large_entries(entries)
-            self._work.take(sender, len(entries) - large + large * _WORK_OF_RECORD, loop.time())
+            work = len(entries) + large_entries(entries) * (_WORK_OF_RECORD - 1)
+            self._work.take(sender, max(0, work - 1), loop.time())  # one was counted when the call was admitted
             key = id_of_bytes(name)
             places.setdefault(key, []).append((number, entries.keys()))
             brought.setdefault(key, {}).update(entries)
