@@ -166,7 +166,8 @@ def test_without_a_run_a_live_trainer_gives_the_dense_part_whatever_it_routes_by
     assert folder.routing.router == router
     dense = folder.dense()
     assert all(torch.equal(dense[name], tensor) for name, tensor in now.items())
-    assert "after 3 steps" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "with those averaged in from other trainers | 3 |" in card
 
 
 def test_without_a_run_and_a_trainer_it_says_what_to_pass(founder: Founder, tmp_path: Path) -> None:
