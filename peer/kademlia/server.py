@@ -299,7 +299,8 @@ class DHTServer:
             except WireError:
                 continue
             work = len(entries) + large_entries(entries) * (_WORK_OF_RECORD - 1)
-            self._work.take(sender, max(0, work - 1), loop.time())  # one was counted when the call was admitted
+            # one was counted when the call was admitted
+            self._work.take(sender, max(0, work - 1), loop.time())
             key = id_of_bytes(name)
             places.setdefault(key, []).append((number, entries.keys()))
             brought.setdefault(key, {}).update(entries)
