@@ -1,8 +1,8 @@
 """A network of many peers in one process: Talkoot's DHT nodes with calls in memory, and a clock that jumps.
 
 The nodes with their routing tables and stores, and all of `dht/`, are real. The transport, the clock and the keys are
-simulated: signatures of 10,000 peers would take too long to verify, so here a peer signs with a hash, of the
-same size.
+simulated: signatures of 10,000 peers would take too long to verify, so here a peer signs with a hash, of
+the same size.
 """
 
 import asyncio

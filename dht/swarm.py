@@ -13,6 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from dht.admission import Denylist, Role, SwarmAdmission, no_longer_admitted
+from dht.announcements import NodeInfo
 from dht.experts import ExpertRegistry
 from dht.founder_records import LIFETIME_S, ManifestRecord, RecordFile, Revocations
 from dht.invites import Invite
@@ -23,7 +24,7 @@ from dht.registry import Registry
 from peer import clock
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host, NetworkConfig
-from peer.identity import Identity
+from peer.identity import Identity, PeerID
 from peer.metrics import new_registry
 from peer.parsing import ParseGuard
 from peer.rpc.sessions import Right, SessionClient
@@ -44,6 +45,8 @@ OTHERS_IN_INVITE = 4
 
 _MANIFESTS = "manifests"
 """The folder with the manifests of the swarms that a peer has been in."""
+_MOST_LISTED = 512
+"""Nodes drawn from the lists in the DHT, to find some with room."""
 _MOST_DIFFERENCES = 4
 """How many keys are named that differ in a founder's manifest."""
 
@@ -210,9 +213,17 @@ def other_swarms(state: Path, keys: SwarmKeys) -> list[str]:
         names = os.listdir(state / _MANIFESTS)
     except OSError:
         return []
-    return sorted(
-        name for name in names if name != keys.swarm_id and not name.startswith(".")
-    )  # half-written
+    # those that begin with a dot are half-written
+    return sorted(name for name in names if name != keys.swarm_id and not name.startswith("."))
+
+
+async def some_nodes(swarm: Swarm) -> dict[PeerID, NodeInfo]:
+    """Other nodes of the swarm: some drawn from the lists in the DHT, and those in the routing table. Raises
+    UnreachableError.
+    """
+    # the lists are not signed: thousands of names may be made up, but nodes in the routing table have answered
+    listed = await swarm.registry.node_ids(_MOST_LISTED)
+    return await swarm.registry.nodes((listed | swarm.host.peers()) - {swarm.host.peer_id})
 
 
 def _peer_store(state: Path | None, keys: SwarmKeys) -> PeerStore:

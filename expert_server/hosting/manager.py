@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
-from dht.swarm import Swarm
+from dht.swarm import Swarm, some_nodes
 from dht.uid import UID
 from expert_server.hosting.placement import (
     ExchangeHysteresis,
@@ -71,8 +71,6 @@ _CLAIM_WITHIN_S = 10.0
 """A node that has accepted an expert must claim it within this time. Otherwise it is skipped: it may be leaving too."""
 _LOOK_EVERY_S = 0.2
 """How often a leaving node checks whether others serve its experts, and asks those again that refused."""
-_MOST_LISTED = 512
-"""Nodes drawn from the lists in the DHT, to find some with room."""
 _ASKS = 3
 """How many times a node that refuses is asked: strangers may keep it busy."""
 
@@ -204,11 +202,7 @@ class Handover:
     async def _find_rooms(self) -> None:
         if self._nodes:
             return
-        me = self._swarm.host.peer_id
-        # the lists are not signed: thousands of names may be made up, but nodes in the routing table have answered
-        listed = await self._swarm.registry.node_ids(_MOST_LISTED)
-        others = (listed | self._swarm.host.peers()) - {me}
-        self._nodes = await self._swarm.registry.nodes(others)
+        self._nodes = await some_nodes(self._swarm)
         self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
 
     def _ask(self, uids: Collection[UID], asking: TaskSet) -> None:

@@ -19,7 +19,7 @@ from dht.announcements import Activity, NodeInfo
 from dht.library import WANTED_REPLICAS, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest
 from dht.registry import some_of
-from dht.swarm import Swarm
+from dht.swarm import Swarm, some_nodes
 from dht.upkeep import UpkeepPeriod
 from expert_server.memory.fetching import PartFetcher
 from expert_server.memory.following import HostingRules, PublisherFollower
@@ -44,8 +44,8 @@ _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
 """The most shards taken in one look, and at the same time."""
 _LOOK_EVERY_S = 1.0
 """How often a leaving node checks whether others have the shards that only it had."""
-_MOST_LISTED, _MOST_WATCHED = 512, 8
-"""A leaving node looks for nodes that stay among at most this many, and then watches a few of them."""
+_MOST_WATCHED = 8
+"""A leaving node watches this many of the nodes that stay."""
 _WITHDRAW_S = 2.0
 """How long a leaving node tries to withdraw its announcements."""
 _REMEMBERED = 4096
@@ -316,12 +316,9 @@ class MemoryHosting:
         """Some nodes that stay, and so may take shards. `before`: what the last look returned. All nodes are looked up
         only once these have gone.
         """
-        swarm = self._swarm
-        if before and (found := _serving(await swarm.registry.nodes(before))):
+        if before and (found := _serving(await self._swarm.registry.nodes(before))):
             return found
-        listed = await swarm.registry.node_ids(_MOST_LISTED)
-        others = (listed | swarm.host.peers()) - {swarm.host.peer_id}
-        return frozenset(some_of(_serving(await swarm.registry.nodes(others)), _MOST_WATCHED))
+        return frozenset(some_of(_serving(await some_nodes(self._swarm)), _MOST_WATCHED))
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
         alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()

@@ -259,14 +259,15 @@ class Lookups:
         places = {key: (holders.nodes, len(holders.nodes)) for key, holders in known.items()}
         again = _Writing(self, by_key, places, kept)
         await again.until_finished(awaits_late=False)
-        left = by_key.keys() - again.finished
+        finished = again.finished
+        left = by_key.keys() - finished
         anew = _Writing(self, by_key, await self._places(left) if left else {}, kept)
         await anew.until_finished()
-        for key in by_key:
-            if key in again.finished:
-                self._holders[key] = known[key]
-            elif anew.sent[key]:
-                self._holders[key] = _Holders(anew.sent[key], STORED_AGAIN)
+        for key in finished:
+            self._holders[key] = known[key]
+        for key, nodes in anew.sent.items():
+            if nodes:
+                self._holders[key] = _Holders(nodes, STORED_AGAIN)
             else:
                 self._holders.pop(key, None)
         return again.accepted | anew.accepted

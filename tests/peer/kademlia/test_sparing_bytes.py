@@ -3,7 +3,8 @@
 import asyncio
 import math
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -114,6 +115,15 @@ def holders(swarm: SimulatedSwarm, until: float) -> set[PeerID]:
     return {peer for peer, entry in stored.items() if entry is not None and entry.expires_at == until}
 
 
+@contextmanager
+def away(swarm: SimulatedSwarm, peer: SimulatedPeer) -> Iterator[None]:
+    """Until the block ends, nobody reaches the peer."""
+    name = peer.peer_id.to_bytes()
+    transport = swarm.network.peers.pop(name)
+    yield
+    swarm.network.peers[name] = transport
+
+
 async def store_again(swarm: SimulatedSwarm) -> tuple[set[PeerID], int]:
     """The first peer writes its item once more. Returns who holds it then, and how many calls looked for nodes."""
     await asyncio.sleep(20)
@@ -160,10 +170,9 @@ def test_a_writer_looks_for_the_nearest_as_soon_as_it_knows_a_nearer_one() -> No
     async def scenario(swarm: SimulatedSwarm) -> None:
         key = key_id_of(KEY)
         nearest = min(swarm.peers[1:], key=lambda peer: peer.dht.node_id ^ key)
-        away = swarm.network.peers.pop(nearest.peer_id.to_bytes())
-        before, _ = await store_again(swarm)
+        with away(swarm, nearest):
+            before, _ = await store_again(swarm)
         assert nearest.peer_id not in before
-        swarm.network.peers[nearest.peer_id.to_bytes()] = away
         assert await store_again(swarm) == (before, 0), "it has not heard of the other"
         assert await swarm.peers[0].dht.ping(nearest.peer_id) is not None
         after, calls = await store_again(swarm)
@@ -177,12 +186,11 @@ def test_a_writer_with_few_holders_looks_for_others_as_soon_as_it_knows_one() ->
     async def scenario(swarm: SimulatedSwarm) -> None:
         key = key_id_of(KEY)
         farthest = max(swarm.peers[1:], key=lambda peer: peer.dht.node_id ^ key)
-        away = swarm.network.peers.pop(farthest.peer_id.to_bytes())
-        before, _ = await store_again(swarm)
-        assert len(before) == REPLICAS - 1
-        assert farthest.peer_id not in before
-        assert await store_again(swarm) == (before, 0), "there are no others"
-        swarm.network.peers[farthest.peer_id.to_bytes()] = away
+        with away(swarm, farthest):
+            before, _ = await store_again(swarm)
+            assert len(before) == REPLICAS - 1
+            assert farthest.peer_id not in before
+            assert await store_again(swarm) == (before, 0), "there are no others"
         assert await swarm.peers[0].dht.ping(farthest.peer_id) is not None
         after, _ = await store_again(swarm)
         assert farthest.peer_id in after
