@@ -65,6 +65,10 @@ class UpkeepPeriod:
         """A pause of about this share of the period, drawn at random."""
         return part * self.seconds * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
 
+    def begin(self) -> None:
+        """Leaves out what has been spent so far. Joining costs as much as many rounds, but happens once."""
+        self._before = self._spent()
+
     def note_round(self) -> None:
         """Records the end of a period. Its cost affects the following periods, but only a little, because others may
         have made it expensive.

@@ -360,6 +360,7 @@ class Node:
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
+        self.period.begin()
         while True:
             await asyncio.sleep(self.period.drawn_s())
             self.period.note_round()

@@ -273,6 +273,7 @@ class SimulatedNode:
         self.spawn(self._average_now_and_then())
         self.spawn(self._copy_now_and_then())
         saved_at, owed = self.swarm.world.time(), Owed()
+        self.period.begin()
         while True:
             await self._sleep(self.period.drawn_s(), owed)
             self.period.note_round()

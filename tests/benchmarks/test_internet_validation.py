@@ -91,6 +91,7 @@ SMALL = Scenario(
     others=0,
     grid=(2, 2),
     announce_every_s=2.0,
+    at_rest_after_s=10.0,
     quiet_s=6.0,
     reading_s=6.0,
     training_s=6.0,

@@ -46,6 +46,14 @@ def test_one_dear_round_changes_little_and_is_forgotten(times: float) -> None:
     assert after_rounds(period, line, 0.0, 6) == 10.0
 
 
+def test_what_joining_cost_does_not_make_the_first_periods_longer() -> None:
+    line = Line()
+    period = UpkeepPeriod(10.0, line.spent)
+    line.bytes += 100 * ROUND_BYTES
+    period.begin()
+    assert after_rounds(period, line, ROUND_BYTES, 1) == 10.0
+
+
 @given(st.floats(0.5, 120.0), st.lists(st.floats(0, 1e9), max_size=20))
 def test_no_period_is_shorter_than_wanted_nor_so_long_that_records_are_refused(
     wanted_s: float, costs: list[float]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.internet.validation [--only processes|simulation] [--runs N] [--json FILE]
 
-Throughput, adoption times and bytes should differ by less than a fifth. The processes take about six minutes on two
+Throughput, adoption times and bytes should differ by less than a fifth. The processes take about eight minutes on two
 cores, and 150 MB of memory for each node. The simulation runs several times with other random events; the mean, the
 minimum and the maximum are shown.
 """

@@ -62,7 +62,7 @@ class RealSwarm:
         self._tell("all nodes serve")
         await self._until_hosted()
         self._tell("all experts have their replicas")
-        await asyncio.sleep(_SETTLES_WITHIN_S)
+        await asyncio.sleep(scenario.at_rest_after_s)
         quiet = await self._stretch(scenario.quiet_s)
         self._tell(f"upkeep is measured, {quiet.processor:.0%} of the processor")
         trainers = await self._start_trainers()

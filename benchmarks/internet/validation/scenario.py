@@ -53,6 +53,8 @@ class Scenario:
     link: str = "20mbit,60ms"
     """The link of each node."""
     announce_every_s: float = 5.0
+    at_rest_after_s: float = 120.0
+    """How long after the nodes' start their periods no longer depend on how costly others' joining made a round."""
     quiet_s: float = 40.0
     """The length of the first period, in which only the nodes' upkeep is measured."""
     reading_s: float = 20.0

@@ -85,7 +85,7 @@ class SimulatedRun:
             self._numbers[node.peer.peer_id] = number
             world.run(joins.uniform(0, _JOIN_WITHIN_S))
         self._until(lambda: self._hosted() >= scenario.wanted_replicas, _START_LIMIT_S)
-        world.run(_SETTLES_WITHIN_S)
+        world.run(scenario.at_rest_after_s)
         quiet = self._stretch(scenario.quiet_s)
         self._spawn(self._let_calls_pass())
         for trainer in range(scenario.trainers):
