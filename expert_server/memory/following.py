@@ -4,10 +4,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from dht.library import LibraryEntry, ManifestPace, MemoryRegistry
 from dht.memory import MemoryID, MemoryManifest, Part
@@ -15,12 +16,12 @@ from dht.swarm import Swarm
 from expert_server.memory.fetching import PartFetcher
 from expert_server.memory.hosted import HostedMemories
 from expert_server.memory.shard import most_bytes
-from expert_server.memory.store import MemoryStore, parts_bytes
+from expert_server.memory.store import parts_bytes
 from expert_server.settings import NodeSettings
-from peer.errors import TransferError, WireError
+from peer.errors import TransferError, UnreachableError, WireError
 from peer.formatting import bytes_in_words
 from peer.identity import PeerID
-from peer.loop import side_by_side, tolerating
+from peer.loop import Restarts, TaskSet, tolerating
 from peer.rpc.parts import has_sha256
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -28,8 +29,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 _MOST_MEMORIES = 64
 """The most memories that a node follows. If there are more, nodes follow different ones."""
 _MANIFEST_S = 60.0
-"""The longest wait for a manifest. Other memories' manifests are fetched after it."""
-_FOLLOWED_AT_ONCE = 8
+"""The longest wait for a manifest."""
+_FETCHED_AT_ONCE = 8
+_PATIENCE_S = 5.0
+"""How long a look waits for manifests. Those that take longer go on arriving after it."""
 _UNLISTED_S = 3600.0
 """How long a memory is kept after its publisher stopped listing it, because the DHT may fail for a while."""
 _LEAST_PAUSE_S = 3.0
@@ -68,6 +71,56 @@ class HostingRules:
         return ""
 
 
+class ManifestFetches:
+    """Fetches manifests one after another for each publisher, so that one whose manifests don't arrive delays none of
+    the others'.
+    """
+
+    def __init__(self, restarts: Restarts) -> None:
+        """`restarts`: counts fetches that fail unexpectedly."""
+        self._restarts = restarts
+        self._tasks = TaskSet(restarts)
+        self.busy: set[PeerID] = set()
+        """The publishers for which a fetch is under way."""
+        self._at_once = asyncio.Semaphore(_FETCHED_AT_ONCE)
+
+    async def start(
+        self, entries: Iterable[LibraryEntry], fetch: Callable[[MemoryID], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Calls `fetch` for each memory, except those of busy publishers. Returns when all are done, or after a few
+        seconds.
+        """
+        due: dict[PeerID, list[MemoryID]] = {}
+        for entry in entries:
+            if entry.publisher not in self.busy:
+                due.setdefault(entry.publisher, []).append(entry.memory)
+        self.busy |= due.keys()
+        tasks = [
+            self._tasks.spawn(self._fetch_all(publisher, memories, fetch), "fetch manifests of memories")
+            for publisher, memories in due.items()
+        ]
+        if tasks:
+            await asyncio.wait(tasks, timeout=_PATIENCE_S)
+
+    async def aclose(self) -> None:
+        """Ends all fetches."""
+        await self._tasks.aclose()
+
+    async def _fetch_all(
+        self,
+        publisher: PeerID,
+        memories: Iterable[MemoryID],
+        fetch: Callable[[MemoryID], Coroutine[Any, Any, None]],
+    ) -> None:
+        try:
+            for memory in memories:
+                async with self._at_once:
+                    with tolerating("fetch a memory's manifest", self._restarts):
+                        await fetch(memory)
+        finally:
+            self.busy.discard(publisher)
+
+
 class PublisherFollower:
     """The memories that publishers list and this node may host."""
 
@@ -98,6 +151,10 @@ class PublisherFollower:
         """Since when memories that are hosted here are on no list."""
         self._kept_at: float | None = None
         self._pace = ManifestPace()
+        self._later, self._new = (ManifestFetches(swarm.host.restarts) for _ in range(2))
+        """Fetches of later revisions, and of new memories' manifests."""
+        self._adding = asyncio.Lock()
+        """Held while a memory is added, so that no other takes the room that was seen."""
         self._heard = asyncio.Event()
         """Set if a caller has shown a newer list since the last look."""
         self._shown_by: dict[PeerID, PeerID] = {}
@@ -147,16 +204,8 @@ class PublisherFollower:
             if memory not in listed and any(MemoryID.of(memory.name, p) == memory for p in libraries):
                 logger.info("no longer hosts memory %s: its publisher no longer lists it", memory)
                 await self._hosted.remove(memory)
-        stores = self._hosted.stores.items()
-        latest = [(store, self.listed[memory]) for memory, store in stores if memory in self.listed]
-        due = [
-            (store, entry)
-            for store, entry in latest
-            if entry.revision > store.manifest.revision
-            and entry.memory not in self._wrong
-            and self._pace.allows(entry, time.monotonic())
-        ]
-        await side_by_side((self._follow(store, entry) for store, entry in due), _FOLLOWED_AT_ONCE)
+        due = [entry for entry in self.listed.values() if self._is_behind(entry)]
+        await self._later.start(due, self._follow)
         now = time.monotonic()
         self._unlisted = {
             memory: self._unlisted.get(memory, now) for memory in self._hosted.stores if memory not in listed
@@ -166,38 +215,27 @@ class PublisherFollower:
             await self._memories.keep_libraries()
 
     async def meet(self) -> None:
-        """Fetches the manifests of memories that are new to this node. Raises UnreachableError."""
+        """Fetches the manifests of memories that are new to this node, and adds these memories. Raises
+        UnreachableError.
+        """
         stores = self._hosted.stores
         new = [
-            m
-            for m in self.listed
-            if m not in stores and m not in self._wrong and not self._fetcher.is_put_off(m)
+            entry
+            for memory, entry in self.listed.items()
+            if not (memory in stores or memory in self._wrong or self._fetcher.is_put_off(memory))
+            and entry.publisher not in self._new.busy
         ]
         unused = [memory for memory, store in stores.items() if not store.shards]
         places = _MOST_MEMORIES - len(stores)
         if new and places <= 0 and unused:  # so that no publisher's memories take all places
             await self._hosted.remove(self._rng.choice(unused))
             places = 1
-        for memory in self._rng.sample(new, min(len(new), max(0, places))):
-            entry = self.listed.get(memory)
-            if entry is None:  # no longer listed
-                continue
-            await self.drop_unlisted(entry.manifest.size)
-            if entry.manifest.size > self._hosted.room or not self._pace.allows(entry, time.monotonic()):
-                continue
-            try:
-                data, manifest = await self._fetch_manifest(entry)
-                if await self._refuses(entry, manifest.licenses) or not self._has_room(entry, manifest):
-                    continue
-                await self._hosted.add(memory, data)
-            except WireError as error:
-                self._note_wrong(entry, error)
-            except TransferError as error:
-                logger.info("memory %s can't be hosted yet: %s", memory, error)
-                self._fetcher.put_off(memory)
-            except OSError as error:
-                self._hosted.note_full(error)
-                return
+        await self._new.start(self._rng.sample(new, min(len(new), max(0, places))), self._meet)
+
+    async def close(self) -> None:
+        """Ends the fetches of manifests."""
+        await self._later.aclose()
+        await self._new.aclose()
 
     async def drop_unlisted(self, size: int) -> None:
         """Removes memories that no publisher lists any more, until there is room for this many bytes."""
@@ -221,24 +259,58 @@ class PublisherFollower:
             await self._hosted.remove(memory)
         return True
 
-    async def _follow(self, store: MemoryStore, entry: LibraryEntry) -> None:
-        with tolerating("follow a memory"):
-            try:
-                data, manifest = await self._fetch_manifest(entry)
-                if await self._refuses(entry, manifest.licenses):
+    def _is_behind(self, entry: LibraryEntry) -> bool:
+        """Whether this node hosts an earlier revision of the memory, and may fetch this one."""
+        store = self._hosted.stores.get(entry.memory)
+        is_behind = store is not None and store.manifest.revision < entry.revision
+        return is_behind and entry.memory not in self._wrong
+
+    async def _follow(self, memory: MemoryID) -> None:
+        """Follows the listed revision of a memory, if it is later than this node's."""
+        entry, store = self.listed.get(memory), self._hosted.stores.get(memory)
+        if entry is None or store is None or not self._is_behind(entry):
+            return
+        if not self._pace.allows(entry, time.monotonic()):
+            return
+        try:
+            data, manifest = await self._fetch_manifest(entry)
+            if await self._refuses(entry, manifest.licenses):
+                return
+            await self._hosted.follow(memory, store, data)
+        except WireError as error:
+            self._note_wrong(entry, error)
+        except (TransferError, UnreachableError) as error:
+            logger.warning(
+                "revision %d of memory %s can't be followed yet: %s", entry.revision, memory, error
+            )
+        except OSError as error:
+            self._hosted.note_full(error)
+        else:
+            self._count_revision()
+            logger.info("follows revision %d of memory %s", entry.revision, memory)
+
+    async def _meet(self, memory: MemoryID) -> None:
+        """Adds a new memory, if it is still listed and there is room."""
+        hosted, entry = self._hosted, self.listed.get(memory)
+        if entry is None or hosted.leaving or hosted.is_full:
+            return
+        try:
+            await self.drop_unlisted(entry.manifest.size)
+            if entry.manifest.size > hosted.room or not self._pace.allows(entry, time.monotonic()):
+                return
+            data, manifest = await self._fetch_manifest(entry)
+            async with self._adding:
+                if await self._refuses(entry, manifest.licenses) or not self._has_room(entry, manifest):
                     return
-                await self._hosted.follow(entry.memory, store, data)
-            except WireError as error:
-                self._note_wrong(entry, error)
-            except TransferError as error:
-                logger.warning(
-                    "revision %d of memory %s can't be followed yet: %s", entry.revision, entry.memory, error
-                )
-            except OSError as error:
-                self._hosted.note_full(error)
-            else:
-                self._count_revision()
-                logger.info("follows revision %d of memory %s", entry.revision, entry.memory)
+                if len(hosted.stores) < _MOST_MEMORIES:
+                    await hosted.add(memory, data)
+        except WireError as error:
+            self._note_wrong(entry, error)
+        except (TransferError, UnreachableError) as error:
+            logger.info("memory %s can't be hosted yet: %s", memory, error)
+            self._fetcher.put_off(memory)
+        except OSError as error:
+            hosted.note_full(error)
 
     def _note_wrong(self, entry: LibraryEntry, error: WireError) -> None:
         self._wrong[entry.memory] = entry

@@ -14,7 +14,7 @@ from dht.memory import Cell, MemoryID, Place
 from dht.upkeep import UpkeepPeriod
 from expert_server.memory.placement import ShardKey
 from expert_server.memory.store import MemoryStore
-from peer.errors import TransferError, WireError
+from peer.errors import TransferError, UnreachableError, WireError
 from peer.files import PlainFile, write_atomically
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -171,10 +171,11 @@ class HostedMemories:
             await asyncio.to_thread(change)
 
     async def follow(self, memory: MemoryID, store: MemoryStore, manifest: bytes) -> None:
-        """Updates to a later revision. Raises what `write` and `MemoryStore.follow` raise, and UnreachableError."""
+        """Updates to a later revision. Raises what `write` and `MemoryStore.follow` raise."""
         await self.write(memory, store, lambda: store.follow(manifest))
         self._changed(memory)
-        await self.announce(memory)
+        with suppress(UnreachableError):  # or the next round announces it
+            await self.announce(memory)
 
     async def save_libraries(self) -> None:
         """Saves the publishers' lists. Otherwise, after a restart, an older list that somebody stored again would be

@@ -205,6 +205,7 @@ class MemoryHosting:
 
     async def close(self) -> None:
         """Ends the calls to other hosts."""
+        await self.publishers.close()
         await self._parts.close()
 
     # taking

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from expert_fakes import make_peer_id, virtual_time
@@ -14,9 +14,10 @@ from expert_server.memory import following
 from expert_server.memory.following import HostingRules, PublisherFollower
 from peer.errors import TransferError
 from peer.identity import PeerID
-from peer.loop import cancel_all
+from peer.loop import Restarts, cancel_all
 
 HOSTILE, HONEST = make_peer_id(1), make_peer_id(2)
+SWARM: Any = SimpleNamespace(host=SimpleNamespace(restarts=Restarts()))
 
 
 @dataclass
@@ -32,6 +33,8 @@ class World:
     listed: dict[PeerID, list[LibraryEntry]] = field(default_factory=dict)
     stores: dict[MemoryID, Store] = field(default_factory=dict)
     room: int = 10**12
+    leaving: bool = False
+    is_full: bool = False
     fetched: dict[PeerID, int] = field(default_factory=lambda: {HOSTILE: 0, HONEST: 0})
 
     looks: int = 0
@@ -75,8 +78,7 @@ def test_a_publisher_of_ever_new_manifests_fills_no_hosts_line(
     world: Any = World()
     now = 1000.0
     monkeypatch.setattr(following, "time", SimpleNamespace(monotonic=lambda: now))
-    swarm: Any = None
-    follower = PublisherFollower(world, HostingRules(10**12), swarm, world, world, lambda: None)
+    follower = PublisherFollower(world, HostingRules(10**12), SWARM, world, world, lambda: None)
     seconds = 600
     for period in range(seconds // 30):
         now += 30.0
@@ -99,9 +101,53 @@ def test_a_publisher_of_ever_new_manifests_fills_no_hosts_line(
     assert world.fetched[HONEST] == 100_000 * seconds // 30, "each of its revisions"
 
 
+class Silent(World):
+    """The hostile publisher's manifests neither arrive nor fail."""
+
+    def __init__(self, *entries: LibraryEntry) -> None:
+        super().__init__({HOSTILE: list(entries), HONEST: [entry(HONEST, "python-docs", 100_000)]})
+        self.arriving = self.most_arriving = 0
+
+    async def fetch(self, memory: MemoryID, hosts: Any, *what: Any) -> bytes:
+        if HONEST in hosts:
+            return await super().fetch(memory, hosts, *what)
+        self.arriving += 1
+        self.most_arriving = max(self.most_arriving, self.arriving)
+        try:
+            return await asyncio.Future()
+        finally:
+            self.arriving -= 1
+
+
+@pytest.mark.parametrize("is_hosted", [True, False])
+def test_a_publisher_whose_manifests_never_arrive_delays_no_other(
+    is_hosted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world: Any = Silent(*(entry(HOSTILE, f"junk-{n}", 1000) for n in range(32)))
+    if is_hosted:
+        world.stores = {each.memory: Store() for some in world.listed.values() for each in some}
+
+    async def run() -> None:
+        follower = PublisherFollower(world, HostingRules(10**12), SWARM, world, world, lambda: None)
+        time = asyncio.get_running_loop().time
+        for look in range(1, 10):
+            began = time()
+            await follower.follow()
+            await follower.meet()
+            assert time() - began <= 6.0
+            assert world.fetched[HONEST] == look * 100_000
+        await follower.close()
+
+    with virtual_time() as runner:
+        monkeypatch.setattr(following, "time", SimpleNamespace(monotonic=runner.get_loop().time))
+        runner.run(run())
+    assert world.most_arriving == 1
+    assert world.arriving == 0
+
+
 def looks(monkeypatch: pytest.MonkeyPatch, world: Any, shown: str, seconds: float) -> int:
     """How often a follower looks within this time, while a stranger shows the record ten times a second."""
-    follower = PublisherFollower(world, HostingRules(10**12), cast(Any, None), world, world, lambda: None)
+    follower = PublisherFollower(world, HostingRules(10**12), SWARM, world, world, lambda: None)
 
     async def follow() -> None:
         while True:
