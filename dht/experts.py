@@ -17,7 +17,7 @@ from dht.announcements import (
     read_replicas,
 )
 from dht.records import INDEX_PIECE, MAX_LIFETIME_S, parse_peer_id
-from dht.regions import CROWDED_BYTES, Prefix, Region, RegionMap, pieces_of, prefix_of
+from dht.regions import Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.registry import Entries, Registry, active_under
 from dht.uid import UID
 from peer.bounded import BoundedDict
@@ -25,6 +25,7 @@ from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL, Item
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.kademlia.validation import MAX_KEY_BYTES
+from peer.loop import TimeSlices
 
 _MOST_CROWDED = 65536
 _ROOM, _EXPERT_ROOM = 32 * 1024, 4 * 1024
@@ -316,29 +317,25 @@ class ExpertRegistry:
         else:  # usually; two tasks would cost as much as parsing the answers
             room = _EXPERT_ROOM if experts else _ROOM
             answers = await self.registry.get(experts or others, limits, room)
+        slices = TimeSlices()
         for prefix, own in keys.items():
-            found[prefix] = self._region(prefix, own, answers)
+            found[prefix] = await self._region(prefix, own, answers, slices)
             self.regions.note(prefix, unread[prefix], found[prefix])
-            if found[prefix].size > CROWDED_BYTES:
-                await asyncio.sleep(0)  # parsing took long; let other tasks run
         return found
 
     def _is_unread(self, target: Prefix, depth: int) -> bool:
         """Whether the target's region at that depth was not read a moment ago."""
         return self.regions.recent(prefix_of(target, depth), ()) is None
 
-    def _region(
-        self,
-        prefix: Prefix,
-        keys: Sequence[str],
-        answers: Mapping[str, Entries],
+    async def _region(
+        self, prefix: Prefix, keys: Sequence[str], answers: Mapping[str, Entries], slices: TimeSlices
     ) -> Region:
         """The region that these keys describe. The first key is the prefix's own."""
         replicas: dict[UID, list[Replica]] = {}
         hosts = count = size = 0
         key = keys[0]
         records = [(subkey, value) for subkey, (value, _) in answers[key].items() if isinstance(value, bytes)]
-        # in a flood, holders together have more than each has room for, and 512 experts take 5 ms to read
+        # in a flood, holders together have more than each has room for
         if sum([len(value) for _, value in records]) > MAX_KEY_BYTES:
             self.registry.rng.shuffle(records)
             me = self.registry.peer_id.to_bytes()
@@ -347,6 +344,7 @@ class ExpertRegistry:
         for subkey, value in records:
             if size + len(value) > MAX_KEY_BYTES:
                 continue
+            await slices.pause()
             record = self._replicas_in(prefix, key, subkey, value)
             hosts += bool(record)
             count += 1

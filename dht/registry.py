@@ -338,7 +338,8 @@ class Registry:
             found = await self._listed(kind, shards)
             listed.update(*found.values())
             shards = some_of(_below(found), _MOST_SHARDS)
-        return frozenset(some_of(listed, most))
+        # a copy of a set need not compute the hashes again
+        return frozenset(listed if len(listed) <= most else some_of(listed, most))
 
     async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
         """At least `enough` peers, from as few trainer shards as possible, and about how many all shards list. It reads
@@ -372,7 +373,9 @@ class Registry:
         keys = {kind.shard_key(digits): digits for digits in shards}
         found = await self.get(list(keys), limits)
         listed: dict[str, set[PeerID]] = {digits: set() for digits in keys.values()}
+        slices = TimeSlices()
         for key, digits in keys.items():
+            await slices.pause()
             for subkey, (value, _) in found[key].items():
                 try:
                     peer_id = parse_peer_id(subkey)
@@ -432,8 +435,9 @@ class Registry:
             self._hops.observe(result.search.rounds)
         if not all(result.someone_answered for result in found.values()):
             raise UnreachableError("no DHT peer answered")
-        read = {}
+        read, slices = {}, TimeSlices()
         for key, key_id in ids.items():
+            await slices.pause()
             entries = found[key_id].entries.items()
             read[key] = Entries((subkey, (unpack(each.value), each.expires_at)) for subkey, each in entries)
             read[key].unread = found[key_id].unread

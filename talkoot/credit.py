@@ -14,6 +14,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,6 +29,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError, UnreachableError
 from peer.formatting import printable
 from peer.identity import PeerID
+from peer.loop import TimeSlices
 from peer.parsing import ParseGuard
 from peer.rpc.calls import make_stub, while_open
 from peer.rpc.channels import ChannelPool
@@ -111,13 +113,12 @@ class CreditLedger:
     def __len__(self) -> int:
         return self._count
 
-    def take(self, node: PeerID, given: Iterable[credit_pb2.SignedReceipt]) -> None:
+    async def take(self, node: PeerID, given: Iterable[credit_pb2.SignedReceipt]) -> None:
         """Verifies a node's receipts, and keeps those that are newer than the known ones."""
-        kept = self._nodes.setdefault(node, {})
-        self._nodes.move_to_end(node)
-        known = {counted.digest: trainer for trainer, counted in kept.items()}
-        listed = set[PeerID]()
+        known = {counted.digest: trainer for trainer, counted in self._nodes.get(node, {}).items()}
+        listed, new, slices = set[PeerID](), list[tuple[PeerID, _Counted]](), TimeSlices()
         for signed in given:
+            await slices.pause()
             digest = hashlib.blake2b(signed.SerializeToString(), digest_size=16).digest()
             if digest in known:
                 listed.add(known[digest])
@@ -129,7 +130,11 @@ class CreditLedger:
                 logger.debug("a receipt of node %s does not count: %s", node, error)
                 continue
             listed.add(receipt.trainer)
-            self._keep(kept, receipt.trainer, counted)
+            new.append((receipt.trainer, counted))
+        kept = self._nodes.setdefault(node, {})
+        self._nodes.move_to_end(node)
+        for trainer, counted in new:
+            self._keep(kept, trainer, counted)
         self._trim(kept, listed)
         if not kept:
             del self._nodes[node]
@@ -225,6 +230,7 @@ class CreditReader:
         )
         self._tried = BoundedDict[PeerID, tuple[float, SignedWork | None]](_NODES)
         """When each node was asked last, and what it announced about itself then; None: it did not answer."""
+        self._taking = asyncio.Lock()
         self._revoked: frozenset[int] = frozenset()
 
     @classmethod
@@ -292,5 +298,8 @@ class CreditReader:
             except (ExpertError, UnreachableError, TimeoutError) as error:
                 logger.debug("could not get the receipts of node %s: %s", node.peer_id, error)
                 return
+            # one node's at a time, so that other tasks wait for no more than one slice of this
+            async with self._taking:
+                with suppress(RecordError), self._guard.guarding("receipt", node.peer_id, RecordError):
+                    await self._ledger.take(node.peer_id, receipts)
             self._tried[node.peer_id] = self._clock(), node.signed
-            self._guard.read("receipt", node.peer_id, lambda: self._ledger.take(node.peer_id, receipts))

@@ -34,6 +34,7 @@ from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
+from peer.loop import TimeSlices
 from peer.wire import records_pb2
 
 T = TypeVar("T")
@@ -256,17 +257,14 @@ class SharedExperts(ExpertRegistry):
         replicas: Mapping[UID, Replica] = value.parsed
         return replicas
 
-    def _region(
-        self,
-        prefix: Prefix,
-        keys: Sequence[str],
-        answers: Mapping[str, Entries],
+    async def _region(
+        self, prefix: Prefix, keys: Sequence[str], answers: Mapping[str, Entries], slices: TimeSlices
     ) -> Region:
         answer: Any = answers[keys[0]]
         if len(keys) > 1:
-            return super()._region(prefix, keys, answers)
+            return await super()._region(prefix, keys, answers, slices)
         if answer.region is None:
-            answer.region = super()._region(prefix, keys, answers)
+            answer.region = await super()._region(prefix, keys, answers, slices)
         region: Region = answer.region
         return region
 

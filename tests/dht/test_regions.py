@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loop_holds import holds
 
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
@@ -23,6 +24,7 @@ from peer.identity import PeerID
 from peer.kademlia.lookups import Item
 from peer.kademlia.search import DEFAULT_LIMITS
 from peer.kademlia.validation import MAX_KEY_BYTES
+from peer.loop import TimeSlices
 from peer.wire import records_pb2
 
 SERVING, WITHDRAWN = ReplicaState.SERVING, ReplicaState.WITHDRAWN
@@ -375,7 +377,7 @@ def test_whoever_writes_much_does_not_choose_which_records_are_read(monkeypatch:
         entries = Entries((name, (bytes(MAX_KEY_BYTES // 2), 0.0)) for name in (b"a", b"b", b"c", b"d"))
         key = experts.registry.keys.prefix(*layer)
         for _ in range(100):
-            experts._region(layer, [key], {key: entries})
+            await experts._region(layer, [key], {key: entries}, TimeSlices())
         assert read.keys() == {b"a", b"b", b"c", b"d"}, "two have room"
         assert max(read.values()) < 90
 
@@ -422,10 +424,31 @@ def test_records_that_announce_nothing_any_more_do_not_count_as_hosts_that_were_
                 entries[item.subkey] = item.value, until
         entries.unread = 40
         key = experts.registry.keys.prefix(*layer)
-        region = experts._region(layer, [key], {key: entries})
+        region = await experts._region(layer, [key], {key: entries}, TimeSlices())
         assert (region.hosts, region.unread) == (2, 10)
 
     play(scenario, 8)
+
+
+def test_a_region_that_strangers_filled_does_not_hold_the_loop() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        experts, layer = swarm.peers[0].experts, (0, ())
+        until = experts.registry.now() + 60
+        said = [ReplicaAnnouncement(UID(0, divmod(n, 64)), SERVING) for n in range(MAX_REPLICAS_OF_RECORD)]
+        entries = Entries()
+        for peer in swarm.peers:
+            for item in peer.experts._region_items(layer, said, until, 0).values():
+                entries[item.subkey] = item.value, until
+        key = experts.registry.keys.prefix(*layer)
+
+        async def read() -> None:
+            region = await experts._region(layer, [key], {key: entries}, TimeSlices())
+            assert region.hosts == len(swarm.peers)
+
+        longest_s, whole_s = await holds(read())
+        assert longest_s < whole_s / 3
+
+    play(scenario, 12)
 
 
 def test_who_is_in_a_hurry_waits_for_nothing_below_a_region_that_has_a_host_or_has_not_split(

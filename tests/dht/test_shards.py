@@ -4,8 +4,11 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from loop_holds import holds
 
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedSwarm
@@ -23,7 +26,7 @@ from dht.registry import Registry
 from peer.identity import PeerID
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
-from peer.kademlia.validation import pack
+from peer.kademlia.validation import Entry, pack
 from peer.wire import records_pb2
 
 PEER = PeerID(b"\x12\x20" + bytes(30) + b"\xcd\xab")
@@ -165,3 +168,35 @@ async def listed_in(swarm: SimulatedSwarm, digits: str) -> set[object]:
     found = (await swarm.peers[2].lookups.find([key]))[key]
     now = swarm.peers[2].registry.now()
     return {subkey for subkey, entry in found.entries.items() if entry.expires_at > now}
+
+
+def test_shards_that_strangers_filled_do_not_hold_the_loop(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = FULL // 2 - 1  # so that no child shards are read
+
+    async def scenario() -> None:
+        swarm = await SimulatedSwarm.start(world, 2, 16, Link(rtt_s=0.05), seed=1)
+        registry = swarm.peers[0].registry
+        listed: dict[int, dict[bytes, Entry]] = {}
+        for last in range(256):
+            key = registry.keys.node_shard(f"{last:02x}")
+            subkeys = (b"\x12\x20" + number.to_bytes(31) + bytes([last]) for number in range(count))
+            listed[key_id_of(key)] = dict.fromkeys(subkeys, Entry(pack(key), 2e9))
+
+        async def find(keys: Any, *_: Any, **__: Any) -> Any:
+            search = SimpleNamespace(rounds=1)
+            return {
+                key: SimpleNamespace(entries=listed[key], search=search, someone_answered=True, unread=0)
+                for key in keys
+            }
+
+        monkeypatch.setattr(registry.lookups, "find", find)
+
+        async def read() -> None:
+            assert len(await registry.node_ids()) == 256 * count
+
+        longest_s, whole_s = await holds(read())
+        assert longest_s < whole_s / 3
+
+    world.run_until_complete(scenario())
