@@ -84,7 +84,7 @@ class ManifestRecord:
         if now < max(self.expires_at - _RENEW_AFTER_S, self._looked_at + _LOOK_EVERY_S):
             return False
         self._looked_at = now
-        found = await self._registry.find_founders(self._registry.keys.manifest)
+        found = await self._registry.find_founder_record(self._registry.keys.manifest)
         if found is not None and found.expires_at > self.expires_at:
             self._take(found)
         return True
@@ -138,14 +138,14 @@ class Revocations:
         self._file = file or RecordFile(None)
         self._rng = random.SystemRandom()
         self._newest: FounderRecord | None = None
-        if (saved := registry.read_founders(registry.keys.revocations, self._file.read())) is not None:
+        if (saved := registry.read_founder_record(registry.keys.revocations, self._file.read())) is not None:
             self._take(saved)
 
     async def read(self) -> None:
         """Reads the founder's current list. Raises UnreachableError."""
         if self._admission.mode == "open":
             return
-        if (found := await self._registry.find_founders(self._registry.keys.revocations)) is not None:
+        if (found := await self._registry.find_founder_record(self._registry.keys.revocations)) is not None:
             self._take(found)
 
     async def keep(self) -> None:

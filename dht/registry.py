@@ -195,12 +195,12 @@ class Registry:
         """Stores records that others have signed. A peer that has a later one refuses it, which is no failure."""
         await self._in_time(self.lookups.store(items))
 
-    async def find_founders(self, key: str) -> FounderRecord | None:
+    async def find_founder_record(self, key: str) -> FounderRecord | None:
         """The founder's record under `keys.manifest` or `keys.revocations`."""
         value, _ = (await self.get([key]))[key].get(self.keys.author.to_bytes(), (None, 0.0))
-        return self.read_founders(key, value)
+        return self.read_founder_record(key, value)
 
-    def read_founders(self, key: str, value: object) -> FounderRecord | None:
+    def read_founder_record(self, key: str, value: object) -> FounderRecord | None:
         """The founder's record for that key, from any value; None if it is not that record, or has expired."""
         author = self.keys.author
         message: Message = "manifest" if key == self.keys.manifest else "revocations"
@@ -232,7 +232,7 @@ class Registry:
         await self._publish_self(self._trainers, records_pb2.RecordPayload(trainer=trainer), lifetime_s)
 
     async def _publish_self(
-        self, kind: "_PeerKind[Any]", payload: records_pb2.RecordPayload, lifetime_s: float
+        self, kind: _PeerKind[Any], payload: records_pb2.RecordPayload, lifetime_s: float
     ) -> None:
         me, subkey = self.peer_id, self.peer_id.to_bytes()
         if self._earlier_until is None:
@@ -252,7 +252,7 @@ class Registry:
             self._earlier_until = None  # perhaps holders have a later record that nobody returned in time
             raise
 
-    async def _own_shard(self, kind: "_PeerKind[Any]") -> str:
+    async def _own_shard(self, kind: _PeerKind[Any]) -> str:
         """The shard in which this peer should be listed, according to a recent check."""
         shard, until = self._own_shards.get(kind.message, ("", 0.0))
         if self.now() >= until:
@@ -277,7 +277,7 @@ class Registry:
         return await self._infos(self._trainers, peer_ids, DEFAULT_LIMITS, with_left=with_left)
 
     async def _infos(
-        self, kind: "_PeerKind[Info]", peer_ids: Collection[PeerID], limits: SearchLimits, *, with_left: bool
+        self, kind: _PeerKind[Info], peer_ids: Collection[PeerID], limits: SearchLimits, *, with_left: bool
     ) -> dict[PeerID, Info]:
         keys = {kind.record_key(peer_id): peer_id for peer_id in peer_ids}
         found = await self.get(list(keys), limits)
@@ -292,7 +292,7 @@ class Registry:
                 infos[peer_id] = info
         return infos
 
-    def _info(self, kind: "_PeerKind[Info]", value: object, key: str, peer_id: PeerID) -> Info | None:
+    def _info(self, kind: _PeerKind[Info], value: object, key: str, peer_id: PeerID) -> Info | None:
         return kind.read(self.unseal(value, key, peer_id), peer_id)
 
     def why_out(self, peer_id: PeerID) -> str:
@@ -331,7 +331,7 @@ class Registry:
         """The peers listed in the trainer shards; at most `most` of them, drawn at random."""
         return await self._ids(self._trainers, most)
 
-    async def _ids(self, kind: "_PeerKind[Any]", most: int) -> frozenset[PeerID]:
+    async def _ids(self, kind: _PeerKind[Any], most: int) -> frozenset[PeerID]:
         listed: set[PeerID] = set()
         shards: Sequence[str] = first_shards(kind.fewest_digits)
         while shards and len(listed) < most:
@@ -367,7 +367,7 @@ class Registry:
         return frozenset(found), round(about)
 
     async def _listed(
-        self, kind: "_PeerKind[Any]", shards: Iterable[str], limits: SearchLimits = DEFAULT_LIMITS
+        self, kind: _PeerKind[Any], shards: Iterable[str], limits: SearchLimits = DEFAULT_LIMITS
     ) -> dict[str, set[PeerID]]:
         """The peers that are listed in each shard, and belong there."""
         keys = {kind.shard_key(digits): digits for digits in shards}

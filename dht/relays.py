@@ -76,7 +76,7 @@ class RelayKeeper:
         """Nodes that others reach directly, in random order, and then nodes that don't know whether they are. A swarm's
         only node can't know, because nobody can test it.
         """
-        nodes = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
+        nodes = await sample_nodes(self._swarm.host, self._swarm.registry, self._rng)
         return [
             node
             for kind in (Reachability.DIRECT, Reachability.UNKNOWN)
@@ -132,8 +132,8 @@ class RelayBackoff:
         return True
 
 
-async def some_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:
-    """Some other nodes, in random order; none if the DHT does not answer."""
+async def sample_nodes(host: Host, registry: Registry, rng: random.Random) -> list[NodeInfo]:
+    """Some nodes that this peer knows, drawn at random; none if the DHT does not answer."""
     peers = sorted(host.peers(), key=lambda peer: peer.to_bytes())
     sample = rng.sample(peers, min(_SAMPLED, len(peers)))
     try:

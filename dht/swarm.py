@@ -414,14 +414,14 @@ async def _look_for_manifest(registry: Registry, looks: int) -> FounderRecord | 
         if look:
             await asyncio.sleep(_RETRY_S)
         with contextlib.suppress(UnreachableError):
-            if (found := await registry.find_founders(registry.keys.manifest)) is not None:
+            if (found := await registry.find_founder_record(registry.keys.manifest)) is not None:
                 return found
     return None
 
 
 def _saved(registry: Registry, file: RecordFile) -> FounderRecord | None:
     """The record on disk, unless it has expired or is from a release with another protocol version."""
-    record = registry.read_founders(registry.keys.manifest, file.read())
+    record = registry.read_founder_record(registry.keys.manifest, file.read())
     try:
         if record is not None:
             _manifest_in(record)

@@ -14,7 +14,7 @@ from operator import itemgetter
 from prometheus_client import CollectorRegistry, Gauge
 
 from dht.announcements import NodeInfo, Reachability
-from dht.relays import RelayKeeper, some_nodes
+from dht.relays import RelayKeeper, sample_nodes
 from dht.swarm import Stage, Swarm
 from expert_server.probe import DialledBack, call_dial_back
 from expert_server.settings import NodeSettings
@@ -305,7 +305,7 @@ class ReachabilityMonitor:
         )
 
     async def _dials(self) -> Sequence[DialledBack]:
-        some = await some_nodes(self._swarm.host, self._swarm.registry, self._rng)
+        some = await sample_nodes(self._swarm.host, self._swarm.registry, self._rng)
         pool = ChannelPool(dialling=self._swarm.host.dialling)
         dials: list[DialledBack] = []
 

@@ -8,7 +8,7 @@ import hashlib
 import math
 import random
 from bisect import bisect_right
-from collections import Counter as Multiset
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -56,8 +56,7 @@ many more nodes than rows, nodes take turns, so that not all of them read the sa
 """
 CROWDED = 2
 """An expert is crowded if it has more than this many times the replicas of another, which then gets one more."""
-_NONE_UNREAD: Mapping[UID, int] = MappingProxyType({})
-_NO_CHECKPOINTS: Mapping[UID, int] = MappingProxyType({})
+_NO_COUNTS: Mapping[UID, int] = MappingProxyType({})
 
 
 def preference(uid: UID, peer_id: PeerID) -> bytes:
@@ -91,7 +90,7 @@ def rank_vacancies(
     vacancies: Collection[UID],
     room: int,
     peer_id: PeerID,
-    checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
+    checkpoints: Mapping[UID, int] = _NO_COUNTS,
 ) -> list[UID]:
     """At most `room` of the vacancies: first those with the most updates in this peer's checkpoints, then those that it
     prefers.
@@ -108,7 +107,7 @@ def under_replicated(
     room: int,
     peer_id: PeerID,
     enough: int,
-    checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
+    checkpoints: Mapping[UID, int] = _NO_COUNTS,
 ) -> list[UID]:
     """At most `room` of the experts with fewer than `enough` replicas, those with the fewest first. Among these, the
     ones come first of which this peer's checkpoint has the most updates that all hosts lack: while it was away, others
@@ -137,7 +136,7 @@ def further_replica(
     replicas: Mapping[UID, Collection[Replica]],
     mine: Collection[UID],
     peer_id: PeerID,
-    unread: Mapping[UID, int] = _NONE_UNREAD,
+    unread: Mapping[UID, int] = _NO_COUNTS,
     most: int = MOST_REPLICAS,
 ) -> UID | None:
     """An expert that already has enough replicas, and that a peer with room should host too; None if there is nothing
@@ -274,7 +273,7 @@ def assign_orphans(uids: Collection[UID], rooms: Mapping[PeerID, int]) -> dict[U
 
     Claiming more room gains a peer nothing. Experts for which no peer has room are left out.
     """
-    given_to: Multiset[PeerID] = Multiset()
+    given_to = Counter[PeerID]()
     found = {}
     for uid in uids:
         able = [peer_id for peer_id, room in rooms.items() if given_to[peer_id] < room]
@@ -291,7 +290,7 @@ def lost_claims(
     claims: Collection[UID],
     replicas: Mapping[UID, Sequence[Replica]],
     peer_id: PeerID,
-    checkpoints: Mapping[UID, int] = _NO_CHECKPOINTS,
+    checkpoints: Mapping[UID, int] = _NO_COUNTS,
     enough: int = 1,
 ) -> list[UID]:
     """The claims of this peer that it must give up, because `enough` others come first.
@@ -332,7 +331,7 @@ def exchange(
     mine: Collection[UID],
     peer_id: PeerID,
     enough: int,
-    unread: Mapping[UID, int] = _NONE_UNREAD,
+    unread: Mapping[UID, int] = _NO_COUNTS,
 ) -> Exchange | None:
     """The exchange that helps most, or None if none is worth it.
 

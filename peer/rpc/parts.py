@@ -30,7 +30,7 @@ _LIMIT_S = 600.0
 _FAIR_BYTES_PER_S, _FAIR_S = 125_000, 10.0
 """If a peer is slower than this rate, plus this delay, the next peer is asked in parallel."""
 _AT_ONCE = 2
-"""How many peers are downloaded from in parallel for one part. The slower one is cancelled when a third is asked."""
+"""How many peers are downloaded from in parallel for one part. The earlier one ends when a third is asked."""
 _MOST_PEERS = 8
 """Peers that are asked for one part."""
 _REMEMBERED = 1024

@@ -50,11 +50,11 @@ class Records:
                 records.signed += 1
                 return signed(records.signed, expires_at)
 
-            async def find_founders(self, key: str) -> FounderRecord | None:
+            async def find_founder_record(self, key: str) -> FounderRecord | None:
                 records.looks += 1
                 return records.held if records.held.expires_at > records.now else None
 
-            def read_founders(self, key: str, value: object) -> None:
+            def read_founder_record(self, key: str, value: object) -> None:
                 assert value is None, "nothing is on disk"
 
             async def republish(self, record: FounderRecord) -> None:

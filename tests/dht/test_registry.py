@@ -428,7 +428,7 @@ def test_a_manifest_is_found_and_outlives_a_republication(swarm: Swarm) -> None:
         author = swarm.registry(0)
         record = author.sign_manifest(MANIFEST.to_json(), until)
         await swarm.registry(1).republish(record)
-        found = await swarm.registry(2).find_founders(swarm.keys.manifest)
+        found = await swarm.registry(2).find_founder_record(swarm.keys.manifest)
         assert found == record
         assert Manifest.from_json(found.payload.manifest_json) == MANIFEST
 
@@ -448,9 +448,9 @@ def test_two_authors_of_one_name_do_not_see_each_other(swarm: Swarm) -> None:
             records.append(author.sign_manifest(text, until))
             await author.republish(records[-1])
         reader = swarm.registry(2)
-        assert await reader.find_founders(reader.keys.manifest) == records[0]
-        assert await rival.find_founders(rival.keys.manifest) == records[1]
-        assert reader.read_founders(reader.keys.manifest, records[1].data) is None
+        assert await reader.find_founder_record(reader.keys.manifest) == records[0]
+        assert await rival.find_founder_record(rival.keys.manifest) == records[1]
+        assert reader.read_founder_record(reader.keys.manifest, records[1].data) is None
 
     swarm.run(scenario())
 

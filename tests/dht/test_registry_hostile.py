@@ -179,7 +179,7 @@ def test_a_manifest_under_a_foreign_subkey_is_not_stored(swarm: Swarm) -> None:
         )
         forged = sign_record(swarm.hosts[1].identity, payload)
         assert not await swarm.store(1, swarm.keys.manifest, swarm.keys.author.to_bytes(), forged, until)
-        assert await swarm.registry(2).find_founders(swarm.keys.manifest) is None
+        assert await swarm.registry(2).find_founder_record(swarm.keys.manifest) is None
 
     swarm.run(scenario())
 

@@ -151,7 +151,7 @@ def test_one_node_that_answers_does_not_decide_while_others_stall_or_are_dead(
             raise UnreachableError("it is dead")
         return DialledBack(node not in near, "44.1.1.2", "")
 
-    monkeypatch.setattr("expert_server.reachability.some_nodes", some)
+    monkeypatch.setattr("expert_server.reachability.sample_nodes", some)
     monkeypatch.setattr(ReachabilityMonitor, "_ask_to_dial", ask)
     monitor = asyncio.run(after_rounds(1, LonelyHost(identity.peer_id, (PUBLIC,)), "192.168.1.2"))
     assert monitor.status.kind is Reachability.DIRECT

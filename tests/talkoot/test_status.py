@@ -47,7 +47,7 @@ class FakeRegistry:
 
     keys = SwarmKeys("sauna", peer(-1))
 
-    async def find_founders(self, key: str) -> FounderRecord:
+    async def find_founder_record(self, key: str) -> FounderRecord:
         return manifest_record(self.expires_at)
 
     async def prefixes(self, prefixes: Collection[Any], size: int, **_: Any) -> dict[Any, frozenset[int]]:
