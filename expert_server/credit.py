@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter as Multiset
 from collections.abc import Collection, Hashable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import grpc
@@ -26,6 +27,7 @@ from dht.receipts import (
     largest_crowd,
     total_of,
 )
+from dht.records import parse_peer_id
 from peer.bounded import BoundedDict
 from peer.errors import ExpertError, RecordError, WireError
 from peer.files import read_state_file, write_state_file
@@ -45,15 +47,17 @@ receipt for the least work.
 """
 SLACK = 65_536
 """This node accepts receipts for at most twice the work that it remembers. All trainers together may exceed that by
-this many pairs or queries, because a node that was killed has lost the work since its last save.
+this many pairs or queries, because a node that was killed has forgotten what it did since its last save.
 """
 _CALLERS = 4096
 """Callers whose work is remembered."""
+_CALLERS_SAVED = 1024
+"""Of these, the callers whose work is remembered after a crash: those who called last."""
+_MAX_FILE_BYTES = MAX_TRAINERS * (MAX_RECEIPT_BYTES + 8) + _CALLERS_SAVED * 128
 _GIVEN_EVERY_S, _GIVEN_AT_ONCE = 30.0, 4
 """How often a trainer may hand in a receipt, and how many at once after a pause."""
 _LISTS_PER_S, _LISTS_AT_ONCE = 4.0, 16
 _MAX_CALL_S = 10.0
-_SAVE_EVERY_S = 60.0
 _NOTHING = Work()
 
 
@@ -125,6 +129,7 @@ class ReceiptBook:
     def note_served(self, caller: PeerID, work: Work) -> None:
         """Records work done for a caller, which may sign for it from now on."""
         self._served[caller] = self._served.get(caller, Work()) + work
+        self.has_changed = True
 
     def take(self, receipt: Receipt, near: str = "") -> bool:
         """Keeps a receipt if it is newer than its trainer's last one. Returns whether it was kept.
@@ -178,16 +183,25 @@ class ReceiptBook:
         return credit_pb2.ListReply(receipts=(receipt.signed for receipt in some), total=len(self._ordered))
 
     def serialize(self) -> bytes:
-        """All receipts, for `restore`."""
-        return credit_pb2.ListReply(
-            receipts=(receipt.signed for receipt in self._receipts.values())
+        """All receipts, and the work for which there is none yet, for `restore`."""
+        last = islice(reversed(self._served.items()), _CALLERS_SAVED)
+        return credit_pb2.SavedReceipts(
+            receipts=(receipt.signed for receipt in self._receipts.values()),
+            unsigned=(
+                credit_pb2.Unsigned(caller=caller.to_bytes(), work=work.capped().message())
+                for caller, work in [*last][::-1]
+                if work != _NOTHING
+            ),
         ).SerializeToString()
 
     def restore(self, data: bytes) -> int:
-        """Restores saved receipts, and returns how many there are. Raises RecordError if any is wrong."""
+        """Restores what was saved, and returns how many receipts there are. Raises RecordError if anything is wrong."""
         try:
-            saved = credit_pb2.ListReply.FromString(data)
-        except DecodeError as error:
+            saved = credit_pb2.SavedReceipts.FromString(data)
+            unsigned = {
+                parse_peer_id(each.caller): Work.of(each.work) for each in saved.unsigned[:_CALLERS_SAVED]
+            }
+        except (DecodeError, WireError) as error:
             raise RecordError("it can't be parsed") from error
         revoked = []
         for signed in saved.receipts[: self._most]:
@@ -199,6 +213,7 @@ class ReceiptBook:
                 signer = None
             self._keep(receipt, signer)
         self._leave_out(trainer for trainer in revoked if trainer in self._receipts)
+        self._served.update(unsigned)
         self.has_changed = False
         return len(self._receipts)
 
@@ -230,9 +245,8 @@ class ReceiptFile:
 
         `done`: the node's own count of its work.
         """
-        most_bytes = MAX_TRAINERS * (MAX_RECEIPT_BYTES + 8)
         saved = await asyncio.to_thread(
-            read_state_file, self._path, most_bytes, self._book.restore, "trainers must sign again"
+            read_state_file, self._path, _MAX_FILE_BYTES, self._book.restore, "trainers must sign again"
         )
         if saved is None:
             self._book.forgotten = done
@@ -246,10 +260,10 @@ class ReceiptFile:
             ):
                 self._book.has_changed = True
 
-    async def keep_saved(self) -> None:
+    async def save_every(self, seconds: float) -> None:
         """Saves until cancelled."""
         while True:
-            await asyncio.sleep(_SAVE_EVERY_S)
+            await asyncio.sleep(seconds)
             await self.save()
 
 

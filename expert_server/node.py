@@ -73,8 +73,8 @@ _CALLS_GRACE_S = 1.0
 """How long a stopping node lets calls finish."""
 _LATELY_S = 60.0
 """A trainer that has sent gradients within this time counts as using the node now."""
-_ACCOUNT_EVERY_S = 60.0
-"""Time between two saves of the contribution."""
+_ACCOUNTS_EVERY_S = 15.0
+"""How often the node saves what it has done. It forgets that much if it is killed."""
 
 
 @dataclass(frozen=True)
@@ -348,8 +348,8 @@ class Node:
             "follow memories": self._follow_memories,
             "watch when to pause": self._watch_pauses,
             "hear of the swarm": self._hear_news,
-            "save the contribution": partial(self._account.save_every, _ACCOUNT_EVERY_S, self._contribution),
-            "save receipts": self._receipt_file.keep_saved,
+            "save the contribution": partial(self._account.save_every, _ACCOUNTS_EVERY_S, self._contribution),
+            "save receipts": partial(self._receipt_file.save_every, _ACCOUNTS_EVERY_S),
         }
         if every_s:
             tasks["save checkpoints"] = partial(self.replicas.checkpoints.save_every, every_s)

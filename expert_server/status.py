@@ -143,7 +143,7 @@ class ContributionAccount:
         """The contribution of all runs. `rows`, `updates`: how many there were in this run.
 
         `signed_rows`: the rows that callers have signed for. A node that was killed has lost its own count of its last
-        minute, for which callers sign later.
+        seconds, for which callers sign later.
         """
         before = self._before
         return Contribution(

@@ -78,3 +78,19 @@ class SignedWork(_message.Message):
     work: Work
     trainers: int
     def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., trainers: _Optional[int] = ...) -> None: ...
+
+class SavedReceipts(_message.Message):
+    __slots__ = ("receipts", "unsigned")
+    RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    UNSIGNED_FIELD_NUMBER: _ClassVar[int]
+    receipts: _containers.RepeatedCompositeFieldContainer[SignedReceipt]
+    unsigned: _containers.RepeatedCompositeFieldContainer[Unsigned]
+    def __init__(self, receipts: _Optional[_Iterable[_Union[SignedReceipt, _Mapping]]] = ..., unsigned: _Optional[_Iterable[_Union[Unsigned, _Mapping]]] = ...) -> None: ...
+
+class Unsigned(_message.Message):
+    __slots__ = ("caller", "work")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    caller: bytes
+    work: Work
+    def __init__(self, caller: _Optional[bytes] = ..., work: _Optional[_Union[Work, _Mapping]] = ...) -> None: ...

@@ -93,6 +93,41 @@ def test_a_node_that_lost_its_receipts_takes_all_that_it_had_done_anew(
         kept.take(receipt(1, Work(pairs=10**9 + 1)))
 
 
+def test_a_node_that_was_killed_remembers_what_it_had_done_when_it_last_saved(
+    loop: LoopThread, tmp_path: Path
+) -> None:
+    path, before = tmp_path / "receipts", book()
+    before.note_served(peer(1), Work(pairs=1000))
+    loop.run(ReceiptFile(path, before).save(), 120)
+    after = book()
+    loop.run(ReceiptFile(path, after).open(), 120)
+    after.note_served(peer(99), Work())
+    after.take(receipt(99, Work(pairs=SLACK)))  # uses up the slack of this run
+    with pytest.raises(ExpertError, match="more pairs"):
+        after.take(receipt(1, Work(pairs=2001)))
+    assert after.take(receipt(1, Work(pairs=2000)))
+
+
+def test_what_is_not_signed_yet_fits_into_the_file(loop: LoopThread, tmp_path: Path) -> None:
+    path, before = tmp_path / "receipts", book()
+    for number in range(2000):
+        before.note_served(peer(number), MUCH)
+    loop.run(ReceiptFile(path, before).save(), 120)
+    after = book()
+    loop.run(ReceiptFile(path, after).open(), 120)
+    after.require_served(peer(1999))
+    with pytest.raises(ExpertError, match="have not called"):
+        after.require_served(peer(0))
+
+
+@pytest.mark.parametrize("caller", [b"", b"nobody", bytes(34)])
+def test_a_file_that_names_somebody_who_cannot_be_is_broken(caller: bytes) -> None:
+    with pytest.raises(RecordError, match="parsed"):
+        book().restore(
+            credit_pb2.SavedReceipts(unsigned=[credit_pb2.Unsigned(caller=caller)]).SerializeToString()
+        )
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1000), st.integers(0, 10**6)), max_size=20))
 def test_nobody_signs_for_more_than_twice_what_was_done(steps: list[tuple[int, int, int]]) -> None:
     """This holds whatever they claim, however often, and with however many keys."""
