@@ -126,7 +126,9 @@ class SwarmNews:
 
     def _still_used(self) -> str:
         users = self._trainers_here()
-        return f"{counted(users, 'trainer')} used yours in the last minute" if users else "yours goes on"
+        return (
+            f"{counted(users, 'trainer')} used this node in the last minute" if users else "this node goes on"
+        )
 
 
 def _serving(seen: Mapping[UID, tuple[Replica, ...]]) -> frozenset[PeerID]:

@@ -368,7 +368,9 @@ class HostingManager:
             if taken := await self._take(wanted, count + 1, replicas):
                 self.adopted.inc(len(taken))
                 logger.info(
-                    "adopted %s of %s, which leaves or pauses", counted(len(taken), "expert"), leaving
+                    "adopted %s of node %s, which leaves or pauses",
+                    counted(len(taken), "expert"),
+                    leaving.to_base58()[-8:],
                 )
 
     async def _offered_by(self, leaving: PeerID, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
@@ -459,7 +461,7 @@ class HostingManager:
         if taken := await self._take(wanted):
             self.adopted.inc(len(taken))
             restarted = sum(uid in gains for uid in taken)
-            kinds = (len(taken) - restarted, "nobody hosted"), (restarted, "others had restarted")
+            kinds = (len(taken) - restarted, "nobody hosted"), (restarted, "others had started anew")
             said = [f"{counted(count, 'expert')} that {why}" for count, why in kinds if count]
             logger.info("adopted %s", " and ".join(said))
 

@@ -172,7 +172,7 @@ async def _given(
         try:
             checkpoint = await fetch(node)
         except TransferError as error:
-            logger.warning("%s", error)
+            logger.info("%s", error)
             if error.answered:
                 silent.discard(node.peer_id)
             return None

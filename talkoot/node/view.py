@@ -222,7 +222,7 @@ def signed_in_words(status: NodeStatus) -> str:
     """The part of all runs' work that trainers and other callers have signed for."""
     callers = status.signed.trainers
     if not callers:
-        return "no receipt for its work has arrived yet"
+        return "so far, no receipt counts for that"
     have = "has" if callers == 1 else "have"
     return f"of that, {counted(callers, 'caller', ',')} {have} signed for {status.signed.in_words} so far"
 

@@ -185,10 +185,10 @@ def _log_step(values: Values) -> None:
 
 
 def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    return (
-        f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes // 60} h"
-    )
+    minutes, rest = divmod(round(seconds), 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _means_about(losses: "np.ndarray[Any, np.dtype[np.float64]]", width: int) -> Any:

@@ -56,9 +56,9 @@ def news_of(records: Records, seen: dict[UID, tuple[Replica, ...]], users: int) 
 @pytest.mark.parametrize(
     ("users", "said"),
     [
-        (0, "yours goes on"),
-        (1, "1 trainer used yours in the last minute"),
-        (2, "2 trainers used yours in the last minute"),
+        (0, "this node goes on"),
+        (1, "1 trainer used this node in the last minute"),
+        (2, "2 trainers used this node in the last minute"),
     ],
 )
 def test_a_host_that_dies_is_named_with_who_still_uses_this_node(
@@ -93,7 +93,7 @@ def test_a_host_that_dies_is_called_by_its_name(caplog: pytest.LogCaptureFixture
         await news.look()
 
     asyncio.run(looks())
-    assert caplog.messages == [f"node Benno ({peer(1).to_base58()[-8:]}) has gone; yours goes on"]
+    assert caplog.messages == [f"node Benno ({peer(1).to_base58()[-8:]}) has gone; this node goes on"]
 
 
 def test_a_host_that_the_swarm_no_longer_admits_is_named_with_the_reason(
@@ -111,7 +111,7 @@ def test_a_host_that_the_swarm_no_longer_admits_is_named_with_the_reason(
     asyncio.run(looks())
     names = [peer(number).to_base58()[-8:] for number in (1, 2)]
     assert sorted(caplog.messages) == sorted(
-        f"node {name}, whose invite {what}, has left; 1 trainer used yours in the last minute"
+        f"node {name}, whose invite {what}, has left; 1 trainer used this node in the last minute"
         for name, what in zip(names, ("was revoked", "has expired"), strict=True)
     )
 

@@ -22,6 +22,7 @@ from peer.errors import DataError, StartError
 from peer.formatting import age_in_words
 from peer.identity import Identity, certificate_pem
 from peer.loop import LoopThread
+from peer.platform.processes import usable_cores
 from peer.rates import Bandwidth
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.server import server_credentials
@@ -31,6 +32,7 @@ from peer.wire import probe_pb2_grpc
 from talkoot.doctor import checks
 from talkoot.doctor.checks import (
     Finding,
+    NodeHere,
     Verdict,
     ask_peers,
     check_cores,
@@ -310,6 +312,19 @@ def test_memory_says_how_many_experts_fit(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_cores_are_counted() -> None:
     assert int(check_cores().values["cores"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("load", "without_node", "beside_node"),
+    [(0.5, Verdict.OK, Verdict.OK), (1.0, Verdict.WEAK, Verdict.OK), (4.0, Verdict.WEAK, Verdict.WEAK)],
+)
+def test_a_node_of_ones_own_explains_busy_cores_but_not_any_load(
+    load: float, without_node: Verdict, beside_node: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load`: of each core."""
+    monkeypatch.setattr("talkoot.doctor.checks.machine.load", lambda: load * usable_cores())
+    assert check_cores().verdict is without_node
+    assert check_cores(NodeHere(runs=True)).verdict is beside_node
 
 
 def test_disk_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -314,7 +314,7 @@ def test_a_line_for_the_log_says_the_same() -> None:
 @pytest.mark.parametrize(
     ("signed", "said"),
     [
-        (SignedWork(), "no receipt for its work has arrived yet"),
+        (SignedWork(), "so far, no receipt counts for that"),
         (SignedWork(Work(pairs=1), 1), "of that, 1 caller has signed for 1 row so far"),
         (SignedWork(Work(queries=1), 1), "of that, 1 caller has signed for 0 rows and 1 query so far"),
         (

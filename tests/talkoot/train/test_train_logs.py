@@ -237,6 +237,8 @@ def test_the_summary_is_in_words() -> None:
     lines = list(summary_lines(stopped))
     assert lines[0] == "stopped after 1 step (151 in all) in 90 s at 4,096 tokens/s"
     assert lines[4].startswith("calls that failed: none")
+    for seconds, said in ((184.4, "3 min 04 s"), (7259.0, "2 h 00 min")):
+        assert f" in {said} at " in next(iter(summary_lines(SUMMARY | {"seconds": seconds})))
     for without, said in (
         (200, "1,000 of 1,200 look-ups"),
         (1200, "0 of 1,200 look-ups: a model gets none of the"),
