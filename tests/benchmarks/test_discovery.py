@@ -1,10 +1,13 @@
 """The discovery benchmark at a small scale: its measurements are right, and depend only on the seed."""
 
+import asyncio
+import itertools
 import random
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, SimulatedSwarm, grid_of
 from peer.kademlia.lookups import Lookups
 from peer.kademlia.routing import key_id_of
+from peer.loop import TimeSlices
 
 NODES = 20
 
@@ -30,6 +34,27 @@ def simulate(seed: int, nodes: int) -> dict[str, Any]:
             return result | {"traffic": asdict(swarm.network.traffic), "time": loop.time()}
 
         return loop.run_until_complete(run())
+
+
+def test_tasks_run_in_an_order_that_does_not_depend_on_how_long_their_work_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr("peer.loop.time.perf_counter", lambda: float(next(seconds)))
+    ran = list[str]()
+
+    async def work(name: str) -> None:
+        slices = TimeSlices()
+        for _ in range(3):
+            await slices.pause()
+            ran.append(name)
+
+    async def both() -> None:
+        await asyncio.gather(work("a"), work("b"))
+
+    with simulated_world() as loop:
+        loop.run_until_complete(both())
+    assert "".join(ran) == "aaabbb"
 
 
 def test_a_small_swarm_is_found_whole_and_the_same_seed_gives_the_same_figures() -> None:

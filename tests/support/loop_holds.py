@@ -5,20 +5,29 @@ import gc
 import time
 from collections.abc import Coroutine
 from typing import Any
+from unittest.mock import patch
+
+from peer import loop
+
+_SLICE_S = loop._SLICE_S
 
 
 async def holds(work: Coroutine[Any, Any, None]) -> tuple[float, float]:
-    """Runs a work that waits for nobody. Returns the longest time for which it held the loop, and its whole time."""
+    """Runs a work that waits for nobody. Returns the longest time for which it held the loop, and its whole time.
+
+    Time slices are as long as outside of simulations, even in one.
+    """
     gc.collect()
     gc.disable()  # a collection takes longer, the more the other tests left
     try:
-        task, longest_s = asyncio.create_task(work), 0.0
-        began = last = time.thread_time()
-        while not task.done():
-            await asyncio.sleep(0)
-            now = time.thread_time()
-            longest_s, last = max(longest_s, now - last), now
-        await task
+        with patch("peer.loop._SLICE_S", _SLICE_S):
+            task, longest_s = asyncio.create_task(work), 0.0
+            began = last = time.thread_time()
+            while not task.done():
+                await asyncio.sleep(0)
+                now = time.thread_time()
+                longest_s, last = max(longest_s, now - last), now
+            await task
         return longest_s, last - began
     finally:
         gc.enable()
