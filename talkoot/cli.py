@@ -212,7 +212,10 @@ def train(
     config: Config = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue from the newest checkpoint, with its settings and data."),
+        typer.Option(
+            "--resume",
+            help="Continue from the newest checkpoint, with its data and what decides how it learns.",
+        ),
     ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the summary to a file, as JSON.")

@@ -177,7 +177,7 @@ def _share(status: NodeStatus) -> str:
     hosted = f"{status.experts:,} of the swarm's {status.swarm_experts:,} ({of_all:.0%})"
     if status.capacity <= status.experts:
         return hosted if status.capacity else f"{hosted}: it takes none"
-    return f"{hosted}, room for {status.capacity - status.experts:,} more"
+    return f"{hosted}, and may adopt {status.capacity - status.experts:,} more"
 
 
 def _moved(status: NodeStatus) -> str:

@@ -99,7 +99,7 @@ def run_train(
     if terminal.json:
         terminal.event("summary", values)
     else:
-        for text in (*summary_lines(values), *next_commands(values, join, settings)):
+        for text in (*summary_lines(values), *next_commands(values, join, settings, json_file)):
             terminal.line(text)
     if json_file is not None:
         write_json(json_file, values)
@@ -146,9 +146,11 @@ def _train(
         client.close()
 
 
-def next_commands(values: Mapping[str, Any], join: str | None, settings: TrainerSettings) -> list[str]:
+def next_commands(
+    values: Mapping[str, Any], join: str | None, settings: TrainerSettings, json_file: Path | None = None
+) -> list[str]:
     """What to do with the trained model. An invite that was given as text is not shown, because it may contain a
-    secret.
+    secret. `json_file`: where the summary was written.
     """
     if values["checkpoint"] is None:
         return []
@@ -157,6 +159,9 @@ def next_commands(values: Mapping[str, Any], join: str | None, settings: Trainer
     for name, path in (("--state", settings.state), ("--checkpoint", settings.checkpoint)):
         options += option_text(name, path)
     more = "" if values["stopped"] else f" --steps {2 * values['steps']}"
+    written = ("--log", settings.log), ("--tensorboard", settings.tensorboard), ("--plot", settings.plot)
+    for name, path in (*written, ("--json", json_file)):  # checkpoints leave these out
+        more += option_text(name, path)
     return [
         f"next: talkoot generate {options} --prompt 'Once upon a time'",
         f"  or: talkoot train {options} --resume{more}",

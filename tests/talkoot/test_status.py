@@ -157,16 +157,25 @@ def test_status_shows_nodes_trainers_and_experts() -> None:
     assert "?" in shown  # of tokens/s, which were not measured
 
 
+def test_status_shows_no_speed_of_a_trainer_that_has_ended() -> None:
+    ended = reading(left_trainers={peer(5): trainer(5, tokens_per_s=4321.0, left=True)})
+    assert "4321" not in status_text(ended)
+    assert ended.to_dict()["trainers"][0]["tokens_per_s"] is None
+
+
 def test_status_shows_what_was_computed_and_what_was_signed_beside_each_other() -> None:
     said = SignedWork(Work(pairs=1234), 3)
     nodes = {
-        peer(number): node(number, name=name, contributed_rows=98_765, signed=said)
+        peer(number): node(
+            number, name=name, updates=77, contributed_updates=5_432, contributed_rows=98_765, signed=said
+        )
         for number, name in enumerate(("read", "unread"))
     }
     credit = Credit(Work(pairs=1200, updates=30, checks_passed=7), 2, (), None)
     seen = reading(nodes=nodes, credit={peer(0): credit})
     shown = status_text(seen)
     assert "98,765" in shown
+    assert "5,432" in shown  # of all runs, like the rows
     assert "1,200 by 2" in shown
     assert "1,234" not in shown  # its own word
     read, unread = seen.to_dict()["nodes"]

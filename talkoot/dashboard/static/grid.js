@@ -23,7 +23,7 @@ const EDGE = 8;
 const REST_MS_PER_EXPERT = 0.1; // 65,536 experts are half a megabyte of JSON
 const LISTED = 12; // layers as buttons; more become a list to choose from
 const HELP =
-  "Nodes with room add missing replicas within minutes. If they don't, the swarm needs more volunteers, or nodes with a larger --experts.";
+  "Nodes that host fewer experts than their --experts add missing replicas within minutes; the rest of their room is for experts whose hosts disappear. If replicas stay missing, the swarm needs more volunteers, or nodes with a larger --experts.";
 
 const MEASURES = {
   replicas: {

@@ -130,7 +130,7 @@ def test_a_glance_tells_what_a_node_does_and_gave() -> None:
         "trained   11 experts with 1,234 updates",
         "computed  54,120 rows for 3 trainers; 412 rows/s now, 512 rows waiting",
         "model     validation loss 3.215; 4.100 when this node first looked",
-        "experts   12 of the swarm's 32 (38%), room for 6 more",
+        "experts   12 of the swarm's 32 (38%), and may adopt 6 more",
         "up 1.2 of 8 Mbit/s   down 0.8 Mbit/s",
         "34% busy, 2 threads",
         "600 MB of 2 GB",

@@ -257,6 +257,9 @@ def test_the_next_command_is_told_and_shows_no_secret(tmp_path: Path) -> None:
     ]
     stopped = next_commands(SUMMARY | {"stopped": True}, "talkoot2secret", TrainerSettings())
     assert stopped[1] == "  or: talkoot train --join INVITE --resume"
+    files = TrainerSettings.load(log=Path("log.jsonl"), plot=Path("my loss.png"))
+    _, resume = next_commands(SUMMARY | {"stopped": True}, None, files, Path("run.json"))
+    assert resume.endswith(" --resume --log log.jsonl --plot 'my loss.png' --json run.json")
     assert next_commands(SUMMARY | {"checkpoint": None}, None, TrainerSettings()) == []
 
 
