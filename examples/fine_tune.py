@@ -9,8 +9,13 @@ text that the swarm's model has not been trained on, the loss falls on the held-
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
+
+# torch's threads must not spin while they wait: if other programs use the cores, a small model is many times
+# slower. OpenMP reads this when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import Tensor, nn

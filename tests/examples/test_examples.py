@@ -84,11 +84,12 @@ model, batches = Model(), [(torch.ones(4, 16, 8), torch.ones(4, 16, 1))] * 8
 
 
 TWICE = """
-import runpy, sys
+import os, runpy, sys
 _, program, text, *models = sys.argv
 for model in models:
     sys.argv = [program, model, text, "--out", models[-1], "--steps", "50", "--learning-rate", "3e-3"]
     runpy.run_path(program, run_name="__main__")
+print("idle threads:", os.environ["OMP_WAIT_POLICY"])
 """
 """Runs the program twice in one process, since loading `transformers` takes seconds."""
 
@@ -234,3 +235,4 @@ def test_an_exported_model_is_trained_on_with_ones_own_text(tmp_path: Path) -> N
     assert float(last) < float(after) < 0.8 * float(before)
     assert again == after, "what was saved is what was learned"
     assert ModelFolder.open(tmp_path / "mine").live == set(manifest.uids())
+    assert "idle threads: passive" in ended.stdout
