@@ -32,6 +32,8 @@ _WORST_LOSS = 100.0
 """The largest plausible loss, in nats per token."""
 _SYNTAX = re.compile(r"([\\`*_{}\[\]()#+\-.!|~])")
 _USE = """\
+With `pip install torch transformers`, run this in the model's folder:
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

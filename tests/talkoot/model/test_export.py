@@ -115,6 +115,7 @@ def test_a_folder_has_the_experts_of_the_nodes_and_the_dense_part_of_a_run(
     assert "sauna talk" in card
     assert "on its trainer's text, measured after step 2 |" in card
     assert "a smear over that time" in card
+    assert card.index("pip install torch transformers") < card.index("from transformers import")
     sources = json.loads((out / "replicas.json").read_text())
     assert sources.keys() == {str(uid) for uid in MANIFEST.uids()}
     experts = founder.node.runtime.experts
