@@ -692,7 +692,7 @@ def _node_options(context: typer.Context) -> dict[str, Any]:
     from expert_server.settings import NodeSettings
 
     node_command = cast(TyperGroup, context.find_root().command).commands["node"]
-    parsed = node_command.make_context("talkoot node", list(context.args))
+    parsed = node_command.make_context(context.command_path, list(context.args))
     values = parsed.params | given_settings(parsed, NodeSettings)
     given: dict[str, Any] = {}
     for parameter in node_command.get_params(parsed):
