@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dht.manifest import LEAST_CONTEXT, ModelSpec
+from dht.manifest import LEAST_CONTEXT
 from peer.errors import DataError, StartError
 from trainer_client.data.sources import read_text
 from trainer_client.data.tokenizer import BYTES, Tokenizer, Tokens, digest
@@ -103,12 +103,12 @@ def require_length(tokens: Tokens, context: int | None, token_bytes: Sequence[by
     length = (LEAST_CONTEXT if context is None else context) + 1
     if len(tokens) < 2 * length:
         unit = "bytes" if token_bytes is None or len(token_bytes) <= BYTES else "tokens"
-        usual = ModelSpec().context
-        sees = f"the usual context of {usual}" if context is None else f"a context of {context}"
-        needs = 2 * ((context or usual) + 1)
-        raise DataError(
-            f"the text has {len(tokens)} {unit}, but a model with {sees} needs {needs} or more: give a longer text"
+        needs = (
+            "a model needs twice its context and 2 more"
+            if context is None
+            else f"a model with a context of {context} needs {2 * length} or more"
         )
+        raise DataError(f"the text has {len(tokens)} {unit}, but {needs}: give a longer text")
     return length
 
 

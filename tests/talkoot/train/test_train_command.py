@@ -477,7 +477,7 @@ BAD_TEXT: dict[str, tuple[str, bytes, str]] = {
     "too short for any model": (
         "x.txt",
         b"Moi!",
-        "the text has 4 bytes, but a model with the usual context of 128 needs 258 or more: give",
+        "the text has 4 bytes, but a model needs twice its context and 2 more: give a longer text",
     ),
     "a wrong field": (
         "x.jsonl",
