@@ -240,7 +240,8 @@ def revoke_passages(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="Revoke all passages that contain this in their text or title; upper and lower case are the same.",
+            help="Revoke all passages that contain this exact phrase in their text or title. Upper and lower case are "
+            "the same; a line break is a space.",
         ),
     ] = None,
     passage: Annotated[
@@ -264,7 +265,8 @@ def revoke_passages(
     with command(log_format) as (terminal, signals):
         with signals.importing():
             from expert_server.settings import NodeSettings
-            from talkoot.memory.revoke import Selection, run_revoke
+            from talkoot.memory.revoke import run_revoke
+            from talkoot.memory.selection import Selection
 
         selection = Selection.parse(passage or [], match)
         settings = load_settings(context, NodeSettings)

@@ -3,104 +3,37 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 from dht.announcements import NodeInfo
 from dht.library import LibraryEntry, MemoryRegistry, with_entry
-from dht.memory import MAX_REVOKED, Passage, Place
+from dht.memory import Place
 from dht.swarm import Swarm
-from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MemoryStore
 from expert_server.settings import NodeSettings
 from peer import clock
-from peer.errors import LibraryError, SettingsError, StateError, TransferError, WireError
+from peer.errors import LibraryError, StateError, TransferError, WireError
 from peer.formatting import counted, printable
 from peer.identity import PeerID
 from peer.loop import new_loop, side_by_side
-from peer.merkle import HASH_BYTES
 from peer.rpc.parts import has_sha256
 from talkoot.memory.inspection import open_memory
 from talkoot.memory.publish import Publication, look_until_done
 from talkoot.memory.publishers import Publisher, publisher_of
+from talkoot.memory.selection import FEWEST_DIGITS, Selected, Selection
 from talkoot.node.launch import listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_FEWEST_DIGITS = 16
 _SHOWN = 20
-_SHOWN_CHARACTERS = 100
+_LABEL_CHARACTERS = 100
 _ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
 """The deadline for a host to send the manifest, and how many hosts are asked at the same time."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """A passage that will be revoked."""
-
-    passage: Passage
-    leaf: bytes
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which passages to revoke."""
-
-    leaves: frozenset[str] = frozenset()
-    """The first digits of their hashes, in hexadecimal."""
-    text: str = ""
-    """Selects passages with this in their text or title, in any case; empty: selects none."""
-
-    @classmethod
-    def parse(cls, leaves: Sequence[str], text: str | None) -> Self:
-        """The selection from `--passage` and `--match`. Raises SettingsError if it is not valid."""
-        if not leaves and not (text or "").strip():
-            raise SettingsError(
-                "say which passages: --match TEXT, or --passage HASH as `talkoot search --json` prints it"
-            )
-        for leaf in leaves:
-            is_hash = _FEWEST_DIGITS <= len(leaf) <= 2 * HASH_BYTES and set(leaf.lower()) <= set(
-                "0123456789abcdef"
-            )
-            if not is_hash:
-                raise SettingsError(
-                    f"--passage {printable(leaf, 80)}: not a passage's hash, of {_FEWEST_DIGITS} to "
-                    f"{2 * HASH_BYTES} hexadecimal digits"
-                )
-        return cls(frozenset(leaf.lower() for leaf in leaves), (text or "").strip().casefold())
-
-    def find(self, store: MemoryStore) -> dict[Place, Selected]:
-        """Raises LibraryError if there are none, or too many."""
-        found: dict[Place, Selected] = {}
-        for shard in store.shards.values():
-            if not isinstance(shard, PrimaryShard):
-                continue
-            for position, (passage, leaf) in enumerate(zip(shard.passages(), shard.leaves(), strict=True)):
-                if passage is not None and self._has(leaf, passage):
-                    found[Place(shard.root, position)] = Selected(passage, leaf)
-        hashes = [selected.leaf.hex() for selected in found.values()]
-        for wanted in sorted(self.leaves):
-            if not any(each.startswith(wanted) for each in hashes):
-                raise LibraryError(f"{store.folder} has no passage {wanted}, or it was revoked before")
-        if not found:
-            raise LibraryError(f"no passage of {store.folder} contains that text")
-        if len(found) + len(store.manifest.revoked) > MAX_REVOKED:
-            raise LibraryError(
-                f"the memory would have {len(found) + len(store.manifest.revoked):,} revoked passages, more than "
-                f"{MAX_REVOKED:,}: build the memory again without them, under another name"
-            )
-        return found
-
-    def _has(self, leaf: bytes, passage: Passage) -> bool:
-        if self.text and self.text in f"{passage.title}\n{passage.text}".casefold():
-            return True
-        digits = leaf.hex()
-        return any(digits.startswith(wanted) for wanted in self.leaves)
 
 
 def run_revoke(
@@ -143,9 +76,9 @@ def _show(terminal: Terminal, store: MemoryStore, found: Mapping[Place, Selected
         return
     terminal.line(f"{counted(len(found), 'passage', ',')} of {store.manifest.name}:")
     for each in list(found.values())[:_SHOWN]:
-        about = printable(f"{each.passage.title}, {each.passage.source}", _SHOWN_CHARACTERS)
-        text = printable(each.passage.text, _SHOWN_CHARACTERS)
-        terminal.line(f"  {each.leaf.hex()[:_FEWEST_DIGITS]}  {about}: {text}")
+        about = printable(f"{each.passage.title}, {each.passage.source}", _LABEL_CHARACTERS)
+        cut = " (across two passages)" if each.is_cut else ""
+        terminal.line(f"  {each.leaf.hex()[:FEWEST_DIGITS]}  {about}{cut}: {each.excerpt}")
     if len(found) > _SHOWN:
         terminal.line(f"  and {len(found) - _SHOWN:,} more")
 

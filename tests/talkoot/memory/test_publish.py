@@ -47,7 +47,8 @@ from talkoot.memory.inspection import open_memory
 from talkoot.memory.publish import Publication, _publish, advice
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication
-from talkoot.memory.revoke import Selection, _FollowerWatch, _revoke
+from talkoot.memory.revoke import _FollowerWatch, _revoke
+from talkoot.memory.selection import Selection
 from talkoot.memory.unlist import _unlist
 from talkoot.node.invites import FoundedSwarm
 from talkoot.terminal import LogFormat, Terminal
@@ -229,41 +230,6 @@ def test_a_publisher_hears_what_may_be_wrong(hosting: int, reachability: str, sa
 # What is revoked
 
 
-@pytest.mark.parametrize("leaf", ["", "12345", "g" * 16, "0" * 65, "0x" + "0" * 14, "\x1b[31m" + "0" * 16])
-def test_what_is_no_hash_is_refused(leaf: str) -> None:
-    with pytest.raises(SettingsError, match="not a passage's hash"):
-        Selection.parse([leaf], None)
-
-
-def test_something_must_be_selected() -> None:
-    for text in (None, "", "  "):
-        with pytest.raises(SettingsError, match="say which passages"):
-            Selection.parse([], text)
-
-
-def test_passages_are_selected_by_hash_or_by_what_is_in_them(tmp_path: Path) -> None:
-    store = MEMORY.write(tmp_path)
-    place, leaf = (MEMORY.roots[1], 5), MEMORY.leaf(MEMORY.roots[1], 5)
-    for digits in (leaf.hex(), leaf.hex()[:16], leaf.hex().upper()):
-        assert list(Selection.parse([digits], None).find(store)) == [place]
-    found = Selection.parse([leaf.hex()], "TITLE 19").find(store)
-    assert set(found) == {place, *((root, 19) for root in MEMORY.roots)}
-    assert {each.passage.title for each in found.values()} == {"title 5", "title 19"}
-    with pytest.raises(LibraryError, match=r"no passage of .* contains that text"):
-        Selection.parse([], "zebra").find(store)
-    with pytest.raises(LibraryError, match="has no passage 0000000000000000"):
-        Selection.parse(["0" * 16], "title 19").find(store)
-
-
-def test_a_passage_is_not_revoked_twice(tmp_path: Path) -> None:
-    leaf = MEMORY.leaf(MEMORY.roots[0], 0)
-    MEMORY.revoking((MEMORY.roots[0], 0)).write(tmp_path)
-    store = open_memory(tmp_path, lambda text: None)
-    assert store.manifest.passages == 79
-    with pytest.raises(LibraryError, match="or it was revoked before"):
-        Selection.parse([leaf.hex()], None).find(store)
-
-
 def test_a_host_that_stalls_does_not_hide_what_others_deleted() -> None:
     _, _, *hosts = (numbered_identity(number).peer_id for number in range(12))
     manifest = b"the next revision"
@@ -289,17 +255,6 @@ def test_a_host_that_stalls_does_not_hide_what_others_deleted() -> None:
     with virtual_time() as runner:
         runner.run(watch._look())
     assert watch.in_words == "1 of 10 hosts have deleted them"
-
-
-def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
-    MEMORY.write(tmp_path)
-    before = (tmp_path / "manifest").read_bytes()
-    ended = run_here(
-        "memory", "revoke", str(tmp_path), "--match", "title 7", "--dry-run", "--log-format", "json"
-    )
-    assert ended.returncode == 0
-    assert len(json.loads(ended.stdout)["passages"]) == 4
-    assert (tmp_path / "manifest").read_bytes() == before
 
 
 # In a swarm
