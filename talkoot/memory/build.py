@@ -31,7 +31,7 @@ from peer.codec import Booleans, Integers
 from peer.errors import DataError, LibraryError, SettingsError, WireError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
-from peer.platform.files import open_plainly
+from peer.platform.files import open_plainly, sync_folder
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
 from talkoot.memory.passages import PassageFile, read_passages
 from talkoot.memory.replication import sizes_in_words
@@ -54,6 +54,8 @@ from trainer_client.memory.encoder import (
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+UNPUBLISHED = "unpublished"
+"""A file in the folder until the memory is published from it, or another revision is built on it."""
 _PASSAGES = ".passages"
 """A temporary file in the folder."""
 _AT_ONCE = 1024
@@ -157,6 +159,9 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
                 building.read(files, plan)
                 manifest = building.write(name, plan.about)
             size = sum(path.stat().st_size for path in folder.partial.rglob("*") if path.is_file())
+            if plan.base is not None:
+                with suppress(OSError):  # nothing can be revoked in a folder that can't be written
+                    note_published(plan.base)  # its passages may be, with the new revision
             folder.finish()
         except BaseException:
             with suppress(OSError):
@@ -179,6 +184,18 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
         manifest.encoder.size,
         time.monotonic() - began,
     )
+
+
+def was_never_published(folder: Path) -> bool:
+    """Whether the passages of this memory are in this folder alone. Not known of a folder without the note."""
+    return (folder / UNPUBLISHED).exists()
+
+
+def note_published(folder: Path) -> None:
+    """Notes that others may get the passages of this memory. Raises OSError."""
+    with suppress(FileNotFoundError):
+        (folder / UNPUBLISHED).unlink()
+        sync_folder(folder)
 
 
 def skew(manifest: MemoryManifest) -> float:
@@ -334,6 +351,8 @@ class _Building:
             base.manifest.revoked if base else frozenset(),
         )
         (self._folder / _PASSAGES).unlink()
+        if not base:  # the base may have been published
+            (self._folder / UNPUBLISHED).touch()
         write_atomically(self._folder / MANIFEST, _checked(manifest))
         return manifest
 

@@ -32,6 +32,13 @@ memory_commands: typer.Typer = typer.Typer(
 MemoryFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="The folder that `talkoot memory build` wrote.")
 ]
+PublisherJoin = Annotated[
+    str | None,
+    typer.Option(
+        metavar="INVITE",
+        help="The swarm's invite, or @FILE that contains it.  [default: the swarm that the node of --state founded]",
+    ),
+]
 PublisherState = Annotated[
     Path | None,
     typer.Option(
@@ -153,7 +160,7 @@ def publish(
     context: typer.Context,
     folder: MemoryFolder,
     *,
-    join: Join = None,
+    join: PublisherJoin = None,
     state: PublisherState = None,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
@@ -176,7 +183,7 @@ def unlist(
     context: typer.Context,
     which: Annotated[str, typer.Argument(metavar="NAME", help="The memory's name or id.")],
     *,
-    join: Join = None,
+    join: PublisherJoin = None,
     state: PublisherState = None,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
@@ -254,13 +261,14 @@ def revoke_passages(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show the passages that would be revoked.")
     ] = False,
-    join: Join = None,
+    join: PublisherJoin = None,
     state: PublisherState = None,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Take passages back from a memory.
 
-    Publishes a new revision without them, and waits until all hosts have deleted them.
+    Publishes a new revision without them, and waits until all hosts have deleted them. A memory that was never
+    published from this folder is only changed in the folder, unless you pass --join.
     """
     with command(log_format) as (terminal, signals):
         with signals.importing():

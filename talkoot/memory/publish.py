@@ -30,6 +30,7 @@ from peer.rates import RateLimit
 from peer.rpc.parts import PartClient
 from peer.transport.dialling import resolved
 from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
+from talkoot.memory.build import note_published
 from talkoot.memory.inspection import open_memory
 from talkoot.memory.publishers import Publisher, publisher_of
 from talkoot.memory.replication import Replication, entry_values, replication, sizes_in_words
@@ -118,6 +119,13 @@ class Publication:
         It ends at once, even if the DHT does not answer. The list stays.
         """
         library = with_entry(await self._listed(), self.entry)
+        try:
+            await asyncio.to_thread(note_published, self._store.folder)
+        except OSError as error:
+            raise LibraryError(
+                f"can't note in {self._store.folder} that the memory is published ({error.strerror or error}): publish "
+                "it from a folder that this user can change"
+            ) from error
         try:
             await self._serve(stage)
             stage("announcing the memory")

@@ -20,6 +20,7 @@ from peer.formatting import counted, printable
 from peer.identity import PeerID
 from peer.loop import new_loop, side_by_side
 from peer.rpc.parts import has_sha256
+from talkoot.memory.build import was_never_published
 from talkoot.memory.inspection import open_memory
 from talkoot.memory.publish import Publication, look_until_done
 from talkoot.memory.publishers import Publisher, publisher_of
@@ -46,13 +47,18 @@ def run_revoke(
     *,
     only_show: bool = False,
 ) -> None:
-    """Returns once all hosts have deleted the passages. `only_show`: revokes nothing. Raises UserError and Stopped."""
+    """Returns once all hosts have deleted the passages. `only_show`: revokes nothing. Without `join`, a memory that was
+    never published is only changed in its folder. Raises UserError and Stopped.
+    """
     host = listen_address(settings)
     with terminal.stages("reading the memory") as stage:
         store = open_memory(folder, stage if terminal.live else lambda text: None)
         found = selection.find(store)
     _show(terminal, store, found)
     if only_show:
+        return
+    if join is None and was_never_published(folder):
+        _remove(terminal, store, found)
         return
     with (
         publisher_of(join, state) as publisher,
@@ -81,6 +87,19 @@ def _show(terminal: Terminal, store: MemoryStore, found: Mapping[Place, Selected
         terminal.line(f"  {each.leaf.hex()[:FEWEST_DIGITS]}  {about}{cut}: {each.excerpt}")
     if len(found) > _SHOWN:
         terminal.line(f"  and {len(found) - _SHOWN:,} more")
+
+
+def _remove(terminal: Terminal, store: MemoryStore, found: Mapping[Place, Selected]) -> None:
+    """Takes passages out of a memory that nobody else has. Raises LibraryError."""
+    _write(store, found)
+    if terminal.json:
+        values = {"folder": str(store.folder), "revision": store.manifest.revision, "passages": len(found)}
+        terminal.event("removed", values)
+        return
+    terminal.line(
+        f"removed {counted(len(found), 'passage', ',')} from {store.folder}; it was never published. If you published "
+        "a copy of it, revoke them from there too"
+    )
 
 
 async def _revoke(

@@ -19,7 +19,7 @@ from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
 from peer.errors import DataError, LibraryError, SettingsError, StartError, UserError
 from talkoot.memory import shards
-from talkoot.memory.build import BuildPlan, build_memory, run_build, text_of
+from talkoot.memory.build import UNPUBLISHED, BuildPlan, build_memory, run_build, text_of
 from talkoot.memory.clustering import two_cells
 from talkoot.memory.inspection import inspect_memory, open_memory
 from talkoot.terminal import LogFormat, Terminal
@@ -132,7 +132,8 @@ def test_the_manifest_says_what_the_folder_holds(folder: Path) -> None:
     for part in (manifest.encoder, manifest.codebook):
         data = (folder / "trees" / PARTS / part.sha256.hex()).read_bytes()
         assert (hashlib.sha256(data).digest(), len(data)) == (part.sha256, part.size)
-    assert sorted(path.name for path in (folder / "trees").iterdir()) == sorted([MANIFEST, PARTS, SHARDS])
+    there = {path.name for path in (folder / "trees").iterdir()}
+    assert there == {MANIFEST, PARTS, SHARDS, UNPUBLISHED}
     names = {path.name for path in (folder / "trees" / SHARDS).iterdir()}
     assert names == {shard.root.hex() for shard in manifest.shards}
 

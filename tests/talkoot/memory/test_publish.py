@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
@@ -43,6 +44,7 @@ from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2
+from talkoot.memory.build import UNPUBLISHED, was_never_published
 from talkoot.memory.inspection import open_memory
 from talkoot.memory.publish import Publication, _publish, advice
 from talkoot.memory.publishers import Publisher, publisher_of
@@ -257,6 +259,41 @@ def test_a_host_that_stalls_does_not_hide_what_others_deleted() -> None:
     assert watch.in_words == "1 of 10 hosts have deleted them"
 
 
+def test_passages_of_a_memory_that_was_never_published_only_leave_its_folder(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A sauna is hot. " * 200 + "Written by Anna\nVirtanen. " + "A lake is cold. " * 200)
+    folder, base = tmp_path / "memory", tmp_path / "base"
+    revoke = ("memory", "revoke", str(folder), "--match", "anna virtanen", "--state", str(tmp_path / "node"))
+    assert run_here("memory", "build", str(text), "-o", str(base), "--name", "notes").returncode == 0
+    shutil.copytree(base, folder)
+    ended = run_here(*revoke)
+    assert ended.returncode == 0, ended.stderr
+    assert "by Anna Virtanen. A lake is cold" in ended.stdout
+    assert f"removed 1 passage from {folder}; it was never published" in ended.stdout
+    store = open_memory(folder, lambda text: None)
+    assert (store.manifest.revision, len(store.manifest.revoked)) == (2, 1)
+    assert not (tmp_path / "node").exists()
+
+    # in doubt, the revocation is published
+    shutil.rmtree(folder)
+    more = tmp_path / "more.txt"
+    more.write_text("More by Anna Virtanen. " * 20)
+    built = run_here("memory", "build", str(more), "-o", str(folder), "--base", str(base))
+    assert built.returncode == 0, built.stderr
+    for there in (folder, base):
+        revoke = (*revoke[:2], str(there), *revoke[3:])
+        assert_one_clear_line(run_here(*revoke), "--join")
+        assert not open_memory(there, lambda text: None).manifest.revoked
+
+
+def test_with_an_invite_a_revocation_is_always_published(tmp_path: Path) -> None:
+    MEMORY.write(tmp_path)
+    (tmp_path / UNPUBLISHED).touch()
+    ended = run_here("memory", "revoke", str(tmp_path), "--match", "title 7", "--join", "no invite")
+    assert_one_clear_line(ended, "invite")
+    assert not open_memory(tmp_path, lambda text: None).manifest.revoked
+
+
 # In a swarm
 
 
@@ -324,8 +361,10 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
         store = MEMORY.write(tmp_path / "memory")
         async with swarm_of(mode, tmp_path) as (founder, hosts, invite):
             publisher = by(invite)
+            (store.folder / UNPUBLISHED).touch()
             published = publishing(publisher, store)
             await taken(hosts[0])
+            assert not was_never_published(store.folder)
             await asyncio.sleep(0)
             assert not published.done()
             await taken(hosts[1])
