@@ -214,6 +214,9 @@ _MANY = replace(
     optimizer={"warmup_updates": 1000},
 )
 """Each expert gets few rows, so larger first steps would be too noisy."""
+_MANY_AND_SHARED = replace(
+    _MANY, name="ffn top-4, fine, 256 experts and a shared one", feed_forward=3 / 4, shared=5 / 6
+)
 _NARROW = replace(
     _FINE, name="transformer top-4, narrow", expert_kind="transformer", width=1 / 4, feed_forward=13 / 4
 )
@@ -228,6 +231,7 @@ CONFIGURATIONS = (
     Configuration("dense-4", 4),
     _FINE,
     _MANY,
+    _MANY_AND_SHARED,
     replace(_FINE, name="ffn top-4, narrow", width=1 / 4, feed_forward=15 / 4),
     _NARROW,
     _HALF,
