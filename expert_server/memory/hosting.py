@@ -7,6 +7,7 @@ period, independently of downloads, so that revoked passages disappear soon.
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -42,6 +43,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
 """The most shards taken in one look, and at the same time."""
+_BEGIN_WITHIN_S = 60.0
+"""A look begins no download later than this. Silent hosts can make a download of each of their shards take minutes."""
 _LOOK_EVERY_S = 1.0
 """How often a leaving node checks whether others have the shards that only it had."""
 _MOST_WATCHED = 8
@@ -168,8 +171,9 @@ class MemoryHosting:
             fit = set(fitting)
             await self._make_room(seen, [key for key in wanted if key not in fit])
             fitting = self._fitting(wanted, seen)
+        until = time.monotonic() + _BEGIN_WITHIN_S
         await side_by_side(
-            (self._take(key, seen[key].info.cell) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
+            (self._take(key, seen[key].info.cell, until) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
         )
 
     async def release(self, timeout_s: float) -> int:
@@ -224,10 +228,19 @@ class MemoryHosting:
                 begun.add(key.memory)
         return fitting
 
-    async def _take(self, key: ShardKey, cell: Cell) -> None:
-        """Fetches a shard, if it still has too few replicas. If that fails, the other shards' downloads go on."""
+    async def _take(self, key: ShardKey, cell: Cell, until: float) -> None:
+        """Fetches a shard, if it still has too few replicas. If that fails, the other shards' downloads go on.
+
+        `until`: when it is too late to begin, on the monotonic clock.
+        """
         hosted, store = self.hosted, self.hosted.stores.get(key.memory)
-        if hosted.leaving or store is None or hosted.is_full or self._fetcher.is_put_off(key.memory):
+        if (
+            time.monotonic() > until
+            or hosted.leaving
+            or store is None
+            or hosted.is_full
+            or self._fetcher.is_put_off(key.memory)
+        ):
             return
         verified, wrong = partial(store.verified, key.root), self._metrics.fetches.labels("wrong").inc
         try:

@@ -395,6 +395,46 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
     play(scenario)
 
 
+def test_hosts_that_keep_a_look_waiting_end_it_after_a_while(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = list[bytes]()
+
+    async def silent(
+        fetcher: PartFetcher,
+        memory: MemoryID,
+        hosts: Any,
+        name: bytes,
+        most_bytes: int,
+        check: Any,
+        *more: Any,
+    ) -> Any:
+        if name not in MEMORY.roots:
+            return await fetch(fetcher, memory, hosts, name, most_bytes, check, *more)
+        began.append(name)
+        await asyncio.sleep(0.2)
+        raise TransferError("nobody answers")
+
+    def called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
+        return True
+
+    fetch = PartFetcher.fetch
+    monkeypatch.setattr("expert_server.memory.placement.is_called", called)
+    monkeypatch.setattr("expert_server.memory.hosting._TAKEN_AT_ONCE", 1)
+
+    async def scenario(village: Village) -> None:
+        node = await a_host_that_has_not_looked(village)
+        monkeypatch.setattr(PartFetcher, "fetch", silent)
+        monkeypatch.setattr("expert_server.memory.hosting._BEGIN_WITHIN_S", 0.1)
+        await node.memories.look()
+        assert len(began) == 1
+        monkeypatch.setattr("expert_server.memory.hosting._BEGIN_WITHIN_S", 60.0)
+        await node.memories.look()
+        assert len(began) == 1 + len(MEMORY.roots), "the next look goes on"
+
+    play(scenario)
+
+
 def test_folders_that_are_no_memory_are_left_alone(play: Play, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(village: Village) -> None:
         MEMORY.write(folder(village, 0, MEMORY))
