@@ -20,7 +20,7 @@ from peer.errors import CheckpointError, InviteError, SettingsError, Unreachable
 from peer.formatting import counted
 from peer.metrics import total
 from talkoot.ephemeral import run_in_swarm
-from talkoot.signals import StopSignals
+from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import Terminal, check_writable, option_text, write_json
 from talkoot.train.display import (
     Write,
@@ -341,7 +341,9 @@ class _Run:
                     logger.info("%s%s", whence, describe_validation(validation))
 
                 check = self._client.require_admitted
-                return self._training.run(observe, self._stop, validated=validated, check=check)
+                return self._training.run(
+                    observe, self._stop, validated=validated, check=check, interrupts=(Stopped,)
+                )
         except InviteError:
             needed = "--resume with a new invite"
             raise

@@ -6,7 +6,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -105,8 +105,10 @@ class Training:
         clock: Callable[[], float] = time.monotonic,
         validated: Callable[[Validation], None] = lambda validation: None,
         check: Callable[[], None] = lambda: None,
+        interrupts: tuple[type[BaseException], ...] = (),
     ) -> Summary:
-        """Trains until `settings.steps` are done or `stop` is set, which is checked between steps.
+        """Trains until `settings.steps` are done or `stop` is set, which is checked between steps. `interrupts`:
+        exceptions that end training in the middle of a step, for those who can't wait for its end.
 
         Validates on fixed batches before the first step, after the last and in between (`settings.validates_after`).
         `validated` is called with each result; a resumed run starts with its last earlier one. A step whose loss or
@@ -123,7 +125,10 @@ class Training:
             self._validate(record, validation, read)
         validated(record.last_validation())
         last_end = clock()
-        with closing(self._one_by_one(check) if self._make_copy is None else self._in_flight(check)) as steps:
+        with (
+            suppress(*interrupts),
+            closing(self._one_by_one(check) if self._make_copy is None else self._in_flight(check)) as steps,
+        ):
             while self.step < settings.steps and not stop.is_set():
                 step = next(steps)
                 ended = clock()

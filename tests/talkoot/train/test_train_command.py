@@ -429,6 +429,7 @@ def test_ctrl_c_saves_the_last_whole_step(
     assert ended.status == 128 + signal.SIGINT
     saved = 2 if stuck_s else 3
     assert f"checkpoint of step {saved} in " in caplog.text
+    assert f"stopped after {saved} steps in " in ended.out
 
 
 def test_a_run_that_could_save_nothing_names_no_checkpoint(

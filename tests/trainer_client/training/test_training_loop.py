@@ -245,6 +245,32 @@ def test_a_step_whose_check_fails_is_not_taken(in_flight: int) -> None:
     assert training.export_state() is not None, "no step was interrupted"
 
 
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_training_that_is_interrupted_within_a_step_sums_up_what_it_has(in_flight: int) -> None:
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 5:
+            raise KeyboardInterrupt
+
+    def make() -> LanguageModel:
+        return LanguageModel(make_manifest(), lambda layer: nn.Identity())
+
+    def run(*interrupts: type[BaseException]) -> Summary:
+        nonlocal checks
+        checks = 0
+        training = Training(make(), byte_dataset(TEXT, 16), make_settings(in_flight=in_flight), make)
+        return training.run(lambda progress: None, threading.Event(), check=check, interrupts=interrupts)
+
+    summary = run(KeyboardInterrupt)
+    assert summary.steps == 4
+    assert summary.loss_last is not None
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
 def test_stop_before_the_first_step_gives_an_empty_summary() -> None:
     summary, seen = run(make_settings(), stop_after=0)
     assert seen == []
