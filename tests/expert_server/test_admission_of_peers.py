@@ -238,7 +238,9 @@ def test_a_revocation_reaches_a_node_of_a_small_swarm_before_its_next_announceme
             await founder.hosting.look()
             await founder.news.look()
             await founder.swarm.membership.check(announced=True)
-            has_left = f"node {name}, whose invite was revoked, has left; this node goes on" in caplog.messages
+            has_left = (
+                f"node {name}, whose invite was revoked, has left; this node goes on" in caplog.messages
+            )
             return has_left and "all other nodes have left" in caplog.text
 
         await eventually(is_told)
