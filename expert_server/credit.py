@@ -188,7 +188,7 @@ class ReceiptBook:
         return credit_pb2.SavedReceipts(
             receipts=(receipt.signed for receipt in self._receipts.values()),
             unsigned=(
-                credit_pb2.Unsigned(caller=caller.to_bytes(), work=work.capped().message())
+                credit_pb2.UnsignedWork(caller=caller.to_bytes(), work=work.capped().message())
                 for caller, work in [*last][::-1]
                 if work != _NOTHING
             ),

@@ -214,7 +214,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Continue from the newest checkpoint, with its data and what decides how it learns.",
+            help="Continue from the newest checkpoint, with its data and training settings.",
         ),
     ] = False,
     json_file: Annotated[

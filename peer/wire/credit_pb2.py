@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from peer.wire import admission_pb2 as peer_dot_wire_dot_admission__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/credit.proto\x12\ntalkoot.v1\x1a\x19peer/wire/admission.proto\"e\n\x04Work\x12\r\n\x05pairs\x18\x01 \x01(\x04\x12\x0f\n\x07updates\x18\x02 \x01(\x04\x12\x0f\n\x07queries\x18\x03 \x01(\x04\x12\x15\n\rchecks_passed\x18\x04 \x01(\x04\x12\x15\n\rchecks_failed\x18\x05 \x01(\x04\"m\n\x07Receipt\x12\x10\n\x08swarm_id\x18\x01 \x01(\t\x12\x0f\n\x07trainer\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\x0c\x12\x1e\n\x04work\x18\x04 \x01(\x0b\x32\x10.talkoot.v1.Work\x12\x11\n\tall_pairs\x18\x05 \x01(\x04\"i\n\rSignedReceipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12 \n\x05\x62\x61\x64ge\x18\x04 \x01(\x0b\x32\x11.talkoot.v1.Badge\"\x19\n\tGiveReply\x12\x0c\n\x04kept\x18\x01 \x01(\x08\"I\n\x0bListRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\r\"G\n\tListReply\x12+\n\x08receipts\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.SignedReceipt\x12\r\n\x05total\x18\x02 \x01(\r\">\n\nSignedWork\x12\x1e\n\x04work\x18\x01 \x01(\x0b\x32\x10.talkoot.v1.Work\x12\x10\n\x08trainers\x18\x02 \x01(\r\"d\n\rSavedReceipts\x12+\n\x08receipts\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.SignedReceipt\x12&\n\x08unsigned\x18\x02 \x03(\x0b\x32\x14.talkoot.v1.Unsigned\":\n\x08Unsigned\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\x0c\x12\x1e\n\x04work\x18\x02 \x01(\x0b\x32\x10.talkoot.v1.Work2\x81\x01\n\rCreditService\x12\x38\n\x04Give\x12\x19.talkoot.v1.SignedReceipt\x1a\x15.talkoot.v1.GiveReply\x12\x36\n\x04List\x12\x17.talkoot.v1.ListRequest\x1a\x15.talkoot.v1.ListReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16peer/wire/credit.proto\x12\ntalkoot.v1\x1a\x19peer/wire/admission.proto\"e\n\x04Work\x12\r\n\x05pairs\x18\x01 \x01(\x04\x12\x0f\n\x07updates\x18\x02 \x01(\x04\x12\x0f\n\x07queries\x18\x03 \x01(\x04\x12\x15\n\rchecks_passed\x18\x04 \x01(\x04\x12\x15\n\rchecks_failed\x18\x05 \x01(\x04\"m\n\x07Receipt\x12\x10\n\x08swarm_id\x18\x01 \x01(\t\x12\x0f\n\x07trainer\x18\x02 \x01(\x0c\x12\x0c\n\x04node\x18\x03 \x01(\x0c\x12\x1e\n\x04work\x18\x04 \x01(\x0b\x32\x10.talkoot.v1.Work\x12\x11\n\tall_pairs\x18\x05 \x01(\x04\"i\n\rSignedReceipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12 \n\x05\x62\x61\x64ge\x18\x04 \x01(\x0b\x32\x11.talkoot.v1.Badge\"\x19\n\tGiveReply\x12\x0c\n\x04kept\x18\x01 \x01(\x08\"I\n\x0bListRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08swarm_id\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\r\"G\n\tListReply\x12+\n\x08receipts\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.SignedReceipt\x12\r\n\x05total\x18\x02 \x01(\r\">\n\nSignedWork\x12\x1e\n\x04work\x18\x01 \x01(\x0b\x32\x10.talkoot.v1.Work\x12\x10\n\x08trainers\x18\x02 \x01(\r\"h\n\rSavedReceipts\x12+\n\x08receipts\x18\x01 \x03(\x0b\x32\x19.talkoot.v1.SignedReceipt\x12*\n\x08unsigned\x18\x02 \x03(\x0b\x32\x18.talkoot.v1.UnsignedWork\">\n\x0cUnsignedWork\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\x0c\x12\x1e\n\x04work\x18\x02 \x01(\x0b\x32\x10.talkoot.v1.Work2\x81\x01\n\rCreditService\x12\x38\n\x04Give\x12\x19.talkoot.v1.SignedReceipt\x1a\x15.talkoot.v1.GiveReply\x12\x36\n\x04List\x12\x17.talkoot.v1.ListRequest\x1a\x15.talkoot.v1.ListReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,9 +47,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNEDWORK']._serialized_start=561
   _globals['_SIGNEDWORK']._serialized_end=623
   _globals['_SAVEDRECEIPTS']._serialized_start=625
-  _globals['_SAVEDRECEIPTS']._serialized_end=725
-  _globals['_UNSIGNED']._serialized_start=727
-  _globals['_UNSIGNED']._serialized_end=785
-  _globals['_CREDITSERVICE']._serialized_start=788
-  _globals['_CREDITSERVICE']._serialized_end=917
+  _globals['_SAVEDRECEIPTS']._serialized_end=729
+  _globals['_UNSIGNEDWORK']._serialized_start=731
+  _globals['_UNSIGNEDWORK']._serialized_end=793
+  _globals['_CREDITSERVICE']._serialized_start=796
+  _globals['_CREDITSERVICE']._serialized_end=925
 # @@protoc_insertion_point(module_scope)

@@ -84,10 +84,10 @@ class SavedReceipts(_message.Message):
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     UNSIGNED_FIELD_NUMBER: _ClassVar[int]
     receipts: _containers.RepeatedCompositeFieldContainer[SignedReceipt]
-    unsigned: _containers.RepeatedCompositeFieldContainer[Unsigned]
-    def __init__(self, receipts: _Optional[_Iterable[_Union[SignedReceipt, _Mapping]]] = ..., unsigned: _Optional[_Iterable[_Union[Unsigned, _Mapping]]] = ...) -> None: ...
+    unsigned: _containers.RepeatedCompositeFieldContainer[UnsignedWork]
+    def __init__(self, receipts: _Optional[_Iterable[_Union[SignedReceipt, _Mapping]]] = ..., unsigned: _Optional[_Iterable[_Union[UnsignedWork, _Mapping]]] = ...) -> None: ...
 
-class Unsigned(_message.Message):
+class UnsignedWork(_message.Message):
     __slots__ = ("caller", "work")
     CALLER_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]

@@ -259,7 +259,7 @@ def check_cores(here: NodeHere = NO_NODE) -> Finding:
     says = f"{counted(cores, 'core')}, {load:.1f} busy in the last minute"
     if here.runs:
         says += ", with the node that runs here"
-    busy = load > (1.5 if here.runs else 0.75) * cores
+    busy = load > (1.5 if here.runs else 0.75) * cores  # the node may use most of them itself
     return Finding(
         name="cores",
         verdict=Verdict.WEAK if busy else Verdict.OK,

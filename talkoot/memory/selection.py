@@ -167,8 +167,8 @@ def _origin(text: str, at: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Edge:
-    """A passage that may have one part of a phrase."""
+class _Stored:
+    """A passage, and where it is stored."""
 
     place: Place
     passage: Passage
@@ -214,26 +214,26 @@ class Selection:
     def find(self, store: MemoryStore) -> dict[Place, Selected]:
         """Raises LibraryError if there are none, or too many."""
         found: dict[Place, Selected] = {}
-        beginnings: dict[_Document, list[_Edge]] = defaultdict(list)
-        ends: dict[_Document, list[_Edge]] = defaultdict(list)
-        for edge in _passages(store):
-            passage = edge.passage
-            if any(edge.leaf.hex().startswith(wanted) for wanted in self.leaves):
-                found[edge.place] = Selected(passage, edge.leaf, passage.text)
+        beginnings: dict[_Document, list[_Stored]] = defaultdict(list)
+        ends: dict[_Document, list[_Stored]] = defaultdict(list)
+        for stored in _passages(store):
+            passage = stored.passage
+            if any(stored.leaf.hex().startswith(wanted) for wanted in self.leaves):
+                found[stored.place] = Selected(passage, stored.leaf, passage.text)
             if self.phrase is None:
                 continue
             text = folded(passage.text)
             if (span := self.phrase.find(f"{folded(passage.title)} {text}")) is not None:
                 whole = f"{passage.title}\n{passage.text}"
-                found[edge.place] = Selected(passage, edge.leaf, whole, span)
+                found[stored.place] = Selected(passage, stored.leaf, whole, span)
             document = passage.title, passage.source
             if self.phrase.may_begin_in(text):
-                beginnings[document].append(edge)
+                beginnings[document].append(stored)
             if self.phrase.may_end_in(text):
-                ends[document].append(edge)
+                ends[document].append(stored)
         for document, some in beginnings.items():
-            for edge, selected in self._across(some, ends[document]):
-                found.setdefault(edge.place, selected)
+            for stored, selected in self._across(some, ends[document]):
+                found.setdefault(stored.place, selected)
         hashes = [selected.leaf.hex() for selected in found.values()]
         for wanted in sorted(self.leaves):
             if not any(each.startswith(wanted) for each in hashes):
@@ -247,11 +247,11 @@ class Selection:
             )
         return found
 
-    def _across(self, beginnings: list[_Edge], ends: list[_Edge]) -> Iterator[tuple[_Edge, Selected]]:
+    def _across(self, beginnings: list[_Stored], ends: list[_Stored]) -> Iterator[tuple[_Stored, Selected]]:
         """Both parts of phrases that the border of two passages cuts. All are from one text, or from texts of the same
         name.
         """
-        assert self.phrase is not None, "edges are of a phrase"
+        assert self.phrase is not None, "they are parts of a phrase"
         ends = sorted(ends, key=attrgetter("begin"))
         for first in beginnings:
             for second in ends[bisect_left(ends, first.end, key=attrgetter("begin")) :]:
@@ -261,14 +261,14 @@ class Selection:
                 text = f"{first.passage.text}{' ' if between else ''}{second.passage.text}"
                 span = self.phrase.find_across(folded(text), len(folded(first.passage.text)))
                 if span is not None:
-                    for edge in (first, second):
-                        yield edge, Selected(edge.passage, edge.leaf, text, span, is_cut=True)
+                    for part in (first, second):
+                        yield part, Selected(part.passage, part.leaf, text, span, is_cut=True)
 
 
-def _passages(store: MemoryStore) -> Iterator[_Edge]:
+def _passages(store: MemoryStore) -> Iterator[_Stored]:
     """All passages that are not revoked."""
     for shard in store.shards.values():
         if isinstance(shard, PrimaryShard):
             for position, (passage, leaf) in enumerate(zip(shard.passages(), shard.leaves(), strict=True)):
                 if passage is not None:
-                    yield _Edge(Place(shard.root, position), passage, leaf)
+                    yield _Stored(Place(shard.root, position), passage, leaf)

@@ -124,7 +124,7 @@ def test_what_is_not_signed_yet_fits_into_the_file(loop: LoopThread, tmp_path: P
 def test_a_file_that_names_somebody_who_cannot_be_is_broken(caller: bytes) -> None:
     with pytest.raises(RecordError, match="parsed"):
         book().restore(
-            credit_pb2.SavedReceipts(unsigned=[credit_pb2.Unsigned(caller=caller)]).SerializeToString()
+            credit_pb2.SavedReceipts(unsigned=[credit_pb2.UnsignedWork(caller=caller)]).SerializeToString()
         )
 
 

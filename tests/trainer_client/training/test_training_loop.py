@@ -225,6 +225,13 @@ def test_stop_ends_training_between_two_steps_with_what_it_has() -> None:
     assert summary.validation_loss_last == seen[3].validation_loss
 
 
+def training_without_experts(in_flight: int) -> Training:
+    def make() -> LanguageModel:
+        return LanguageModel(make_manifest(), lambda layer: nn.Identity())
+
+    return Training(make(), byte_dataset(TEXT, 16), make_settings(in_flight=in_flight), make)
+
+
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_a_step_whose_check_fails_is_not_taken(in_flight: int) -> None:
     checks = 0
@@ -235,10 +242,7 @@ def test_a_step_whose_check_fails_is_not_taken(in_flight: int) -> None:
         if checks == 5:
             raise RevokedInviteError("the token was revoked")
 
-    def make() -> LanguageModel:
-        return LanguageModel(make_manifest(), lambda layer: nn.Identity())
-
-    training = Training(make(), byte_dataset(TEXT, 16), make_settings(in_flight=in_flight), make)
+    training = training_without_experts(in_flight)
     with pytest.raises(RevokedInviteError):
         training.run(lambda progress: None, threading.Event(), check=check)
     assert training.step == training.part.age == 4
@@ -255,13 +259,10 @@ def test_training_that_is_interrupted_within_a_step_sums_up_what_it_has(in_fligh
         if checks == 5:
             raise KeyboardInterrupt
 
-    def make() -> LanguageModel:
-        return LanguageModel(make_manifest(), lambda layer: nn.Identity())
-
     def run(*interrupts: type[BaseException]) -> Summary:
         nonlocal checks
         checks = 0
-        training = Training(make(), byte_dataset(TEXT, 16), make_settings(in_flight=in_flight), make)
+        training = training_without_experts(in_flight)
         return training.run(lambda progress: None, threading.Event(), check=check, interrupts=interrupts)
 
     summary = run(KeyboardInterrupt)
