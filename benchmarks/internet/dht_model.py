@@ -117,6 +117,7 @@ class _Key:
 
     __slots__ = (
         "answer",
+        "before",
         "bytes",
         "checked",
         "deaths",
@@ -162,6 +163,8 @@ class _Key:
         self.drawn_at = -1
         self.samples: list[Answer] = []
         self.answer: Answer | None = None
+        self.before: Unpacked | None = None
+        """The latest earlier entries for which a region is known."""
         self.owed_up = self.owed_down = 0.0
         """Bytes that the nearest servers sent and received for this key and that are not in the accounts yet."""
 
@@ -187,16 +190,21 @@ class Unpacked(Entries):
         self.unread = unread
         self.region: Any = None
         """What a reader has computed from the entries, kept for other readers."""
+        self.before: Unpacked | None = None
+        """Earlier entries of the key, for which `region` is known."""
 
 
 class Answer:
     """The entries of a key. Readers that find the same entries share one object."""
 
-    __slots__ = ("_unpacked", "entries", "size", "unread")
+    __slots__ = ("_before", "_unpacked", "entries", "size", "unread")
 
-    def __init__(self, entries: dict[Any, Entry], size: int, unread: int = 0) -> None:
-        """`size`: bytes of the entries. `unread`: how many entries were left out."""
+    def __init__(
+        self, entries: dict[Any, Entry], size: int, unread: int = 0, before: Unpacked | None = None
+    ) -> None:
+        """`size`: bytes of the entries. `unread`: how many entries were left out. `before`: see `Unpacked`."""
         self.entries = entries
+        self._before = before
         self.size = size
         self.unread = unread
         self._unpacked: Unpacked | None = None
@@ -208,9 +216,17 @@ class Answer:
         return Answer({**self.entries, subkey: whole.entries[subkey]}, self.size, self.unread - 1)
 
     @property
+    def with_region(self) -> Unpacked | None:
+        """The entries, if their region is known; else the latest earlier ones for which it is."""
+        if self._unpacked is None:
+            return self._before
+        return self._unpacked.before if self._unpacked.region is None else self._unpacked
+
+    @property
     def unpacked(self) -> Unpacked:
         if self._unpacked is None:
             self._unpacked = Unpacked(self.entries, self.unread)
+            self._unpacked.before, self._before = self._before, None
         return self._unpacked
 
 
@@ -323,7 +339,8 @@ class ModelDHT:
             key.bytes += len(value) - len(before.value)
         stored = StoredRecord(value) if type(value) is bytes else value
         key.entries[subkey] = Entry(stored, item.expires_at)  # type: ignore[arg-type]  # not packed
-        key.answer = None
+        if key.answer is not None:
+            key.before, key.answer = key.answer.with_region, None
         if key.holders.get(subkey) != holders:
             key.holders[subkey] = holders
             for peer in holders:
@@ -341,7 +358,7 @@ class ModelDHT:
             self._drop_lost(key)
         if not world.is_parted:
             if key.answer is None:
-                key.answer = Answer(key.entries, key.bytes)
+                key.answer, key.before = Answer(key.entries, key.bytes, before=key.before), None
             return key.answer
         half = reader.half
         seen = {

@@ -10,6 +10,7 @@ import gc
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -34,6 +35,7 @@ from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
+from peer.kademlia.validation import MAX_KEY_BYTES
 from peer.loop import TimeSlices
 from peer.wire import records_pb2
 
@@ -264,9 +266,32 @@ class SharedExperts(ExpertRegistry):
         if len(keys) > 1:
             return await super()._region(prefix, keys, answers, slices)
         if answer.region is None:
-            answer.region = await super()._region(prefix, keys, answers, slices)
+            answer.region = self._renewed(prefix, keys[0], answer)
+            if answer.region is None:
+                answer.region = await super()._region(prefix, keys, answers, slices)
+            answer.before = None
         region: Region = answer.region
         return region
+
+    def _renewed(self, prefix: Prefix, key: str, entries: Any) -> Region | None:
+        """The region that `_region` would make, from an earlier one in which some replicas were announced with other
+        counts. None if there is none: usually, hosts or experts have then come or gone.
+        """
+        before = entries.before
+        if before is None or [*before] != [*entries]:
+            return None
+        region: Region = before.region
+        replicas, size = dict(region.replicas), region.size
+        for (subkey, (old, _)), (value, _) in zip(before.items(), entries.values(), strict=True):
+            if value is old or value == old == key:  # an index entry
+                continue
+            records = [self._replicas_in(prefix, key, subkey, each) for each in (old, value)]
+            if [*records[0]] != [*records[1]]:
+                return None
+            size += len(value) - len(old)
+            for uid, replica in records[1].items():
+                replicas[uid] = [replica if each is records[0][uid] else each for each in replicas[uid]]
+        return None if size > MAX_KEY_BYTES else replace(region, replicas=replicas, size=size)
 
 
 async def _end_all() -> None:

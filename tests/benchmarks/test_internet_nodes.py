@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups, Owed, StoredRecord, without_owing
 from benchmarks.internet.large_pages import use_large_pages
 from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
-from benchmarks.internet.stand_ins import UnsignedRecord, simulated
+from benchmarks.internet.stand_ins import SharedExperts, UnsignedRecord, simulated
 from benchmarks.internet.world import HomeLine, World
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from benchmarks.simulated_swarm import grid_of
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.records import sign_record
+from dht.regions import Region
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
 from peer.wire import records_pb2
@@ -72,6 +74,33 @@ def test_records_that_were_renewed_are_forgotten() -> None:
         gc.collect()
         kept = sum(isinstance(each, StoredRecord) for each in gc.get_objects())
         assert 12 < newest <= kept < 2 * newest
+
+
+def test_a_region_made_from_an_earlier_one_is_as_one_that_is_read_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared, renewed, made = SharedExperts._region, SharedExperts._renewed, list[bool]()
+
+    def counted(self: SharedExperts, *args: Any) -> Region | None:
+        found = renewed(self, *args)
+        made.append(found is not None)
+        return found
+
+    async def compared(self: SharedExperts, *args: Any) -> Region:
+        found, anew = await shared(self, *args), await ExpertRegistry._region(self, *args)
+        assert (found, [*found.replicas]) == (anew, [*anew.replicas])
+        return found
+
+    monkeypatch.setattr(SharedExperts, "_renewed", counted)
+    monkeypatch.setattr(SharedExperts, "_region", compared)
+    with simulated(1) as world:
+        swarm = grown(world, 24, 12, room=2)
+        world.run(600)
+        for node in [*swarm.nodes.values()][:6]:
+            swarm.crash(node)
+        world.run(600)
+        assert not swarm.faults
+    assert sum(made) > len(made) / 2
 
 
 def test_a_cancelled_timer_does_not_move_the_clock() -> None:
