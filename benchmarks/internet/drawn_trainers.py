@@ -16,7 +16,7 @@ from benchmarks.internet.calls import Sent, Told
 from benchmarks.internet.fluid import Integers, Numbers
 from benchmarks.internet.window import Announced, Pacing, RecordedPass, SharedWindow
 from trainer_client.dispatch.policy import _TIMES_HOLD_S, _WEIGHT, CallTimes
-from trainer_client.dispatch.replicas import _BUSIER_ROWS, _QUICK, _SLOWER, _TRIED
+from trainer_client.dispatch.replicas import _AS_QUICK, _BUSIER_ROWS, _QUICK, _SLOWER, _TRIED
 
 _LEAST_TIME_S = 1e-3
 """The shortest time of a call."""
@@ -58,11 +58,13 @@ class KnownTimes:
         known = is_host & (self._at[trainer][hosts] > now - _TIMES_HOLD_S)
         seconds = np.where(known, self._seconds[trainer][hosts], np.inf)
         usual_s = self._usual_s(trainer, now)
-        quick = known & (seconds <= _SLOWER * np.maximum(seconds.min(axis=1), usual_s)[:, None])
+        least_s = np.maximum(seconds.min(axis=1), usual_s)[:, None]
+        quick = known & (seconds <= _AS_QUICK * least_s)
         others = is_host & ~known
         few = quick.sum(axis=1) < _QUICK
         tried = ~few & others.any(axis=1) & (rng.random(len(hosts)) < _TRIED)
-        fit = np.where(few[:, None], quick | others, np.where(tried[:, None], others, quick))
+        fit = np.where(tried[:, None], others, quick)
+        fit = np.where(few[:, None], others | known & (seconds <= _SLOWER * least_s), fit)
         queued = np.where(fit, self._announced.queued[hosts], _MOST_QUEUED)
         fit &= queued <= queued.min(axis=1, keepdims=True) + _BUSIER_ROWS
         place = np.where(fit, queued + rng.random(hosts.shape), np.inf).argmin(axis=1)

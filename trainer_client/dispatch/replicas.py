@@ -22,9 +22,9 @@ _SLOWER = 2.0
 """A peer is skipped if it takes this many times as long as the fastest peer of its expert, and also as the median of
 all recently called peers.
 """
-_QUICK, _TRIED = 2, 1 / 16
-"""Once this many fast replicas of an expert are known, replicas that were not called recently get only this share of
-its calls.
+_QUICK, _AS_QUICK, _TRIED = 3, 1.25, 1 / 16
+"""Once three replicas of an expert are known that take at most 1.25 times as long as the fastest one, or as usual, only
+such ones are called. Replicas that were not called recently then get only a sixteenth of its calls.
 """
 _MANY, _COMPARED_OF_MANY = 16, 8
 """If an expert has more than 16 replicas, only 8 random ones are compared, and those that were called recently. If none
@@ -108,14 +108,12 @@ def _fit(
     calls.
     """
     known = [replica for replica in hosts if replica.peer_id in times_s]
-    quickest = min((times_s[replica.peer_id] for replica in known), default=0.0)
-    slowest = _SLOWER * max(quickest, usual_s)
-    quick = [replica for replica in known if times_s[replica.peer_id] <= slowest]
-    if len(known) < len(hosts):
-        others = [replica for replica in hosts if replica.peer_id not in times_s]
-        if len(quick) < _QUICK:
-            quick += others
-        elif rng.random() < _TRIED:
-            quick = others
+    others = [replica for replica in hosts if replica.peer_id not in times_s]
+    least_s = max(usual_s, min((times_s[replica.peer_id] for replica in known), default=0.0))
+    quick = [replica for replica in known if times_s[replica.peer_id] <= _AS_QUICK * least_s]
+    if len(quick) < _QUICK:
+        quick = [*others, *(replica for replica in known if times_s[replica.peer_id] <= _SLOWER * least_s)]
+    elif others and rng.random() < _TRIED:
+        quick = others
     least = min(replica.queued_rows for replica in quick)
     return [replica for replica in quick if replica.queued_rows <= least + _BUSIER_ROWS]

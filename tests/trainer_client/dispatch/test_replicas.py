@@ -119,6 +119,25 @@ def test_of_two_replicas_the_much_faster_is_called_or_else_each_half_of_the_time
     assert calls_of_first({first: 0.1, second: 0.25}) == 200
 
 
+def test_once_three_replicas_are_known_to_be_as_quick_as_usual_only_such_ones_and_now_and_then_others_are_called() -> (
+    None
+):
+    uid, rng = UIDS[0], random.Random(2)
+    quick, slower, untried = PEERS[:3], PEERS[3], PEERS[4]
+    times_s = dict.fromkeys(quick, 0.1) | {slower: 0.15} | {make_peer_id(n): 0.1 for n in range(100, 110)}
+    view = make_view({uid: [*quick, slower, untried]})
+
+    def calls(times_s: dict[PeerID, float]) -> Counter[PeerID]:
+        return Counter(choose_replicas([uid], view, rng, times_s=times_s)[uid] for _ in range(640))
+
+    called = calls(times_s)
+    assert all(called[peer] > 150 for peer in quick)
+    assert called[slower] == 0 and 20 < called[untried] < 80
+    del times_s[quick[0]]  # with two such replicas, any may be called that is not much slower
+    called = calls(times_s)
+    assert all(80 < called[peer] < 180 for peer in PEERS[:5])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_each_replica_takes_its_part_of_the_calls_whatever_else_its_peer_hosts(seed: int) -> None:
     """The first peers host an expert alone each, or several, as those do that were there first."""
