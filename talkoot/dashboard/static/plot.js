@@ -129,7 +129,7 @@ export class Plot {
         {
           ...axis,
           size: 58,
-          space: 36,
+          space: 24, // with the next rounder step, a wider one could leave a single number
           values: (_, splits) => splits.map((value) => write(value)),
           ...(whole ? { incrs: WHOLE } : {}),
         },

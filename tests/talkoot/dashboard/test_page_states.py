@@ -190,6 +190,26 @@ def test_a_chart_of_what_is_counted_has_whole_numbers_alone(browser: Browser, tm
     asked.history.close()
 
 
+def test_the_axis_of_a_loss_has_several_numbers(browser: Browser, tmp_path: Path) -> None:
+    asked = Asked(tmp_path, HEALTHY)
+    for age, loss in ((600, 5.6), (8, 2.3)):
+        asked.history.add([Sample("loss", "c", loss)], NOW - age)
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.page.add_init_script("""
+            const write = CanvasRenderingContext2D.prototype.fillText;
+            CanvasRenderingContext2D.prototype.fillText = function (text, ...where) {
+                (this.canvas.written ??= new Set()).add(text);
+                return write.call(this, text, ...where);
+            };
+        """)
+        seen.page.reload()
+        written = "[...(document.querySelector('#chart-cards canvas')?.written ?? [])]"
+        seen.until(f"{written}.some((text) => Number(text))")
+        numbers = {float(text) for text in seen.page.evaluate(written) if ":" not in text}
+        assert len({number for number in numbers if 2 < number < 6}) >= 2, numbers
+    asked.history.close()
+
+
 def test_a_small_loss_of_experts_looks_small_in_its_tile(browser: Browser, tmp_path: Path) -> None:
     asked = Asked(tmp_path, HEALTHY)
     for age, live in ((600, 32), (8, 30)):
