@@ -16,7 +16,7 @@ from dht.announcements import (
     announced,
     read_replicas,
 )
-from dht.records import INDEX_PIECE, MAX_LIFETIME_S, parse_peer_id
+from dht.records import INDEX_PIECE, MAX_INDEX_LIFETIME_S, parse_peer_id
 from dht.regions import Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.registry import Entries, Registry, active_under
 from dht.uid import UID
@@ -116,7 +116,7 @@ class ExpertRegistry:
             for depth, following in enumerate(coordinate):
                 if lives := self.regions.index_lives(home, depth):
                     index = self._keys.index(layer, coordinate[:depth], following)
-                    lifetime_s = _CLAIMED_S if claims else MAX_LIFETIME_S
+                    lifetime_s = _CLAIMED_S if claims else MAX_INDEX_LIFETIME_S
                     until = now + min(lives * (expires_at - now), lifetime_s)
                     items[index, following] = Item(index, following, index, until)
         return items

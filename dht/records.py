@@ -41,7 +41,9 @@ MAX_MEMORIES = 32
 SHORT_ROOT_BYTES = 8
 """The length of a shard's root in hosts' announcements."""
 MAX_LIFETIME_S = 600.0
-"""The longest lifetime of announcements, node records and index entries. Those with a later expiry are refused."""
+"""The longest lifetime of announcements, node records and entries of shards. Those with a later expiry are refused."""
+MAX_INDEX_LIFETIME_S = 3600.0
+"""The longest lifetime of index entries."""
 MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 """The longest lifetime of manifests, revocations and libraries."""
 MAX_REPLICAS_OF_RECORD = 512
@@ -196,7 +198,7 @@ class RecordValidator:
             raise RecordError("the record is stored under another key or subkey than the signed ones")
         if payload.expires_at != record.expires_at:
             raise RecordError("the record's expiry is not the signed one")
-        _check_lifetime(payload.expires_at, self._now(), payload)
+        _check_lifetime(payload.expires_at, self._now(), _longest_lifetime_s(payload))
         digest = hashlib.blake2b(value, digest_size=16).digest()
         if digest in self._refused:
             raise RecordError("the record was refused before")
@@ -218,7 +220,9 @@ class RecordValidator:
         self._check_swarm(value)
         if value.endswith(tuple(_LONG_LIVED.values())):
             raise RecordError("no index entries are under such a key")
+        longest_s = MAX_INDEX_LIFETIME_S
         if shard := _SHARD_PATTERN.search(value):
+            longest_s = MAX_LIFETIME_S
             digits = shard[1] or shard[2]
             if not isinstance(subkey, bytes) or len(subkey) != 34 or not digits_of(subkey).startswith(digits):
                 raise RecordError("a shard's subkeys are the PeerIDs that belong to it")
@@ -226,7 +230,7 @@ class RecordValidator:
             raise RecordError("a prefix's subkeys are coordinates")
         elif _piece_of(value) != subkey // INDEX_PIECE:
             raise RecordError("the coordinate belongs in another piece of the prefix")
-        _check_lifetime(record.expires_at, self._now(), None)
+        _check_lifetime(record.expires_at, self._now(), longest_s)
 
 
 def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
@@ -244,7 +248,7 @@ def open_record(data: object, key: str, peer_id: PeerID, now: float) -> records_
     payload = open_old_record(data, key, peer_id)
     if payload.expires_at <= clock.earliest(now):
         raise RecordError("the record has expired")
-    _check_lifetime(payload.expires_at, now, payload)
+    _check_lifetime(payload.expires_at, now, _longest_lifetime_s(payload))
     return payload
 
 
@@ -387,11 +391,13 @@ def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:
         raise RecordError(f"a cell's list of shards has {shards} bytes, which is not a valid length")
 
 
-def _check_lifetime(expires_at: float, now: float, payload: records_pb2.RecordPayload | None) -> None:
-    is_long_lived = payload is not None and payload.WhichOneof("body") in _LONG_LIVED
-    longest = MAX_MANIFEST_LIFETIME_S if is_long_lived else MAX_LIFETIME_S
-    if not expires_at <= now + longest + CLOCK_TOLERANCE_S:  # this form also refuses NaN
-        raise RecordError(f"the record claims to live longer than {longest:.0f} s")
+def _longest_lifetime_s(payload: records_pb2.RecordPayload) -> float:
+    return MAX_MANIFEST_LIFETIME_S if payload.WhichOneof("body") in _LONG_LIVED else MAX_LIFETIME_S
+
+
+def _check_lifetime(expires_at: float, now: float, longest_s: float) -> None:
+    if not expires_at <= now + longest_s + CLOCK_TOLERANCE_S:  # this form also refuses NaN
+        raise RecordError(f"the record claims to live longer than {longest_s:.0f} s")
 
 
 def _piece(prefix: str, following: int) -> str:

@@ -46,12 +46,11 @@ _EMPTY_READS = 2
 """After this many empty reads in a row, a prefix counts as one where nobody announces."""
 _RENEWED_BY = 8
 """How many hosts renew an index entry in each period, on average."""
-_SHARED_LIVES = 2
-"""How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are three
-periods each.
-"""
-_LEFT_TO_OTHERS = 4
-"""How many times in a row a host may leave the renewal of an index entry to others. The entry lives longer than that.
+_SHARED_LIVES, _SHARED_LIVES_ABOVE = 2, 8
+"""How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are longer
+than two periods each. An entry that leads to hosts of a single expert or region lives for two. An entry further up
+leads to many regions, and lives longer, because otherwise a part of all hosts would renew the few entries of a layer in
+each period.
 """
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
 
@@ -261,8 +260,10 @@ class RegionMap:
             hosts *= max(1, others)
         if hosts <= _RENEWED_BY:
             return 1
-        if left == _LEFT_TO_OTHERS or self._rng.random() * hosts < _RENEWED_BY:
-            return _SHARED_LIVES
+        lives = _SHARED_LIVES if depth == len(home[1]) - 1 else _SHARED_LIVES_ABOVE
+        # it renews the entry before the one that it wrote last expires
+        if left == 2 * lives - 1 or self._rng.random() * hosts < _RENEWED_BY:
+            return lives
         self._left_to_others[entry] = left + 1
         return 0
 

@@ -7,6 +7,7 @@ from record_samples import EXPIRES_AT, NOW, VALIDATOR, keys, refused, stored
 
 from dht.records import (
     INDEX_PIECE,
+    MAX_INDEX_LIFETIME_S,
     MAX_LIFETIME_S,
     SwarmKeys,
     shards_of,
@@ -64,9 +65,18 @@ def test_a_prefix_takes_only_coordinates(keys: SwarmKeys, subkey: object) -> Non
     refused(stored(keys.prefix(1), subkey, keys.prefix(1)), "subkeys are coordinates|can't be parsed")
 
 
-@pytest.mark.parametrize("lifetime", [MAX_LIFETIME_S + CLOCK_TOLERANCE_S + 1, math.inf, math.nan])
+@pytest.mark.parametrize("lifetime", [MAX_INDEX_LIFETIME_S + CLOCK_TOLERANCE_S + 1, math.inf, math.nan])
 def test_an_index_entry_that_would_live_too_long_is_refused(keys: SwarmKeys, lifetime: float) -> None:
-    refused(stored(keys.prefix(1), 2, keys.prefix(1), NOW + lifetime), "live longer than 600 s")
+    VALIDATOR.check(stored(keys.prefix(1), 2, keys.prefix(1), NOW + MAX_INDEX_LIFETIME_S))
+    refused(stored(keys.prefix(1), 2, keys.prefix(1), NOW + lifetime), "live longer than 3600 s")
+
+
+@pytest.mark.parametrize("lifetime", [MAX_LIFETIME_S + CLOCK_TOLERANCE_S + 1, math.inf, math.nan])
+def test_a_shards_entry_that_would_live_too_long_is_refused(keys: SwarmKeys, lifetime: float) -> None:
+    """Nobody is listed for long without renewing that."""
+    shard = keys.node_shard("00")
+    VALIDATOR.check(stored(shard, bytes(34), shard, NOW + MAX_LIFETIME_S))
+    refused(stored(shard, bytes(34), shard, NOW + lifetime), "live longer than 600 s")
 
 
 def test_a_long_index_entry_is_refused() -> None:
