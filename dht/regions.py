@@ -49,7 +49,7 @@ _RENEWED_BY = 8
 _SHARED_LIVES, _SHARED_LIVES_ABOVE = 2, 8
 """How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are longer
 than two periods each. An entry that leads to hosts of a single expert or region lives for two. An entry further up
-leads to many regions, and lives longer, because otherwise a part of all hosts would renew the few entries of a layer in
+leads to many regions, and lives longer: otherwise, a quarter of all hosts would renew the few entries of a layer in
 each period.
 """
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256

@@ -119,9 +119,7 @@ def test_of_two_replicas_the_much_faster_is_called_or_else_each_half_of_the_time
     assert calls_of_first({first: 0.1, second: 0.25}) == 200
 
 
-def test_once_three_replicas_are_known_to_be_as_quick_as_usual_only_such_ones_and_now_and_then_others_are_called() -> (
-    None
-):
+def test_of_many_replicas_those_that_are_as_quick_as_usual_are_called_and_now_and_then_untried_ones() -> None:
     uid, rng = UIDS[0], random.Random(2)
     *quick, slower, untried = PEERS[:5]
     times_s = dict.fromkeys(quick, 0.1) | {slower: 0.15} | {make_peer_id(n): 0.1 for n in range(100, 110)}
