@@ -163,8 +163,8 @@ class _Key:
         self.drawn_at = -1
         self.samples: list[Answer] = []
         self.answer: Answer | None = None
-        self.before: Unpacked | None = None
-        """The latest earlier entries for which a region is known."""
+        self.before: Answer | None = None
+        """The latest earlier answer for which a region is known."""
         self.owed_up = self.owed_down = 0.0
         """Bytes that the nearest servers sent and received for this key and that are not in the accounts yet."""
 
@@ -182,52 +182,26 @@ class _Search:
         return [0] if self.someone else []
 
 
-class Unpacked(Entries):
-    """Entries in the form that `Registry.get` returns."""
+class Answer(Entries):
+    """A copy of a key's entries, in the form that `Registry.get` returns. Readers that find the same entries share one
+    object, so nobody may change it.
+    """
 
-    def __init__(self, entries: Mapping[Any, Entry], unread: int) -> None:
+    def __init__(self, entries: Mapping[Any, Any], size: int, unread: int = 0) -> None:
+        """`size`: bytes of the entries. `unread`: how many entries were left out."""
         super().__init__(entries)  # an `Entry` is a pair of a value and its expiry
+        self.size = size
         self.unread = unread
         self.region: Any = None
         """What a reader has computed from the entries, kept for other readers."""
-        self.before: Unpacked | None = None
-        """Earlier entries of the key, for which `region` is known."""
-
-
-class Answer:
-    """The entries of a key. Readers that find the same entries share one object."""
-
-    __slots__ = ("_before", "_unpacked", "entries", "size", "unread")
-
-    def __init__(
-        self, entries: dict[Any, Entry], size: int, unread: int = 0, before: Unpacked | None = None
-    ) -> None:
-        """`size`: bytes of the entries. `unread`: how many entries were left out. `before`: see `Unpacked`."""
-        self.entries = entries
-        self._before = before
-        self.size = size
-        self.unread = unread
-        self._unpacked: Unpacked | None = None
+        self.before: Answer | None = None
+        """The latest earlier answer for which `region` is known, until it is known here."""
 
     def with_own(self, subkey: bytes, whole: "Answer") -> "Answer":
         """Adds the reader's own entry if it was left out: a peer holds its own entries itself."""
-        if subkey in self.entries or subkey not in whole.entries:
+        if subkey in self or subkey not in whole:
             return self
-        return Answer({**self.entries, subkey: whole.entries[subkey]}, self.size, self.unread - 1)
-
-    @property
-    def with_region(self) -> Unpacked | None:
-        """The entries, if their region is known; else the latest earlier ones for which it is."""
-        if self._unpacked is None:
-            return self._before
-        return self._unpacked.before if self._unpacked.region is None else self._unpacked
-
-    @property
-    def unpacked(self) -> Unpacked:
-        if self._unpacked is None:
-            self._unpacked = Unpacked(self.entries, self.unread)
-            self._unpacked.before, self._before = self._before, None
-        return self._unpacked
+        return Answer({**self, subkey: whole[subkey]}, self.size, self.unread - 1)
 
 
 class ModelFound:
@@ -241,8 +215,8 @@ class ModelFound:
         self.someone_answered = search.someone
 
     @property
-    def entries(self) -> dict[Any, Entry]:
-        return self.answer.entries
+    def entries(self) -> Answer:
+        return self.answer
 
     @property
     def unread(self) -> int:
@@ -340,7 +314,8 @@ class ModelDHT:
         stored = StoredRecord(value) if type(value) is bytes else value
         key.entries[subkey] = Entry(stored, item.expires_at)  # type: ignore[arg-type]  # not packed
         if key.answer is not None:
-            key.before, key.answer = key.answer.with_region, None
+            key.before = key.answer.before if key.answer.region is None else key.answer
+            key.answer = None
         if key.holders.get(subkey) != holders:
             key.holders[subkey] = holders
             for peer in holders:
@@ -358,7 +333,8 @@ class ModelDHT:
             self._drop_lost(key)
         if not world.is_parted:
             if key.answer is None:
-                key.answer, key.before = Answer(key.entries, key.bytes, before=key.before), None
+                key.answer = Answer(key.entries, key.bytes)
+                key.answer.before, key.before = key.before, None
             return key.answer
         half = reader.half
         seen = {
@@ -379,12 +355,12 @@ class ModelDHT:
             key.drawn_at, key.samples = drawn_at, []
         if len(key.samples) < _SAMPLES:
             share = min(1.0, _SAMPLED_BY * room / answer.size)
-            drawn = {
+            drawn: dict[Any, Any] = {
                 subkey: entry
-                for subkey, entry in answer.entries.items()
+                for subkey, entry in answer.items()
                 if type(subkey) is int or self.rng.random() < share
             }
-            key.samples.append(Answer(drawn, _size(drawn), len(answer.entries) - len(drawn)))
+            key.samples.append(Answer(drawn, _size(drawn), len(answer) - len(drawn)))
             return key.samples[-1]
         return key.samples[int(self.rng.random() * _SAMPLES)]
 
@@ -429,11 +405,10 @@ class ModelDHT:
             else:
                 gone.append(subkey)
         if gone:
-            entries = dict(key.entries)  # A copy, since readers may have the old dictionary.
             for subkey in gone:
-                key.bytes -= len(entries.pop(subkey).value) + ITEM_OVERHEAD_BYTES
+                key.bytes -= len(key.entries.pop(subkey).value) + ITEM_OVERHEAD_BYTES
                 del key.holders[subkey]
-            key.entries, key.answer = entries, None
+            key.answer = None
         key.first_expiry, key.checked = first, self.world.deaths
         key.first_leaf, key.last_leaf = min(leaves, default=_NO_LEAF), max(leaves, default=-1)
         key.deaths = self.world.deaths_in(slice(key.first_leaf, key.last_leaf + 1))
@@ -538,7 +513,7 @@ class ModelLookups(Lookups):
                 if room is not None and answer.size > room:
                     answer = model.sample(key, answer, room).with_own(peer.peer_id.to_bytes(), answer)
                 size += answer.size
-                count += len(answer.entries)
+                count += len(answer)
                 key.owed_up += copies * answer.size
             found[key_id] = ModelFound(search, answer)
         if count:

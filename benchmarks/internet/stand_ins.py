@@ -228,7 +228,7 @@ class SharedRegistry(Registry):
         found: Any = await self.lookups.find(list(ids.values()), limits, room=room)
         if not next(iter(found.values())).someone_answered:  # nor to the others
             raise UnreachableError("no DHT peer answered")
-        return {key: found[key_id].answer.unpacked for key, key_id in ids.items()}
+        return {key: found[key_id].answer for key, key_id in ids.items()}
 
     async def _in_time(self, call: Awaitable[T], operation: str = "") -> T:
         """Waits without a deadline, and without its timer: modelled look-ups always end, or pause with a machine that
