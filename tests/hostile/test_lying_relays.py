@@ -19,6 +19,7 @@ from relayed import (
     CALLER,
     FAST_MBIT,
     HIDDEN,
+    LOCAL,
     OTHER,
     RELAY,
     SWARM,
@@ -43,7 +44,7 @@ from peer.rpc.channels import CLIENT_OPTIONS, KnownPeer
 from peer.rpc.connections import MARK, NAME_BYTES, Connections
 from peer.rpc.sessions import SESSION_KEY, Metadata, Session, SessionClient, Sessions
 from peer.transport.addresses import Multiaddress
-from peer.transport.pipes import ByteStream, Pipe, SocketStream
+from peer.transport.pipes import ByteStream, Pipe, SocketStream, aborting
 from peer.wire import relay_pb2, relay_pb2_grpc, session_pb2
 
 
@@ -686,7 +687,7 @@ def test_calls_get_round_a_relay_that_only_pretends_to_open_circuits(
 
 
 class Deaf(RelayServicer):
-    """A relay that soon reads nothing more of what the peer behind it answers, and then ends its own side only."""
+    """A relay that soon reads nothing more of what the peer behind it sends, and then ends its own side only."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -715,10 +716,19 @@ class Deaf(RelayServicer):
 def test_a_relay_that_stops_reading_keeps_no_socket_of_a_peer_open(
     loop: LoopThread, keys: list[Identity]
 ) -> None:
+    async def send_without_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError), aborting((reader, writer)):
+            while not writer.is_closing():
+                writer.write(bytes(2**16))
+                await writer.drain()
+
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT, Deaf)
         hidden = await hide(keys[HIDDEN], [relay])
         caller = Caller(keys[CALLER])
+        server = await asyncio.start_server(send_without_end, LOCAL, 0)
+        port = server.sockets[0].getsockname()[1]
+        hidden.reservations.set_exit(lambda *who: asyncio.open_connection(LOCAL, port))
         assert isinstance(relay.relaying, Deaf)
         pipes: list[Pipe] = []
         connect_to = hidden.client.connect
@@ -728,14 +738,12 @@ def test_a_relay_that_stops_reading_keeps_no_socket_of_a_peer_open(
             return pipes[-1]
 
         hidden.client.connect = connect_and_note  # type: ignore[method-assign]  # to see its socket
-        async with closing(relay, hidden, caller):
-            channel = await caller.pool.reach(hidden.contact)
-            method: Any = channel.unary_unary("/test/Echo")
-            calls = [method(bytes(2_500_000), timeout=60.0) for _ in range(5)]
+        async with server, closing(relay, hidden, caller):
+            circuit = await caller.client.dial(relay.as_relay, hidden.served.peer_id)
             waiting = [0]
 
             def is_stuck() -> bool:
-                """Whether nothing of the answers has left for half a second."""
+                """Whether nothing of what is to be sent has left for half a second."""
                 waiting.append(pipes[0][1].transport.get_write_buffer_size() if pipes else 0)
                 return len(waiting) > 50 and 0 < waiting[-1] == min(waiting[-50:]) == max(waiting[-50:])
 
@@ -744,8 +752,7 @@ def test_a_relay_that_stops_reading_keeps_no_socket_of_a_peer_open(
             await until(lambda: not hidden.client.circuits)
             async with asyncio.timeout(10.0):
                 await pipes[0][1].wait_closed()
-            for call in calls:
-                call.cancel()
+            circuit.close()
 
     loop.run(scenario(), 60)
 
