@@ -54,7 +54,9 @@ def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
 
 
 async def knows(node: Node, other: Node) -> bool:
-    return any(a.peer_id == other.swarm.host.peer_id for a in node.swarm.peer_store.addresses())
+    """Whether the node would find the other one after a restart."""
+    saved = PeerStore(node.swarm.peer_store._path).addresses()
+    return any(address.peer_id == other.swarm.host.peer_id for address in saved)
 
 
 async def at_least_once(swarm: Swarm) -> bool:
