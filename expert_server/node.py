@@ -23,7 +23,7 @@ from expert_server.credit import CreditServicer, ReceiptBook, ReceiptFile
 from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import expert_bytes
 from expert_server.hosting.averaging import ReplicaAveraging
-from expert_server.hosting.manager import HostingManager
+from expert_server.hosting.manager import LOOKS_PER_PERIOD, HostingManager
 from expert_server.hosting.replicas import CLAIM_WAIT_S, LocalReplicas
 from expert_server.hosting.standby import StandbyCopies
 from expert_server.memory.following import HostingRules
@@ -408,10 +408,11 @@ class Node:
         fetched.
         """
         hosting = self.hosting
-        for look in chain((hosting.replicate,), cycle((hosting.look_again, hosting.look))):
+        again = [hosting.look_again] * (LOOKS_PER_PERIOD - 1)
+        for look in chain((hosting.replicate,), cycle((*again, hosting.look))):
             if self._pauses.hosts and not self._pauses.why:
                 await self._rounds.run("look", look)
-            await asyncio.sleep(self.period.drawn_s(0.5))
+            await asyncio.sleep(self.period.drawn_s(1 / LOOKS_PER_PERIOD))
 
     async def _host_memories(self) -> None:
         """Verifies and serves the memories on disk, then takes shards that need a host."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain, cycle
 from typing import Any
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups, Owed, without_owing
@@ -33,7 +34,7 @@ from dht.uid import UID
 from dht.upkeep import UpkeepPeriod
 from expert_server.experts.format import Checkpoint
 from expert_server.hosting.averaging import choose_partners, pause_after, replicas_to_meet
-from expert_server.hosting.manager import HostingManager
+from expert_server.hosting.manager import LOOKS_PER_PERIOD, HostingManager
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.hosting.standby import StandbyCopies
@@ -286,12 +287,12 @@ class SimulatedNode:
                 self.checkpoints.save(self.runtime.experts.values())
 
     async def _look_around(self) -> None:
-        look, owed = self.hosting.replicate, Owed()
-        while True:
+        hosting, owed = self.hosting, Owed()
+        again = [hosting.look_again] * (LOOKS_PER_PERIOD - 1)
+        for look in chain((hosting.replicate,), cycle((*again, hosting.look))):
             await self._rounds.run("look", look)
             self._note_useful()
-            look = self.hosting.look_again if look != self.hosting.look_again else self.hosting.look
-            await self._sleep(self.period.drawn_s(0.5), owed)
+            await self._sleep(self.period.drawn_s(1 / LOOKS_PER_PERIOD), owed)
 
     async def _average_now_and_then(self) -> None:
         every_s, rng = self.settings.average_every_s, self.swarm.world.rng("averaging")

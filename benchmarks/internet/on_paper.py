@@ -23,7 +23,7 @@ from benchmarks.internet.formulas import (
 )
 from benchmarks.internet.report import LEAST_SERVED
 from dht.upkeep import MOST_STRETCHED, ROUND_BYTES, lifetime_s
-from expert_server.hosting.manager import _LOOKS, _LOOKS_WITHOUT
+from expert_server.hosting.manager import _LOOKS, _LOOKS_WITHOUT, LOOKS_PER_PERIOD
 from expert_server.settings import NodeSettings
 from peer.kademlia.routing import REPLICAS
 
@@ -124,7 +124,6 @@ def _training(nodes: int, found: Mapping[str, Any]) -> Comparison:
 
 
 def _adoption(period_s: float, sights: int) -> tuple[float, float, int, float, float, int]:
-    """Arguments of `adoption_time`. Nodes look again after half a period. Building a small expert takes practically no
-    time.
-    """
-    return period_s, lifetime_s(period_s) / period_s, sights, period_s / 2, 0.0, _LOOKERS
+    """Arguments of `adoption_time`. Building a small expert takes practically no time."""
+    again_s = period_s / LOOKS_PER_PERIOD
+    return period_s, lifetime_s(period_s) / period_s, sights, again_s, 0.0, _LOOKERS

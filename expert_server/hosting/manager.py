@@ -47,15 +47,18 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _CLAIM_ROUNDS = 5
 """How many times a starting node looks for experts, as long as others may still lose their claims."""
+LOOKS_PER_PERIOD = 4
+"""The first reads what the swarm lacks, and the others only experts that it found without a host."""
 _LOOKS = 2
-"""How many looks in a row must find an expert vacant before it is adopted. There are two looks in a period."""
-_LOOKS_WITHOUT = 4
-"""The same if the expert was hosted before and this node has no checkpoint of it, and so would have to restart it.
-Nodes with a checkpoint come first, because all of them look twice in this time.
+"""How many looks in a row must find an expert vacant before it is adopted."""
+_LOOKS_WITHOUT = 5
+"""The same if the expert was hosted before and this node has no checkpoint of it, and so would have to restart it. All
+nodes look at least once in this time, so nodes with a checkpoint usually come first. One that comes later takes the
+expert back.
 """
 _FIRM_LOOKS = 4
-"""How many looks in a row must find that the same replica can be spared. There are two in a period, and announcements
-live for more than two periods.
+"""How many whole looks in a row must find that the same replica can be spared. There is one in a period, and
+announcements live for more than two periods.
 """
 _EXCHANGE_EVERY_S = 600.0
 """The shortest time between two exchanges."""
@@ -335,7 +338,7 @@ class HostingManager:
             await self._exchange(replicas)
 
     async def look_again(self) -> None:
-        """Half a period after a look: reads the vacant experts again, and adopts those that are still vacant."""
+        """Between two looks: reads the vacant experts again, and adopts those that are still vacant."""
         suspects = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
         if not suspects:
             return

@@ -176,7 +176,7 @@ def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
     its updates is lost, though the frozen partner is still announced. If its DHT node still answered, its experts are
     handed over after the averages.
     """
-    averaging_s = 600.0 if has_failed else 0.5
+    averaging_s = 600.0 if has_failed else 4.0  # time for an average with the other partner
     monkeypatch.setattr("expert_server.hosting.averaging._LAST_AVERAGING_S", averaging_s)
     monkeypatch.setattr("expert_server.hosting.manager._AVERAGE_WITHIN_S", averaging_s / 2)
     monkeypatch.setattr("expert_server.hosting.whole_states._PATIENCE_S", 0.1)
