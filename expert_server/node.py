@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -407,9 +407,7 @@ class Node:
         """Looks for experts that need a host. Separate from announcements, which must not wait while states are
         fetched.
         """
-        hosting = self.hosting
-        again = [hosting.look_again] * (LOOKS_PER_PERIOD - 1)
-        for look in chain((hosting.replicate,), cycle((*again, hosting.look))):
+        for look in self.hosting.looks():
             if self._pauses.hosts and not self._pauses.why:
                 await self._rounds.run("look", look)
             await asyncio.sleep(self.period.drawn_s(1 / LOOKS_PER_PERIOD))

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import chain, cycle
 from typing import Any
 
 from benchmarks.internet.dht_model import ModelDHT, ModelLookups, Owed, without_owing
@@ -287,9 +286,8 @@ class SimulatedNode:
                 self.checkpoints.save(self.runtime.experts.values())
 
     async def _look_around(self) -> None:
-        hosting, owed = self.hosting, Owed()
-        again = [hosting.look_again] * (LOOKS_PER_PERIOD - 1)
-        for look in chain((hosting.replicate,), cycle((*again, hosting.look))):
+        owed = Owed()
+        for look in self.hosting.looks():
             await self._rounds.run("look", look)
             self._note_useful()
             await self._sleep(self.period.drawn_s(1 / LOOKS_PER_PERIOD), owed)

@@ -7,8 +7,8 @@ import contextlib
 import logging
 import time
 from collections import Counter as Multiset
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
-from itertools import groupby
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence, Set
+from itertools import chain, cycle, groupby
 from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter
@@ -40,7 +40,7 @@ from peer import clock
 from peer.errors import UnreachableError
 from peer.formatting import counted
 from peer.identity import PeerID
-from peer.loop import TaskSet, cancel_all, first_of, side_by_side, tolerating
+from peer.loop import Step, TaskSet, cancel_all, first_of, side_by_side, tolerating
 from peer.wire import state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -325,6 +325,11 @@ class HostingManager:
         """Renews the announcements of this node's replicas, and the manifest."""
         await self._replicas.announce()
         await self._swarm.keep_manifest()
+
+    def looks(self) -> Iterator[Step]:
+        """The looks of a node that runs, without end: `LOOKS_PER_PERIOD` in each period."""
+        again = [self.look_again] * (LOOKS_PER_PERIOD - 1)
+        return chain((self.replicate,), cycle((*again, self.look)))
 
     async def look(self) -> None:
         """Adopts experts that nobody hosts, and fills the remaining room with further replicas."""
