@@ -54,6 +54,10 @@ _LOOKERS = 64
 """In layers that have split, how many of the nodes that host experts read a grid row in the same period. If there are
 many more nodes than rows, nodes take turns, so that not all of them read the same few keys.
 """
+_COPIES = 2
+"""How many copies of an expert with one host there are on average in a swarm of which each node reads only a part. One
+in seven has none then, by chance.
+"""
 CROWDED = 2
 """An expert is crowded if it has more than this many times the replicas of another, which then gets one more."""
 _NO_COUNTS: Mapping[UID, int] = MappingProxyType({})
@@ -163,10 +167,14 @@ def further_replica(
     return min(few, key=lambda uid: (counts[uid], preference(uid, peer_id)), default=None)
 
 
-def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) -> dict[UID, Replica]:
+def single_hosted(
+    replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID, experts: int
+) -> dict[UID, Replica]:
     """The experts that only one other peer hosts and of which this peer should keep a copy, with that peer's replica.
 
-    Of all other peers that host anything, the one that prefers the expert most keeps the copy.
+    `replicas`: those of the experts that this peer has read. `experts`: how many the swarm has. Of all other peers that
+    host anything, as far as this peer knows, the one that prefers an expert most keeps a copy; in a swarm of which each
+    peer reads only a part, there are several such.
     """
     single = {}
     for uid, found in replicas.items():
@@ -175,13 +183,29 @@ def single_hosted(replicas: Mapping[UID, Collection[Replica]], peer_id: PeerID) 
             single[uid] = serving[0]
     if not single:  # usually, and there may be thousands of hosts
         return {}
-    hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
+    known = [r.peer_id for found in replicas.values() for r in _serving(found)]
+    hosts = {*known}
+    keepers = 1 if len(replicas) >= experts else _keepers(known.count(peer_id), len(known), len(hosts))
     wanted = {}
     for uid, only in single.items():
-        own = preference(uid, peer_id)
-        if all(preference(uid, host) <= own for host in hosts if host != only.peer_id):
+        own, others = preference(uid, peer_id), hosts - {only.peer_id, peer_id}
+        keener = (host for host in others if preference(uid, host) > own)
+        if len([*islice(keener, keepers)]) < keepers:
             wanted[uid] = only
     return wanted
+
+
+def _keepers(own: int, replicas: int, hosts: int) -> int:
+    """How many of the hosts that a peer knows keep a copy of an expert, in a swarm of which each peer reads another
+    part.
+
+    `own`: how many experts this peer hosts. `replicas`: how many it knows, of `hosts` peers.
+
+    If all peers are like this one, about `replicas` / `own` of them have read an expert, and each is the first of those
+    that it knows with a chance of one in `hosts`. So if only the first kept a copy, there would be `replicas` / (`own`
+    · `hosts`) copies on average.
+    """
+    return max(1, round(_COPIES * own * hosts / max(1, replicas)))
 
 
 def releasable(

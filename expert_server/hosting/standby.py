@@ -78,7 +78,8 @@ class StandbyCopies:
             return
         seen, host = self._seen(), self._swarm.host
         # hosts that have died neither serve experts nor keep copies
-        wanted = single_hosted(answering(seen, host.has_failed), host.peer_id)
+        living = answering(seen, host.has_failed)
+        wanted = single_hosted(living, host.peer_id, self._swarm.manifest.experts_total)
         self._copied_at = {uid: at for uid, at in self._copied_at.items() if uid in wanted}
         if not wanted:
             return

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from statistics import median_high
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,7 +69,7 @@ def test_each_expert_with_one_host_is_copied_by_one_other_peer(
     hosts = {uid: rng.sample(peers, rng.randint(1, 2)) for uid in sorted(experts)}
     hosts |= {UID(9, (number,)): peers for number in range(2)}  # each peer hosts something
     replicas = {uid: tuple(replica(uid, peer, SERVING, 7) for peer in some) for uid, some in hosts.items()}
-    copies = {peer: single_hosted(replicas, peer) for peer in peers}
+    copies = {peer: single_hosted(replicas, peer, len(replicas)) for peer in peers}
     for uid, some in hosts.items():
         keepers = [peer for peer in peers if uid in copies[peer]]
         assert len(keepers) == (1 if len(some) == 1 else 0)
@@ -76,11 +77,30 @@ def test_each_expert_with_one_host_is_copied_by_one_other_peer(
         assert all(copies[peer][uid].peer_id == some[0] for peer in keepers)
 
 
+@pytest.mark.parametrize("most", [1, 8], ids=["one expert each", "up to eight experts each"])
+def test_most_experts_with_one_host_have_copies_though_each_peer_has_read_few(most: int) -> None:
+    rng, peers = random.Random(0), seeded_peers(200)
+    hosted = {
+        peer: [UID(n, (place,)) for place in range(rng.randint(1, most))] for n, peer in enumerate(peers)
+    }
+    host_of = {uid: peer for peer, own in hosted.items() for uid in own}
+    copies = Counter[UID]()
+    for peer, own in hosted.items():
+        read = [*own, *rng.sample([*host_of], 20)]
+        kept = single_hosted(
+            {uid: (replica(uid, host_of[uid], SERVING),) for uid in read}, peer, len(host_of)
+        )
+        assert not kept.keys() & {*own}
+        copies.update([*kept])
+    assert 1.4 <= copies.total() / len(host_of) <= 2.6
+    assert len(copies) / len(host_of) >= 0.7
+
+
 def test_what_is_only_claimed_or_has_an_heir_is_not_copied() -> None:
     (uid,), (first, second, third) = GRID[:1], seeded_peers(3)
-    assert not single_hosted({uid: (replica(uid, first, CLAIMED),)}, second)
-    assert not single_hosted({uid: (replica(uid, first, LEAVING), replica(uid, second, SERVING))}, third)
-    assert single_hosted({uid: (replica(uid, first, LEAVING),)}, third), (
+    assert not single_hosted({uid: (replica(uid, first, CLAIMED),)}, second, 1)
+    assert not single_hosted({uid: (replica(uid, first, LEAVING), replica(uid, second, SERVING))}, third, 1)
+    assert single_hosted({uid: (replica(uid, first, LEAVING),)}, third, 1), (
         "who leaves may not come to hand it over"
     )
 
