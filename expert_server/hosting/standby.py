@@ -5,7 +5,7 @@ from here.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter
@@ -13,9 +13,15 @@ from prometheus_client import CollectorRegistry, Counter
 from dht.announcements import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.experts.format import Checkpoint, StateForm, check_state
+from expert_server.experts.format import AVERAGED, Checkpoint, StateForm, check_state
 from expert_server.experts.plausibility import Scale, require_plausible
-from expert_server.hosting.placement import answering, plausible_updates, single_hosted, usual_updates
+from expert_server.hosting.placement import (
+    answering,
+    plausible_updates,
+    serving_elsewhere,
+    single_hosted,
+    usual_updates,
+)
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from peer.errors import StateError, TransferError, UnreachableError
@@ -24,7 +30,9 @@ from peer.loop import side_by_side
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_STANDBYS = 32
-"""The most copies in all, and the most that are made in one round."""
+"""The most copies in all, and the most that are made in one round. If there are as many, new ones replace those of
+experts that have several hosts by now.
+"""
 _FETCHES = 3
 """Copies that are fetched at the same time, so that a slow one does not hold up the others."""
 _MOVED = 1.01
@@ -100,7 +108,9 @@ class StandbyCopies:
         ]
         stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
         room = self._limit - len(saved.keys() - held)
-        new = [replica for replica in stale if replica.uid not in saved][: max(room, 0)]
+        needless = self._needless({uid: found[uid] for uid in found.keys() - held}, living)
+        new = [replica for replica in stale if replica.uid not in saved][: max(room + len(needless), 0)]
+        await self._replicas.checkpoints.drop(needless[: max(len(new) - room, 0)])
         some = [r for r in stale if r.uid in saved or r in new][: self._limit]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
 
@@ -117,6 +127,19 @@ class StandbyCopies:
                 logger.log(level, "could not copy expert %s: %s", replica.uid, error)
 
         await side_by_side(map(copy, some), _FETCHES)
+
+    def _needless(
+        self, saved: Mapping[UID, Mapping[str, int]], living: Mapping[UID, Collection[Replica]]
+    ) -> list[UID]:
+        """The experts of which this node only has copies, and that two or more others serve. Those with the most hosts
+        come first.
+        """
+        hosts = {
+            uid: len(serving_elsewhere(living.get(uid, ()), self._swarm.host.peer_id))
+            for uid, counts in saved.items()
+            if counts.keys().isdisjoint(("", AVERAGED))
+        }
+        return sorted((uid for uid, count in hosts.items() if count > 1), key=hosts.__getitem__, reverse=True)
 
     async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
         """At most `most` updates are believed. Raises TransferError, StateError or OSError."""

@@ -210,6 +210,13 @@ class CheckpointStore:
         with suppress(OSError):
             (self._folder / str(uid)).rmdir()
 
+    def drop(self, uids: Iterable[UID]) -> None:
+        """Removes what other peers gave of experts of which this node never had a state of its own. Raises OSError."""
+        with self._writing:
+            for uid in uids:
+                if not any(entry.source in ("", AVERAGED) for entry in self.entries(uid)):
+                    self._remove(uid)
+
     def remove_averaged(self, uid: UID) -> None:
         """Removes states that were saved between an average that turned bad and the rollback."""
         files = self._files(uid, AVERAGED)
@@ -337,6 +344,13 @@ class Checkpoints:
     async def keep(self, uid: UID, checkpoint: Checkpoint) -> None:
         """Saves the state of an expert that is served elsewhere. Raises OSError and StateError as `save` does."""
         await asyncio.to_thread(self._store.save, uid, checkpoint)
+
+    async def drop(self, uids: Collection[UID]) -> None:
+        """Removes copies of experts that need none. If this node has a state of its own, both stay."""
+        try:
+            await asyncio.to_thread(self._store.drop, uids)
+        except OSError as error:
+            logger.warning("could not remove copies of experts: %s", error.strerror or error)
 
     async def give_up(self, uids: Collection[UID], needed: Collection[UID]) -> None:
         """Call it when experts were given up, and saved, because others proved to have them. `needed`: experts whose

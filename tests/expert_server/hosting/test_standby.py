@@ -208,6 +208,36 @@ def test_no_more_than_told_are_copied_the_stalest_first(play: Play) -> None:
     play(scenario)
 
 
+def test_copies_of_experts_that_others_host_by_now_make_room_for_new_ones(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=0)
+        standby = limited(keeper, 3)
+        invite = await keeper.swarm.invite()
+        first = await village.join(1, invite, experts=4)
+        alone = {*first.runtime.experts}
+        await train(first, dict.fromkeys(alone, 3))
+        await first.hosting.announce()
+        own, *_ = alone
+        trained = await first.runtime.run(first.runtime.experts[own].checkpoint)
+        await keeper.replicas.checkpoints.keep(own, trained)
+        assert await copied(keeper, standby) == 2
+        before = {*await keeper.replicas.checkpoints.newest()}
+        assert own in before <= alone
+
+        second = await village.join(2, invite, experts=8, replicas=2)
+        await second.hosting.replicate()
+        assert {*second.runtime.experts} == {*UIDS}
+        await train(second, dict.fromkeys(UIDS, 1))
+        await second.hosting.announce()
+        assert await copied(keeper, standby) == 4
+        after = {*await keeper.replicas.checkpoints.newest()}
+        assert len(after) == 3, "no more than before"
+        assert after & alone == {own}, "its own checkpoint stays"
+        assert await copied(keeper, standby) == 4, "these have one host"
+
+    play(scenario)
+
+
 def test_what_is_no_state_of_its_expert_takes_no_copys_place(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,19 @@ def test_the_last_state_of_each_source_is_kept_whatever_others_claim(tmp_path: P
     assert (newest.source, newest.update_count) == (OTHER, 10**14)
 
 
+@pytest.mark.parametrize(("own", "stays"), [(None, False), ("", True), (AVERAGED, True)])
+def test_copies_are_dropped_unless_this_node_has_a_state_of_its_own(
+    tmp_path: Path, own: str | None, stays: bool
+) -> None:
+    store = make_store(tmp_path)
+    for source in (HOST, OTHER, *(() if own is None else (own,))):
+        store.save(AN_UID, given(source, 5))
+    before = store.newest()
+    store.drop([AN_UID])
+    assert store.newest() == (before if stays else {})
+    store.drop([AN_UID])  # twice does no harm
+
+
 def test_a_source_whose_claims_fall_has_one_state_too(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     for update_count in (50, 40, 30):
