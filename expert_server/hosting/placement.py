@@ -54,10 +54,6 @@ _LOOKERS = 64
 """In layers that have split, how many of the nodes that host experts read a grid row in the same period. If there are
 many more nodes than rows, nodes take turns, so that not all of them read the same few keys.
 """
-_COPIES = 2
-"""How many copies of an expert with one host there are on average in a swarm of which each node reads only a part. One
-in seven has none then, by chance.
-"""
 CROWDED = 2
 """An expert is crowded if it has more than this many times the replicas of another, which then gets one more."""
 _NO_COUNTS: Mapping[UID, int] = MappingProxyType({})
@@ -196,8 +192,8 @@ def single_hosted(
 
 
 def _keepers(own: int, replicas: int, hosts: int) -> int:
-    """How many of the hosts that a peer knows keep a copy of an expert, in a swarm of which each peer reads another
-    part.
+    """How many of the hosts that a peer knows keep a copy of an expert, so that one does on average in a swarm of which
+    each peer reads another part.
 
     `own`: how many experts this peer hosts. `replicas`: how many it knows, of `hosts` peers.
 
@@ -205,7 +201,7 @@ def _keepers(own: int, replicas: int, hosts: int) -> int:
     that it knows with a chance of one in `hosts`. So if only the first kept a copy, there would be `replicas` / (`own`
     · `hosts`) copies on average.
     """
-    return max(1, round(_COPIES * own * hosts / max(1, replicas)))
+    return max(1, round(own * hosts / max(1, replicas)))
 
 
 def releasable(

@@ -78,7 +78,7 @@ def test_each_expert_with_one_host_is_copied_by_one_other_peer(
 
 
 @pytest.mark.parametrize("most", [1, 8], ids=["one expert each", "up to eight experts each"])
-def test_most_experts_with_one_host_have_copies_though_each_peer_has_read_few(most: int) -> None:
+def test_experts_with_one_host_have_one_copy_on_average_though_each_peer_has_read_few(most: int) -> None:
     rng, peers = random.Random(0), seeded_peers(200)
     hosted = {
         peer: [UID(n, (place,)) for place in range(rng.randint(1, most))] for n, peer in enumerate(peers)
@@ -92,8 +92,8 @@ def test_most_experts_with_one_host_have_copies_though_each_peer_has_read_few(mo
         )
         assert not kept.keys() & {*own}
         copies.update([*kept])
-    assert 1.4 <= copies.total() / len(host_of) <= 2.6
-    assert len(copies) / len(host_of) >= 0.7
+    assert 0.7 <= copies.total() / len(host_of) <= 1.4
+    assert len(copies) / len(host_of) >= 0.5
 
 
 def test_what_is_only_claimed_or_has_an_heir_is_not_copied() -> None:
