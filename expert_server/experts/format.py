@@ -42,6 +42,8 @@ FIRST_MOMENT, SECOND_MOMENT, STEP = ".exp_avg", ".exp_avg_sq", ".step"
 """The suffixes of the names of Adam's moments."""
 AVERAGED = "averaged"
 """The source of a state that is the average of this node's own state and another's."""
+OWN_SOURCES = ("", AVERAGED)
+"""The sources of states that this node has computed, at least in part. All other sources are peers."""
 _ABOUT_ACCUMULATED: Outline = {
     ACCUMULATED_ROWS: ((), torch.int64),
     ACCUMULATED_SIZES: ((2,), torch.float64),

@@ -185,8 +185,8 @@ def single_hosted(
     wanted = {}
     for uid, only in single.items():
         own, others = preference(uid, peer_id), hosts - {only.peer_id, peer_id}
-        keener = (host for host in others if preference(uid, host) > own)
-        if len([*islice(keener, keepers)]) < keepers:
+        before_it = (host for host in others if preference(uid, host) > own)
+        if len([*islice(before_it, keepers)]) < keepers:
             wanted[uid] = only
     return wanted
 

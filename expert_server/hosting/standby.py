@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter
 from dht.announcements import NodeInfo, Replica
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.experts.format import AVERAGED, Checkpoint, StateForm, check_state
+from expert_server.experts.format import OWN_SOURCES, Checkpoint, StateForm, check_state
 from expert_server.experts.plausibility import Scale, require_plausible
 from expert_server.hosting.placement import (
     answering,
@@ -137,7 +137,7 @@ class StandbyCopies:
         hosts = {
             uid: len(serving_elsewhere(living.get(uid, ()), self._swarm.host.peer_id))
             for uid, counts in saved.items()
-            if counts.keys().isdisjoint(("", AVERAGED))
+            if counts.keys().isdisjoint(OWN_SOURCES)
         }
         return sorted((uid for uid, count in hosts.items() if count > 1), key=hosts.__getitem__, reverse=True)
 

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, Counter
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import AVERAGED, Checkpoint, StateForm, from_bytes, to_bytes
+from expert_server.experts.format import AVERAGED, OWN_SOURCES, Checkpoint, StateForm, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
 from peer.bounded import BoundedDict
 from peer.checkpoints import RotatingFiles, read_checkpoint
@@ -140,7 +140,7 @@ class CheckpointStore:
         source = checkpoint.source
         with self._writing:
             self._unmark(uid)
-            if source not in ("", AVERAGED):
+            if source not in OWN_SOURCES:
                 self._make_room(uid, source)
             files = self._files(uid, source)
             files.write(checkpoint.update_count, data)
@@ -186,6 +186,13 @@ class CheckpointStore:
                 if uid not in needed:
                     self._remove(uid)
 
+    def drop(self, uids: Iterable[UID]) -> None:
+        """Removes what other peers gave of experts of which this node never had a state of its own. Raises OSError."""
+        with self._writing:
+            for uid in uids:
+                if not any(entry.source in OWN_SOURCES for entry in self.entries(uid)):
+                    self._remove(uid)
+
     def take_back(self, uid: UID) -> None:
         """Call it when an expert continues from its checkpoint. Raises OSError."""
         with self._writing:
@@ -210,13 +217,6 @@ class CheckpointStore:
         with suppress(OSError):
             (self._folder / str(uid)).rmdir()
 
-    def drop(self, uids: Iterable[UID]) -> None:
-        """Removes what other peers gave of experts of which this node never had a state of its own. Raises OSError."""
-        with self._writing:
-            for uid in uids:
-                if not any(entry.source in ("", AVERAGED) for entry in self.entries(uid)):
-                    self._remove(uid)
-
     def remove_averaged(self, uid: UID) -> None:
         """Removes states that were saved between an average that turned bad and the rollback."""
         files = self._files(uid, AVERAGED)
@@ -228,7 +228,7 @@ class CheckpointStore:
         good one.
         """
         entries = self.entries(uid)
-        others = {e.source: e.update_count for e in entries if e.source not in ("", AVERAGED, source)}
+        others = {e.source: e.update_count for e in entries if e.source not in (*OWN_SOURCES, source)}
         if len(others) < MAX_SOURCES:
             return
         proven = max((entry.update_count for entry in entries if not entry.source), default=-1)
@@ -335,9 +335,7 @@ class Checkpoints:
             return
         self._refuted[uid, source] = None
         entries = await asyncio.to_thread(self._store.entries, uid)
-        others = (
-            e for e in entries if e.source not in ("", AVERAGED) and e.update_count > expert.update_count
-        )
+        others = (e for e in entries if e.source not in OWN_SOURCES and e.update_count > expert.update_count)
         if await self._import_first(expert, others):
             logger.info("expert %s continues from the state of %s", uid, expert.source)
 
