@@ -229,7 +229,11 @@ def test_copies_of_experts_that_others_host_by_now_make_room_for_new_ones(play: 
         assert {*second.runtime.experts} == {*UIDS}
         await train(second, dict.fromkeys(UIDS, 1))
         await second.hosting.announce()
-        assert await copied(keeper, standby) == 4
+
+        async def has_made_room() -> bool:
+            return await copied(keeper, standby) == 4
+
+        await eventually(has_made_room)  # on a busy machine, a host may not answer at first
         after = {*await keeper.replicas.checkpoints.newest()}
         assert len(after) == 3, "no more than before"
         assert after & alone == {own}, "its own checkpoint stays"
