@@ -184,9 +184,8 @@ class CountedCheckpoints:
 
     def note_replaced(self, uid: UID) -> None: ...
 
-    async def drop(self, uids: Collection[UID]) -> None:
-        for uid in uids:
-            self._disk.pop(uid, None)
+    async def drop(self, uid: UID) -> None:
+        self._disk.pop(uid, None)
 
     async def give_up(self, uids: Collection[UID], needed: Collection[UID]) -> None:
         for uid in uids:

@@ -30,8 +30,8 @@ from peer.loop import side_by_side
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_STANDBYS = 32
-"""The most copies in all, and the most that are made in one round. If there are as many, new ones replace those of
-experts that have several hosts by now.
+"""The most copies in all, and the most that are made in one round. If there are as many, each new one takes the place
+of one of an expert that has several hosts by now.
 """
 _FETCHES = 3
 """Copies that are fetched at the same time, so that a slow one does not hold up the others."""
@@ -109,18 +109,23 @@ class StandbyCopies:
         stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
         room = self._limit - len(saved.keys() - held)
         needless = self._needless({uid: found[uid] for uid in found.keys() - held}, living)
-        new = [replica for replica in stale if replica.uid not in saved][: max(room + len(needless), 0)]
-        await self._replicas.checkpoints.drop(needless[: max(len(new) - room, 0)])
-        some = [r for r in stale if r.uid in saved or r in new][: self._limit]
+        new = [replica.uid for replica in stale if replica.uid not in saved][: max(room + len(needless), 0)]
+        some = [r for r in stale if r.uid in saved or r.uid in new][: self._limit]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
 
         async def copy(replica: Replica) -> None:
+            nonlocal room
             if replica.peer_id not in nodes or self._replicas.leaving:
                 return
             try:
                 await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
                 self.copied.inc()
                 self._copied_at[replica.uid] = self._clock()
+                if replica.uid in new:
+                    # not before it has arrived: its host may only pretend to have it
+                    room -= 1
+                    if room < 0:
+                        await self._replicas.checkpoints.drop(needless.pop())
             except (TransferError, StateError, OSError) as error:
                 # a busy host is normal: the next round tries again
                 level = logging.DEBUG if isinstance(error, TransferError) and error.answered else logging.INFO
@@ -132,14 +137,14 @@ class StandbyCopies:
         self, saved: Mapping[UID, Mapping[str, int]], living: Mapping[UID, Collection[Replica]]
     ) -> list[UID]:
         """The experts of which this node only has copies, and that two or more others serve. Those with the most hosts
-        come first.
+        come last.
         """
         hosts = {
             uid: len(serving_elsewhere(living.get(uid, ()), self._swarm.host.peer_id))
             for uid, counts in saved.items()
             if counts.keys().isdisjoint(OWN_SOURCES)
         }
-        return sorted((uid for uid, count in hosts.items() if count > 1), key=hosts.__getitem__, reverse=True)
+        return sorted((uid for uid, count in hosts.items() if count > 1), key=hosts.__getitem__)
 
     async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
         """At most `most` updates are believed. Raises TransferError, StateError or OSError."""

@@ -186,12 +186,11 @@ class CheckpointStore:
                 if uid not in needed:
                     self._remove(uid)
 
-    def drop(self, uids: Iterable[UID]) -> None:
-        """Removes what other peers gave of experts of which this node never had a state of its own. Raises OSError."""
+    def drop(self, uid: UID) -> None:
+        """Removes what other peers gave of an expert, unless this node has had a state of its own. Raises OSError."""
         with self._writing:
-            for uid in uids:
-                if not any(entry.source in OWN_SOURCES for entry in self.entries(uid)):
-                    self._remove(uid)
+            if not any(entry.source in OWN_SOURCES for entry in self.entries(uid)):
+                self._remove(uid)
 
     def take_back(self, uid: UID) -> None:
         """Call it when an expert continues from its checkpoint. Raises OSError."""
@@ -343,12 +342,12 @@ class Checkpoints:
         """Saves the state of an expert that is served elsewhere. Raises OSError and StateError as `save` does."""
         await asyncio.to_thread(self._store.save, uid, checkpoint)
 
-    async def drop(self, uids: Collection[UID]) -> None:
-        """Removes copies of experts that need none. If this node has a state of its own, both stay."""
+    async def drop(self, uid: UID) -> None:
+        """Removes the copies of an expert that needs none. If this node has a state of its own, all stay."""
         try:
-            await asyncio.to_thread(self._store.drop, uids)
+            await asyncio.to_thread(self._store.drop, uid)
         except OSError as error:
-            logger.warning("could not remove copies of experts: %s", error.strerror or error)
+            logger.warning("could not remove the copy of expert %s: %s", uid, error.strerror or error)
 
     async def give_up(self, uids: Collection[UID], needed: Collection[UID]) -> None:
         """Call it when experts were given up, and saved, because others proved to have them. `needed`: experts whose

@@ -209,9 +209,15 @@ def test_no_more_than_told_are_copied_the_stalest_first(play: Play) -> None:
     play(scenario)
 
 
-def test_copies_of_experts_that_others_host_by_now_make_room_for_new_ones(
+def test_copies_of_experts_that_others_host_by_now_make_room_for_new_ones_that_arrive(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = set[UID]()
+
+    async def refuse(node: NodeInfo, uid: UID) -> Fetched:
+        asked.add(uid)
+        raise TransferError("it has no state")
+
     async def scenario(village: Village) -> None:
         keeper = await village.found(experts=0, spare=0)
         # on a busy machine, a host may not answer once, and would not count
@@ -240,6 +246,16 @@ def test_copies_of_experts_that_others_host_by_now_make_room_for_new_ones(
         assert {*second.runtime.experts} == {*UIDS}
         await train(second, dict.fromkeys(UIDS, 1))
         await second.hosting.announce()
+
+        async def has_asked() -> bool:
+            assert await copied(keeper, standby) == 2
+            return bool(asked)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper.replicas.states, "fetch", refuse)
+            await eventually(has_asked)
+        assert asked.isdisjoint(alone)
+        assert {*await keeper.replicas.checkpoints.newest()} == before, "no state has arrived"
 
         async def has_made_room() -> bool:
             return await copied(keeper, standby) == 4

@@ -60,9 +60,9 @@ def test_copies_are_dropped_unless_this_node_has_a_state_of_its_own(
     for source in (HOST, OTHER, *(() if own is None else (own,))):
         store.save(AN_UID, given(source, 5))
     before = store.newest()
-    store.drop([AN_UID])
+    store.drop(AN_UID)
     assert store.newest() == (before if stays else {})
-    store.drop([AN_UID])  # twice does no harm
+    store.drop(AN_UID)  # twice does no harm
 
 
 def test_a_source_whose_claims_fall_has_one_state_too(tmp_path: Path) -> None:
