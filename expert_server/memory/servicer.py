@@ -8,9 +8,9 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -111,22 +111,27 @@ class Turns:
         """The number of waiting calls."""
         return len(self._waiting)
 
-    @asynccontextmanager
-    async def turn(self, caller: Owner, cost: int) -> AsyncIterator[None]:
-        """Waits for a turn. `cost`: in inner products. Raises ExpertError (RESOURCE_EXHAUSTED), also if others need the
-        place.
+    @contextmanager
+    def place(self, caller: Owner) -> Iterator[None]:
+        """Takes a place until the current task ends. Raises ExpertError (RESOURCE_EXHAUSTED), also if others need the
+        place before the end of the block. If they need it later, the task is cancelled.
         """
         task = asyncio.current_task()
         assert task is not None, "calls are answered in tasks"
         with interruptible(_TOO_MANY) as interrupt:
             place = self._places.reserve(caller, 1, interrupt)
             task.add_done_callback(lambda _: place.release())
-            await self._wait(caller, cost)
-            try:
-                yield
-            finally:
-                self._free += 1
-                self._next()
+            yield
+
+    @asynccontextmanager
+    async def turn(self, caller: Owner, cost: int) -> AsyncIterator[None]:
+        """Waits for a turn. `cost`: in inner products. The caller must have a place."""
+        await self._wait(caller, cost)
+        try:
+            yield
+        finally:
+            self._free += 1
+            self._next()
 
     async def _wait(self, caller: Owner, cost: int) -> None:
         turn = asyncio.get_running_loop().create_future()
@@ -209,11 +214,12 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             shards = [served.get(root) for root in _roots(request)]
             groups, cost = _groups(request, shards, len(queries))
             work = partial(self._search, queries, request.k, shards, groups)
-            reply = await self._compute(session.owner, cost, store, work)
-            reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
-            self.metrics.queries.inc(len(queries))
-            self._note_served(session.caller, Work(queries=len(queries)))
-            await self._up.take(reply.ByteSize())
+            with self._turns.place(session.owner):
+                reply = await self._compute(session.owner, cost, store, work)
+                reply.missing.extend(number for number, shard in enumerate(shards) if shard is None)
+                self.metrics.queries.inc(len(queries))
+                self._note_served(session.caller, Work(queries=len(queries)))
+                await self._up.take(reply.ByteSize())
             return reply
         raise AssertionError("abort raises")
 
@@ -232,8 +238,9 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                     raise WireError(f"there is no such passage: the shard has {len(shard)}")
                 reads.append((number, shard, list(wanted.positions)))
             cost = _READ_COST * sum(len(positions) for _, _, positions in reads)
-            reply = await self._compute(caller, cost, store, partial(_read, reads))
-            await self._up.take(reply.ByteSize())
+            with self._turns.place(caller):
+                reply = await self._compute(caller, cost, store, partial(_read, reads))
+                await self._up.take(reply.ByteSize())
             return reply
         raise AssertionError("abort raises")
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import pytest
-from callers import numbered_identity
+from callers import InSession, numbered_identity
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -333,10 +333,11 @@ def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
         begun, go = asyncio.Event(), asyncio.Event()
 
         async def call(caller: Owner, name: str) -> None:
-            async with turns.turn(caller, 1):
-                begun.set()
-                await go.wait()
-                order.append(name)
+            with turns.place(caller):
+                async with turns.turn(caller, 1):
+                    begun.set()
+                    await go.wait()
+                    order.append(name)
 
         async with asyncio.TaskGroup() as group:
             for i in range(20):
@@ -358,9 +359,10 @@ async def order_of(turns: Turns, calls: Iterable[tuple[str, int]]) -> list[str]:
     order, go = list[str](), asyncio.Event()
 
     async def call(group: str, number: int, cost: int) -> None:
-        async with turns.turn(Owner(group, number), cost):
-            await go.wait()
-            order.append(group)
+        with turns.place(Owner(group, number)):
+            async with turns.turn(Owner(group, number), cost):
+                await go.wait()
+                order.append(group)
 
     tasks = [asyncio.create_task(call(group, number, cost)) for number, (group, cost) in enumerate(calls)]
     await until(lambda: len(turns) >= len(tasks) - 1)
@@ -415,8 +417,9 @@ def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) 
 
         async def call(caller: Owner) -> str:
             try:
-                async with turns.turn(caller, 1):
-                    await go.wait()
+                with turns.place(caller):
+                    async with turns.turn(caller, 1):
+                        await go.wait()
             except ExpertError as error:
                 return error.status.name
             return "answered"
@@ -440,8 +443,9 @@ def test_replies_that_nobody_reads_keep_their_places_until_others_need_them(loop
         greedy, other = Owner.alone("greedy"), Owner.alone("other")
 
         async def call(caller: Owner) -> None:
-            async with turns.turn(caller, 1):
-                pass
+            with turns.place(caller):
+                async with turns.turn(caller, 1):
+                    pass
             await read.wait()
 
         unread = [asyncio.create_task(call(greedy)) for _ in range(3)]
@@ -456,13 +460,42 @@ def test_replies_that_nobody_reads_keep_their_places_until_others_need_them(loop
     loop.run(scenario(), 120)
 
 
+def test_an_answer_that_waits_for_the_upload_is_refused_at_once_if_others_need_its_place(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.memory.servicer._MAX_WAITING", 3)
+
+    async def scenario(library: Library) -> None:
+        servicer = await library.host(1, MEMORY, upload=500.0)
+        request = search_request(library.memory_id(MEMORY), 10, QUERIES.tobytes(), *MEMORY.roots[:3])
+        greedy, other = [await library.stub(1) for _ in range(2)]
+
+        async def search(stub: InSession) -> str:
+            try:
+                await stub.Search(request, timeout=60)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+            return "answered"
+
+        calls = [asyncio.create_task(search(greedy)) for _ in range(3)]
+        await until(lambda: total(servicer.metrics.queries) == 3 * len(QUERIES))
+        last = asyncio.create_task(search(other))
+        await until(lambda: any(task.done() for task in calls))
+        outcomes = await asyncio.gather(*calls, last)
+        assert sorted(outcomes) == ["RESOURCE_EXHAUSTED", *3 * ["answered"]]
+        assert outcomes[-1] == "answered"
+
+    in_library(loop, tmp_path, scenario)
+
+
 def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: LoopThread) -> None:
     async def scenario() -> None:
         turns, go, caller = Turns(1, 10), asyncio.Event(), Owner.alone("a reader")
 
         async def call() -> None:
-            async with turns.turn(caller, 1):
-                await go.wait()
+            with turns.place(caller):
+                async with turns.turn(caller, 1):
+                    await go.wait()
 
         first, second = asyncio.create_task(call()), asyncio.create_task(call())
         await until(lambda: len(turns) == 1)
@@ -486,13 +519,14 @@ def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str
 
         async def call(n: int, go: asyncio.Event) -> None:
             nonlocal running
-            async with turns.turn(callers[n % 2], 1):
-                running += 1
-                assert running <= at_once
-                try:
-                    await go.wait()
-                finally:
-                    running -= 1
+            with turns.place(callers[n % 2]):
+                async with turns.turn(callers[n % 2], 1):
+                    running += 1
+                    assert running <= at_once
+                    try:
+                        await go.wait()
+                    finally:
+                        running -= 1
 
         for n, step in enumerate(steps):
             if step == "wait":
