@@ -30,6 +30,7 @@ from peer.identity import Identity, PeerID
 from peer.loop import TaskSet, first_few
 from peer.medoid import COMPARED, elementwise_median, medoid
 from peer.rates import RateLimit
+from peer.rpc.calls import while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.server import RpcServer, server_credentials
 from peer.rpc.sessions import Right, SessionClient, Sessions
@@ -261,8 +262,9 @@ class Averaging:
         sending = asyncio.create_task(self._send(call, mine, partner.peer_id, accepted))
         incoming = self.exchange.receiver()
         try:
-            async with asyncio.timeout(deadline_s):
-                await receive(call, incoming, RateLimit(None), begun=accepted.set)
+            with while_open():
+                async with asyncio.timeout(deadline_s):
+                    await receive(call, incoming, RateLimit(None), begun=accepted.set)
         except grpc.aio.AioRpcError as error:
             if error.code() is StatusCode.UNAUTHENTICATED:
                 self._service.sessions.ended(partner.peer_id, session)  # the next exchange opens another

@@ -21,6 +21,7 @@ from peer import PROTOCOL_VERSION
 from peer.errors import ExpertError, StateError, TransferError
 from peer.rpc.server import server_credentials
 from peer.rpc.sessions import Metadata, SessionServicer
+from peer.rpc.transfer import receive
 from peer.transport.endpoints import Endpoint
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2_grpc, state_pb2
 from trainer_client.averaging.averager import choose_partner
@@ -347,6 +348,26 @@ def test_others_calls_are_checked_before_they_cost_anything(play: Play) -> None:
         assert await refused(stub, session, None) is StatusCode.INVALID_ARGUMENT
         assert await refused(stub, (), None) is StatusCode.UNAUTHENTICATED
         assert not one.exchange.is_running
+
+    play(scenario)
+
+
+def test_a_channel_that_the_pool_closes_fails_the_exchange_and_ends_no_task(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """grpc cancels a channel's calls when it is closed, and a task that is cancelled would end without a word."""
+
+    async def scenario(square: Square) -> None:
+        one = await square.trainer(trained(make_model(), 1), 10)
+        other = await square.trainer(trained(make_model(), 2), 10, reachable=False)
+
+        async def close_and_receive(*args: Any, **more: Any) -> None:
+            await other._service.channels.close()
+            await receive(*args, **more)
+
+        monkeypatch.setattr("trainer_client.averaging.averager.receive", close_and_receive)
+        with pytest.raises(ExpertError, match="the channel was closed"):
+            await other.average_with(square.info(one))
 
     play(scenario)
 
