@@ -55,6 +55,7 @@ from trainer_client.training.checkpoints import (
     load_checkpoint,
     prepare_run,
 )
+from trainer_client.training.in_flight import MAX_IN_FLIGHT
 from trainer_client.training.loop import Training
 from trainer_client.training.record import Progress, Summary, Validation
 
@@ -67,6 +68,8 @@ Client: TypeAlias = SwarmClient | LocalSwarm
 
 _COPIES = 4
 """Copies of the parameters in memory: themselves, their gradients and Adam's two moments."""
+_MOST_BEHIND = 1024
+"""By how many batches a step in flight may lag behind without looking up again what its batches read."""
 
 
 def run_train(
@@ -305,7 +308,8 @@ class _Run:
         self._counts = lookup.counts
         # a step's gradient is the mean over several batches of this size
         size = self._settings.batch_size
-        loader = NeighbourLoader(lookup, lambda number: batch(number, size))
+        behind = min(MAX_IN_FLIGHT * self._settings.accumulate, _MOST_BEHIND)
+        loader = NeighbourLoader(lookup, lambda number: batch(number, size), behind=behind)
         self._exits.callback(loader.close)
         return loader
 

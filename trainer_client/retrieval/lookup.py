@@ -249,19 +249,22 @@ class NeighbourLoader(Generic[Batch, Read]):
         batch: Callable[[int], Batch],
         *,
         ahead: int = 8,
+        behind: int = 0,
         workers: int = 2,
         patience_s: float = 30.0,
     ) -> None:
         """`batch`: returns the batch of a number, always the same. `ahead`: how many batches are looked up
-        in advance.
+        in advance. `behind`: by how many batches a step in flight may lag behind the newest one.
         """
         self._lookup = lookup
         self._batch = batch
         self._ahead = ahead
+        self._behind = behind
         self._patience_s = patience_s
         self._workers = ThreadPoolExecutor(workers, "neighbours")
         self._lock = threading.Lock()
-        self._begun: dict[int, Future[Read]] = {}
+        self._begun: dict[int, Future[Read] | None] = {}
+        """None if it was given. It is remembered, so that a step that lags behind does not begin it again."""
 
     def training(self, number: int, batch: Batch) -> Read:
         began = time.monotonic()
@@ -269,10 +272,11 @@ class NeighbourLoader(Generic[Batch, Read]):
             for each in range(number, number + self._ahead + 1):
                 if each not in self._begun:
                     self._begun[each] = self._workers.submit(self._look_up, each)
-            future = self._begun.pop(number)
-            # with steps in flight, an earlier one may still follow
-            for old in [each for each in self._begun if each < number - self._ahead]:
-                self._begun.pop(old).cancel()
+            future = self._begun[number] or self._workers.submit(self._look_up, number)
+            self._begun[number] = None
+            for old in [each for each in self._begun if each < number - self._behind]:
+                if (waiting := self._begun.pop(old)) is not None:
+                    waiting.cancel()
         is_early = not future.done()
         try:
             return future.result(self._patience_s)

@@ -120,6 +120,17 @@ def test_batches_are_looked_up_before_they_are_asked_for() -> None:
         loader.close()
 
 
+def test_steps_in_flight_that_lag_behind_look_nothing_up_again() -> None:
+    memory, wanted = Echo(), [tokens(f"batch {number}  x") for number in range(20)]
+    loader = NeighbourLoader(lookup(memory), wanted.__getitem__, ahead=2, behind=2)
+    try:
+        for number in (2, 0, 1, 5, 3, 4, 8, 6, 7):
+            loader.training(number, wanted[number])
+    finally:
+        loader.close()
+    assert len(memory.asked) == len(set(memory.asked))
+
+
 def test_neighbours_that_come_too_late_are_left_out() -> None:
     memory = Echo()
     memory.may_answer.clear()
