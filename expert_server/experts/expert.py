@@ -6,7 +6,7 @@ Shape suffixes: R = rows, S = segments, D = width.
 """
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from math import isfinite
@@ -65,6 +65,8 @@ from peer.optimizer import Optimizer
 
 _ROWS_WORTH_A_COPY = 64
 """From this many rows on, computing the rows' updates again takes longer than copying the parameters."""
+_FREE_MEMORY_SHARE = 1 / 4
+"""The share of each device's free memory that experts may take if their number is not set."""
 _UNKNOWN: Mapping[str, int] = MappingProxyType({})
 
 
@@ -596,3 +598,12 @@ def expert_bytes(manifest: Manifest) -> int:
     gradients = (1 if manifest.optimizer.rows_per_update == 1 else 2) * weights
     sketches = copies * sum(map(sketch_bytes, block.parameters()))
     return state + gradients + state // 2 + sketches + sum(buffer.nbytes for buffer in block.buffers())
+
+
+def experts_by_default(free_bytes: Iterable[int], manifest: Manifest) -> int:
+    """How many experts a node hosts if nobody says: as many as fit into a quarter of each device's free memory, but at
+    least one, and at most all of the swarm.
+    """
+    size = expert_bytes(manifest)
+    count = sum(int(_FREE_MEMORY_SHARE * free / size) for free in free_bytes)
+    return min(max(1, count), manifest.experts_total)

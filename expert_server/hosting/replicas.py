@@ -18,7 +18,7 @@ from dht.uid import UID
 from dht.upkeep import UpkeepPeriod
 from expert_server.blocks import build_block
 from expert_server.experts.devices import ComputeDevice, roomiest
-from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.expert import Expert, experts_by_default
 from expert_server.experts.format import Checkpoint
 from expert_server.experts.plausibility import Scale
 from expert_server.hosting.placement import ahead_of, answering, lost_claims, plausible_updates, state_sources
@@ -43,8 +43,6 @@ CLAIM_WAIT_S = 1.0
 """How long a claim is announced before the expert is served, so that others can see it."""
 _ANNOUNCE_EVERY_S = 2.0
 """How often a node that is taking experts announces those that are ready."""
-_FREE_MEMORY_SHARE = 0.25
-"""The share of each device's free memory that experts may take if their number is not set."""
 _QUEUE_S = 2.0
 """How long a node that gives up its experts waits for the work in its queue."""
 _WITHDRAW_S = 2.0
@@ -178,11 +176,8 @@ class LocalReplicas:
         return 0.0 if is_alone else self._claim_wait_s
 
     def fitting(self) -> int:
-        """How many experts fit into a quarter of each device's free memory: at least one, at most all of the swarm."""
-        manifest = self._swarm.manifest
-        size = expert_bytes(manifest)
-        count = sum(int(_FREE_MEMORY_SHARE * device.memory_bytes / size) for device in self._devices)
-        return min(max(1, count), manifest.experts_total)
+        """How many experts this node hosts if its settings don't say."""
+        return experts_by_default((device.memory_bytes for device in self._devices), self._swarm.manifest)
 
     def open(self) -> None:
         """Takes and serves experts from now on."""

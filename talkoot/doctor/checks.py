@@ -30,10 +30,10 @@ from dht.manifest import Manifest
 from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.devices import check_devices
-from expert_server.experts.expert import Expert, expert_bytes
+from expert_server.experts.expert import Expert, expert_bytes, experts_by_default
 from expert_server.experts.graphs import Rows
 from expert_server.probe import DialledBack, Link, call_dial_back, call_probe
-from expert_server.resources import checkpoint_bytes, disk_shortage, within_memory
+from expert_server.resources import checkpoint_bytes, disk_shortage, hosts_none, within_memory
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.clock import CLOCK
@@ -60,8 +60,6 @@ _TOKENS_PER_S = 1000.0
 """The speed of the trainer whose traffic is reported."""
 _MEASURE_S = 1.5
 _ROWS = 512
-_FREE_MEMORY_SHARE = 0.25
-"""The share of free memory that a node uses by default."""
 _DISK_TEST_BYTES = 16 * 2**20
 _SLOW_DISK_BYTES_PER_S = 5e6
 _PYTHONS = ((3, 11), (3, 14))
@@ -238,15 +236,13 @@ def check_memory(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO
         wanted = within_memory(settings, manifest).experts
     except SettingsError as error:
         return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=str(error), values=values)
-    if each > free:
-        fix = "close other programs: not one expert fits"
+    if each > free and not hosts_none(settings):
+        fix = "not one expert fits: close other programs, or pass --experts 0 --spare 0 to host none"
         return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=fix, values=values)
     if wanted is not None and wanted * each > free:
         fix = f"no room for {counted(wanted, 'expert')}: pass --experts {free // each} or fewer"
         return Finding(name=name, verdict=Verdict.WEAK, says=says, fix=fix, values=values)
-    hosts = wanted
-    if hosts is None:
-        hosts = min(max(1, int(_FREE_MEMORY_SHARE * free / each)), manifest.experts_total)
+    hosts = experts_by_default([free], manifest) if wanted is None else wanted
     if hosts >= manifest.experts_total:
         says += f"; it would host all {counted(manifest.experts_total, 'expert', ',')} of the model"
     else:

@@ -17,6 +17,7 @@ from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from expert_server.experts.expert import expert_bytes
 from expert_server.probe import DialledBack, Link, ProbeServicer
+from expert_server.resources import require_room
 from expert_server.settings import NodeSettings
 from peer.errors import DataError, StartError
 from peer.formatting import age_in_words
@@ -307,7 +308,12 @@ def test_memory_says_how_many_experts_fit(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.verdict, "--experts 10" in found.fix) == (Verdict.WEAK, True)
     assert check_memory(NodeSettings(memory=1), SMALL).verdict is Verdict.PROBLEM
     free.available = each - 1
-    assert check_memory(NodeSettings(), SMALL).verdict is Verdict.PROBLEM
+    found = check_memory(NodeSettings(), SMALL)
+    assert (found.verdict, "--experts 0 --spare 0" in found.fix) == (Verdict.PROBLEM, True)
+    none = NodeSettings(experts=0, spare=0)
+    require_room(none, SMALL, each - 1)
+    found = check_memory(none, SMALL)
+    assert (found.verdict, found.values["experts"]) == (Verdict.OK, 0)
 
 
 def test_cores_are_counted() -> None:
