@@ -1,7 +1,6 @@
 """`talkoot status`: lists the nodes, trainers and experts of a swarm, from their records in the DHT."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -227,7 +226,7 @@ def _renderables(reading: SwarmReading) -> list[RenderableType]:
     head = (
         f"swarm {reading.swarm}: {counted(len(reading.nodes), 'node')}, {view.live_experts()} of "
         f"{counted(view.manifest.experts_total, 'expert')} alive, {counted(len(reading.trainers), 'trainer')}, "
-        f"read {time.time() - view.read_at:.1f} s ago"
+        f"read {clock.now() - view.read_at:.1f} s ago"
     )
     layers = range(view.manifest.model.layers if _can_list(view.manifest) else 0)
     return [

@@ -18,6 +18,7 @@ from dht.receipts import SignedWork, Work
 from dht.records import FounderRecord, SwarmKeys
 from dht.swarm import Swarm
 from dht.uid import UID
+from peer import clock
 from peer.errors import SettingsError, UnreachableError
 from peer.identity import PeerID
 from peer.wire import records_pb2
@@ -155,6 +156,12 @@ def test_status_shows_nodes_trainers_and_experts() -> None:
     assert "trainer 5" in shown
     assert "7/100" in shown
     assert "?" in shown  # of tokens/s, which were not measured
+
+
+def test_status_tells_the_age_of_its_reading_by_the_clock_that_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That clock goes on evenly when somebody sets the machine's."""
+    monkeypatch.setattr(clock, "now", lambda: NOW + 2.0)
+    assert "read 2.0 s ago" in status_text(reading())
 
 
 def test_status_shows_no_speed_of_a_trainer_that_has_ended() -> None:
