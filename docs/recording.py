@@ -30,10 +30,8 @@ _EVERY_S = 1.0
 _REST_S = 4.0
 """How long the last frame stays when the picture is played."""
 _LIMIT_S = 600.0
-_ADVANCE, _LINE, _SIZE, _PADDING, _BAR = 8.0, 18, 13, 16, 34
-"""Pixels: width of a character, height of a line, size of the font, space around the text, and height of the bar above
-it.
-"""
+_ADVANCE, _LINE, _PADDING, _BAR = 8.0, 18, 16, 34
+"""Pixels: width of a character, height of a line, space around the text, and height of the bar above it."""
 _REDRAWN = re.compile(r"\r?\x1b\[2K(?:\x1b\[1A\x1b\[2K)*")
 """The escape sequences with which rich.live returns to the top of what it drew."""
 _CURSOR = re.compile(r"\x1b\[\?25[lh]")

@@ -20,6 +20,8 @@ TalkootError
 │   ├── UnavailableError        T118  nobody in the swarm now gives what is needed: experts, or the dense part
 │   └── ControlError            T119  no node runs with the state folder, or it does not do what it was told
 ├── RecordError                 a DHT record that is malformed, unsigned, expired or another peer's
+│   ├── RevokedError            a token that the founder has revoked
+│   └── ExpiredTokenError       a token that has expired
 ├── AddressError                an endpoint or a multiaddress that is malformed, or of a kind that is not known
 ├── WireError                   a message that is malformed; INVALID_ARGUMENT at the edge
 ├── StateError                  saved tensors that are broken, or not those of this expert or model

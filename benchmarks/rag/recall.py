@@ -27,7 +27,6 @@ _UNITED = 200
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Weights of the cosine of vectors, in standard deviations of the scores, against BM25."""
 _TUNED_WITH = 1000
-_AT_ONCE = 256
 
 Ranking = Sequence[NDArray[np.int64]]
 """Positions of passages for each question, best first."""

@@ -92,12 +92,10 @@ class StandbyCopies:
         if not wanted:
             return
         found = await self._replicas.checkpoints.newest_by_source()
-        saved = {
-            uid: max(counts.get("", 0), counts.get(wanted[uid].peer_id.to_base58(), 0))
-            if uid in wanted
-            else 0
-            for uid, counts in found.items()
-        }
+        saved = dict.fromkeys(found, 0)
+        for uid in saved.keys() & wanted.keys():
+            sources = (*OWN_SOURCES, wanted[uid].peer_id.to_base58())
+            saved[uid] = max(found[uid].get(source, 0) for source in sources)
         held = {*self._replicas.held}  # some may be new since the last look
         plausible = plausible_updates(usual_updates(seen))
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}

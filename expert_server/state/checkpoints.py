@@ -287,8 +287,8 @@ class Checkpoints:
         return {uid: max(counts.values()) for uid, counts in (await self.newest_by_source()).items()}
 
     async def newest_by_source(self) -> dict[UID, dict[str, int]]:
-        """The update counts of each expert's newest checkpoints, by source and not yet verified. For this node's own
-        states, the source is empty.
+        """The update counts of each expert's newest checkpoints, by source and not yet verified. The sources of this
+        node's own states are `OWN_SOURCES`.
         """
         return await asyncio.to_thread(self._store.newest)
 

@@ -68,7 +68,7 @@ class Reservations:
         offers = Counter(
             "talkoot_relay_offers", "Callers whom relays named to this peer.", ["outcome"], registry=metrics
         )
-        self.offers: Counter = start_at_zero(offers, "accepted", "failed", "refused")
+        self.offers: Counter = start_at_zero(offers, "accepted", "refused")
         self.refusal: str = ""
         """Why the last relay that was asked refused; empty if it did not, or if none was asked."""
         self._client = client
