@@ -5,7 +5,7 @@ from here.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter
@@ -67,6 +67,8 @@ class StandbyCopies:
         self._limit = limit
         self._clock = clock
         self._copied_at: dict[UID, float] = {}
+        self._keeping = asyncio.Lock()
+        """Held while room for a copy is made and the copy is saved."""
 
     async def run(self) -> None:
         """Copies until cancelled. Returns at once if the settings want no copies."""
@@ -97,6 +99,7 @@ class StandbyCopies:
             sources = (*OWN_SOURCES, wanted[uid].peer_id.to_base58())
             saved[uid] = max(found[uid].get(source, 0) for source in sources)
         held = {*self._replicas.held}  # some may be new since the last look
+        room = self._limit - len(found.keys() - held) + len(self._needless(found))
         plausible = plausible_updates(usual_updates(seen))
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
         stale = [
@@ -105,25 +108,19 @@ class StandbyCopies:
             if uid not in held and self._is_stale(r, saved.get(uid, 0), most[uid])
         ]
         stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
-        room = self._limit - len(saved.keys() - held)
-        needless = self._needless({uid: found[uid] for uid in found.keys() - held}, living)
-        new = [replica.uid for replica in stale if replica.uid not in saved][: max(room + len(needless), 0)]
+        new = [replica.uid for replica in stale if replica.uid not in saved][: max(room, 0)]
         some = [r for r in stale if r.uid in saved or r.uid in new][: self._limit]
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
 
         async def copy(replica: Replica) -> None:
-            nonlocal room
             if replica.peer_id not in nodes or self._replicas.leaving:
                 return
             try:
-                await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
+                checkpoint = await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
+                if not await self._keep(replica.uid, checkpoint):
+                    return
                 self.copied.inc()
                 self._copied_at[replica.uid] = self._clock()
-                if replica.uid in new:
-                    # not before it has arrived: its host may only pretend to have it
-                    room -= 1
-                    if room < 0:
-                        await self._replicas.checkpoints.drop(needless.pop())
             except (TransferError, StateError, OSError) as error:
                 # a busy host is normal: the next round tries again
                 level = logging.DEBUG if isinstance(error, TransferError) and error.answered else logging.INFO
@@ -131,26 +128,41 @@ class StandbyCopies:
 
         await side_by_side(map(copy, some), _FETCHES)
 
-    def _needless(
-        self, saved: Mapping[UID, Mapping[str, int]], living: Mapping[UID, Collection[Replica]]
-    ) -> list[UID]:
-        """The experts of which this node only has copies, and that two or more others serve. Those with the most hosts
-        come last.
+    async def _keep(self, uid: UID, checkpoint: Checkpoint) -> bool:
+        """Saves a copy that has arrived. If there are as many as may be, it takes the place of one that is not needed:
+        now, because hosts may have died since the transfer began. Returns False if all are needed. Raises StateError or
+        OSError.
         """
+        checkpoints = self._replicas.checkpoints
+        async with self._keeping:
+            found = await checkpoints.newest_by_source()
+            if uid not in found and len(found.keys() - {*self._replicas.held}) >= self._limit:
+                needless = self._needless(found)
+                if not needless:
+                    return False
+                await checkpoints.drop(needless[-1])
+            await checkpoints.keep(uid, checkpoint)
+        return True
+
+    def _needless(self, saved: Mapping[UID, Mapping[str, int]]) -> list[UID]:
+        """The experts of which this node only has copies, that it does not host, and that two or more living others
+        serve. Those with the most hosts come last.
+        """
+        host = self._swarm.host
+        living = answering(self._seen(), host.has_failed)
         hosts = {
-            uid: len(serving_elsewhere(living.get(uid, ()), self._swarm.host.peer_id))
-            for uid, counts in saved.items()
-            if counts.keys().isdisjoint(OWN_SOURCES)
+            uid: len(serving_elsewhere(living.get(uid, ()), host.peer_id))
+            for uid in saved.keys() - {*self._replicas.held}
+            if saved[uid].keys().isdisjoint(OWN_SOURCES)
         }
         return sorted((uid for uid, count in hosts.items() if count > 1), key=hosts.__getitem__)
 
-    async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> None:
+    async def _fetch(self, node: NodeInfo, uid: UID, most: int) -> Checkpoint:
         """At most `most` updates are believed. Raises TransferError, StateError or OSError."""
         checkpoint = (await self._replicas.states.fetch(node, uid)).checkpoint
         believed = min(checkpoint.update_count, most)
         await asyncio.to_thread(self._check, uid, checkpoint, believed, await self._replicas.first_scale())
-        source = node.peer_id.to_base58()
-        await self._replicas.checkpoints.keep(uid, replace(checkpoint, update_count=believed, source=source))
+        return replace(checkpoint, update_count=believed, source=node.peer_id.to_base58())
 
     def _is_stale(self, replica: Replica, saved: int, most: int) -> bool:
         """Whether the host's state is worth a transfer, which always sends the whole state. At most

@@ -139,8 +139,9 @@ class CheckpointStore:
         data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
         source = checkpoint.source
         with self._writing:
-            self._unmark(uid)
-            if source not in OWN_SOURCES:
+            if source in OWN_SOURCES:
+                self._unmark(uid)
+            else:  # a copy of what another peer serves does not make this node's own states needed
                 self._make_room(uid, source)
             files = self._files(uid, source)
             files.write(checkpoint.update_count, data)
@@ -348,6 +349,7 @@ class Checkpoints:
             await asyncio.to_thread(self._store.drop, uid)
         except OSError as error:
             logger.warning("could not remove the copy of expert %s: %s", uid, error.strerror or error)
+        self.note_replaced(uid)  # if it was restored at the same moment, it is saved anew
 
     async def give_up(self, uids: Collection[UID], needed: Collection[UID]) -> None:
         """Call it when experts were given up, and saved, because others proved to have them. `needed`: experts whose

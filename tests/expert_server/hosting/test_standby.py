@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from garbage_server import garbage_server
 from real_swarm import UIDS, Play, Village, eventually, playing
 from test_restart import train
 
-from dht.announcements import NodeInfo
+from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.hosting.placement import preference
@@ -85,6 +85,15 @@ async def copied(node: Node, standby: StandbyCopies | None = None) -> int:
 def limited(node: Node, limit: int, clock: Callable[[], float] = time.monotonic) -> StandbyCopies:
     """The node's standby copies with another limit."""
     return StandbyCopies(NodeSettings(), node.swarm, node.replicas, lambda: node.hosting.seen, limit, clock)
+
+
+def prefer(keeper: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this node the one that copies whatever has one host."""
+
+    def prefers(uid: UID, peer_id: PeerID) -> bytes:
+        return bytes([peer_id == keeper.swarm.host.peer_id]) + preference(uid, peer_id)
+
+    monkeypatch.setattr("expert_server.hosting.placement.preference", prefers)
 
 
 def test_an_expert_whose_other_host_has_died_is_copied_although_that_one_is_still_announced(
@@ -223,11 +232,7 @@ def test_copies_of_experts_that_others_host_by_now_make_room_for_new_ones_that_a
         # on a busy machine, a host may not answer once, and would not count
         monkeypatch.setattr(keeper.swarm.host, "has_failed", lambda peer_id: False)
 
-        def prefers(uid: UID, peer_id: PeerID) -> bytes:
-            return bytes([peer_id == keeper.swarm.host.peer_id]) + preference(uid, peer_id)
-
-        # otherwise the first host may be the one to copy what only the second has
-        monkeypatch.setattr("expert_server.hosting.placement.preference", prefers)
+        prefer(keeper, monkeypatch)  # the first host may be the one to copy what only the second has
         standby = limited(keeper, 3)
         invite = await keeper.swarm.invite()
         first = await village.join(1, invite, experts=4)
@@ -265,6 +270,49 @@ def test_copies_of_experts_that_others_host_by_now_make_room_for_new_ones_that_a
         assert len(after) == 3, "no more than before"
         assert after & alone == {own}, "its own checkpoint stays"
         assert await copied(keeper, standby) == 4, "these have one host"
+
+    play(scenario)
+
+
+def test_a_copy_stays_if_its_hosts_die_before_the_one_that_would_take_its_place_has_arrived(
+    play: Play, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        keeper, gone = await village.found(experts=0, spare=0), set[PeerID]()
+        monkeypatch.setattr(keeper.swarm.host, "has_failed", gone.__contains__)
+        prefer(keeper, monkeypatch)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 3))
+        hosts = [identity.peer_id for identity in identities[1:]]
+        before, after, seen = {*UIDS[:2]}, {*UIDS[2:4]}, dict[UID, tuple[Replica, ...]]()
+        standby = StandbyCopies(NodeSettings(), keeper.swarm, keeper.replicas, lambda: seen, limit=2)
+
+        def hosted(uids: Collection[UID], peers: list[PeerID]) -> dict[UID, tuple[Replica, ...]]:
+            return {
+                uid: tuple(Replica(uid, peer, ReplicaState.SERVING, 3, 0, 0.0, 1e12) for peer in peers)
+                for uid in uids
+            }
+
+        async def copies() -> set[UID]:
+            await standby.copy()
+            return {*await keeper.replicas.checkpoints.newest()}
+
+        seen |= hosted(before, hosts[:1])
+        assert await copies() == before
+        seen |= hosted(before, hosts) | hosted(after, hosts[:1])
+        fetch = keeper.replicas.states.fetch
+
+        async def fetch_while_hosts_die(node: NodeInfo, uid: UID) -> Fetched:
+            fetched = await fetch(node, uid)
+            gone.update(hosts)
+            return fetched
+
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper.replicas.states, "fetch", fetch_while_hosts_die)
+            assert await copies() == before
+        assert gone
+        gone.clear()
+        assert await copies() == after
 
     play(scenario)
 

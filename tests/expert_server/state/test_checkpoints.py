@@ -128,6 +128,8 @@ def test_of_experts_that_were_given_up_only_the_last_few_are_kept(tmp_path: Path
         store.give_up([uid], {hosted}, keep=2)
     assert set(store.newest()) == {lost, hosted, *given_up[-2:]}
     assert sorted(path.name for path in (tmp_path / SWARM).iterdir()) == sorted(map(str, store.newest()))
+    copy = replace(step(Expert(given_up[-1], MANIFEST), 5).checkpoint(), source="QmSomebody")
+    store.save(given_up[-1], copy)  # does not make it needed
     store.save(given_up[-2], step(Expert(given_up[-2], MANIFEST), 5).checkpoint())
     store.give_up([lost], {hosted}, keep=0)
     assert set(store.newest()) == {hosted, given_up[-2]}, "what was saved again is needed again"
