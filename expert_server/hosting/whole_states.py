@@ -33,12 +33,19 @@ from peer.errors import StateError, TransferError
 from peer.identity import PeerID
 from peer.loop import first_few
 from peer.medoid import COMPARED, elementwise_median, medoid
+from peer.rates import Backoff
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
 """How much longer to wait for the other hosts once one has given its state. A slow uplink sends a state of 7 MB in a
 minute.
+"""
+_SOON_S = 5.0
+"""A host that refuses within this time costs little, so it is asked for other experts too."""
+_SILENT_S, _LONGEST_SILENT_S = 60.0, 3600.0
+"""How long a host that did not answer is asked only after the others, at first and at most. The time doubles with each
+failure.
 """
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
@@ -62,6 +69,7 @@ class WholeStates:
         self._states = states
         self._rng = rng
         self._comparing = asyncio.Semaphore(_AT_ONCE)
+        self._silent = Backoff[PeerID](_SILENT_S, _LONGEST_SILENT_S)
 
     async def take(
         self,
@@ -80,8 +88,14 @@ class WholeStates:
         peers = {replica.peer_id for replica in hosts} - unreachable
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
         able = [nodes[replica.peer_id] for replica in hosts if replica.peer_id in nodes]
+        clock = asyncio.get_running_loop().time
+        able.sort(key=lambda node: self._silent.holds_back(node.peer_id, clock()))
         async with self._comparing if len(able) > 1 else nullcontext():
             given = await _given(expert.uid, able, partial(self._fetch, expert, cap, fetched), unreachable)
+            for peer_id in unreachable & nodes.keys():
+                self._silent.failed(peer_id, clock())
+            for peer_id, _ in given:
+                self._silent.succeeded(peer_id)
             return await self._import(expert, given) if given else None
 
     async def _fetch(
@@ -161,19 +175,21 @@ async def _given(
 ) -> list[tuple[PeerID, Checkpoint]]:
     """The states of the first three nodes that give good ones.
 
-    `fetch` raises TransferError or StateError. Nodes in `unreachable` are not asked, and those that do not answer, or
-    stall, are added.
+    `fetch` raises TransferError or StateError. Nodes in `unreachable` are not asked, and those that do not answer soon,
+    or stall, are added.
     """
+    clock = asyncio.get_running_loop().time
     silent = set[PeerID]()
     """Nodes that were asked and have not answered."""
 
     async def ask(node: NodeInfo) -> tuple[PeerID, Checkpoint] | None:
         silent.add(node.peer_id)
+        began = clock()
         try:
             checkpoint = await fetch(node)
         except TransferError as error:
             logger.info("%s", error)
-            if error.answered:
+            if error.answered and clock() - began < _SOON_S:
                 silent.discard(node.peer_id)
             return None
         except StateError as error:

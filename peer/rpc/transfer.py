@@ -40,6 +40,9 @@ _ATTEMPTS = 5
 """How many times a download is started or resumed."""
 _BUSY_ATTEMPTS = 20
 """How many times a download is started or resumed if the peer is busy with other transfers."""
+_PATIENCE_S = 30.0
+"""How long all attempts together may take that bring less than a chunk each, counted since the last that brought more.
+"""
 _BACKOFF_S = 0.2
 """The pause before the second attempt. It doubles up to eight times that."""
 _PASSING = {
@@ -220,7 +223,10 @@ class SnapshotClient:
         incoming = self.incoming()
         session: Metadata = ()
         attempts = busy = 0
+        clock = asyncio.get_running_loop().time
+        progress_at = clock()
         while True:
+            offset = incoming.offset
             try:
                 stub, session = await self.stub(peer)
                 request.sha256 = incoming.header.sha256 if incoming.header is not None else wanted
@@ -245,7 +251,10 @@ class SnapshotClient:
             if incoming.is_whole:
                 return incoming
             attempts += 1
-            if attempts - busy >= _ATTEMPTS or busy >= _BUSY_ATTEMPTS:
+            if incoming.offset - offset >= CHUNK_BYTES:
+                progress_at = clock()
+            is_late = clock() - progress_at > _PATIENCE_S
+            if is_late or attempts - busy >= _ATTEMPTS or busy >= _BUSY_ATTEMPTS:
                 raise TransferError(f"{what} did not arrive: {reason}", answered=busy > 0)
             await asyncio.sleep(_BACKOFF_S * 2 ** min(attempts - 1, 3))
             self.sessions.ended(

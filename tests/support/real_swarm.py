@@ -3,18 +3,22 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from dht.announcements import ReplicaState
 from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.swarm import Swarm, found_swarm, join_swarm
 from dht.uid import UID
+from expert_server.experts.expert import Expert
+from expert_server.experts.format import State
+from expert_server.experts.graphs import Rows
 from expert_server.node import Node, NodeTiming
 from expert_server.settings import NodeSettings
 from peer.errors import UnreachableError
@@ -142,3 +146,21 @@ ONCE_EACH = Counter(UIDS)
 def children() -> set[int]:
     """The process ids of all processes that this one has started."""
     return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def step(expert: Expert) -> None:
+    """Takes an optimizer step that depends only on the expert and its update count."""
+    generator = torch.Generator().manual_seed(expert.update_count)
+    inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
+    expert.backward([Rows(inputs, torch.tensor([5]), torch.arange(5), gradients)])
+
+
+async def train(node: Node, updates: Mapping[UID, int]) -> dict[UID, State]:
+    """Takes this many updates with each expert. Returns their states."""
+    states = {}
+    for uid, count in updates.items():
+        expert = node.runtime.experts[uid]
+        for _ in range(count):
+            await node.runtime.run(lambda expert=expert: step(expert))  # type: ignore[misc]  # a default binds now
+        states[uid] = await node.runtime.run(expert.export_state)
+    return states

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from callers import numbered_identities
-from real_swarm import Play, Village, playing
-from test_restart import train
+from real_swarm import Play, Village, playing, train
 from test_standby import copied
 
 from dht.uid import UID

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from callers import numbered_identities
-from real_swarm import DEADLINE_S, UIDS, Play, Village, end, eventually, playing, serving
-from test_restart import announced, train
+from real_swarm import DEADLINE_S, UIDS, Play, Village, end, eventually, playing, serving, train
+from test_restart import announced
 
 from dht.announcements import NodeInfo, Replica, ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from callers import numbered_identities
-from real_swarm import LOCAL, UIDS, Play, Village, end, eventually, playing
+from real_swarm import LOCAL, UIDS, Play, Village, end, eventually, playing, train
 
 from dht.swarm import found_swarm
 from dht.uid import UID
-from expert_server.experts.expert import Expert
 from expert_server.experts.format import State
-from expert_server.experts.graphs import Rows
 from expert_server.node import Node
 from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
@@ -32,24 +30,6 @@ def identities() -> list[Identity]:
 @pytest.fixture
 def play(loop: LoopThread, identities: list[Identity], tmp_path: Path) -> Play:
     return playing(loop, identities, tmp_path)
-
-
-def step(expert: Expert) -> None:
-    """Takes an optimizer step that depends only on the expert and its update count."""
-    generator = torch.Generator().manual_seed(expert.update_count)
-    inputs, gradients = torch.randn(2, 5, 8, generator=generator).unbind()
-    expert.backward([Rows(inputs, torch.tensor([5]), torch.arange(5), gradients)])
-
-
-async def train(node: Node, updates: Mapping[UID, int]) -> dict[UID, State]:
-    """Takes this many updates with each expert. Returns their states."""
-    states = {}
-    for uid, count in updates.items():
-        expert = node.runtime.experts[uid]
-        for _ in range(count):
-            await node.runtime.run(lambda expert=expert: step(expert))  # type: ignore[misc]  # a default binds now
-        states[uid] = await node.runtime.run(expert.export_state)
-    return states
 
 
 async def announced(node: Node, uids: Collection[UID]) -> dict[UID, int]:

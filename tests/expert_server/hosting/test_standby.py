@@ -10,8 +10,7 @@ import torch
 from callers import numbered_identities
 from checkpoint_samples import update_counts
 from garbage_server import garbage_server
-from real_swarm import UIDS, Play, Village, eventually, playing
-from test_restart import train
+from real_swarm import UIDS, Play, Village, eventually, playing, train
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.uid import UID
