@@ -21,7 +21,7 @@ from benchmarks.memory.built import BuiltMemory, open_shards
 from benchmarks.memory.recall import K, exact_scores, ranks_of_cells
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from dht.announcements import NodeInfo
-from dht.memory import MemoryID, MemoryManifest, Place, ShardInfo, Vectors, cell_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Place, ShardInfo, Vectors, cell_of
 from expert_server.memory.search import search_together
 from expert_server.memory.shard import Shard
 from peer.codec import Floats
@@ -216,21 +216,24 @@ class KnownDirectory:
             [cell_of(int(number), manifest.grid) for number in order_C[:count]]
             for order_C in np.argsort(-scores_QC, axis=1, kind="stable")
         ]
-        hosts = {
-            shard.root: [host.peer_id for host in self._hosts if shard.root in host.shards]
-            for cell in {cell for some in cells for cell in some}
-            for shard in manifest.by_cell.get(cell, ())
-        }
+        hosts = self._having({cell for some in cells for cell in some})
         return Located(manifest, cells, [()] * len(cells), hosts, self._nodes)
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
-        more = {
-            shard.root: [host.peer_id for host in self._hosts if shard.root in host.shards]
-            for shard in shards
+        return replace(located, hosts={**located.hosts, **self._having({shard.cell for shard in shards})})
+
+    def _having(self, cells: Iterable[Cell]) -> dict[Cell, dict[PeerID, frozenset[bytes]]]:
+        return {
+            cell: {
+                host.peer_id: frozenset(
+                    shard.root for shard in self.manifest.by_cell.get(cell, ()) if shard.root in host.shards
+                )
+                for host in self._hosts
+            }
+            for cell in cells
         }
-        return replace(located, hosts={**located.hosts, **more})
 
     async def follow(self) -> MemoryManifest:
         return self.manifest

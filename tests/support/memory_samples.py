@@ -356,40 +356,29 @@ class SampleSwarm:
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         manifest = self.memory_here.manifest
-        hosts = {
-            root: [
-                host for host, sample in self.hosts.items() if root in sample.roots and host not in avoided
-            ]
-            for root in manifest.by_root
-        }
-        filled = [
-            cell for cell, shards in manifest.by_cell.items() if any(hosts[shard.root] for shard in shards)
-        ]
+        hosts = {cell: self._having(cell, avoided) for cell in manifest.by_cell}
+        filled = [cell for cell, having in hosts.items() if any(having.values())]
         cells = [
             sorted(filled, key=lambda cell: -row[np.ravel_multi_index(cell, manifest.grid)])[:count]
             for row in scores_QC
         ]
         nodes = {host: node_info(host) for host in self.hosts}
-        near = {
-            shard.root: hosts[shard.root]
-            for some in cells
-            for cell in some
-            for shard in manifest.by_cell[cell]
-        }
+        near = {cell: hosts[cell] for some in cells for cell in some}
         return Located(manifest, cells, [()] * len(scores_QC), near, nodes)
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
-        more = {
-            shard.root: [
-                host
-                for host, sample in self.hosts.items()
-                if shard.root in sample.roots and host not in avoided
-            ]
-            for shard in shards
-        }
+        more = {shard.cell: self._having(shard.cell, avoided) for shard in shards}
         return replace(located, hosts={**located.hosts, **more})
+
+    def _having(self, cell: Cell, avoided: Collection[PeerID]) -> dict[PeerID, frozenset[bytes]]:
+        roots = {shard.root for shard in self.memory_here.manifest.by_cell[cell]}
+        return {
+            host: frozenset(roots.intersection(sample.roots))
+            for host, sample in self.hosts.items()
+            if host not in avoided
+        }
 
     async def follow(self) -> MemoryManifest:
         return self.newest or self.memory_here.manifest

@@ -7,9 +7,20 @@ while.
 import asyncio
 import logging
 import random
-from collections import Counter as Counts
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Mapping,
+    Sequence,
+    Set,
+)
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 from typing import Any, Literal, Protocol, TypeVar
 
 import grpc
@@ -22,6 +33,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
+from peer.loop import TimeSlices
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import ParseGuard
 from peer.rpc.calls import make_stub, retry_after_s, while_open
@@ -146,26 +158,54 @@ class RetrieverMetrics:
         self.checks: Counter = counter("checks", "Queries of which a second replica was asked.")
 
 
-def choose_hosts(wanted: Mapping[H, Collection[PeerID]], rng: random.Random) -> dict[PeerID, list[H]]:
-    """A few hosts that together have all that is wanted, except what nobody has. The host with the most comes first;
-    among equals, the order is random.
+async def choose_hosts(
+    offers: Mapping[PeerID, Set[H]], rng: random.Random, slices: TimeSlices
+) -> AsyncIterator[tuple[PeerID, Set[H]]]:
+    """A few hosts that together have all that is offered, and what to ask each for. The host with the most of what is
+    left comes first; among equals, the order is random.
     """
-    left = {item: hosts for item, hosts in wanted.items() if hosts}
-    chosen: dict[PeerID, list[H]] = {}
-    while left:
-        count = Counts(host for hosts in left.values() for host in hosts)
-        most = max(count.values())
-        host = rng.choice(sorted(host for host, number in count.items() if number == most))
-        chosen[host] = [item for item, hosts in left.items() if host in hosts]
-        for item in chosen[host]:
-            del left[item]
-    return chosen
+    left, given = dict(offers), set[H]()
+    most = [(-len(items), rng.random(), number, host) for number, (host, items) in enumerate(offers.items())]
+    heapify(most)
+    while most:
+        await slices.pause()
+        count, draw, number, host = most[0]
+        items = left[host] = left[host] - given
+        # counts only fall, so only the host that seemed to have the most is counted again
+        if items and len(items) < -count:
+            heapreplace(most, (-len(items), draw, number, host))
+            continue
+        heappop(most)
+        if items:
+            given |= items
+            yield host, items
 
 
-def quick_hosts(hosts: Collection[PeerID], times_s: Mapping[PeerID, float]) -> list[PeerID]:
-    """The hosts that are not much slower than another one. `times_s`: their recent durations, if known."""
-    quickest = min((times_s[host] for host in hosts if host in times_s), default=0.0)
-    return [host for host in hosts if times_s.get(host, 0.0) <= _SLOWER * quickest + _SLOWER_BY_S]
+async def quick_offers(
+    offers: Sequence[Mapping[PeerID, Set[H]]], times_s: Mapping[PeerID, float], slices: TimeSlices
+) -> dict[PeerID, Set[H]]:
+    """What each host may be asked for: nothing that a much quicker host has too. An item that several mappings offer is
+    only asked from hosts of the first. `times_s`: the hosts' recent durations, if known.
+    """
+    left, by_time = [dict(some) for some in offers], sorted(times_s, key=times_s.__getitem__)
+    much_quicker, theirs = 0, set[H]()
+    for host in by_time:
+        while times_s[host] > _SLOWER * times_s[by_time[much_quicker]] + _SLOWER_BY_S:
+            theirs.update(*(some.get(by_time[much_quicker], ()) for some in offers))
+            much_quicker += 1
+        for some in left if theirs else ():
+            if host in some:
+                some[host] = some[host] - theirs
+        await slices.pause()
+    quick, before = dict[PeerID, Set[H]](), set[H]()
+    for some in left:
+        here = set[H]()
+        for host, items in some.items():
+            quick[host] = quick.get(host, frozenset()) | items - before
+            here |= items
+            await slices.pause()
+        before |= here
+    return quick
 
 
 class _Pace:
@@ -327,7 +367,8 @@ class HostCalls:
 
     async def spread(
         self,
-        wanted: Mapping[H, Sequence[Collection[PeerID]]],
+        wanted: Collection[H],
+        offers: Sequence[Mapping[PeerID, Set[H]]],
         call: Callable[[PeerID, list[H]], Awaitable[Collection[H]]],
         kind: Kind,
         split: Callable[[list[H]], Iterable[list[H]]],
@@ -335,50 +376,52 @@ class HostCalls:
     ) -> set[H]:
         """Gets each item from one of its hosts. If that host fails, asks another one; if it is late, asks both.
 
-        `wanted`: each item's hosts, the first to ask first. `call` returns the items that it got. `split`: divides what
-        goes to one host into calls. Returns the items that no host gave.
+        `offers`: what each host has. An item's hosts in the first mapping are asked first. `call` returns the items
+        that it got. `split`: divides what goes to one host into calls. Returns the items that no host gave.
         """
-        pace = self._pace(kind)
-        tried: dict[H, set[PeerID]] = {item: set() for item in wanted}
+        pace, slices = self._pace(kind), TimeSlices()
+        place = {item: number for number, item in enumerate(wanted)}
+        tried = defaultdict[PeerID, set[H]](set)
         left = set(wanted)
         sent: dict[asyncio.Task[Collection[H]], _Sent] = {}
 
-        def send(items: Iterable[H]) -> None:
-            avoided, now, fit = self.avoided(), loop_time(), dict[H, list[PeerID]]()
-            for item in items:
-                free = [
-                    [host for host in hosts if host not in avoided and host not in tried[item]]
-                    for hosts in wanted[item]
-                ]
-                each = {host for hosts in free for host in hosts}
-                quick = quick_hosts(each, pace.of(each, now))
-                fit[item] = next((some for hosts in free if (some := [h for h in hosts if h in quick])), [])
+        async def send(items: Set[H]) -> None:
+            """Strangers may say that they have everything. So whatever looks at all hosts works with sets of items, and
+            lets other tasks run in between.
+            """
+            avoided, able = self.avoided(), list[dict[PeerID, Set[H]]]()
+            for some in offers:
+                able.append({})
+                for host, having in some.items():
+                    if host not in avoided and (free := (having & items) - tried[host]):
+                        able[-1][host] = free
+                    await slices.pause()
+            times_s = pace.of({host for some in able for host in some}, loop_time())
             hedge_after_s = self._policy.hedge_after_s(pace.calls)
-            for host, group in choose_hosts(fit, self._rng).items():
-                parts = list(split(group))
+            quick = await quick_offers(able, times_s, slices)
+            async for host, group in choose_hosts(quick, self._rng, slices):
+                parts = list(split(sorted(group, key=place.__getitem__)))
                 # the host may compute them one after another
                 late_at = loop_time() + len(parts) * hedge_after_s
+                tried[host] |= group
                 for part in parts:
-                    for item in part:
-                        tried[item].add(host)
                     sent[asyncio.create_task(_tolerate(call, host, part))] = _Sent(part, late_at)
 
         try:
-            send(wanted)
+            await send(left)
             while left and sent and (time := loop_time()) < ends:
                 due = min((s.late_at for s in sent.values() if not s.is_late), default=ends)
                 done, _ = await asyncio.wait(
                     sent, timeout=max(0.0, min(due, ends) - time), return_when=asyncio.FIRST_COMPLETED
                 )
-                again: dict[H, None] = {}
+                again = set[H]()
                 for task in done:
-                    items = sent.pop(task).items
+                    again.update(sent.pop(task).items)
                     left.difference_update(task.result())
-                    again |= dict.fromkeys(items)
-                send(item for item in again if item in left)
+                await send(again & left)
                 late = [s for s in sent.values() if not s.is_late and s.late_at <= loop_time()]
                 under_way = len(sent)
-                send(item for s in late for item in s.items if item in left)
+                await send(left.intersection(item for s in late for item in s.items))
                 self.metrics.hedged_calls.inc(len(sent) - under_way)
                 for s in late:
                     s.is_late = True

@@ -12,13 +12,13 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from peer.formatting import bytes_in_words
 from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL
 from peer.kademlia.search import DEFAULT_LIMITS
+from peer.loop import TimeSlices
 from peer.platform.files import open_plainly
 from peer.rpc.parts import PartClient, has_sha256
 from trainer_client.memory.calls import loop_time
@@ -188,6 +189,13 @@ class MemoryParts:
         return await asyncio.to_thread(parse, data)
 
 
+class _HostsOfCell(NamedTuple):
+    """What each host has of one cell: the roots of its shards."""
+
+    serving: dict[PeerID, frozenset[bytes]]
+    leaving: dict[PeerID, frozenset[bytes]]
+
+
 class MemoryDirectory:
     """One memory, as a retriever needs it. `open` it, then run `keep_fresh` as a task that somebody owns."""
 
@@ -199,7 +207,7 @@ class MemoryDirectory:
         self._parts = parts
         self._opened = opened
         self._active_C: Booleans | None = None
-        self._hosts = BoundedDict[Cell, tuple[CellHost, ...]](_CELLS)
+        self._hosts = BoundedDict[Cell, _HostsOfCell](_CELLS)
         self._nodes: dict[PeerID, NodeInfo] = {}
         self._empty: dict[frozenset[PeerID], Booleans] = {}
         """For each set of avoided peers, the cells that nobody else hosts. Cleared whenever more is known."""
@@ -273,13 +281,9 @@ class MemoryDirectory:
                     reading = self._read_hosts([cell_of(number, grid) for number in further.tolist()])
                     self._reading_ahead = self._registry.lookups.spawn(reading)
                 await self._read_hosts(unknown)
-                if self._active_C is None and not all(map(self._hosts.get, unknown)):
+                if self._active_C is None and not all(any(self._hosts.get(cell, ())) for cell in unknown):
                     self._active_C = await self._read_active()
-        hosts = {
-            shard.root: self._askable(cell, avoided, shard.short)
-            for cell in cells.values()
-            for shard in opened.manifest.by_cell.get(cell, ())
-        }
+        nodes, hosts = self._nodes, await self._askable(cells.values(), avoided)
         best_Qk, filled_Qk = _nearest(scores_QC, opened.filled_C, count)
         missing_Qk = filled_Qk & ~live_C[best_Qk]
         return Located(
@@ -293,7 +297,7 @@ class MemoryDirectory:
                 for best_k, missing_k in zip(best_Qk, missing_Qk, strict=True)
             ],
             hosts,
-            self._nodes,
+            nodes,
         )
 
     async def hosts_of(
@@ -305,8 +309,8 @@ class MemoryDirectory:
                 await asyncio.wait([self._reading_ahead])
             if unknown := cells - self._hosts.keys():
                 await self._read_hosts(list(unknown))
-        hosts = {shard.root: self._askable(shard.cell, avoided, shard.short) for shard in shards}
-        return replace(located, hosts={**located.hosts, **hosts}, nodes={**located.nodes, **self._nodes})
+        nodes, hosts = self._nodes, await self._askable(cells, avoided)
+        return replace(located, hosts={**located.hosts, **hosts}, nodes={**located.nodes, **nodes})
 
     async def follow(self) -> MemoryManifest:
         async with self._following:
@@ -332,7 +336,7 @@ class MemoryDirectory:
         cells = list(self._hosts)
         self._active_C = active_C
         await self._read_hosts(cells, again=True)
-        known = {host.peer_id for hosts in self._hosts.values() for host in hosts}
+        known = set[PeerID]().union(*(peers for hosts in self._hosts.values() for peers in hosts))
         self._nodes = {peer_id: node for peer_id, node in self._nodes.items() if peer_id in known}
         self._empty.clear()
 
@@ -388,38 +392,44 @@ class MemoryDirectory:
             # records expire; a search in progress keeps the nodes that it has
             kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
             self._nodes = kept | nodes
-        for cell, some in found.items():
-            self._hosts[cell] = self._having(cell, some)
+        # the records of very many hosts are also freed cell by cell
+        del hosts
+        slices = TimeSlices()
+        for cell in list(found):
+            self._hosts[cell] = self._having(cell, found.pop(cell))
+            await slices.pause()
         self._empty.clear()
 
-    def _having(self, cell: Cell, hosts: Iterable[CellHost]) -> tuple[CellHost, ...]:
-        """The hosts that have shards of the cell; only some if there are very many. Other shards that they announce,
-        and what `_nodes` has, are dropped to save memory.
+    def _having(self, cell: Cell, hosts: Iterable[CellHost]) -> _HostsOfCell:
+        """The hosts that have shards of the cell; only some if there are very many. Other shards that they announce are
+        dropped to save memory.
         """
-        known = {shard.short: shard.short for shard in self._opened.manifest.by_cell.get(cell, ())}
-        having = (
-            replace(
-                host, shards=frozenset(known[short] for short in host.shards if short in known), node=None
-            )
-            for host in hosts
-        )
-        return tuple(some_of([host for host in having if host.shards], _HOSTS_OF_CELL))
+        known = {shard.short: shard.root for shard in self._opened.manifest.by_cell.get(cell, ())}
+        having = _HostsOfCell({}, {})
+        for host in some_of([h for h in hosts if not known.keys().isdisjoint(h.shards)], _HOSTS_OF_CELL):
+            theirs = having.serving if host.state is ReplicaState.SERVING else having.leaving
+            theirs[host.peer_id] = frozenset(known[short] for short in host.shards if short in known)
+        return having
 
-    def _askable(
-        self, cell: Cell, avoided: frozenset[PeerID], shard: bytes | None = None
-    ) -> Sequence[PeerID]:
-        """The hosts to ask for the cell, or for one shard of it. Those that leave, such as the publisher, are asked
-        only if there are no others.
+    async def _askable(
+        self, cells: Iterable[Cell], avoided: frozenset[PeerID]
+    ) -> dict[Cell, Mapping[PeerID, Set[bytes]]]:
+        """For each cell, the hosts to ask, and what each has of it: the roots of its shards. Those that leave, such as
+        the publisher, are asked only for shards that no others have.
         """
-        hosts = [
-            host
-            for host in self._hosts.get(cell, ())
-            if host.peer_id not in avoided
-            and host.peer_id in self._nodes
-            and (shard is None or shard in host.shards)
-        ]
-        serving = [host.peer_id for host in hosts if host.state is ReplicaState.SERVING]
-        return serving or [host.peer_id for host in hosts]
+        nodes, slices, found = self._nodes, TimeSlices(), dict[Cell, Mapping[PeerID, Set[bytes]]]()
+        # the cells' hosts may be forgotten, or read again, while other tasks run
+        for cell, hosts in [(cell, self._hosts.get(cell, _HostsOfCell({}, {}))) for cell in cells]:
+            serving, leaving = (
+                {peer: roots for peer, roots in some.items() if peer not in avoided and peer in nodes}
+                for some in hosts
+            )
+            served = frozenset[bytes]().union(*serving.values()) if leaving else frozenset[bytes]()
+            found[cell] = serving | {
+                peer: rest for peer, roots in leaving.items() if (rest := roots - served)
+            }
+            await slices.pause()
+        return found
 
     def _known_empty(self, avoided: frozenset[PeerID]) -> Booleans:
         empty_C = self._empty.get(avoided)
@@ -428,9 +438,12 @@ class MemoryDirectory:
                 self._empty.clear()
             grid = self._opened.manifest.grid
             empty_C = self._empty[avoided] = np.zeros(prod(grid), np.bool_)
-            empty_C[[number_of(cell, grid) for cell in self._hosts if not self._askable(cell, avoided)]] = (
-                True
-            )
+            empty = [
+                number_of(cell, grid)
+                for cell, hosts in self._hosts.items()
+                if not any(peer not in avoided and peer in self._nodes for some in hosts for peer in some)
+            ]
+            empty_C[empty] = True
         return empty_C
 
 

@@ -13,7 +13,7 @@ Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 import asyncio
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,7 +41,7 @@ from peer.bounded import BoundedDict
 from peer.codec import Floats
 from peer.errors import DataError, ExpertError, UnreachableError
 from peer.identity import PeerID
-from peer.loop import TaskSet
+from peer.loop import TaskSet, TimeSlices
 from peer.wire import memory_pb2
 from trainer_client.memory.calls import MANY, HostCalls, Kind, loop_time
 from trainer_client.memory.checks import (
@@ -124,8 +124,8 @@ class Located:
     """Live cells for each query, the nearest first."""
     missing: Sequence[Sequence[Cell]]
     """For each query, cells that are nearer than these but have no host."""
-    hosts: Mapping[bytes, Collection[PeerID]]
-    """The hosts of the shards in these cells, and perhaps of others, by root."""
+    hosts: Mapping[Cell, Mapping[PeerID, Set[bytes]]]
+    """What each host has of these cells, and perhaps of others: the roots of its shards."""
     nodes: Mapping[PeerID, NodeInfo]
 
 
@@ -165,7 +165,7 @@ class Directory(Protocol):
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
-        """`located`, with the hosts of these shards outside `avoided` added. Raises UnreachableError."""
+        """`located`, with the hosts of these shards' cells outside `avoided` added. Raises UnreachableError."""
 
     async def follow(self) -> MemoryManifest:
         """Looks for the newest manifest that the publisher has signed, and returns it. Raises UnreachableError."""
@@ -333,8 +333,8 @@ class _Search:
         self._deadline_s = deadline_s
         self._is_large = len(vectors_QD) > MANY
         self._located: Located
-        self._asked: dict[bytes, set[PeerID]] = defaultdict(set)
-        """The hosts that were asked, by root."""
+        self._asked: dict[PeerID, set[bytes]] = defaultdict(set)
+        """The shards that each host was asked for, by root."""
         self._wanted: dict[bytes, tuple[ShardInfo, list[int]]] = {}
         """By root, the shard to search, and the queries to search it for."""
 
@@ -380,12 +380,15 @@ class _Search:
     async def check(self, drawn: Sequence[int]) -> None:
         """Sends these queries to second replicas, and finds hosts that left something out. Raises UnreachableError."""
         ends = loop_time() + self._deadline_s
-        wanted: dict[tuple[bytes, PeerID], list[Collection[PeerID]]] = {}
-        for answer in self.answers:
-            for root in answer.present:
-                if set(self._wanted[root][1]) & set(drawn):
-                    others = [host for host in self._located.hosts[root] if host != answer.host]
-                    wanted[root, answer.host] = [others]
+        wanted = [
+            (root, answer.host)
+            for answer in self.answers
+            for root in answer.present
+            if not set(drawn).isdisjoint(self._wanted[root][1])
+        ]
+        offers = await self._offers(wanted, lambda item: item[0])
+        for item in wanted:
+            offers.get(item[1], set()).discard(item)
         second: list[Answer] = []
 
         async def call(host: PeerID, items: list[tuple[bytes, PeerID]]) -> Collection[tuple[bytes, PeerID]]:
@@ -396,7 +399,7 @@ class _Search:
         def split(items: list[tuple[bytes, PeerID]]) -> Iterable[list[tuple[bytes, PeerID]]]:
             return _affordable(items, lambda item: self._wanted[item[0]][0].leaves * len(drawn))
 
-        await self._retriever.calls.spread(wanted, call, ("Search", False), split, ends)
+        await self._retriever.calls.spread(wanted, [offers], call, ("Search", False), split, ends)
         if second:
             self._retriever.calls.note_checks(len(drawn))
         suspects: dict[tuple[int, Claim], set[PeerID]] = {}
@@ -418,19 +421,21 @@ class _Search:
         manifest = await retriever.directory.follow()
         by_claim = sorted(suspects.items(), key=lambda item: -item[0][1].score)[:_READ_TO_CHECK]
         findings = Findings(manifest, self._vectors_QD, self._k)
-        hosts = self._located.hosts
-        places = {
-            claim.found: [[claim.host], hosts.get(claim.found.root, ())]
-            for (_, claim), _ in by_claim
-            if claim.found.root in manifest.by_root and manifest.has_text_at(claim.text)
-        }
+        places: dict[Place, None] = {}
+        claimants: dict[PeerID, set[Place]] = defaultdict(set)
+        for (_, claim), _ in by_claim:
+            if claim.found.root in manifest.by_root and manifest.has_text_at(claim.text):
+                places[claim.found] = None
+                claimants[claim.host].add(claim.found)
+        offers = [claimants, await self._offers(places, lambda place: place.root)]
 
         async def call(host: PeerID, items: list[Place]) -> Collection[Place]:
             found = await retriever.read(items, manifest, self._located.nodes[host], ends)
             findings.prove(found)
             return found.keys()
 
-        await retriever.calls.spread(places, call, ("Read", False), partial(_parts, most=MAX_READ), ends)
+        parts = partial(_parts, most=MAX_READ)
+        await retriever.calls.spread(places, offers, call, ("Read", False), parts, ends)
         left_out: dict[PeerID, dict[Place, Proven]] = {}
         for (query, claim), silent in by_claim:
             proven = findings.proven.get(claim.found)
@@ -463,18 +468,16 @@ class _Search:
 
     async def _ask(self, roots: Collection[bytes], findings: Findings, ends: float) -> None:
         """Asks for the best passages in these shards, each from a host that was not asked before."""
-        hosts = {
-            root: [[host for host in self._located.hosts.get(root, ()) if host not in self._asked[root]]]
-            for root in roots
-        }
+        offers = await self._offers(roots, lambda root: root)
+        for host, asked in self._asked.items():
+            offers.get(host, set()).difference_update(asked)
 
         async def call(host: PeerID, roots: list[bytes]) -> Collection[bytes]:
             answer = None
             with suppress(ExpertError):
                 answer = await self._ask_host(host, roots, ends)
             # a host whose call was cancelled because another was faster does not count: the other may turn out to lie
-            for root in roots:
-                self._asked[root].add(host)
+            self._asked[host].update(roots)
             if answer is None:
                 return ()
             self.answers.append(answer)
@@ -483,7 +486,21 @@ class _Search:
             findings.prove(self._retriever.kept(places))
             return answer.present
 
-        await self._retriever.calls.spread(hosts, call, ("Search", self._is_large), self._split, ends)
+        kind: Kind = ("Search", self._is_large)
+        await self._retriever.calls.spread(roots, [offers], call, kind, self._split, ends)
+
+    async def _offers(self, items: Iterable[T], root_of: Callable[[T], bytes]) -> dict[PeerID, set[T]]:
+        """What each host may have of these. `root_of`: the shard that an item is in."""
+        by_root: dict[bytes, list[T]] = defaultdict(list)
+        for item in items:
+            by_root[root_of(item)].append(item)
+        roots, offers, slices = frozenset(by_root), dict[PeerID, set[T]](), TimeSlices()
+        for hosts in self._located.hosts.values():
+            for host, having in hosts.items():
+                if some := having & roots:
+                    offers.setdefault(host, set()).update(*map(by_root.__getitem__, some))
+                await slices.pause()
+        return offers
 
     def _split(self, roots: list[bytes]) -> Iterable[list[bytes]]:
         def scores(root: bytes) -> int:
@@ -524,20 +541,24 @@ class _Search:
             return found.keys()
 
         # a host that found it in a secondary shard need not have the text
-        having = {
-            text: [claim.host for claim in claims if claim.found == text] for text, claims in unproven.items()
-        }
-        hosts = {text: [some, located.hosts.get(text.root, ())] for text, some in having.items()}
-        kind: Kind = ("Read", len(hosts) > MANY)
-        given_up = await self._retriever.calls.spread(hosts, call, kind, partial(_parts, most=MAX_READ), ends)
+        having: dict[PeerID, set[Place]] = defaultdict(set)
+        for text, claims in unproven.items():
+            for claim in claims:
+                if claim.found == text:
+                    having[claim.host].add(text)
+        offers = [having, await self._offers(unproven, lambda text: text.root)]
+        kind: Kind = ("Read", len(unproven) > MANY)
+        parts = partial(_parts, most=MAX_READ)
+        given_up = await self._retriever.calls.spread(unproven, offers, call, kind, parts, ends)
         findings.give_up(given_up)
-        return set[PeerID]().union(*(having[text] for text in given_up))
+        return {host for host, texts in having.items() if not texts.isdisjoint(given_up)}
 
     async def _locate_texts(self, texts: Iterable[Place], ends: float) -> None:
         """Looks for the hosts of texts that are in cells which were not asked."""
-        roots = {text.root for text in texts} - self._located.hosts.keys()
-        if roots:
-            shards = [self._located.manifest.by_root[root] for root in roots]
+        by_root = self._located.manifest.by_root
+        shards = [by_root[root] for root in dict.fromkeys(text.root for text in texts)]
+        shards = [shard for shard in shards if shard.cell not in self._located.hosts]
+        if shards:
             with suppress(TimeoutError, UnreachableError):  # what is not found is missing in the results
                 async with asyncio.timeout_at(ends):
                     retriever = self._retriever

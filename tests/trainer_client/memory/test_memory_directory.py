@@ -1,15 +1,22 @@
-"""What a searcher fetches to follow a memory's publisher. Time is virtual."""
+"""What a searcher knows of a memory's hosts, and what it fetches to follow its publisher."""
 
 import asyncio
+import random
+from collections.abc import Collection
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from expert_fakes import make_peer_id, now, virtual_time
+from loop_holds import holds
 from memory_folders import SampleMemory
+from memory_samples import peer_ids
 
-from dht.library import LibraryEntry
-from dht.memory import MAX_MANIFEST_BYTES, Part
+from dht.announcements import ReplicaState
+from dht.library import CellHost, LibraryEntry
+from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo, cell_of
+from peer.identity import PeerID
 from trainer_client.memory.directory import MemoryDirectory
 
 
@@ -39,3 +46,51 @@ def test_a_publisher_of_ever_new_revisions_fills_no_searchers_line() -> None:
     with virtual_time() as runner:
         runner.run(scenario())
     assert 3 * MAX_MANIFEST_BYTES <= fetched <= 3 * MAX_MANIFEST_BYTES + 16 * 2**10 * 3600
+
+
+def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searchers_loop() -> None:
+    """The hosts of 16 cells of 64 shards are read and located. Each cell has two honest hosts and 254 strangers."""
+    grid, rng = (4, 4), random.Random(0)
+    cells = [cell_of(number, grid) for number in range(16)]
+    by_cell = {cell: [ShardInfo(cell, rng.randbytes(32), 100, 30_000) for _ in range(64)] for cell in cells}
+    peers = peer_ids(256)
+    nodes = {peer: SimpleNamespace(peer_id=peer) for peer in peers}
+
+    shorts = {cell: frozenset(shard.short for shard in shards) for cell, shards in by_cell.items()}
+    announced = {
+        cell: tuple(CellHost(peer, ReplicaState.SERVING, some) for peer in peers)
+        for cell, some in shorts.items()
+    }
+
+    async def cell_hosts(memory: Any, cells: Collection[Cell], **_: Any) -> Any:
+        return {cell: announced[cell] for cell in cells}
+
+    async def nodes_of(asked: Collection[PeerID], **_: Any) -> Any:
+        return {peer: nodes[peer] for peer in asked}
+
+    def spawn(reading: Any) -> None:
+        reading.close()
+
+    nothing: Any = None
+    memories: Any = SimpleNamespace(cell_hosts=cell_hosts)
+    registry: Any = SimpleNamespace(nodes=nodes_of, lookups=SimpleNamespace(spawn=spawn))
+    manifest = SimpleNamespace(grid=grid, by_cell=by_cell)
+    opened: Any = SimpleNamespace(
+        entry=SimpleNamespace(memory=None), manifest=manifest, filled_C=np.ones(16, np.bool_)
+    )
+
+    async def shares() -> list[float]:
+        directory = MemoryDirectory(memories, registry, nothing, opened)
+
+        async def locate() -> None:
+            located = await directory.locate(np.ones((1, 16), np.float32), 16, frozenset())
+            assert located.hosts.keys() == by_cell.keys()
+            assert all(len(hosts) == 64 for hosts in located.hosts.values())
+
+        found = []
+        for _ in range(4):  # the first one also imports modules
+            directory._forget()
+            found.append(await holds(locate()))
+        return [longest_s / whole_s for longest_s, whole_s in found]
+
+    assert min(asyncio.run(shares())) < 1 / 3

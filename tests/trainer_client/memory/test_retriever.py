@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 from expert_fakes import VirtualRunner, virtual_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_holds import holds
 from memory_samples import DIMENSIONS, MEMORY, SWARM, Lie, SampleHost, SampleMemory, SampleSwarm, peer_ids
 
 from dht.memory import MAX_SCORES, MAX_SEARCHED, Passage
 from expert_server.memory.shard import Shard
 from peer.errors import DataError
+from peer.identity import PeerID
+from peer.loop import TimeSlices
 from peer.metrics import total
-from trainer_client.memory.calls import HostCalls, choose_hosts, quick_hosts
+from trainer_client.memory.calls import HostCalls, choose_hosts, quick_offers
 from trainer_client.memory.retriever import (
     MOST_CHARACTERS,
     MOST_WANTED,
@@ -156,6 +160,45 @@ def test_whatever_hosts_answer_all_that_is_found_is_proven(
 
 async def avoided_by(retriever: Retriever) -> frozenset[object]:
     return frozenset(retriever.calls.avoided())
+
+
+@pytest.mark.parametrize("lie", ["fails", "says missing", "inflated scores", "forged text"])
+def test_one_honest_host_is_found_among_sixty_others(lie: Lie) -> None:
+    memory = MEMORIES[0]
+    swarm = swarm_of(memory, *[lie] * 60, None)
+    with virtual_time() as runner:
+        retriever = retriever_of(swarm)
+        (result,) = searched(runner, retriever, [7])
+        assert texts_of(result) == best_texts(memory, swarm, 7)
+        assert not result.missing
+
+
+def test_strangers_that_announce_everything_do_not_hold_a_searchers_loop() -> None:
+    """A search of 32 cells of 64 shards. Each shard has two honest hosts of 16, and 62 strangers say they have all."""
+    peers, rng = peer_ids(78), random.Random(0)
+    items = list(range(32 * 64))
+    offers: dict[PeerID, set[int]] = {peer: set(items) for peer in peers[16:]}
+    for item in items:
+        for host in rng.sample(peers[:16], 2):
+            offers.setdefault(host, set()).add(item)
+    swarm = swarm_of(MEMORIES[0], None)
+    got = list[int]()
+
+    async def call(host: PeerID, some: list[int]) -> list[int]:
+        got.extend(some)
+        return some
+
+    async def work() -> None:
+        got.clear()
+        calls, ends = HostCalls(swarm, "docs", rng=rng), asyncio.get_running_loop().time() + 60
+        missing = await calls.spread(items, [offers], call, ("Search", True), lambda some: [some], ends)
+        assert not missing
+        assert sorted(got) == items
+
+    async def shares() -> list[float]:
+        return [longest_s / whole_s for longest_s, whole_s in [await holds(work()) for _ in range(3)]]
+
+    assert min(asyncio.run(shares())) < 1 / 3
 
 
 @pytest.mark.parametrize("lie", DISHONEST)
@@ -415,17 +458,28 @@ def test_a_search_that_cannot_be_made_is_refused(texts: list[str], k: int, cells
         check_query(texts, k, cells)
 
 
+def chosen_of(offers: Mapping[PeerID, set[int]], rng: random.Random) -> list[tuple[PeerID, set[int]]]:
+    async def choose() -> list[tuple[PeerID, set[int]]]:
+        return [(host, set(items)) async for host, items in choose_hosts(offers, rng, TimeSlices())]
+
+    return asyncio.run(choose())
+
+
 @given(
-    wanted=st.dictionaries(st.integers(0, 20), st.sets(st.integers(0, 7)), max_size=12),
+    offered=st.dictionaries(st.integers(0, 7), st.sets(st.integers(0, 20)), max_size=8),
     seed=st.integers(0, 99),
 )
-def test_chosen_hosts_cover_all_that_anybody_has(wanted: dict[int, set[int]], seed: int) -> None:
+def test_chosen_hosts_cover_all_that_anybody_has(offered: dict[int, set[int]], seed: int) -> None:
     peers = peer_ids(8)
-    hosts = {item: {peers[n] for n in some} for item, some in wanted.items()}
-    chosen = choose_hosts(hosts, random.Random(seed))
-    given_to = [item for items in chosen.values() for item in items]
-    assert sorted(given_to) == sorted(item for item, some in hosts.items() if some)
-    assert all(host in hosts[item] for host, items in chosen.items() for item in items)
+    offers = {peers[n]: items for n, items in offered.items()}
+    chosen = chosen_of(offers, random.Random(seed))
+    given_to = [item for _, items in chosen for item in items]
+    assert sorted(given_to) == sorted(set().union(*offers.values()))
+    left = set(given_to)
+    for host, items in chosen:
+        assert items == offers[host] & left
+        assert len(items) == max(len(some & left) for some in offers.values()), "another host has more"
+        left -= items
 
 
 @given(st.lists(st.integers(1, 2**24), min_size=1, max_size=600))
@@ -437,15 +491,55 @@ def test_searches_are_split_into_calls_that_hosts_answer(costs: list[int]) -> No
 
 def test_few_hosts_are_chosen() -> None:
     a, b, c = peer_ids(3)
-    assert set(choose_hosts({1: [a, b], 2: [a, c], 3: [a]}, random.Random(0))) == {a}
+    offers = {b: {1}, a: {1, 2, 3}, c: {2}}
+    assert chosen_of(offers, random.Random(0)) == [(a, {1, 2, 3})]
+
+
+def test_hosts_that_have_the_same_are_chosen_equally_often() -> None:
+    offers, rng = {host: {1, 2} for host in peer_ids(4)}, random.Random(0)
+    first = Counter(chosen_of(offers, rng)[0][0] for _ in range(400))
+    assert min(first[host] for host in offers) > 70
+
+
+def quick(
+    offers: Sequence[Mapping[PeerID, set[int]]], times_s: Mapping[PeerID, float]
+) -> dict[PeerID, set[int]]:
+    """What each host is asked for, without hosts that are asked for nothing."""
+    found = asyncio.run(quick_offers(offers, times_s, TimeSlices()))
+    return {host: set(items) for host, items in found.items() if items}
 
 
 def test_a_host_that_is_much_slower_than_another_is_passed_over() -> None:
     a, b, c = peer_ids(3)
-    assert quick_hosts([a, b, c], {a: 2.0, b: 0.1}) == [b, c]
-    assert quick_hosts([a, b], {a: 0.14, b: 0.1}) == [a, b]
-    assert quick_hosts([a], {a: 2.0}) == [a]
-    assert quick_hosts([], {a: 2.0}) == []
+    all_have_it = [{host: {1} for host in (a, b, c)}]
+    assert quick(all_have_it, {a: 2.0, b: 0.1}).keys() == {b, c}
+    assert quick(all_have_it, {a: 0.14, b: 0.1}).keys() == {a, b, c}
+    assert quick([{a: {1, 2}, b: {1}}], {a: 2.0, b: 0.1}) == {a: {2}, b: {1}}
+    assert quick([{a: {1}}, {b: {1}}], {a: 2.0, b: 0.1}) == {b: {1}}
+    assert quick([{a: {1}}], {a: 2.0}) == {a: {1}}
+    assert quick([], {}) == {}
+
+
+@given(
+    tiers=st.lists(
+        st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 4), min_size=1)), min_size=1, max_size=3
+    ),
+    times=st.dictionaries(st.integers(0, 5), st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.4, 2.0])),
+)
+def test_an_item_is_asked_from_the_quick_hosts_of_the_first_group_that_has_any(
+    tiers: list[dict[int, set[int]]], times: dict[int, float]
+) -> None:
+    peers = peer_ids(6)
+    offers = [{peers[n]: items for n, items in some.items()} for some in tiers]
+    times_s = {peers[n]: s for n, s in times.items() if any(n in some for some in tiers)}
+    expected: dict[PeerID, set[int]] = {}
+    for item in range(5):
+        groups = [[host for host, items in some.items() if item in items] for some in offers]
+        quickest = min((times_s[host] for some in groups for host in some if host in times_s), default=0.0)
+        fit = [[host for host in some if times_s.get(host, 0.0) <= 3 * quickest + 0.05] for some in groups]
+        for host in next((some for some in fit if some), []):
+            expected.setdefault(host, set()).add(item)
+    assert quick(offers, times_s) == expected
 
 
 def a_hit(text: str, similarity: float) -> Hit:
