@@ -41,6 +41,7 @@ from peer.errors import LibraryError, RecordError, WireError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
 from peer.kademlia.lookups import Item
+from peer.loop import TimeSlices
 from peer.merkle import HASH_BYTES
 from peer.rates import TokenBuckets
 from peer.wire import records_pb2
@@ -320,14 +321,13 @@ class MemoryRegistry:
     ) -> dict[Cell, tuple[CellHost, ...]]:
         """The hosts of shards of each cell. `with_contacts`: how to call them, too. Raises UnreachableError."""
         hosts: dict[Cell, tuple[CellHost, ...]] = {}
-        wanted = list(cells)
+        wanted, slices = list(cells), TimeSlices()
         for begin in range(0, len(wanted), _CELLS_AT_ONCE):
             some = wanted[begin : begin + _CELLS_AT_ONCE]
             keys = {self._keys.memory(memory, cell): cell for cell in some}
             found = await self._registry.get(list(keys))
             for key, cell in keys.items():
-                hosts[cell] = tuple(self._hosts_under(key, found[key], with_contacts))
-                await asyncio.sleep(0)  # each may have hundreds of records; let other tasks run
+                hosts[cell] = await self._hosts_under(key, found[key], with_contacts, slices)
         return hosts
 
     async def some_hosts(
@@ -383,15 +383,18 @@ class MemoryRegistry:
             entries = tuple(_newer(seen.get(entry.memory, entry), entry) for entry in entries)
         self._known[publisher] = _Library(value, payload.expires_at, entries)
 
-    def _hosts_under(
-        self, key: str, found: Mapping[object, tuple[Any, float]], with_contacts: bool
-    ) -> Iterator[CellHost]:
+    async def _hosts_under(
+        self, key: str, found: Mapping[object, tuple[Any, float]], with_contacts: bool, slices: TimeSlices
+    ) -> tuple[CellHost, ...]:
         records = [(subkey, value) for subkey, (value, _) in found.items() if isinstance(value, bytes)]
+        hosts = []
         for subkey, value in some_of(records, _MAX_HOSTS):
+            await slices.pause()
             read = partial(self._host, key, subkey, value, with_contacts)
             host = self._registry.guard.read("memory", subkey, read)
             if host is not None:
-                yield host
+                hosts.append(host)
+        return tuple(hosts)
 
     def _host(self, key: str, subkey: object, value: bytes, with_contact: bool) -> CellHost | None:
         peer_id = parse_peer_id(subkey)

@@ -1,10 +1,12 @@
 """Memories in the DHT: who may publish them, what readers accept of stored data, and which hosts have their cells."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from callers import numbered_identity
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
+from loop_holds import holds
 from raw_dht import Gullible, read_raw, store_raw
 from record_samples import EXPIRES_AT, NOW, VALIDATOR, refused, stored
 
@@ -35,6 +38,7 @@ from dht.records import (
     MAX_MEMORIES,
     RecordValidator,
     SwarmKeys,
+    open_record,
     sign_record,
 )
 from dht.registry import Registry
@@ -45,6 +49,7 @@ from peer.identity import Identity
 from peer.kademlia.lookups import Item
 from peer.kademlia.validation import Record
 from peer.loop import LoopThread
+from peer.parsing import ParseGuard
 from peer.wire import admission_pb2, records_pb2
 
 FOUNDER, LIBRARIAN, STRANGER = (numbered_identity(number) for number in range(3))
@@ -709,3 +714,32 @@ def test_what_is_no_cell_is_left_out_beside_the_cells(loop: LoopThread) -> None:
             assert [host.peer_id for host in found[0, 1]] == [hosts[0].peer_id]
 
     run(loop, scenario)
+
+
+def test_records_that_strangers_put_into_a_cell_do_not_hold_the_loop() -> None:
+    memory, until = entry().memory, time.time() + 60
+    key, stored_there = KEYS.memory(memory, (0,)), dict[object, tuple[bytes, float]]()
+    shards = b"".join(number.to_bytes(8) for number in range(256))
+    for number in range(100):
+        stranger = numbered_identity(number)
+        body = records_pb2.CellRecord(state=SERVING.value, shards=shards)
+        payload = records_pb2.RecordPayload(key=key, expires_at=until, cell=body)
+        stored_there[stranger.peer_id.to_bytes()] = sign_record(stranger, payload), until
+
+    async def get(keys: list[str]) -> Any:
+        return dict.fromkeys(keys, stored_there)
+
+    registry: Any = SimpleNamespace(
+        keys=KEYS,
+        get=get,
+        guard=ParseGuard(),
+        unseal=lambda value, key, peer_id: open_record(value, key, peer_id, time.time()),
+    )
+
+    async def read() -> None:
+        assert len((await MemoryRegistry(registry).cell_hosts(memory, [(0,)]))[0,]) == 100
+
+    async def shares() -> list[float]:
+        return [longest_s / whole_s for longest_s, whole_s in [await holds(read()) for _ in range(3)]]
+
+    assert min(asyncio.run(shares())) < 1 / 3
