@@ -17,8 +17,8 @@ from weakref import WeakSet
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import Activity, NodeInfo
-from dht.library import WANTED_REPLICAS, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest
+from dht.library import WANTED_REPLICAS, CellHost, MemoryRegistry
+from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
 from dht.registry import some_of
 from dht.swarm import Swarm, some_nodes
 from dht.upkeep import UpkeepPeriod
@@ -26,7 +26,7 @@ from expert_server.memory.fetching import PartFetcher
 from expert_server.memory.following import HostingRules, PublisherFollower
 from expert_server.memory.hosted import HostedMemories
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey, seen_shards
-from expert_server.memory.proofs import ReplicaProofs
+from expert_server.memory.proofs import ReplicaProofs, believed
 from expert_server.memory.shard import most_bytes
 from expert_server.memory.store import MemoryStore, parts_bytes
 from peer.bounded import BoundedDict
@@ -154,9 +154,9 @@ class MemoryHosting:
 
     async def _note(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
         """Records what a look saw, without the announcements of doubted hosts."""
-        believed = await asyncio.to_thread(self._proofs.counted, seen)
-        await asyncio.to_thread(self._placement.note, believed, self.hosted.mine())
-        return believed
+        counted_on = await asyncio.to_thread(believed, seen, self._proofs.doubted())
+        await asyncio.to_thread(self._placement.note, counted_on, self.hosted.mine())
+        return counted_on
 
     async def _take_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
         nodes = len(self._swarm.host.peers()) + 1
@@ -164,7 +164,7 @@ class MemoryHosting:
         wanted = [
             key
             for key in await asyncio.to_thread(self._placement.to_take, nodes)
-            if key.memory in able and seen[key].serving | seen[key].leaving  # otherwise nobody can give it
+            if key.memory in able and (seen[key].serving or seen[key].leaving)  # otherwise nobody can give it
         ]
         fitting = self._fitting(wanted, seen)
         if wanted and len(fitting) < len(wanted):
@@ -244,7 +244,7 @@ class MemoryHosting:
             return
         verified, wrong = partial(store.verified, key.root), self._metrics.fetches.labels("wrong").inc
         try:
-            shard = (await self._seen_now(key, cell)).get(key)
+            shard = await self._seen_now(key, cell)
             if shard is None or len(shard.serving) >= WANTED_REPLICAS or key.root in store.shards:
                 return
             hosts = shard.serving | shard.leaving
@@ -281,11 +281,15 @@ class MemoryHosting:
             self._complete.add(store)
             self._fetcher.was_complete(memory)
 
-    async def _seen_now(self, key: ShardKey, cell: Cell) -> dict[ShardKey, SeenShard]:
+    async def _seen_now(self, key: ShardKey, cell: Cell) -> SeenShard | None:
+        """None if the shard is no longer in that cell."""
         hosts = await self._memories.cell_hosts(key.memory, [cell])
         store = self.hosted.stores.get(key.memory)
         shards = () if store is None else store.manifest.by_cell.get(cell, ())
-        return self._proofs.counted(seen_shards(key.memory, shards, hosts[cell]))
+        # without the cell's other shards: strangers may announce all of them, and each look takes many shards
+        wanted = [info for info in shards if info.root == key.root]
+        seen = seen_shards(key.memory, wanted, hosts[cell])
+        return believed(seen, self._proofs.doubted()).get(key)
 
     # dropping
 
@@ -345,13 +349,24 @@ class MemoryHosting:
         for memory, some in cells.items():
             manifest = manifests[memory]
             for cell, hosts in (await self._memories.cell_hosts(memory, some)).items():
-                seen = self._proofs.counted(seen_shards(memory, manifest.by_cell[cell], hosts))
-                others = {
-                    key: list(seen[key].serving - {self._swarm.host.peer_id}) for key in alone & seen.keys()
-                }
-                claims = [(self._rng.choice(peers), key) for key, peers in others.items() if peers]
+                mine = [info for info in manifest.by_cell[cell] if ShardKey(memory, info.root) in alone]
+                seen, claims = await asyncio.to_thread(
+                    self._claims_of_others, memory, mine, hosts, self._proofs.doubted()
+                )
                 alone -= {key for _, key in await self._proofs.proven(claims, seen)}
         return alone
+
+    def _claims_of_others(
+        self,
+        memory: MemoryID,
+        shards: Collection[ShardInfo],
+        hosts: Collection[CellHost],
+        doubted: Collection[PeerID],
+    ) -> tuple[dict[ShardKey, SeenShard], list[tuple[PeerID, ShardKey]]]:
+        """For each of these shards, a random other host that says it serves it. Slow if many strangers do."""
+        seen = believed(seen_shards(memory, shards, hosts), doubted)
+        others = {key: list(shard.serving - {self._swarm.host.peer_id}) for key, shard in seen.items()}
+        return seen, [(self._rng.choice(peers), key) for key, peers in others.items() if peers]
 
 
 def _serving(nodes: Mapping[PeerID, NodeInfo]) -> frozenset[PeerID]:

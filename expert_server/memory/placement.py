@@ -99,7 +99,7 @@ class Placement:
         return [
             key
             for key in self._lacking
-            if (shard := self._seen.get(key)) is not None and shard.serving | shard.leaving
+            if (shard := self._seen.get(key)) is not None and (shard.serving or shard.leaving)
         ]
 
     def forget(self, memory: MemoryID) -> None:
@@ -235,7 +235,7 @@ def _seen_in(
 def seen_shards(
     memory: MemoryID, shards: Collection[ShardInfo], hosts: Collection[CellHost]
 ) -> dict[ShardKey, SeenShard]:
-    """What the hosts of a cell announce about its shards."""
+    """What the hosts of a cell announce about these shards of it. Slow if many announce many."""
     found = {}
     for info in shards:
         having = [host for host in hosts if info.short in host.shards]

@@ -73,18 +73,23 @@ class ReplicaProofs:
         self._missed = Backoff[PeerID](_MISSED_S, _DOUBTED_S)
         """Hosts that were not reached, or gave no passage."""
 
-    def counted(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
-        """The result of a look, without the claims of doubted hosts."""
-        doubted = self._doubted()
-        return {key: replace(shard, serving=shard.serving - doubted) for key, shard in seen.items()}
+    def doubted(self) -> frozenset[PeerID]:
+        """The hosts whose claims don't count now."""
+        now = self._clock()
+        return frozenset(self._wrong.held_back(now) | self._missed.held_back(now))
 
     async def check_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
         """Checks a few random claims of other hosts. Raises UnreachableError."""
         # a dead host takes as long as a proof may take, and stays announced for some periods
-        spared = self._doubted() | {self._swarm.host.peer_id}
+        spared = self.doubted() | {self._swarm.host.peer_id}
+        await self.proven(await asyncio.to_thread(self._some_claims, seen, spared), seen)
+
+    def _some_claims(
+        self, seen: Mapping[ShardKey, SeenShard], spared: frozenset[PeerID]
+    ) -> list[tuple[PeerID, ShardKey]]:
+        """Each claim is as likely as any other. Slow: strangers may claim thousands of shards each."""
         claims = [(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving - spared]
-        drawn = self._rng.sample(claims, min(_CHECKED, len(claims)))
-        await self.proven(drawn, seen)
+        return self._rng.sample(claims, min(_CHECKED, len(claims)))
 
     async def proven(
         self, claims: Collection[tuple[PeerID, ShardKey]], seen: Mapping[ShardKey, SeenShard]
@@ -115,10 +120,6 @@ class ReplicaProofs:
             self._missed.failed(peer_id, self._clock())
         return found
 
-    def _doubted(self) -> set[PeerID]:
-        now = self._clock()
-        return self._wrong.held_back(now) | self._missed.held_back(now)
-
     async def _proves(self, node: NodeInfo, key: ShardKey, shard: SeenShard) -> bool:
         """Raises TransferError and TimeoutError if the host was not reached or gave no passage."""
         info = shard.info
@@ -148,6 +149,11 @@ class ReplicaProofs:
                 logger.debug("%s did not prove that it has shard %s: %s", node.peer_id, key, error)
                 return False
             raise TransferError(str(error)) from error
+
+
+def believed(seen: Mapping[ShardKey, SeenShard], doubted: Collection[PeerID]) -> dict[ShardKey, SeenShard]:
+    """The result of a look, without the claims of doubted hosts. Slow with many shards."""
+    return {key: replace(shard, serving=shard.serving.difference(doubted)) for key, shard in seen.items()}
 
 
 def _asked_for(

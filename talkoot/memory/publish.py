@@ -15,7 +15,7 @@ from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry, with_entr
 from dht.memory import MemoryManifest
 from dht.swarm import Stage, Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
-from expert_server.memory.proofs import ReplicaProofs
+from expert_server.memory.proofs import ReplicaProofs, believed
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from expert_server.memory.store import MemoryStore
 from expert_server.reachability import ReachabilityMonitor
@@ -183,14 +183,13 @@ class Publication:
         Each look checks only a few claims, so that it does not take long.
         """
         announced = await self.announced()
-        seen = self._proofs.counted(
-            {
-                ShardKey(self.entry.memory, shard.root): SeenShard(
-                    shard, announced.by_root[shard.root], frozenset()
-                )
-                for shard in self.manifest.shards
-            }
-        )
+        said = {
+            ShardKey(self.entry.memory, shard.root): SeenShard(
+                shard, announced.by_root[shard.root], frozenset()
+            )
+            for shard in self.manifest.shards
+        }
+        seen = believed(said, self._proofs.doubted())
         claims = {(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving}
         unproven = list(claims - self._proven)
         self._proven &= claims

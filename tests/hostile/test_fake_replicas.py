@@ -1,9 +1,11 @@
 """Peers that announce shards of memories which they do not have: nobody loses a shard by believing them."""
 
 import asyncio
+from collections.abc import Set
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 from callers import numbered_identities
@@ -11,14 +13,16 @@ from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 from memory_folders import SampleMemory
 from memory_peers import until
+from memory_samples import peer_ids
 from published_memories import HOST, folder, memory_id, publishing, until_hosted
 from real_swarm import Play, Village, playing
 
 from dht.announcements import NodeInfo, ReplicaState
-from dht.library import MemoryRegistry
-from dht.memory import MemoryID
+from dht.library import CellHost, MemoryRegistry
+from dht.memory import MemoryID, ShardInfo
+from expert_server.memory.hosting import MemoryHosting
 from expert_server.memory.placement import SeenShard, ShardKey
-from expert_server.memory.proofs import ReplicaProofs
+from expert_server.memory.proofs import ReplicaProofs, believed
 from expert_server.node import Node
 from peer.errors import ExpertError, TransferError, WireError
 from peer.identity import Identity, PeerID
@@ -89,7 +93,7 @@ def test_no_host_drops_a_shard_for_replicas_that_are_not_proven(
         monkeypatch.setattr(founder.memories.hosted, "_most_bytes", 1)
         async with asyncio.timeout(60):
             await asked.wait()
-        await until(lambda: bool(founder.memories._proofs._doubted()))
+        await until(lambda: bool(founder.memories._proofs.doubted()))
         assert founder.memories.hosted.shards == 4
 
     play(scenario)
@@ -112,7 +116,7 @@ def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: 
         }
         claims = {(host, key) for key in seen}
         assert await proofs.proven(claims, seen) == claims
-        assert not proofs._doubted()
+        assert not proofs.doubted()
         # A peer that claims a revocation where there was none has proven nothing.
         proofs._revoked = lambda memory: frozenset()
         assert await proofs.proven(claims, seen) == set()
@@ -146,7 +150,7 @@ class OneHost:
         }
 
     def is_counted(self) -> bool:
-        return any(shard.serving for shard in self.proofs.counted(self.seen).values())
+        return any(shard.serving for shard in believed(self.seen, self.proofs.doubted()).values())
 
     def doubted_s(self) -> float:
         """Asks for proofs of all its shards. Returns how long it is doubted then, in steps of 5 s."""
@@ -215,3 +219,64 @@ def test_a_host_that_is_doubted_is_not_asked_for_more_proofs_meanwhile(identitie
     now += 15
     asyncio.run(proofs.check_some(seen))
     assert asked[-1] == {host}
+
+
+class Counting(frozenset[Any]):
+    """Counts how often somebody looks for an element, and remembers in which threads others are taken from it."""
+
+    looked = 0
+    threads: ClassVar[set[int]] = set()
+
+    def __contains__(self, element: object) -> bool:
+        Counting.looked += 1
+        return super().__contains__(element)
+
+    def __sub__(self, other: Set[object]) -> frozenset[Any]:
+        Counting.threads.add(get_ident())
+        return super().__sub__(other)
+
+
+def test_strangers_that_announce_all_shards_of_a_cell_are_looked_at_only_for_the_shard_to_take() -> None:
+    """Before each download, a node looks again who has the shard, on its event loop."""
+    memory, cell, peers = MemoryID("some", "publisher"), (0,), peer_ids(150)
+    shards = [ShardInfo(cell, number.to_bytes(8) + bytes(24), 100, 30_000) for number in range(256)]
+    announced = Counting(shard.short for shard in shards)
+    hosts = [CellHost(peer, ReplicaState.SERVING, announced) for peer in peers]
+
+    async def cell_hosts(memory: MemoryID, cells: list[tuple[int, ...]]) -> Any:
+        return dict.fromkeys(cells, hosts)
+
+    store = SimpleNamespace(manifest=SimpleNamespace(by_cell={cell: shards}))
+    hosting: Any = SimpleNamespace(
+        _memories=SimpleNamespace(cell_hosts=cell_hosts),
+        hosted=SimpleNamespace(stores={memory: store}),
+        _proofs=SimpleNamespace(doubted=lambda: frozenset(peers[:50])),
+    )
+    Counting.looked = 0
+    key = ShardKey(memory, shards[7].root)
+    seen = asyncio.run(MemoryHosting._seen_now(hosting, key, cell))
+    assert seen == SeenShard(shards[7], frozenset(peers[50:]), frozenset())
+    assert Counting.looked == len(peers)
+    assert asyncio.run(MemoryHosting._seen_now(hosting, ShardKey(memory, b"another"), cell)) is None
+
+
+def test_claims_of_many_strangers_are_drawn_off_the_loop() -> None:
+    memory, (me, *peers) = MemoryID("some", "publisher"), peer_ids(20)
+    infos = [ShardInfo((0,), number.to_bytes(32), 100, 30_000) for number in range(64)]
+    seen = {
+        ShardKey(memory, info.root): SeenShard(info, Counting((me, *peers)), frozenset()) for info in infos
+    }
+    drawn = set[PeerID]()
+
+    async def nodes(asked: set[PeerID]) -> dict[PeerID, NodeInfo]:
+        drawn.update(asked)
+        return {}
+
+    swarm: Any = SimpleNamespace(registry=SimpleNamespace(nodes=nodes), host=SimpleNamespace(peer_id=me))
+    proofs = ReplicaProofs(swarm, cast(PartClient, None), lambda memory: ())
+    Counting.threads.clear()
+    asyncio.run(proofs.check_some(seen))
+    assert get_ident() not in Counting.threads
+    assert Counting.threads
+    assert drawn <= set(peers)
+    assert len(drawn) > 1
