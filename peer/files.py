@@ -20,27 +20,27 @@ T = TypeVar("T")
 class StateFolder:
     """A peer's folder on disk, locked by one process at a time. The kernel frees the lock when the process ends."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises StateFolderError if the folder can't be used, others can write to it, or this process or another
-        uses it.
+    def __init__(self, path: Path, option: str = "--state") -> None:
+        """`option`: the one that chooses the folder, for errors. Raises StateFolderError if the folder can't be used,
+        others can write to it, or this process or another uses it.
         """
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _protect(path)
+            _protect(path, option)
             for inner in path.iterdir():
                 if inner.is_dir() and not inner.is_symlink():
-                    _protect(inner)
+                    _protect(inner, option)
             self._lock = os.fdopen(open_plainly(path / "lock", os.O_WRONLY | os.O_CREAT), "wb")
         except OSError as error:
             raise StateFolderError(
-                f"can't use the state folder {path}: {error.strerror}; pass another --state"
+                f"can't use the state folder {path}: {error.strerror}; pass another {option}"
             ) from error
         try:
             lock(self._lock.fileno())
         except BlockingIOError:
             self._lock.close()
-            message = f"another process uses the state folder {path}: stop it, or pass another --state"
+            message = f"another process uses the state folder {path}: stop it, or pass another {option}"
             raise StateFolderError(message, is_in_use=True) from None
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class PlainFile:
         return descriptor, (about.st_ino, about.st_mtime_ns, about.st_size)
 
 
-def _protect(folder: Path) -> None:
+def _protect(folder: Path, option: str) -> None:
     """Makes this user's folder writable for nobody else. Raises StateFolderError if others can still write to it, and
     OSError.
     """
@@ -103,7 +103,7 @@ def _protect(folder: Path) -> None:
     if me is None:
         return
     if {about.st_uid, folder.lstat().st_uid} - {me, 0}:
-        raise StateFolderError(f"the state folder {folder} belongs to another user: pass another --state")
+        raise StateFolderError(f"the state folder {folder} belongs to another user: pass another {option}")
     others = stat.S_IMODE(about.st_mode) & 0o022
     if not others:
         return
@@ -111,14 +111,14 @@ def _protect(folder: Path) -> None:
         folder.chmod(stat.S_IMODE(about.st_mode) & ~0o022)
     elif others & stat.S_IWOTH:  # a group that root gave the folder may contain this user alone
         raise StateFolderError(
-            f"every user can write to the state folder {folder}: pass a new folder inside it as --state"
+            f"every user can write to the state folder {folder}: pass a new folder inside it as {option}"
         )
     # anybody who could write here may have planted something before
     for path in folder.iterdir():
         if path.is_symlink() or path.lstat().st_uid not in {me, 0}:
             raise StateFolderError(
                 f"other users could write to the state folder {folder}, and {path.name!r} there may be theirs: "
-                "remove it, or pass another --state"
+                f"remove it, or pass another {option}"
             )
 
 

@@ -106,7 +106,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
     )
     # before the lock, since stopping a node that runs there would not help
     require_no_other_swarm(node, manifest.name)
-    with closing(StateFolder(node)), closing(StateFolder(trainer)):
+    with closing(StateFolder(node)), closing(StateFolder(trainer, "--trainer-state")):
         keys = SwarmKeys(manifest.name, Identity.load_or_create(node / "identity.key").peer_id)
         if RecordFile(node / "manifests" / keys.swarm_id).read() is not None:
             raise SettingsError(

@@ -193,6 +193,17 @@ def test_missing_experts_a_file_in_the_way_and_a_founded_swarm_are_refused(tmp_p
         imported(folder, tmp_path, name="loyly")
 
 
+def test_an_error_about_a_state_folder_names_its_option(tmp_path: Path) -> None:
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    with (
+        closing(StateFolder(tmp_path / "trainer")),
+        pytest.raises(UserError, match=r"another --trainer-state$"),
+    ):
+        imported(folder, tmp_path)
+    with closing(StateFolder(tmp_path / "node")), pytest.raises(UserError, match=r"another --state$"):
+        imported(folder, tmp_path)
+
+
 def test_a_full_disk_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RandomModel(MANIFEST).write(tmp_path / "model")
 
