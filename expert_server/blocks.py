@@ -9,6 +9,7 @@ the entry point group `talkoot.expert_kinds`: a name, and a function from the ex
 import hashlib
 from functools import cache, partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Protocol, cast
 
 import torch
@@ -70,6 +71,21 @@ def _ffn(model: ModelSpec, *, causal: bool = True) -> nn.Module:
 OWN_KINDS: dict[str, BlockBuilder] = {"transformer": _transformer, "ffn": _ffn}
 
 
+def read_manifest(file: Path) -> Manifest:
+    """The manifest that a founder's file describes. Raises SettingsError, which names the file and the wrong key, also
+    if no installed package has its kind of experts.
+    """
+    manifest = Manifest.from_toml(file)
+    try:
+        require_kind(manifest)
+    except InstallationError as error:
+        raise SettingsError(
+            f"{file}: experts.kind must be {' or '.join(_installed_kinds())}, not {manifest.experts.kind!r}, unless "
+            "you install the package that has this kind"
+        ) from error
+    return manifest
+
+
 def require_kind(manifest: Manifest) -> None:
     """Raises InstallationError if no installed package has the manifest's kind of experts, and SettingsError if the
     package can't build it for all layers.
@@ -88,14 +104,17 @@ def builder_of(kind: str) -> BlockBuilder:
     return OWN_KINDS.get(kind) or _others_builder(kind)
 
 
+def _installed_kinds() -> list[str]:
+    return sorted({*OWN_KINDS, *entry_points(group=ENTRY_POINT_GROUP).names})
+
+
 @cache  # the search reads the metadata of every installed package, and is needed for each expert
 def _others_builder(kind: str) -> BlockBuilder:
     found = entry_points(group=ENTRY_POINT_GROUP)
     if kind not in found.names:
-        known = sorted({*OWN_KINDS, *found.names})
         raise InstallationError(
-            f"this swarm's experts are of kind {kind!r}, which is not installed here (installed: {', '.join(known)}): "
-            "install the package that its founder names"
+            f"this swarm's experts are of kind {kind!r}, which is not installed here (installed: "
+            f"{', '.join(_installed_kinds())}): install the package that its founder names"
         )
     return cast(BlockBuilder, found[kind].load())
 

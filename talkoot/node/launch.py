@@ -19,7 +19,7 @@ from dht.invites import Invite, read_bootstrap
 from dht.manifest import Manifest, set_keys
 from dht.records import SwarmKeys
 from dht.swarm import Stage, Swarm, found_swarm, join_swarm, other_swarms, was_member
-from expert_server.blocks import require_kind
+from expert_server.blocks import read_manifest
 from expert_server.experts.devices import check_devices
 from expert_server.node import Node
 from expert_server.resources import within_memory
@@ -72,9 +72,7 @@ class Origin:
             )
         addresses = self.addresses()
         if self.new is not None:
-            manifest = Manifest.from_toml(self.new)
-            require_kind(manifest)  # fails now rather than after the manifest is published
-            return manifest
+            return read_manifest(self.new)
         return Invite.read(self.join or "").through(addresses)
 
     def given(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ from dht.admission import Role
 from dht.invites import Invite, invite_of
 from dht.manifest import Manifest
 from dht.swarm import Swarm, with_known_peers
+from expert_server.blocks import read_manifest
 from peer.errors import CheckpointError, InviteError, SettingsError, UnreachableError
 from peer.formatting import counted
 from peer.metrics import total
@@ -96,7 +97,7 @@ def run_train(
         check_writable(json_file, "--json")
     if settings.plot is not None:
         check_plot(settings.plot)
-    where = Manifest.from_toml(local) if local is not None else Invite.read(join or "")
+    where = read_manifest(local) if local is not None else Invite.read(join or "")
     with logs_written(settings.log, settings.tensorboard) as writers:
         values = _train(terminal, signals, where, settings, resume, writers)
     if terminal.json:

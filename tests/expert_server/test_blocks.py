@@ -10,7 +10,7 @@ from torch import nn
 
 from dht.manifest import ExpertSpec, Manifest, ModelSpec
 from dht.uid import UID
-from expert_server.blocks import build_block, builder_of, require_kind
+from expert_server.blocks import build_block, builder_of, read_manifest, require_kind
 from peer.choices import Activation, Norm
 from peer.errors import InstallationError, SettingsError
 from peer.layers import TransformerLayer
@@ -106,3 +106,12 @@ def test_a_kind_that_is_not_installed_is_named() -> None:
         InstallationError, match=r"kind 'lstm', which is not installed here \(installed: ffn, "
     ):
         builder_of("lstm")
+
+
+def test_a_founder_who_misspells_a_kind_is_told_the_file_and_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "swarm.toml"
+    file.write_text('name = "sauna"\n[experts]\nkind = "fnn"\n')
+    with pytest.raises(
+        SettingsError, match=r"swarm\.toml: experts\.kind must be ffn or .* not 'fnn', unless"
+    ):
+        read_manifest(file)
