@@ -39,6 +39,7 @@ from talkoot.options import (
     TrainCommand,
     command,
     given_settings,
+    join_options,
     load_settings,
 )
 from talkoot.signals import exit_at_once_on_signals
@@ -233,7 +234,8 @@ def train(
         with signals.importing():
             from talkoot.train.session import run_train
 
-        run_train(terminal, signals, join, local, settings, resume=resume, json_file=json_file)
+        joined = join_options(context)
+        run_train(terminal, signals, join, local, settings, resume=resume, json_file=json_file, joined=joined)
 
 
 @app.command(cls=PlainCommand)

@@ -5,6 +5,7 @@ Settings are imported only when a command is asked for its options, so that `tal
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ _FIRST_COLUMN = 26
 """The width of the options column in the help. The text of a wider option begins on the next line."""
 
 
+_JOINED = f"{__name__}.joined"
+
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The base of all errors about a command line. typer exports only this one of its subclasses."""
 
@@ -132,8 +135,11 @@ class PlainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = self._parse_args(ctx, args)
-        if self._bootstrap is not None and (given := ctx.params.pop("bootstrap", None)):
-            ctx.params["join"] = _joined_through(ctx.params["join"], given)
+        if self._bootstrap is not None:
+            join, given = ctx.params["join"], ctx.params.pop("bootstrap", None) or ()
+            ctx.meta[_JOINED] = _join_options(join, given)
+            if given:
+                ctx.params["join"] = _joined_through(join, given)
         return rest
 
     def _parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -184,6 +190,22 @@ def _joined_through(join: str | None, bootstrap: Sequence[str]) -> str:
         return str(invite_of(join).through(read_bootstrap(bootstrap)))
     except UserError as error:
         _fail(error)
+
+
+def _join_options(join: str | None, bootstrap: Sequence[str]) -> str:
+    shown = join if join is not None and join.startswith("@") else "INVITE"
+    through = ("ADDRESS" if each.startswith("talkoot") else each for each in bootstrap)
+    return " ".join(
+        [f"--join {shlex.quote(shown)}", *(f"--bootstrap {shlex.quote(each)}" for each in through)]
+    )
+
+
+def join_options(context: typer.Context) -> str:
+    """The `--join` and `--bootstrap` that were given, to be typed again. Invites that were given as text are not shown,
+    because they may contain a secret.
+    """
+    options: str = context.meta[_JOINED]
+    return options
 
 
 def _options_of(function: Any) -> list[Any]:

@@ -1,7 +1,6 @@
 """`talkoot train`: joins a swarm, trains, and shows the progress."""
 
 import logging
-import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -82,8 +81,11 @@ def run_train(
     *,
     resume: bool,
     json_file: Path | None,
+    joined: str,
 ) -> None:
-    """Raises UserError if it can't train, and Stopped after a signal. A stopped run prints its summary too."""
+    """`joined`: the options to join with, for the next commands. Raises UserError if it can't train, and Stopped after
+    a signal. A stopped run prints its summary too.
+    """
     if (join is None) == (local is None):
         raise SettingsError(
             "pass either --join INVITE or --local SWARM.TOML. INVITE is the line that you were given, or @FILE with "
@@ -103,7 +105,7 @@ def run_train(
     if terminal.json:
         terminal.event("summary", values)
     else:
-        for text in (*summary_lines(values), *next_commands(values, join, settings, json_file)):
+        for text in (*summary_lines(values), *next_commands(values, joined, settings, json_file)):
             terminal.line(text)
     if json_file is not None:
         write_json(json_file, values)
@@ -151,15 +153,14 @@ def _train(
 
 
 def next_commands(
-    values: Mapping[str, Any], join: str | None, settings: TrainerSettings, json_file: Path | None = None
+    values: Mapping[str, Any], joined: str, settings: TrainerSettings, json_file: Path | None = None
 ) -> list[str]:
-    """What to do with the trained model. An invite that was given as text is not shown, because it may contain a
-    secret. `json_file`: where the summary was written.
+    """What to do with the trained model. `joined`: the options to join with. `json_file`: where the summary was
+    written.
     """
     if values["checkpoint"] is None:
         return []
-    invite = shlex.quote(join) if join is not None and join.startswith("@") else "INVITE"
-    options = f"--join {invite}"
+    options = joined
     for name, path in (("--state", settings.state), ("--checkpoint", settings.checkpoint)):
         options += option_text(name, path)
     more = "" if values["stopped"] else f" --steps {2 * values['steps']}"

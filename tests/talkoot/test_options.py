@@ -19,7 +19,7 @@ from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
 from talkoot.cli import app
 from talkoot.dashboard.settings import DashboardSettings
-from talkoot.options import given_settings, help_of, load_settings
+from talkoot.options import given_settings, help_of, join_options, load_settings
 from talkoot.serve.settings import ServeSettings
 from trainer_client.settings import Sampling, TrainerSettings
 
@@ -90,6 +90,24 @@ def test_every_command_that_joins_can_join_through_another_node(tmp_path: Path) 
             assert given["bootstrap"] == [theirs]
         else:
             assert Invite.parse(given["join"]).bootstrap == (theirs, mine)
+
+
+def test_options_to_join_are_shown_as_given_but_without_secrets(tmp_path: Path) -> None:
+    peer_id = Identity.load_or_create(tmp_path / "key").peer_id
+    address = Multiaddress.of(Endpoint.of("192.0.2.7", 1), peer_id)
+    invite = str(Invite(SwarmKeys("sauna", peer_id), (address,)))
+    file = tmp_path / "my invite"
+    file.write_text(invite)
+    through = ["--bootstrap", str(address)]
+    given = {
+        ("--join", f"@{file}"): f"--join '@{file}'",
+        ("--join", f"@{file}", *through): f"--join '@{file}' --bootstrap {address}",
+        ("--join", invite, *through): f"--join INVITE --bootstrap {address}",
+        ("--join", f"@{file}", "--bootstrap", invite): f"--join '@{file}' --bootstrap ADDRESS",
+        (): "--join INVITE",
+    }
+    for arguments, shown in given.items():
+        assert join_options(parsed("train", *arguments)) == shown
 
 
 @pytest.mark.parametrize(

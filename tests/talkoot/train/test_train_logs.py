@@ -249,18 +249,18 @@ def test_the_summary_is_in_words() -> None:
     assert len(list(summary_lines(stopped | nothing))) == 3
 
 
-def test_the_next_command_is_told_and_shows_no_secret(tmp_path: Path) -> None:
+def test_the_next_command_is_told(tmp_path: Path) -> None:
     settings = TrainerSettings.load(state=tmp_path / "my trainer")
-    assert next_commands(SUMMARY, "@invite.txt", settings) == [
+    assert next_commands(SUMMARY, "--join @invite.txt", settings) == [
         f"next: talkoot generate --join @invite.txt --state '{tmp_path}/my trainer' --prompt 'Once upon a time'",
         f"  or: talkoot train --join @invite.txt --state '{tmp_path}/my trainer' --resume --steps 400",
     ]
-    stopped = next_commands(SUMMARY | {"stopped": True}, "talkoot2secret", TrainerSettings())
+    stopped = next_commands(SUMMARY | {"stopped": True}, "--join INVITE", TrainerSettings())
     assert stopped[1] == "  or: talkoot train --join INVITE --resume"
     files = TrainerSettings.load(log=Path("log.jsonl"), plot=Path("my loss.png"))
-    _, resume = next_commands(SUMMARY | {"stopped": True}, None, files, Path("run.json"))
+    _, resume = next_commands(SUMMARY | {"stopped": True}, "--join INVITE", files, Path("run.json"))
     assert resume.endswith(" --resume --log log.jsonl --plot 'my loss.png' --json run.json")
-    assert next_commands(SUMMARY | {"checkpoint": None}, None, TrainerSettings()) == []
+    assert next_commands(SUMMARY | {"checkpoint": None}, "--join INVITE", TrainerSettings()) == []
 
 
 def test_a_validation_is_a_line() -> None:
