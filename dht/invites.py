@@ -275,6 +275,11 @@ class InviteLedger:
         if named:
             serials = ", ".join(each.number for each in named)
             raise UserError(f"{len(named)} invites for {which} are valid: pass the serial of one, {serials}")
+        if over := [each for each in listed if each.name == which]:
+            states = (
+                f"{each.number} {'is already revoked' if each.revoked else 'has expired'}" for each in over
+            )
+            raise UserError(f"no invite for {which} is valid: {', '.join(states)}")
         raise UserError(
             f"no invite {which} in {self._path}: `talkoot invite --list --state "
             f"{shlex.quote(str(self._path.parent))}` shows those that you made"

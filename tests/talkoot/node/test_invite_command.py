@@ -213,7 +213,9 @@ def test_an_invite_is_revoked_by_the_name_of_its_person(tmp_path: Path) -> None:
         for name in ("Ada", "Bob", "Bob")
     ]
     assert f"{made[0]}, for Ada, is revoked" in run_here("invite", "--revoke", "Ada", *state).stdout
-    assert "no invite Ada" in run_here("invite", "--revoke", "Ada", *state).stderr
+    again = run_here("invite", "--revoke", "Ada", *state).stderr
+    assert f"no invite for Ada is valid: {made[0]} is already revoked" in again
+    assert "no invite Eve in" in run_here("invite", "--revoke", "Eve", *state).stderr
     both = run_here("invite", "--revoke", "Bob", *state).stderr
     assert f"2 invites for Bob are valid: pass the serial of one, {made[1]}, {made[2]}" in " ".join(
         both.split()
