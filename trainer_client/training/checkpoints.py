@@ -7,6 +7,7 @@ of experts.
 import hashlib
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -218,7 +219,7 @@ def newest_run_folder(runs: Path, can_train: bool = True) -> Path:
     newest, *older = steps
     longest = max(older, key=lambda folder: steps[folder], default=newest)
     hint = (
-        f"; an older one has {counted(steps[longest], 'step', ',')}: --checkpoint {longest} uses that"
+        f"; an older one has {counted(steps[longest], 'step', ',')}: --checkpoint {shlex.quote(str(longest))} uses that"
         if steps[longest] > steps[newest]
         else ""
     )

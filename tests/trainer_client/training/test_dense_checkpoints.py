@@ -267,15 +267,16 @@ def test_the_run_in_use_is_named_and_an_older_one_that_has_taken_more_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    write(tmp_path / "good", 1000, 1230)
-    assert newest_run_folder(tmp_path) == tmp_path / "good"
+    runs = tmp_path / "my runs"
+    write(runs / "good", 1000, 1230)
+    assert newest_run_folder(runs) == runs / "good"
     assert caplog.messages[-1] == "using the newest run good, of 1,230 steps"
-    write(tmp_path / "short", 2)
+    write(runs / "short", 2)
     later = time.time() + 60
-    os.utime(tmp_path / "short" / "2.safetensors", (later, later))
-    assert newest_run_folder(tmp_path) == tmp_path / "short"
+    os.utime(runs / "short" / "2.safetensors", (later, later))
+    assert newest_run_folder(runs) == runs / "short"
     assert caplog.messages[-1] == (
-        f"using the newest run short, of 2 steps; an older one has 1,230 steps: --checkpoint {tmp_path / 'good'} uses "
+        f"using the newest run short, of 2 steps; an older one has 1,230 steps: --checkpoint '{runs / 'good'}' uses "
         "that"
     )
 
