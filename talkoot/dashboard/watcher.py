@@ -217,8 +217,14 @@ class Watcher:
 
     async def _join(self) -> Swarm:
         identity = await asyncio.to_thread(Identity.load_or_create, self._folder / "identity.key")
+        # told once, and not again every few seconds while nobody answers
+        stage = logger.info if self.unreachable_since is None else logger.debug
         return await join_swarm(
-            identity, self._invite, NetworkConfig("127.0.0.1", serves_dht=False), state=self._folder
+            identity,
+            self._invite,
+            NetworkConfig("127.0.0.1", serves_dht=False),
+            state=self._folder,
+            stage=stage,
         )
 
     async def _watch(self, swarm: Swarm) -> None:

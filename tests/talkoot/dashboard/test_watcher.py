@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,34 @@ def test_a_swarm_that_was_seen_before_is_waited_for(
     assert watcher.unreachable_since is not None
     assert watcher.picture is picture
     assert f"cannot reach the swarm: {error}" in caplog.text
+
+
+def test_attempts_to_join_are_logged_once_while_nobody_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def join(*_: Any, stage: Callable[[str], None], **__: Any) -> Swarm:
+        stage("joining")
+        raise UnreachableError("nobody answers")
+
+    monkeypatch.setattr(watcher_module, "join_swarm", join)
+    monkeypatch.setattr(watcher_module, "_JOIN_AGAIN_S", 0.0)
+    watcher = watched(tmp_path, None)
+
+    async def until_third_attempt() -> None:
+        running = asyncio.create_task(watcher.run())
+        async with asyncio.timeout(60):
+            while total(watcher.failures) < 3:
+                await watcher.news()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(until_third_attempt())
+    assert caplog.messages == [
+        "joining",
+        "cannot reach the swarm: nobody answers; the page shows the last state",
+    ]
 
 
 def test_a_swarm_that_was_never_seen_is_waited_for_when_nobody_answers(
