@@ -4,6 +4,7 @@ the end.
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,22 @@ def require_new(path: Path) -> None:
     with naming_failures(path):
         if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
             raise SettingsError(f"{path} exists: pass the path of a new folder")
+
+
+def check_new(path: Path, option: str) -> None:
+    """Checks now whether a new folder can be written, rather than at the end. Leaves things as they were. Raises
+    UserError.
+    """
+    require_new(path)
+    place = path.with_name(path.name + PARTIAL)
+    try:
+        while not place.exists():
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise StartError(
+            f"can't write {path}: {error.strerror or error}; pass another {option} DIR"
+        ) from error
 
 
 @contextmanager

@@ -252,12 +252,14 @@ def to_json(values: Mapping[str, Any]) -> str:
     )
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Checks now whether a file can be written, rather than at the end. Leaves things as they were. Raises
-    StartError.
+def check_writable(path: Path, option: str, *, makes_folder: bool = False) -> None:
+    """Checks now whether a file can be written, rather than at the end. Leaves things as they were, except that with
+    `makes_folder`, it makes the folder if it is missing. Raises StartError.
     """
     is_new = not path.exists()
     try:
+        if makes_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
         if is_new:
             path.unlink()
@@ -267,10 +269,15 @@ def check_writable(path: Path, option: str) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes the file of `--json FILE`. Raises StartError."""
+    write_output(path, (to_json(values) + "\n").encode(), "--json")
+
+
+def write_output(path: Path, data: bytes, option: str) -> None:
+    """Writes the file that an option names. Raises StartError."""
     try:
-        write_whole(path, (to_json(values) + "\n").encode())
+        write_whole(path, data)
     except OSError as error:
-        raise _not_written(path, "--json", error) from error
+        raise _not_written(path, option, error) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -21,7 +21,7 @@ from talkoot.model.dense import ExportedDense, dense_of_run, dense_of_trainers
 from talkoot.model.experts import SwarmExperts, TakenExpert
 from talkoot.model.folder import FolderRouting, FolderWriter
 from talkoot.model.usage import WatchedExperts, most_used
-from talkoot.partial import PARTIAL, require_new
+from talkoot.partial import PARTIAL, check_new
 from talkoot.progress import Progress, Rate
 from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import Terminal, to_json
@@ -58,13 +58,13 @@ class ExportPlan:
     download_mbit: float | None = None
 
     def check(self) -> None:
-        """Raises SettingsError."""
+        """Raises UserError."""
         if (self.keep is None) != (self.keep_by is None):
             raise SettingsError(
                 "--keep and --keep-by must be given together: the share of experts to keep, and the text that decides "
                 "which experts"
             )
-        require_new(self.out)
+        check_new(self.out, "-o")
 
 
 def run_export(

@@ -30,7 +30,7 @@ from expert_server.experts.plausibility import Scale, require_plausible
 from expert_server.state.checkpoints import CheckpointStore
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.errors import ModelError, SettingsError, StartError, StateError
-from peer.files import StateFolder, write_atomically
+from peer.files import StateFolder
 from peer.formatting import counted
 from peer.identity import Identity
 from peer.settings import describe_validation_error
@@ -38,7 +38,7 @@ from talkoot.model.folder import ModelFolder
 from talkoot.model.upcycling import UpcycledModel, grown_manifest
 from talkoot.node.control import node_folder
 from talkoot.node.invites import require_no_other_swarm
-from talkoot.terminal import Terminal, option_text
+from talkoot.terminal import Terminal, check_writable, option_text, write_output
 from talkoot.train.session import once, trainer_state
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointWriter, Header, checkpoint_folder, manifest_sha256
@@ -107,6 +107,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
     # before the lock, since stopping a node that runs there would not help
     require_no_other_swarm(node, manifest.name)
     with closing(StateFolder(node)), closing(StateFolder(trainer, "--trainer-state")):
+        check_writable(plan.manifest_file, "--out", makes_folder=True)
         keys = SwarmKeys(manifest.name, Identity.load_or_create(node / "identity.key").peer_id)
         if RecordFile(node / "manifests" / keys.swarm_id).read() is not None:
             raise SettingsError(
@@ -118,9 +119,9 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
             _write_experts(model, manifest, store, stage)
             stage("writing the dense part")
             run = _write_dense(model, manifest, keys.swarm_id, trainer)
-            write_atomically(plan.manifest_file, to_toml(manifest).encode())
         except OSError as error:
             raise StartError(f"can't write {error.filename or node}: {error.strerror or error}") from error
+        write_output(plan.manifest_file, to_toml(manifest).encode(), "--out")
     return {
         "name": manifest.name,
         "admission": manifest.admission.mode,

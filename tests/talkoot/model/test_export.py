@@ -34,12 +34,13 @@ from expert_server.experts.format import BLOCK
 from expert_server.node import Node
 from peer import clock
 from peer.codec import Integers
-from peer.errors import ModelError, RevokedInviteError
+from peer.errors import ModelError, RevokedInviteError, StartError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.wire import admission_pb2
 from talkoot.model.experts import SwarmExperts, TakenExpert
+from talkoot.model.export import ExportPlan
 from talkoot.model.folder import FolderWriter, ModelFolder
 from talkoot.model.opened import open_model
 from talkoot.signals import Stopped
@@ -209,6 +210,14 @@ def test_a_folder_that_exists_is_left_alone(founder: Founder, state: Path, tmp_p
     ended = talkoot(*export(founder, tmp_path, "--resume", "--state", state))
     ended.is_one_clear_line("exists", "a new folder")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_it_joins(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StartError, match=r"can't write .*/file/new/model: .*; pass another -o DIR"):
+        ExportPlan(tmp_path / "file" / "new" / "model").check()
+    ExportPlan(tmp_path / "new" / "model").check()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_export_that_was_stopped_goes_on_and_fetches_no_layer_again(

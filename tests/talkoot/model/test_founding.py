@@ -1,6 +1,7 @@
 """`talkoot import`: a new swarm starts from a model folder."""
 
 import json
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dht.invites import Invite
 from dht.manifest import AdmissionSpec, Manifest, OptimizerSpec
 from dht.records import SwarmKeys
 from expert_server.state.checkpoints import CheckpointStore
-from peer.errors import UserError
+from peer.errors import StartError, UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
@@ -41,9 +42,8 @@ TEXT = "In the sauna one must behave as in church. " * 20
 
 
 def imported(folder: Path, work: Path, **given: Any) -> dict[str, Any]:
-    plan = ImportPlan(
-        folder, work / "swarm.toml", node_state=work / "node", trainer_state=work / "trainer", **given
-    )
+    given = {"manifest_file": work / "swarm.toml", **given}
+    plan = ImportPlan(folder, node_state=work / "node", trainer_state=work / "trainer", **given)
     return import_model(ModelFolder.open(folder), plan, lambda text: None)
 
 
@@ -202,6 +202,18 @@ def test_an_error_about_a_state_folder_names_its_option(tmp_path: Path) -> None:
         imported(folder, tmp_path)
     with closing(StateFolder(tmp_path / "node")), pytest.raises(UserError, match=r"another --state$"):
         imported(folder, tmp_path)
+
+
+def test_the_manifests_folder_is_made_and_if_it_cannot_be_written_nothing_begins(tmp_path: Path) -> None:
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "swarm.toml"
+    with pytest.raises(StartError, match=re.escape(f"can't write {out}: ") + ".*; pass another --out FILE"):
+        imported(folder, tmp_path, manifest_file=out)
+    assert not (tmp_path / "node" / "checkpoints").exists()
+    out = tmp_path / "new" / "folder" / "swarm.toml"
+    imported(folder, tmp_path, manifest_file=out)
+    assert Manifest.from_toml(out) == MANIFEST
 
 
 def test_a_full_disk_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
