@@ -151,9 +151,8 @@ def check_plot(path: Path) -> None:
 
 def plot_losses(history: History, path: Path) -> None:
     """Writes a PNG with the loss of each step, its moving average, and the validation loss."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs its fonts, also while it is imported
     from matplotlib.figure import Figure
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs its fonts
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()

@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,22 @@ def test_the_plot_is_a_picture_whatever_was_measured(tmp_path: Path, losses: tup
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width > 500
+
+
+def test_matplotlib_logs_nothing_while_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class LoggingFinder(MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "matplotlib.figure":
+                logging.getLogger("matplotlib.font_manager").info("generated new fontManager")
+
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [LoggingFinder(), *sys.meta_path])
+    caplog.set_level(logging.INFO, "matplotlib")
+    plot_losses(make_history(1.0), tmp_path / "loss.png")
+    assert "matplotlib.figure" in sys.modules
+    assert caplog.messages == []
 
 
 def test_a_plot_that_can_not_be_written_is_known_before(
