@@ -26,6 +26,7 @@ class StateFolder:
         """
         self.path = path
         try:
+            require_folder(path, option)
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             _protect(path, option)
             for inner in path.iterdir():
@@ -93,6 +94,14 @@ class PlainFile:
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is not a plain file", str(self.path))
         return descriptor, (about.st_ino, about.st_mtime_ns, about.st_size)
+
+
+def require_folder(path: Path, option: str = "--state") -> None:
+    """Raises StateFolderError if something else than a folder is there."""
+    if os.path.exists(path) and not path.is_dir():
+        raise StateFolderError(
+            f"can't use the state folder {path}: it is not a folder; pass another {option}"
+        )
 
 
 def _protect(folder: Path, option: str) -> None:

@@ -220,7 +220,12 @@ class ControlClient:
                 "that it was started with"
             ) from None
         except OSError as error:
-            raise ControlError(f"can't reach the node of {state}: {error.strerror}") from error
+            advice = (
+                "run this as the user who runs the node"
+                if isinstance(error, PermissionError)
+                else "pass the --state that it was started with"
+            )
+            raise ControlError(f"can't reach the node of {state}: {error.strerror}; {advice}") from error
 
     def __enter__(self) -> Self:
         return self

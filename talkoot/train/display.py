@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from peer.errors import StartError
+from peer.errors import SettingsError, StartError
 from peer.formatting import counted
 from peer.settings import require_extra
 from talkoot.terminal import StepBar, Terminal, check_writable, to_json, write_whole
@@ -146,6 +146,8 @@ def logs_written(log: Path | None, tensorboard: Path | None) -> Iterator[list[Wr
 def check_plot(path: Path) -> None:
     """Raises UserError if a plot can't be written there."""
     require_extra("matplotlib", "plot", "--plot")
+    if path.suffix.lower() not in ("", ".png"):
+        raise SettingsError(f"--plot {path}: the plot is a PNG, so pass a file whose name ends in .png")
     check_writable(path, "--plot")
 
 

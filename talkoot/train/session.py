@@ -17,6 +17,7 @@ from dht.manifest import Manifest
 from dht.swarm import Swarm, with_known_peers
 from expert_server.blocks import read_manifest
 from peer.errors import CheckpointError, InviteError, SettingsError, UnreachableError
+from peer.files import require_folder
 from peer.formatting import counted
 from peer.metrics import total
 from talkoot.ephemeral import run_in_swarm
@@ -180,9 +181,11 @@ def trainer_state(settings: TrainerSettings) -> Path:
 
 def reader_invite(join: str | None, settings: TrainerSettings) -> Invite:
     """The invite for a command that joins with a temporary identity, with addresses of peers that the trainer has met.
-    Raises SettingsError and InviteError.
+    Raises UserError.
     """
-    return with_known_peers(invite_of(join), trainer_state(settings))
+    state = trainer_state(settings)
+    require_folder(state)
+    return with_known_peers(invite_of(join), state)
 
 
 def load_run(

@@ -20,7 +20,7 @@ import pytest
 from other_processes import name_of, runs
 
 from peer.errors import StartError
-from peer.files import StateFolder
+from peer.files import StateFolder, require_folder
 from peer.platform.files import wait_for_lock
 from peer.platform.processes import die_with_parent
 from peer.platform.sockets import private_socket_folder, sweep_socket_folders
@@ -233,6 +233,10 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         with pytest.raises(StartError, match="can't use the state folder") as caught:
             StateFolder(path)
         assert str(path) in str(caught.value)
+    with pytest.raises(StartError, match=r"it is not a folder; pass another --state$"):
+        require_folder(tmp_path / "file")
+    require_folder(tmp_path)
+    require_folder(tmp_path / "new")
 
 
 def test_a_state_folder_that_others_can_write_to_is_taken_from_them(tmp_path: Path) -> None:

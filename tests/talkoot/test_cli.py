@@ -234,6 +234,15 @@ def test_a_result_that_is_there_outlives_a_command_that_can_not_begin(
     assert_one_clear_line(ended, "can't write", "pass another --json FILE")
 
 
+def test_a_state_folder_that_is_a_file_is_told_before_it_joins(founder: Founder, tmp_path: Path) -> None:
+    (tmp_path / "swarm.toml").touch()
+    options = ["--join", founder.invite, "--state", str(tmp_path / "swarm.toml")]
+    assert_one_clear_line(
+        run_here("generate", *options, "--prompt", "a"),
+        "swarm.toml: it is not a folder; pass another --state",
+    )
+
+
 def test_missing_invite_is_asked_for() -> None:
     assert_one_clear_line(run_here("train"), "--join")
 

@@ -328,6 +328,12 @@ def test_without_a_node_the_client_says_what_to_do(tmp_path: Path, folder: str) 
         ControlClient(tmp_path / folder)
 
 
+def test_a_state_folder_that_is_a_file_is_told_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "swarm.toml").touch()
+    with pytest.raises(ControlError, match="Not a directory; pass the --state that it was started with"):
+        ControlClient(tmp_path / "swarm.toml")
+
+
 def test_socket_of_a_killed_node_is_replaced(loop: LoopThread, tmp_path: Path) -> None:
     with closing(socket.socket(socket.AF_UNIX)) as dead:
         dead.bind(str(tmp_path / "control.sock"))

@@ -183,6 +183,8 @@ def test_a_plot_that_can_not_be_written_is_known_before(
 ) -> None:
     with pytest.raises(StartError, match="can't write"):
         check_plot(tmp_path / "no" / "such.png")
+    with pytest.raises(SettingsError, match=r"--plot .*loss\.svg: .* pass a file whose name ends in \.png"):
+        check_plot(tmp_path / "loss.svg")
     plot_losses(make_history(1.0), tmp_path / "no" / "such.png")
     assert "could not write the plot" in caplog.text
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
