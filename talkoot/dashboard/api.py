@@ -16,6 +16,7 @@ MAX_UIDS = 1000
 MAX_SERIES = 8
 MAX_POINTS = 2000
 _MAX_FILTER_CHARACTERS = 200
+_MAX_FILTER_WORDS = 8
 _MAX_LAYER = 10**6
 _MAX_PAGE = 10**9
 _LATEST = 1e12
@@ -38,7 +39,6 @@ SIGNED_KEYS = ("signed_pairs", "signed_updates", "signed_queries", "signed_train
 _ENDED = ("finished", "stopped", "gone")
 """States of trainers that are no longer there."""
 _MEMORY_FIGURES = ("count", "shards", "served", "below_two", "queries_per_s")
-_FILTERED_KEYS = ("peer_id", "name", "state", "software_version", "reach")
 
 UNITS = {
     "loss": "nats per token",
@@ -150,19 +150,36 @@ def health(seen: DashboardState) -> Json:
 
 def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
     """A page of nodes, sorted and filtered."""
-    found = [] if picture is None else picture.nodes
-    text = query.get("filter", "")
-    if len(text) > _MAX_FILTER_CHARACTERS:
-        raise ApiError(400, f"filter: at most {_MAX_FILTER_CHARACTERS} characters")
-    for word in text.casefold().split():
-        found = [row for row in found if any(word in str(row[k] or "").casefold() for k in _FILTERED_KEYS)]
+    words = _filter_words(query.get("filter", ""))
     key = query.get("sort", "seen_at")
     if key not in NODE_KEYS:
         raise ApiError(400, f"sort: {key[:40]!r} is not one of {', '.join(NODE_KEYS)}")
     order = query.get("order", "asc")
     if order not in {"asc", "desc"}:
         raise ApiError(400, f"order: {order[:40]!r} is neither asc nor desc")
+    found = [] if picture is None else _matching(picture, words)
     return _page(_sorted(found, key, order == "desc"), query, "nodes", _public)
+
+
+def _filter_words(text: str) -> list[str]:
+    """The different words of a filter, case-folded. Raises ApiError."""
+    if len(text) > _MAX_FILTER_CHARACTERS:
+        raise ApiError(400, f"filter: at most {_MAX_FILTER_CHARACTERS} characters")
+    words = list(dict.fromkeys(text.casefold().split()))
+    if len(words) > _MAX_FILTER_WORDS:
+        raise ApiError(400, f"filter: at most {_MAX_FILTER_WORDS} different words")
+    return words
+
+
+def _matching(picture: Picture, words: Sequence[str]) -> list[Json]:
+    """The nodes in which each word occurs."""
+    if not words:
+        return picture.nodes
+    found = picture.searched
+    for word in words:
+        # the same pairs, because new ones would be work for the garbage collector
+        found = [pair for pair in found if word in pair[1]]
+    return [row for row, _ in found]
 
 
 def node(
@@ -193,18 +210,19 @@ def leaderboard(picture: Picture | None, query: Mapping[str, str]) -> Json:
     """
     found = [] if picture is None else picture.nodes
     admits_by_token = picture is not None and picture.figures["admits_by_token"]
+    # one sort for each key: tuples as keys would be work for the garbage collector
     if admits_by_token:
-        ordered = sorted(
-            found,
-            key=lambda row: (-(row["signed_share"] or 0.0), -(row["signed_pairs"] or 0), row["peer_id"]),
-        )
+        ordered = sorted(found, key=lambda row: row["peer_id"])
+        ordered.sort(key=lambda row: row["signed_pairs"] or 0, reverse=True)
+        ordered.sort(key=lambda row: row["signed_share"] or 0.0, reverse=True)
     else:
-        ordered = sorted(
-            found, key=lambda row: (row["name"] is None, (row["name"] or "").casefold(), row["peer_id"])
-        )
+        ordered = _sorted(found, "name", False)
     keys = ("short", "peer_id", "name", "updates", "rows", "hours", *SIGNED_KEYS)
-    rows = [(rank if admits_by_token else None, row) for rank, row in enumerate(ordered, 1)]
-    page = _page(rows, query, "nodes", lambda pair: {"rank": pair[0]} | {k: pair[1][k] for k in keys})
+    page = _page(ordered, query, "nodes", lambda row: {"rank": None} | {k: row[k] for k in keys})
+    if admits_by_token:
+        first = (page["page"] - 1) * page["per_page"] + 1
+        for rank, row in enumerate(page["nodes"], first):
+            row["rank"] = rank
     return page | {"ranked": admits_by_token, "note": RANKED if admits_by_token else UNRANKED}
 
 

@@ -194,6 +194,7 @@ def _together(each: list[CallRates]) -> CallRates:
     )
 
 
+_SEARCHED = ("peer_id", "name", "state", "software_version", "reach")
 FORM = 6
 """The format of a saved picture. Other formats are not read."""
 
@@ -246,6 +247,11 @@ class Picture:
             for replica in replicas:
                 hosted.setdefault(replica["peer_id"], []).append(uid)
         return hosted
+
+    @cached_property
+    def searched(self) -> list[tuple[Json, str]]:
+        """Each node with the text that filters search: the fields of `_SEARCHED`, case-folded, a line each."""
+        return [(row, "\n".join(str(row[key] or "") for key in _SEARCHED).casefold()) for row in self.nodes]
 
     def to_json(self) -> Json:
         """The picture as JSON. Its parts are not copied."""

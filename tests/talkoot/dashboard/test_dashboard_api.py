@@ -1,6 +1,7 @@
 """Answers of the dashboard's API, for swarms of any size and for any request."""
 
 import contextlib
+import gc
 import json
 import time
 from dataclasses import replace
@@ -253,6 +254,7 @@ def test_what_was_not_measured_comes_last(order: str) -> None:
         ({"sort": "certificate_pem"}, "sort"), ({"order": "up"}, "order"), ({"page": "0"}, "page"),
         ({"per_page": "201"}, "per_page"), ({"page": "-1"}, "page"), ({"page": "1e3"}, "page"),
         ({"page": "٣"}, "page"), ({"page": "9" * 5000}, "page"), ({"filter": "x" * 201}, "filter"),
+        ({"filter": "a b c d e f g h i"}, "filter"),
     ],
 )  # fmt: skip
 def test_a_bad_parameter_is_named(query: dict[str, str], wrong: str) -> None:
@@ -260,6 +262,37 @@ def test_a_bad_parameter_is_named(query: dict[str, str], wrong: str) -> None:
         api.nodes(healthy(), query)
     assert caught.value.status == 400
     assert len(str(caught.value)) < 400
+
+
+class _Name(str):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def __str__(self) -> str:
+        _Name.reads += 1
+        return self[:]
+
+
+def test_however_many_words_a_filter_has_each_node_is_read_once_for_each_picture() -> None:
+    picture = picture_of([node(number, name=_Name(f"volunteer {number}")) for number in range(50)])
+    _Name.reads = 0
+    for text in ("o " * 100, "volunteer o v l u n t 1", "nobody"):
+        api.nodes(picture, {"filter": text})
+    assert _Name.reads == 50
+
+
+def test_a_word_that_is_repeated_counts_once() -> None:
+    picture = picture_of([node(0, name="Aino"), node(1, name="Veikko")])
+    words = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    assert api.nodes(picture, {"filter": " ".join(["Veikko", "veikko"] * 14)})["total"] == 1
+    api.nodes(picture, {"filter": " ".join([*words, *words])})  # is not refused
+
+
+def test_a_filter_finds_no_word_across_two_fields() -> None:
+    picture = picture_of([node(0, name="a")])
+    assert api.nodes(picture, {"filter": "a serving"})["total"] == 1
+    assert api.nodes(picture, {"filter": "aserving"})["total"] == 0
 
 
 @given(st.dictionaries(st.sampled_from(["sort", "order", "page", "per_page", "filter", "layer"]), st.text()))
@@ -354,6 +387,40 @@ def test_where_the_founder_gives_tokens_volunteers_are_ranked_by_their_share_of_
         (rank, peer(number).to_base58()[-8:], pairs, 10**6 - number)
         for rank, (number, pairs) in enumerate([(1, 5), (2, 7), (0, 10**9), (3, None)], 1)
     ]
+
+
+def test_ranks_continue_from_page_to_page() -> None:
+    swarm = manifest().model_copy(update={"admission": AdmissionSpec(mode="token")})
+    picture = picture_of([node(number) for number in range(5)], swarm=swarm)
+    pages = [api.leaderboard(picture, {"per_page": "2", "page": str(page)})["nodes"] for page in (1, 2, 3)]
+    assert [[row["rank"] for row in page] for page in pages] == [[1, 2], [3, 4], [5]]
+
+
+@pytest.mark.parametrize(
+    ("ask", "query"),
+    [
+        (api.nodes, {"sort": "name", "filter": "volunteer o v l u n t e"}),
+        (api.nodes, {"sort": "latency_ms", "order": "desc"}),
+        (api.leaderboard, {}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["open", "token"])
+def test_a_page_allocates_no_object_for_each_node(ask: Any, query: dict[str, str], mode: Any) -> None:
+    """Otherwise requests would cause full collections, which stop all threads for half a second."""
+    swarm = manifest().model_copy(update={"admission": AdmissionSpec(mode=mode)})
+    picture = picture_of([node(number) for number in range(2000)], swarm=swarm)
+    ask(picture, query)  # prepares the picture
+    allocated: list[int] = []
+    gc.collect()
+    gc.callbacks.append(lambda phase, _: allocated.append(1))
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1000, 1000, 1000)
+    try:
+        ask(picture, query)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.pop()
+    assert not allocated
 
 
 def test_what_was_signed_is_not_known_before_the_receipts_were_read() -> None:
