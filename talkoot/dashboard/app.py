@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.applications import Starlette
@@ -21,6 +22,7 @@ from peer.bounded import Owner
 from peer.budget import FairBudget, Reservation
 from peer.errors import AddressError, ExpertError
 from peer.loop import first_of
+from peer.rates import FairLock
 from peer.transport.addresses import Multiaddress
 from peer.transport.dialling import nearest_scope
 from peer.transport.endpoints import AddressScope, Endpoint
@@ -29,6 +31,9 @@ from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import Json, Picture
 from talkoot.dashboard.watcher import Watcher
 from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself, near
+
+T = TypeVar("T")
+RequestHandler: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 FOLDER = Path(__file__).parent
 STATIC = FOLDER / "static"
@@ -40,6 +45,8 @@ _EXPERT_S = 2 * 86400.0
 """How far back the history of an expert goes."""
 _EXPERT_POINTS = 12_000
 """Enough points to show each tier in full."""
+_ENCODED_AT_ONCE = 1000
+"""Items of a list that are encoded at once."""
 _REFUSAL = JSONResponse(
     {
         "error": "refused: a dashboard answers no other site's page, and on loopback only as 127.0.0.1 or localhost"
@@ -71,24 +78,24 @@ def make_app(
     watcher: Watcher, store: HistoryStore, host: str, metrics: CollectorRegistry, streams: Streams
 ) -> Starlette:
     """`host`: the address it listens on. `metrics`: the dashboard's own."""
-    endpoints = _Endpoints(watcher, store, metrics)
+    endpoints, turns = _Endpoints(watcher, store, metrics), Turns()
     routes = [
         Route("/", endpoints.page),
         Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
         Route("/healthz", endpoints.healthz),
         Route("/metrics", endpoints.metrics),
-        Route("/sd", endpoints.discovery),
+        Route("/sd", turns.taken_by(endpoints.discovery)),
         Route("/events", EventStream(watcher, streams), methods=["GET"]),
         Route("/api/v1/openapi.json", endpoints.openapi),
         Route("/api/v1/swarm", endpoints.swarm),
-        Route("/api/v1/nodes", endpoints.nodes),
-        Route("/api/v1/nodes/{peer_id}", endpoints.node),
-        Route("/api/v1/leaderboard", endpoints.leaderboard),
-        Route("/api/v1/experts", endpoints.experts),
-        Route("/api/v1/experts/{uid}", endpoints.expert),
-        Route("/api/v1/trainers", endpoints.trainers),
-        Route("/api/v1/memories", endpoints.memories),
-        Route("/api/v1/history", endpoints.history),
+        Route("/api/v1/nodes", turns.taken_by(endpoints.nodes)),
+        Route("/api/v1/nodes/{peer_id}", turns.taken_by(endpoints.node)),
+        Route("/api/v1/leaderboard", turns.taken_by(endpoints.leaderboard)),
+        Route("/api/v1/experts", turns.taken_by(endpoints.experts)),
+        Route("/api/v1/experts/{uid}", turns.taken_by(endpoints.expert)),
+        Route("/api/v1/trainers", turns.taken_by(endpoints.trainers)),
+        Route("/api/v1/memories", turns.taken_by(endpoints.memories)),
+        Route("/api/v1/history", turns.taken_by(endpoints.history)),
     ]
     handlers: Mapping[Any, Any] = {api.ApiError: _api_error, HTTPException: _http_error}
     return Starlette(
@@ -98,11 +105,59 @@ def make_app(
     )
 
 
+class Turns:
+    """Lets one request at a time be answered, of those whose answers take long to make. Neighbourhoods of clients take
+    turns, and a request whose client has gone no longer waits.
+    """
+
+    def __init__(self) -> None:
+        self._turn = FairLock()
+
+    def taken_by(self, endpoint: RequestHandler) -> RequestHandler:
+        """The endpoint, for requests that take turns."""
+
+        async def answer(request: Request) -> Response:
+            return await first_of(self._in_turn(endpoint, request), _unread(request))
+
+        return answer
+
+    async def _in_turn(self, endpoint: RequestHandler, request: Request) -> Response:
+        async with self._turn.held_by(Owner.alone(near(request.scope.get("client")))):
+            return await endpoint(request)
+
+
+async def _unread(request: Request) -> Response:
+    """Waits until the client has disconnected. Returns an answer that nobody reads."""
+    await disconnected(request.receive)
+    return Response()
+
+
+class _Answer(JSONResponse):
+    """A JSON object. It is encoded in parts, because no other thread can run while the encoder does."""
+
+    def render(self, content: Json) -> bytes:
+        encode = super().render
+
+        def parts(value: Any) -> bytes:
+            if not isinstance(value, list):
+                return encode(value)
+            slices = (value[i : i + _ENCODED_AT_ONCE] for i in range(0, len(value), _ENCODED_AT_ONCE))
+            return b"[%b]" % b",".join(encode(each)[1:-1] for each in slices)
+
+        return b"{%b}" % b",".join(b"%b:%b" % (encode(key), parts(value)) for key, value in content.items())
+
+
 class _Endpoints:
+    """What takes long is computed on another thread, so that no request holds the loop."""
+
     def __init__(self, watcher: Watcher, store: HistoryStore, metrics: CollectorRegistry) -> None:
         self._watcher = watcher
         self._store = store
         self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, "talkoot-answers")
+        """The only one, so no work begins before the last has ended, even if nobody waits for that any more."""
+        self._discovered: tuple[Picture | None, list[Json]] = (None, [])
+        """The last picture that service discovery saw, and its answer."""
 
     async def page(self, request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
@@ -117,33 +172,33 @@ class _Endpoints:
         return Response(generate_latest(self._metrics), media_type=CONTENT_TYPE_LATEST)
 
     async def discovery(self, request: Request) -> Response:
-        return JSONResponse(targets(self._watcher.picture, self._watcher.bootstrap))
+        return await self._compute(lambda: JSONResponse(self._targets()))
 
     async def swarm(self, request: Request) -> Response:
         return JSONResponse(api.swarm(self._watcher.state()))
 
     async def nodes(self, request: Request) -> Response:
-        return JSONResponse(api.nodes(self._watcher.picture, request.query_params))
+        return await self._answer(api.nodes, request)
 
     async def node(self, request: Request) -> Response:
-        watcher = self._watcher
-        return JSONResponse(api.node(watcher.picture, request.path_params["peer_id"], watcher.credit))
+        picture, credit, peer_id = self._watcher.picture, self._watcher.credit, request.path_params["peer_id"]
+        return await self._compute(lambda: _Answer(api.node(picture, peer_id, credit)))
 
     async def leaderboard(self, request: Request) -> Response:
-        return JSONResponse(api.leaderboard(self._watcher.picture, request.query_params))
+        return await self._answer(api.leaderboard, request)
 
     async def trainers(self, request: Request) -> Response:
-        return JSONResponse(api.trainers(self._watcher.picture, request.query_params))
+        return await self._answer(api.trainers, request)
 
     async def memories(self, request: Request) -> Response:
-        return JSONResponse(api.memories(self._watcher.picture, request.query_params))
+        return await self._answer(api.memories, request)
 
     async def experts(self, request: Request) -> Response:
-        return JSONResponse(api.experts(self._watcher.picture, request.query_params))
+        return await self._answer(api.experts, request)
 
     async def expert(self, request: Request) -> Response:
         state, uid = self._watcher.state(), request.path_params["uid"]
-        shown = api.expert(state.picture, uid, state.now)
+        shown = await self._compute(lambda: api.expert(state.picture, uid, state.now))
         series = []
         for name in ("updates", "replicas"):
             metric = f"expert_{name}"
@@ -151,14 +206,30 @@ class _Endpoints:
                 metric, state.now - _EXPERT_S, state.now, _EXPERT_POINTS, 1, only=uid
             )
             series += api.series([(name, points) for _, points in found])
-        return JSONResponse(shown | {"series": series})
+        return await self._compute(lambda: _Answer(shown | {"series": series}))
 
     async def history(self, request: Request) -> Response:
         state = self._watcher.state()
-        query = api.history_query(request.query_params, state.now)
+        query = await self._compute(lambda: api.history_query(request.query_params, state.now))
         found = await self._store.read(query.metric, query.since, state.now, query.points, api.MAX_SERIES)
-        series = api.series(found, state.picture)
-        return JSONResponse({"metric": query.metric, "unit": api.UNITS[query.metric], "series": series})
+        named = {"metric": query.metric, "unit": api.UNITS[query.metric]}
+        return await self._compute(lambda: _Answer(named | {"series": api.series(found, state.picture)}))
+
+    async def _answer(
+        self, answer: Callable[[Picture | None, Mapping[str, str]], Json], request: Request
+    ) -> Response:
+        picture = self._watcher.picture
+        return await self._compute(lambda: _Answer(answer(picture, request.query_params)))
+
+    async def _compute(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _targets(self) -> list[Json]:
+        """On the other thread."""
+        picture = self._watcher.picture
+        if self._discovered[0] is not picture:
+            self._discovered = picture, targets(picture, self._watcher.bootstrap)
+        return self._discovered[1]
 
 
 class EventStream:

@@ -168,20 +168,29 @@ class Asked:
     def get(self, path: str, host: str = "127.0.0.1:8080", method: str = "GET") -> Answer:
         return asyncio.run(self.ask(path, host, method))
 
-    async def ask(self, path: str, host: str = "127.0.0.1:8080", method: str = "GET") -> Answer:
+    async def ask(
+        self,
+        path: str,
+        host: str = "127.0.0.1:8080",
+        method: str = "GET",
+        client: str = "127.0.0.1",
+        leaves: asyncio.Event | None = None,
+    ) -> Answer:
+        """`leaves`: set when the client disconnects."""
         where, _, query = path.partition("?")
         scope = {
             "type": "http", "method": method, "path": where, "raw_path": where.encode(), "root_path": "",
             "query_string": query.encode(), "headers": [(b"host", host.encode())], "http_version": "1.1",
-            "scheme": "http", "server": ("127.0.0.1", 8080), "client": ("127.0.0.1", 1),
+            "scheme": "http", "server": ("127.0.0.1", 8080), "client": (client, 1),
         }  # fmt: skip
         messages: list[dict[str, Any]] = []
         requests = [{"type": "http.request", "body": b"", "more_body": False}]
 
         async def receive() -> dict[str, Any]:
-            if not requests:
-                await asyncio.Event().wait()  # a client that stays
-            return requests.pop()
+            if requests:
+                return requests.pop()
+            await (leaves or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             messages.append(message)

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from simulated_readings import NOW, Answer, Asked, manifest, memory, node, peer,
 from peer.formatting import is_loopback
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
+from talkoot.dashboard import api
 from talkoot.dashboard.app import OPENAPI, targets
 from talkoot.dashboard.history import Sample
 from talkoot.dashboard.picture import Picture
@@ -199,6 +202,125 @@ def test_it_only_reads(asked: Asked, path: str, method: str) -> None:
 )
 def test_nothing_beside_the_static_files_is_served(asked: Asked, path: str) -> None:
     assert asked.get(path).status == 404
+
+
+# Many requests
+
+LONG = ["nodes", f"nodes/{HOST}", "leaderboard", "trainers", "memories", "experts", "experts/0.0.0"]
+
+
+class Held:
+    """Makes answers that are not ready before the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+        """The queries, in the order in which their answers are made."""
+        self.goes_on = threading.Event()
+        self._begun = threading.Event()
+
+    def answer(self, picture: object, *query: object) -> dict[str, Any]:
+        self.asked.append(query[0])
+        self._begun.set()
+        if not self.goes_on.wait(20):
+            raise TimeoutError("the loop did not run meanwhile")
+        raise api.ApiError(404, "made up")
+
+    async def begins(self) -> None:
+        """Waits until the first answer is being made."""
+        assert await asyncio.to_thread(self._begun.wait, 20)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held = Held()
+    for name in (
+        "nodes",
+        "node",
+        "leaderboard",
+        "trainers",
+        "memories",
+        "experts",
+        "expert",
+        "history_query",
+    ):
+        monkeypatch.setattr(api, name, held.answer)
+    monkeypatch.setattr("talkoot.dashboard.app.targets", held.answer)
+    yield held
+    held.goes_on.set()
+
+
+@pytest.mark.parametrize(
+    "path", [*(f"/api/v1/{name}" for name in LONG), "/api/v1/history?metric=loss", "/sd"]
+)
+def test_the_loop_runs_while_an_answer_is_made(asked: Asked, held: Held, path: str) -> None:
+    async def scenario() -> int:
+        asking = asyncio.create_task(asked.ask(path))
+        await held.begins()
+        assert (await asked.ask("/healthz")).status == 200
+        held.goes_on.set()
+        return (await asking).status
+
+    assert asyncio.run(scenario()) == 404
+
+
+def test_of_many_requests_one_is_answered_at_a_time_and_neighbourhoods_take_turns(
+    asked: Asked, held: Held
+) -> None:
+    async def scenario() -> None:
+        greedy = [asyncio.create_task(asked.ask(f"/api/v1/nodes?filter={n}")) for n in range(100)]
+        await held.begins()
+        other = asyncio.create_task(asked.ask("/api/v1/nodes?filter=other", "localhost", client="192.0.2.1"))
+        await asyncio.sleep(0.05)  # all wait
+        assert len(held.asked) == 1
+        held.goes_on.set()
+        await asyncio.gather(*greedy, other)
+
+    asyncio.run(scenario())
+    assert len(held.asked) == 101
+    assert "other" in [query["filter"] for query in held.asked[:3]]  # type: ignore[index]
+
+
+def test_a_request_whose_client_has_gone_waits_no_longer(asked: Asked, held: Held) -> None:
+    async def scenario() -> None:
+        first = asyncio.create_task(asked.ask("/api/v1/nodes"))
+        await held.begins()
+        leaves = asyncio.Event()
+        gone = [asyncio.create_task(asked.ask("/api/v1/nodes", leaves=leaves)) for _ in range(50)]
+        await asyncio.sleep(0)
+        leaves.set()
+        await asyncio.gather(*gone)
+        held.goes_on.set()
+        await first
+
+    asyncio.run(scenario())
+    assert len(held.asked) == 1
+
+
+def test_no_call_begins_before_the_last_one_has_ended_even_if_its_client_has_gone(
+    asked: Asked, held: Held
+) -> None:
+    async def scenario() -> None:
+        for _ in range(20):
+            leaves = asyncio.Event()
+            asking = asyncio.create_task(asked.ask("/api/v1/nodes", leaves=leaves))
+            await held.begins()
+            leaves.set()
+            await asking
+        assert len(held.asked) == 1
+        held.goes_on.set()
+
+    asyncio.run(scenario())
+
+
+def test_long_lists_are_encoded_in_parts_as_other_json(asked: Asked) -> None:
+    picture = asked.watcher.picture
+    assert picture is not None
+    (row,) = picture.replicas["0.0.0"]
+    for count in (0, 1, 1000, 1001, 2500):
+        picture.replicas["0.0.0"] = [row] * count
+        answer = asked.get("/api/v1/experts/0.0.0")
+        check_described("/api/v1/experts/{uid}", answer)
+        assert len(answer.json()["replicas"]) == count
 
 
 # News
