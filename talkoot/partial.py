@@ -24,10 +24,10 @@ class PartialFolder:
 
     def __init__(self, path: Path) -> None:
         """`path`: its final place. Raises UserError if something is there, or the folder is in use."""
+        require_new(path)
         self.path = path
         self.partial: Path = path.with_name(path.name + PARTIAL)
         """The folder during writing. All files in it become part of the final folder."""
-        require_new(path)
         with naming_failures(path):
             self.partial.mkdir(parents=True, exist_ok=True)
             _require_own(self.partial)
@@ -55,9 +55,10 @@ class PartialFolder:
 
 
 def require_new(path: Path) -> None:
-    """Raises SettingsError unless the path is free or an empty folder; and StartError."""
+    """Raises SettingsError unless the path is free or an empty folder that has a name; and StartError."""
     with naming_failures(path):
-        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        is_empty_folder = path.name and path.is_dir() and not any(path.iterdir())
+        if path.is_symlink() or (path.exists() and not is_empty_folder):
             raise SettingsError(f"{path} exists: pass the path of a new folder")
 
 

@@ -34,7 +34,7 @@ from expert_server.experts.format import BLOCK
 from expert_server.node import Node
 from peer import clock
 from peer.codec import Integers
-from peer.errors import ModelError, RevokedInviteError, StartError
+from peer.errors import ModelError, RevokedInviteError, SettingsError, StartError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
@@ -218,6 +218,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_it_joins(tmp_path: Path)
         ExportPlan(tmp_path / "file" / "new" / "model").check()
     ExportPlan(tmp_path / "new" / "model").check()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_current_folder_is_no_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=r"^\. exists: pass the path of a new folder$"):
+        ExportPlan(Path()).check()
 
 
 def test_an_export_that_was_stopped_goes_on_and_fetches_no_layer_again(
