@@ -78,6 +78,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = new_loop()
+        self._end: asyncio.Future[None] = self.loop.create_future()
         self._thread = threading.Thread(target=self._run, name="talkoot-loop", daemon=True)
         self._thread.start()
 
@@ -102,24 +103,39 @@ class LoopThread:
         """Cancels what still runs, waits for it, and ends the thread. Closing twice is harmless."""
         if self.loop.is_closed():
             return
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.loop.call_soon_threadsafe(self._finish)
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             logger.warning("the event loop did not close within %.0f s, and is left as it is", _CLOSE_S)
 
+    def _finish(self) -> None:
+        if not self._end.done():
+            self._end.set_result(None)
+
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        self._run_until(self._end)
         # tasks that were cancelled before this clean up first: another cancel would cut that short
         if ending := [task for task in asyncio.all_tasks(self.loop) if task.cancelling()]:
-            self.loop.run_until_complete(asyncio.wait(ending, timeout=_CLEAN_UP_S))
+            self._run_until(self.loop.create_task(asyncio.wait(ending, timeout=_CLEAN_UP_S)))
         left = asyncio.all_tasks(self.loop)
         for task in left:
             task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        if left:
+            self._run_until(asyncio.gather(*left, return_exceptions=True))
+        self._run_until(self.loop.create_task(self.loop.shutdown_asyncgens()))
+        self._run_until(self.loop.create_task(self.loop.shutdown_default_executor()))
         self.loop.close()
+
+    def _run_until(self, done: "asyncio.Future[Any]") -> None:
+        """A SystemExit or a KeyboardInterrupt ends the task that raised it and stops the loop. So the loop is started
+        again: otherwise, everybody who waits for another task would wait forever.
+        """
+        while not done.done():
+            try:
+                self.loop.run_until_complete(done)
+            except (SystemExit, KeyboardInterrupt):
+                logger.exception("the event loop was stopped, and continues")
 
 
 class _TracedTimeoutError(TimeoutError):

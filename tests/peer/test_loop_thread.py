@@ -3,13 +3,16 @@
 import asyncio
 import ctypes
 import os
+import sys
 import threading
 import traceback
+from collections.abc import Callable
 
 import pytest
 from callers import numbered_identities
 
 from peer.loop import LoopThread
+from peer.platform.loop import new_event_loop
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope
 from peer.transport.libp2p import Libp2p
@@ -30,6 +33,40 @@ def descriptor_of(pid: int, number: int) -> int:
         os.close(process)
     assert found >= 0, os.strerror(ctypes.get_errno())
     return int(found)
+
+
+@pytest.mark.parametrize("make_loop", [new_event_loop, asyncio.new_event_loop])
+def test_a_task_that_ends_the_program_stops_no_other(
+    make_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SystemExit stops asyncio's loop: who waits for a task on it, or closes it, would wait forever."""
+    monkeypatch.setattr("peer.loop.new_event_loop", make_loop)
+    thread = LoopThread()
+    let_go, cleaned_up = asyncio.Event(), []
+
+    async def wait() -> str:
+        await let_go.wait()
+        return "done"
+
+    async def end(*, late: bool = False) -> None:
+        try:
+            if late:
+                await asyncio.Event().wait()
+        finally:
+            cleaned_up.append(late)
+            raise SystemExit(1)
+
+    waiting = thread.submit(wait())
+    with pytest.raises(SystemExit):
+        thread.run(end(), 60)
+    thread.loop.call_soon_threadsafe(sys.exit, 1)
+    thread.loop.call_soon_threadsafe(let_go.set)
+    assert waiting.result(60) == "done"
+    thread.submit(end(late=True))
+    thread.run(asyncio.sleep(0), 60)
+    thread.close()
+    assert thread.loop.is_closed()
+    assert cleaned_up == [False, True]
 
 
 def test_it_closes_while_another_process_has_p2pds_output(thread: LoopThread) -> None:
