@@ -176,7 +176,7 @@ def node(
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Host experts, in a new swarm or one that you were invited to."""
-    with command(log_format, as_json=as_json) as (terminal, signals):
+    with command(log_format, as_json=as_json, is_service=not check) as (terminal, signals):
         with signals.importing():
             from expert_server.settings import NodeSettings
 
@@ -259,7 +259,7 @@ def dashboard(
     context: typer.Context, *, join: Join = None, config: Config = None, log_format: Format = LogFormat.TEXT
 ) -> None:
     """Show a swarm on a web page, and to other programs."""
-    with command(log_format) as (terminal, signals):
+    with command(log_format, is_service=True) as (terminal, signals):
         with signals.importing():
             from talkoot.dashboard.settings import DashboardSettings
 
@@ -351,7 +351,7 @@ def serve(
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Serve a trained model to OpenAI's clients, and on a web page."""
-    with command(log_format) as (terminal, signals):
+    with command(log_format, is_service=True) as (terminal, signals):
         with signals.importing():
             from talkoot.serve.settings import ServeSettings
             from trainer_client.settings import TrainerSettings

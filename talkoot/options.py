@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import cached_property
 from inspect import Parameter, Signature
@@ -31,6 +31,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from peer.errors import InstallationError, SettingsError, UserError
+from peer.platform.signals import ask_to_stop
 from talkoot.signals import Stopped, StopSignals
 from talkoot.terminal import LogFormat, Terminal, escaped, set_up_logging
 
@@ -667,15 +668,19 @@ def _all_settings(role: "type[RoleSettings]") -> tuple[str, ...]:
 
 @contextmanager
 def command(
-    log_format: LogFormat = LogFormat.TEXT, *, as_json: bool = False
+    log_format: LogFormat = LogFormat.TEXT, *, as_json: bool = False, is_service: bool = False
 ) -> Iterator[tuple[Terminal, StopSignals]]:
-    """The context of every command: it turns user errors into one line, and signals into the exit status."""
+    """The context of every command: it turns user errors into one line, and signals into the exit status.
+
+    When nobody reads its standard output any more, a service continues. Any other command stops as if somebody had
+    asked it to, so that it closes what it opened.
+    """
     # torch's threads must not spin while they wait, because others need the cores; OpenMP reads this when torch is
     # imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.umask(os.umask(0o077) | 0o022)  # no other user may write to the files that a command writes
     signals = StopSignals()
-    terminal = Terminal(LogFormat.JSON if as_json else log_format)
+    terminal = Terminal(LogFormat.JSON if as_json else log_format, None if is_service else ask_to_stop)
     try:
         set_up_logging(terminal)
         yield terminal, signals
@@ -686,17 +691,21 @@ def command(
             raise
         _fail(InstallationError(f"can't import {error.name}: {error}; install Talkoot again"))
     except Stopped as stopped:
-        raise typer.Exit(stopped.exit_status) from None
+        is_cut_off = terminal.is_unread and not is_service
+        raise typer.Exit(_CUT_OFF if is_cut_off else stopped.exit_status) from None
     finally:
         signals.ignore()
 
 
+_CUT_OFF = 128 + 13
+"""The exit status of Unix tools that end because nobody reads their output: SIGPIPE has the number 13."""
 _OWN_PACKAGES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 """A failed import of one of these is a bug, not a problem of the installation."""
 
 
 def _fail(error: UserError) -> NoReturn:
-    print(_error_line(error), file=sys.stderr)  # noqa: T201  # the one line
+    with suppress(BrokenPipeError):
+        print(_error_line(error), file=sys.stderr)  # noqa: T201  # the one line
     raise typer.Exit(error.exit_status) from None
 
 

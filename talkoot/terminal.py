@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import shlex
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from enum import StrEnum
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -25,7 +27,7 @@ from rich.text import Text
 
 from peer.errors import StartError, UserError
 from peer.files import write_atomically
-from peer.platform.files import open_plainly
+from peer.platform.files import nobody_reads, open_plainly
 from peer.rates import TokenBucket
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -53,13 +55,18 @@ class LogFormat(StrEnum):
 class Terminal:
     """A command's standard output and standard error.
 
-    Results go to standard output: invites, tables, JSON lines. Everything else goes to standard error.
+    Results go to standard output: invites, tables, JSON lines. Everything else goes to standard error. Once nobody
+    reads one of them any more, what is written there is dropped.
     """
 
-    def __init__(self, log_format: LogFormat) -> None:
+    def __init__(self, log_format: LogFormat, on_unread: Callable[[], None] | None = None) -> None:
+        """`on_unread` is called once, on any thread, when nobody reads standard output any more."""
         self.json: bool = log_format is LogFormat.JSON
-        self.out: Console = Console(soft_wrap=True, highlight=False, markup=False)
-        self.err: Console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        # a program without a window has neither
+        self._out = None if sys.stdout is None else _Output(sys.stdout, self._note_unread)
+        self._err = None if sys.stderr is None else _Output(sys.stderr, self._note_unread, only_informs=True)
+        self.out: Console = _console(self._out)
+        self.err: Console = _console(self._err, stderr=True)
         self.live: bool = _can_redraw(self.err) and not self.json
         """Whether somebody is watching, so that lines may be redrawn."""
         self.out_is_live: bool = _can_redraw(self.out) and not self.json
@@ -67,6 +74,31 @@ class Terminal:
 
         self._waiting: deque[str] | None = None
         """Log lines that are shown when the text is finished; None: they are shown at once."""
+
+        self._on_unread = on_unread
+        self._noting = threading.Lock()
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether nobody reads standard output any more."""
+        return self._out is not None and self._out.is_unread
+
+    @property
+    def unread_outputs(self) -> list[str]:
+        """Names those of the two outputs that nobody reads any more."""
+        outputs = {"standard output": self._out, "standard error": self._err}
+        return [name for name, output in outputs.items() if output is not None and output.is_unread]
+
+    def _note_unread(self, output: "_Output") -> None:
+        with self._noting:
+            if output.is_unread:  # another thread was first
+                return
+            was_read = not self.is_unread
+            both = [each for each in (self._out, self._err) if each is not None]
+            for each in [each for each in both if each is output or each.is_same_as(output)]:
+                each.drop()
+        if was_read and self.is_unread and self._on_unread is not None:
+            self._on_unread()
 
     def log(self, line: str) -> None:
         """Prints a log line on standard error, above what is redrawn there."""
@@ -124,6 +156,70 @@ class Terminal:
         # as text, because rich reads plain strings as markup here, and a stranger's words may be among them
         with self.err.status(Text(first)) as status:
             yield lambda stage: status.update(Text(stage))
+
+
+class _Output:
+    """Standard output or standard error, as a file for rich. Once nobody reads it, it drops what is written."""
+
+    def __init__(
+        self, stream: TextIO, note_unread: Callable[["_Output"], None], *, only_informs: bool = False
+    ) -> None:
+        """`note_unread` is called when it turns out that nobody reads it. `only_informs`: on other errors, such as a
+        full disk, text is missing from it, but the command continues.
+        """
+        self._stream = stream
+        self._note_unread = note_unread
+        self._only_informs = only_informs
+        self._is_terminal = stream.isatty()  # now, because a terminal that is closed is none any more
+        self.is_unread: bool = False
+
+    def write(self, text: str) -> int:
+        with self._tolerating():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._tolerating():
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def is_same_as(self, other: "_Output") -> bool:
+        """Whether both go to the same pipe, terminal or file."""
+        try:
+            own, others = os.fstat(self.fileno()), os.fstat(other.fileno())
+        except OSError:
+            return False
+        return own.st_ino != 0 and os.path.samestat(own, others)
+
+    def drop(self) -> None:
+        """Drops from now on what this process writes, and what is still in the buffer."""
+        self.is_unread = True
+        with suppress(OSError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(null, self.fileno())
+            finally:
+                os.close(null)
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if nobody_reads(error, self._is_terminal):
+                self._note_unread(self)
+            elif not self._only_informs:
+                raise
+
+
+def _console(output: _Output | None, *, stderr: bool = False) -> Console:
+    file = cast(IO[str] | None, output)  # it has what rich uses
+    return Console(file=file, stderr=stderr, soft_wrap=True, highlight=False, markup=False)
 
 
 def _can_redraw(console: Console) -> bool:
@@ -344,10 +440,16 @@ class _TerminalHandler(logging.Handler):
         super().__init__()
         self._terminal = terminal
         self._limit = RepeatLimit()
+        self._told: list[str] = []
+        """The outputs of which the log says that nobody reads them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if (shown := self._limit.admit(record)) is not None:
             self._terminal.log(self.format(shown))
+        # here and not where it is noticed: there, a thread that holds the console's lock would wait for this handler
+        if unread := [name for name in self._terminal.unread_outputs if name not in self._told]:
+            self._told += unread
+            logger.warning("nobody reads %s any more, so nothing is shown there", " and ".join(unread))
 
 
 class _LogFileHandler(RotatingFileHandler):

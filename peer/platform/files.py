@@ -1,4 +1,4 @@
-"""Locks, owners and links of files."""
+"""Locks, owners and links of files, and outputs that nobody reads any more."""
 
 import errno
 import os
@@ -57,6 +57,18 @@ def open_plainly(path: Path, flags: int, mode: int = 0o600) -> int:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         return os.open(path, flags | os.O_BINARY, mode)
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+
+
+def nobody_reads(error: OSError, was_terminal: bool) -> bool:
+    """Whether an output could not be written because the program that read it has ended, or its terminal is closed.
+
+    Windows reports a pipe without a reader as an invalid argument.
+    """
+    if isinstance(error, BrokenPipeError):
+        return True
+    if sys.platform == "win32":
+        return error.errno == errno.EINVAL
+    return was_terminal and error.errno == errno.EIO
 
 
 def sync_folder(folder: Path) -> None:

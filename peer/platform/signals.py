@@ -1,4 +1,4 @@
-"""The signals that ask a process to stop, and an alarm."""
+"""The signals that ask a process to stop, also from inside, and an alarm."""
 
 import _thread
 import asyncio
@@ -22,6 +22,16 @@ def stop_signals() -> list[signal.Signals]:
     """The signals that end a command: Ctrl-C, a request to end, and a closed terminal unless that is ignored."""
     always = [signal.SIGINT, signal.SIGTERM]
     return always if signal.getsignal(_CLOSED) is signal.SIG_IGN else [*always, _CLOSED]
+
+
+def ask_to_stop() -> None:
+    """Asks this process to stop, from any thread, like somebody who ends it. Its main thread handles the signal."""
+    if sys.platform == "win32":
+        _thread.interrupt_main(signal.SIGTERM)
+    else:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGTERM)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """`talkoot generate`: continues a prompt, or answers it, with a trained model and its swarm."""
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -47,13 +46,10 @@ def run_generate(
             return
         trained = text_model(terminal, run)
         read: dict[Passage, None] = {}
-        try:
-            pieces = _text(terminal, trained, text, sampling, read)
-            with terminal.text() as write:
-                for piece in pieces:
-                    write(_CONTROL.sub("\ufffd", piece))
-        except BrokenPipeError:  # the reader has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pieces = _text(terminal, trained, text, sampling, read)
+        with terminal.text() as write:
+            for piece in pieces:
+                write(_CONTROL.sub("\ufffd", piece))
         for source in dict.fromkeys(map(citation, read)):
             terminal.err.print(escaped(f"read: {source}"))
         if rows := int(total(run.client.dispatcher.metrics.unanswered_rows)):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -557,6 +557,51 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
     wait_until(lambda: gone(processes), "p2pd's end")  # the kernel may be killing it still
     assert not any(path.exists() for path in sockets)
     assert not list(tmp_path.glob("talkoot-*"))
+
+
+# What becomes of it when nobody reads its output
+
+
+@contextmanager
+def piped(*arguments: object) -> Iterator[tuple[Preloaded, IO[str]]]:
+    """A command whose outputs both go to a pipe, and the end from which the test reads."""
+    words = ("-m", "talkoot.cli", *map(str, arguments))
+    with Preloaded(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout
+        finally:
+            process.kill()
+
+
+def test_a_node_goes_on_without_its_terminal(founder: Founder, tmp_path: Path) -> None:
+    """For example if the `tee` that it was piped into has ended."""
+    log = tmp_path / "node.log"
+    options = ("--host", HOST, "--state", tmp_path, "--threads", 1, "--experts", 1)
+    with piped("node", "--join", founder.invite, *options) as (node, output):
+        output.readline()
+        output.close()
+        wait_until(lambda: "serving: " in log.read_text(), "the node's state")
+        node.terminate()
+        assert node.wait(DEADLINE_S) == 0
+    said = log.read_text()
+    assert said.count("nobody reads standard output and standard error any more") == 1
+    assert "left the swarm" in said
+
+
+@pytest.mark.parametrize(("last", "is_saved"), [("joining the DHT", False), ("step 1 of", True)])
+def test_a_trainer_leaves_and_saves_when_nobody_reads_its_output(
+    founder: Founder, tmp_path: Path, last: str, is_saved: bool
+) -> None:
+    """While it joins, it writes on the thread of its loop, which must live on to leave the swarm."""
+    text, state = tmp_path / "sauna.txt", tmp_path / "state"
+    text.write_text("In the sauna one must behave as in church. " * 60)
+    options = ("--data", text, "--state", state, "--steps", 10**6, "--batch-size", 1)
+    with piped("train", "--join", founder.invite, *options) as (trainer, output):
+        assert any(last in line for line in output)
+        output.close()
+        assert trainer.wait(DEADLINE_S) == 128 + signal.SIGPIPE
+    assert any(state.glob("runs/*/*/*.safetensors")) == is_saved
 
 
 def test_characters_that_a_terminal_lacks_are_written_in_another_way(
