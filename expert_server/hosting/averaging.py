@@ -75,7 +75,7 @@ _LONGEST_AVOIDED = 32
 `average_every_s`. The time starts at one and doubles.
 """
 _SOON_S = 5.0
-"""A fetch that fails within this time costs little, and says nothing about others."""
+"""A fetch that fails within this time costs little, so the peer is not avoided for it."""
 _MOST_SCALE = 4.0
 """How many times as large another replica's second moments may be."""
 _MOST_SHRINKING = 1.5
@@ -147,6 +147,8 @@ class ReplicaAveraging:
         wanted = self._every_s > 0 if hint.is_average else not self._replicas.leaving
         if not self._runs or not wanted:
             return 0
+        if hint.is_average and self._silent.holds_back(hint.peer_id, self._clock()):
+            return 0  # otherwise that peer would wait in vain for this node to fetch its state
         accepted = self._hints.put(hint, self._clock())
         self._hinted[hint.is_average].set()
         return accepted

@@ -30,8 +30,8 @@ from peer.loop import side_by_side
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_STANDBYS = 32
-"""The most copies in all, and the most that are made in one round. If there are as many, each new one takes the place
-of one of an expert that has several hosts by now.
+"""The most copies in all, and the most that are made in one round. If there are as many, each new one replaces the copy
+of an expert that has several hosts by now.
 """
 _FETCHES = 3
 """Copies that are fetched at the same time, so that a slow one does not hold up the others."""

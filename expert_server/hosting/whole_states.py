@@ -42,10 +42,10 @@ _PATIENCE_S = 60.0
 minute.
 """
 _SOON_S = 5.0
-"""A host that refuses within this time costs little, so it is asked for other experts too."""
-_SILENT_S, _LONGEST_SILENT_S = 60.0, 3600.0
-"""How long a host that did not answer is asked only after the others, at first and at most. The time doubles with each
-failure.
+"""A fetch that fails within this time costs little."""
+_HELD_BACK_S, _LONGEST_HELD_BACK_S = 60.0, 600.0
+"""How long a host that kept this node waiting for nothing is asked only for experts that have no other host, at first
+and at most. The time doubles with each failure.
 """
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
@@ -69,7 +69,7 @@ class WholeStates:
         self._states = states
         self._rng = rng
         self._comparing = asyncio.Semaphore(_AT_ONCE)
-        self._silent = Backoff[PeerID](_SILENT_S, _LONGEST_SILENT_S)
+        self._waited_in_vain = Backoff[PeerID](_HELD_BACK_S, _LONGEST_HELD_BACK_S)
 
     async def take(
         self,
@@ -87,15 +87,11 @@ class WholeStates:
         """
         peers = {replica.peer_id for replica in hosts} - unreachable
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
+        held_back = self._waited_in_vain.held_back(asyncio.get_running_loop().time())
         able = [nodes[replica.peer_id] for replica in hosts if replica.peer_id in nodes]
-        clock = asyncio.get_running_loop().time
-        able.sort(key=lambda node: self._silent.holds_back(node.peer_id, clock()))
+        able = [node for node in able if node.peer_id not in held_back] or able
         async with self._comparing if len(able) > 1 else nullcontext():
             given = await _given(expert.uid, able, partial(self._fetch, expert, cap, fetched), unreachable)
-            for peer_id in unreachable & nodes.keys():
-                self._silent.failed(peer_id, clock())
-            for peer_id, _ in given:
-                self._silent.succeeded(peer_id)
             return await self._import(expert, given) if given else None
 
     async def _fetch(
@@ -105,10 +101,22 @@ class WholeStates:
         fetched: Mapping[PeerID, Checkpoint],
         node: NodeInfo,
     ) -> Checkpoint:
-        given = fetched.get(node.peer_id) or (await self._states.fetch(node, expert.uid)).checkpoint
+        given = fetched.get(node.peer_id) or await self._fetch_from(node, expert.uid)
         checkpoint = Checkpoint(given.state, cap(given.update_count))
         await self._runtime.run(partial(expert.require_good, checkpoint.state, checkpoint.update_count))
         return checkpoint
+
+    async def _fetch_from(self, node: NodeInfo, uid: UID) -> Checkpoint:
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
+            fetched = await self._states.fetch(node, uid)
+        except TransferError:
+            if clock() - began >= _SOON_S:
+                self._waited_in_vain.failed(node.peer_id, clock())
+            raise
+        self._waited_in_vain.succeeded(node.peer_id)
+        return fetched.checkpoint
 
     async def _import(self, expert: Expert, given: Sequence[tuple[PeerID, Checkpoint]]) -> TakenState | None:
         states = [checkpoint for _, checkpoint in given]
@@ -175,21 +183,19 @@ async def _given(
 ) -> list[tuple[PeerID, Checkpoint]]:
     """The states of the first three nodes that give good ones.
 
-    `fetch` raises TransferError or StateError. Nodes in `unreachable` are not asked, and those that do not answer soon,
-    or stall, are added.
+    `fetch` raises TransferError or StateError. Nodes in `unreachable` are not asked, and those that do not answer, or
+    stall, are added.
     """
-    clock = asyncio.get_running_loop().time
     silent = set[PeerID]()
     """Nodes that were asked and have not answered."""
 
     async def ask(node: NodeInfo) -> tuple[PeerID, Checkpoint] | None:
         silent.add(node.peer_id)
-        began = clock()
         try:
             checkpoint = await fetch(node)
         except TransferError as error:
             logger.info("%s", error)
-            if error.answered and clock() - began < _SOON_S:
+            if error.answered:
                 silent.discard(node.peer_id)
             return None
         except StateError as error:

@@ -41,8 +41,7 @@ _ATTEMPTS = 5
 _BUSY_ATTEMPTS = 20
 """How many times a download is started or resumed if the peer is busy with other transfers."""
 _PATIENCE_S = 30.0
-"""How long all attempts together may take that bring less than a chunk each, counted since the last that brought more.
-"""
+"""A download is given up after an attempt that ends this long after the last attempt that brought at least a chunk."""
 _BACKOFF_S = 0.2
 """The pause before the second attempt. It doubles up to eight times that."""
 _PASSING = {
