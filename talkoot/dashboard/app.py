@@ -75,10 +75,17 @@ class Streams:
 
 
 def make_app(
-    watcher: Watcher, store: HistoryStore, host: str, metrics: CollectorRegistry, streams: Streams
+    watcher: Watcher,
+    store: HistoryStore,
+    host: str,
+    metrics: CollectorRegistry,
+    streams: Streams,
+    thread: ThreadPoolExecutor,
 ) -> Starlette:
-    """`host`: the address it listens on. `metrics`: the dashboard's own."""
-    endpoints, turns = _Endpoints(watcher, store, metrics), Turns()
+    """`host`: the address it listens on. `metrics`: the dashboard's own. `thread`: computes what takes long. It should
+    have one thread, so that no work begins before the last has ended, even if nobody waits for that any more.
+    """
+    endpoints, turns = _Endpoints(watcher, store, metrics, thread), Turns()
     routes = [
         Route("/", endpoints.page),
         Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
@@ -150,12 +157,13 @@ class _Answer(JSONResponse):
 class _Endpoints:
     """What takes long is computed on another thread, so that no request holds the loop."""
 
-    def __init__(self, watcher: Watcher, store: HistoryStore, metrics: CollectorRegistry) -> None:
+    def __init__(
+        self, watcher: Watcher, store: HistoryStore, metrics: CollectorRegistry, thread: ThreadPoolExecutor
+    ) -> None:
         self._watcher = watcher
         self._store = store
         self._metrics = metrics
-        self._thread = ThreadPoolExecutor(1, "talkoot-answers")
-        """The only one, so no work begins before the last has ended, even if nobody waits for that any more."""
+        self._thread = thread
         self._discovered: tuple[Picture | None, list[Json]] = (None, [])
         """The last picture that service discovery saw, and its answer."""
 

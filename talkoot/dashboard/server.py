@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import platformdirs
@@ -73,12 +74,14 @@ async def dashboard(
     store = HistoryStore(history, metrics)
     intervals = intervals or WatchIntervals(settings.refresh_s)
     watcher = Watcher(invite, intervals, folder, store, await store.kept_picture(), metrics=metrics)
-    app = make_app(watcher, store, settings.host, metrics, Streams(metrics))
+    thread = ThreadPoolExecutor(1, "talkoot-answers")
+    app = make_app(watcher, store, settings.host, metrics, Streams(metrics), thread)
     watching = asyncio.create_task(watcher.run(), name="watch the swarm")
     try:
         async with serving(app, listener) as answering:
             yield {answering, watching}
     finally:
+        thread.shutdown(wait=False, cancel_futures=True)
         watching.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_KEEP_S):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -163,7 +164,9 @@ class Asked:
         self.store = HistoryStore(self.history)
         self.watcher = Watcher(INVITE, WatchIntervals(2.0), folder, self.store, picture, now=lambda: NOW + 1)
         self.streams = Streams(most=max_streams)
-        self.app: Starlette = make_app(self.watcher, self.store, host, CollectorRegistry(), self.streams)
+        self.app: Starlette = make_app(
+            self.watcher, self.store, host, CollectorRegistry(), self.streams, ThreadPoolExecutor(1)
+        )
 
     def get(self, path: str, host: str = "127.0.0.1:8080", method: str = "GET") -> Answer:
         return asyncio.run(self.ask(path, host, method))
