@@ -397,8 +397,9 @@ class MemoryDirectory:
         slices = TimeSlices()
         for cell in list(found):
             self._hosts[cell] = self._having(cell, found.pop(cell))
+            self._empty.clear()  # now: this may be cancelled at the next line
             await slices.pause()
-        self._empty.clear()
+        self._empty.clear()  # `_nodes` may have changed, too
 
     def _having(self, cell: Cell, hosts: Iterable[CellHost]) -> _HostsOfCell:
         """The hosts that have shards of the cell; only some if there are very many. Other shards that they announce are
