@@ -704,7 +704,7 @@ _OWN_PACKAGES = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 
 
 def _fail(error: UserError) -> NoReturn:
-    with suppress(BrokenPipeError):
+    with suppress(OSError):  # nobody reads it
         print(_error_line(error), file=sys.stderr)  # noqa: T201  # the one line
     raise typer.Exit(error.exit_status) from None
 

@@ -720,7 +720,7 @@ def test_records_that_strangers_put_into_a_cell_do_not_hold_the_loop() -> None:
     memory, until = entry().memory, time.time() + 60
     key, stored_there = KEYS.memory(memory, (0,)), dict[object, tuple[bytes, float]]()
     shards = b"".join(number.to_bytes(8) for number in range(256))
-    for number in range(100):
+    for number in range(250):
         stranger = numbered_identity(number)
         body = records_pb2.CellRecord(state=SERVING.value, shards=shards)
         payload = records_pb2.RecordPayload(key=key, expires_at=until, cell=body)
@@ -737,7 +737,7 @@ def test_records_that_strangers_put_into_a_cell_do_not_hold_the_loop() -> None:
     )
 
     async def read() -> None:
-        assert len((await MemoryRegistry(registry).cell_hosts(memory, [(0,)]))[0,]) == 100
+        assert len((await MemoryRegistry(registry).cell_hosts(memory, [(0,)]))[0,]) == 250
 
     async def shares() -> list[float]:
         return [longest_s / whole_s for longest_s, whole_s in [await holds(read()) for _ in range(3)]]

@@ -40,27 +40,20 @@ class Library:
     servers: dict[Identity, int] = field(default_factory=dict)
     certificates: dict[Identity, bytes] = field(default_factory=dict)
 
-    async def host(
-        self, number: int, *memories: SampleMemory, threads: int = 2, upload: float | None = None
-    ) -> MemoryServicer:
+    async def host(self, number: int, *memories: SampleMemory, threads: int = 2) -> MemoryServicer:
         """Starts a host that serves all shards of the memories."""
         identity = numbered_identity(number)
         stores = {
             str(self.memory_id(memory)): memory.write(self.folder / f"{number}" / memory.manifest.name)
             for memory in memories
         }
-        return await self.serve(identity, stores, threads, upload)
+        return await self.serve(identity, stores, threads)
 
     async def serve(
-        self,
-        identity: Identity,
-        stores: dict[str, MemoryStore],
-        threads: int = 2,
-        upload: float | None = None,
+        self, identity: Identity, stores: dict[str, MemoryStore], threads: int = 2
     ) -> MemoryServicer:
-        """`upload`: the limit in bytes per second."""
         sessions = Sessions(SWARM, identity.peer_id)
-        servicer = MemoryServicer(stores, SWARM, sessions, RateLimit(upload), MemoryMetrics(), threads)
+        servicer = MemoryServicer(stores, SWARM, sessions, RateLimit(None), MemoryMetrics(), threads)
         self.stack.push_async_callback(servicer.close)
         await self.serve_any(identity, sessions, servicer)
         return servicer

@@ -601,7 +601,8 @@ def test_a_trainer_leaves_and_saves_when_nobody_reads_its_output(
         assert any(last in line for line in output)
         output.close()
         assert trainer.wait(DEADLINE_S) == 128 + signal.SIGPIPE
-    assert any(state.glob("runs/*/*/*.safetensors")) == is_saved
+    if is_saved:  # otherwise it may have taken a step, too, before it noticed
+        assert any(state.glob("runs/*/*/*.safetensors"))
 
 
 def test_characters_that_a_terminal_lacks_are_written_in_another_way(

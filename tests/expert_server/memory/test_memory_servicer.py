@@ -466,7 +466,12 @@ def test_an_answer_that_waits_for_the_upload_is_refused_at_once_if_others_need_i
     monkeypatch.setattr("expert_server.memory.servicer._MAX_WAITING", 3)
 
     async def scenario(library: Library) -> None:
-        servicer = await library.host(1, MEMORY, upload=500.0)
+        servicer, may_go = await library.host(1, MEMORY), asyncio.Event()
+
+        async def take(size: int) -> None:
+            await may_go.wait()
+
+        monkeypatch.setattr(servicer._up, "take", take)
         request = search_request(library.memory_id(MEMORY), 10, QUERIES.tobytes(), *MEMORY.roots[:3])
         greedy, other = [await library.stub(1) for _ in range(2)]
 
@@ -481,6 +486,7 @@ def test_an_answer_that_waits_for_the_upload_is_refused_at_once_if_others_need_i
         await until(lambda: total(servicer.metrics.queries) == 3 * len(QUERIES))
         last = asyncio.create_task(search(other))
         await until(lambda: any(task.done() for task in calls))
+        may_go.set()
         outcomes = await asyncio.gather(*calls, last)
         assert sorted(outcomes) == ["RESOURCE_EXHAUSTED", *3 * ["answered"]]
         assert outcomes[-1] == "answered"
