@@ -4,17 +4,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from callers import numbered_identities
 from checkpoint_samples import AN_UID
 from real_swarm import UIDS, Play, Village, train
-from real_swarm import playing as playing_village
-from state_peers import Scenario, Street, playing
+from state_peers import Scenario, Street
 from stranger import Stranger
+from test_trickling_states import play, play_in_street
 
 from dht.announcements import NodeInfo, ReplicaAnnouncement, ReplicaState
 from dht.invites import Invite
@@ -22,22 +20,11 @@ from dht.uid import UID
 from expert_server.state.servicer import FetchHint
 from expert_server.state.transfer import Fetched
 from peer.errors import TransferError
-from peer.identity import Identity, PeerID
-from peer.loop import LoopThread
+from peer.identity import PeerID
 from peer.metrics import total
 from peer.wire import state_pb2_grpc
 
-
-@pytest.fixture
-def play(loop: LoopThread, tmp_path: Path) -> Play:
-    return playing_village(loop, numbered_identities(2), tmp_path)
-
-
-@pytest.fixture
-def play_in_street(
-    loop: LoopThread, identity: Identity, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Scenario], None]:
-    return playing(loop, identity, monkeypatch)
+__all__ = ["play", "play_in_street"]
 
 
 @contextlib.asynccontextmanager
