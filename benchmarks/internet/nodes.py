@@ -74,6 +74,9 @@ class CountedStates:
     def __init__(self, node: "SimulatedNode") -> None:
         self._node = node
 
+    def is_withholding(self, peer_id: PeerID) -> bool:
+        return False  # simulated nodes say at once that they are busy
+
     async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
         me, swarm = self._node.peer, self._node.swarm
         other = swarm.nodes.get(node.peer_id)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from math import ceil, inf
+from math import ceil
 from operator import itemgetter
 from statistics import median_low
 from typing import Any, TypeAlias, TypeVar
@@ -45,7 +45,6 @@ from peer.clipping import at_base, believed_updates, clip, distance
 from peer.errors import ExpertError, OutOfReachError, StateError, TransferError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import Restarts, keep_running, side_by_side, tolerating
-from peer.rates import Backoff
 from peer.wire import state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -71,11 +70,9 @@ _TIMED = 16
 _REMEMBERED = 4096
 """Other nodes' replicas that are remembered as out of reach, and those remembered as tried."""
 _LONGEST_AVOIDED = 32
-"""The longest time that a replica out of reach, or a peer that gives nothing, is avoided, as a multiple of
-`average_every_s`. The time starts at one and doubles.
+"""The longest time that a replica out of reach is avoided, as a multiple of `average_every_s`. The time starts at one
+and doubles.
 """
-_SOON_S = 5.0
-"""A fetch that fails within this time costs little, so the peer is not avoided for it."""
 _MOST_SCALE = 4.0
 """How many times as large another replica's second moments may be."""
 _MOST_SHRINKING = 1.5
@@ -127,10 +124,6 @@ class ReplicaAveraging:
         self._runs = False
         self._refused = BoundedDict[tuple[UID, PeerID], tuple[int, float]](_REMEMBERED)
         """How many times in a row another node's replica was out of reach, and until when it is avoided."""
-        self._silent = Backoff[PeerID](self._every_s, _LONGEST_AVOIDED * self._every_s)
-        """Peers that kept this node waiting, and gave nothing."""
-        self._gave_at = BoundedDict[PeerID, float](_REMEMBERED)
-        """When a peer last gave a state."""
         self._tried = BoundedDict[tuple[UID, PeerID], int](_REMEMBERED)
         """The update count of this node's own replica when it last tried to meet another one."""
         self._took_s = deque[float](maxlen=_TIMED)
@@ -147,7 +140,7 @@ class ReplicaAveraging:
         wanted = self._every_s > 0 if hint.is_average else not self._replicas.leaving
         if not self._runs or not wanted:
             return 0
-        if hint.is_average and self._silent.holds_back(hint.peer_id, self._clock()):
+        if hint.is_average and self._replicas.states.is_withholding(hint.peer_id):
             return 0  # otherwise that peer would wait in vain for this node to fetch its state
         accepted = self._hints.put(hint, self._clock())
         self._hinted[hint.is_average].set()
@@ -174,8 +167,10 @@ class ReplicaAveraging:
         """
         me = self._swarm.host.peer_id
         replicas = await replicas_to_meet(self._swarm.experts, self._replicas.experts, self._seen(), me)
-        silent = self._silent.held_back(self._clock())
-        replicas = {uid: [r for r in found if r.peer_id not in silent] for uid, found in replicas.items()}
+        is_withholding = self._replicas.states.is_withholding
+        replicas = {
+            uid: [r for r in found if not is_withholding(r.peer_id)] for uid, found in replicas.items()
+        }
         partners = choose_partners(replicas, me, self._unshared, self._rng)
         for replica in partners:
             count = self._replicas.experts[replica.uid].update_count
@@ -264,7 +259,7 @@ class ReplicaAveraging:
         """
         async with self._lock_of(uid):
             base = await self._snapshots.take(uid)
-            fetched = await self._fetch(uid, node)
+            fetched = await self._replicas.states.fetch(node, uid)
             await self._average(base, fetched, node.peer_id)
         given = base.given_to(node.peer_id)
         accepted = await self._replicas.states.ask(
@@ -284,24 +279,8 @@ class ReplicaAveraging:
                 return
             if self._is_refused(uid, hint.peer_id):
                 return
-            fetched = await self._fetch(uid, node, hint.sha256)
+            fetched = await self._replicas.states.fetch(node, uid, hint.sha256)
             await self._average(base, fetched, node.peer_id)
-
-    async def _fetch(self, uid: UID, node: NodeInfo, sha256: bytes = b"") -> Fetched:
-        """Fetches a replica. Avoids a peer that has given nothing while this node waited. Raises TransferError or
-        StateError.
-        """
-        peer_id, began = node.peer_id, self._clock()
-        try:
-            fetched = await self._replicas.states.fetch(node, uid, sha256)
-        except TransferError:
-            now = self._clock()
-            if now - began >= _SOON_S and self._gave_at.get(peer_id, -inf) < began:
-                self._silent.failed(peer_id, now)
-            raise
-        self._gave_at[peer_id] = self._clock()
-        self._silent.succeeded(peer_id)
-        return fetched
 
     async def _average(self, base: Snapshot, fetched: Fetched, peer_id: PeerID) -> None:
         history, claimed = self._replicas.history, fetched.checkpoint.update_count
@@ -417,7 +396,7 @@ class ReplicaAveraging:
         """Averages on another peer's request, if that peer serves the expert according to the DHT, and gave something
         when it last kept this node waiting.
         """
-        if self._silent.holds_back(hint.peer_id, self._clock()):
+        if self._replicas.states.is_withholding(hint.peer_id):
             return
         replicas = await self._swarm.experts.replicas(hint.uids)
         hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}

@@ -102,10 +102,13 @@ class StandbyCopies:
         room = self._limit - len(found.keys() - held) + len(self._needless(found))
         plausible = plausible_updates(usual_updates(seen))
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
+        is_withholding = self._replicas.states.is_withholding
         stale = [
             r
             for uid, r in wanted.items()
-            if uid not in held and self._is_stale(r, saved.get(uid, 0), most[uid])
+            if uid not in held
+            and not is_withholding(r.peer_id)
+            and self._is_stale(r, saved.get(uid, 0), most[uid])
         ]
         stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
         new = [replica.uid for replica in stale if replica.uid not in saved][: max(room, 0)]
@@ -113,7 +116,7 @@ class StandbyCopies:
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
 
         async def copy(replica: Replica) -> None:
-            if replica.peer_id not in nodes or self._replicas.leaving:
+            if replica.peer_id not in nodes or self._replicas.leaving or is_withholding(replica.peer_id):
                 return
             try:
                 checkpoint = await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])

@@ -33,19 +33,12 @@ from peer.errors import StateError, TransferError
 from peer.identity import PeerID
 from peer.loop import first_few
 from peer.medoid import COMPARED, elementwise_median, medoid
-from peer.rates import Backoff
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
 """How much longer to wait for the other hosts once one has given its state. A slow uplink sends a state of 7 MB in a
 minute.
-"""
-_SOON_S = 5.0
-"""A fetch that fails within this time costs little."""
-_HELD_BACK_S, _LONGEST_HELD_BACK_S = 60.0, 600.0
-"""How long a host that kept this node waiting for nothing is asked only for experts that have no other host, at first
-and at most. The time doubles with each failure.
 """
 _AT_ONCE = 2
 """Experts whose states are compared at the same time, each with up to three states in memory."""
@@ -69,7 +62,6 @@ class WholeStates:
         self._states = states
         self._rng = rng
         self._comparing = asyncio.Semaphore(_AT_ONCE)
-        self._waited_in_vain = Backoff[PeerID](_HELD_BACK_S, _LONGEST_HELD_BACK_S)
 
     async def take(
         self,
@@ -82,14 +74,14 @@ class WholeStates:
         """Takes one of the states of the first three `hosts` that send a good one. Updates that the expert takes
         meanwhile are lost with the rest of its state. If anything else changes it, nothing is taken. `cap`: limits a
         claimed update count to what is believed. The resulting count is the lower median of the claims. Hosts in
-        `unreachable` are not asked, and those that do not answer, or stall, are added. `fetched`: states that hosts
-        have sent already. Returns None if nothing was taken. Raises UnreachableError.
+        `unreachable` are not asked, and those that do not answer, or stall, are added. Hosts that kept this node
+        waiting for nothing lately are asked only if there are no others. `fetched`: states that hosts have sent
+        already. Returns None if nothing was taken. Raises UnreachableError.
         """
         peers = {replica.peer_id for replica in hosts} - unreachable
         nodes = await self._swarm.registry.nodes(peers) if peers else {}
-        held_back = self._waited_in_vain.held_back(asyncio.get_running_loop().time())
         able = [nodes[replica.peer_id] for replica in hosts if replica.peer_id in nodes]
-        able = [node for node in able if node.peer_id not in held_back] or able
+        able = [node for node in able if not self._states.is_withholding(node.peer_id)] or able
         async with self._comparing if len(able) > 1 else nullcontext():
             given = await _given(expert.uid, able, partial(self._fetch, expert, cap, fetched), unreachable)
             return await self._import(expert, given) if given else None
@@ -101,22 +93,10 @@ class WholeStates:
         fetched: Mapping[PeerID, Checkpoint],
         node: NodeInfo,
     ) -> Checkpoint:
-        given = fetched.get(node.peer_id) or await self._fetch_from(node, expert.uid)
+        given = fetched.get(node.peer_id) or (await self._states.fetch(node, expert.uid)).checkpoint
         checkpoint = Checkpoint(given.state, cap(given.update_count))
         await self._runtime.run(partial(expert.require_good, checkpoint.state, checkpoint.update_count))
         return checkpoint
-
-    async def _fetch_from(self, node: NodeInfo, uid: UID) -> Checkpoint:
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        try:
-            fetched = await self._states.fetch(node, uid)
-        except TransferError:
-            if clock() - began >= _SOON_S:
-                self._waited_in_vain.failed(node.peer_id, clock())
-            raise
-        self._waited_in_vain.succeeded(node.peer_id)
-        return fetched.checkpoint
 
     async def _import(self, expert: Expert, given: Sequence[tuple[PeerID, Checkpoint]]) -> TakenState | None:
         states = [checkpoint for _, checkpoint in given]

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +30,13 @@ from expert_server.experts.format import (
 from expert_server.serving.runtime import Runtime
 from peer import PROTOCOL_VERSION
 from peer.averaging import Meeting
-from peer.bounded import Owner
+from peer.bounded import BoundedDict, Owner
 from peer.errors import ExpertError, StateError, TransferError
 from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
-from peer.rates import RateLimit, TokenBucket, TokenBuckets
+from peer.rates import Backoff, RateLimit, TokenBucket, TokenBuckets
 from peer.rpc.calls import while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import Metadata, SessionClient
@@ -64,6 +65,14 @@ _MAX_BLOCKS = 8
 """Parameters that are copied for peers at the same time."""
 _ASK_S = 5.0
 """The longest time that a peer may take to answer an Ask."""
+_SOON_S = 5.0
+"""A fetch that fails within this time costs little."""
+_WITHHELD_S, _LONGEST_WITHHELD_S = 60.0, 600.0
+"""How long a peer that kept this node waiting for nothing counts as withholding, at first and at most. The time doubles
+with each failure.
+"""
+_REMEMBERED = 4096
+"""Peers whose last state is remembered."""
 CHANNELS = 64
 _PRECISIONS: dict[Precision, state_pb2.Precision] = {
     "fp32": state_pb2.PRECISION_FP32,
@@ -349,6 +358,29 @@ class Fetched:
     """The update count of the other replica after it last met this peer's; 0 if it remembers no meeting."""
 
 
+class Withholding:
+    """Peers that kept this node waiting for a state lately, and gave none. Pure: `now` is an argument."""
+
+    def __init__(self) -> None:
+        self._pauses = Backoff[PeerID](_WITHHELD_S, _LONGEST_WITHHELD_S)
+        self._gave_at = BoundedDict[PeerID, float](_REMEMBERED)
+        """When a peer last gave a state."""
+
+    def gave(self, peer_id: PeerID, now: float) -> None:
+        self._gave_at[peer_id] = now
+        self._pauses.succeeded(peer_id)
+
+    def failed(self, peer_id: PeerID, began: float, now: float) -> None:
+        """Records a fetch that began at that time and failed. It does not count if the peer gave another state
+        meanwhile.
+        """
+        if now - began >= _SOON_S and self._gave_at.get(peer_id, -math.inf) < began:
+            self._pauses.failed(peer_id, now)
+
+    def includes(self, peer_id: PeerID, now: float) -> bool:
+        return self._pauses.holds_back(peer_id, now)
+
+
 class StateClient:
     """Fetches states from the nodes of a swarm, and pins their certificates. Close it when done."""
 
@@ -362,6 +394,7 @@ class StateClient:
         max_transfer_s: float = MAX_TRANSFER_S,
         metrics: CollectorRegistry | None = None,
         guard: ParseGuard | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sessions`: show other nodes who fetches. `down`: limits the download of states. `channels`: to other nodes,
         used only here. `max_transfer_s`: the longest time for one state, over all attempts. `guard`: for parsing
@@ -372,6 +405,8 @@ class StateClient:
         self._swarm_id = swarm_id
         self._form = StateForm.of(manifest)
         self._guard = guard or ParseGuard()
+        self._clock = clock
+        self._withholding = Withholding()
         self._service = SnapshotClient(
             state_pb2_grpc.StateServiceStub,
             channels or ChannelPool(CHANNELS),
@@ -383,6 +418,10 @@ class StateClient:
 
     async def close(self) -> None:
         await self._service.close()
+
+    def is_withholding(self, peer_id: PeerID) -> bool:
+        """Whether the peer kept this node waiting for a state lately, and gave none. It is better not asked then."""
+        return self._withholding.includes(peer_id, self._clock())
 
     async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
         """The expert's state at that node: now, or in the snapshot with this checksum.
@@ -406,17 +445,19 @@ class StateClient:
             sha256=sha256,
             parameters=parameters,
         )
-        what = f"expert {uid} of {node.peer_id}"
+        what, began = f"expert {uid} of {node.peer_id}", self._clock()
         try:
             incoming = await self._service.download(node, "Fetch", request, what, self._down)
             fetched = await asyncio.to_thread(self._open, incoming, uid, node.peer_id, parameters)
         except TransferError:
             self.metrics.fetches.labels("failed").inc()
+            self._withholding.failed(node.peer_id, began, self._clock())
             raise
         except StateError:
             self.metrics.fetches.labels("broken").inc()
             raise
         self.metrics.fetches.labels("fetched").inc()
+        self._withholding.gave(node.peer_id, self._clock())
         return fetched
 
     async def ask(

@@ -18,7 +18,7 @@ from dht.announcements import NodeInfo, ReplicaAnnouncement, ReplicaState
 from dht.invites import Invite
 from dht.uid import UID
 from expert_server.state.servicer import FetchHint
-from expert_server.state.transfer import Fetched
+from expert_server.state.transfer import Fetched, Withholding
 from peer.errors import TransferError
 from peer.identity import PeerID
 from peer.metrics import total
@@ -70,11 +70,26 @@ def test_a_download_ends_although_the_peer_goes_on_saying_that_it_is_busy(
     assert 1 <= asked < 20
 
 
+def test_a_peer_that_gives_one_state_is_not_blamed_for_another_that_comes_late() -> None:
+    withholding, peer_id = Withholding(), PeerID(b"\x12\x20" + bytes(32))
+    withholding.gave(peer_id, now=9.0)
+    withholding.failed(peer_id, began=0.0, now=40.0)
+    assert not withholding.includes(peer_id, now=40.0)
+    withholding.failed(peer_id, began=40.0, now=41.0)
+    assert not withholding.includes(peer_id, now=41.0), "it failed soon"
+    withholding.failed(peer_id, began=40.0, now=80.0)
+    assert withholding.includes(peer_id, now=139.0)
+    assert not withholding.includes(peer_id, now=141.0)
+    withholding.failed(peer_id, began=141.0, now=180.0)
+    withholding.gave(peer_id, now=181.0)
+    assert not withholding.includes(peer_id, now=182.0)
+
+
 def test_replicas_go_on_averaging_beside_a_stranger_that_withholds_its_states(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peer.rpc.transfer._PATIENCE_S", 0.1)
-    monkeypatch.setattr("expert_server.hosting.averaging._SOON_S", 0.2)
+    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.2)
 
     async def scenario(village: Village) -> None:
         victim = await village.found(experts=8, replicas=2, average_every_s=60.0)
@@ -109,7 +124,7 @@ def test_a_newcomer_does_not_wait_for_a_stranger_again_and_again_if_others_give_
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peer.rpc.transfer._PATIENCE_S", 0.1)
-    monkeypatch.setattr("expert_server.hosting.whole_states._SOON_S", 0.2)
+    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.2)
 
     async def scenario(village: Village) -> None:
         honest = await village.found(experts=8, replicas=2)
@@ -125,10 +140,27 @@ def test_a_newcomer_does_not_wait_for_a_stranger_again_and_again_if_others_give_
     play(scenario)
 
 
+def test_a_stranger_that_withholds_its_states_keeps_nobody_from_copying_those_of_others(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.transfer._PATIENCE_S", 0.1)
+    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.2)
+
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        async with withholding(await keeper.swarm.invite()) as (_, asked):
+            for _ in range(2):
+                await keeper.hosting.look()
+                await keeper._standby.copy()
+            assert 0 < len(asked) <= 3, "of eight experts, three are fetched at a time"
+
+    play(scenario)
+
+
 def test_an_only_host_that_is_busy_at_first_is_asked_for_its_other_experts_too(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expert_server.hosting.whole_states._SOON_S", 0.0)
+    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.0)
 
     async def scenario(village: Village) -> None:
         honest = await village.found(experts=8)

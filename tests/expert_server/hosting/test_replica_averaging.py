@@ -410,7 +410,7 @@ def test_a_node_first_averages_what_others_lack_most_and_passes_over_what_it_jus
         first, _ = await couple(village, 1)
         tried: list[UID] = []
 
-        async def fetch(_: NodeInfo, uid: UID, sha256: bytes) -> Fetched:
+        async def fetch(_: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
             tried.append(uid)
             raise TransferError("the partner does not answer")
 
@@ -444,13 +444,13 @@ def test_a_partner_that_freezes_for_a_while_does_not_make_averages_rare(
         now, tried = 0.0, list[UID]()
         fetch = first.replicas.states.fetch
 
-        async def fetch_slowly(node: NodeInfo, uid: UID, sha256: bytes) -> Fetched:
+        async def fetch_slowly(node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
             nonlocal now
             tried.append(uid)
             now += 100 if uid == AN_UID else 1
             return await fetch(node, uid, sha256)
 
-        first.replicas.states.fetch = fetch_slowly  # type: ignore[method-assign, assignment]
+        first.replicas.states.fetch = fetch_slowly  # type: ignore[method-assign]
         monkeypatch.setattr(first.averaging, "_clock", lambda: now)
         averaging = asyncio.create_task(first.averaging._average_now_and_then())
 
