@@ -136,6 +136,8 @@ class _Key:
         "owed_up",
         "place",
         "samples",
+        "seen",
+        "seen_at",
     )
 
     def __init__(self, place: int) -> None:
@@ -161,10 +163,15 @@ class _Key:
         self.near_changes = (-1, 0)
         """The count of changes in these leaves, and the half of the network, for which they hold."""
         self.drawn_at = -1
-        self.samples: list[Answer] = []
+        self.samples: dict[int, list[Answer]] = {}
+        """Those that readers in each half of the network share at the moment."""
         self.answer: Answer | None = None
         self.before: Answer | None = None
         """The latest earlier answer for which a region is known."""
+        self.seen: dict[int, Answer] = {}
+        """What readers in each half of a partitioned network find."""
+        self.seen_at = -1
+        """The count of the world's changes at which they found it."""
         self.owed_up = self.owed_down = 0.0
         """Bytes that the nearest servers sent and received for this key and that are not in the accounts yet."""
 
@@ -313,6 +320,7 @@ class ModelDHT:
             key.bytes += len(value) - len(before.value)
         stored = StoredRecord(value) if type(value) is bytes else value
         key.entries[subkey] = Entry(stored, item.expires_at)  # type: ignore[arg-type]  # not packed
+        key.seen_at = -1
         if key.answer is not None:
             key.before = key.answer.before if key.answer.region is None else key.answer
             key.answer = None
@@ -336,15 +344,19 @@ class ModelDHT:
                 key.answer = Answer(key.entries, key.bytes)
                 key.answer.before, key.before = key.before, None
             return key.answer
+        if key.seen_at != world.changes:
+            key.seen, key.seen_at = {}, world.changes
         half = reader.half
-        seen = {
-            subkey: entry
-            for subkey, entry in key.entries.items()
-            if any(peer.half == half and peer.is_alive for peer in key.holders[subkey])
-        }
-        return Answer(seen, _size(seen))
+        if half not in key.seen:
+            seen = {
+                subkey: entry
+                for subkey, entry in key.entries.items()
+                if any(peer.half == half and peer.is_alive for peer in key.holders[subkey])
+            }
+            key.seen[half] = Answer(seen, _size(seen))
+        return key.seen[half]
 
-    def sample(self, key: _Key, answer: Answer, room: int) -> Answer:
+    def sample(self, key: _Key, answer: Answer, room: int, half: int) -> Answer:
         """What holders answer if a key has more entries than there is room for: all index entries, and a random sample
         of others.
 
@@ -352,17 +364,18 @@ class ModelDHT:
         """
         drawn_at = int(self.world.time() / _SAMPLE_FOR_S)
         if key.drawn_at != drawn_at:
-            key.drawn_at, key.samples = drawn_at, []
-        if len(key.samples) < _SAMPLES:
+            key.drawn_at, key.samples = drawn_at, {}
+        samples = key.samples.setdefault(half, [])
+        if len(samples) < _SAMPLES:
             share = min(1.0, _SAMPLED_BY * room / answer.size)
             drawn: dict[Any, Any] = {
                 subkey: entry
                 for subkey, entry in answer.items()
                 if type(subkey) is int or self.rng.random() < share
             }
-            key.samples.append(Answer(drawn, _size(drawn), len(answer) - len(drawn)))
-            return key.samples[-1]
-        return key.samples[int(self.rng.random() * _SAMPLES)]
+            samples.append(Answer(drawn, _size(drawn), len(answer) - len(drawn)))
+            return samples[-1]
+        return samples[int(self.rng.random() * _SAMPLES)]
 
     def settle(self) -> None:
         """Brings the accounts up to date, and forgets keys that are empty."""
@@ -405,6 +418,7 @@ class ModelDHT:
             else:
                 gone.append(subkey)
         if gone:
+            key.seen_at = -1
             for subkey in gone:
                 key.bytes -= len(key.entries.pop(subkey).value) + ITEM_OVERHEAD_BYTES
                 del key.holders[subkey]
@@ -511,7 +525,9 @@ class ModelLookups(Lookups):
             answer = model.get(key, peer)
             if answer.size:
                 if room is not None and answer.size > room:
-                    answer = model.sample(key, answer, room).with_own(peer.peer_id.to_bytes(), answer)
+                    answer = model.sample(key, answer, room, peer.half).with_own(
+                        peer.peer_id.to_bytes(), answer
+                    )
                 size += answer.size
                 count += len(answer)
                 key.owed_up += copies * answer.size
