@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from dht.uid import coordinate_of, number_of
 from peer.errors import WireError
 from peer.formatting import printable
 from peer.identity import PeerID
@@ -374,23 +375,6 @@ def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
     return grid
 
 
-def number_of(cell: Cell, grid: tuple[int, ...]) -> int:
-    """A cell's number in row-major order."""
-    number = 0
-    for coordinate, size in zip(cell, grid, strict=True):
-        number = number * size + coordinate
-    return number
-
-
-def cell_of(number: int, grid: tuple[int, ...]) -> Cell:
-    """The cell with this number in row-major order."""
-    cell: list[int] = []
-    for size in reversed(grid):
-        number, coordinate = divmod(number, size)
-        cell.append(coordinate)
-    return tuple(reversed(cell))
-
-
 def _part(sha256: bytes, size: int, most: int) -> Part:
     if not 0 < size <= most:
         raise WireError(f"a part of a memory has {size} bytes; at most {most} are allowed")
@@ -410,7 +394,9 @@ def _shard(entry: memory_pb2.ShardEntry, grid: tuple[int, ...]) -> ShardInfo:
         or not 0 < entry.size <= MAX_SHARD_BYTES
     ):
         raise WireError("the shard can't be in any memory")
-    return ShardInfo(cell_of(entry.cell, grid), _hash(entry.root), entry.leaves, entry.size, entry.secondary)
+    return ShardInfo(
+        coordinate_of(entry.cell, grid), _hash(entry.root), entry.leaves, entry.size, entry.secondary
+    )
 
 
 def _revoked(message: memory_pb2.RevokedPassages, shards: Sequence[ShardInfo]) -> Iterator[Place]:

@@ -1,7 +1,7 @@
-"""Names of experts: `layer.i.j`, a layer number and a coordinate in that layer's grid."""
+"""Names of experts: `layer.i.j`, a layer number and a coordinate in that layer's grid; and the coordinates of grids."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -31,3 +31,20 @@ class UID(NamedTuple):
 def grid_coordinates(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """All coordinates of a grid, in row-major order."""
     return product(*map(range, grid))
+
+
+def number_of(coordinate: Sequence[int], grid: Sequence[int]) -> int:
+    """A coordinate's number in row-major order."""
+    number = 0
+    for index, size in zip(coordinate, grid, strict=True):
+        number = number * size + index
+    return number
+
+
+def coordinate_of(number: int, grid: Sequence[int]) -> tuple[int, ...]:
+    """The coordinate with this number in row-major order."""
+    coordinate: list[int] = []
+    for size in reversed(grid):
+        number, index = divmod(number, size)
+        coordinate.append(index)
+    return tuple(reversed(coordinate))

@@ -23,7 +23,8 @@ from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, Placing, SimulatedSwarm
 from dht.announcements import ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryManifest, Part, Vectors, number_of
+from dht.memory import Cell, MemoryManifest, Part, Vectors
+from dht.uid import number_of
 from expert_server.memory.shard import Shard
 from peer.codec import Floats
 from trainer_client.memory.calls import HostCalls

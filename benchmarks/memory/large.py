@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from benchmarks.apart import run_apart
 from benchmarks.memory.built import BuiltMemory, open_codebook, write_memory
 from benchmarks.memory.recall import K, best, exact_scores
-from dht.memory import Passage, Place, number_of
+from dht.memory import Passage, Place
+from dht.uid import number_of
 from expert_server.memory.search import search_together
 from expert_server.memory.shard import Shard
 from expert_server.memory.store import MemoryStore

@@ -21,7 +21,8 @@ from benchmarks.memory.built import BuiltMemory, open_shards
 from benchmarks.memory.recall import K, exact_scores, ranks_of_cells
 from benchmarks.simulated_p2p import SimulatedIdentity, VirtualLoop
 from dht.announcements import NodeInfo
-from dht.memory import Cell, MemoryID, MemoryManifest, Place, ShardInfo, Vectors, cell_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Place, ShardInfo, Vectors
+from dht.uid import coordinate_of
 from expert_server.memory.search import search_together
 from expert_server.memory.shard import Shard
 from peer.codec import Floats
@@ -213,7 +214,7 @@ class KnownDirectory:
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         manifest = self.manifest
         cells = [
-            [cell_of(int(number), manifest.grid) for number in order_C[:count]]
+            [coordinate_of(int(number), manifest.grid) for number in order_C[:count]]
             for order_C in np.argsort(-scores_QC, axis=1, kind="stable")
         ]
         hosts = self._having({cell for some in cells for cell in some})

@@ -35,7 +35,8 @@ from benchmarks.apart import Standby
 from benchmarks.memory.built import BuiltMemory, write_memory
 from benchmarks.memory.recall import K
 from dht.announcements import NodeInfo
-from dht.memory import MemoryManifest, cell_of
+from dht.memory import MemoryManifest
+from dht.uid import coordinate_of
 from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
@@ -110,7 +111,7 @@ def _requests(
     nearest_QA = memory.codebook.assign(queries_QD, ASKED)
     requests = []
     for begin in range(0, len(queries_QD) - size + 1, size):
-        cells = {cell_of(int(number), manifest.grid) for number in nearest_QA[begin]}
+        cells = {coordinate_of(int(number), manifest.grid) for number in nearest_QA[begin]}
         shards = [shard for shard in manifest.shards if is_whole or shard.cell in cells]
         requests.append(
             memory_pb2.SearchRequest(

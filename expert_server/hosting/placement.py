@@ -23,7 +23,7 @@ from dht.announcements import Replica, ReplicaState
 from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.regions import Prefix
-from dht.uid import UID
+from dht.uid import UID, coordinate_of, number_of
 from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_plausible_updates
 from peer.clock import earliest
 from peer.identity import PeerID
@@ -457,8 +457,8 @@ class HostingSurvey:
         """For each row of the grid in which an expert has had a host, by its number, the last coordinates of these
         experts, as bits. A node reads only some rows of a large grid, which may have millions of experts.
         """
-        self._rows_of_grid = manifest.experts.grid[:-1]
-        """The grid's dimensions without the last."""
+        self._row_grid = (manifest.model.layers, *manifest.experts.grid[:-1])
+        """The grid of all rows: layers, and the experts' grid without the last dimension."""
         self._looks = 0
         self._own: list[UID] = []
         """This node's experts. Those that were read longest ago come first."""
@@ -517,19 +517,12 @@ class HostingSurvey:
         return bool(self._had_host.get(self._number_of(_row(uid)), 0) >> uid.coordinate[-1] & 1)
 
     def _number_of(self, row: Prefix) -> int:
-        """The number of a row: rows are counted from the first of the first layer."""
-        number, coordinate = row
-        for place, size in zip(coordinate, self._rows_of_grid, strict=True):
-            number = number * size + place
-        return number
+        layer, coordinate = row
+        return number_of((layer, *coordinate), self._row_grid)
 
     def _row_of(self, number: int) -> Prefix:
-        """The row with that number."""
-        coordinate = []
-        for size in reversed(self._rows_of_grid):
-            number, place = divmod(number, size)
-            coordinate.append(place)
-        return number, tuple(coordinate[::-1])
+        layer, *coordinate = coordinate_of(number, self._row_grid)
+        return layer, tuple(coordinate)
 
     def _in_turn(self, mine: Collection[UID], split: Collection[int]) -> list[UID]:
         """Which of this node's experts to read now: a few in one row of a split layer, and all in other layers."""
@@ -565,7 +558,7 @@ class HostingSurvey:
         layers = self._manifest.model.layers
         if len(split) == layers:
             return []
-        count = layers * math.prod(self._rows_of_grid)
+        count = math.prod(self._row_grid)
         rng = np.random.default_rng(self._turn().getrandbits(64))
         if count <= MOST_PREFIXES:
             numbers = rng.permutation(count)
@@ -588,7 +581,7 @@ class HostingSurvey:
         if not split:
             return rows
         mine = [_row(uid) for uid in own if uid.layer in split]
-        count = math.prod(self._rows_of_grid)
+        count = math.prod(self._row_grid[1:])
         peers_per_looker = self._experts.registry.lookups.estimated_nodes / (_LOOKERS * len(split) * count)
         # a power of two, because the estimate changes a little all the time, and bounded, because it may be wrong
         pause = 1 << min(6, max(0, round(math.log2(peers_per_looker))))

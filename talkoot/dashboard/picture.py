@@ -19,6 +19,7 @@ from dht.directory import View
 from dht.library import WANTED_REPLICAS
 from dht.manifest import Manifest
 from dht.memory import MemoryID
+from dht.uid import number_of
 from peer.bounded import BoundedDict
 from peer.identity import PeerID
 from talkoot.credit import Credit, signed_figures
@@ -414,7 +415,7 @@ def _layer(view: View, live: Iterable[PeerID], layer: int) -> Json:
     for uid, replicas in view.replicas.items():
         if uid.layer != layer:
             continue
-        place = _place(uid.coordinate, grid)
+        place = number_of(uid.coordinate, grid)
         for replica in replicas:
             if replica.state is ReplicaState.SERVING and replica.peer_id in present:
                 counts[place] += 1
@@ -437,14 +438,6 @@ def _unevenness(rows: Sequence[int]) -> Json:
         "busiest_over_mean": round(max(rows) / mean, 3),
         "starving": sum(n < STARVING_SHARE * mean for n in rows),
     }
-
-
-def _place(coordinate: Sequence[int], grid: Sequence[int]) -> int:
-    """The position in row-major order."""
-    place = 0
-    for index, size in zip(coordinate, grid, strict=True):
-        place = place * size + index
-    return place
 
 
 def _replica_row(replica: Replica, host: Seen[NodeInfo]) -> Json:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from dht.memory import MAX_LEAVES, MAX_SHARD_BYTES, Cell, Passage, Place, ShardInfo, Vectors, cell_of
+from dht.memory import MAX_LEAVES, MAX_SHARD_BYTES, Cell, Passage, Place, ShardInfo, Vectors
+from dht.uid import coordinate_of
 from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from peer.codec import Integers
 from peer.files import write_atomically
@@ -85,7 +86,7 @@ def _by_cell(cells_N: Integers, numbers: Integers, grid: tuple[int, ...]) -> Ite
     bounds = np.searchsorted(cells_N[ordered], range(prod(grid) + 1))
     for cell, (begin, end) in enumerate(pairwise(bounds.tolist())):
         if begin < end:
-            yield cell_of(cell, grid), ordered[begin:end]
+            yield coordinate_of(cell, grid), ordered[begin:end]
 
 
 def _parts(numbers: Integers, sizes: Iterator[int]) -> Iterator[Integers]:

@@ -15,10 +15,9 @@ from dht.memory import (
     Passage,
     Place,
     ShardInfo,
-    cell_of,
     check_name,
-    number_of,
 )
+from dht.uid import coordinate_of, number_of
 from peer.errors import WireError
 from peer.identity import PeerID
 from peer.wire import memory_pb2
@@ -91,7 +90,7 @@ def test_an_id_without_the_end_of_a_peer_id_is_refused(publisher: str) -> None:
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
 def test_cells_are_numbered_in_row_major_order(grid: list[int], data: st.DataObject) -> None:
     cell = tuple(data.draw(st.integers(0, size - 1)) for size in grid)
-    assert cell_of(number_of(cell, tuple(grid)), tuple(grid)) == cell
+    assert coordinate_of(number_of(cell, tuple(grid)), tuple(grid)) == cell
 
 
 def _changed(**fields: object) -> bytes:

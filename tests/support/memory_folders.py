@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dht.memory import MemoryManifest, Part, Passage, Place, ShardInfo, Vectors, cell_of
+from dht.memory import MemoryManifest, Part, Passage, Place, ShardInfo, Vectors
+from dht.uid import coordinate_of
 from expert_server.memory.shard import PrimaryShard, SecondaryShard
 from expert_server.memory.store import MemoryStore
 from peer.merkle import MerkleTree
@@ -68,12 +69,12 @@ class SampleMemory:
         for number in range(int(np.prod(grid))):
             texts, vectors = some_passages(each, 1000 * seed + number)
             data = PrimaryShard.build(texts, vectors)
-            shards.append(shard_info(data, texts, vectors, cell_of(number, grid)))
+            shards.append(shard_info(data, texts, vectors, coordinate_of(number, grid)))
             files[shards[-1].root], passages[shards[-1].root] = data, (texts, vectors)
         for number, first in enumerate(list(shards) if is_twofold else ()):
             texts, vectors = passages[first.root]
             data = SecondaryShard.build([Place(first.root, n) for n in range(each)], vectors)
-            root, cell = SecondaryShard.root_of(data), cell_of((number + 1) % len(passages), grid)
+            root, cell = SecondaryShard.root_of(data), coordinate_of((number + 1) % len(passages), grid)
             shards.append(ShardInfo(cell, root, each, len(data), True))
             files[root] = data
         parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in (encoder, codebook)]

@@ -23,8 +23,8 @@ from dht.memory import (
     Place,
     ShardInfo,
     Vectors,
-    cell_of,
 )
+from dht.uid import coordinate_of
 from expert_server.memory.search import search_together
 from expert_server.memory.shard import PrimaryShard, SecondaryShard, Shard
 from expert_server.memory.store import MemoryStore
@@ -147,7 +147,7 @@ class SampleMemory:
                         data = PrimaryShard.build([passages[n] for n in part], vectors_ND[part])
                         root = PrimaryShard.root_of(data)
                         places |= {n: Place(root, position) for position, n in enumerate(part)}
-                    infos.append(ShardInfo(cell_of(cell, grid), root, len(part), len(data), column > 0))
+                    infos.append(ShardInfo(coordinate_of(cell, grid), root, len(part), len(data), column > 0))
                     files[root] = data
         parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in (encoder, codebook.to_bytes())]
         manifest = MemoryManifest(

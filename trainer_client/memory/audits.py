@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import MemoryID, Vectors, number_of
+from dht.memory import MemoryID, Vectors
 from dht.swarm import Swarm
+from dht.uid import number_of
 from peer.bounded import BoundedDict
 from peer.errors import TransferError, UnreachableError, WireError
 from peer.identity import PeerID

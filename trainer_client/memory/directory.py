@@ -25,9 +25,10 @@ import numpy as np
 from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
 from dht.library import CellHost, LibraryEntry, ManifestPace, MemoryRegistry, contacts_of
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors, cell_of, number_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
+from dht.uid import coordinate_of, number_of
 from peer.bounded import BoundedDict
 from peer.codec import Booleans, Floats, Integers
 from peer.errors import LibraryError, TransferError, UnreachableError, WireError
@@ -269,7 +270,9 @@ class MemoryDirectory:
                 if self._active_C is not None:
                     live_C &= self._active_C
                 chosen_Qk, valid_Qk = _nearest(scores_QC, live_C, count)
-                cells = {number: cell_of(number, grid) for number in np.unique(chosen_Qk[valid_Qk]).tolist()}
+                cells = {
+                    number: coordinate_of(number, grid) for number in np.unique(chosen_Qk[valid_Qk]).tolist()
+                }
                 unknown = [cell for cell in cells.values() if cell not in self._hosts]
                 if not unknown:
                     break
@@ -278,7 +281,7 @@ class MemoryDirectory:
                     further = np.setdiff1d(further_Qk[valid_Qk], list(cells))[
                         : max(0, _MOST_GUESSED - len(cells))
                     ]
-                    reading = self._read_hosts([cell_of(number, grid) for number in further.tolist()])
+                    reading = self._read_hosts([coordinate_of(number, grid) for number in further.tolist()])
                     self._reading_ahead = self._registry.lookups.spawn(reading)
                 await self._read_hosts(unknown)
                 if self._active_C is None and not all(any(self._hosts.get(cell, ())) for cell in unknown):
@@ -293,7 +296,7 @@ class MemoryDirectory:
                 for chosen_k, valid_k in zip(chosen_Qk, valid_Qk, strict=True)
             ],
             [
-                [cell_of(number, grid) for number in best_k[missing_k].tolist()]
+                [coordinate_of(number, grid) for number in best_k[missing_k].tolist()]
                 for best_k, missing_k in zip(best_Qk, missing_Qk, strict=True)
             ],
             hosts,

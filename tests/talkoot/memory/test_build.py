@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from commands import run_here
 
-from dht.memory import MAX_SHARD_BYTES, MemoryManifest, Passage, Place, number_of
+from dht.memory import MAX_SHARD_BYTES, MemoryManifest, Passage, Place
+from dht.uid import number_of
 from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MANIFEST, PARTS, SHARDS, MemoryStore
 from peer.errors import DataError, LibraryError, SettingsError, StartError, UserError

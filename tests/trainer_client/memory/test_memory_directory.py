@@ -15,7 +15,8 @@ from memory_samples import peer_ids
 
 from dht.announcements import ReplicaState
 from dht.library import CellHost, LibraryEntry
-from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo, cell_of
+from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo
+from dht.uid import coordinate_of
 from peer.identity import PeerID
 from trainer_client.memory.directory import MemoryDirectory
 
@@ -51,7 +52,7 @@ def test_a_publisher_of_ever_new_revisions_fills_no_searchers_line() -> None:
 def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searchers_loop() -> None:
     """The hosts of 16 cells of 64 shards are read and located. Each cell has two honest hosts and 254 strangers."""
     grid, rng = (4, 4), random.Random(0)
-    cells = [cell_of(number, grid) for number in range(16)]
+    cells = [coordinate_of(number, grid) for number in range(16)]
     by_cell = {cell: [ShardInfo(cell, rng.randbytes(32), 100, 30_000) for _ in range(64)] for cell in cells}
     peers = peer_ids(256)
     nodes = {peer: SimpleNamespace(peer_id=peer) for peer in peers}
