@@ -30,7 +30,7 @@ computed without keeping rows.
 """
 _MOST_FORGOTTEN = 3
 """How many times a node may forget a sequence before replicas of its experts on other nodes are preferred."""
-_MOST_ROWS = 2048
+MOST_ROWS = 2048
 """The most rows that are computed at once when whole sequences are computed."""
 
 
@@ -79,6 +79,11 @@ class Decoding:
     def avoided(self) -> frozenset[PeerID]:
         """Nodes that have forgotten the sequence several times."""
         return frozenset(peer_id for peer_id, times in self._forgotten.items() if times >= _MOST_FORGOTTEN)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the next token costs the computation of one row, rather than of the whole sequence."""
+        return self._state is not None or self._logits is not None
 
     @property
     def is_full(self) -> bool:
@@ -148,7 +153,7 @@ class Decoder(ABC):
         for each in sorted(sequences, key=lambda each: len(each.tokens)):
             length = len(each.tokens)
             is_alike = self._can_extend() or not group or len(group[0].tokens) == length
-            if group and not (is_alike and (len(group) + 1) * length <= _MOST_ROWS):
+            if group and not (is_alike and (len(group) + 1) * length <= MOST_ROWS):
                 yield group
                 group = []
             group.append(each)

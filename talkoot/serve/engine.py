@@ -5,7 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from talkoot.serve.schedule import FairSchedule
 from talkoot.serve.text import TextStream
 from talkoot.train.ask import Answered, QuestionAnswerer
 from trainer_client.data.tokenizer import Tokenizer
-from trainer_client.decoding import Decoder, Decoding
+from trainer_client.decoding import MOST_ROWS, Decoder, Decoding
 from trainer_client.inference import make_generator, next_token
 from trainer_client.settings import Sampling
 
@@ -219,24 +219,50 @@ class Work(Protocol):
 
 
 class Writing:
-    """Writes texts, which grow by one token in each round."""
+    """Writes texts, which grow by one token in each round.
+
+    A text whose rows are not kept, such as a new prompt, must be computed as a whole. In each round, this is done for
+    at most `MOST_ROWS` rows, or for one text, so that other texts grow meanwhile. Clients take turns.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        self._round = 0
+        self._served: dict[str, int] = {}
+        """The last round in which a whole text of each client was computed; for a new one, the round before it came."""
 
-    def compute(self, streams: Sequence[Stream]) -> list[Advance]:
-        for stream in streams:
-            if stream.decoding is None:
-                stream.decoding = self._decoder.begin(stream.tokens)
-        logits_SV = self._decoder.logits(
-            [stream.decoding for stream in streams if stream.decoding is not None]
-        )
-        return [
-            partial(stream.advance, logits_V) for stream, logits_V in zip(streams, logits_SV, strict=True)
-        ]
+    def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
+        decodings = {stream: self._decoding(stream) for stream in streams}
+        whole = [stream for stream, decoding in decodings.items() if not decoding.is_kept]
+        waiting = set(whole) - self._due(whole, decodings)
+        chosen = [stream for stream in streams if stream not in waiting]
+        logits_SV = self._decoder.logits([decodings[stream] for stream in chosen])
+        advances = {
+            stream: partial(stream.advance, logits_V)
+            for stream, logits_V in zip(chosen, logits_SV, strict=True)
+        }
+        return [advances.get(stream) for stream in streams]
 
     def close(self) -> None:
         pass
+
+    def _decoding(self, stream: Stream) -> Decoding:
+        if stream.decoding is None:
+            stream.decoding = self._decoder.begin(stream.tokens)
+        return stream.decoding
+
+    def _due(self, whole: Sequence[Stream], decodings: Mapping[Stream, Decoding]) -> set[Stream]:
+        """Those of the whole texts that are computed in this round."""
+        self._served = {stream.client: self._served.get(stream.client, self._round) for stream in decodings}
+        self._round += 1
+        due, rows = set[Stream](), 0
+        for stream in sorted(whole, key=lambda stream: self._served[stream.client]):
+            rows += len(decodings[stream].tokens)
+            if due and rows > MOST_ROWS:
+                break
+            due.add(stream)
+            self._served[stream.client] = self._round
+        return due
 
 
 class Answering:

@@ -150,6 +150,25 @@ def test_stop_sequences_end_a_stream(model: ServedModel) -> None:
     assert bytes(each.token for each in answer.scored).decode(errors="replace").startswith(answer.text)
 
 
+def test_many_long_prompts_hold_up_no_other_text(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole prompt costs as much as dozens of tokens, and one client sends nothing else."""
+    monkeypatch.setattr("talkoot.serve.engine.MOST_ROWS", 128)
+    writing = Writing(CountedDecoder(model))
+    greedy = [Stream(job("a" * 50, 9, seed=n), "greedy", model.token_bytes) for n in range(8)]
+    modest = Stream(job("In the sauna", 9), "modest", model.token_bytes)
+
+    def grown(*streams: Stream) -> list[Stream]:
+        advances = writing.compute(streams)
+        pieces = [advance and advance(frozenset()) for advance in advances]
+        return [stream for stream, piece in zip(streams, pieces, strict=True) if piece]
+
+    assert grown(*greedy, modest) == greedy[:2]
+    # now it is the modest client's turn, although its text came last
+    assert grown(*greedy, modest) == [*greedy[:4], modest]
+    assert grown(*greedy, modest) == [*greedy[:6], modest]
+    assert grown(*greedy, modest) == [*greedy, modest]
+
+
 def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> None:
     class Broken(CountedDecoder):
         def logits(self, sequences: Sequence[Decoding]) -> Tensor:
