@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -109,8 +110,11 @@ def decode_checkpoint(
 def read_checkpoint(path: Path, most: int | None = None) -> bytes:
     """A file's content. Raises StateError if it can't be read, or has more than `most` bytes."""
     try:
-        if most is not None and (size := path.stat().st_size) > most:
-            raise StateError(f"it has {size} bytes; at most {most}")
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise StateError("it can't be read: it is not a file")
+        if most is not None and about.st_size > most:
+            raise StateError(f"it has {about.st_size} bytes; at most {most}")
         return path.read_bytes()
     except OSError as error:
         raise StateError(f"it can't be read: {error.strerror}") from error

@@ -336,9 +336,16 @@ class TrainerSettings(RoleSettings):
         return values | {"seed": seed, "data": [str(Path(path).absolute()) for path in self.data]}
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:
-        """The settings stored in a checkpoint, overridden by those given now. Raises SettingsError."""
+        """The settings stored in a checkpoint, overridden by those given now. Raises SettingsError.
+
+        The checkpoint may be another trainer's, so it sets nothing of this machine.
+        """
         given = self.model_dump(include=self.model_fields_set)
-        known = {name: value for name, value in saved.items() if name not in self.removed}
+        known = {
+            name: value
+            for name, value in saved.items()
+            if name not in self.removed and name not in _OF_THIS_MACHINE
+        }
         try:
             return type(self).model_validate({**known, **given})
         except ValidationError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -191,7 +192,9 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
                 "of this swarm"
             )
 
-    header, tensors = decode_checkpoint(read_checkpoint(path), Header, check)
+    # one for the file, and one for its tensors
+    most = psutil.virtual_memory().available // 2
+    header, tensors = decode_checkpoint(read_checkpoint(path, most), Header, check)
     # a history may contain the loss of a skipped step
     if not all(is_finite(t) for name, t in tensors.items() if not name.startswith("history.")):
         raise StateError("it has numbers that are not finite")
@@ -374,7 +377,7 @@ def _resumed(settings: TrainerSettings, header: Header) -> TrainerSettings:
     """The checkpoint's settings, overridden by those given now. A warning names the differences."""
     resumed = settings.resumed(header.settings)
     now = resumed.saved(resumed.seed or 0)
-    before = {name: value for name, value in header.settings.items() if name not in settings.removed}
+    before = {name: value for name, value in header.settings.items() if name in now}
     changes = [
         f"{name} {now[name]}, not {value}"
         for name, value in before.items()
