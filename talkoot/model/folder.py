@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, Self, cast
 
+import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,7 @@ from expert_server.blocks import OWN_KINDS, weightless_block
 from peer.checkpoints import Form, form_of, is_finite
 from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
 from peer.files import write_atomically
-from peer.formatting import counted, printable
+from peer.formatting import bytes_in_words, counted, printable
 from peer.layers import make_norm
 from peer.platform.files import open_plainly, sync_folder
 from peer.settings import describe_validation_error
@@ -493,13 +494,28 @@ class ModelFolder:
         return expert_forms(self.manifest)
 
     @property
+    def dense_nbytes(self) -> int:
+        """The size of the dense part in memory."""
+        return _nbytes(self._dense_forms)
+
+    @property
+    def expert_nbytes(self) -> int:
+        """The size of one expert in memory."""
+        return _nbytes(self._expert_forms)
+
+    @property
     def nbytes(self) -> int:
         """The size of all tensors in memory."""
-        sizes = [
-            sum(prod(shape) * dtype.itemsize for shape, dtype in forms.values())
-            for forms in (self._dense_forms, self._expert_forms)
-        ]
-        return sizes[0] + len(self.live) * sizes[1]
+        return self.dense_nbytes + len(self.live) * self.expert_nbytes
+
+    def require_memory(self, size: int) -> None:
+        """Raises ModelError unless this many bytes are free. The file of a huge model may take next to no disk."""
+        free = psutil.virtual_memory().available
+        if size > free:
+            raise ModelError(
+                f"the model in {self.path} takes {bytes_in_words(size)}, but only {bytes_in_words(free)} of memory are "
+                "free"
+            )
 
     def dense(self) -> dict[str, Tensor]:
         """The state of a `LanguageModel`, float32. Raises ModelError if a number is not finite."""
@@ -541,6 +557,10 @@ class ModelFolder:
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
         return self._files[path]
+
+
+def _nbytes(forms: Mapping[str, Form]) -> int:
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in forms.values())
 
 
 def _manifest(values: dict[str, Any]) -> Manifest:

@@ -98,6 +98,10 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
         )
     grown = folder.manifest if plan.grid is None else grown_manifest(folder.manifest, plan.grid)
     manifest = _manifest(grown, plan.name)
+    # the larger part, and its encoding
+    folder.require_memory(
+        2 * max(folder.dense_nbytes, (1 + manifest.optimizer.moments) * folder.expert_nbytes)
+    )
     if plan.manifest_file.exists():
         raise SettingsError(f"{plan.manifest_file} exists: pass another --out")
     node, trainer = (

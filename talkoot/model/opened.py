@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -15,8 +14,6 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block
 from peer.codec import Floats
-from peer.errors import ModelError
-from peer.formatting import bytes_in_words
 from talkoot.model.folder import ModelFolder
 from talkoot.model.reading import QUESTIONS, FolderMemory
 from talkoot.train.local import run_at_once
@@ -87,12 +84,7 @@ def open_model(path: Path) -> OpenedModel:
     """Reads the whole folder into memory. Raises UserError if it is incomplete, or memory does not suffice."""
     folder = ModelFolder.open(path)
     manifest, tokenizer = folder.manifest, folder.tokenizer
-    free = psutil.virtual_memory().available
-    if folder.nbytes > free:
-        raise ModelError(
-            f"the model in {path} takes {bytes_in_words(folder.nbytes)}, but only {bytes_in_words(free)} of memory are "
-            "free"
-        )
+    folder.require_memory(folder.nbytes)
     experts = OpenedExperts(manifest, {uid: _block(folder, uid) for uid in sorted(folder.live)})
     routing = folder.routing.routing(manifest)
 

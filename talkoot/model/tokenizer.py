@@ -57,9 +57,13 @@ def parse_tokenizer(text: str) -> Tokenizer:
         is_bytes = model["merges"] == [] and model["vocab"] == _bytes_as_json()["model"]["vocab"]
         is_plain = model.get("type", "BPE") == "BPE" and not any(map(model.get, _ODDITIES))
         normalizer = found.get("normalizer")
-        splits = list(islice(_steps(found.get("pre_tokenizer")), _MOST_STEPS + 1))
+        splits, processors = (
+            list(islice(_steps(found.get(part), steps), _MOST_STEPS + 1))
+            for part, steps in (("pre_tokenizer", "pretokenizers"), ("post_processor", "processors"))
+        )
         is_bounded = normalizer is None or normalizer["type"] in _NORMALIZERS
-        is_bounded = is_bounded and len(splits) <= _MOST_STEPS and all(map(_is_bounded, splits))
+        is_bounded = is_bounded and max(len(splits), len(processors)) <= _MOST_STEPS
+        is_bounded = is_bounded and all(map(_is_bounded, splits))
         # each one may write a byte as two
         is_bounded = is_bounded and sum(step["type"] == "ByteLevel" for step in splits if step) <= 1
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -67,16 +71,19 @@ def parse_tokenizer(text: str) -> Tokenizer:
     if not is_plain:
         raise DataError("this is not a tokenizer of byte pairs, or it has a dropout, a prefix or a suffix")
     if not is_bounded:
-        raise DataError("before it looks for byte pairs, this tokenizer could take unlimited time or memory")
+        raise DataError(
+            "before or after it looks for byte pairs, this tokenizer could take unlimited time or memory"
+        )
     return ByteTokenizer() if is_bytes else load_tokenizer(text)
 
 
-def _steps(pre_tokenizer: Any) -> Iterator[Any]:
-    if pre_tokenizer is not None and pre_tokenizer["type"] == "Sequence":
-        for each in pre_tokenizer["pretokenizers"]:
-            yield from _steps(each)
+def _steps(part: Any, steps: str) -> Iterator[Any]:
+    """The steps of one part of a tokenizer. `steps`: the key of a sequence's steps."""
+    if part is not None and part["type"] == "Sequence":
+        for each in part[steps]:
+            yield from _steps(each, steps)
     else:
-        yield pre_tokenizer
+        yield part
 
 
 def _is_bounded(step: Any) -> bool:

@@ -225,6 +225,15 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "tracks back without repetition": steps(splitting(r"a\g<0>\g<0>b|a"), level()),
     "has alternatives without end": steps(splitting("|".join("a" * n for n in range(1, 1000))), level()),
     "adds a million tokens to each text": {"post_processor": repeating(1000)},
+    "processes tokens again and again": {
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+            ]
+            * 10_000,
+        }
+    },
     "adds a token that is not there": {"post_processor": adding(60_000)},
     "has no type": {"pre_tokenizer": {}},
     "is of no type": {"normalizer": {"type": ["NFC"]}},

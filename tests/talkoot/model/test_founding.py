@@ -4,9 +4,11 @@ import json
 import re
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from commands import run_here
@@ -20,7 +22,7 @@ from dht.invites import Invite
 from dht.manifest import AdmissionSpec, Manifest, OptimizerSpec
 from dht.records import SwarmKeys
 from expert_server.state.checkpoints import CheckpointStore
-from peer.errors import StartError, UserError
+from peer.errors import ModelError, StartError, UserError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
@@ -214,6 +216,17 @@ def test_the_manifests_folder_is_made_and_if_it_cannot_be_written_nothing_begins
     out = tmp_path / "new" / "folder" / "swarm.toml"
     imported(folder, tmp_path, manifest_file=out)
     assert Manifest.from_toml(out) == MANIFEST
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_any_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest's author chooses its size, and a file of zeros takes no disk."""
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    with pytest.raises(ModelError, match="but only 5 kB of memory are free"):
+        imported(folder, tmp_path)
+    assert not (tmp_path / "node").exists()
 
 
 def test_a_full_disk_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
