@@ -139,14 +139,16 @@ class Request(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-OneOf = Field(min_length=1, max_length=1)
+# describing each of several hundred thousand mistakes would hold up all threads for a second
+TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+OneText = Annotated[list[str], Field(min_length=1, max_length=1, fail_fast=True)]
+OneTokenList = Annotated[list[TokenList], Field(min_length=1, max_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Request):
     """POST /v1/completions"""
 
-    prompt: str | TokenList | Annotated[list[str], OneOf] | Annotated[list[TokenList], OneOf]
+    prompt: str | TokenList | OneText | OneTokenList
     """Text or tokens. A list may contain only one prompt."""
     logprobs: int | None = Field(default=None, ge=0, le=_MOST_ALTERNATIVES)
     best_of: One = None
@@ -229,7 +231,7 @@ def _refusal(error: ValidationError) -> RequestError:
     if error.error_count() > _MOST_MISTAKES:  # each mistake takes a kilobyte
         return RequestError(400, f"the body is wrong in {error.error_count()} places", "invalid_value")
     # of several alternatives, the one that matched furthest
-    problem = max(error.errors(), key=lambda each: len(each["loc"]))
+    problem = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
     if problem["type"] == "json_invalid":
         return RequestError(400, f"the body is not JSON: {problem['ctx']['error']}", "invalid_json")
     parameter = str(problem["loc"][0]) if problem["loc"] else None

@@ -297,7 +297,8 @@ async def _send_whole(reply: api.Reply, stream: Stream, send: Send) -> str:
         pieces = [piece async for piece in stream]
     except EngineError as error:
         raise RequestError(503, str(error), retry_after_s=RETRY_S) from error
-    body = _to_json(reply.whole(Piece.joined(pieces)))
+    # with log probabilities, it may be several megabytes
+    body = await asyncio.to_thread(lambda: _to_json(reply.whole(Piece.joined(pieces))))
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from served_model import LIMIT_S, served, small_model
 
 from peer.loop import LoopThread
@@ -32,20 +33,28 @@ def mistakes(body: bytes) -> str:
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "said"),
     [
-        b'{"model": "village", "prompt": [' + b"-1," * 2**17 + b"0]}",
-        b'{"model": "village", ' + b",".join(b'"%x": 1' % n for n in range(2**16)) + b"}",
+        (b'{"model": "village", "prompt": [' + b"-1," * 2**17 + b"0]}", "prompt: "),
+        (b'{"model": "village", ' + b",".join(b'"%x": 1' % n for n in range(2**16)) + b"}", "65537 places"),
     ],
     ids=["tokens", "parameters"],
 )
-def test_a_body_full_of_mistakes_takes_little_memory(body: bytes) -> None:
+def test_a_body_full_of_mistakes_takes_little_memory(body: bytes, said: str) -> None:
     tracemalloc.start()
     try:
-        assert "places" in mistakes(body)
+        assert said in mistakes(body)
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("entry", [b"[0]", b"[]", b"-1", b'""', b"{}", b"null"])
+def test_of_a_prompt_full_of_mistakes_only_the_first_ones_are_looked_at(entry: bytes) -> None:
+    body = b'{"model": "village", "prompt": [' + b",".join([entry] * 1000) + b"]}"
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest.model_validate_json(body)
+    assert refused.value.error_count() < 10
 
 
 def test_no_numbers_of_one_client_break_off_anothers_answer(address: str) -> None:

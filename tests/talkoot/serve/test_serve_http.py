@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,8 +20,10 @@ from served_model import LIMIT_S, served, small_model, without_experts
 from dht.memory import Passage
 from peer.errors import DataError
 from peer.loop import LoopThread
+from talkoot.serve import api
 from talkoot.serve.access import read_keys
 from talkoot.serve.app import MAX_BODY
+from talkoot.serve.engine import Piece
 from talkoot.serve.model import ServedModel
 from trainer_client.data.tokenizer import ByteTokenizer
 from trainer_client.retrieval.attention import RetrievalSpec
@@ -209,6 +212,26 @@ def test_a_stream_has_no_line_ends_but_its_own(
     assert last == "data: [DONE]"
     texts = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events]
     assert len("".join(texts)) == ASKED["max_tokens"]
+
+
+def test_an_answer_is_written_on_another_thread(
+    loop: LoopThread, http: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 20 log probabilities for each of 4,096 tokens, it takes most of a second."""
+    whole = api.CompletionReply.whole
+    threads: list[threading.Thread] = []
+
+    def noted(reply: api.CompletionReply, piece: Piece) -> api.Json:
+        threads.append(threading.current_thread())
+        return whole(reply, piece)
+
+    async def current_thread() -> threading.Thread:
+        return threading.current_thread()
+
+    monkeypatch.setattr(api.CompletionReply, "whole", noted)
+    assert http.post(f"{address}v1/completions", json=ASKED).status_code == 200
+    assert threads
+    assert loop.run(current_thread(), LIMIT_S) not in threads
 
 
 @pytest.mark.parametrize("streams", [True, False])
