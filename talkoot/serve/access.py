@@ -48,7 +48,10 @@ class ApiKeys:
 
 
 class Places:
-    """Limits the requests in progress, for each client and in all."""
+    """Limits the requests in progress, for each client and in all.
+
+    If a few clients have taken all places, others still get one each, up to as many again.
+    """
 
     def __init__(self, most: int, most_per_client: int) -> None:
         self._most = most
@@ -58,7 +61,7 @@ class Places:
     @contextlib.contextmanager
     def taken(self, client: str) -> Iterator[None]:
         """Raises RequestError if no place is free."""
-        if self._taken.total() >= self._most:
+        if self._taken.total() >= (self._most if self._taken[client] else 2 * self._most):
             raise RequestError(
                 429, "the server is busy; try again later", "rate_limit_exceeded", retry_after_s=RETRY_S
             )

@@ -37,7 +37,10 @@ class ServeSettings(RoleSettings):
         default=32, ge=1, le=1024, description="answers that are computed together; others wait their turn"
     )
     max_waiting: int = Field(
-        default=128, ge=0, le=10_000, description="answers that may wait; further requests are refused"
+        default=128,
+        ge=0,
+        le=10_000,
+        description="answers that may wait; further requests of a client are refused while it has one under way",
     )
     max_per_client: int = Field(
         default=64,

@@ -280,6 +280,24 @@ def test_one_client_can_not_take_all_places(
         until(lambda: http.post(url, json=ASKED, headers=sauna).status_code == 200)
 
 
+def test_a_few_clients_that_take_all_places_keep_no_other_out(
+    loop: LoopThread, model: ServedModel, http: httpx.Client, tmp_path: Path
+) -> None:
+    names = ["greedy", "aino", "onni", "helmi"]
+    (tmp_path / "keys").write_text("\n".join(f"{name}-key" for name in names))
+    keys = [{"authorization": f"Bearer {name}-key"} for name in names]
+    bounds = {"max_streams": 1, "max_waiting": 1, "api_key_file": tmp_path / "keys", **MOST}
+    with served(loop, model, **bounds) as address, contextlib.ExitStack() as stack:
+        url = f"{address}v1/completions"
+        for _ in range(2):
+            stack.enter_context(http.stream("POST", url, json=ENDLESS, headers=keys[0]))
+        refused(http.post(url, json=ASKED, headers=keys[0]), 429, "rate_limit_exceeded")
+        assert http.post(url, json=ASKED, headers=keys[1]).status_code == 200
+        for key in keys[1:3]:
+            stack.enter_context(http.stream("POST", url, json=ENDLESS, headers=key))
+        refused(http.post(url, json=ASKED, headers=keys[3]), 429, "rate_limit_exceeded")
+
+
 @pytest.mark.parametrize(
     "headers",
     [
