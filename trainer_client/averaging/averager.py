@@ -226,7 +226,7 @@ class Averaging:
             return None
         tensors = await asyncio.to_thread(self._choose, mine, [theirs.tensors for theirs in given])
         age = median_low(min(theirs.age, most) for theirs in given)
-        self.part.replace(tensors, age)
+        await asyncio.to_thread(self.part.replace, tensors, age)
         return age
 
     async def _take(self, partner: TrainerInfo, mine: DensePart) -> PeerDensePart | None:

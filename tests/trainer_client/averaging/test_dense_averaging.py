@@ -1,6 +1,7 @@
 """Trainers average their dense parts over real sockets."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 
@@ -10,10 +11,11 @@ from dense_trainers import Play, Square, are_one, ended, identities, play
 from test_dense_part import make_model, take_step, trained
 from torch import Tensor, nn
 
+from peer.clipping import Tensors
 from peer.errors import ExpertError, StateError, TransferError
 from peer.metrics import total
 from trainer_client.averaging.averager import Averaging
-from trainer_client.averaging.dense_part import DenseMerge, PeerDensePart
+from trainer_client.averaging.dense_part import DenseMerge, PeerDensePart, SharedParameters
 
 __all__ = ["identities", "play"]
 
@@ -155,6 +157,29 @@ def test_who_joins_takes_what_the_only_other_gives(play: Play) -> None:
         assert ended(old, "given") == 1
         # Nobody's age has grown.
         assert await joiner.take_whole() is None
+
+    play(scenario)
+
+
+def test_who_joins_adopts_parameters_beside_the_event_loop(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large model, copying and measuring them takes a second."""
+    threads = list[threading.Thread]()
+    replace = SharedParameters.replace
+
+    def noted(part: SharedParameters, tensors: Tensors, age: int) -> None:
+        threads.append(threading.current_thread())
+        replace(part, tensors, age)
+
+    monkeypatch.setattr(SharedParameters, "replace", noted)
+
+    async def scenario(square: Square) -> None:
+        await square.trainer(trained(make_model(), 2), 70)
+        joiner = await square.trainer(make_model(), 0)
+        assert await joiner.take_whole() == 70
+        assert len(threads) == 1
+        assert threads[0] is not threading.current_thread()
 
     play(scenario)
 
