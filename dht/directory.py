@@ -115,6 +115,10 @@ class View:
         return prefix_tables(alive)
 
 
+def _hosts_of(replicas: Mapping[UID, Iterable[Replica]]) -> set[PeerID]:
+    return {replica.peer_id for hosts in replicas.values() for replica in hosts}
+
+
 @dataclass(frozen=True)
 class LiveExperts:
     """The experts of one layer that can be called at one moment. Immutable: a training step chooses, balances and
@@ -170,7 +174,8 @@ class Directory:
         by hiding a prefix. A few others are read too, because hosts rarely renew a prefix if many hosts seem to share
         it.
         """
-        living = {uid for uid, hosts in self.view.replicas.items() if hosts}
+        before = self.view.replicas
+        living = {uid for uid, hosts in before.items() if hosts}
         self._hurried.clear()
         if self.knows_all:
             replicas = await self.experts.replicas(self._manifest.uids(), only_active=True)
@@ -183,9 +188,11 @@ class Directory:
         else:
             uids = list(dict.fromkeys((*living, *await self._active_uids())))[:_MAX_READ]
             replicas = await self.experts.replicas(uids)
-        peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
-        nodes = await self.experts.registry.nodes(peers)
-        self.view = View(self._manifest, replicas, self._but_the_gone(nodes), self._now())
+        nodes = await self.experts.registry.nodes(_hosts_of(replicas))
+        # searches may have found more meanwhile
+        found = {uid: hosts for uid, hosts in self.view.replicas.items() if uid not in before}
+        nodes = {p: self.view.nodes[p] for p in _hosts_of(found) & self.view.nodes.keys()} | nodes
+        self.view = View(self._manifest, found | replicas, self._but_the_gone(nodes), self._now())
         self.failures = 0
         return self.view
 
@@ -330,9 +337,10 @@ class Directory:
             await self._add(await self.experts.replicas(hidden, limits=DEFAULT_LIMITS))
 
     async def _add(self, replicas: Mapping[UID, tuple[Replica, ...]]) -> None:
-        peers = {replica.peer_id for hosts in replicas.values() for replica in hosts}
-        unknown = peers - self.view.nodes.keys()
-        nodes = dict(self.view.nodes) | await self.experts.registry.nodes(unknown, limits=DEFAULT_LIMITS)
+        hosts, before = _hosts_of(replicas), self.view.nodes
+        new = await self.experts.registry.nodes(hosts - before.keys(), limits=DEFAULT_LIMITS)
+        # a refresh or another search may have changed the view meanwhile
+        nodes = {p: before[p] for p in hosts & before.keys()} | dict(self.view.nodes) | new
         known = {**self.view.replicas, **replicas}
         for uid in sorted(known, key=lambda uid: bool(known[uid]))[: max(0, len(known) - _MAX_READ)]:
             del known[uid]

@@ -509,3 +509,70 @@ def test_a_swarm_that_does_not_answer_is_said_once_until_it_does(
     with pytest.raises(EOFError):
         asyncio.run(directory.keep_fresh())
     assert caplog.text.count("can't refresh the view of the swarm: no DHT peer answered") == 2
+
+
+class Question:
+    """About the records of nodes."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = asyncio.Event(), asyncio.Event()
+
+
+class SlowNodes(FakeRegistry):
+    """Each row of the grid has its own host. Answers to these questions about nodes come when they are released."""
+
+    def __init__(self, *questions: Question) -> None:
+        super().__init__(random_experts(1.0, 0), [])
+        self.questions = iter(questions)
+
+    async def replicas(self, uids: Collection[UID], **_: Any) -> dict[UID, tuple[Replica, ...]]:
+        hosts = {uid: PeerID(b"\x12\x20" + bytes([uid.coordinate[0]]) * 32) for uid in uids}
+        return {uid: (make_replica(uid, host),) for uid, host in hosts.items()}
+
+    async def nodes(self, peer_ids: Collection[PeerID], **limits: object) -> dict[PeerID, NodeInfo]:
+        if (question := next(self.questions, None)) is not None:
+            question.asked.set()
+            await question.answer.wait()
+        return await super().nodes(peer_ids)
+
+
+def scores_for(first: int) -> list[Floats]:
+    """Ten rows, whose best experts are in ten rows of the grid from this one on."""
+    scores = [np.zeros((10, size), np.float32) for size in GRID]
+    scores[0][range(10), range(first, first + 10)] = 100
+    return scores
+
+
+def live(directory: Directory) -> set[tuple[int, ...]]:
+    return {tuple(coordinate) for coordinate in np.argwhere(directory.live(0).tables[-1]).tolist()}
+
+
+def test_searches_at_the_same_time_lose_nothing_that_the_other_found() -> None:
+    async def scenario() -> None:
+        first, second = Question(), Question()
+        directory = make_directory(SlowNodes(first, second))
+        searches = [asyncio.create_task(directory.search(0, scores_for(row), 8)) for row in (1, 11)]
+        for question in (first, second):
+            await question.asked.wait()
+        first.answer.set()
+        second.answer.set()
+        await asyncio.gather(*searches)
+        assert live(directory) == {(row, column) for row in range(1, 21) for column in range(8)}
+
+    asyncio.run(scenario())
+
+
+def test_a_refresh_keeps_what_a_search_found_meanwhile() -> None:
+    async def scenario() -> None:
+        question = Question()
+        directory = make_directory(SlowNodes(question))
+        refreshing = asyncio.create_task(directory.refresh())
+        await question.asked.wait()
+        await directory.search(0, scores_for(1), 8)
+        found = live(directory)
+        assert len(found) == 80
+        question.answer.set()
+        await refreshing
+        assert live(directory) > found
+
+    asyncio.run(scenario())
