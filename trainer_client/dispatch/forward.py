@@ -44,6 +44,10 @@ _MAX_ROUNDS = 8
 _FREE_ROUNDS = 2
 """After this many choices, a row prefers experts of peers that answered recently, because its experts were dead twice.
 """
+_LEAST_LEFT = 1 / 8
+"""If less than this share of the deadline is left, experts that failed are not replaced: others would be too late, and
+would be avoided for that.
+"""
 
 
 class ForwardRun:
@@ -288,7 +292,9 @@ class ForwardRun:
     # Rows that lack answers
 
     def _reselect_lacking(self) -> None:
-        """Sends rows that can no longer get enough answers to other experts."""
+        """Sends rows that can no longer get enough answers to other experts, as long as these have time to answer."""
+        if self._ends - self._clock() < _LEAST_LEFT * self._deadline_s:
+            return
         lacking = self._lacking((self.result.answered | self._pending).sum(axis=1))
         if len(lacking):
             self._reselect(lacking)

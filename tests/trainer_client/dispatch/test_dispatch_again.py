@@ -192,3 +192,23 @@ def test_late_experts_that_nobody_can_replace_may_answer_until_the_deadline() ->
         check_outputs(swarm, result)
 
     run(scenario())
+
+
+@pytest.mark.parametrize(("left", "is_replaced"), [(0.2, True), (0.1, False)])
+def test_an_expert_that_fails_near_the_end_is_not_replaced_by_others_that_would_be_too_late(
+    left: float, is_replaced: bool
+) -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(4)
+        swarm.behaviours[uid(0)] = swarm.behaviours[uid(1)] = SILENT
+        # it is asked when a quarter of the deadline is left
+        swarm.behaviours[make_peer_id(2)] = fails(after_s=(0.25 - left) * DEADLINE)
+        swarm.behaviours[uid(3)] = Behaviour(after_s=0.15 * DEADLINE)
+        breakers = CircuitBreakers(first_s=10 * DEADLINE)
+        dispatcher = make_dispatcher(swarm, k_min=1, breakers=breakers)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 4), 1, LENGTH)
+        assert result.answered.all() == is_replaced
+        await asyncio.sleep(2 * DEADLINE)
+        assert make_peer_id(3) not in breakers.open_at(now())
+
+    run(scenario())
