@@ -192,8 +192,7 @@ def _read(path: Path, swarm_id: str) -> Checkpoint:
                 "of this swarm"
             )
 
-    # one for the file, and one for its tensors
-    most = psutil.virtual_memory().available // 2
+    most = psutil.virtual_memory().total // 2  # the file and its tensors are in memory together
     header, tensors = decode_checkpoint(read_checkpoint(path, most), Header, check)
     # a history may contain the loss of a skipped step
     if not all(is_finite(t) for name, t in tensors.items() if not name.startswith("history.")):
