@@ -672,15 +672,16 @@ def command(
 ) -> Iterator[tuple[Terminal, StopSignals]]:
     """The context of every command: it turns user errors into one line, and signals into the exit status.
 
-    When nobody reads its standard output any more, a service continues. Any other command stops as if somebody had
-    asked it to, so that it closes what it opened.
+    When nobody reads its standard output any more, or its disk is full, a service continues. Without a reader, any
+    other command stops as if somebody had asked it to, so that it closes what it opened. On a full disk, it fails.
     """
     # torch's threads must not spin while they wait, because others need the cores; OpenMP reads this when torch is
     # imported
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.umask(os.umask(0o077) | 0o022)  # no other user may write to the files that a command writes
     signals = StopSignals()
-    terminal = Terminal(LogFormat.JSON if as_json else log_format, None if is_service else ask_to_stop)
+    shown = LogFormat.JSON if as_json else log_format
+    terminal = Terminal(shown, None if is_service else ask_to_stop, is_service=is_service)
     try:
         set_up_logging(terminal)
         yield terminal, signals

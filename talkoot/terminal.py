@@ -59,12 +59,21 @@ class Terminal:
     reads one of them any more, what is written there is dropped.
     """
 
-    def __init__(self, log_format: LogFormat, on_unread: Callable[[], None] | None = None) -> None:
-        """`on_unread` is called once, on any thread, when nobody reads standard output any more."""
+    def __init__(
+        self,
+        log_format: LogFormat,
+        on_unread: Callable[[], None] | None = None,
+        *,
+        is_service: bool = False,
+    ) -> None:
+        """`on_unread` is called once, on any thread, when nobody reads standard output any more. `is_service`: the
+        command continues even if its output can't be written.
+        """
         self.json: bool = log_format is LogFormat.JSON
         # a program without a window has neither
-        self._out = None if sys.stdout is None else _Output(sys.stdout, self._note_unread)
-        self._err = None if sys.stderr is None else _Output(sys.stderr, self._note_unread, only_informs=True)
+        out, err = sys.stdout, sys.stderr
+        self._out = None if out is None else _Output(out, self._note_unread, only_informs=is_service)
+        self._err = None if err is None else _Output(err, self._note_unread, only_informs=True)
         self.out: Console = _console(self._out)
         self.err: Console = _console(self._err, stderr=True)
         self.live: bool = _can_redraw(self.err) and not self.json
@@ -165,7 +174,7 @@ class _Output:
         self, stream: TextIO, note_unread: Callable[["_Output"], None], *, only_informs: bool = False
     ) -> None:
         """`note_unread` is called when it turns out that nobody reads it. `only_informs`: on other errors, such as a
-        full disk, text is missing from it, but the command continues.
+        full disk, text is missing from it, but the command continues. Otherwise, they raise StartError.
         """
         self._stream = stream
         self._note_unread = note_unread
@@ -214,7 +223,9 @@ class _Output:
             if nobody_reads(error, self._is_terminal):
                 self._note_unread(self)
             elif not self._only_informs:
-                raise
+                raise StartError(
+                    f"can't write the results to standard output: {error.strerror}; send them elsewhere"
+                ) from error
 
 
 def _console(output: _Output | None, *, stderr: bool = False) -> Console:

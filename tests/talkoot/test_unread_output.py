@@ -13,6 +13,7 @@ from typing import IO, NamedTuple
 import pytest
 from rich.live import Live
 
+from peer.errors import StartError
 from talkoot.terminal import LogFormat, Terminal, log_file, set_up_logging
 
 LOGGER = logging.getLogger("talkoot.test")
@@ -137,8 +138,9 @@ def test_on_a_full_disk_log_lines_are_missing_but_a_missing_result_is_an_error(
     terminal = make(disk, disk)
     try:
         LOGGER.info("evaluating")
-        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        with pytest.raises(StartError, match=rf"standard output: {os.strerror(errno.ENOSPC)}; "):
             terminal.line("loss 5.7")
+        Terminal(LogFormat.JSON, is_service=True).event("state", {})
         assert (terminal.unread_outputs, calls) == ([], [])
     finally:
         os.dup2(os.open(os.devnull, os.O_WRONLY), full)  # closing writes again
