@@ -239,9 +239,13 @@ class InviteLedger:
             return _File.model_validate_json(self._path.read_bytes()).issued
         except FileNotFoundError:
             return ()
-        except (OSError, ValidationError) as error:
+        except OSError as error:
             raise StartError(
-                f"can't read {self._path}, the list of your invites: restore it from a copy, or move it away"
+                f"can't read {self._path}, the list of your invites: {error.strerror}"
+            ) from error
+        except ValidationError as error:
+            raise StartError(
+                f"{self._path}, the list of your invites, is broken: restore it from a copy, or move it away"
             ) from error
 
     def add(self, issued: IssuedInvite) -> None:

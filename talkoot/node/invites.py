@@ -64,8 +64,16 @@ class FoundedSwarm(BaseModel):
                 f"no swarm was founded with the state folder {folder}: pass the --state of the node that you started "
                 "with --new. If it is still starting, wait until it prints its invite"
             ) from None
-        except (OSError, ValidationError) as error:
-            raise SettingsError(f"can't read {folder / FILE}: restart your node, which writes it") from error
+        except NotADirectoryError:
+            raise SettingsError(
+                f"--state {folder} is not a folder: pass the --state of the node that you started with --new"
+            ) from None
+        except OSError as error:
+            raise SettingsError(
+                f"can't read {folder / FILE}: {error.strerror}; run this as the user who runs the node"
+            ) from error
+        except ValidationError as error:
+            raise SettingsError(f"{folder / FILE} is broken: restart your node, which writes it") from error
 
 
 def require_no_other_swarm(folder: Path, name: str) -> None:
@@ -187,13 +195,16 @@ def run_list(terminal: Terminal, state: Path | None) -> None:
 
 def run_revoke(terminal: Terminal, state: Path | None, which: str) -> None:
     """`which`: the serial of an invite, or the name of its person. Raises UserError."""
-    revoked = InviteLedger(node_folder(state)).revoke(which, time.time())
+    ledger = InviteLedger(node_folder(state))
+    before = ledger.read()
+    revoked = ledger.revoke(which, time.time())
     if terminal.json:
         terminal.event("revoked", _values(revoked))
         return
     person = f", for {revoked.name}," if revoked.name else ""
+    done = "was already revoked" if revoked in before else "is revoked"
     terminal.line(
-        f"{revoked.number}{person} is revoked. Your node tells the others at once while it runs, or when you start it: "
+        f"{revoked.number}{person} {done}. Your node tells the others at once while it runs, or when you start it: "
         "that takes some seconds in a small swarm, and some minutes in a large one"
     )
 

@@ -196,6 +196,23 @@ def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path
         assert said in ended.stderr
 
 
+def test_a_state_folder_that_can_not_be_read_is_told_with_its_reason(tmp_path: Path) -> None:
+    file = tmp_path / "identity"
+    file.touch()
+    ended = run_here("invite", "--state", str(file))
+    assert_one_clear_line(ended)
+    assert f"--state {file} is not a folder: pass the --state" in ended.stderr
+    ended = run_here("invite", "--list", "--state", str(file))
+    assert_one_clear_line(ended)
+    assert "the list of your invites: Not a directory" in ended.stderr
+    (tmp_path / "swarm.json").write_text("{")
+    assert "is broken: restart your node" in run_here("invite", "--state", str(tmp_path)).stderr
+    (tmp_path / "invites.json").write_text("{")
+    assert (
+        "is broken: restore it from a copy" in run_here("invite", "--list", "--state", str(tmp_path)).stderr
+    )
+
+
 def test_the_invite_of_an_open_swarm_is_printed_again(tmp_path: Path) -> None:
     plain = founded(tmp_path, "open")
     printed = run_here("invite", "--state", str(tmp_path))
@@ -221,6 +238,8 @@ def test_an_invite_is_revoked_by_the_name_of_its_person(tmp_path: Path) -> None:
         both.split()
     )
     assert f"{made[2]}, for Bob, is revoked" in run_here("invite", "--revoke", made[2], *state).stdout
+    repeated = run_here("invite", "--revoke", made[2], *state)
+    assert (repeated.returncode, f"{made[2]}, for Bob, was already revoked" in repeated.stdout) == (0, True)
     assert f"{made[1]}, for Bob, is revoked" in run_here("invite", "--revoke", "Bob", *state).stdout
 
 
