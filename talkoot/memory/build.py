@@ -95,6 +95,8 @@ class BuildReport:
     """Passages that are new in this revision."""
     duplicates: int
     """Passages that were left out as duplicates."""
+    revoked: int
+    """Passages that were left out because they were revoked from the base."""
     unknown: float
     """The share of the new text's words that the encoder of --base or --encoder does not know; 0 without these."""
     shards: int
@@ -126,6 +128,8 @@ def run_build(terminal: Terminal, plan: BuildPlan) -> None:
         terminal.line(
             f"{counted(report.duplicates, 'passage', ',')} left out: the same text is there already"
         )
+    if report.revoked:
+        terminal.line(f"{counted(report.revoked, 'passage', ',')} left out: revoked from the base")
     if others:
         terminal.line(
             f"{counted(len(others), 'file', ',')} not read, such as {printable(str(others[0]), _SHOWN_CHARACTERS)}: "
@@ -175,6 +179,7 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
         manifest.revision,
         building.passages,
         building.duplicates,
+        building.revoked,
         building.unknown,
         len(manifest.shards),
         len(manifest.by_cell),
@@ -279,6 +284,8 @@ class _Building:
         self._file = PassageFile(folder / _PASSAGES, known)
         self._counter = WordCounter()
         self._words = self._unknown_words = 0
+        self.revoked: int = 0
+        """Passages that `write` left out."""
 
     @property
     def unknown(self) -> float:
@@ -286,7 +293,7 @@ class _Building:
 
     @property
     def passages(self) -> int:
-        return len(self._file)
+        return len(self._file) - self.revoked
 
     @property
     def duplicates(self) -> int:
@@ -389,6 +396,7 @@ class _Building:
         self, vectors_ND: Vectors, cells_N2: Integers, grid: tuple[int, ...]
     ) -> list[ShardInfo]:
         numbers = np.flatnonzero(self._not_revoked(vectors_ND))
+        self.revoked = len(vectors_ND) - len(numbers)
         rate = Rate(self._show, "writing shards", cells_N2.shape[1] * len(numbers))
         return write_shards(self._folder / SHARDS, self._file, vectors_ND, cells_N2, grid, numbers, rate.at)
 

@@ -239,7 +239,7 @@ class Selection:
             if not any(each.startswith(wanted) for each in hashes):
                 raise LibraryError(f"{store.folder} has no passage {wanted}, or it was revoked before")
         if not found:
-            raise LibraryError(f"no passage of {store.folder} contains that text")
+            raise LibraryError(f"no passage of {store.folder} contains that text, or it was revoked before")
         if len(found) + len(store.manifest.revoked) > MAX_REVOKED:
             raise LibraryError(
                 f"the memory would have {len(found) + len(store.manifest.revoked):,} revoked passages, more than "

@@ -44,7 +44,7 @@ def test_passages_are_selected_by_hash_or_by_what_is_in_them(tmp_path: Path) -> 
     found = Selection.parse([leaf.hex()], "TITLE 19").find(store)
     assert set(found) == {place, *((root, 19) for root in MEMORY.roots)}
     assert {each.passage.title for each in found.values()} == {"title 5", "title 19"}
-    with pytest.raises(LibraryError, match=r"no passage of .* contains that text"):
+    with pytest.raises(LibraryError, match=r"no passage of .* contains that text, or it was revoked before"):
         Selection.parse([], "zebra").find(store)
     with pytest.raises(LibraryError, match="has no passage 0000000000000000"):
         Selection.parse(["0" * 16], "title 19").find(store)
