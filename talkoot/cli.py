@@ -453,7 +453,7 @@ def export(
             from talkoot.model.export import ExportPlan, run_export
 
         plan = ExportPlan(out, resume, allow_missing, keep, keep_by, data_note, download_mbit)
-        run_export(terminal, signals, join, settings, plan)
+        run_export(terminal, signals, join, settings, plan, join_options(context))
 
 
 @app.command("import", cls=PlainCommand)

@@ -68,9 +68,16 @@ class ExportPlan:
 
 
 def run_export(
-    terminal: Terminal, signals: StopSignals, join: str | None, settings: TrainerSettings, plan: ExportPlan
+    terminal: Terminal,
+    signals: StopSignals,
+    join: str | None,
+    settings: TrainerSettings,
+    plan: ExportPlan,
+    joined: str,
 ) -> None:
-    """Raises UserError if it fails, and Stopped after a signal. The same command then resumes later."""
+    """`joined`: the options to join with, for the next command. Raises UserError if it fails, and Stopped after a
+    signal. The same command then resumes later.
+    """
     plan.check()
     began = time.monotonic()
     invite = reader_invite(join, settings)
@@ -96,7 +103,7 @@ def run_export(
                 raise
             finally:
                 export.close()
-            export.report(time.monotonic() - began)
+            export.report(time.monotonic() - began, joined)
         finally:
             signals.ignore()
             client.close()
@@ -161,7 +168,7 @@ class _Export:
             self._sources = file.experts
             writer.finish(model_card(self._facts(dense)))
 
-    def report(self, seconds: float) -> None:
+    def report(self, seconds: float, joined: str) -> None:
         total, received = self._client.manifest.experts_total, self._experts.received_bytes
         if self._terminal.json:
             values = {"folder": str(self._plan.out), "experts": len(self._sources), "experts_total": total}
@@ -175,7 +182,7 @@ class _Export:
         )
         path = shlex.quote(str(self._plan.out))
         command = (
-            f"ask --join INVITE --model {path} 'YOUR QUESTION'"
+            f"ask {joined} --model {path} 'YOUR QUESTION'"
             if self._client.settings.answers_questions
             else f"serve --model {path}"
         )

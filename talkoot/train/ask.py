@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peer.metrics import total
 from talkoot.memory.search import check_found, check_hosts, citation, hit_dict, why_nothing
 from talkoot.model.opened import open_model
 from talkoot.model.reading import FolderMemory
+from talkoot.progress import Progress
 from talkoot.signals import StopSignals
 from talkoot.terminal import Terminal, to_json
 from talkoot.train.session import reader_invite
@@ -193,8 +195,14 @@ def _answerer_of_folder(
 def _answer(
     terminal: Terminal, answerer: QuestionAnswerer, question: str, unanswered_rows: Callable[[], int]
 ) -> None:
+    steps = count(1)
     with terminal.stages("looking for passages") as stage:
-        answered = answerer.answer(question, stage)
+        progress = Progress(stage, terminal.live)
+        answered = answerer.answer(
+            question,
+            lambda text: progress.show(text, ""),
+            lambda: progress.show("answering", f"{counted(next(steps), 'step')} so far"),
+        )
     check_found(answered.memory, answered.result)
     unanswered = unanswered_rows()
     if terminal.json:

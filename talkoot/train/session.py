@@ -102,11 +102,12 @@ def run_train(
         check_plot(settings.plot)
     where = read_manifest(local) if local is not None else Invite.read(join or "")
     with logs_written(settings.log, settings.tensorboard) as writers:
-        values = _train(terminal, signals, where, settings, resume, writers)
+        values, answers = _train(terminal, signals, where, settings, resume, writers)
     if terminal.json:
         terminal.event("summary", values)
     else:
-        for text in (*summary_lines(values), *next_commands(values, joined, settings, json_file)):
+        then = next_commands(values, joined, settings, json_file, answers=answers)
+        for text in (*summary_lines(values), *then):
             terminal.line(text)
     if json_file is not None:
         write_json(json_file, values)
@@ -125,8 +126,10 @@ def _train(
     settings: TrainerSettings,
     resume: bool,
     writers: Sequence[Write],
-) -> dict[str, Any]:
-    """Returns the summary. `where`: the invite of a swarm, or a manifest for training in this process alone."""
+) -> tuple[dict[str, Any], bool]:
+    """Returns the summary, and whether the model learns to answer questions. `where`: the invite of a swarm, or a
+    manifest for training in this process alone.
+    """
     state = trainer_state(settings)
     client: Client
     with (
@@ -147,17 +150,23 @@ def _train(
         values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
         values |= run.read()
         folder = None if run.saver is None or not run.saver.saved_step else str(run.saver.folder)
-        return values | {"checkpoint": folder, "stopped": signals.received is not None}
+        values |= {"checkpoint": folder, "stopped": signals.received is not None}
+        return values, settings.answers_questions
     finally:
         signals.ignore()
         client.close()
 
 
 def next_commands(
-    values: Mapping[str, Any], joined: str, settings: TrainerSettings, json_file: Path | None = None
+    values: Mapping[str, Any],
+    joined: str,
+    settings: TrainerSettings,
+    json_file: Path | None = None,
+    *,
+    answers: bool = False,
 ) -> list[str]:
     """What to do with the trained model. `joined`: the options to join with. `json_file`: where the summary was
-    written.
+    written. `answers`: the model learns to answer questions.
     """
     if values["checkpoint"] is None:
         return []
@@ -168,8 +177,9 @@ def next_commands(
     written = ("--log", settings.log), ("--tensorboard", settings.tensorboard), ("--plot", settings.plot)
     for name, path in (*written, ("--json", json_file)):  # checkpoints leave these out
         more += option_text(name, path)
+    use = f"ask {options} 'YOUR QUESTION'" if answers else f"generate {options} --prompt 'Once upon a time'"
     return [
-        f"next: talkoot generate {options} --prompt 'Once upon a time'",
+        f"next: talkoot {use}",
         f"  or: talkoot train {options} --resume{more}",
     ]
 

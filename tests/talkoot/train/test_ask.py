@@ -85,6 +85,7 @@ def test_a_run_learns_from_questions_and_is_resumed(founder: Founder, trained: P
     ended = talkoot(*again)
     assert ended.status == 0, ended.err
     assert json.loads((trained / "again.json").read_text())["resumed_at"] == 3
+    assert f"next: talkoot ask --join INVITE --state {trained} 'YOUR QUESTION'" in ended.out
     talkoot(*train(founder, trained, "--resume", "--objective", "causal")).is_one_clear_line("objective: ")
     talkoot(*train(founder, trained, "--resume", "--steps", 9, "--memory", "other")).is_one_clear_line(
         "with the encoder of another memory"
@@ -119,10 +120,12 @@ def test_an_answer_has_its_sources(founder: Founder, trained: Path) -> None:
 def test_a_model_that_answers_can_be_kept_and_asked_without_the_swarms_experts(
     founder: Founder, trained: Path, tmp_path: Path
 ) -> None:
-    used, out = ("--join", founder.invite, "--state", trained), tmp_path / "model"
+    invite, out = tmp_path / "invite", tmp_path / "model"
+    invite.write_text(founder.invite)
+    used = ("--join", f"@{invite}", "--state", trained)
     ended = talkoot("export", "-o", out, "--resume", "--wait-for-experts", 0, *used)
     assert ended.status == 0, ended.err
-    assert ended.out.endswith(f"\nnext: talkoot ask --join INVITE --model {out} 'YOUR QUESTION'\n")
+    assert ended.out.endswith(f"\nnext: talkoot ask --join @{invite} --model {out} 'YOUR QUESTION'\n")
     card = (out / "README.md").read_text()
     assert f"the memory `{NAME}` of its swarm" in card
     asked = ("ask", "what is word7?", "--json")

@@ -281,6 +281,8 @@ def test_the_next_command_is_told(tmp_path: Path) -> None:
     _, resume = next_commands(SUMMARY | {"stopped": True}, "--join INVITE", files, Path("run.json"))
     assert resume.endswith(" --resume --log log.jsonl --plot 'my loss.png' --json run.json")
     assert next_commands(SUMMARY | {"checkpoint": None}, "--join INVITE", TrainerSettings()) == []
+    ask, _ = next_commands(SUMMARY, "--join INVITE", TrainerSettings(), answers=True)
+    assert ask == "next: talkoot ask --join INVITE 'YOUR QUESTION'"
 
 
 def test_a_validation_is_a_line() -> None:
