@@ -85,8 +85,7 @@ def naming_failures(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StartError(
-            f"can't write {path}: {error.strerror or error}; complete files stay: fix this, and run the same command "
-            "again"
+            f"can't write {path}: {error.strerror or error}; fix this, and run the same command again"
         ) from error
 
 

@@ -426,7 +426,10 @@ def _given_encoder(file: Path, base: _Base | None) -> DualEncoder:
             raise WireError(f"the encoder has more than {bytes_in_words(MAX_ENCODER_BYTES)}")
         return DualEncoder.from_bytes(data)
     except OSError as error:
-        raise DataError(f"--encoder: can't read {file}: {error.strerror or error}") from error
+        raise DataError(
+            f"--encoder: can't read {file}: {error.strerror or error}; pass a file that `talkoot memory train-encoder` "
+            "wrote"
+        ) from error
     except WireError as error:
         raise DataError(
             f"--encoder {file} is not a file that `talkoot memory train-encoder` wrote: {error}"

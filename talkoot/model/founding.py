@@ -124,7 +124,10 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
             stage("writing the dense part")
             run = _write_dense(model, manifest, keys.swarm_id, trainer)
         except OSError as error:
-            raise StartError(f"can't write {error.filename or node}: {error.strerror or error}") from error
+            raise StartError(
+                f"can't write {error.filename or node}: {error.strerror or error}; fix this, and run the same command "
+                "again"
+            ) from error
         write_output(plan.manifest_file, to_toml(manifest).encode(), "--out")
     return {
         "name": manifest.name,

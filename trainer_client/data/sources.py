@@ -125,7 +125,7 @@ def _readable(document: Document) -> Iterator[str]:
 
 def unreadable(file: Path, error: OSError) -> DataError:
     """The DataError to raise in place of this OSError."""
-    return DataError(f"can't read {file}: {error.strerror or error}; check its permissions")
+    return DataError(f"can't read {file}: {error.strerror or error}; check its name and its permissions")
 
 
 def _find(path: str) -> list[Path]:
