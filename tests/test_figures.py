@@ -19,8 +19,13 @@ def tool() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def edges(tool: dict[str, Any]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = tool["import_edges"](tool["working_tree"]())
+def tree(tool: dict[str, Any]) -> Any:
+    return tool["working_tree"]()
+
+
+@pytest.fixture(scope="module")
+def edges(tool: dict[str, Any], tree: Any) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = tool["import_edges"](tree)
     return found
 
 
@@ -40,10 +45,10 @@ def test_cycles_and_upward_imports_are_found(tool: dict[str, Any]) -> None:
     assert tool["upward_imports"](edges) == [("expert_server.f", "trainer_client.g"), ("peer.d", "dht.e")]
 
 
-def test_settings_are_those_of_the_models(tool: dict[str, Any]) -> None:
+def test_settings_are_those_of_the_models(tool: dict[str, Any], tree: Any) -> None:
     settings, _ = (ROOT / "docs" / "settings.md").read_text().split("### Presets")
     rows = settings.count("\n| `")
-    counted = tool["settings"](tool["working_tree"]())
+    counted = tool["settings"](tree)
     assert sum(counted.values()) == rows
 
 

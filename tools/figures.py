@@ -8,6 +8,7 @@ Product code is the five packages without the generated `peer/wire/`.
 
 import argparse
 import ast
+import gc
 import io
 import json
 import subprocess
@@ -16,6 +17,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -56,6 +58,11 @@ class Module:
     name: str
     lines: int
     tree: ast.Module
+
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """All nodes of the tree."""
+        return tuple(ast.walk(self.tree))
 
     @property
     def is_package(self) -> bool:
@@ -100,7 +107,7 @@ def _module_name(path: str) -> str:
 def figures(code: Code) -> Figures:
     """All figures, by their names."""
     plain = [module for module in code.values() if not module.is_package]
-    functions = [(module, function) for module in code.values() for function in _functions(module.tree)]
+    functions = [(module, function) for module in code.values() for function in _functions(module)]
     lengths = [_length(function) for _, function in functions]
     where, most = max(functions, key=lambda each: _parameters(each[1]))
     edges = import_edges(code)
@@ -129,8 +136,8 @@ def figures(code: Code) -> Figures:
     }
 
 
-def _functions(tree: ast.AST) -> Iterator[Function]:
-    return (node for node in ast.walk(tree) if isinstance(node, Function))
+def _functions(module: Module) -> Iterator[Function]:
+    return (node for node in module.nodes if isinstance(node, Function))
 
 
 def _length(function: Function) -> int:
@@ -151,7 +158,7 @@ def import_edges(code: Code) -> dict[str, set[str]]:
 
 
 def _imported(module: Module, code: Code) -> Iterator[str]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in code)
         elif isinstance(node, ast.ImportFrom):
@@ -176,7 +183,7 @@ def hivemind_importers(code: Code) -> list[str]:
 
 
 def _external(module: Module, package: str) -> Iterator[bool]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] == package for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -236,7 +243,7 @@ def records(code: Code, places: tuple[str, ...]) -> list[str] | None:
         if not modules:
             return None
         for module in modules:
-            classes = (node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef))
+            classes = (node for node in module.nodes if isinstance(node, ast.ClassDef))
             names = [node.name for node in classes if _is_record(node) and only in ("", node.name)]
             found += [f"{module.path}:{name}" for name in names]
     return found
@@ -307,7 +314,7 @@ def _resolve(code: Code, module: Module, name: str) -> tuple[Module, ast.ClassDe
     local = _class(module, name, required=False)
     if local is not None:
         return module, local
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 source = _source(module, node)
@@ -342,6 +349,7 @@ def _shown(value: str | float | None) -> str:
 
 
 def main() -> None:
+    gc.disable()  # it would look through all trees again and again, which takes as long as all else
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
