@@ -99,8 +99,13 @@ SMALL = Scenario(
 )
 
 
-def test_the_simulated_side_adopts_and_trains_on_alike_for_a_seed() -> None:
-    first, again, other = (simulate(SMALL, seed) for seed in (1, 1, 2))
+@pytest.fixture(scope="module")
+def simulated() -> Measured:
+    return simulate(SMALL, 1)
+
+
+def test_the_simulated_side_adopts_and_trains_on_alike_for_a_seed(simulated: Measured) -> None:
+    first, again, other = (simulated, *(simulate(SMALL, seed) for seed in (1, 2)))
     assert json.dumps(first.figures()) == json.dumps(again.figures()) != json.dumps(other.figures())
     assert first.adoption.vacant == len(first.adoption.times_s) == 1
     assert first.adoption.all_served_s < SMALL.adoption_limit_s
@@ -109,13 +114,12 @@ def test_the_simulated_side_adopts_and_trains_on_alike_for_a_seed() -> None:
         assert stretch.answered > 0.5
 
 
-def test_calls_take_at_least_the_time_of_links_and_processors() -> None:
-    measured = simulate(SMALL, 1)
+def test_calls_take_at_least_the_time_of_links_and_processors(simulated: Measured) -> None:
     fastest = min(SMALL.sequence / speed / 3 for speed in SMALL.speeds())
-    for step in measured.training.steps:
+    for step in simulated.training.steps:
         assert step.forward_s > SMALL.emulated_link.delay_s
         assert step.forward_s + step.backward_s > fastest
-    figures = measured.figures()
+    figures = simulated.figures()
     # Rows to both experts and back, and the same for gradients, in float32.
     assert figures["call_bytes_per_row"] > 2 * 4 * SMALL.width
     assert ratio("rows_per_s", figures, [figures, figures]) == 1
