@@ -240,9 +240,10 @@ class SampleHost:
             if number in missing:
                 continue
             shard = self.memory.shards[asked.root]
-            for query in asked.queries or range(len(queries_QD)):
-                _, positions_k, scores_k = search_together([shard], queries_QD[[query]], request.k)
-                for position, score in zip(positions_k[0].tolist(), scores_k[0].tolist(), strict=True):
+            queries = list(asked.queries or range(len(queries_QD)))
+            _, positions_QK, scores_QK = search_together([shard], queries_QD[queries], request.k)
+            for query, positions_K, scores_K in zip(queries, positions_QK, scores_QK, strict=True):
+                for position, score in zip(positions_K.tolist(), scores_K.tolist(), strict=True):
                     found[query].append(_Candidate(score, number, position, shard.text_at(position)))
         lengths = [len(self.memory.shards[asked.root]) for asked in request.shards]
         best = [sorted(some, key=lambda f: (-f[0], *f[1:]))[: request.k] for some in found]
