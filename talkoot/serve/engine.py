@@ -105,6 +105,8 @@ class Stream:
         """The tokens from which it continues when it gets a place."""
         self.asked_at: float = time.monotonic()
         self.has_begun = False
+        self.nodes = set[str]()
+        """The nodes that have answered since its last piece. For the engine's thread."""
         self._text = TextStream(token_bytes, job.stops)
         self._generator = make_generator(job.sampling.seed)
         self._scored: list[ScoredToken] = []
@@ -404,13 +406,14 @@ class Engine:
 
     def _advance(self, streams: Sequence[Stream]) -> dict[Stream, Piece | EngineError]:
         advances = self._work.compute(streams)
-        nodes = self._nodes()
+        answered = self._nodes()
         news: dict[Stream, Piece | EngineError] = {}
         for stream, advance in zip(streams, advances, strict=True):
+            stream.nodes |= answered
             if advance is None:
                 continue
             try:
-                news[stream] = piece = advance(nodes)
+                news[stream] = piece = advance(frozenset(stream.nodes))
             except UserError as error:
                 news[stream] = EngineError(str(error))
                 continue
@@ -418,6 +421,7 @@ class Engine:
                 logger.exception("an answer broke off")
                 news[stream] = EngineError(_INTERNAL)
                 continue
+            stream.nodes.clear()
             self._metrics.tokens.labels("generated").inc(piece.tokens)
             if not stream.has_begun:
                 stream.has_begun = True

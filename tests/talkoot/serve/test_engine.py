@@ -12,7 +12,7 @@ from served_model import LIMIT_S, small_model
 from torch import Tensor
 
 from peer.errors import UnavailableError
-from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream, Writing
+from talkoot.serve.engine import Advance, Engine, EngineError, Job, Piece, Stream, Writing
 from talkoot.serve.model import ServedModel
 from trainer_client.decoding import Decoding, TextDecoder
 from trainer_client.inference import decoded, generate
@@ -188,6 +188,39 @@ def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> 
             await asyncio.to_thread(engine.close)
 
     asyncio.run(scene())
+
+
+def test_a_piece_names_the_nodes_that_answered_in_all_rounds_since_the_last_one() -> None:
+    """An answer to a question takes many rounds."""
+    rounds = iter([{"Aino"}, {"Eino"}, set[str](), {"Veikko"}])
+
+    class Slow:
+        def __init__(self) -> None:
+            self.rounds = 0
+
+        def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
+            self.rounds += 1
+            finish = {3: None, 4: "stop"}
+            if self.rounds not in finish:
+                return [None]
+            return [lambda nodes: Piece("so ", 1, finish=finish[self.rounds], nodes=nodes)]
+
+        def close(self) -> None:
+            pass
+
+    async def scene() -> list[Piece]:
+        loop = asyncio.get_running_loop()
+        engine = Engine(Slow(), [], 8, loop, nodes=lambda: frozenset(next(rounds)))
+        pieces: list[Piece] = []
+        stream = engine.begin(job("where?", 9), "a")
+        stream.put = pieces.append  # type: ignore[method-assign, assignment]  # else it would join them
+        try:
+            await until(lambda: len(pieces) == 2)
+        finally:
+            await asyncio.to_thread(engine.close)
+        return pieces
+
+    assert [piece.nodes for piece in asyncio.run(scene())] == [{"Aino", "Eino"}, {"Veikko"}]
 
 
 @pytest.mark.parametrize(
