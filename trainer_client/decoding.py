@@ -81,9 +81,13 @@ class Decoding:
         return frozenset(peer_id for peer_id, times in self._forgotten.items() if times >= _MOST_FORGOTTEN)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether the next token costs the computation of one row, rather than of the whole sequence."""
-        return self._state is not None or self._logits is not None
+    def next_rows(self) -> int:
+        """How many rows the next token costs: one if the sequence's own are kept, otherwise all, and those of the
+        source if the encoder has not read it yet.
+        """
+        is_kept = self._state is not None or self._logits is not None
+        unread = self.source.tokens if self.source is not None and self.source.encoded is None else ()
+        return (1 if is_kept else len(self.tokens)) + len(unread)
 
     @property
     def is_full(self) -> bool:

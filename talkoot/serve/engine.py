@@ -5,7 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -106,7 +106,9 @@ class Stream:
         self.asked_at: float = time.monotonic()
         self.has_begun = False
         self.nodes = set[str]()
-        """The nodes that have answered since its last piece. For the engine's thread."""
+        """The nodes that have worked for its next piece. For the engine's thread."""
+        self.computed_in = 0
+        """The last round in which it was computed as a whole. For the engine's thread."""
         self._text = TextStream(token_bytes, job.stops)
         self._generator = make_generator(job.sampling.seed)
         self._scored: list[ScoredToken] = []
@@ -191,7 +193,7 @@ class EngineMetrics:
         )
         self.step: Histogram = Histogram(
             "talkoot_serve_step_seconds",
-            "For one more token of all texts that are computed, or a look whether questions have been answered.",
+            "For one more token of the texts that are computed, or a look whether questions have been answered.",
             buckets=SECONDS,
             registry=metrics,
         )
@@ -212,6 +214,10 @@ UserError.
 class Work(Protocol):
     """What is done in each round for the streams that have a place."""
 
+    @property
+    def waiting(self) -> Collection[Stream]:
+        """The streams for which nothing was done in the last round."""
+
     def compute(self, streams: Sequence[Stream]) -> Sequence[Advance | None]:
         """The next step of each stream; None if a stream has nothing new. Raises UserError if none of them can be
         continued.
@@ -224,10 +230,12 @@ class Writing:
     """Writes texts, which grow by one token in each round.
 
     A text whose rows are not kept, such as a new prompt, must be computed as a whole. In each round, this is done for
-    at most `MOST_ROWS` rows, or for one text, so that other texts grow meanwhile. Clients take turns.
+    at most `MOST_ROWS` rows, or for one text, so that other texts grow meanwhile. Clients take turns, and so do the
+    texts of each. Texts that nodes forget during a round are computed again on top of that.
     """
 
     def __init__(self, decoder: Decoder) -> None:
+        self.waiting: Set[Stream] = frozenset()
         self._decoder = decoder
         self._round = 0
         self._served: dict[str, int] = {}
@@ -235,9 +243,9 @@ class Writing:
 
     def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
         decodings = {stream: self._decoding(stream) for stream in streams}
-        whole = [stream for stream, decoding in decodings.items() if not decoding.is_kept]
-        waiting = set(whole) - self._due(whole, decodings)
-        chosen = [stream for stream in streams if stream not in waiting]
+        whole = [stream for stream, decoding in decodings.items() if decoding.next_rows > 1]
+        self.waiting = set(whole) - self._due(whole, decodings)
+        chosen = [stream for stream in streams if stream not in self.waiting]
         logits_SV = self._decoder.logits([decodings[stream] for stream in chosen])
         advances = {
             stream: partial(stream.advance, logits_V)
@@ -258,12 +266,12 @@ class Writing:
         self._served = {stream.client: self._served.get(stream.client, self._round) for stream in decodings}
         self._round += 1
         due, rows = set[Stream](), 0
-        for stream in sorted(whole, key=lambda stream: self._served[stream.client]):
-            rows += len(decodings[stream].tokens)
+        for stream in sorted(whole, key=lambda each: (self._served[each.client], each.computed_in)):
+            rows += decodings[stream].next_rows
             if due and rows > MOST_ROWS:
                 break
             due.add(stream)
-            self._served[stream.client] = self._round
+            self._served[stream.client] = stream.computed_in = self._round
         return due
 
 
@@ -273,6 +281,7 @@ class Answering:
     AT_ONCE = 4
     _ROUND_S = 0.1
     """The longest time until a new question is noticed."""
+    waiting: Set[Stream] = frozenset()
 
     def __init__(self, questions: QuestionAnswerer, tokenizer: Tokenizer) -> None:
         self._questions, self._tokenizer = questions, tokenizer
@@ -409,7 +418,8 @@ class Engine:
         answered = self._nodes()
         news: dict[Stream, Piece | EngineError] = {}
         for stream, advance in zip(streams, advances, strict=True):
-            stream.nodes |= answered
+            if stream not in self._work.waiting:
+                stream.nodes |= answered
             if advance is None:
                 continue
             try:

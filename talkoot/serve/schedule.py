@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 S = TypeVar("S", bound=Hashable)
 
 SLICE = 64
-"""How many tokens a stream gets before it gives its place to another client's."""
+"""For how many rounds a stream keeps its place before another client's gets it. In each, it gets one token or none."""
 
 
 class FairSchedule(Generic[S]):

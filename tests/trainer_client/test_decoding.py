@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dht.manifest import Manifest
 from talkoot.train.local import LocalSwarm
-from trainer_client.decoding import Decoding, TextDecoder
+from trainer_client.decoding import Decoding, EncoderSource, TextDecoder
 from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.settings import RouterName, TrainerSettings
 
@@ -130,3 +130,11 @@ def test_experts_of_other_packages_are_given_whole_sequences() -> None:
     model.mixtures[0] = nn.Identity()
     check(model, [[1, 2, 3], [4, 5]], 0, steps=3)
     assert model.seen == []
+
+
+def test_a_sequence_costs_all_its_rows_and_those_of_a_source_that_was_not_read() -> None:
+    assert Decoding([1, 2, 3], 16, 1).next_rows == 3
+    source = EncoderSource((1,) * 10)
+    assert Decoding([1, 2], 16, 1, source).next_rows == 12
+    source.encoded = ()
+    assert Decoding([1, 2], 16, 1, source).next_rows == 2

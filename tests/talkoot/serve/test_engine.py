@@ -169,6 +169,22 @@ def test_many_long_prompts_hold_up_no_other_text(model: ServedModel, monkeypatch
     assert grown(*greedy, modest) == [*greedy, modest]
 
 
+def test_texts_of_one_client_take_turns_if_no_rows_are_kept(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("talkoot.serve.engine.MOST_ROWS", 128)
+    decoder = CountedDecoder(model)
+    decoder._can_extend = lambda: False
+    writing = Writing(decoder)
+    streams = [Stream(job("a" * 30, 9, seed=n), "a client", model.token_bytes) for n in range(8)]
+
+    def grown() -> list[int]:
+        advances = writing.compute(streams)
+        return [n for n, advance in enumerate(advances) if advance and advance(frozenset())]
+
+    assert [grown() for _ in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> None:
     class Broken(CountedDecoder):
         def logits(self, sequences: Sequence[Decoding]) -> Tensor:
@@ -191,16 +207,18 @@ def test_a_prediction_that_is_not_finite_ends_one_stream(model: ServedModel) -> 
 
 
 def test_a_piece_names_the_nodes_that_answered_in_all_rounds_since_the_last_one() -> None:
-    """An answer to a question takes many rounds."""
-    rounds = iter([{"Aino"}, {"Eino"}, set[str](), {"Veikko"}])
+    """An answer to a question takes many rounds. In the first one, it waits."""
+    rounds = iter([{"Urho"}, {"Aino"}, {"Eino"}, set[str](), {"Veikko"}])
 
     class Slow:
         def __init__(self) -> None:
             self.rounds = 0
+            self.waiting: Sequence[Stream] = ()
 
         def compute(self, streams: Sequence[Stream]) -> list[Advance | None]:
             self.rounds += 1
-            finish = {3: None, 4: "stop"}
+            self.waiting = streams if self.rounds == 1 else ()
+            finish = {4: None, 5: "stop"}
             if self.rounds not in finish:
                 return [None]
             return [lambda nodes: Piece("so ", 1, finish=finish[self.rounds], nodes=nodes)]
