@@ -190,9 +190,13 @@ class Directory:
             replicas = await self.experts.replicas(uids)
         nodes = await self.experts.registry.nodes(_hosts_of(replicas))
         # searches may have found more meanwhile
-        found = {uid: hosts for uid, hosts in self.view.replicas.items() if uid not in before}
+        found = {
+            uid: hosts
+            for uid, hosts in self.view.replicas.items()
+            if uid not in before and uid not in replicas
+        }
         nodes = {p: self.view.nodes[p] for p in _hosts_of(found) & self.view.nodes.keys()} | nodes
-        self.view = View(self._manifest, found | replicas, self._but_the_gone(nodes), self._now())
+        self.view = View(self._manifest, {**replicas, **found}, self._but_the_gone(nodes), self._now())
         self.failures = 0
         return self.view
 

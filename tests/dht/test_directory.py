@@ -574,5 +574,7 @@ def test_a_refresh_keeps_what_a_search_found_meanwhile() -> None:
         question.answer.set()
         await refreshing
         assert live(directory) > found
+        newest = {uid.coordinate for uid in [*directory.view.replicas][-40:]}
+        assert newest < found, "if there are too many, the first ones are dropped"
 
     asyncio.run(scenario())
