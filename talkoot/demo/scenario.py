@@ -111,9 +111,9 @@ def run_demo(terminal: Terminal, plan: DemoPlan, json_file: Path | None) -> None
     except Stopped:
         terminal.err.print("stopped: all processes of the demo have ended, and its files are removed")
         raise
-    terminal.line(summary(result))
     if json_file is not None:
         write_json(json_file, asdict(result))
+    terminal.line(summary(result))
     judge(result)
 
 

@@ -103,14 +103,14 @@ def run_train(
     where = read_manifest(local) if local is not None else Invite.read(join or "")
     with logs_written(settings.log, settings.tensorboard) as writers:
         values, answers = _train(terminal, signals, where, settings, resume, writers)
+    if json_file is not None:
+        write_json(json_file, values)
     if terminal.json:
         terminal.event("summary", values)
     else:
         then = next_commands(values, joined, settings, json_file, answers=answers)
         for text in (*summary_lines(values), *then):
             terminal.line(text)
-    if json_file is not None:
-        write_json(json_file, values)
     if local is None and values["steps"] and values["checkpoint"] is None:
         raise CheckpointError(
             "nothing of this run is saved: if the disk is full, make room, or pass another --checkpoint or --state"
