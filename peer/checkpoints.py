@@ -25,7 +25,7 @@ from torch import Tensor
 
 from peer.errors import StateError
 from peer.files import write_atomically
-from peer.formatting import counted, printable
+from peer.formatting import bytes_in_words, counted, printable
 from peer.platform.files import sync_folder
 
 FORMAT_VERSION = 1
@@ -114,7 +114,9 @@ def read_checkpoint(path: Path, most: int | None = None) -> bytes:
         if not stat.S_ISREG(about.st_mode):
             raise StateError("it can't be read: it is not a file")
         if most is not None and about.st_size > most:
-            raise StateError(f"it has {about.st_size} bytes; at most {most}")
+            raise StateError(
+                f"it has {bytes_in_words(about.st_size)}; at most {bytes_in_words(most)} can be read"
+            )
         return path.read_bytes()
     except OSError as error:
         raise StateError(f"it can't be read: {error.strerror}") from error

@@ -513,8 +513,8 @@ class ModelFolder:
         free = psutil.virtual_memory().available
         if size > free:
             raise ModelError(
-                f"the model in {self.path} takes {bytes_in_words(size)}, but only {bytes_in_words(free)} of memory are "
-                "free"
+                f"to read the model in {self.path} takes {bytes_in_words(size)}, but only {bytes_in_words(free)} of "
+                "memory are free: end other programs, or use a machine with more"
             )
 
     def dense(self) -> dict[str, Tensor]:

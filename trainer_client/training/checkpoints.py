@@ -176,8 +176,8 @@ def load_checkpoint(path: Path, swarm_id: str) -> Checkpoint:
             return checkpoint
     if tried:
         raise CheckpointError(
-            f"all checkpoints in {path} are broken: pass another run's folder as --checkpoint, or train a new model, "
-            "in another folder and without --resume"
+            f"no checkpoint in {path} can be read, as the warnings above say: pass another run's folder as "
+            "--checkpoint, or train a new model, in another folder and without --resume"
         )
     raise CheckpointError(f"no checkpoint in {path}: give the folder that `talkoot train` named")
 

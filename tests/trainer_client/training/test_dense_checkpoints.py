@@ -173,7 +173,7 @@ def test_when_none_is_whole_that_is_said(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(
-        CheckpointError, match=r"all checkpoints in .* are broken: .* in another folder and without --res"
+        CheckpointError, match=r"no checkpoint in .* can be read, .* in another folder and without --res"
     ):
         load_checkpoint(tmp_path, SWARM)
     with pytest.raises(
