@@ -420,7 +420,7 @@ class StateClient:
         await self._service.close()
 
     def is_withholding(self, peer_id: PeerID) -> bool:
-        """Whether the peer kept this node waiting for a state lately, and gave none. It is better not asked then."""
+        """Whether the peer kept this node waiting for a state lately, and gave none. If so, ask others first."""
         return self._withholding.includes(peer_id, self._clock())
 
     async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:

@@ -513,7 +513,7 @@ class ModelFolder:
         free = psutil.virtual_memory().available
         if size > free:
             raise ModelError(
-                f"to read the model in {self.path} takes {bytes_in_words(size)}, but only {bytes_in_words(free)} of "
+                f"reading the model in {self.path} takes {bytes_in_words(size)}, but only {bytes_in_words(free)} of "
                 "memory are free: end other programs, or use a machine with more"
             )
 

@@ -1,6 +1,8 @@
 """`talkoot train --local`: the same training without a swarm."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,17 @@ def test_it_trains_all_experts_in_one_process(tmp_path: Path) -> None:
     assert (values["experts_live"], values["experts_total"], values["failures"]) == (4, 4, {})
     assert values["checkpoint"] is None
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_result_file_is_written_although_the_disk_of_the_output_is_full(tmp_path: Path) -> None:
+    manifest, results = tmp_path / "swarm.toml", tmp_path / "results.json"
+    manifest.write_text(SWARM)
+    options = ("--steps", "2", "--threads", "1", "--json", str(results), "--state", str(tmp_path / "state"))
+    command = (sys.executable, "-m", "talkoot.cli", "train", "--local", str(manifest), *options)
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, "can't write the results to standard output" in ended.stderr) == (2, True)
+    assert json.loads(results.read_text())["steps"] == 2
 
 
 def test_one_of_join_and_local_must_be_given() -> None:
