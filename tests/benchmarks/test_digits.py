@@ -40,7 +40,7 @@ def test_a_batch_follows_from_its_step() -> None:
 
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_a_classifier_learns_with_batches_in_flight(in_flight: int) -> None:
-    digits, plan = two_digits(), Plan(steps=80, batch=16, hidden=16, learning_rate=5e-3, warmup=5)
+    digits, plan = two_digits(), Plan(steps=160, batch=16, hidden=16, learning_rate=5e-3, warmup=5)
     swarm = LocalSwarm(Manifest.model_validate(tomllib.loads(plan.manifest)), TrainerSettings(seed=0))
 
     def make_model() -> nn.Module:
