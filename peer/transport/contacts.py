@@ -103,7 +103,9 @@ class UncheckedContact:
 
 
 class OwnContact:
-    """This peer's own contact. It is signed again when its addresses change, and before it expires."""
+    """This peer's own contact. It is signed again when its addresses change, before it expires, and if others would
+    refuse it because this machine's clock was fast when it was signed.
+    """
 
     def __init__(self, identity: Identity, certificate: bytes, now: Callable[[], float] = clock.now) -> None:
         """`certificate`: DER. `now`: Unix time in seconds."""
@@ -113,7 +115,7 @@ class OwnContact:
         self._addresses: tuple[Endpoint, ...] = ()
         self._sequence = 0
         self._signed: contact_pb2.Contact | None = None
-        self._renew_at = 0.0
+        self._expires_at = 0.0
 
     def set(self, addresses: Iterable[Endpoint]) -> None:
         """Replaces the addresses. If there are too many, the first ones are kept."""
@@ -124,19 +126,20 @@ class OwnContact:
     def message(self) -> contact_pb2.Contact | None:
         """None while this peer has no address. It is signed once in half an hour."""
         now = self._now()
-        if self._signed is None or now >= self._renew_at:
+        left_s = self._expires_at - clock.earliest(now)
+        if self._signed is None or not LIFETIME_S / 2 < left_s <= LIFETIME_S + CLOCK_TOLERANCE_S:
             self._signed = self._sign(now) if self._addresses else None
-            self._renew_at = now + LIFETIME_S / 2
         return self._signed
 
     def _sign(self, now: float) -> contact_pb2.Contact:
         # taken from the time, so that it also grows when this peer restarts
         self._sequence = max(self._sequence + 1, int(now * 1000))
+        # if this machine's clock is fast, others would refuse a contact that expires an hour later
+        self._expires_at = clock.earliest(now) + LIFETIME_S
         statement = contact_pb2.ContactStatement(
             peer_id=self._identity.peer_id.to_bytes(),
             sequence=self._sequence,
-            # if this machine's clock is fast, others would refuse a contact that expires an hour later
-            expires_at=clock.earliest(now) + LIFETIME_S,
+            expires_at=self._expires_at,
             addresses=[contact_pb2.ContactAddress(direct=address) for address in self._addresses],
             certificate=self._certificate,
         ).SerializeToString()

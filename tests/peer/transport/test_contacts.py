@@ -90,6 +90,22 @@ def test_it_is_signed_again_when_it_changes_and_when_half_its_hour_is_over() -> 
     assert first < renewed < changed < sequence(), "also after a restart"
 
 
+def test_it_is_signed_again_if_the_clock_was_fast_when_it_was_signed() -> None:
+    """As on a computer that has just started: its clock was two hours ahead, and is then set right."""
+    now = NOW + 2 * HOUR
+    contact = OwnContact(PEER, CERTIFICATE, lambda: now)
+    contact.set([ADDRESS])
+    early = contact.message()
+    assert early is not None
+    refused(early, NOW)
+    now = NOW
+    corrected = contact.message()
+    assert corrected is not None
+    assert (
+        UncheckedContact.read(corrected).check(NOW).sequence > UncheckedContact.read(early).statement.sequence
+    )
+
+
 @given(st.data())
 @settings(max_examples=300)
 def test_an_altered_contact_is_refused(data: st.DataObject) -> None:
