@@ -29,7 +29,7 @@ _RETRY_KEY = "talkoot-retry-after-s"
 _LONGEST_RETRY_S = 3600.0
 _COUNTED_BYTES = 64 * 2**10
 """Only messages larger than this have their parts counted."""
-_MOST_PARTS = 10_000
+MOST_PARTS = 10_000
 """The most parts of a message: its fields, and those of nested messages that contain messages. A call names up to 4,096
 experts, and its answer has as many blocks of rows.
 """
@@ -99,13 +99,14 @@ def make_stub(
     channel: grpc.aio.Channel,
     sends_one: bool = False,
     most_bytes: int | None = None,
+    most_parts: int = MOST_PARTS,
 ) -> Any:
     """A generated stub that parses replies tolerantly: replies that can't be parsed, or are too large, are empty.
 
     `sends_one`: methods that take a stream of requests are called with a single request. To the server that is the
-    same.
+    same. `most_bytes`, `most_parts`: see `or_empty`.
     """
-    return stub(_Calls(channel, sends_one, most_bytes))
+    return stub(_Calls(channel, sends_one, most_bytes, most_parts))
 
 
 @contextmanager
@@ -132,33 +133,35 @@ def note_failure(transfer: "asyncio.Future[Any]") -> None:
 class _Calls:
     """The part of a channel that a generated stub needs."""
 
-    def __init__(self, channel: grpc.aio.Channel, sends_one: bool, most_bytes: int | None) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, sends_one: bool, most_bytes: int | None, most_parts: int
+    ) -> None:
         self._channel = channel
         self._sends_one = sends_one
-        self._most_bytes = most_bytes
+        self._most_bytes, self._most_parts = most_bytes, most_parts
 
     def __getattr__(self, kind: str) -> Callable[..., Any]:
         """`kind`: a method of the channel, such as `unary_unary`."""
         make_call = getattr(self._channel, kind.replace("stream_", "unary_") if self._sends_one else kind)
 
         def make(method: str, *, response_deserializer: Parse[Any], **more: Any) -> Any:
-            parse = or_empty(response_deserializer, self._most_bytes)
+            parse = or_empty(response_deserializer, self._most_bytes, self._most_parts)
             return make_call(method, response_deserializer=parse, **more)
 
         return make
 
 
-def or_empty(parse: Parse[M], most_bytes: int | None = None) -> Parse[M]:
-    """A parser that returns an empty message for data that can't be parsed or is larger than `most_bytes`. Without
-    `most_bytes`, it does so for data with very many parts.
+def or_empty(parse: Parse[M], most_bytes: int | None = None, most_parts: int = MOST_PARTS) -> Parse[M]:
+    """A parser that returns an empty message for data that can't be parsed, is larger than `most_bytes`, or has more
+    parts than `most_parts`.
     """
     # the parser of a generated class is bound to that class
     kind: Descriptor | None = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
 
     def is_small(data: bytes) -> bool:
-        if most_bytes is not None:
-            return len(data) <= most_bytes
-        return kind is None or len(data) <= _COUNTED_BYTES or has_few_parts(data, kind, _MOST_PARTS)
+        if most_bytes is not None and len(data) > most_bytes:
+            return False
+        return kind is None or len(data) <= _COUNTED_BYTES or has_few_parts(data, kind, most_parts)
 
     def parsed(data: bytes) -> M:
         try:

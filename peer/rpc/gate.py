@@ -52,8 +52,8 @@ _END_S = 5.0
 _PATIENCE_S = 1.0
 """A call that waits for its caller for longer may lose its place to another."""
 _MOST_BYTES = {"talkoot.v1.MemoryService": 512 * 2**10}
-"""The limit for a message to these services; the largest search fits. A larger message counts as empty: parsing a few
-MB of tiny fields would take the loop a tenth of a second, and thirty times as much memory.
+"""The limit for a message to these services; the largest search fits. A larger message counts as empty: it could have
+millions of numbers, which don't count as parts.
 """
 _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
 """The rate of calls of one caller in a session."""

@@ -36,7 +36,7 @@ from peer.identity import PeerID
 from peer.loop import TimeSlices
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import ParseGuard
-from peer.rpc.calls import make_stub, retry_after_s, while_open
+from peer.rpc.calls import MOST_PARTS, make_stub, retry_after_s, while_open
 from peer.rpc.channels import ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.wire import memory_pb2, memory_pb2_grpc
@@ -103,7 +103,10 @@ class GrpcMemoryCaller:
                             node.peer_id, channel, max(ends - loop_time(), 0.001)
                         )
                         stub = make_stub(
-                            memory_pb2_grpc.MemoryServiceStub, channel, most_bytes=most_bytes(request)
+                            memory_pb2_grpc.MemoryServiceStub,
+                            channel,
+                            most_bytes=most_bytes(request),
+                            most_parts=most_parts(request),
                         )
                         try:
                             return await getattr(stub, method)(
@@ -124,13 +127,23 @@ class GrpcMemoryCaller:
 
 
 def most_bytes(request: memory_pb2.SearchRequest | memory_pb2.ReadRequest) -> int:
-    """The limit for an honest answer. A few MB of tiny fields would be slow to parse, and take thirty times as much
-    memory.
-    """
+    """The limit for the size of an honest answer."""
     if isinstance(request, memory_pb2.ReadRequest):
         return sum(_PASSAGE_BYTES * len(shard.positions) for shard in request.shards)
-    queries = min(MAX_QUERIES, len(request.vectors))  # assuming one dimension, the fewest
-    return queries * (_FOUND_BYTES * request.k + _FOUND_BYTES) + 8 * len(request.shards)
+    return _most_queries(request) * (_FOUND_BYTES * request.k + _FOUND_BYTES) + 8 * len(request.shards)
+
+
+def most_parts(request: memory_pb2.SearchRequest | memory_pb2.ReadRequest) -> int:
+    """The limit for the parts of an honest answer. Each query has an answer, and each passage that was found may have
+    its text in another shard, which is named.
+    """
+    if isinstance(request, memory_pb2.ReadRequest):
+        return MOST_PARTS
+    return _most_queries(request) * (1 + request.k) + len(request.shards)
+
+
+def _most_queries(request: memory_pb2.SearchRequest) -> int:
+    return min(MAX_QUERIES, len(request.vectors))  # assuming one dimension, the fewest
 
 
 class RetrieverMetrics:

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_samples import MEMORY, SWARM, SampleHost, SampleMemory, peer_ids
@@ -14,13 +15,16 @@ from dht.memory import (
     MAX_LABEL_CHARACTERS,
     MAX_LEAVES,
     MAX_LICENSE_CHARACTERS,
+    MAX_READ,
     MAX_TEXT_CHARACTERS,
     Passage,
 )
 from peer import PROTOCOL_VERSION
 from peer.errors import WireError
+from peer.parsing import has_few_parts
+from peer.rpc.calls import or_empty
 from peer.wire import memory_pb2
-from trainer_client.memory.calls import most_bytes
+from trainer_client.memory.calls import most_bytes, most_parts
 from trainer_client.memory.checks import Answer, Ask, Findings, omitted, parse_passages
 
 MEMORY_HERE = SampleMemory.make(0)
@@ -105,7 +109,9 @@ def test_no_honest_answer_is_larger_than_answers_may_be(queries: int) -> None:
     vectors_QD = MEMORY_HERE.vectors_ND[:queries]
     request = ask.request(SWARM, PROTOCOL_VERSION, str(MEMORY), vectors_QD)
     host = SampleHost(MEMORY_HERE, MEMORY_HERE.manifest.by_root)
-    assert 500 < host.search(request).ByteSize() <= most_bytes(request)
+    honest = host.search(request).SerializeToString()
+    assert 500 < len(honest) <= most_bytes(request)
+    assert has_few_parts(honest, memory_pb2.SearchReply.DESCRIPTOR, most_parts(request))
     asked = memory_pb2.ReadRequest(
         shards=[memory_pb2.ShardPositions(root=MEMORY_HERE.manifest.shards[0].root, positions=[0])]
     )
@@ -124,6 +130,31 @@ def test_no_honest_answer_is_larger_than_answers_may_be(queries: int) -> None:
         path=bytes(32 * 16),
     )
     assert memory_pb2.ReadReply(passages=[longest]).ByteSize() <= most_bytes(asked)
+    whole = memory_pb2.ReadReply(passages=[longest] * MAX_READ).SerializeToString()
+    assert has_few_parts(whole, memory_pb2.ReadReply.DESCRIPTOR, most_parts(asked))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        (
+            memory_pb2.SearchRequest(k=2 * K, vectors=bytes(16 * MAX_DIMENSIONS)),
+            memory_pb2.SearchReply(found=[memory_pb2.Found()]),
+        ),
+        (
+            memory_pb2.ReadRequest(shards=[memory_pb2.ShardPositions(positions=range(MAX_READ))]),
+            memory_pb2.ReadReply(passages=[memory_pb2.ProvenPassage(passage=memory_pb2.Passage())]),
+        ),
+    ],
+    ids=["search", "read"],
+)
+def test_an_answer_of_very_many_parts_is_not_parsed_although_it_is_not_too_long(
+    request_: memory_pb2.SearchRequest | memory_pb2.ReadRequest, reply: Message
+) -> None:
+    part = reply.SerializeToString()
+    data = part * (most_bytes(request_) // len(part))
+    parse = or_empty(type(reply).FromString, most_bytes(request_), most_parts(request_))
+    assert parse(data) == type(reply)()
 
 
 def test_an_honest_answer_is_read_as_it_was_given() -> None:
