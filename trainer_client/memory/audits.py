@@ -135,7 +135,7 @@ class Auditor:
     async def _search(self, walk: _Walk) -> Audit:
         walk.left -= 1
         compared, query_1D = walk.calls.checks, self._near(walk.vector_D)
-        scores_1C = walk.codebook.scores(query_1D)
+        scores_1C = await asyncio.to_thread(walk.codebook.scores, query_1D)
         (result,) = await walk.retriever.search_vectors(query_1D, scores_1C, _PASSAGES, _CELLS)
         await walk.retriever.checked()
         if result.hits:

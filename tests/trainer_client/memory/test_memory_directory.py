@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,19 +50,14 @@ def test_a_publisher_of_ever_new_revisions_fills_no_searchers_line() -> None:
     assert 3 * MAX_MANIFEST_BYTES <= fetched <= 3 * MAX_MANIFEST_BYTES + 16 * 2**10 * 3600
 
 
-def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searchers_loop() -> None:
-    """The hosts of 16 cells of 64 shards are read and located. Each cell has two honest hosts and 254 strangers."""
-    grid, rng = (4, 4), random.Random(0)
-    cells = [coordinate_of(number, grid) for number in range(16)]
-    by_cell = {cell: [ShardInfo(cell, rng.randbytes(32), 100, 30_000) for _ in range(64)] for cell in cells}
-    peers = peer_ids(256)
+def directory_of(
+    grid: tuple[int, ...],
+    by_cell: Mapping[Cell, Sequence[ShardInfo]],
+    announced: Mapping[Cell, tuple[CellHost, ...]],
+    peers: Collection[PeerID],
+) -> MemoryDirectory:
+    """What is known of a memory with these shards and hosts."""
     nodes = {peer: SimpleNamespace(peer_id=peer) for peer in peers}
-
-    shorts = {cell: frozenset(shard.short for shard in shards) for cell, shards in by_cell.items()}
-    announced = {
-        cell: tuple(CellHost(peer, ReplicaState.SERVING, some) for peer in peers)
-        for cell, some in shorts.items()
-    }
 
     async def cell_hosts(memory: Any, cells: Collection[Cell], **_: Any) -> Any:
         return {cell: announced[cell] for cell in cells}
@@ -75,13 +71,28 @@ def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searcher
     nothing: Any = None
     memories: Any = SimpleNamespace(cell_hosts=cell_hosts)
     registry: Any = SimpleNamespace(nodes=nodes_of, lookups=SimpleNamespace(spawn=spawn))
-    manifest = SimpleNamespace(grid=grid, by_cell=by_cell)
     opened: Any = SimpleNamespace(
-        entry=SimpleNamespace(memory=None), manifest=manifest, filled_C=np.ones(16, np.bool_)
+        entry=SimpleNamespace(memory=None),
+        manifest=SimpleNamespace(grid=grid, by_cell=by_cell),
+        filled_C=np.ones(prod(grid), np.bool_),
     )
+    return MemoryDirectory(memories, registry, nothing, opened)
+
+
+def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searchers_loop() -> None:
+    """The hosts of 16 cells of 64 shards are read and located. Each cell has two honest hosts and 254 strangers."""
+    grid, rng = (4, 4), random.Random(0)
+    cells = [coordinate_of(number, grid) for number in range(16)]
+    by_cell = {cell: [ShardInfo(cell, rng.randbytes(32), 100, 30_000) for _ in range(64)] for cell in cells}
+    peers = peer_ids(256)
+    shorts = {cell: frozenset(shard.short for shard in shards) for cell, shards in by_cell.items()}
+    announced = {
+        cell: tuple(CellHost(peer, ReplicaState.SERVING, some) for peer in peers)
+        for cell, some in shorts.items()
+    }
 
     async def shares() -> list[float]:
-        directory = MemoryDirectory(memories, registry, nothing, opened)
+        directory = directory_of(grid, by_cell, announced, peers)
 
         async def locate() -> None:
             located = await directory.locate(np.ones((1, 16), np.float32), 16, frozenset())
@@ -95,3 +106,27 @@ def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searcher
         return [longest_s / whole_s for longest_s, whole_s in found]
 
     assert min(asyncio.run(shares())) < 1 / 3
+
+
+def test_many_queries_in_a_memory_of_many_cells_do_not_hold_a_searchers_loop() -> None:
+    """As when a model learns with a large memory."""
+    grid, (peer,) = (64, 64), peer_ids(1)
+    cells = [coordinate_of(number, grid) for number in range(prod(grid))]
+    by_cell = {cell: [ShardInfo(cell, bytes([*cell] * 16), 100, 30_000)] for cell in cells}
+    announced = {
+        cell: (CellHost(peer, ReplicaState.SERVING, frozenset({shard.short})),)
+        for cell, (shard,) in by_cell.items()
+    }
+    scores_QC = np.random.default_rng(0).standard_normal((256, prod(grid)), np.float32)
+
+    async def shares() -> list[float]:
+        directory = directory_of(grid, by_cell, announced, [peer])
+
+        async def locate() -> None:
+            located = await directory.locate(scores_QC, 8, frozenset())
+            nearest_Qk = np.argsort(-scores_QC, axis=1)[:, :8]
+            assert located.cells == [[cells[n] for n in some] for some in nearest_Qk.tolist()]
+
+        return [longest_s / whole_s for longest_s, whole_s in [await holds(locate()) for _ in range(3)]]
+
+    assert min(asyncio.run(shares())) < 1 / 4
