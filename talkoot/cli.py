@@ -41,6 +41,7 @@ from talkoot.options import (
     given_settings,
     join_options,
     load_settings,
+    printing,
 )
 from talkoot.signals import exit_at_once_on_signals
 from talkoot.terminal import LogFormat
@@ -151,7 +152,8 @@ def _talkoot(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(WELCOME)
+        with printing():
+            typer.echo(WELCOME)
 
 
 @app.command(cls=NodeCommand, epilog=_ALL_SETTINGS.format(example="--checkpoint-every-s 300"))

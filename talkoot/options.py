@@ -33,7 +33,7 @@ from typer.core import TyperCommand, TyperGroup
 from peer.errors import InstallationError, SettingsError, UserError
 from peer.platform.signals import ask_to_stop
 from talkoot.signals import Stopped, StopSignals
-from talkoot.terminal import LogFormat, Terminal, escaped, set_up_logging
+from talkoot.terminal import LogFormat, Terminal, escaped, results_not_written, set_up_logging
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -145,7 +145,8 @@ class PlainCommand(TyperCommand):
 
     def _parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
-            return super().parse_args(ctx, args)
+            with printing():
+                return super().parse_args(ctx, args)
         except _UsageError as error:
             from pydantic import ValidationError
 
@@ -259,7 +260,8 @@ class GroupedCommands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         is_help = not args and self.no_args_is_help
         try:
-            return super().parse_args(ctx, args)
+            with printing():
+                return super().parse_args(ctx, args)
         except _UsageError as error:
             if is_help:
                 raise
@@ -696,6 +698,17 @@ def command(
         raise typer.Exit(_CUT_OFF if is_cut_off else stopped.exit_status) from None
     finally:
         signals.ignore()
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """The context of what is printed without a `Terminal`, such as help: if its disk is full, it fails in one line."""
+    try:
+        yield
+    except BrokenPipeError:  # typer ends the process
+        raise
+    except OSError as error:
+        _fail(results_not_written(error))
 
 
 _CUT_OFF = 128 + 13

@@ -223,9 +223,7 @@ class _Output:
             if nobody_reads(error, self._is_terminal):
                 self._note_unread(self)
             elif not self._only_informs:
-                raise StartError(
-                    f"can't write the results to standard output: {error.strerror}; send them elsewhere"
-                ) from error
+                raise results_not_written(error) from error
 
 
 def _console(output: _Output | None, *, stderr: bool = False) -> Console:
@@ -398,6 +396,10 @@ def write_whole(path: Path, data: bytes) -> None:
         if error.errno not in _ONLY_IN_PLACE:
             raise
         path.write_bytes(data)
+
+
+def results_not_written(error: OSError) -> StartError:
+    return StartError(f"can't write the results to standard output: {error.strerror}; send them elsewhere")
 
 
 def _not_written(path: Path, option: str, error: OSError) -> StartError:

@@ -182,6 +182,22 @@ def test_version_names_software_and_protocol() -> None:
     assert run("--version").stdout == f"talkoot {SOFTWARE_VERSION}, protocol version {PROTOCOL_VERSION}\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", ["", "--version", "--help", "memory --help", "pause --help", "node --help"]
+)
+def test_help_that_a_full_disk_has_no_room_for_fails_in_one_line(arguments: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "talkoot.cli", *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    assert_one_clear_line(ended, "can't write the results to standard output: No space left on device")
+
+
 def test_a_command_ends_without_the_interpreters_own_end() -> None:
     """During the interpreter's own shutdown, threads of gRPC would still run."""
     start = "import atexit, sys; from talkoot.cli import main; atexit.register(print, 'too late'); main()"
