@@ -8,16 +8,15 @@ from functools import partial
 from typing import Self
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dht.manifest import Manifest, ModelSpec
 from peer.errors import SettingsError
-from peer.formatting import bytes_in_words
 from peer.identity import PeerID
 from peer.layers import Attention, KeyValueCache, TransformerLayer, make_norm, seeded
+from peer.platform.machine import require_free_memory
 from trainer_client.balancing import LoadSpread
 from trainer_client.data.corpus import VOCABULARY
 from trainer_client.data.special_tokens import SpecialTokens
@@ -245,12 +244,7 @@ def require_memory(
         decoder = range(spec.encoder_layers, spec.layers) if spec.encoder_layers else ()
         modules += [Attention(spec.hidden, spec.heads, spec.norm, spec.head_size) for _ in decoder]
     size = 4 * 2 * vocabulary * spec.hidden + sum(p.nbytes for module in modules for p in module.parameters())
-    free = psutil.virtual_memory().available
-    if copies * size > free:
-        raise SettingsError(
-            f"the trainer's part of this swarm's model takes {bytes_in_words(copies * size)}, but only "
-            f"{bytes_in_words(free)} of memory are free"
-        )
+    require_free_memory(copies * size, "the trainer's part of this swarm's model", SettingsError)
 
 
 class LocalPart(nn.Module):

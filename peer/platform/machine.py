@@ -1,4 +1,4 @@
-"""What the machine says about itself: its name, clocks, battery and load."""
+"""What the machine says about itself: its name, clocks, battery, load and free memory."""
 
 import ctypes
 import platform
@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass
 
 import psutil
+
+from peer.errors import UserError
+from peer.formatting import bytes_in_words
 
 _TIMEX_BYTES = 256
 """More than the size of `struct timex` on any architecture."""
@@ -92,3 +95,13 @@ def on_battery() -> bool:
     except OSError:
         return False
     return battery is not None and battery.power_plugged is False
+
+
+def require_free_memory(size: int, needed_by: str, refusal: type[UserError]) -> None:
+    """Raises `refusal` unless this many bytes of memory are free. `needed_by`: what takes them, such as `the model`."""
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise refusal(
+            f"{needed_by} takes {bytes_in_words(size)}, but only {bytes_in_words(free)} of memory are free: end other "
+            "programs, or use a machine with more"
+        )

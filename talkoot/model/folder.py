@@ -19,7 +19,6 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, Self, cast
 
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -31,9 +30,10 @@ from expert_server.blocks import OWN_KINDS, weightless_block
 from peer.checkpoints import Form, form_of, is_finite
 from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
 from peer.files import write_atomically
-from peer.formatting import bytes_in_words, counted, printable
+from peer.formatting import counted, printable
 from peer.layers import make_norm
 from peer.platform.files import open_plainly, sync_folder
+from peer.platform.machine import require_free_memory
 from peer.settings import describe_validation_error
 from talkoot.model.reading import FolderMemory
 from talkoot.model.tokenizer import parse_tokenizer, tokenizer_json
@@ -510,12 +510,7 @@ class ModelFolder:
 
     def require_memory(self, size: int) -> None:
         """Raises ModelError unless this many bytes are free. The file of a huge model may take next to no disk."""
-        free = psutil.virtual_memory().available
-        if size > free:
-            raise ModelError(
-                f"reading the model in {self.path} takes {bytes_in_words(size)}, but only {bytes_in_words(free)} of "
-                "memory are free: end other programs, or use a machine with more"
-            )
+        require_free_memory(size, f"reading the model in {self.path}", ModelError)
 
     def dense(self) -> dict[str, Tensor]:
         """The state of a `LanguageModel`, float32. Raises ModelError if a number is not finite."""
