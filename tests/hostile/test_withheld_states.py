@@ -27,6 +27,13 @@ from peer.wire import state_pb2_grpc
 __all__ = ["play", "play_in_street"]
 
 
+@pytest.fixture
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long for a peer that is busy."""
+    monkeypatch.setattr("peer.rpc.transfer._PATIENCE_S", 0.1)
+    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.2)
+
+
 @contextlib.asynccontextmanager
 async def withholding(invite: Invite) -> AsyncIterator[tuple[PeerID, list[float]]]:
     """A stranger that announces all experts, and refuses to give any after 0.3 s. Yields its PeerID, and an entry for
@@ -85,12 +92,8 @@ def test_a_peer_that_gives_one_state_is_not_blamed_for_another_that_comes_late()
     assert not withholding.includes(peer_id, now=182.0)
 
 
-def test_replicas_go_on_averaging_beside_a_stranger_that_withholds_its_states(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("peer.rpc.transfer._PATIENCE_S", 0.1)
-    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.2)
-
+@pytest.mark.usefixtures("impatience")
+def test_replicas_go_on_averaging_beside_a_stranger_that_withholds_its_states(play: Play) -> None:
     async def scenario(village: Village) -> None:
         victim = await village.found(experts=8, replicas=2, average_every_s=60.0)
         honest = await village.join(1, await victim.swarm.invite(), experts=8, replicas=2)
@@ -120,12 +123,10 @@ def test_replicas_go_on_averaging_beside_a_stranger_that_withholds_its_states(
     play(scenario)
 
 
+@pytest.mark.usefixtures("impatience")
 def test_a_newcomer_does_not_wait_for_a_stranger_again_and_again_if_others_give_their_states(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+    play: Play,
 ) -> None:
-    monkeypatch.setattr("peer.rpc.transfer._PATIENCE_S", 0.1)
-    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.2)
-
     async def scenario(village: Village) -> None:
         honest = await village.found(experts=8, replicas=2)
         await train(honest, dict.fromkeys(UIDS, 3))
@@ -140,12 +141,8 @@ def test_a_newcomer_does_not_wait_for_a_stranger_again_and_again_if_others_give_
     play(scenario)
 
 
-def test_a_stranger_that_withholds_its_states_keeps_nobody_from_copying_those_of_others(
-    play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("peer.rpc.transfer._PATIENCE_S", 0.1)
-    monkeypatch.setattr("expert_server.state.transfer._SOON_S", 0.2)
-
+@pytest.mark.usefixtures("impatience")
+def test_a_stranger_that_withholds_its_states_keeps_nobody_from_copying_those_of_others(play: Play) -> None:
     async def scenario(village: Village) -> None:
         keeper = await village.found(experts=0, spare=8)
         async with withholding(await keeper.swarm.invite()) as (_, asked):
