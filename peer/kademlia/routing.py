@@ -121,6 +121,7 @@ class RoutingTable:
         bucket = self._bucket(node)
         while node not in bucket.nodes and len(bucket.nodes) >= BUCKET_SIZE and self._splits(bucket):
             bucket = self._split(bucket, node)
+        bucket.spare.pop(node, None)
         if near:
             self._near[node] = near
         else:
@@ -131,7 +132,6 @@ class RoutingTable:
                 self._keep_as_spare(bucket, crowding, bucket.nodes.pop(crowding))
         if node in bucket.nodes or len(bucket.nodes) < BUCKET_SIZE:
             bucket.nodes.pop(node, None)
-            bucket.spare.pop(node, None)
             bucket.nodes[node] = peer_id.to_bytes()
             return None
         self._keep_as_spare(bucket, node, peer_id.to_bytes())
@@ -204,7 +204,6 @@ class RoutingTable:
         return next(node for node in reversed(bucket.nodes) if self._near.get(node) == most)
 
     def _keep_as_spare(self, bucket: _Bucket, node: int, name: bytes) -> None:
-        bucket.spare.pop(node, None)
         bucket.spare[node] = name
         if len(bucket.spare) > BUCKET_SIZE:
             gone = next(iter(bucket.spare))

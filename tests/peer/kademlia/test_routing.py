@@ -71,6 +71,25 @@ def test_in_a_full_bucket_neighbourhoods_have_equal_shares() -> None:
     assert not table._near, "nothing of them is left"
 
 
+def test_a_spare_node_that_takes_the_place_of_a_crowding_one_keeps_its_neighbourhood() -> None:
+    homes, (spare, *machine) = far(BUCKET_SIZE), far(3 * BUCKET_SIZE)[BUCKET_SIZE:]
+    table = filled(elsewhere(40))
+    for n, node in enumerate(homes):
+        table.add(node, peer(node), f"home {n}")
+    table.add(spare, peer(spare), "another home")
+    for node in machine[: BUCKET_SIZE - 1]:
+        table.add(node, peer(node), "one machine")
+    for node in homes[:2]:  # two of the machine's nodes take their places
+        table.remove(node)
+    for node in machine[-2:]:
+        table.add(node, peer(node), "one machine")
+    assert spare in table
+    assert spare not in live(table)
+    table.add(spare, peer(spare), "another home")
+    assert spare in live(table)
+    assert table._near[spare] == "another home"
+
+
 @given(st.lists(st.tuples(IDS, st.sampled_from(["", "here", "there"])), max_size=60), IDS)
 def test_the_nearest_are_of_different_neighbourhoods_as_far_as_there_are(
     nodes: list[tuple[int, str]], key: int
