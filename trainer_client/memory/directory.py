@@ -100,15 +100,18 @@ class PartCache:
         """Stores a part. If all parts together take too much space, drops those used longest ago."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(self._folder / hashlib.sha256(data).hexdigest(), data, 0o600)
+            with suppress(FileNotFoundError):  # another process writes the same part
+                write_atomically(self._folder / hashlib.sha256(data).hexdigest(), data, 0o600)
             self._trim()
         except OSError as error:
             logger.warning("can't keep a part of a memory in %s: %s", self._folder, error.strerror)
 
     def _trim(self) -> None:
-        files = sorted(((path.stat(), path) for path in self._folder.iterdir()), key=lambda f: -f[0].st_mtime)
-        size = 0
-        for about, path in files:
+        files, size = [], 0
+        for path in self._folder.iterdir():
+            with suppress(FileNotFoundError):  # other processes write and drop files, too
+                files.append((path.stat(), path))
+        for about, path in sorted(files, key=lambda f: -f[0].st_mtime):
             size += about.st_size
             if size > self._limit_bytes:
                 with suppress(FileNotFoundError):

@@ -300,7 +300,7 @@ def test_an_index_is_fetched_once_and_kept_on_disk(play: Play, tmp_path: Path) -
     play(scenario)
 
 
-def test_two_processes_share_one_cache(tmp_path: Path) -> None:
+def test_two_processes_share_one_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each has its own object. Whatever the other one evicts, an entry is read whole or not at all."""
     files = [bytes([n]) * 1000 for n in range(12)]
     parts = [Part(hashlib.sha256(data).digest(), len(data)) for data in files]
@@ -319,6 +319,7 @@ def test_two_processes_share_one_cache(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(use, range(2)))
     left = list((tmp_path / "cache").iterdir())
+    assert not caplog.messages
     assert sum(path.stat().st_size for path in left) <= 9000
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in left)
 
