@@ -190,11 +190,12 @@ class MemoryRegistry:
         """
         key = self._keys.library
         found = (await self._registry.get([key]))[key]
-        author = self._keys.author.to_bytes()
+        author, slices = self._keys.author.to_bytes(), TimeSlices()
         # the founder's record is read, however many others there are
         for subkey in (*some_of(found.keys() - {author}, _MAX_PUBLISHERS - 1), author):
             value, _ = found.get(subkey, (None, 0.0))
             if value is not None:
+                await slices.pause()
                 self._registry.guard.read("memory", subkey, partial(self._take, subkey, value))
         return {publisher: library.entries for publisher, library in self._valid()}
 
