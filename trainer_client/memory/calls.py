@@ -56,7 +56,7 @@ Fault = Literal["malformed", "false", "omission"]
 _CALL_DEADLINE_S = 5.0
 _LEAST_DEADLINE_S = 1.0
 MANY = 16
-"""Answers with at least this many queries or passages are parsed and merged on a thread."""
+"""Answers with more queries or passages than this are parsed and merged on a thread."""
 _SLOWER, _SLOWER_BY_S = 3.0, 0.05
 """A host is skipped if it takes this many times as long as the fastest replica, and this much longer."""
 _HANGING = 4.0
