@@ -243,6 +243,11 @@ def form_of(tensor: Tensor) -> Form:
     return tuple(tensor.shape), tensor.dtype
 
 
+def nbytes_of(forms: Iterable[Form]) -> int:
+    """The size of such tensors together."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in forms)
+
+
 def extremes(tensor: Tensor) -> tuple[float, float]:
     """The lowest and the highest number: NaN if any is, and 0 if there are none."""
     if not tensor.numel():

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Self, TypeAlias
 
 import torch
@@ -21,6 +20,7 @@ from peer.checkpoints import (
     extremes,
     form_of,
     is_finite,
+    nbytes_of,
 )
 from peer.errors import StateError
 from peer.formatting import printable
@@ -135,14 +135,12 @@ class StateForm:
         forms: list[Form] = [*self.block.values(), *moments, *_ABOUT_ACCUMULATED.values()]
         if self._accumulates:
             forms += self.parameters.values()
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in forms) + self.max_outline_bytes
+        return nbytes_of(forms) + self.max_outline_bytes
 
     @property
     def max_block_bytes(self) -> int:
         """The limit for the encoded block alone."""
-        return (
-            sum(prod(shape) * dtype.itemsize for shape, dtype in self.block.values()) + self.max_outline_bytes
-        )
+        return nbytes_of(self.block.values()) + self.max_outline_bytes
 
     @property
     def _accumulates(self) -> bool:

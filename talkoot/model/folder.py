@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dht.manifest import Manifest, parse_uid
 from dht.uid import UID
 from expert_server.blocks import OWN_KINDS, weightless_block
-from peer.checkpoints import Form, form_of, is_finite
+from peer.checkpoints import Form, form_of, is_finite, nbytes_of
 from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
 from peer.files import write_atomically
 from peer.formatting import counted, printable
@@ -284,7 +284,7 @@ class FolderWriter:
 
     def _size(self, names: Iterable[str]) -> int:
         forms = (self._dense.get(name) or self._expert[name.split(".", 3)[3]] for name in names)
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in forms)
+        return nbytes_of(forms)
 
     def _config(self, missing: list[str]) -> dict[str, Any]:
         return {
@@ -496,12 +496,12 @@ class ModelFolder:
     @property
     def dense_nbytes(self) -> int:
         """The size of the dense part in memory."""
-        return _nbytes(self._dense_forms)
+        return nbytes_of(self._dense_forms.values())
 
     @property
     def expert_nbytes(self) -> int:
         """The size of one expert in memory."""
-        return _nbytes(self._expert_forms)
+        return nbytes_of(self._expert_forms.values())
 
     @property
     def nbytes(self) -> int:
@@ -552,10 +552,6 @@ class ModelFolder:
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
         return self._files[path]
-
-
-def _nbytes(forms: Mapping[str, Form]) -> int:
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in forms.values())
 
 
 def _manifest(values: dict[str, Any]) -> Manifest:
