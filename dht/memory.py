@@ -350,7 +350,10 @@ class Proof:
 
 def prove(message: memory_pb2.ProvenPassage, info: ShardInfo) -> Proof:
     """Raises WireError unless the shard has that leaf at that position."""
-    path = [message.path[at : at + HASH_BYTES] for at in range(0, len(message.path), HASH_BYTES)]
+    hashes = message.path  # once, because reading it copies it
+    if len(hashes) > HASH_BYTES * info.leaves.bit_length():
+        raise WireError("the passage's proof is too long for its shard")
+    path = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
     passage = Passage.parse(message.passage) if message.HasField("passage") else None
     if info.is_secondary:
         passage, text = None, Place(_hash(message.text_root), message.text_position)

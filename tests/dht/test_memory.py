@@ -1,5 +1,6 @@
 """Memories: names, passages' hashes, and manifests, with any bytes that a stranger may have written."""
 
+import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from dht.memory import (
     Place,
     ShardInfo,
     check_name,
+    prove,
 )
 from dht.uid import coordinate_of, number_of
 from peer.errors import WireError
@@ -72,6 +74,15 @@ def test_what_moves_from_one_field_to_the_next_changes_the_leaf() -> None:
 def test_a_long_passage_is_refused() -> None:
     with pytest.raises(WireError, match="too long"):
         Passage.parse(memory_pb2.Passage(text="x" * (MAX_TEXT_CHARACTERS + 1)))
+
+
+def test_a_proof_of_megabytes_is_refused_at_once() -> None:
+    """Reading its hashes one by one would copy the whole proof for each: 14 s of the event loop for 3 MB."""
+    proof = memory_pb2.ProvenPassage(passage=PASSAGE.message(), vector=bytes(256), path=bytes(3 * 10**6))
+    began = time.thread_time()
+    with pytest.raises(WireError, match="proof is too long"):
+        prove(proof, MANIFEST.shards[0])
+    assert time.thread_time() - began < 0.1
 
 
 def test_a_manifest_comes_back_as_it_was() -> None:
