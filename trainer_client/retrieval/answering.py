@@ -26,7 +26,7 @@ from peer.errors import DataError, SettingsError, TalkootError
 from trainer_client.data.questions import Question
 from trainer_client.data.special_tokens import SpecialTokens
 from trainer_client.data.tokenizer import Tokenizer
-from trainer_client.decoding import Decoder, Decoding, make_decoder, require_finite
+from trainer_client.decoding import MOST_ROWS, Decoder, Decoding, make_decoder, require_finite
 from trainer_client.encoder_decoder import EncoderDecoder, make_model
 from trainer_client.memory.encoder import to_vectors
 from trainer_client.memory.retriever import Hit, SearchResult, Turn
@@ -381,6 +381,12 @@ class Answerer:
 
         def score(answers: Sequence[Tokens]) -> Tensor:
             """log p(y|x,z), [A, K]."""
+            rows = len(sources) * (max(map(len, sources)) + max(map(len, answers)))
+            most = max(1, MOST_ROWS // rows)
+            parts = [score_some(answers[at : at + most]) for at in range(0, len(answers), most)]
+            return torch.cat(parts)
+
+        def score_some(answers: Sequence[Tokens]) -> Tensor:
             while True:
                 log_NL = self._model.generator.log_likelihood(
                     [source for _ in answers for source in sources],

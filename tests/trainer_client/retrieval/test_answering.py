@@ -28,7 +28,7 @@ from talkoot.train.local import LocalSwarm
 from trainer_client.data.questions import Question
 from trainer_client.data.tokenizer import ByteTokenizer
 from trainer_client.data.tokenizer import Tokens as Encoded
-from trainer_client.decoding import make_decoder
+from trainer_client.decoding import MOST_ROWS, make_decoder
 from trainer_client.encoder_decoder import EncoderDecoder
 from trainer_client.memory.encoder import to_vectors
 from trainer_client.model import LanguageModel
@@ -218,6 +218,27 @@ def test_passages_that_contradict_each_other_give_an_answer_each() -> None:
         assert 0.2 < answer.probability < 0.8
         assert answer.sources[0].hit.passage.text == f"kiuas is {answer.text}"
         assert answer.sources[0].share > 0.9
+
+
+@generators
+def test_answers_are_scored_a_few_at_a_time(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, they could be more rows than a node accepts in one call: here 100 sequences."""
+    model = model_of(settings(memory_passages=5), manifest)
+    found, _ = PassageLookup(SHELF, model.questions, 5).search(["what colour is kiuas?"])
+    log_likelihood, rows = model.generator.log_likelihood, list[int]()
+
+    def counting(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+        rows.append(len(sources) * (max(map(len, sources)) + max(map(len, targets))))
+        return log_likelihood(sources, targets)
+
+    monkeypatch.setattr(model.generator, "log_likelihood", counting)
+    some = Answerer(model).answers("what colour is kiuas?", found, "sequence")
+    assert len(rows) > 1
+    assert max(rows) <= MOST_ROWS
+    monkeypatch.setattr("trainer_client.retrieval.answering.MOST_ROWS", 10**6)
+    whole = Answerer(model).answers("what colour is kiuas?", found, "sequence")
+    assert [each.text for each in some] == [each.text for each in whole]
+    assert [each.probability for each in some] == pytest.approx([each.probability for each in whole])
 
 
 @pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
