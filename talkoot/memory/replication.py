@@ -1,6 +1,5 @@
 """How many replicas the shards of a memory have, and who hosts them, according to the DHT."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dht.library import WANTED_REPLICAS, CellHost, LibraryEntry, MemoryRegistry
 from dht.memory import MAX_SHARDS, Cell, MemoryManifest
 from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
+from peer.loop import TimeSlices
 
 _MOST_CELLS, _CELLS_AT_ONCE = 4096, 64
 """How many cells of one memory are surveyed, in all and at once. A larger memory is surveyed in part.
@@ -112,7 +112,7 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
     active = sorted(await memories.active_cells(entry.memory, entry.grid))
     looked_up = active[:_MOST_CELLS]
     replicas: Counter[bytes] = Counter()
-    hosts = set()
+    hosts, slices = set(), TimeSlices()
     for begin in range(0, len(looked_up), _CELLS_AT_ONCE):
         found = await memories.cell_hosts(entry.memory, looked_up[begin : begin + _CELLS_AT_ONCE])
         for some in found.values():
@@ -122,7 +122,7 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
                     for shard in host.shards:
                         if shard in replicas or len(replicas) < MAX_SHARDS:
                             replicas[shard] += 1
-            await asyncio.sleep(0)
+                await slices.pause()  # strangers may say that they host everything
     return Survey(entry, replicas, frozenset(hosts), len(looked_up) == len(active))
 
 

@@ -1,15 +1,20 @@
 """How many replicas the shards of a memory have, according to the DHT."""
 
-from collections.abc import Collection, Iterator
+import asyncio
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from loop_holds import holds
+from memory_samples import peer_ids
 from simulated_readings import memory
 from three_hosts import Swarm, swarm_for, three_hosts
 
 from dht.announcements import ReplicaState
-from dht.library import MemoryRegistry
-from dht.memory import Cell
+from dht.library import CellHost, MemoryRegistry
+from dht.memory import Cell, MemoryID
 from peer.loop import LoopThread
 from talkoot.memory.replication import survey
 
@@ -67,3 +72,25 @@ def test_no_more_shards_are_counted_than_a_memory_may_have(
         assert list(found.replicas.values()) == [2, 2]
 
     swarm.run(scenario())
+
+
+def test_strangers_that_announce_all_shards_do_not_hold_the_loop() -> None:
+    cells, shards = [(n,) for n in range(4)], frozenset(number.to_bytes(8) for number in range(1024))
+    hosts = tuple(CellHost(peer, ReplicaState.SERVING, shards) for peer in peer_ids(256))
+    entry = replace(memory(shards=2).entry, grid=(4,))
+
+    async def active_cells(memory: MemoryID, grid: tuple[int, ...]) -> Collection[Cell]:
+        return cells
+
+    async def cell_hosts(memory: MemoryID, cells: Collection[Cell]) -> Mapping[Cell, tuple[CellHost, ...]]:
+        return dict.fromkeys(cells, hosts)
+
+    memories: Any = SimpleNamespace(active_cells=active_cells, cell_hosts=cell_hosts)
+
+    async def count() -> None:
+        assert set((await survey(memories, entry)).replicas.values()) == {len(cells) * len(hosts)}
+
+    async def shares() -> list[float]:
+        return [longest_s / whole_s for longest_s, whole_s in [await holds(count()) for _ in range(3)]]
+
+    assert min(asyncio.run(shares())) < 1 / 5
