@@ -5,7 +5,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -182,18 +182,28 @@ class Publication:
 
         Each look checks only a few claims, so that it does not take long.
         """
-        announced = await self.announced()
+        announced, doubted = await self.announced(), self._proofs.doubted()
+        seen, unproven = await asyncio.to_thread(self._look, announced, doubted)
+        self._proven |= await self._proofs.proven(unproven, seen)
+        return await asyncio.to_thread(self._counted, seen)
+
+    def _look(
+        self, announced: Replication, doubted: Collection[PeerID]
+    ) -> tuple[Mapping[ShardKey, SeenShard], list[tuple[PeerID, ShardKey]]]:
+        """What hosts claim that are not in doubt, and some claims to check. Slow: strangers may claim all shards."""
         said = {
             ShardKey(self.entry.memory, shard.root): SeenShard(
                 shard, announced.by_root[shard.root], frozenset()
             )
             for shard in self.manifest.shards
         }
-        seen = believed(said, self._proofs.doubted())
+        seen = believed(said, doubted)
         claims = {(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving}
-        unproven = list(claims - self._proven)
         self._proven &= claims
-        self._proven |= await self._proofs.proven(unproven[:_CHECKED], seen)
+        return seen, list(claims - self._proven)[:_CHECKED]
+
+    def _counted(self, seen: Mapping[ShardKey, SeenShard]) -> Replication:
+        """The proven replicas. Slow, too."""
         return Replication(
             {
                 key.root: frozenset(peer_id for peer_id in shard.serving if (peer_id, key) in self._proven)

@@ -1,5 +1,6 @@
 """How many replicas the shards of a memory have, and who hosts them, according to the DHT."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ async def replication(
 ) -> Replication:
     """Looks up who serves the memory's shards. Raises UnreachableError."""
     found = await memories.cell_hosts(entry.memory, manifest.by_cell)
-    return Replication.of(manifest, found, besides)
+    return await asyncio.to_thread(Replication.of, manifest, found, besides)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from three_hosts import Swarm, swarm_for, three_hosts
 
 from dht.announcements import ReplicaState
 from dht.library import CellHost, MemoryRegistry
-from dht.memory import Cell, MemoryID
+from dht.memory import Cell, MemoryID, ShardInfo
 from peer.loop import LoopThread
+from talkoot.memory.publish import Publication
 from talkoot.memory.replication import survey
 
 LIFETIME_S = 60.0
@@ -92,5 +93,39 @@ def test_strangers_that_announce_all_shards_do_not_hold_the_loop() -> None:
 
     async def shares() -> list[float]:
         return [longest_s / whole_s for longest_s, whole_s in [await holds(count()) for _ in range(3)]]
+
+    assert min(asyncio.run(shares())) < 1 / 5
+
+
+def test_strangers_that_announce_all_shards_do_not_hold_a_publishers_loop() -> None:
+    cells, peers = list[Cell]((n,) for n in range(16)), peer_ids(256)
+    shards = [ShardInfo(cell, bytes([*cell, n]) * 16, 100, 3000) for cell in cells for n in range(16)]
+    found = {
+        cell: tuple(
+            CellHost(peer, ReplicaState.SERVING, frozenset(s.short for s in shards if s.cell == cell))
+            for peer in peers
+        )
+        for cell in cells
+    }
+
+    async def cell_hosts(memory: MemoryID, cells: Collection[Cell]) -> Mapping[Cell, tuple[CellHost, ...]]:
+        return found
+
+    async def proven(claims: Collection[Any], seen: Any) -> set[Any]:
+        return {*claims}
+
+    publication: Any = Publication.__new__(Publication)  # without its server
+    publication.swarm = SimpleNamespace(host=SimpleNamespace(peer_id=None))
+    publication.entry, publication._proven = memory(shards=len(shards)).entry, set()
+    publication.manifest = SimpleNamespace(shards=shards, by_cell=dict.fromkeys(cells))
+    publication.memories = SimpleNamespace(cell_hosts=cell_hosts)
+    publication._proofs = SimpleNamespace(doubted=frozenset, proven=proven)
+
+    async def look() -> None:
+        counted = sum(map(len, (await publication.replication()).by_root.values()))
+        assert counted == len(publication._proven) > 0
+
+    async def shares() -> list[float]:
+        return [longest_s / whole_s for longest_s, whole_s in [await holds(look()) for _ in range(3)]]
 
     assert min(asyncio.run(shares())) < 1 / 5
