@@ -10,6 +10,7 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import msgpack
 
@@ -26,6 +27,7 @@ _DEPTH_STEP = 5
 """Buckets far from this peer's own ID split as well, down to the next multiple of this depth (b in section 4.2)."""
 
 
+@lru_cache(maxsize=4096)
 def node_id_of(peer_id: bytes) -> int:
     """The peer's position in the DHT: the hash of its PeerID. The ID that a peer claims is never read."""
     return id_of_bytes(hashlib.sha1(peer_id, usedforsecurity=False).digest())
@@ -173,16 +175,16 @@ class RoutingTable:
         further: list[tuple[int, bytes]] = []
         places: set[str] = set()
         for bucket in sorted(self._buckets, key=lambda bucket: bucket.distance(key)):
-            for node, name in sorted(bucket.nodes.items(), key=lambda item: item[0] ^ key):
+            for distance in sorted([node ^ key for node in bucket.nodes if node != exclude]):
+                node = distance ^ key
                 near = self._near.get(node)
-                if node == exclude:
-                    continue
-                if near is None or near not in places:
-                    found.append((node, name))
-                else:
-                    further.append((node, name))
-                if near is not None:
+                if near is None:
+                    found.append((node, bucket.nodes[node]))
+                elif near not in places:
+                    found.append((node, bucket.nodes[node]))
                     places.add(near)
+                else:
+                    further.append((node, bucket.nodes[node]))
             if len(found) >= count:
                 break
         return [(node, PeerID(name)) for node, name in (*found, *further)[:count]]

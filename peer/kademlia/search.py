@@ -147,8 +147,8 @@ class IterativeSearch:
         self._is_leading = limits.is_frugal
         self._own: int | None = None
         self._current_front: list[int] | None = None
-        """The result of `_front`. None: the search has learned, asked or charged something since, which all events make
-        it do.
+        """The result of `_front`. None: the search has learned something new, asked or charged since, which all events
+        make it do.
         """
         self._known = _Path(math.inf)
         self._hearsay = _Path(_PATH)
@@ -157,6 +157,8 @@ class IterativeSearch:
     @property
     def satisfied(self) -> bool:
         """Whether enough holders have given their values, and all nodes within reach have answered."""
+        if len(self._holding) < self._limits.quorum:
+            return False
         holders = sum(node in self._holding for node in self._holders())
         return holders >= self._limits.quorum and self._all_answered(self._within_reach())
 
@@ -409,7 +411,6 @@ class IterativeSearch:
             yield node
 
     def _learn(self, nodes: Iterable[int], depth: int, path: _Path) -> None:
-        self._current_front = None
         for node in nodes:
             paths = self._paths.get(node)
             if paths is None:
@@ -419,6 +420,9 @@ class IterativeSearch:
                 bisect.insort(self._nearest, (node ^ self.key, node))
             elif node not in self._asked and path not in paths:
                 self._paths[node] = (*paths, path)
+            else:
+                continue
+            self._current_front = None
 
     def _send_to(self, node: int) -> bool:
         """Asks the node on one of its paths. False if none has room."""
