@@ -25,7 +25,10 @@ def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Awaitable[None]]) -> 
     with simulated_world() as loop:
 
         async def run() -> None:
-            await scenario(loop, await SimulatedSwarm.start(loop, HONEST, EXPERTS, Link(rtt_s=0.1), seed=1))
+            link = Link(rtt_s=0.1)
+            await scenario(
+                loop, await SimulatedSwarm.start(loop, HONEST, EXPERTS, link, seed=1, in_place=True)
+            )
 
         loop.run_until_complete(run())
 
