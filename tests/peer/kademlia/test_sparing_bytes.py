@@ -26,16 +26,19 @@ WRITERS = 8
 
 
 def play(
-    scenario: Callable[[SimulatedSwarm], Coroutine[Any, Any, None]], nodes: int = 14, contacts: bool = False
+    scenario: Callable[[SimulatedSwarm], Coroutine[Any, Any, None]],
+    nodes: int = 14,
+    contacts: bool = False,
+    in_place: bool = True,
 ) -> None:
-    """`contacts`: whether nodes know many others from the start, without having joined, and name them in contacts as
-    real ones do.
+    """`contacts`: whether nodes name others in contacts, as real ones do. `in_place`: whether they know many others
+    from the start, without having joined.
     """
     with simulated_world() as loop:
 
         async def run() -> None:
             swarm = await SimulatedSwarm.start(
-                loop, nodes, 4, Link(rtt_s=0.1), seed=1, in_place=contacts, with_contacts=contacts
+                loop, nodes, 4, Link(rtt_s=0.1), seed=1, in_place=in_place, with_contacts=contacts
             )
             for peer in swarm.peers:
                 peer.dht.validator = None
@@ -105,7 +108,7 @@ def test_witnesses_do_not_return_entries_that_have_been_renewed_since() -> None:
             assert len({entry.expires_at for entry in found.entries.values()}) == 1
         assert swarm.network.traffic.sent - before < 2 * 1000 * WRITERS * len(readers)
 
-    play(scenario, nodes=30)
+    play(scenario, nodes=30, in_place=False)
 
 
 def holders(swarm: SimulatedSwarm, until: float) -> set[PeerID]:
