@@ -110,7 +110,7 @@ class Stingy:
         if not self.answers(self.calls):
             self.swarm.behaviours[self.peer_id] = SILENT
         await dispatcher.send_back(result, random_gradients(result))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(3.0)
 
     @property
     def calls(self) -> int:
