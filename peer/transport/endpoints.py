@@ -6,6 +6,7 @@ Strangers write endpoints. Whatever does not match the grammar is not stored, di
 import ipaddress
 import re
 from enum import IntEnum
+from functools import lru_cache
 from typing import Annotated, Self, TypeAlias
 from urllib.parse import unquote
 
@@ -182,6 +183,7 @@ def bounded(text: str) -> str:
     return text
 
 
+@lru_cache(4096)  # a contact's addresses are parsed again for every call to its peer
 def _ip4_or_none(text: str) -> ipaddress.IPv4Address | None:
     try:
         return ipaddress.IPv4Address(text)
