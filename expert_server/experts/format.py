@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self, TypeAlias
 
 import torch
@@ -90,6 +91,7 @@ class StateForm:
     """Accumulated gradients have fewer rows than this."""
 
     @classmethod
+    @lru_cache(maxsize=16)  # takes as long as building an expert, and each one needs it
     def of(cls, manifest: Manifest) -> Self:
         """Allocates nothing."""
         block = weightless_block(manifest)
