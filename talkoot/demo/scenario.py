@@ -239,6 +239,11 @@ class _Demo:
         deadline = time.monotonic() + _ADOPTION_LIMIT_S
         survivor = next(node for node in self._nodes if not node.killed)
         while True:
+            await self._processes.until(
+                lambda: self._hosted() >= self._experts_total or time.monotonic() > deadline,
+                _SILENCE_LIMIT_S,
+                "the nodes' states",
+            )
             self._reading = None
             await self._start("status", "status", "--json", "--join", self._invites[survivor]["invite"])
             await self._processes.until(
@@ -249,6 +254,10 @@ class _Demo:
             self._display.tell(f"{alive} of {self._experts_total} experts are served by live nodes")
             if alive == self._experts_total or time.monotonic() > deadline:
                 return alive
+
+    def _hosted(self) -> int:
+        """The number of experts that live nodes say they serve, replicas included."""
+        return sum(state["experts"] for node, state in self._states.items() if not node.killed)
 
     def _alive(self, reading: Mapping[str, Any]) -> int:
         dead = {self._invites[node]["peer_id"] for node in self._nodes if node.killed}
