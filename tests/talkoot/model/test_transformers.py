@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+opened_once = cache(open_model)
+"""For what is not changed."""
+
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -131,7 +135,7 @@ def test_same_experts_and_the_same_logits_as_ours(name: str, work: Path) -> None
 def test_same_greedy_text_and_loss_as_ours(name: str, work: Path) -> None:
     tokens = load_file(work / f"{name}.in.safetensors")["tokens"]
     found = load_file(work / f"{name}.out.safetensors")
-    opened = open_model(work / name)
+    opened = opened_once(work / name)
     least = opened.model.first_scored
     sampling = Sampling(temperature=0, max_tokens=found["generated"].shape[1])
     for sequence in range(2):
@@ -144,13 +148,13 @@ def test_same_greedy_text_and_loss_as_ours(name: str, work: Path) -> None:
 @every_model
 def test_tokenizer_encodes_as_ours(name: str, work: Path) -> None:
     ids = load_file(work / f"{name}.out.safetensors")["ids"].tolist()
-    assert ids == open_model(work / name).tokenizer.encode(SENTENCE).tolist()
+    assert ids == opened_once(work / name).tokenizer.encode(SENTENCE).tolist()
 
 
 @every_model
 def test_what_transformers_saved_is_the_same_model(name: str, work: Path) -> None:
     tokens = load_file(work / f"{name}.in.safetensors")["tokens"][:2]
-    found, expected = open_model(work / f"{name}-saved"), open_model(work / name)
+    found, expected = open_model(work / f"{name}-saved"), opened_once(work / name)
     torch.testing.assert_close(found.model(tokens), expected.model(tokens))
     assert found.tokenizer.token_bytes == expected.tokenizer.token_bytes
     assert found.manifest == expected.manifest
