@@ -48,6 +48,12 @@ def seen(browser: Browser, address: str) -> Iterator[Visit]:
 READY = "document.querySelector('#state').textContent.includes('experts')"
 
 
+def continues(seen: Visit, prompt: str, tokens: int = 30) -> None:
+    seen.page.get_by_label("Text to continue").fill(prompt)
+    seen.page.get_by_label("Tokens").fill(str(tokens))
+    seen.page.get_by_role("button", name="Continue").click()
+
+
 def written(seen: Visit) -> str:
     return str(seen.page.evaluate("document.querySelector('#written').textContent"))
 
@@ -56,10 +62,8 @@ def written(seen: Visit) -> str:
 def test_an_answer_is_written(seen: Visit) -> None:
     assert seen.text("#model") == "village"
     assert seen.text("#state") == "8 of 8 experts on this machine, context of 64 tokens"
-    seen.page.get_by_label("Text to continue").fill("In the sauna")
-    seen.page.get_by_label("Tokens").fill("30")
     seen.page.get_by_label("Seed").fill("7")
-    seen.page.get_by_role("button", name="Continue").click()
+    continues(seen, "In the sauna", tokens=30)
     seen.until("document.querySelector('#speed').textContent.startsWith('30 tokens in ')")
     first = written(seen)
     assert first
@@ -103,8 +107,7 @@ def test_an_answer_can_be_stopped_by_key_and_by_button(seen: Visit) -> None:
 
 @needs_chromium
 def test_a_refusal_is_told(seen: Visit) -> None:
-    seen.page.get_by_label("Text to continue").fill("x" * 65)
-    seen.page.get_by_role("button", name="Continue").click()
+    continues(seen, "x" * 65)
     seen.page.locator("#problem").wait_for()
     assert "65 tokens, but the model's context is 64" in seen.text("#problem")
     seen.complaints.clear()  # the browser writes each refusal to the console
@@ -117,8 +120,7 @@ def test_a_key_is_asked_for_where_one_is_needed(
     (tmp_path / "keys").write_text("sauna-key\n")
     keys = tmp_path / "keys"
     with served(loop, model, api_key_file=keys) as address, visit(browser, address, ready=READY) as seen:
-        seen.page.get_by_label("Text to continue").fill("In the sauna")
-        seen.page.get_by_role("button", name="Continue").click()
+        continues(seen, "In the sauna")
         seen.page.locator("#problem").wait_for()
         assert "an API key is needed" in seen.text("#problem")
         seen.complaints.clear()
@@ -133,8 +135,7 @@ def test_nodes_that_answered_are_named_as_text_alone(
 ) -> None:
     model = replace(model, nodes=lambda: NODES)
     with served(loop, model) as address, visit(browser, address, ready=READY) as seen:
-        seen.page.get_by_label("Text to continue").fill("In the sauna")
-        seen.page.get_by_role("button", name="Continue").click()
+        continues(seen, "In the sauna")
         seen.page.locator("#nodes").wait_for()
         assert all(node in seen.text("#nodes") for node in NODES)
         assert seen.page.locator("img").count() == 0
@@ -146,8 +147,7 @@ def test_nothing_is_wider_than_the_window(
     browser: Browser, address: str, scheme: Literal["light", "dark"], tmp_path: Path
 ) -> None:
     with visit(browser, address, scheme=scheme, height=1100, ready=READY) as seen:
-        seen.page.get_by_label("Text to continue").fill("In the sauna one must behave as in church.")
-        seen.page.get_by_role("button", name="Continue").click()
+        continues(seen, "In the sauna one must behave as in church.")
         seen.until("document.querySelector('#speed').textContent.includes(' tokens in ')")
         for width in (1440, 820, 360):
             seen.page.set_viewport_size({"width": width, "height": 1100})
