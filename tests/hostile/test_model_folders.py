@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 from expert_fakes import make_manifest
 from model_folders import RandomModel, change_json
+from preloaded import run_preloaded
 
 from peer.errors import ModelError, SettingsError, UserError
 from talkoot.model.folder import CONFIG, INDEX, TOKENIZER, FolderWriter, ModelFolder
@@ -179,8 +178,7 @@ def test_large_folders_take_bounded_memory(written: Path, tmp_path: Path) -> Non
         "for path in sys.argv[1:]:\n"
         "    try: ModelFolder.open(Path(path))\n    except ModelError as error: print(error)"
     )
-    command = [sys.executable, "-c", program, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    done = run_preloaded("-c", program, *map(str, folders), env=os.environ, limit_s=400)
     assert (done.returncode, done.stderr) == (0, "")
     refused = done.stdout.splitlines()
     assert len(refused) == len(folders)
