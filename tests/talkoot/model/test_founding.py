@@ -40,7 +40,7 @@ from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import load_checkpoint
 
 MANIFEST = make_manifest((2, 2), k=2, layers=2, hidden=16, width=8, feed_forward=16)
-TEXT = "In the sauna one must behave as in church. " * 20
+TEXT = "In the sauna one must behave as in church. " * 10
 
 
 def imported(folder: Path, work: Path, **given: Any) -> dict[str, Any]:
