@@ -41,10 +41,13 @@ from trainer_client.client import SwarmClient, TrainerTiming
 from trainer_client.model import LanguageModel
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.loop import Training
+from trainer_client.training.record import Progress
 
 LOCAL = "127.0.0.1"
 LIMIT_S = 120.0
 PERIOD_S = 1.0
+STEP_S = 0.2
+"""A pause after each of the trainer's steps. Otherwise it would use the whole machine."""
 DEPLOY = Path(__file__).parents[3] / "deploy"
 HOSTILE = "<script>alert(1)</script>"
 MANIFEST = Manifest.model_validate(
@@ -145,8 +148,12 @@ def training(invite: Invite, folder: Path) -> Iterator[None]:
         model = LanguageModel(client.manifest, client.mixture)
         data = byte_dataset(b"In the sauna one must behave as in church. " * 60, MANIFEST.model.context)
 
+        def note(progress: Progress) -> None:
+            client.note(progress)
+            stop.wait(STEP_S)
+
         def work() -> None:
-            Training(model, data, settings).run(client.note, stop, validated=client.note_validation)
+            Training(model, data, settings).run(note, stop, validated=client.note_validation)
 
         thread = threading.Thread(target=work)
         thread.start()
