@@ -8,11 +8,12 @@ from typer.core import TyperGroup
 
 from talkoot.cli import app
 
+_TALKOOT: Any = typer.main.get_command(app)
+
 
 def require_parses(words: Sequence[str]) -> None:
     """Raises an exception that says what is wrong if there is no such command, option or value."""
-    command: Any = typer.main.get_command(app)
-    node = command.commands["node"]
+    command, node = _TALKOOT, _TALKOOT.commands["node"]
     rest = list(words)
     while isinstance(command, TyperGroup) and rest and not rest[0].startswith("-"):
         if rest[0] not in command.commands:
