@@ -13,6 +13,7 @@ from uv_home import DEADLINE_S, UvHome
 
 from dht.invites import Invite
 from dht.records import SwarmKeys
+from peer.errors import InstallationError
 from peer.files import StateFolder
 from peer.identity import Identity
 from peer.transport.addresses import Multiaddress
@@ -115,21 +116,29 @@ def test_update_without_uv_asks_for_it(home: UvHome) -> None:
     assert_one_clear_line(home.talkoot("update"), "install it, or add it to PATH")
 
 
-@pytest.mark.parametrize("requirements", ["3", "[]", "[{}]"])
-def test_broken_notes_of_uv_are_one_line(home: UvHome, requirements: str) -> None:
-    (environment(home) / "uv-receipt.toml").write_text(f"[tool]\nrequirements = {requirements}\n")
+def test_broken_notes_of_uv_are_one_line(home: UvHome) -> None:
+    (environment(home) / "uv-receipt.toml").write_text("[tool]\nrequirements = 3\n")
     assert_one_clear_line(home.talkoot("uninstall", "--yes"), "run the installer again")
 
 
+@pytest.mark.parametrize("requirements", ["[]", "[{}]"])
+def test_notes_of_uv_that_lack_talkoot_are_broken(tmp_path: Path, requirements: str) -> None:
+    (tmp_path / "uv-receipt.toml").write_text(f"[tool]\nrequirements = {requirements}\n")
+    with pytest.raises(InstallationError, match="run the installer again"):
+        Installation.find(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("file", "says"),
-    [("pipx_metadata.json", "pipx upgrade talkoot"), ("pyvenv.cfg", "-m pip install --upgrade SOURCE")],
+    ("file", "command", "says"),
+    [
+        ("pipx_metadata.json", "update", "pipx upgrade talkoot"),
+        ("pyvenv.cfg", "uninstall", "-m pip install --upgrade SOURCE"),
+    ],
 )
-def test_what_uv_did_not_install_is_told_how(home: UvHome, file: str, says: str) -> None:
+def test_what_uv_did_not_install_is_told_how(home: UvHome, file: str, command: str, says: str) -> None:
     (environment(home) / "uv-receipt.toml").unlink()
     (environment(home) / file).touch()
-    assert_one_clear_line(home.talkoot("update"), says)
-    assert_one_clear_line(home.talkoot("uninstall", "--yes"), says)
+    assert_one_clear_line(home.talkoot(command), says)
 
 
 def test_a_clone_is_told_to_use_git() -> None:
