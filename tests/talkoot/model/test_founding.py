@@ -298,7 +298,7 @@ def test_new_experts_get_tokens_and_train(tmp_path: Path) -> None:
     losses, chosen = [], set()
     mixture = model.mixtures[0]
     assert isinstance(mixture, RemoteMixtureOfExperts)
-    for step in range(120):
+    for step in range(90):
         model.begin_step(step)
         starts = torch.randint(len(tokens) - 33, (8, 1), generator=torch.Generator().manual_seed(step))
         loss = model.loss(tokens[starts + torch.arange(33)])
