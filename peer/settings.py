@@ -93,6 +93,8 @@ _IN_WORDS = {
 """Our messages for pydantic's kinds of errors. For other kinds, pydantic's own message is shown."""
 _LONGEST_SHOWN = 40
 """The most characters of a wrong value that a message shows."""
+_MOST_NAMED = 20
+"""The most wrong keys that a message names. A stranger's file may have very many."""
 
 
 class RoleSettings(BaseModel):
@@ -156,10 +158,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line that names each wrong key of the model."""
+    """One line that names the wrong keys of the model, if there are not very many."""
     parts: list[str] = []
     said: dict[str, list[ErrorDetails]] = {}
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems[:_MOST_NAMED]:
         if problem["type"] == "extra_forbidden":
             key = ".".join(map(str, problem["loc"]))
             parts.append(f"unknown setting {key!r}{_nearest(key, _keys(model))}")
@@ -169,7 +172,9 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
                 str(part) for part in problem["loc"] if str(part).isidentifier() or isinstance(part, int)
             ]
             said.setdefault(".".join(places), []).append(problem)
-    return "; ".join([*parts, *(describe_problems(key, problems) for key, problems in said.items())])
+    parts += [describe_problems(key, of_one_key) for key, of_one_key in said.items()]
+    more = len(problems) - _MOST_NAMED
+    return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
 
 
 def describe_problems(name: str, problems: Sequence[ErrorDetails]) -> str:

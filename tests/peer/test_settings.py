@@ -156,6 +156,14 @@ def test_all_wrong_keys_are_named_at_once() -> None:
         SaunaSettings.load(heat=200, wait_s=-1)
 
 
+def test_of_very_many_wrong_keys_some_are_named(config: Path) -> None:
+    """A stranger's file may have as many as fit into it, and to look for a similar key takes 50 µs."""
+    config.write_text("".join(f"key{number} = 1\n" for number in range(1000)), encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"unknown setting 'key\d+'.*; and 980 more$") as caught:
+        SaunaSettings.load(config)
+    assert str(caught.value).count("unknown setting") == 20
+
+
 def test_a_missing_file_and_one_that_does_not_parse_are_named(config: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no file .*absent"):
         SaunaSettings.load(tmp_path / "absent.toml")
