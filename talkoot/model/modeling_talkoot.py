@@ -365,16 +365,38 @@ class Mixture(nn.Module):
         """The expert's output. A row sees itself and the earlier rows of its sequence that went to this expert."""
         rows_n = slots_n // self.k
         q, k, v = expert.qkv(x_nW, rows.positions_BT.flatten()[rows_n])
-        sequence_n = rows_n // rows.new
-        seen_nm = (sequence_n[:, None] == sequence_n) & (rows_n[:, None] >= rows_n)
+        sequence_n = sequence_m = rows_n // rows.new
         if own is not None:
             own.note(slots_n, k, v)
-            before_m, k_before, v_before = own.before(number)
-            seen_nm = torch.cat((sequence_n[:, None] == before_m, seen_nm), dim=1)
+            before, k_before, v_before = own.before(number)
+            sequence_m = torch.cat((before, sequence_n))
             k, v = torch.cat((k_before, k)), torch.cat((v_before, v))
-        q, k, v = (part.transpose(0, 1) for part in (q, k, v))
-        seen_HnC = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_nm)
-        return expert.after(x_nW, seen_HnC.transpose(0, 1))
+        # each sequence apart, padded: a mask over all rows would grow with the square of the batch
+        queries_B, place_n = _places(sequence_n, rows.sequences)
+        keys_B, place_m = _places(sequence_m, rows.sequences)
+        q = _padded(q, sequence_n, place_n, queries_B)
+        k, v = (_padded(part, sequence_m, place_m, keys_B) for part in (k, v))
+        last_BT = (keys_B - queries_B)[:, None] + torch.arange(q.shape[2], device=q.device)
+        seen_BTM = torch.arange(k.shape[2], device=q.device) <= last_BT[:, :, None]
+        seen_BHTC = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BTM[:, None])
+        return expert.after(x_nW, seen_BHTC[sequence_n, :, place_n])
+
+
+def _places(sequence_n: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    """How many rows each sequence has, and the place of each row among those of its sequence, in the order given."""
+    count_B = torch.bincount(sequence_n, minlength=sequences)
+    order_n = sequence_n.argsort(stable=True)
+    first_B = count_B.cumsum(0) - count_B
+    place_n = torch.empty_like(order_n)
+    place_n[order_n] = torch.arange(len(order_n), device=order_n.device) - first_B[sequence_n[order_n]]
+    return count_B, place_n
+
+
+def _padded(x_nHC: Tensor, sequence_n: Tensor, place_n: Tensor, count_B: Tensor) -> Tensor:
+    """These rows by sequence, with zeros where a sequence has fewer rows than another: [B, H, T, C]."""
+    padded_BTHC = x_nHC.new_zeros(len(count_B), int(count_B.max()), *x_nHC.shape[1:])
+    padded_BTHC[sequence_n, place_n] = x_nHC
+    return padded_BTHC.transpose(1, 2)
 
 
 class _Kept:
