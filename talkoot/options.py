@@ -693,7 +693,10 @@ def command(
         if error.name is None or error.name.partition(".")[0] in _OWN_PACKAGES:
             raise
         _fail(InstallationError(f"can't import {error.name}: {error}; install Talkoot again"))
-    except Stopped as stopped:
+    except (Stopped, Exception) as error:
+        stopped = error if isinstance(error, Stopped) else signals.lost_in(error)
+        if stopped is None:
+            raise
         is_cut_off = terminal.is_unread and not is_service
         raise typer.Exit(_CUT_OFF if is_cut_off else stopped.exit_status) from None
     finally:

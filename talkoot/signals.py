@@ -42,6 +42,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: Stopped | None = None
         self._raised = False
+        self._is_handled = False
         self._event: threading.Event | None = None
         self._install()
         self._alarm = Alarm(self._raise)
@@ -77,8 +78,20 @@ class StopSignals:
             self._event = None
             self._alarm.cancel()
 
+    def lost_in(self, error: BaseException) -> Stopped | None:
+        """The Stopped that was raised, if this error took its place: torch replaces an exception that ends some of its
+        functions. An error of the clean-up took no place, because it was raised while Stopped was handled.
+        """
+        if not self._raised or self._is_handled:
+            return None
+        context: BaseException | None = error
+        while context is not None and not isinstance(context, Stopped):
+            context = context.__context__
+        return self.received if context is None else None
+
     def ignore(self) -> None:
         """Ignores signals from now on, so that the process can finish stopping."""
+        self._is_handled = True
         _ignore_stop_signals()
         self._alarm.cancel()
 

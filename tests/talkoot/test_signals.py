@@ -73,3 +73,39 @@ def test_a_signal_after_the_imports_is_raised() -> None:
     script = IMPORT_SCRIPT.format(importing=False, number=int(signal.SIGINT))
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert result.stdout == f"stopped {128 + signal.SIGINT}\n"
+
+
+LOST_SCRIPT = """
+import signal
+import typer
+from talkoot.options import command
+
+try:
+    with command():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        {caught}
+        raise ValueError("in the place of it")
+except typer.Exit as end:
+    print("exit status", end.exit_code)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("caught", "said"),
+    [
+        (
+            "except BaseException: pass  # as in torch, when it reads the length of a sequence",
+            "exit status 130",
+        ),
+        ("finally: raise ValueError('while it leaves')", "while it leaves"),
+    ],
+)
+def test_a_signal_counts_when_another_error_takes_its_place_but_hides_none_of_the_clean_up(
+    caught: str, said: str
+) -> None:
+    script = LOST_SCRIPT.format(caught=caught)
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert result.stdout == f"{said}\n"
