@@ -40,7 +40,8 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     """All files that the paths name, without duplicates: in the order of the paths, and by name within a folder or
     glob.
 
-    Raises DataError for a path that matches no file.
+    Raises DataError for a path that matches no file or that can't be looked at. Folders inside a folder that can't be
+    read are skipped.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -59,7 +60,7 @@ def unread_files(paths: Sequence[str]) -> list[Path]:
     for folder in filter(Path.is_dir, map(Path, paths)):
         for file in sorted(folder.rglob("*")):
             is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if not is_hidden and file.is_file() and file.resolve() not in read:
+            if not is_hidden and _is_file(file) and file.resolve() not in read:
                 others[file] = None
     return list(others)
 
@@ -130,23 +131,38 @@ def unreadable(file: Path, error: OSError) -> DataError:
 
 def _find(path: str) -> list[Path]:
     at = Path(path)
-    if at.is_dir():
-        files = sorted(file for file in at.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-        if not files:
-            raise DataError(
-                f"no .txt, .jsonl or .parquet file in {path}: put some there, or name other text files by a glob in "
-                f"quotes, such as '{at / '*'}'"
-            )
-        return files
-    if at.is_file():
-        return [at]
-    if at.exists():
-        raise DataError(f"{path} is not a file: write its output to a file first")
+    try:
+        if at.is_dir():
+            return _find_in_folder(at)
+        if _is_file(at):
+            return [at]
+        if at.exists():
+            raise DataError(f"{path} is not a file: write its output to a file first")
+    except OSError as error:
+        raise unreadable(at, error) from error
     matched = sorted(Path(name) for name in glob.glob(path, recursive=True))
-    files = [file for file in matched if file.is_file()]
+    files = [file for file in matched if _is_file(file)]
     if not files:
         raise DataError(f"no file or folder {path}: give one with text in it")
     return files
+
+
+def _find_in_folder(folder: Path) -> list[Path]:
+    next(folder.iterdir(), None)  # unlike rglob, it raises OSError if the folder can't be read
+    files = sorted(file for file in folder.rglob("*") if file.suffix in _SUFFIXES and _is_file(file))
+    if not files:
+        raise DataError(
+            f"no .txt, .jsonl or .parquet file in {folder}: put some there, or name other text files by a glob in "
+            f"quotes, such as '{folder / '*'}'"
+        )
+    return files
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Document]:

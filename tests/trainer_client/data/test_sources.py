@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -237,6 +238,34 @@ def test_what_cannot_be_read_is_named() -> None:
     # Not even root can read it.
     with pytest.raises(DataError, match=r"can't read /proc/self/mem: "):
         text_of(Path("/proc/self/mem"))
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a text, which this process can't look into while the fixture lasts. Its path is relative, since
+    the folders above it may be closed to all but root.
+    """
+    for folder in (tmp_path, tmp_path / "locked"):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
+    (tmp_path / "locked" / "x.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    me = os.geteuid()
+    (tmp_path / "locked").chmod(0)
+    try:
+        if me == 0:
+            os.seteuid(65534)  # nothing is closed to root
+        yield Path("locked")
+    finally:
+        os.seteuid(me)
+        (tmp_path / "locked").chmod(0o700)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+@pytest.mark.parametrize("path", ["locked", "locked/x.txt", "locked/*.txt"])
+def test_what_is_in_a_folder_that_cannot_be_read_is_named(locked: Path, path: str) -> None:
+    with pytest.raises(DataError, match=f"can't read {re.escape(path)}: Permission denied; check its name"):
+        find_files([path])
 
 
 def test_parquet_without_its_package_says_what_to_install(
