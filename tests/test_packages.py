@@ -95,7 +95,7 @@ def test_metadata_says_what_an_installer_needs(wheel: Path) -> None:
     needed = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {*map(Requirement, needed)} == {*map(Requirement, project["dependencies"])}
     with zipfile.ZipFile(wheel) as archive:
-        assert "talkoot = talkoot.cli:main" in archive.read(f"{info_folder()}/entry_points.txt").decode()
+        assert "talkoot = talkoot.__main__:main" in archive.read(f"{info_folder()}/entry_points.txt").decode()
 
 
 def test_source_distribution_is_complete(packages: Path) -> None:

@@ -6,6 +6,8 @@ While a command imports its modules there is nothing to clean up, and it ends at
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +75,28 @@ def test_a_signal_after_the_imports_is_raised() -> None:
     script = IMPORT_SCRIPT.format(importing=False, number=int(signal.SIGINT))
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert result.stdout == f"stopped {128 + signal.SIGINT}\n"
+
+
+ENTRY_SCRIPT = """
+import signal
+import sys
+from importlib.metadata import EntryPoint
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+EntryPoint("talkoot", {entry!r}, "console_scripts").load()()
+"""
+
+
+def test_a_program_whose_commands_are_not_imported_yet_ends_without_a_traceback() -> None:
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    script = ENTRY_SCRIPT.format(entry=settings["project"]["scripts"]["talkoot"])
+    result = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 LOST_SCRIPT = """
