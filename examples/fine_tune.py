@@ -61,6 +61,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     options = parser.parse_args()
+    # otherwise transformers would download a model of this name, and run its Python
+    if not options.model.is_dir():
+        parser.error(f"no folder {options.model}: pass one that `talkoot export` wrote")
+    if not options.text.is_file():
+        parser.error(f"no file {options.text}: pass one with your text")
 
     # the folder's two Python files are Talkoot's own; its README.md has their checksums
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)

@@ -236,3 +236,20 @@ def test_an_exported_model_is_trained_on_with_ones_own_text(tmp_path: Path) -> N
     assert again == after, "what was saved is what was learned"
     assert ModelFolder.open(tmp_path / "mine").live == set(manifest.uids())
     assert "idle threads: passive" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("model", "no folder some/model: pass one that `talkoot export` wrote"),
+        ("text", "no file mine.txt: pass"),
+    ],
+)
+def test_a_model_or_text_that_is_not_there_is_named_and_nothing_is_downloaded(
+    tmp_path: Path, missing: str, said: str
+) -> None:
+    folder = "some/model" if missing == "model" else tmp_path
+    ended = run("examples/fine_tune.py", folder, "mine.txt", "--out", tmp_path / "mine")
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
