@@ -1,5 +1,6 @@
 """OpenAI's HTTP interface: the requests that clients may send, the answers, and the errors."""
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ _MOST_NODES = 64
 _MOST_SOURCES = 64
 """The most sources that an answer names, the first that were read."""
 _MOST_MISTAKES = 1000
+_MOST_NESTED = 4096
+"""The most lists and objects in a body. They take fifty times their size in memory, and hold up all threads."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.?+[^"\\]*+)*+"?+', re.DOTALL)
+"""A string in JSON, or the rest of the body if it never ends."""
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 256
 """How many tokens to generate if the request does not say."""
 
@@ -105,6 +110,9 @@ class Request(BaseModel):
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Raises RequestError, which names the wrong parameter."""
+        if _nested(body) > _MOST_NESTED and _nested(_STRING.sub(b"", body)) > _MOST_NESTED:
+            message = f"the body has more than {_MOST_NESTED} lists and objects"
+            raise RequestError(400, message, "invalid_value")
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
@@ -225,6 +233,11 @@ class ChatRequest(Request):
 
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _nested(body: bytes) -> int:
+    """How many lists and objects begin in this JSON, if there are no strings in it."""
+    return body.count(b"[") + body.count(b"{")
 
 
 def _refusal(error: ValidationError) -> RequestError:

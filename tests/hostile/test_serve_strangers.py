@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
@@ -47,6 +48,35 @@ def test_a_body_full_of_mistakes_takes_little_memory(body: bytes, said: str) -> 
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "village", "prompt": "", "logit_bias": [' + b"[]," * 2**18 + b"[]]}",
+        b'{"model": "village", "messages": ['
+        + b'{"role": "user", "content": [{},{},{},{}]},' * 2**14
+        + b"0]}",
+        b'{"model": "village", "prompt": "\\"' + b'[\\"' * 2**18 + b"\\",
+    ],
+    ids=["lists", "objects", "a string without an end"],
+)
+def test_a_body_of_very_many_lists_is_refused_before_it_is_parsed(body: bytes) -> None:
+    """Their parser holds all other threads: it took seconds for 1 MiB of lists, and 65 MB of memory."""
+    began = time.thread_time()
+    tracemalloc.start()
+    try:
+        mistakes(body)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert time.thread_time() - began < 0.5
+
+
+@pytest.mark.parametrize("text", ["[{" * 2**13, '"[\\' * 2**13 + '"', '\\\\"{' * 2**13 + "[\n"])
+def test_a_text_may_have_any_number_of_brackets(text: str) -> None:
+    body = json.dumps(ASKED | {"prompt": text}).encode()
+    assert CompletionRequest.parse(body).prompt == text
 
 
 @pytest.mark.parametrize("entry", [b"[0]", b"[]", b"-1", b'""', b"{}", b"null"])
