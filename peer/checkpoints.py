@@ -17,12 +17,13 @@ from math import inf, prod
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from peer.codec import joined
 from peer.errors import StateError
 from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
@@ -45,6 +46,7 @@ _TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _ALIGNMENT = 8
 _MAX_DIMENSIONS, _MAX_NUMBERS, _MAX_NAME = 8, 2**48, 500
 _FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
@@ -78,7 +80,23 @@ def encode_checkpoint(header: H, tensors: dict[str, Tensor]) -> bytes:
     parts = ((name, form_of(tensor), _bytes_of(tensor)) for name, tensor in tensors.items())
     digest = _digest(header.model_dump_json(exclude={"sha256"}), parts)
     header = header.model_copy(update={"sha256": digest})
-    return to_safetensors(tensors, {_HEADER_KEY: header.model_dump_json()})
+    return _safetensors_file(tensors, {_HEADER_KEY: header.model_dump_json()})
+
+
+def _safetensors_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What the library's `save` returns, but that holds all other threads while it copies the tensors."""
+    outline: dict[str, Any] = {"__metadata__": metadata}
+    parts, end = list[memoryview](), 0
+    # the largest numbers first, so that all are aligned
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        part = _bytes_of(tensor)
+        begin, end = end, end + len(part)
+        shape, dtype = form_of(tensor)
+        outline[name] = {"dtype": _TYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        parts.append(part)
+    text = json.dumps(outline, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return joined([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def decode_checkpoint(
@@ -226,13 +244,14 @@ def _read_header(metadata: Any, kind: type[H]) -> H:
 
 def _tensors(data: bytes, places: Iterable[Place]) -> dict[str, Tensor]:
     """The tensors as views of one writable copy of the data. Raises StateError."""
-    buffer, tensors = bytearray(data), {}
+    # numpy lets other threads run while it copies
+    buffer, tensors = np.frombuffer(data, np.uint8).copy(), {}
     for place in places:
         shape, dtype = place.form
         if place.start == place.end:
             tensors[place.name] = torch.empty(shape, dtype=dtype)
             continue
-        if dtype is torch.bool and max(buffer[place.start : place.end]) > 1:
+        if dtype is torch.bool and max(data[place.start : place.end]) > 1:
             raise StateError(f"{place.name!r} has numbers instead of booleans")
         flat = torch.frombuffer(buffer, dtype=dtype, count=prod(shape), offset=place.start)
         tensors[place.name] = flat.reshape(shape)

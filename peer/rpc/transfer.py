@@ -18,7 +18,7 @@ from grpc import StatusCode
 from peer.averaging import MAX_UPDATE_COUNT
 from peer.bounded import BoundedDict, Displacement, Owner
 from peer.budget import interruptible
-from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES
+from peer.codec import CHUNK_BYTES, MAX_CHUNK_BYTES, joined
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.rates import Pace, RateLimit
@@ -165,7 +165,7 @@ class SnapshotReceiver:
             raise StateError("the state is incomplete")
         if hashlib.sha256(self._data).digest() != self.header.sha256:
             raise StateError("the checksum does not match: the state was changed in transit")
-        return self.header, bytes(self._data)
+        return self.header, joined([self._data])
 
 
 @dataclass(frozen=True)
