@@ -55,6 +55,8 @@ _WORK_OF_RECORD = 3
 """A signed record, whose badge has two more signatures to check."""
 _BYTES_OF_WORK = 2048
 """Packed bytes that count as one unit of work. (To store an entry, all others of its key are unpacked.)"""
+_UNPACKED_BYTES_OF_WORK = 320
+"""The same of what somebody wants to store: it may consist of tens of thousands of empty lists, which take 30 ms."""
 _NEAREST_BURSTS = 1.5
 """A peer that has used up its share gets no values, only the nearest nodes. If it is this many bursts ahead, it gets
 nothing.
@@ -299,6 +301,8 @@ class DHTServer:
             except WireError:
                 continue
             work = len(entries) + large_entries(entries) * (_WORK_OF_RECORD - 1)
+            if subkey == DICTIONARY:
+                work = max(work, len(value) // _UNPACKED_BYTES_OF_WORK)
             # one was counted when the call was admitted
             self._work.take(sender, max(0, work - 1), loop.time())
             key = id_of_bytes(name)
