@@ -3,22 +3,38 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_readings import INVITE, Asked, node, picture_of
+from loop_holds import holds
+from simulated_readings import (
+    INVITE,
+    NOW,
+    Asked,
+    manifest,
+    memory,
+    node,
+    peer,
+    picture_of,
+    replica,
+    trainer,
+)
 
+from dht.announcements import MAX_LATENCIES
+from dht.directory import View
 from dht.invites import Invite
 from dht.swarm import Swarm
 from peer.errors import SwarmError, UnreachableError
 from peer.metrics import total
 from peer.wire import admission_pb2
 from talkoot.dashboard import watcher as watcher_module
-from talkoot.dashboard.picture import Picture
+from talkoot.dashboard.picture import HostChecks, Picture
 from talkoot.dashboard.watcher import Watcher, WatchIntervals
+from talkoot.status import SwarmReading
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -115,3 +131,29 @@ def test_a_swarm_that_was_never_seen_is_waited_for_when_nobody_answers(
     asyncio.run(until_told(watcher))
     assert (watcher.picture, total(watcher.failures)) == (None, 1)
     assert watcher.unreachable_since is not None
+
+
+def test_many_nodes_and_trainers_do_not_hold_the_loop(tmp_path: Path) -> None:
+    """Strangers may make up as many as are shown."""
+    nodes = {peer(number): node(number) for number in range(5000)}
+    called = dict.fromkeys([*nodes][:MAX_LATENCIES], 0.1)
+    trainers = {info.peer_id: info for info in (trainer(n, node_latency_s=called) for n in range(1000))}
+    swarm = manifest((64, 64))
+    replicas = {uid: (replica(uid, n % len(nodes)),) for n, uid in enumerate(swarm.uids())}
+    reading = SwarmReading("sauna", View(swarm, replicas, nodes, NOW), nodes, trainers)
+    watcher = watched(tmp_path, None)
+    watcher._surveys = (memory(),)
+    watcher._checks[memory().entry.memory] = HostChecks(checks=1, lies=1, caught={peer(0): None})
+
+    async def longest() -> float:
+        return min([(await holds(watcher._note(reading, ())))[0] for _ in range(3)])
+
+    longest_s = asyncio.run(longest())
+    assert watcher.picture is not None
+    assert len(watcher.picture.nodes) == len(nodes)
+    assert watcher.picture.memories[0]["caught"] == [peer(0).to_base58()]
+    began = time.thread_time()
+    picture_of(
+        [*nodes.values()], [*trainers.values()], swarm=swarm, replicas=[r for (r,) in replicas.values()]
+    )
+    assert longest_s < (time.thread_time() - began) / 3
