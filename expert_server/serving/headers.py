@@ -225,10 +225,10 @@ def parse_held(
             StatusCode.RESOURCE_EXHAUSTED,
             f"the call has {count} sequences of experts, more than {MAX_SEQUENCES_IN_CALL}: send fewer at once",
         )
-    if len(numbers) != segments or len(set(numbers)) < segments:
-        raise WireError(
-            f"the call has {segments} segments, but {len(set(numbers))} different sequence numbers"
-        )
+    if len(numbers) != segments:
+        raise WireError(f"the call has {segments} segments, but {len(numbers)} sequence numbers")
+    if len(set(numbers)) < segments:
+        raise WireError("a sequence number occurs twice")
     held = []
     for expert, pairs in zip(header.experts, assignment.first_pairs, strict=True):
         first_rows = assignment.rows[pairs]
