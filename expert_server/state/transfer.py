@@ -359,7 +359,7 @@ class Fetched:
 
 
 class Withholding:
-    """Peers that kept this node waiting for a state lately, and gave none. Pure: `now` is an argument."""
+    """Peers that kept this node waiting for a state lately, and gave none that is whole. Pure: `now` is an argument."""
 
     def __init__(self) -> None:
         self._pauses = Backoff[PeerID](_WITHHELD_S, _LONGEST_WITHHELD_S)
@@ -455,6 +455,7 @@ class StateClient:
             raise
         except StateError:
             self.metrics.fetches.labels("broken").inc()
+            self._withholding.failed(node.peer_id, began, self._clock())
             raise
         self.metrics.fetches.labels("fetched").inc()
         self._withholding.gave(node.peer_id, self._clock())

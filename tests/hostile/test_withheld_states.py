@@ -10,7 +10,7 @@ import grpc
 import pytest
 from checkpoint_samples import AN_UID
 from real_swarm import UIDS, Play, Village, train
-from state_peers import Scenario, Street
+from state_peers import Scenario, Street, header_of
 from stranger import Stranger
 from test_trickling_states import play, play_in_street
 
@@ -19,10 +19,10 @@ from dht.invites import Invite
 from dht.uid import UID
 from expert_server.state.servicer import FetchHint
 from expert_server.state.transfer import Fetched, Withholding
-from peer.errors import TransferError
+from peer.errors import StateError, TransferError
 from peer.identity import PeerID
 from peer.metrics import total
-from peer.wire import state_pb2_grpc
+from peer.wire import state_pb2, state_pb2_grpc
 
 __all__ = ["play", "play_in_street"]
 
@@ -75,6 +75,29 @@ def test_a_download_ends_although_the_peer_goes_on_saying_that_it_is_busy(
 
     play_in_street(scenario)
     assert 1 <= asked < 20
+
+
+@pytest.mark.usefixtures("impatience")
+def test_a_peer_that_sends_nonsense_slowly_is_left_alone_but_not_one_that_sends_it_soon(
+    play_in_street: Callable[[Scenario], None],
+) -> None:
+    delays_s = iter((0.0, 0.3))
+
+    class Nonsense(state_pb2_grpc.StateServiceServicer):
+        async def Fetch(self, request: Any, context: Any) -> Any:
+            await asyncio.sleep(next(delays_s))
+            for reply in (header_of(b"nonsense"), state_pb2.FetchReply(chunk=b"nonsense")):
+                yield reply
+
+    async def scenario(street: Street) -> None:
+        await street.serve(Nonsense())
+        for _ in range(2):
+            assert not street.client.is_withholding(street.node.peer_id)
+            with pytest.raises(StateError, match="can't be read"):
+                await street.client.fetch(street.node, AN_UID)
+        assert street.client.is_withholding(street.node.peer_id)
+
+    play_in_street(scenario)
 
 
 def test_a_peer_that_gives_one_state_is_not_blamed_for_another_that_comes_late() -> None:
