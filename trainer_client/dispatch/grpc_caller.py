@@ -180,6 +180,8 @@ def _places(rows: expert_pb2.AnsweredRows, count: int) -> Integers:
     """The indices of these rows among the call's rows. Raises WireError."""
     if not rows.rows:
         return np.arange(count)
+    if len(rows.rows) > count:
+        raise WireError(f"it announced {len(rows.rows)} of {counted(count, 'row')}")
     places = np.array(rows.rows, dtype=np.int64)
     if places[-1] >= count or (np.diff(places) <= 0).any():
         raise WireError(f"the numbers of answered rows must rise, and be below {count}")

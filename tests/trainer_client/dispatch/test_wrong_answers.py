@@ -108,6 +108,7 @@ WRONG = {
     "rows that fall": ((computed(0), block([1, 0, 2]), chunk()), []),
     "a row twice in one block": ((computed(0), block([0, 1, 1]), chunk()), []),
     "a row beyond the call": ((computed(0, 1), block([0, 1, 6]), chunk()), []),
+    "more rows than the call has": ((computed(0, 1), block(range(100), 2 * BYTES), chunk(2 * BYTES)), []),
     "a row of an expert that has not answered": ((*ANSWERED_0, block([3]), chunk(BYTES // 3)), FIRST),
     "a row of an expert that has failed": (
         (*ANSWERED_0, refusal(1, 13), block([3]), chunk(BYTES // 3)),
