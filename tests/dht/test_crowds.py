@@ -120,9 +120,9 @@ def test_known_experts_stay_in_view_as_long_as_they_live_when_their_prefixes_are
     play(scenario)
 
 
-def test_of_a_crowd_too_large_to_ask_them_all_the_witnesses_tell() -> None:
-    """The crowd is four times as large as the honest nodes, and larger than the number of peers that one
-    look-up asks.
+def test_a_crowd_too_large_to_ask_them_all_hides_nothing() -> None:
+    """The crowd is four times as large as the honest nodes, and larger than the number of near peers that one look-up
+    asks.
     """
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
