@@ -134,7 +134,7 @@ def _find(path: str) -> list[Path]:
     try:
         if at.is_dir():
             return _find_in_folder(at)
-        if _is_file(at):
+        if at.is_file():
             return [at]
         if at.exists():
             raise DataError(f"{path} is not a file: write its output to a file first")
