@@ -158,7 +158,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line that names the wrong keys of the model, if there are not very many."""
+    """One line that names the wrong keys of the model, or the first of very many."""
     parts: list[str] = []
     said: dict[str, list[ErrorDetails]] = {}
     problems = error.errors()

@@ -359,7 +359,7 @@ class Fetched:
 
 
 class Withholding:
-    """Peers that kept this node waiting for a state lately, and gave none that is whole. Pure: `now` is an argument."""
+    """Peers that kept this node waiting for a state lately, and gave no valid one. Pure: `now` is an argument."""
 
     def __init__(self) -> None:
         self._pauses = Backoff[PeerID](_WITHHELD_S, _LONGEST_WITHHELD_S)
