@@ -33,6 +33,10 @@ _CURVE = ec.SECP256R1()
 _KEY_MESSAGE = b"\x08\x03\x12"
 """How libp2p's message of an ECDSA key begins: field 1, the type, is 3; field 2, the key, follows with its length."""
 _SERIAL_BYTES = 16
+_LENGTHS_BYTES = 8
+"""A certificate in DER begins with its own length and that of its signed part."""
+_VERSION = bytes.fromhex("a00302010202")
+"""Then its version follows, 3, and the serial number with its length."""
 VALID_FROM: datetime = datetime(2025, 1, 1, tzinfo=UTC)
 """Certificates of peers are valid from then on. On a machine whose clock is earlier, no TLS connection is made."""
 _VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
@@ -143,7 +147,7 @@ class Identity:
             .subject_name(name)
             .issuer_name(name)
             .public_key(self.key.public_key())
-            .serial_number(int.from_bytes(self.peer_id.to_bytes()[-_SERIAL_BYTES:], "big"))
+            .serial_number(_serial_number(self.peer_id))
             .not_valid_before(VALID_FROM)
             .not_valid_after(_VALID_UNTIL)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -198,6 +202,11 @@ def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
     """The key in a DER certificate, as DER SubjectPublicKeyInfo, if it is the peer's. Raises RecordError."""
     if len(certificate) > _MAX_CERTIFICATE_BYTES:
         raise RecordError(f"the certificate has {len(certificate)} bytes, more than {_MAX_CERTIFICATE_BYTES}")
+    # checked before it is parsed, because cryptography warns of serial numbers below 1, and will refuse them
+    serial_number = _serial_number(peer_id)
+    number = serial_number.to_bytes(serial_number.bit_length() // 8 + 1)
+    if not serial_number or not certificate.startswith(_VERSION + bytes([len(number)]) + number, _LENGTHS_BYTES):
+        raise RecordError(f"the certificate is not that of peer {peer_id}")
     try:
         public_key = x509.load_der_x509_certificate(certificate).public_key()
     except (*_NO_KEY, x509.InvalidVersion) as error:
@@ -208,6 +217,11 @@ def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
     if peer_id_of(encoded) != peer_id:
         raise RecordError(f"the certificate is not that of peer {peer_id}")
     return encoded
+
+
+def _serial_number(peer_id: PeerID) -> int:
+    """Of a peer's certificate."""
+    return int.from_bytes(peer_id.to_bytes()[-_SERIAL_BYTES:])
 
 
 def _is_on_curve(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:

@@ -313,6 +313,23 @@ def test_a_changed_certificate_raises_nothing_but_record_error(
     assert x509.load_pem_x509_certificate(pem).public_key() == identity.key.public_key()
 
 
+@pytest.mark.parametrize("first", [0x80, 0xFF])
+def test_a_serial_number_below_zero_is_refused_before_it_is_parsed(identity: Identity, first: int) -> None:
+    certificate = bytearray(identity.make_certificate())
+    assert certificate[13] == 2, "an integer in DER: its kind, its length, and then itself"
+    certificate[15] = first
+    with pytest.raises(RecordError, match="not that of peer"):
+        certificate_pem(bytes(certificate), identity.peer_id)
+
+
+def test_a_peer_id_that_would_have_serial_number_zero_has_no_certificate(identity: Identity) -> None:
+    certificate = identity.make_certificate()
+    end = 15 + certificate[14]
+    zero = certificate[:14] + b"\1\0" + certificate[end:]
+    with pytest.raises(RecordError, match="not that of peer"):
+        certificate_pem(zero, PeerID(identity.peer_id.to_bytes()[:18] + bytes(16)))
+
+
 @given(position=st.integers(0, 60), change=st.integers(1, 255))
 def test_a_changed_key_raises_nothing_but_record_error(
     identity: Identity, position: int, change: int
