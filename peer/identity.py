@@ -205,7 +205,8 @@ def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
     # checked before it is parsed, because cryptography warns of serial numbers below 1, and will refuse them
     serial_number = _serial_number(peer_id)
     number = serial_number.to_bytes(serial_number.bit_length() // 8 + 1)
-    if not serial_number or not certificate.startswith(_VERSION + bytes([len(number)]) + number, _LENGTHS_BYTES):
+    head = _VERSION + bytes([len(number)]) + number
+    if not serial_number or not certificate.startswith(head, _LENGTHS_BYTES):
         raise RecordError(f"the certificate is not that of peer {peer_id}")
     try:
         public_key = x509.load_der_x509_certificate(certificate).public_key()
