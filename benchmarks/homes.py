@@ -60,7 +60,7 @@ class Village:
         folder.mkdir()
         if "--state" not in arguments:
             arguments = (*arguments, "--state", folder / "state")
-        words = ["-m", "talkoot.cli", command, "--log-format", "json", *map(str, arguments)]
+        words = ["-m", "talkoot", command, "--log-format", "json", *map(str, arguments)]
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             process = self._start(machine, words, out, err)
         program = Program(process, folder)

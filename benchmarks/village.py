@@ -82,7 +82,7 @@ def joining_node(
 @contextmanager
 def _process(state: Path, experts: int, flags: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
     package = offer_kinds(state.with_suffix(".kinds"), _RIVALS)
-    command = [sys.executable, "-m", "talkoot.cli", "node", "--host", "127.0.0.1", "--experts", str(experts)]
+    command = [sys.executable, "-m", "talkoot", "node", "--host", "127.0.0.1", "--experts", str(experts)]
     with state.with_suffix(".log").open("wb") as log:
         node = subprocess.Popen(
             die_with_parent([*command, "--state", str(state), *flags]),

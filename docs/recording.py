@@ -194,5 +194,5 @@ def _blocks(shown: str, column: int, y: float) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    frames = record([sys.executable, "-W", "ignore", "-m", "talkoot.cli", "demo", *sys.argv[1:]])
+    frames = record([sys.executable, "-W", "ignore", "-m", "talkoot", "demo", *sys.argv[1:]])
     sys.stdout.write(picture(frames))

@@ -769,7 +769,3 @@ def uninstall(
         from talkoot.installation import run_uninstall
 
         run_uninstall(terminal, yes=yes, state=state, identity=identity)
-
-
-if __name__ == "__main__":
-    main()

@@ -371,7 +371,7 @@ class HostileSwarm:
         state.mkdir(mode=0o700)
         Identity.load_or_create(self._keys / peer.name)
         shutil.copy2(self._keys / peer.name, state / "identity.key")
-        program: Sequence[str] = ("-m", "talkoot.cli")
+        program: Sequence[str] = ("-m", "talkoot")
         if patched := self._attack if peer.hostile else ",".join(self._plan.without):
             program = (attacks.__file__, patched, str(self._seed), str(self.begins))
         peer.child = await self._children.start(peer.name, (*arguments, "--state", str(state)), program)

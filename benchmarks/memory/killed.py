@@ -143,7 +143,7 @@ def _leaves(memory: Memory, text: str) -> frozenset[bytes]:
 def _publish(folder: Path, founder: RunningNode, timing: Sequence[str]) -> None:
     """Publishes the memory with the `talkoot` command. Raises SystemExit if that fails."""
     state = ["--state", str(founder.folder / "node")]
-    command = [sys.executable, "-m", "talkoot.cli", "memory", "publish", str(folder), "--host", _HOST]
+    command = [sys.executable, "-m", "talkoot", "memory", "publish", str(folder), "--host", _HOST]
     log = founder.folder / "publish.log"
     with log.open("w") as file, suppress(subprocess.TimeoutExpired):
         ended = subprocess.run(

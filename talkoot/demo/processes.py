@@ -19,7 +19,7 @@ _LEAVES_WITHIN_S = 10.0
 _LINES_SHOWN = 8
 _LONGEST_LINE = 2**24
 """In bytes. The status of a swarm is one line."""
-_TALKOOT = ("-m", "talkoot.cli")
+_TALKOOT = ("-m", "talkoot")
 _CODE = re.compile(r" \[T[0-9]{3}\]$")
 
 Hear = Callable[["DemoProcess", Mapping[str, Any] | None], None]

@@ -37,7 +37,7 @@ class Service:
     @property
     def program(self) -> Program:
         """The invite is passed in a file, because everybody on the machine can read a command line."""
-        command = (sys.executable, "-P", "-m", "talkoot.cli", "node", "--join", f"@{self.invite_file}")
+        command = (sys.executable, "-P", "-m", "talkoot", "node", "--join", f"@{self.invite_file}")
         return Program((*command, "--state", str(self.state), *self.options), self.state)
 
 

@@ -171,7 +171,7 @@ def _running(
     environment = {f"TALKOOT_{prefix}_{key.upper()}": str(value) for key, value in settings.items()}
     with log.open("wb") as output:
         process = Preloaded(
-            *("-m", "talkoot.cli", *arguments, "--state", str(state)),
+            *("-m", "talkoot", *arguments, "--state", str(state)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

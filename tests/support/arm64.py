@@ -48,7 +48,7 @@ class EmulatedMachine:
         return ["qemu-aarch64", "-L", str(root), str(root / "usr" / "bin" / "python3"), *arguments]
 
     def talkoot(self, *arguments: str) -> list[str]:
-        return self.python("-W", "ignore", "-m", "talkoot.cli", *arguments)
+        return self.python("-W", "ignore", "-m", "talkoot", *arguments)
 
     @property
     def variables(self) -> dict[str, str]:

@@ -24,12 +24,12 @@ _LISTEN = "-listen=/unix"
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "talkoot.cli", *arguments]
+    return [sys.executable, "-m", "talkoot", *arguments]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process that has imported torch."""
-    return run_preloaded("-m", "talkoot.cli", *arguments, env=os.environ | environment)
+    return run_preloaded("-m", "talkoot", *arguments, env=os.environ | environment)
 
 
 def run_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

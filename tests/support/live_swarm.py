@@ -66,7 +66,7 @@ class _Processes:
         state = ("--state", str(self._folder / name))
         with log:
             process = Preloaded(
-                *("-m", "talkoot.cli", *arguments, *state),
+                *("-m", "talkoot", *arguments, *state),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

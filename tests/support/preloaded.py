@@ -29,11 +29,11 @@ from typing import IO, Any
 
 _MODULES = (
     *("torch", "numpy", "scipy.stats", "safetensors.torch"),  # for programs that are not of Talkoot
-    *("talkoot.memory.commands", "talkoot.node.launch", "talkoot.train.generate", "talkoot.train.session"),
+    *("talkoot.cli", "talkoot.node.launch", "talkoot.train.generate", "talkoot.train.session"),
     *("talkoot.dashboard.server", "talkoot.serve.server", "talkoot.memory.search", "talkoot.status"),
     *("peer.transport.p2pd", "uvicorn.protocols.http.h11_impl"),
 )
-"""What commands import. Not `talkoot.cli`, which is their main module."""
+"""What commands import."""
 _QUIET = {"GRPC_VERBOSITY": "ERROR", "GRPC_ENABLE_FORK_SUPPORT": "false"}
 """What Talkoot sets in the environment before it imports gRPC, which reads it then."""
 _ROOT = Path(__file__).parents[2]

@@ -45,7 +45,7 @@ def founding(folder: Path, *options: str) -> Iterator[Founder]:
     manifest.write_text('name = "taken"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
     log = (folder / "log").open("w+")
     process = Preloaded(
-        *("-m", "talkoot.cli", "node", "--new", str(manifest), "--host", HOST, "--state", str(state)),
+        *("-m", "talkoot", "node", "--new", str(manifest), "--host", HOST, "--state", str(state)),
         *("--threads", "1", "--invite-file", str(invite), *options),
         stdout=subprocess.PIPE,
         stderr=log,
@@ -187,7 +187,7 @@ def test_version_names_software_and_protocol() -> None:
 def test_help_that_a_full_disk_has_no_room_for_fails_in_one_line(arguments: str) -> None:
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
-            [sys.executable, "-m", "talkoot.cli", *arguments.split()],
+            [sys.executable, "-m", "talkoot", *arguments.split()],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -542,7 +542,7 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
     with listening() as port, (tmp_path / "log").open("w+") as log:
         begin = partial(
             Preloaded,
-            *("-m", "talkoot.cli", name, "--join", silent_invite(founder, port), *host, *state),
+            *("-m", "talkoot", name, "--join", silent_invite(founder, port), *host, *state),
             stderr=log,
             text=True,
             env=os.environ | {"TMPDIR": str(tmp_path)},
@@ -580,7 +580,7 @@ def test_joining_can_be_stopped(founder: Founder, tmp_path: Path, name: str, num
 @contextmanager
 def piped(*arguments: object) -> Iterator[tuple[Preloaded, IO[str]]]:
     """A command whose outputs both go to a pipe, and the end from which the test reads."""
-    words = ("-m", "talkoot.cli", *map(str, arguments))
+    words = ("-m", "talkoot", *map(str, arguments))
     with Preloaded(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         try:

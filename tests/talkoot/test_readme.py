@@ -108,7 +108,7 @@ class Reader:
     def _words(self, written: str) -> list[str]:
         command, *words = shlex.split(self.line(written))
         assert command == "talkoot"
-        return ["-W", "ignore", "-m", "talkoot.cli", *words]
+        return ["-W", "ignore", "-m", "talkoot", *words]
 
     def _environment(self) -> dict[str, str]:
         as_users_have_it = {name: value for name, value in os.environ.items() if not name.endswith("_P2PD")}

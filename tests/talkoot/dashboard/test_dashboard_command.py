@@ -57,7 +57,7 @@ def test_a_port_in_use_is_one_line_and_status_2(dead_invite: str, tmp_path: Path
 
 def test_a_swarm_that_cannot_be_reached_is_shown_so_until_ctrl_c(dead_invite: str, tmp_path: Path) -> None:
     process = Preloaded(
-        *("-m", "talkoot.cli", "dashboard", "--join", dead_invite, "--port", "0", "--state", str(tmp_path / "state")),
+        *("-m", "talkoot", "dashboard", "--join", dead_invite, "--port", "0", "--state", str(tmp_path / "state")),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     try:

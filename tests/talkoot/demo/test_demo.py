@@ -74,7 +74,7 @@ def running_demo(tmp_path: Path, *options: str, python: str | Path = sys.executa
     temporary.mkdir()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [str(python), "-m", "talkoot.cli", "demo", *options],
+            [str(python), "-m", "talkoot", "demo", *options],
             stdout=file,
             stderr=file,
             cwd=tmp_path,

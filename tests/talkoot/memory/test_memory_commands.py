@@ -69,7 +69,7 @@ def test_a_memory_is_built_published_found_and_taken_back(
         own = ("--state", str(node.state), "--host", "127.0.0.1", "--announce-every-s", "2", "--p2pd", "off")
         publish = ("memory", "publish", str(folder), *own, "--log-format", "json")
         with Preloaded(
-            "-m", "talkoot.cli", *publish, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            "-m", "talkoot", *publish, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as killed:
             assert killed.stdout is not None
             assert killed.stdout.readline()

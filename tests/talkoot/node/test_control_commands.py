@@ -54,7 +54,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
     manifest.write_text('name = "steered"\n[model]\nlayers = 1\nhidden = 16\n[experts]\ngrid = [2, 2]\n')
     with (folder / "errors").open("wb") as errors:
         process = Preloaded(
-            *("-m", "talkoot.cli", "node", "--new", str(manifest), "--host", HOST, "--state", str(state)),
+            *("-m", "talkoot", "node", "--new", str(manifest), "--host", HOST, "--state", str(state)),
             *("--threads", "1", "--experts", "4", "--invite-file", str(invite)),
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -127,7 +127,7 @@ def test_machine_that_can_not_serve_is_an_exit_status(tmp_path: Path) -> None:
 
 
 def test_logs_are_followed_while_the_node_leaves_in_order(node: RunningNode) -> None:
-    follow = ("-m", "talkoot.cli", "logs", "--follow", "-n", "1", "--state", str(node.state))
+    follow = ("-m", "talkoot", "logs", "--follow", "-n", "1", "--state", str(node.state))
     with Preloaded(*follow, stdout=subprocess.PIPE, text=True) as following:
         try:
             assert following.stdout is not None

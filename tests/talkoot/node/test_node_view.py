@@ -379,7 +379,7 @@ def test_a_node_lets_other_programs_go_first_and_keeps_to_its_hours(
     found = ["node", "--new", str(manifest), "--host", "127.0.0.1", "--state", str(tmp_path / "state")]
     options = ["--schedule", hours, "--log-format", "json", "--p2pd", "auto"]
     with Preloaded(
-        *("-m", "talkoot.cli", *found, *options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        *("-m", "talkoot", *found, *options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
             assert process.stdout is not None

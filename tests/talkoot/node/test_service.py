@@ -114,7 +114,7 @@ def words_of(unit: configparser.ConfigParser) -> list[str]:
 def test_installed_service_runs_the_node_with_this_interpreter(machine: Machine) -> None:
     machine.install(experts=4, bootstrap=["/ip4/1", "/ip4/2"], config=Path("a.toml"))
     command = words_of(parsed(machine.unit_file.read_text()))
-    assert command[:5] == [sys.executable, "-P", "-m", "talkoot.cli", "node"]
+    assert command[:5] == [sys.executable, "-P", "-m", "talkoot", "node"]
     options = command[5:]
     assert options[:4] == ["--join", f"@{machine.state}/invite", "--state", str(machine.state)]
     assert options[4:8] == ["--experts", "4", "--bootstrap", "/ip4/1"]

@@ -60,7 +60,7 @@ def test_who_was_there_waits_and_leaves_at_once_when_told(founder: Identity, tmp
     remember(invite, tmp_path)
     log = tmp_path / "node.log"
     with Preloaded(
-        *("-m", "talkoot.cli", "node", "--join", str(invite), *STATED, str(tmp_path)), stderr=subprocess.PIPE
+        *("-m", "talkoot", "node", "--join", str(invite), *STATED, str(tmp_path)), stderr=subprocess.PIPE
     ) as process:
         try:
             wait_until(lambda: log.exists() and "Trying again in 4 s" in log.read_text(), "the second try")

@@ -47,7 +47,7 @@ def run(founder: Founder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_swarms_model_is_served_until_ctrl_c(founder: Founder, run: Path, tmp_path: Path) -> None:
     process = Preloaded(
-        *("-m", "talkoot.cli", "serve", "--join", founder.invite, "--state", str(run)),
+        *("-m", "talkoot", "serve", "--join", founder.invite, "--state", str(run)),
         *("--port", "0", "--threads", "1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -72,7 +72,7 @@ def founded(loop: LoopThread, folder: Path, manifest: Manifest) -> Iterator[Foun
         for number in range(2):
             state = folder / f"node-{number}"
             MEMORY.write(state / "memory" / str(memory))
-            command = ("-m", "talkoot.cli", "node", "--join", invite, "--state", str(state), *NODE)
+            command = ("-m", "talkoot", "node", "--join", invite, "--state", str(state), *NODE)
             running.logs.append(folder / f"node-{number}.log")
             with running.logs[-1].open("wb") as log:
                 running.nodes.append(Preloaded(*command, stdout=log, stderr=log))

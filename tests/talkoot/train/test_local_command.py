@@ -41,7 +41,7 @@ def test_the_result_file_is_written_although_the_disk_of_the_output_is_full(tmp_
     manifest, results = tmp_path / "swarm.toml", tmp_path / "results.json"
     manifest.write_text(SWARM)
     options = ("--steps", "2", "--threads", "1", "--json", str(results), "--state", str(tmp_path / "state"))
-    command = (sys.executable, "-m", "talkoot.cli", "train", "--local", str(manifest), *options)
+    command = (sys.executable, "-m", "talkoot", "train", "--local", str(manifest), *options)
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (ended.returncode, "can't write the results to standard output" in ended.stderr) == (2, True)
