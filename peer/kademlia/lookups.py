@@ -14,7 +14,7 @@ import math
 import random
 import statistics
 from collections import Counter, deque
-from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -509,6 +509,10 @@ class _Run:
         """All witnesses."""
         self._witnesses = dict.fromkeys(keys, witnesses) if witnesses else {}
         """For each key, the witnesses that have not been asked yet."""
+        self._leading: set[int] = set(keys) if limits.is_frugal else set()
+        """The keys whose searches still ask one node after the other. Witnesses are asked when there are none left, so
+        that all keys travel in one call, and no witness returns what is found by then.
+        """
         for key in keys:
             known = self._nearest_known(key, BUCKET_SIZE)
             search = IterativeSearch(key, known, limits, reach, self._neighbourhood_of)
@@ -517,9 +521,9 @@ class _Run:
             self.found[key] = Found(search, self._peers)
             if not besides_self:
                 self._ask_self(key)
-            if not limits.is_frugal:
-                self._ask_witnesses(key)
         self._unfinished = set(self.found)
+        if not limits.is_frugal:
+            self._ask_witnesses()
 
     def _nearest_known(self, key: int, most: int) -> Collection[int]:
         """The nearest nodes in the routing table, and those that answered when the key was looked up last."""
@@ -545,17 +549,22 @@ class _Run:
             self._peers.update({self._dht.node_id: self._dht.peer_id})
             found.search.holds(self._dht.node_id, has_value)
 
-    def _ask_witnesses(self, key: int) -> None:
-        for node in self._witnesses.pop(key, ()):
-            if self.found[key].search.ask_witness(node):
-                self._queue.setdefault(node, []).append(key)
+    def _ask_witnesses(self) -> Collection[int]:
+        """Returns the keys for which they are asked."""
+        witnesses, self._witnesses = self._witnesses, {}
+        for key, nodes in witnesses.items():
+            for node in nodes:
+                if self.found[key].search.ask_witness(node):
+                    self._queue.setdefault(node, []).append(key)
+        return witnesses.keys()
 
-    def _advance(self, keys: Iterable[int]) -> None:
+    def _advance(self, keys: Collection[int]) -> None:
         """Queues the next requests of these searches."""
         for key in keys:
             search = self.found[key].search
             if self._sought in self.found[key].entries:
                 self._unfinished.discard(key)
+                self._leading.discard(key)
                 continue
             heard = {
                 node: peer
@@ -574,10 +583,15 @@ class _Run:
                         search.pass_over(node)
                     else:
                         self._queue.setdefault(node, []).append(key)
-            if key in self._witnesses and not search.waits_for_first:
-                self._ask_witnesses(key)
-            if search.finished and not self._waits_for_late(key):
-                self._unfinished.discard(key)
+            if not search.waits_for_first:
+                self._leading.discard(key)
+        if not self._leading:
+            keys = {*keys, *self._ask_witnesses()}
+        self._unfinished -= {key for key in keys if self._is_finished(key)}
+
+    def _is_finished(self, key: int) -> bool:
+        is_complete = key not in self._witnesses and self.found[key].search.finished
+        return is_complete and not self._waits_for_late(key)
 
     def _waits_for_late(self, key: int) -> bool:
         search = self.found[key].search

@@ -419,6 +419,37 @@ def test_witnesses_far_from_a_key_are_asked_for_no_contacts() -> None:
     play(scenario, nodes=60, contacts=True)
 
 
+def test_a_frugal_look_up_asks_each_witness_for_all_keys_in_one_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        reader, call = swarm.peers[0], swarm.network.call
+        names = [f"{KEY} {number}" for number in range(6)]
+        keys = [key_id_of(name) for name in names]
+        until = reader.registry.now() + 300
+        await swarm.peers[1].lookups.store([Item(name, 0, bytes(1000), until) for name in names])
+        far = sorted(swarm.peers[2:], key=lambda peer: min(peer.dht.node_id ^ key for key in keys))[-2:]
+        witnesses = {peer.dht.node_id: peer.peer_id for peer in far}
+        monkeypatch.setattr(reader.lookups, "witnesses", lambda number: witnesses)
+        reader.lookups._sample_at = reader.lookups._replace_at = math.inf
+        asked: dict[PeerID, list[dht_pb2.FindRequest]] = {peer_id: [] for peer_id in witnesses.values()}
+
+        async def noted(sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
+            if receiver in asked:
+                asked[receiver].append(dht_pb2.FindRequest.FromString(request))
+            return await call(sender, receiver, method, request)
+
+        monkeypatch.setattr(swarm.network, "call", noted)
+        found = await reader.lookups.find(keys, FRUGAL)
+        assert all(found[key].entries for key in keys)
+        for calls in asked.values():
+            assert len(calls) == 1
+            assert sorted(calls[0].keys) == sorted(map(id_bytes, keys))
+            assert len(calls[0].have) == len(keys), "a witness would return what is found already"
+
+    play(scenario, nodes=60)
+
+
 def test_few_calls_for_a_key_that_was_looked_up_before_ask_for_names() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         asked: list[dht_pb2.FindRequest] = []
