@@ -1,7 +1,8 @@
 """A crowd of invented peers next to a key hides nothing, in a swarm of simulated peers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import random
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.directory import Directory
 from dht.uid import UID
 from peer.identity import PeerID
-from peer.kademlia.routing import key_id_of, node_id_of
+from peer.kademlia.routing import BUCKET_SIZE, ID_BITS, key_id_of, node_id_of
 from peer.wire import dht_pb2
 
 HONEST = 20
@@ -33,21 +34,31 @@ def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Awaitable[None]]) -> 
         loop.run_until_complete(run())
 
 
-async def crowd(swarm: SimulatedSwarm, key: str, number: int) -> list[PeerID]:
-    """Adds peers that are nearer to the key than all others. Everybody knows them, but they store nothing and know only
-    each other.
-    """
+def nearest(key: str) -> list[PeerID]:
+    """Made-up peers, those nearest to the key first."""
     place = key_id_of(key)
-    tried: list[Any] = [SimulatedIdentity(10**6 + n) for n in range(_TRIED)]
-    tried.sort(key=lambda identity: node_id_of(identity.peer_id.to_bytes()) ^ place)
-    liars = tried[:number]
-    names = [liar.peer_id.to_bytes() for liar in liars]
+    made: list[Any] = [SimulatedIdentity(10**6 + n) for n in range(_TRIED)]
+    return sorted((one.peer_id for one in made), key=lambda peer_id: node_id_of(peer_id.to_bytes()) ^ place)
 
+
+def filling_buckets(key: str, buckets: int, each: int) -> list[PeerID]:
+    """Made-up peers for the buckets nearest to the key in most peers' routing tables: `each` for every bucket."""
+    place, shift = key_id_of(key), ID_BITS - 5  # full buckets far from a peer's own ID hold 1/32 of all IDs
+    by_bucket: dict[int, list[PeerID]] = {}
+    for peer_id in nearest(key):
+        by_bucket.setdefault((node_id_of(peer_id.to_bytes()) ^ place) >> shift, []).append(peer_id)
+    return [peer_id for bucket in range(buckets) for peer_id in by_bucket[bucket][:each]]
+
+
+async def crowd(swarm: SimulatedSwarm, liars: Sequence[PeerID]) -> None:
+    """Adds peers that everybody knows. They store nothing and name only each other."""
+    names, rng = [liar.to_bytes() for liar in liars], random.Random(1)
     own = dht_pb2.NodeInfo(node_id=bytes(20))
 
     async def find(sender: PeerID, request: bytes) -> bytes:
         asked = len(dht_pb2.FindRequest.FromString(request).keys)
-        nothing = dht_pb2.FindResult(type=dht_pb2.RESULT_TYPE_NOT_FOUND, nearest_peer_ids=names[:20])
+        named = rng.sample(names, BUCKET_SIZE)
+        nothing = dht_pb2.FindResult(type=dht_pb2.RESULT_TYPE_NOT_FOUND, nearest_peer_ids=named)
         return dht_pb2.FindResponse(results=[nothing] * asked, peer=own).SerializeToString()
 
     async def store(sender: PeerID, request: bytes) -> bytes:
@@ -58,12 +69,11 @@ async def crowd(swarm: SimulatedSwarm, key: str, number: int) -> list[PeerID]:
         return dht_pb2.PingResponse(peer=own, available=True).SerializeToString()
 
     for liar in liars:
-        transport = SimulatedTransport(swarm.network, liar.peer_id)
+        transport = SimulatedTransport(swarm.network, liar)
         transport.handlers |= {"find": find, "store": store, "ping": pong}
     for peer in swarm.peers:
         for liar in liars:
-            await peer.dht.ping(liar.peer_id)
-    return [liar.peer_id for liar in liars]
+            await peer.dht.ping(liar)
 
 
 async def trainer(loop: VirtualLoop, swarm: SimulatedSwarm) -> tuple[SimulatedPeer, Directory]:
@@ -85,7 +95,7 @@ def test_with_as_many_hostile_keys_beside_a_key_as_there_are_nodes_a_trainer_fin
 ) -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         keys = {"prefix": swarm.keys.prefix(0), "node": swarm.keys.node(swarm.hosts[HIDDEN].peer_id)}
-        await crowd(swarm, keys[beside], HONEST)
+        await crowd(swarm, nearest(keys[beside])[:HONEST])
         await asyncio.sleep(600)  # what was stored before is gone
         await swarm.announce_all(300.0)
         await look_around(swarm)
@@ -126,7 +136,7 @@ def test_a_crowd_too_large_to_ask_them_all_hides_nothing() -> None:
     """
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
-        await crowd(swarm, swarm.keys.prefix(HIDDEN.layer), 4 * HONEST)
+        await crowd(swarm, nearest(swarm.keys.prefix(HIDDEN.layer))[: 4 * HONEST])
         await asyncio.sleep(600)
         await swarm.announce_all(300.0)
         for _ in range(3):
@@ -138,5 +148,23 @@ def test_a_crowd_too_large_to_ask_them_all_hides_nothing() -> None:
                 peer.dht.storage.clear()
                 seen += bool((await peer.experts.replicas([HIDDEN]))[HIDDEN])
         assert seen >= 19
+
+    play(scenario)
+
+
+def test_witnesses_find_what_a_crowd_hides_that_fills_all_buckets_near_a_key() -> None:
+    """There are more liars near the key than a look-up asks there, and all peers know so many of them that look-ups
+    reach hardly any honest node. What one witness returns is stored, and found by others.
+    """
+
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        await crowd(swarm, filling_buckets(swarm.keys.prefix(HIDDEN.layer), buckets=4, each=25))
+        await asyncio.sleep(600)
+        await swarm.announce(swarm.hosts[HIDDEN], [HIDDEN], 600.0)
+        for _ in range(6):
+            await look_around(swarm)
+        peer, _ = await trainer(loop, swarm)
+        seen = [(await peer.experts.replicas([HIDDEN]))[HIDDEN] for peer in (*swarm.peers, peer)]
+        assert sum(map(bool, seen)) == HONEST + 1
 
     play(scenario)
