@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from record_samples import EXPIRES_AT, NOW, UID_HERE, VALIDATOR, keys, refused, stored
 
@@ -310,7 +310,6 @@ packed = st.one_of(
 )
 
 
-@settings(max_examples=400)
 @given(key=st.binary(max_size=40), subkey=packed, value=packed, expires_at=st.floats())
 def test_hostile_bytes_are_refused_and_raise_nothing(
     key: bytes, subkey: bytes, value: bytes, expires_at: float
@@ -318,7 +317,6 @@ def test_hostile_bytes_are_refused_and_raise_nothing(
     assert VALIDATOR.validate(Record(key, subkey, value, expires_at)) is False
 
 
-@settings(max_examples=300)
 @given(part=st.integers(0, 2), position=st.integers(0, 10**6), change=st.integers(1, 255))
 def test_a_record_with_any_one_byte_changed_is_refused(
     identity: Identity, keys: SwarmKeys, part: int, position: int, change: int

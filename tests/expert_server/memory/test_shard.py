@@ -114,7 +114,6 @@ def test_a_secondary_shard_proves_where_each_text_lies_or_what_stands_for_it(
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300)
 def test_a_changed_secondary_file_is_refused(data: st.DataObject) -> None:
     file = changed(data, SECONDARY_FILE, header_end(SECONDARY_FILE), len(SECONDARY_FILE))
     with pytest.raises(WireError):
@@ -178,7 +177,6 @@ def test_the_file_is_small_and_the_same_each_time_and_others_can_read_it() -> No
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300)
 def test_a_changed_file_is_refused(data: st.DataObject) -> None:
     file = changed(data, FILE, header_end(FILE), len(FILE))
     with pytest.raises(WireError):
@@ -186,7 +184,6 @@ def test_a_changed_file_is_refused(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300)
 def test_a_changed_header_is_refused_or_says_the_same(data: st.DataObject) -> None:
     file = changed(data, FILE, 0, header_end(FILE))
     try:

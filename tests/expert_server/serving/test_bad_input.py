@@ -320,7 +320,7 @@ def fuzzed(loop: LoopThread, identity: Identity) -> Iterator[Fuzzed]:
     loop.run(context.__aexit__(None, None, None))
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.sampled_from(["forward", "backward"]), changes, orders)
 def test_no_bytes_as_messages_stop_the_node_or_spoil_an_expert(
     loop: LoopThread,

@@ -230,7 +230,6 @@ def arrivals(draw: st.DrawFn) -> dict[str, list[tuple[int, UID, Direction, float
     return {name: draw(st.lists(work, min_size=1, max_size=5)) for name in "abcd"[: draw(st.integers(2, 4))]}
 
 
-@settings(deadline=None, max_examples=200)
 @given(arrivals(), st.integers(0, 3), st.integers(BOUND + 1, 80), st.integers(0, 20))
 def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
     cycles: dict[str, list[tuple[int, UID, Direction, float]]], late: int, depth: int, head_start: int
@@ -265,7 +264,6 @@ def test_served_rows_of_waiting_callers_stay_within_one_batch_or_work(
             assert all(abs(served[a] - served[b]) <= most for a, b in combinations(names, 2))
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(works, st.booleans()), max_size=40))
 def test_nothing_is_lost_or_computed_twice_and_nothing_expired_is_computed(
     steps: list[tuple[WorkItem, bool]],

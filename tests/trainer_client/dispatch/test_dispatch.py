@@ -33,7 +33,7 @@ from expert_fakes import (
     send_to_best,
 )
 from grpc import StatusCode
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.metrics import total
@@ -211,7 +211,6 @@ behaviours = st.sampled_from(
 )
 
 
-@settings(max_examples=150)
 @given(st.data())
 def test_whatever_fails_a_call_ends_in_time_with_the_right_outputs_and_no_expert_twice(
     data: st.DataObject,

@@ -16,7 +16,7 @@ from expert_fakes import (
     random_rows,
 )
 from grpc import StatusCode
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.beam_search import Selection
@@ -102,7 +102,6 @@ def with_all_faults(draw: st.DrawFn) -> Case:
     return passes(draw, [fails(), fails(after_s=0.5), fails(StatusCode.NOT_FOUND), SILENT, *late])
 
 
-@settings(max_examples=60, deadline=None)
 @given(with_refusals())
 def test_no_row_is_sent_twice_to_one_expert(case: Case) -> None:
     for row in range(ROWS):
@@ -110,13 +109,11 @@ def test_no_row_is_sent_twice_to_one_expert(case: Case) -> None:
         assert len(asked) == len(set(asked))
 
 
-@settings(max_examples=60, deadline=None)
 @given(with_all_faults())
 def test_avoided_peers_are_never_called(case: Case) -> None:
     assert not {call.peer_id for call in case.swarm.calls} & case.avoided
 
 
-@settings(max_examples=60, deadline=None)
 @given(with_all_faults())
 def test_slots_of_experts_that_answer_keep_the_routers_choice(case: Case) -> None:
     for row in range(ROWS):
@@ -127,7 +124,6 @@ def test_slots_of_experts_that_answer_keep_the_routers_choice(case: Case) -> Non
                 assert tuple(case.result.coordinates[row, slot].tolist()) == uid.coordinate
 
 
-@settings(max_examples=60, deadline=None)
 @given(with_all_faults())
 def test_a_row_whose_experts_all_answer_is_sent_nowhere_else(case: Case) -> None:
     for row in range(ROWS):
@@ -137,7 +133,6 @@ def test_a_row_whose_experts_all_answer_is_sent_nowhere_else(case: Case) -> None
             assert case.result.answered[row].sum() == len(chosen)
 
 
-@settings(max_examples=60, deadline=None)
 @given(with_all_faults())
 def test_no_row_has_an_expert_twice(case: Case) -> None:
     for row in range(ROWS):

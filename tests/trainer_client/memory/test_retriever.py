@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from expert_fakes import VirtualRunner, virtual_time
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loop_holds import holds
 from memory_samples import DIMENSIONS, MEMORY, SWARM, Lie, SampleHost, SampleMemory, SampleSwarm, peer_ids
@@ -112,7 +112,6 @@ def texts_of(result: SearchResult) -> list[str]:
     numbers=st.lists(st.integers(0, 39), min_size=1, max_size=MOST),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=150)
 def test_passages_of_honest_replicas_are_found_beside_any_liars(
     seed_of_memory: int, lies: list[Lie], numbers: list[int], seed: int
 ) -> None:
@@ -143,7 +142,6 @@ def test_passages_of_honest_replicas_are_found_beside_any_liars(
     numbers=st.lists(st.integers(0, 39), min_size=1, max_size=MOST),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=150)
 def test_whatever_hosts_answer_all_that_is_found_is_proven(
     seed_of_memory: int, lies: list[Lie | None], numbers: list[int], seed: int
 ) -> None:
