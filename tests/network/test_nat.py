@@ -68,6 +68,7 @@ def test_a_founder_behind_a_router_learns_that_its_invite_lets_nobody_in(
     founder.wait_for("advice", lambda: "nobody outside this network can join by this invite" in founder.said)
 
 
+@pytest.mark.slow
 def test_two_trainers_in_homes_average(
     village: Village, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,12 +14,13 @@ HALF = PLAN.experts // 2
 LIFETIME_S = 3 * PLAN.announce_every_s
 DEADLINE_S = 120.0
 """The deadline for a busy machine. That the first look after the cut already joins the halves is tested in
-test_rejoining.py.
+test_rejoining.py, without processes.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # four processes start and end, on a machine that may be busy
-@pytest.mark.parametrize("cut_s", [0.0, pytest.param(90.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cut_s", [0.0, 90.0])
 def test_two_halves_train_on_and_find_each_other_again(
     loop: LoopThread, tmp_path: Path, cut_s: float
 ) -> None:

@@ -49,6 +49,7 @@ NOT_HERE = why_not()
 pytestmark = [
     pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE),
     pytest.mark.timeout(400),
+    pytest.mark.slow,  # tests/peer/relays has the same in one process
     pytest.mark.usefixtures("p2pd"),
 ]
 
