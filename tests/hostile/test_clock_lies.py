@@ -100,6 +100,7 @@ def test_a_node_survives_when_its_machines_clock_is_set(
         assert node.alive
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FAKETIME.exists(), reason="needs the Debian package faketime")
 def test_a_node_whose_clock_is_minutes_fast_sees_the_hosts_and_begins_no_expert_anew(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

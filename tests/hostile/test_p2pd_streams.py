@@ -28,6 +28,7 @@ def make(identity: Identity, *, public: bool) -> Libp2p:
     return Libp2p(identity, Libp2pConfig("127.0.0.1", public=public), Dialling(AddressScope.LOOPBACK))
 
 
+@pytest.mark.slow
 def test_a_stranger_that_holds_streams_takes_no_memory_of_p2pd(loop: LoopThread) -> None:
     async def scenario() -> None:
         victim, stranger = (
