@@ -87,7 +87,7 @@ def loss_of_replicas(seed: int, replicas: int, meet: Callable[[Expert, Checkpoin
     return sum(map(task.loss, experts)) / replicas
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("replicas", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_without_hostile_replicas_clipping_costs_nothing(replicas: int) -> None:
     assert loss_of_replicas(0, replicas, clipped) <= 1.005 * loss_of_replicas(0, replicas, plain)
 
@@ -116,7 +116,13 @@ def loss_beside_a_liar(lie: str | None, meet: Callable[[Expert, Checkpoint], Non
     return sum(map(task.loss, honest)) / len(honest)
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lie if lie in ("drifting", "sign-flipped") else pytest.param(lie, marks=pytest.mark.slow)
+        for lie in LIES
+    ],
+)
 def test_one_liar_of_three_costs_two_honest_replicas_next_to_nothing(lie: str) -> None:
     calm = loss_beside_a_liar(None, clipped)
     assert loss_beside_a_liar(lie, clipped) <= 1.05 * calm

@@ -96,6 +96,7 @@ def test_an_expert_learns_beside_a_caller_that_floods_it_with_flipped_gradients(
     assert total(runtime.metrics.clipped_rows) >= 0.9 * 24 * 50
 
 
+@pytest.mark.slow
 def test_an_expert_learns_beside_fifty_keys_of_one_line_that_flood_it() -> None:
     runtime = make_runtime(Expert(FIRST, make_manifest("ffn", learning_rate=1e-2)))
     first, *_, last = losses_beside_a_flood(runtime, 24, keys=50, group="one line")

@@ -237,7 +237,7 @@ class Stress:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_work_ends_whatever_happens_beside_it(seed: int, threads: int) -> None:
     async def scenario() -> None:
         stress = Stress(seed, threads)
@@ -254,7 +254,9 @@ def test_every_work_ends_whatever_happens_beside_it(seed: int, threads: int) -> 
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_stop_in_the_middle_of_everything_ends_all_of_it(seed: int, threads: int) -> None:
     async def scenario() -> None:
         stress = Stress(seed, threads)
