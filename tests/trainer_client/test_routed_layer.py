@@ -286,12 +286,12 @@ def test_where_a_chosen_expert_has_gone_since_its_rows_alone_choose_again() -> N
 # Causality
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 5])
 @every_router
 @every_kind
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=9, deadline=None)
 @given(
     data=st.data(),
+    prefix=st.sampled_from([0, 1, 5]),
     grid=grids,
     seed=st.integers(0, 2**31 - 1),
     width=st.sampled_from([16, 8]),
@@ -301,8 +301,8 @@ def test_where_a_chosen_expert_has_gone_since_its_rows_alone_choose_again() -> N
 def test_a_changed_token_changes_no_logit_that_is_scored_before_it(
     name: RouterName,
     kind: str,
-    prefix: int,
     data: st.DataObject,
+    prefix: int,
     grid: tuple[int, ...],
     seed: int,
     width: int,
