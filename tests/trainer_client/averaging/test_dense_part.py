@@ -170,6 +170,7 @@ def regression_loss(seed: int, radius: float | None = None) -> float:
     return float(sum(loss(part, held_out).item() for part in parts)) / 2
 
 
+@pytest.mark.slow
 def test_without_hostiles_the_loss_is_that_of_plain_averaging() -> None:
     losses = [(regression_loss(seed), regression_loss(seed, math.inf)) for seed in range(4)]
     clipped, plain = map(sum, zip(*losses, strict=True))

@@ -46,8 +46,15 @@ from trainer_client.retrieval.rag import Tokens
 generators = pytest.mark.parametrize("manifest", [MANIFEST, PAIRS], ids=["decoder", "encoder-decoder"])
 
 
-@generators
-@pytest.mark.parametrize("objective", ["rag-sequence", "rag-token"])
+@pytest.mark.parametrize(
+    ("objective", "manifest"),
+    [
+        pytest.param("rag-sequence", MANIFEST, id="rag-sequence-decoder"),
+        pytest.param("rag-token", PAIRS, id="rag-token-encoder-decoder"),
+        pytest.param("rag-token", MANIFEST, id="rag-token-decoder", marks=pytest.mark.slow),
+        pytest.param("rag-sequence", PAIRS, id="rag-sequence-encoder-decoder", marks=pytest.mark.slow),
+    ],
+)
 def test_generator_and_query_encoder_learn_and_answers_name_their_sources(
     objective: str, manifest: Manifest
 ) -> None:

@@ -37,7 +37,10 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
 
 
 # One of them draws noise and chance, one uses dropout, and one has biases.
-@pytest.mark.parametrize(("name", "accumulate"), [("noisy-top-k", 2), ("switch", 1), ("product-key", 2)])
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [("noisy-top-k", 2), pytest.param("switch", 1, marks=pytest.mark.slow), ("product-key", 2)],
+)
 def test_five_steps_and_five_resumed_are_ten_straight(
     tmp_path: Path, name: RouterName, accumulate: int
 ) -> None:
