@@ -46,7 +46,7 @@ def play(scenario: Callable[[VirtualLoop, SimulatedSwarm], Coroutine[Any, Any, N
     with simulated_world() as loop:
 
         async def run() -> None:
-            swarm = await SimulatedSwarm.start(loop, nodes, 16, Link(rtt_s=0.05), seed=1)
+            swarm = await SimulatedSwarm.start(loop, nodes, 16, Link(rtt_s=0.05), seed=1, in_place=True)
             await scenario(loop, swarm)
 
         loop.run_until_complete(run())
