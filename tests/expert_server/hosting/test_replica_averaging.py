@@ -510,7 +510,7 @@ def report(node: Node, uid: UID, here: int, elsewhere: int) -> None:
         reports.note("a trainer", "a line", call + call * elsewhere // here)
 
 
-@pytest.mark.parametrize("starts", ["the one left behind", "the other"])
+@pytest.mark.parametrize("starts", ["the one left behind", pytest.param("the other", marks=pytest.mark.slow)])
 def test_a_replica_that_trainers_left_behind_becomes_a_copy_of_the_other(play: Play, starts: str) -> None:
     async def scenario(village: Village) -> None:
         first, second = await couple(village, 2, average_every_s=3600)

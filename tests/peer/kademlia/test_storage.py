@@ -179,7 +179,7 @@ print((resident() - before) / stored.bytes, stored.bytes / most)
 """
 
 
-@pytest.mark.parametrize("size", [60, 800])
+@pytest.mark.parametrize("size", [60, pytest.param(800, marks=pytest.mark.slow)])
 def test_the_store_takes_the_memory_that_it_says(size: int) -> None:
     """Index entries take 60 bytes, and records 800. This is measured in a process of its own, after many
     were evicted.

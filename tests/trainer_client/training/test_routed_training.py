@@ -1,13 +1,14 @@
 """Training with each router: real experts that are trained, and no network."""
 
 import threading
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from byte_texts import byte_dataset
 from expert_fakes import FakeSwarm, make_manifest
-from router_fakes import LearningSwarm, every_router, mixtures
+from router_fakes import LearningSwarm, mixtures
 
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName, TrainerSettings
@@ -33,7 +34,13 @@ def train_with(name: RouterName) -> tuple[Summary, LearningSwarm, list[Progress]
     return summary, swarm, seen, before.keys() - moved
 
 
-@every_router
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("product-key", "base") else pytest.param(name, marks=pytest.mark.slow)
+        for name in get_args(RouterName)
+    ],
+)
 def test_a_model_learns_with_each_router(name: RouterName) -> None:
     summary, swarm, seen, unmoved = train_with(name)
     assert summary.validation_loss_last is not None
