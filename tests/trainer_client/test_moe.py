@@ -135,6 +135,7 @@ def test_output_and_gradients_are_those_of_a_local_mixture(
         assert_equals_local(swarm, make_mixture(0), *random_tensors(seed, sequences, length))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data(), grids, st.integers(1, 9), seeds)
 def test_with_any_subset_answering_the_weights_of_the_rest_are_renormalised(
@@ -316,6 +317,7 @@ def make_model(swarm: FakeSwarm, make_mixture: Callable[[int], nn.Module]) -> La
     return model
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data(), grids, st.integers(1, 9), seeds)
 def test_a_changed_token_changes_no_logit_before_it(
