@@ -5,6 +5,7 @@ import threading
 from contextlib import AsyncExitStack
 
 import numpy as np
+import pytest
 from callers import a_caller
 from expert_fakes import FakeDirectory, make_manifest, make_replica
 from real_node import a_node
@@ -32,6 +33,7 @@ MANIFEST = make_manifest((2, 2), k=2, layers=2, causal=(False, True), hidden=16,
 TEXT = np.frombuffer(b"In the sauna one must behave as in church. " * 60, np.uint8)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_also_after_one_of_two_nodes_has_died(loop: LoopThread) -> None:
     stacks, channels = [AsyncExitStack() for _ in range(2)], ChannelPool()
 
