@@ -214,8 +214,8 @@ class UnsteadySwarm(FakeSwarm):
             yield answer
 
 
-def history(seed: int, schedule: int) -> tuple[list[object], dict[str, Any]]:
-    """Every call of 25 passes, forward and backward, with their results and counts."""
+def history(seed: int, schedule: int, passes: int = 10) -> tuple[list[object], dict[str, Any]]:
+    """Every call of all passes, forward and backward, with their results and counts."""
     swarm = UnsteadySwarm(schedule)
     seen: list[object] = []
     scores = np.random.default_rng(0).standard_normal((ROWS, 4), dtype=np.float32)
@@ -228,7 +228,7 @@ def history(seed: int, schedule: int) -> tuple[list[object], dict[str, Any]]:
             seed=seed,
             clock=asyncio.get_running_loop().time,
         )
-        for _ in range(25):
+        for _ in range(passes):
             result = await send_to_best(dispatcher, random_rows(ROWS), [scores], 2, LENGTH)
             gradients = await dispatcher.send_back(result, np.ones_like(result.updates))
             arrays = (result.updates, result.coordinates, *gradients)
@@ -251,7 +251,7 @@ def test_all_that_happens_follows_from_the_seed_and_the_faults() -> None:
 
 
 def test_with_faults_all_kinds_of_counters_move() -> None:
-    _, stats = history(seed=1, schedule=2)
+    _, stats = history(seed=1, schedule=2, passes=25)
     named = (
         "hedged_calls",
         "hedges_won",
