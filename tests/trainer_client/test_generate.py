@@ -58,11 +58,11 @@ def test_top_k_draws_of_the_k_likeliest() -> None:
 
 
 def test_top_p_draws_of_the_fewest_that_make_it_up() -> None:
-    assert drawn(top_p=0.5).keys() == {1}
-    assert drawn(top_p=0.51).keys() == {1, 3}
-    assert drawn(top_p=0.8).keys() == {1, 2, 3}
-    assert drawn(top_p=1e-9).keys() == {1}
-    assert drawn(top_p=1e-300).keys() == {1}
+    assert drawn(300, top_p=0.5).keys() == {1}
+    assert drawn(300, top_p=0.51).keys() == {1, 3}
+    assert drawn(300, top_p=0.8).keys() == {1, 2, 3}
+    assert drawn(300, top_p=1e-9).keys() == {1}
+    assert drawn(300, top_p=1e-300).keys() == {1}
 
 
 @given(
