@@ -217,11 +217,11 @@ def test_half_of_the_hosts_die_and_no_query_fails(play: Play) -> None:
             (result,) = await retriever.search([text], 5, 100, by_words=False)
             check_whole(WORDS, number, result)
 
-        for number in range(40):
+        for number in range(20):
             await check(number)
         await swarm.hosts[0].stop()
         await swarm.hosts[3].stop()
-        for number in range(40, 80):
+        for number in range(20, 40):
             await check(number)
 
     play(scenario)
