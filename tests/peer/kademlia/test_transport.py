@@ -87,7 +87,7 @@ async def silent_server(host: str = LOCAL) -> Any:
         await server.wait_closed()
 
 
-@pytest.mark.parametrize("count", [2, 12])
+@pytest.mark.parametrize("count", [2, 7, pytest.param(12, marks=pytest.mark.slow)])
 def test_what_one_node_stores_all_find(count: int) -> None:
     async def scenario() -> None:
         async with dht_peers(count) as peers:
