@@ -269,6 +269,7 @@ def test_growth_is_as_high_as_a_step_and_as_steep_as_a_line() -> None:
     assert growth(times, [-time for time in times]) < 0
 
 
+@pytest.mark.slow
 def test_a_node_holds_no_more_after_a_little_trouble(
     node: NodeVictim, loop: LoopThread, tmp_path: Path
 ) -> None:
