@@ -36,6 +36,7 @@ def play(loop: LoopThread, tmp_path: Path) -> Play:
     return playing(loop, numbered_identities(HONEST + 1), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) -> None:
     """There are eight strangers among four honest nodes, and a watcher that has seen nothing before."""
 

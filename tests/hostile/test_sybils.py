@@ -228,6 +228,7 @@ def test_eight_times_as_many_peers_on_a_few_machines_hide_nothing() -> None:
     check_all_is_found(among(12, 96, machines=2, looks=1, experts=4))
 
 
+@pytest.mark.slow
 def test_as_many_peers_as_nodes_beside_a_layers_prefix_hide_nothing() -> None:
     check_all_is_found(among(12, 12, machines=12, looks=1, experts=4, beside=prefix))
 
