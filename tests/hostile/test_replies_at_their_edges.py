@@ -452,7 +452,7 @@ def deliver(loop: LoopThread, caplog: pytest.LogCaptureFixture, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reply_with_a_field_at_its_edge_is_bounded_or_refused(deliver: Deliver, name: str) -> None:
-    deliver(name, 100_000, 20_000)
+    deliver(name, 100_000, 5_000)
 
 
 @pytest.mark.slow
