@@ -28,14 +28,14 @@ from peer.loop import LoopThread
 
 ATTACKS = {
     "rapid-reset": 8000,
-    "cancels": 4000,
     "small-calls": 4000,
-    "silent-opens": 200,
     "silent-connections": 1000,
     "idle-tls": 150,
 }
 """The attacks, and how many streams or connections each makes in a second."""
 MORE_ATTACKS = {
+    "cancels": 4000,
+    "silent-opens": 200,
     "rapid-reset-nowhere": 8000,
     "unknown-methods": 4000,
     "silent-streams": 200,
