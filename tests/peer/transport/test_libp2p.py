@@ -169,6 +169,7 @@ def play(loop: LoopThread, scenario: Coroutine[Any, Any, None]) -> None:
     loop.run(scenario, 120)
 
 
+@pytest.mark.slow
 def test_a_stream_tells_who_opened_it_also_after_p2pd_was_killed(
     loop: LoopThread, identities: list[Identity], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_stream_tells_who_opened_it_also_after_p2pd_was_killed(
     assert caplog.text.count("the libp2p daemon ended with status -9; starting it again") == 1
 
 
+@pytest.mark.slow
 def test_a_p2pd_that_dies_as_a_protocol_is_added_serves_it_when_it_runs_again(
     loop: LoopThread,
     identities: list[Identity],
