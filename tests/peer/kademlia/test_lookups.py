@@ -264,6 +264,7 @@ def test_records_are_stored_at_the_nearest_nodes(world: VirtualLoop) -> None:
     play(world, scenario, nodes=20, in_place=False)
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_nearest_of_all_nodes(world: VirtualLoop) -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         hits = asked = 0
