@@ -116,7 +116,8 @@ def _start(processes: _Processes, folder: Path) -> LiveSwarm:
     joining = ("--join", invite_file.read_text().strip())
     for number, name in enumerate(names[1:], 1):
         nodes[name] = _start_node(processes, number, name, *joining)
-    processes.start("trainer", "train", *joining, "--steps", "1000000", "--threads", "1", "--seed", "0")
+    small = ("--batch-size", "4", "--validation-batches", "1", "--threads", "1", "--seed", "0")
+    processes.start("trainer", "train", *joining, "--steps", "1000000", *small)
     listening = ("--host", HOST, "--port", "0")
     often = {"TALKOOT_DASHBOARD_REFRESH_S": 0.5, "TALKOOT_DASHBOARD_LIST_EVERY_S": 1}
     dashboard = processes.start("dashboard", "dashboard", *joining, *listening, **often)
@@ -135,7 +136,7 @@ def _start_node(processes: _Processes, number: int, name: str, *origin: str) -> 
         *("node", *origin, "--host", HOST, "--device", "cpu", "--threads", "1", "--name", name),
         *("--experts", "12", "--spare", "12", "--announce-every-s", str(every_s)),
         # Otherwise the trainer would use the whole machine while the page is tested.
-        *("--upload-mbit", "0.5", "--drain-timeout", "0"),
+        *("--upload-mbit", "0.1", "--drain-timeout", "0"),
     )
 
 
