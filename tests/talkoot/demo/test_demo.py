@@ -204,6 +204,7 @@ def test_interrupted_demo_over_links_and_without_p2pd_ends_at_once_and_leaves_no
     assert not list(demo.temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
     with running_demo(tmp_path, *SMALLEST) as demo:
         wait_until(lambda: demo.processes().count("p2pd") >= 2, demo.log)
@@ -212,6 +213,7 @@ def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
         wait_until(lambda: not demo.processes(), demo.log)
 
 
+@pytest.mark.slow
 def test_child_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
