@@ -22,6 +22,7 @@ def happened() -> dict[str, Figures]:
     return {name: play(name, NODES, SEED, QUICK) for name in EVENTS}
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_seed_give_the_same_figures(happened: dict[str, Figures]) -> None:
     again = play("tenth_dies", NODES, SEED, QUICK)
     assert json.dumps(again) == json.dumps(happened["tenth_dies"])

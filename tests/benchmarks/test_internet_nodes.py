@@ -191,6 +191,7 @@ def test_a_claim_is_not_announced_again_while_it_is_fresh(monkeypatch: pytest.Mo
         assert announced.count(ReplicaState.CLAIMED) == 1
 
 
+@pytest.mark.slow
 def test_an_expert_that_lost_most_of_its_hosts_gets_half_as_many_as_another() -> None:
     with simulated(1) as world:
         swarm = grown(world, 40, 4, room=2)

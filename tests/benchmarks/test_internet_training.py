@@ -51,6 +51,7 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     assert train(swarm, 3, window) == train(swarm, 3, window)
 
 
+@pytest.mark.slow
 def test_drawn_trainers_train_as_fast_as_the_real_ones_that_they_repeat() -> None:
     swarm = make_swarm([Machine()] * 8)
     real = train(swarm, 4)

@@ -104,8 +104,12 @@ def simulated() -> Measured:
     return simulate(SMALL, 1)
 
 
-def test_the_simulated_side_adopts_and_trains_on_alike_for_a_seed(simulated: Measured) -> None:
+@pytest.mark.slow
+def test_the_simulated_side_measures_the_same_for_a_seed(simulated: Measured) -> None:
     assert json.dumps(simulate(SMALL, 1).figures()) == json.dumps(simulated.figures())
+
+
+def test_the_simulated_side_adopts_and_trains_on(simulated: Measured) -> None:
     assert simulated.adoption.vacant == len(simulated.adoption.times_s) == 1
     assert simulated.adoption.all_served_s < SMALL.adoption_limit_s
     for stretch in (simulated.training, simulated.after):

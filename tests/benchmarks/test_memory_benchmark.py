@@ -82,7 +82,7 @@ def test_more_cells_take_more_bytes(memory: BuiltMemory) -> None:
 
 
 def test_every_lie_is_found_out_and_none_believed(memory: BuiltMemory, folder: Path) -> None:
-    found = lying.measure(memory, folder, questions(memory, 40), list(lying.KINDS))
+    found = lying.measure(memory, folder, questions(memory, 24), list(lying.KINDS))
     for kind, figures in found.items():
         assert (figures["believed"], figures["failed"]) == (0, 0), kind
     assert found["honest"]["recall"] == 1.0
@@ -100,6 +100,7 @@ def test_later_searches_take_two_round_trips(memory: BuiltMemory, folder: Path) 
     assert found["cold_ms_mean"] > found["warm_ms_mean"]
 
 
+@pytest.mark.slow
 def test_a_large_memory_is_found_in_a_process_of_its_own(memory: BuiltMemory, tmp_path: Path) -> None:
     found = large.measure(memory, 2 * PASSAGES, 10, tmp_path / "large")
     assert found["passages"] == 2 * PASSAGES

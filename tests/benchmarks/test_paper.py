@@ -43,6 +43,7 @@ def test_a_founder_reads_the_manifest_as_it_is(tmp_path: Path) -> None:
     assert tomllib.loads(to_toml(manifest))["experts"]["grid"] == [8, 16]
 
 
+@pytest.mark.slow
 def test_the_quick_run_trains_on_real_nodes_that_are_slow_and_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

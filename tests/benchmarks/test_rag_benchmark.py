@@ -134,9 +134,9 @@ def test_the_tests_things_and_ways_are_none_that_are_learned() -> None:
         assert all(value in changed.passages[what].text for what, value in changed.facts.items())
 
 
-@pytest.mark.parametrize("encoder_layers", [0, 1])
+@pytest.mark.parametrize("encoder_layers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_all_ways_of_answering_are_measured_and_judged(encoder_layers: int) -> None:
-    size = answers.Size(60, 2, 3, 2, 4, 300, 16, 1, encoder_layers)
+    size = answers.Size(20, 2, 3, 2, 4, 300, 16, 1, encoder_layers)
     found = answers.measure(size)
     assert set(found["exact"]) == {"closed_book", "dpr_reader", "rag_token", "rag_sequence", "gold"}
     # An untrained model may say anything, but another replica answers in place of the host that died.

@@ -23,6 +23,7 @@ PLAN = replace(
 TEXTS = {"sauna": b"In the sauna one must behave as in church. " * 40, "digits": b"3.14159 26535 " * 120}
 
 
+@pytest.mark.slow
 def test_all_go_on_from_one_model_for_as_many_steps(tmp_path: Path) -> None:
     said: list[str] = []
     results = compare(PLAN, Mixed(TEXTS, PLAN.context), tmp_path / "model", said.append)
