@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from byte_texts import byte_dataset
 from expert_fakes import make_manifest
 from hypothesis import given
 from hypothesis import strategies as st
-from router_fakes import LearningSwarm, every_router, k_of, mixtures
+from router_fakes import LearningSwarm, k_of, mixtures
 from torch import Tensor, nn
 
 from dht.manifest import Manifest, WireSpec
@@ -51,8 +52,14 @@ def local(name: RouterName = "product-key", seed: int = 0, manifest: Manifest = 
     return LocalSwarm(manifest, TrainerSettings(router=name, top_k=k_of(name), seed=seed))
 
 
-@pytest.mark.parametrize("manifest", [MANIFEST, NARROW], ids=["wide", "narrow"])
-@every_router
+WIDE_AND_NARROW = [pytest.param(name, MANIFEST, id=f"{name}-wide") for name in get_args(RouterName)] + [
+    # a router does not know how wide experts are
+    pytest.param(name, NARROW, id=f"{name}-narrow", marks=() if name == "product-key" else pytest.mark.slow)
+    for name in get_args(RouterName)
+]
+
+
+@pytest.mark.parametrize(("name", "manifest"), WIDE_AND_NARROW)
 def test_a_model_learns_the_same_locally_and_in_a_swarm(name: RouterName, manifest: Manifest) -> None:
     swarm, here = LearningSwarm(manifest), local(name, manifest=manifest)
     with mixtures(swarm, name) as make_mixture:
