@@ -56,14 +56,6 @@ def test_questions_find_passages_that_share_no_word_with_them(
     assert report.bytes == plan.out.stat().st_size
 
 
-def test_the_same_pairs_and_seed_give_the_same_encoder(
-    learned: tuple[TrainEncoderPlan, TrainEncoderReport], tmp_path: Path
-) -> None:
-    plan, _ = learned
-    train_encoder(replace(plan, out=tmp_path / "again"))
-    assert (tmp_path / "again").read_bytes() == plan.out.read_bytes()
-
-
 def test_a_folder_that_takes_no_file_is_named_before_anything_is_read(tmp_path: Path) -> None:
     plan = TrainEncoderPlan(tmp_path / "no-pairs", (), Path("/proc/encoder"))
     with pytest.raises(StartError, match=r"can't write /proc/encoder: .*; pass another --out FILE"):
@@ -103,13 +95,14 @@ def test_a_file_that_is_no_trained_encoder_is_refused(data: bytes | str | None, 
     assert not (tmp_path / "memory").exists()
 
 
-def test_the_command_says_what_it_learned_and_refuses_too_few_pairs(
-    tmp_path: Path,
+def test_the_command_says_what_it_learned_gives_the_same_for_a_seed_and_refuses_too_few_pairs(
+    learned: tuple[TrainEncoderPlan, TrainEncoderReport], tmp_path: Path
 ) -> None:
     plan = write_samples(tmp_path)
     arguments = ("memory", "train-encoder", str(plan.pairs), "--text", *plan.text, "-o", str(plan.out))
     ended = run_here(*arguments)
     assert ended.returncode == 0, ended.stderr
+    assert plan.out.read_bytes() == learned[0].out.read_bytes()
     assert "has an encoder of" in ended.stdout
     assert f"talkoot memory build FILES --encoder {plan.out}" in ended.stdout
     assert "exists" in run_here(*arguments).stderr
