@@ -404,7 +404,7 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
     loop.run(scenario(), 180)
 
 
-@pytest.mark.parametrize("nodes", [2, 5])
+@pytest.mark.parametrize("nodes", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_hosts_that_seldom_look_delete_a_revoked_passage_within_seconds(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int
 ) -> None:
