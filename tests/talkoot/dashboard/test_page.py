@@ -190,7 +190,7 @@ def test_choice_of_colours_is_kept(seen: Visit) -> None:
     assert seen.page.evaluate(ground) == dark
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_nothing_is_wider_than_the_window(
     browser: Browser, swarm: LiveSwarm, pictures: Path, scheme: Literal["light", "dark"]
 ) -> None:

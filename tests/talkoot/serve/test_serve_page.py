@@ -142,7 +142,7 @@ def test_nodes_that_answered_are_named_as_text_alone(
 
 
 @needs_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_nothing_is_wider_than_the_window(
     browser: Browser, address: str, scheme: Literal["light", "dark"], tmp_path: Path
 ) -> None:
