@@ -169,6 +169,7 @@ def test_questions_to_a_server_are_answered_with_their_sources(
         assert "knows no word of this question" in text
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_and_answers(loop: LoopThread, questions: Path, tmp_path: Path) -> None:
     parts = {"model": MODEL.model_copy(update={"causal": (False, True)})}
     with founded(loop, tmp_path, experts=8, parts=parts, memories=[WORDS]) as founder:

@@ -157,6 +157,7 @@ def test_two_become_one_and_a_third_begins_there(village: str, tmp_path: Path) -
             assert distance(third, nearest, but=".balance.") == 0
 
 
+@pytest.mark.slow
 def test_a_third_asks_as_two_have_learned_to_together(
     loop: LoopThread, tmp_path: Path, long_lives: None
 ) -> None:
