@@ -134,6 +134,7 @@ def test_names_of_files_are_good_on_windows(node: BareNode) -> None:
     assert [name for name in names if set(name) & set('<>:"|?*\\') or name[-1] in ". "] == []
 
 
+@pytest.mark.slow
 def test_doctor_looks_at_the_machine(tmp_path: Path) -> None:
     checked = subprocess.run(
         bare("doctor", "--json", "--state", tmp_path / "state"),
