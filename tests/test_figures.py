@@ -52,6 +52,7 @@ def test_settings_are_those_of_the_models(tool: dict[str, Any], tree: Any) -> No
     assert sum(counted.values()) == rows
 
 
+@pytest.mark.slow
 def test_table_is_printed_from_the_tree() -> None:
     ended = subprocess.run(
         [sys.executable, TOOL, "--json"], capture_output=True, text=True, timeout=60, check=True
