@@ -87,7 +87,8 @@ TWICE = """
 import os, runpy, sys
 _, program, text, *models = sys.argv
 for model in models:
-    sys.argv = [program, model, text, "--out", models[-1], "--steps", "50", "--learning-rate", "3e-3"]
+    sys.argv = [program, model, text, "--out", models[-1], "--steps", "50", "--batch-size", "4"]
+    sys.argv += ["--learning-rate", "3e-3"]
     runpy.run_path(program, run_name="__main__")
 print("idle threads:", os.environ["OMP_WAIT_POLICY"])
 """
