@@ -258,6 +258,7 @@ def test_the_report_compares_each_attack_with_the_calm_run_of_its_seed() -> None
     assert not found["replicas-nan"]["reached"]
 
 
+@pytest.mark.slow
 def test_a_hostile_peer_is_a_process_of_its_own_that_says_why_it_ended(
     loop: LoopThread, tmp_path: Path
 ) -> None:

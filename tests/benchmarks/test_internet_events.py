@@ -86,6 +86,7 @@ def test_a_release_that_fails_costs_few_updates(happened: dict[str, Figures]) ->
     assert figures["updates_lost_of_a_day"] < 0.01
 
 
+@pytest.mark.slow
 def test_half_an_hour_in_a_small_swarm(happened: dict[str, Figures], tmp_path: Path) -> None:
     figures = days.play(12, 0.5, SEED)
     assert figures["faults"] == 0

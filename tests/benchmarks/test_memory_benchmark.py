@@ -88,7 +88,12 @@ def test_every_lie_is_found_out_and_none_believed(memory: BuiltMemory, folder: P
     assert found["honest"]["recall"] == 1.0
     assert found["honest"]["noticed"] == 0
     assert found["forged text"]["noticed"] == found["malformed answers"]["noticed"] == lying.LIARS
-    # What one host leaves out, the host of the other cell mostly finds.
+
+
+@pytest.mark.slow
+def test_what_one_host_leaves_out_the_host_of_the_other_cell_mostly_finds(
+    memory: BuiltMemory, folder: Path
+) -> None:
     omitting = lying.measure(memory, folder, questions(memory, 200), ["omits the best"])["omits the best"]
     assert omitting["recall"] < 1.0
     assert omitting["noticed"] == lying.LIARS
