@@ -194,6 +194,7 @@ def test_the_nine_lines_of_the_readme_train(
     assert ended.stdout == "8 True RemoteMixtureOfExperts\n", ended.stderr
 
 
+@pytest.mark.slow
 def test_ten_lines_are_enough_and_a_layer_that_is_not_there_is_named(
     node: RunningNode, tmp_path: Path
 ) -> None:
