@@ -115,9 +115,10 @@ def test_grid_of_65536_experts_is_drawn_and_listed(seen: Visit) -> None:
     assert seen.page.locator("#grid-table tbody tr").count() == 50
 
 
-def test_memory_is_bounded_over_many_readings(seen: Visit) -> None:
+@pytest.mark.parametrize("readings", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_memory_is_bounded_over_many_readings(seen: Visit, readings: int) -> None:
     session = seen.page.context.new_cdp_session(seen.page)
-    for _ in range(20):  # as many readings, each of which is read and drawn again
+    for _ in range(readings):  # each of them is read and drawn again
         seen.page.evaluate("dispatchEvent(new CustomEvent('theme'))")
         seen.page.locator("#ranges button").last.click()
         seen.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
