@@ -1,6 +1,7 @@
 """Kademlia's iterative search (section 2.3), as a state machine over invented networks."""
 
 import random
+import statistics
 from collections.abc import Iterable
 
 import pytest
@@ -380,13 +381,18 @@ def test_the_usual_reach_follows_from_this_peers_neighbours_and_then_from_random
     assert usual.distance(0, []) == sorted(alone)[3]
 
 
-@given(st.integers(0, 2**32), st.integers(20, 2000))
-def test_about_five_nodes_are_within_the_usual_reach(seed: int, count: int) -> None:
-    rng, usual = random.Random(seed), UsualReach()
-    nodes = [rng.getrandbits(160) for _ in range(count)]
-    for key in [rng.getrandbits(160) for _ in range(32)]:
-        usual.note(key, by_distance(nodes, key)[:7])
-    assert 3 <= usual.distance(0, []) * count / 2**160 <= 9
+@pytest.mark.parametrize("count", [20, 150, 1000])
+def test_about_five_nodes_are_within_the_usual_reach(count: int) -> None:
+    """In a single swarm, there may be 3 or 10 by chance."""
+
+    def within_reach(seed: int) -> float:
+        rng, usual = random.Random(seed), UsualReach()
+        nodes = [rng.getrandbits(160) for _ in range(count)]
+        for key in [rng.getrandbits(160) for _ in range(32)]:
+            usual.note(key, by_distance(nodes, key)[:7])
+        return usual.distance(0, []) * count / 2**160
+
+    assert 4.5 <= statistics.median(map(within_reach, range(50))) <= 5.5
 
 
 @given(st.integers(0, 2**32), st.integers(4, 40))
