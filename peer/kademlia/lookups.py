@@ -5,7 +5,8 @@ usual is passed over until it answers.
 
 Signed records can't be forged, only withheld, so more answers never do harm. Enough hostile peers near a key could
 still hide what is stored there. So each look-up also asks a few witnesses at random places, and every peer stores what
-it finds. This spreads records beyond the peers near their key.
+it finds. This spreads records beyond the peers near their key. If all nodes found may be liars, look-ups ask many
+witnesses, and writers store at as many random nodes.
 """
 
 import asyncio
@@ -54,6 +55,8 @@ FRUGAL = SearchLimits(is_frugal=True)
 """The limits for what is read repeatedly in the background. A look-up may take one round trip longer, and costs a third
 as much.
 """
+_FURTHER = 16
+"""How many more random nodes are asked for a key, and store its records, if all nodes found near it may be liars."""
 _WIDE = 3
 """If unusually many nodes are near a record's key, the record is stored at this many times the usual number of nodes.
 """
@@ -247,8 +250,8 @@ class Lookups:
 
         This peer stores them first, as a witness. The nodes at which it stored under the same key before usually get
         them again, without a look-up. If more nodes than usual are within reach, the nearest ones may be
-        liars, so some of the others, drawn at random, get the items as well. If a node is late, the next one gets its
-        items too.
+        liars, so some of the others, drawn at random, get the items as well. If all nodes found may be liars, so do
+        random nodes anywhere. If a node is late, the next one gets its items too.
         """
         by_key: dict[int, list[Item]] = {}
         for item in items:
@@ -261,12 +264,13 @@ class Lookups:
         await again.until_finished(awaits_late=False)
         finished = again.finished
         left = by_key.keys() - finished
-        anew = _Writing(self, by_key, await self._places(left) if left else {}, kept)
+        new_places, misled = await self._places(left) if left else ({}, set())
+        anew = _Writing(self, by_key, new_places, kept)
         await anew.until_finished()
         for key in finished:
             self._holders[key] = known[key]
         for key, nodes in anew.sent.items():
-            if nodes:
+            if nodes and key not in misled:  # other random nodes get its items next time
                 self._holders[key] = _Holders(nodes, STORED_AGAIN)
             else:
                 self._holders.pop(key, None)
@@ -289,15 +293,23 @@ class Lookups:
         within = {n: holders.nodes[n] for rank, n in enumerate(nodes) if rank < REPLICAS or n ^ key <= reach}
         return _Holders(within, holders.times - 1)
 
-    async def _places(self, keys: Collection[int]) -> dict[int, tuple[Mapping[int, PeerID], int]]:
-        """For each key, the nodes that may store it, best first, and how many of them should."""
+    async def _places(
+        self, keys: Collection[int]
+    ) -> tuple[dict[int, tuple[Mapping[int, PeerID], int]], set[int]]:
+        """For each key, the nodes that may store it, best first, and how many of them should. Also returns the keys
+        near which all nodes may be liars: random ones should store these, too.
+        """
         found = await self.find(keys, _NEAREST, patience_s=_PATIENCE_S, room=0)
+        misled = {key for key in keys if found[key].search.may_be_misled}
         places: dict[int, tuple[Mapping[int, PeerID], int]] = {}
         for key in keys:
             holders, others = found[key].search.places(REPLICAS, _WIDE * REPLICAS, self.rng)
-            nodes = {node: found[key].peers[node] for node in (*holders, *others)}
-            places[key] = nodes, max(len(holders), REPLICAS)
-        return places
+            nodes = {node: found[key].peers[node] for node in holders}
+            if key in misled:
+                nodes |= self.witnesses(_FURTHER)
+            number = max(len(nodes), REPLICAS)
+            places[key] = nodes | {node: found[key].peers[node] for node in others}, number
+        return places, misled
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts a call that may outlive its look-up. It ends at its own deadline: a late answer still counts."""
@@ -537,6 +549,12 @@ class _Run:
 
     async def until_finished(self) -> None:
         self._advance(self.found)
+        await self._until_answered()
+        if self._drawn:
+            self._ask_further()
+            await self._until_answered()
+
+    async def _until_answered(self) -> None:
         while self._unfinished:
             self._send()
             for call, answers in await self._next_answers():
@@ -557,6 +575,18 @@ class _Run:
                 if self.found[key].search.ask_witness(node):
                     self._queue.setdefault(node, []).append(key)
         return witnesses.keys()
+
+    def _ask_further(self) -> None:
+        """Asks more witnesses, each for all keys for which only liars may have been asked."""
+        keys = [key for key, found in self.found.items() if found.search.may_be_misled]
+        further = self._lookups.witnesses(_FURTHER) if keys else {}
+        self._peers.update(further)
+        for key in keys:
+            for node in further:
+                if self.found[key].search.ask_witness(node, awaits_all=True):
+                    self._queue.setdefault(node, []).append(key)
+        self._unfinished.update(keys)
+        self._advance(keys)
 
     def _advance(self, keys: Collection[int]) -> None:
         """Queues the next requests of these searches."""

@@ -15,7 +15,7 @@ what is stored there.
   increased, and writers store at more than the nearest nodes.
 - Neighbourhoods: of the nodes at one IP address, only the nearest counts, unless there are too few. Addresses cost more
   than keys.
-- Witnesses: a few nodes at random places are asked, too.
+- Witnesses: a few nodes at random places are asked, too; many, if all others may be liars.
 - Doubt: if the nearest nodes have no value, as many more are asked, and those that did not answer are asked again.
 
 This module also remembers nodes that others named, and how long calls take.
@@ -40,6 +40,8 @@ _BUCKET_NODES = 16
 _SAMPLES, _FEWEST_SAMPLES = 16, 8
 _EVERYWHERE: int = 2**ID_BITS
 _WIDER = 4
+_ASTRAY = 2
+"""If no node is found within this many times the usual reach, those found may be liars that name only each other."""
 _FIRST = 4
 """Nodes asked before the first answer, when the known ones may be far from the key."""
 CROWD = 64
@@ -140,7 +142,8 @@ class IterativeSearch:
         self._asked: set[int] = set()
         self._answered: set[int] = set()
         self._awaited: set[int] = set()
-        """The witnesses that were asked, until one has answered."""
+        """The witnesses whose answers the search waits for."""
+        self._awaits_all = False
         self._failed: set[int] = set()
         """Nodes that failed in the current try."""
         self._tries = 1
@@ -237,10 +240,12 @@ class IterativeSearch:
     def _is_pending(self, node: int) -> bool:
         return node in self._asked and node not in self._answered
 
-    def ask_witness(self, node: int) -> bool:
+    def ask_witness(self, node: int, awaits_all: bool = False) -> bool:
         """Adds a witness: a node that is asked however far it is from the key. The search does not end before one
-        witness has answered. Returns False if the node was already asked.
+        witness has answered. `awaits_all`: before all have answered or failed. Returns False if the node was already
+        asked.
         """
+        self._awaits_all = awaits_all
         self._learn([node], 1, self._known)
         if node in self._asked or not self._send_to(node):
             return False
@@ -269,8 +274,9 @@ class IterativeSearch:
         self._charge(node, 0)
         self._answered.add(node)
         self._near[node] = self._near_of(node)
-        if node in self._awaited:
+        if node in self._awaited and not self._awaits_all:
             self._awaited.clear()
+        self._awaited.discard(node)
         self.rounds = max(self.rounds, depth)
         if node != self._own and (has_value or len(self._answered) > _FIRST):
             self._is_leading = False
@@ -370,6 +376,14 @@ class IterativeSearch:
         """Whether more than twice the expected number of nodes are within the usual reach."""
         crowd = 2 * REPLICAS
         return len(self._nearest) > crowd and self._nearest[crowd][0] <= self._usual_reach
+
+    @property
+    def may_be_misled(self) -> bool:
+        """Whether all nodes that were asked may be liars: more nodes are within reach than are asked, or none is near
+        the key.
+        """
+        nearest = next((node ^ self.key for node, _ in self._live()), 0)
+        return len(self._front()) >= CROWD or nearest > _ASTRAY * self._usual_reach
 
     @property
     def _reach(self) -> int:

@@ -11,6 +11,7 @@ from benchmarks.simulated_p2p import Link, SimulatedIdentity, SimulatedTransport
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.directory import Directory
 from dht.uid import UID
+from dht.upkeep import lifetime_s
 from peer.identity import PeerID
 from peer.kademlia.routing import BUCKET_SIZE, ID_BITS, key_id_of, node_id_of
 from peer.wire import dht_pb2
@@ -166,5 +167,26 @@ def test_witnesses_find_what_a_crowd_hides_that_fills_all_buckets_near_a_key() -
         peer, _ = await trainer(loop, swarm)
         seen = [(await peer.experts.replicas([HIDDEN]))[HIDDEN] for peer in (*swarm.peers, peer)]
         assert sum(map(bool, seen)) == HONEST + 1
+
+    play(scenario)
+
+
+def test_writers_and_new_readers_get_past_a_crowd_that_fills_all_buckets_near_a_key() -> None:
+    """Nobody else looks for the expert, so no copies spread. The host's last record is one that it stores without
+    looking for the nearest nodes, if it usually does.
+    """
+
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        await crowd(swarm, filling_buckets(swarm.keys.prefix(HIDDEN.layer), buckets=4, each=25))
+        await asyncio.sleep(600)
+        host, period_s = swarm.hosts[HIDDEN], 60.0
+        for _ in range(4):
+            await swarm.announce(host, [HIDDEN], lifetime_s(period_s))
+            await asyncio.sleep(period_s)
+        seen = 0
+        for _ in range(6):
+            peer, _ = await trainer(loop, swarm)
+            seen += bool((await peer.experts.replicas([HIDDEN]))[HIDDEN])
+        assert seen == 6
 
     play(scenario)

@@ -2,7 +2,7 @@
 
 import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import given
@@ -420,6 +420,39 @@ def test_a_search_waits_for_one_of_its_witnesses() -> None:
     assert not search.finished
     search.answered(6000, [], has_value=False)
     assert search.finished
+
+
+def test_a_search_waits_for_all_of_its_further_witnesses() -> None:
+    search = IterativeSearch(0, [1, 2, 3, 4, 5, 6, 7])
+    for node in search.ask():
+        search.answered(node, [], has_value=True)
+    for node in (5000, 6000, 7000):
+        assert search.ask_witness(node, awaits_all=True)
+    search.answered(5000, [], has_value=False)
+    search.failed(6000)
+    assert not search.finished
+    search.answered(7000, [], has_value=False)
+    assert search.finished
+
+
+@pytest.mark.parametrize(
+    ("nodes", "may_be_misled"),
+    [
+        pytest.param(range(1, 80), True, id="more within reach than are asked"),
+        pytest.param(range(1, 40), False, id="many, and all within reach are asked"),
+        pytest.param(range(201, 221), True, id="none near the key"),
+        pytest.param((150, *range(201, 221)), False, id="one near the key"),
+    ],
+)
+def test_a_search_may_be_misled_by_a_crowd_too_large_to_ask_or_when_it_gets_nowhere_near_its_key(
+    nodes: Sequence[int], may_be_misled: bool
+) -> None:
+    search = IterativeSearch(0, nodes, reach=100)
+    while asked := search.ask():
+        for node in asked:
+            search.answered(node, [], has_value=False)
+    assert search.finished
+    assert search.may_be_misled == may_be_misled
 
 
 def test_a_search_does_not_wait_for_witnesses_that_failed() -> None:

@@ -17,7 +17,7 @@ from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL, STORED_AGAIN, Item
 from peer.kademlia.routing import REPLICAS, id_bytes, key_id_of, node_id_of
-from peer.kademlia.search import DEFAULT_LIMITS
+from peer.kademlia.search import DEFAULT_LIMITS, IterativeSearch, SearchLimits
 from peer.kademlia.validation import MAX_KEY_BYTES, SMALL_ENTRY_BYTES, Entries, Entry, entry_bytes, some_of
 from peer.wire import dht_pb2
 
@@ -446,6 +446,49 @@ def test_a_frugal_look_up_asks_each_witness_for_all_keys_in_one_call(
             assert len(calls) == 1
             assert sorted(calls[0].keys) == sorted(map(id_bytes, keys))
             assert len(calls[0].have) == len(keys), "a witness would return what is found already"
+
+    play(scenario, nodes=60)
+
+
+@pytest.mark.parametrize("limits", [DEFAULT_LIMITS, FRUGAL])
+def test_further_witnesses_are_asked_only_for_keys_at_which_all_may_be_liars_each_in_one_call(
+    monkeypatch: pytest.MonkeyPatch, limits: SearchLimits
+) -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        reader, call = swarm.peers[0], swarm.network.call
+        keys = [key_id_of(f"{KEY} {number}") for number in range(6)]
+        far = sorted(swarm.peers[1:], key=lambda peer: min(peer.dht.node_id ^ key for key in keys))[-16:]
+        further = {peer.dht.node_id: peer.peer_id for peer in far}
+        first = dict([*further.items()][:2])
+        drawn: list[int] = []
+
+        def witnesses(number: int) -> dict[int, PeerID]:
+            drawn.append(number)
+            return first if number == DEFAULT_LIMITS.witnesses else further
+
+        monkeypatch.setattr(reader.lookups, "witnesses", witnesses)
+        reader.lookups._sample_at = reader.lookups._replace_at = math.inf
+        await reader.lookups.find(keys, limits)
+        assert drawn == [2], "there are no liars"
+
+        asked: dict[PeerID, list[list[bytes]]] = {peer_id: [] for peer_id in further.values()}
+
+        async def noted(sender: PeerID, receiver: PeerID, method: str, request: bytes) -> bytes:
+            if receiver in asked and method == "find":
+                asked[receiver].append(sorted(dht_pb2.FindRequest.FromString(request).keys))
+            return await call(sender, receiver, method, request)
+
+        monkeypatch.setattr(swarm.network, "call", noted)
+        misled = keys[:3]
+        monkeypatch.setattr(
+            IterativeSearch, "may_be_misled", property(lambda search: search.key in misled), raising=False
+        )
+        await reader.lookups.find(keys, limits)
+        assert drawn == [2, 2, 16]
+        wanted = sorted(map(id_bytes, misled))
+        for node, peer_id in further.items():
+            if node not in first and all(node ^ key > 3 * reader.lookups.usual_reach() for key in keys):
+                assert asked[peer_id] == [wanted]
 
     play(scenario, nodes=60)
 
