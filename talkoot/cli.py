@@ -769,3 +769,7 @@ def uninstall(
         from talkoot.installation import run_uninstall
 
         run_uninstall(terminal, yes=yes, state=state, identity=identity)
+
+
+if __name__ == "__main__":  # services that 0.1.0 installed start this module
+    main()

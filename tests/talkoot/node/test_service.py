@@ -123,6 +123,11 @@ def test_installed_service_runs_the_node_with_this_interpreter(machine: Machine)
     assert "Host experts" in ended.stdout
 
 
+def test_what_a_service_of_0_1_0_starts_is_still_there() -> None:
+    command = [sys.executable, "-P", "-m", "talkoot.cli", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("talkoot")
+
+
 def test_installing_loads_enables_and_starts(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     machine.install()
     tried, *calls = machine.calls()
