@@ -44,7 +44,6 @@ def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(there))
 
 
-@pytest.mark.slow
 def test_notebook_joins_as_a_volunteer(
     founder: Founder,
     release_wheel: Path,
