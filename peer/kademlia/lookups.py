@@ -264,13 +264,14 @@ class Lookups:
         await again.until_finished(awaits_late=False)
         finished = again.finished
         left = by_key.keys() - finished
-        new_places, misled = await self._places(left) if left else ({}, set())
-        anew = _Writing(self, by_key, new_places, kept)
+        found = await self.find(left, _NEAREST, patience_s=_PATIENCE_S, room=0) if left else {}
+        anew = _Writing(self, by_key, {key: self._places(found[key]) for key in left}, kept)
         await anew.until_finished()
         for key in finished:
             self._holders[key] = known[key]
         for key, nodes in anew.sent.items():
-            if nodes and key not in misled:  # other random nodes get its items next time
+            # if all nodes found may be liars, other random ones get the items next time
+            if nodes and not found[key].search.may_be_misled:
                 self._holders[key] = _Holders(nodes, STORED_AGAIN)
             else:
                 self._holders.pop(key, None)
@@ -293,23 +294,13 @@ class Lookups:
         within = {n: holders.nodes[n] for rank, n in enumerate(nodes) if rank < REPLICAS or n ^ key <= reach}
         return _Holders(within, holders.times - 1)
 
-    async def _places(
-        self, keys: Collection[int]
-    ) -> tuple[dict[int, tuple[Mapping[int, PeerID], int]], set[int]]:
-        """For each key, the nodes that may store it, best first, and how many of them should. Also returns the keys
-        near which all nodes may be liars: random ones should store these, too.
-        """
-        found = await self.find(keys, _NEAREST, patience_s=_PATIENCE_S, room=0)
-        misled = {key for key in keys if found[key].search.may_be_misled}
-        places: dict[int, tuple[Mapping[int, PeerID], int]] = {}
-        for key in keys:
-            holders, others = found[key].search.places(REPLICAS, _WIDE * REPLICAS, self.rng)
-            nodes = {node: found[key].peers[node] for node in holders}
-            if key in misled:
-                nodes |= self.witnesses(_FURTHER)
-            number = max(len(nodes), REPLICAS)
-            places[key] = nodes | {node: found[key].peers[node] for node in others}, number
-        return places, misled
+    def _places(self, found: Found) -> tuple[Mapping[int, PeerID], int]:
+        """The nodes that may store what belongs to a key, best first, and how many of them should."""
+        holders, others = found.search.places(REPLICAS, _WIDE * REPLICAS, self.rng)
+        nodes = {node: found.peers[node] for node in holders}
+        if found.search.may_be_misled:
+            nodes |= self.witnesses(_FURTHER)
+        return nodes | {node: found.peers[node] for node in others}, max(len(nodes), REPLICAS)
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts a call that may outlive its look-up. It ends at its own deadline: a late answer still counts."""
@@ -567,12 +558,12 @@ class _Run:
             self._peers.update({self._dht.node_id: self._dht.peer_id})
             found.search.holds(self._dht.node_id, has_value)
 
-    def _ask_witnesses(self) -> Collection[int]:
-        """Returns the keys for which they are asked."""
+    def _ask_witnesses(self, awaits_all: bool = False) -> Collection[int]:
+        """Returns the keys for which they are asked. `awaits_all`: see `IterativeSearch.ask_witness`."""
         witnesses, self._witnesses = self._witnesses, {}
         for key, nodes in witnesses.items():
             for node in nodes:
-                if self.found[key].search.ask_witness(node):
+                if self.found[key].search.ask_witness(node, awaits_all):
                     self._queue.setdefault(node, []).append(key)
         return witnesses.keys()
 
@@ -581,11 +572,9 @@ class _Run:
         keys = [key for key, found in self.found.items() if found.search.may_be_misled]
         further = self._lookups.witnesses(_FURTHER) if keys else {}
         self._peers.update(further)
-        for key in keys:
-            for node in further:
-                if self.found[key].search.ask_witness(node, awaits_all=True):
-                    self._queue.setdefault(node, []).append(key)
+        self._witnesses = dict.fromkeys(keys, further)
         self._unfinished.update(keys)
+        self._ask_witnesses(awaits_all=True)
         self._advance(keys)
 
     def _advance(self, keys: Collection[int]) -> None:
