@@ -34,7 +34,7 @@ _KEY_MESSAGE = b"\x08\x03\x12"
 """How libp2p's message of an ECDSA key begins: field 1, the type, is 3; field 2, the key, follows with its length."""
 _SERIAL_BYTES = 16
 _LENGTHS_BYTES = 8
-"""A certificate in DER begins with its own length and that of its signed part."""
+"""In DER, a certificate begins with the kinds and lengths of itself and of its signed part."""
 _VERSION = bytes.fromhex("a00302010202")
 """Then its version follows, 3, and the serial number with its length."""
 VALID_FROM: datetime = datetime(2025, 1, 1, tzinfo=UTC)
