@@ -73,6 +73,7 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     assert simulate(4, 8) != few
 
 
+@pytest.mark.slow
 def test_a_swarm_put_in_place_is_like_one_that_joined_and_announced() -> None:
     with simulated_world() as loop:
 
@@ -96,6 +97,7 @@ def holders(swarm: SimulatedSwarm, keys: list[int]) -> list[set[int]]:
     return [{n for n, peer in enumerate(swarm.peers) if peer.dht.storage.get(key)} for key in keys]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(20, 80))
 @settings(max_examples=8)
 def test_the_walk_takes_as_many_rounds_as_the_simulation(seed: int, nodes: int) -> None:

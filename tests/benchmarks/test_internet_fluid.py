@@ -66,6 +66,7 @@ def test_a_job_that_is_given_up_leaves_its_share() -> None:
     assert ended == {0: pytest.approx(1.25, abs=0.03)}
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -117,6 +117,7 @@ def test_updates_since_the_last_average_are_lost() -> None:
     assert updates_lost(rate, every_s) == pytest.approx(lost, rel=0.03)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 4), st.integers(1, 20))
 def test_adoption_takes_as_long_as_when_it_is_played(sights: int, lookers: int) -> None:
     rng, period_s, again_s = random.Random(sights * 100 + lookers), 10.0, 5.0
@@ -130,6 +131,7 @@ def test_adoption_takes_as_long_as_when_it_is_played(sights: int, lookers: int) 
     assert max(times) <= found.longest_s
 
 
+@pytest.mark.slow
 def test_the_most_loaded_peer_is_as_in_a_drawn_swarm() -> None:
     nodes, keys, holders, rng = 400, 800, 5, random.Random(1)
     found = []

@@ -76,6 +76,7 @@ def test_records_that_were_renewed_are_forgotten() -> None:
         assert 12 < newest <= kept < 2 * newest
 
 
+@pytest.mark.slow
 def test_a_region_made_from_an_earlier_one_is_as_one_that_is_read_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -154,6 +155,7 @@ def test_work_that_takes_its_time_at_once_begins_when_nothing_is_owed() -> None:
         world.loop.run_until_complete(rounds())
 
 
+@pytest.mark.slow
 def test_memory_on_large_pages_keeps_its_content() -> None:
     content = random.Random(1).randbytes(8 << 20)
     digest = hashlib.sha256(content).digest()
@@ -301,6 +303,7 @@ def test_the_nearest_servers_are_found(numbers: set[int], place: int, most: int)
         world.loop.close()
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from(["kill", "revive", "read"]), st.integers(0, 59)), max_size=60),
     st.integers(0, 2**64 - 1),

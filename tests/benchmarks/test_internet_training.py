@@ -46,6 +46,7 @@ def train(swarm: PlacedSwarm, trainers: int = 3, window: Window = WINDOW, seed: 
     return play(swarm, [Machine()] * trainers, window, seed)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures() -> None:
     swarm, window = make_swarm([Machine()] * 8), replace(WINDOW, seconds=2.0, real=1)
     assert train(swarm, 3, window) == train(swarm, 3, window)
@@ -69,6 +70,7 @@ def test_slow_hosts_hold_training_up_as_far_as_the_flow_says() -> None:
     assert 0.6 <= figures.of_placed <= 1.1
 
 
+@pytest.mark.slow
 def test_the_flow_carries_what_experts_answered_and_not_what_an_overloaded_one_let_go() -> None:
     machines = [Machine()] * 8
     swarm = make_swarm(machines)
@@ -81,6 +83,7 @@ def test_the_flow_carries_what_experts_answered_and_not_what_an_overloaded_one_l
     assert 0 < figures.of_placed <= 1.1
 
 
+@pytest.mark.slow
 def test_a_hostile_node_is_avoided() -> None:
     machines = [Machine(is_hostile=number == 2) for number in range(8)]
     assert train(make_swarm(machines)).answered_rows == 1.0

@@ -109,6 +109,7 @@ def test_the_simulated_side_measures_the_same_for_a_seed(simulated: Measured) ->
     assert json.dumps(simulate(SMALL, 1).figures()) == json.dumps(simulated.figures())
 
 
+@pytest.mark.slow
 def test_the_simulated_side_adopts_and_trains_on(simulated: Measured) -> None:
     assert simulated.adoption.vacant == len(simulated.adoption.times_s) == 1
     assert simulated.adoption.all_served_s < SMALL.adoption_limit_s
@@ -117,6 +118,7 @@ def test_the_simulated_side_adopts_and_trains_on(simulated: Measured) -> None:
         assert stretch.answered > 0.5
 
 
+@pytest.mark.slow
 def test_calls_take_at_least_the_time_of_links_and_processors(simulated: Measured) -> None:
     fastest = min(SMALL.sequence / speed / 3 for speed in SMALL.speeds())
     for step in simulated.training.steps:

@@ -76,6 +76,7 @@ def test_quick_runs_what_has_a_target_and_no_more() -> None:
     assert QUICK.nodes > 1, "a swarm"
 
 
+@pytest.mark.slow
 def test_faults_follow_from_their_seed() -> None:
     assert fates(seed=1) == fates(seed=1)
     assert fates(seed=1) != fates(seed=2)

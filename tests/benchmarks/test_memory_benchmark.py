@@ -81,6 +81,7 @@ def test_more_cells_take_more_bytes(memory: BuiltMemory) -> None:
     assert recall.wire_bytes(memory, 8) == recall.wire_bytes(memory, 1) + 7 * 36
 
 
+@pytest.mark.slow
 def test_every_lie_is_found_out_and_none_believed(memory: BuiltMemory, folder: Path) -> None:
     found = lying.measure(memory, folder, questions(memory, 24), list(lying.KINDS))
     for kind, figures in found.items():

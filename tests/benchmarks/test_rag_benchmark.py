@@ -134,7 +134,8 @@ def test_the_tests_things_and_ways_are_none_that_are_learned() -> None:
         assert all(value in changed.passages[what].text for what, value in changed.facts.items())
 
 
-@pytest.mark.parametrize("encoder_layers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder_layers", [0, 1])
 def test_all_ways_of_answering_are_measured_and_judged(encoder_layers: int) -> None:
     size = answers.Size(20, 2, 3, 2, 4, 300, 16, 1, encoder_layers)
     found = answers.measure(size)

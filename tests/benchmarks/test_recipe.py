@@ -182,6 +182,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert rest.results(data)["chosen"] == whole.results(data)["chosen"]
 
 
+@pytest.mark.slow
 def test_the_experts_of_rows_are_those_that_they_are_sent_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """This holds for narrow experts too, whose gate reads normalized rows."""
     data, sent = Mixed(TEXTS, SMALL.context), np.zeros((4, 64), np.int64)
