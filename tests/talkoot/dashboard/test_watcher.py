@@ -145,15 +145,17 @@ def test_many_nodes_and_trainers_do_not_hold_the_loop(tmp_path: Path) -> None:
     watcher._surveys = (memory(),)
     watcher._checks[memory().entry.memory] = HostChecks(checks=1, lies=1, caught={peer(0): None})
 
-    async def longest() -> float:
-        return min([(await holds(watcher._note(reading, ())))[0] for _ in range(3)])
-
-    longest_s = asyncio.run(longest())
-    assert watcher.picture is not None
-    assert len(watcher.picture.nodes) == len(nodes)
-    assert watcher.picture.memories[0]["caught"] == [peer(0).to_base58()]
     began = time.thread_time()
     picture_of(
         [*nodes.values()], [*trainers.values()], swarm=swarm, replicas=[r for (r,) in replicas.values()]
     )
-    assert longest_s < (time.thread_time() - began) / 3
+    held_by_a_picture_s = time.thread_time() - began
+
+    def pauses() -> bool:
+        longest_s, _ = asyncio.run(holds(watcher._note(reading, ())))
+        return longest_s < held_by_a_picture_s / 3
+
+    assert any(pauses() for _ in range(3))
+    assert watcher.picture is not None
+    assert len(watcher.picture.nodes) == len(nodes)
+    assert watcher.picture.memories[0]["caught"] == [peer(0).to_base58()]
