@@ -1,6 +1,6 @@
 """The demo as users run it: a swarm of real processes on the loopback interface, with just enough steps to learn.
 
-One test runs it from the wheel, installed in an environment of its own.
+The slow tests run it from the wheel, installed in an environment of its own.
 """
 
 import json
@@ -121,6 +121,7 @@ def run(*arguments: str) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_environment_has_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
     look = "import peer, talkoot.cli, trainer_client; print(peer.__file__, peer.SOFTWARE_VERSION)"
     ended = subprocess.run(
@@ -142,7 +143,16 @@ def test_environment_has_the_wheel_alone(installed: Path, tmp_path: Path) -> Non
     assert talkoot.stdout.startswith(f"talkoot {SOFTWARE_VERSION}, ")
 
 
-def test_demo_learns_loses_a_node_and_serves_its_experts_again(installed: Path, tmp_path: Path) -> None:
+def test_demo_over_links_learns_loses_a_node_and_serves_its_experts_again(tmp_path: Path) -> None:
+    assert_learns(tmp_path, sys.executable, 2, "--link", "100mbit,5ms")
+
+
+@pytest.mark.slow
+def test_demo_of_the_wheel_learns_with_as_many_nodes_as_users_have(installed: Path, tmp_path: Path) -> None:
+    assert_learns(tmp_path, installed, 3)
+
+
+def assert_learns(tmp_path: Path, python: str | Path, nodes: int, *options: str) -> None:
     result = tmp_path / "result.json"
     sockets: set[Path] = set()
 
@@ -150,7 +160,8 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(installed: Path, 
         sockets.update(demo.sockets())
         return demo.process.poll() is not None
 
-    with running_demo(tmp_path, "--steps", "10", "--json", str(result), python=installed) as demo:
+    common = ("--steps", "10", "--nodes", str(nodes), "--json", str(result))
+    with running_demo(tmp_path, *common, *options, python=python) as demo:
         wait_until(has_ended, demo.log)
         assert demo.process.returncode == 0, demo.log.read_text()
         assert not demo.processes()
@@ -171,12 +182,12 @@ def test_demo_learns_loses_a_node_and_serves_its_experts_again(installed: Path, 
     ]
     assert values["steps"] == 10
     assert values["validation_loss_last"] < 0.75 * values["validation_loss_first"]
-    assert (values["nodes_started"], values["nodes_killed"]) == (3, 1)
+    assert (values["nodes_started"], values["nodes_killed"]) == (nodes, 1)
     assert values["experts_alive_end"] == values["experts_total"] == 128
     assert values["longest_stall_s"] < 60
     assert "is killed with SIGKILL" in demo.log.read_text()
     assert not list(demo.temporary.iterdir())
-    assert len(sockets) >= 4  # of the p2pds of three nodes and a trainer
+    assert len(sockets) >= nodes + 1  # of the p2pds of the nodes and the trainer
     assert not any(path.exists() for path in sockets)
 
 
@@ -189,9 +200,18 @@ def test_news_of_a_node_end_with_as_many_experts_as_the_table_shows() -> None:
     assert experts_in_words(states[-1], states[0]) == "", "it is leaving"
 
 
-def test_interrupted_demo_over_links_and_without_p2pd_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seen",
+    [
+        pytest.param("trainer starts, process ", id="starting"),
+        pytest.param("step 1 of 180: ", id="training", marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted_demo_over_links_and_without_p2pd_ends_at_once_and_leaves_nothing(
+    tmp_path: Path, seen: str
+) -> None:
     with running_demo(tmp_path, *SMALLEST, "--link", "100mbit,5ms", "--no-p2pd") as demo:
-        wait_until(lambda: "step 1 of 180: " in demo.log.read_text(), demo.log)
+        wait_until(lambda: seen in demo.log.read_text(), demo.log)
         assert sum("--p2pd off" in words for words in demo.command_lines()) == 2, "the node and the trainer"
         demo.process.send_signal(signal.SIGINT)
         demo.process.wait(LIMIT_S)
