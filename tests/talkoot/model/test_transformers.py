@@ -36,7 +36,7 @@ def with_experts(manifest: Manifest, **changes: Any) -> Manifest:
 
 LARGE = make_manifest((4, 4), k=4, layers=2, hidden=32, feed_forward=64, context=128)
 MODELS: dict[str, tuple[Manifest, dict[str, Any]]] = {
-    # thousands of tokens
+    # a thousand tokens
     "large": (LARGE, {}),
     "narrow": (
         make_manifest((2, 3), k=3, layers=2, hidden=16, width=12, shared_feed_forward=16, activation="swiglu"), {},
@@ -48,8 +48,10 @@ MODELS: dict[str, tuple[Manifest, dict[str, Any]]] = {
     "base": (make_manifest((3, 3), k=2, layers=2, local="attention", head_size=6), {"router": "base"}),
     "prefix": (make_manifest((3, 3), k=2, layers=2, prefix=3), {}),
     "prefix-ffn": (make_manifest((3, 3), k=2, layers=2, kind="ffn", prefix=3, local_layers=0), {}),
-    "heads": (with_experts(make_manifest((3, 3), k=2), heads=3, head_size=4, feed_forward=24), {}),
-    "missing": (make_manifest((2, 3), k=3, layers=2), {"missing": ["0.0.1", "1.0.0", "1.0.1", "1.1.0", "1.1.2"]}),
+    "heads-missing": (
+        with_experts(make_manifest((2, 3), k=3, layers=2), heads=3, head_size=4, feed_forward=24),
+        {"missing": ["0.0.1", "1.0.0", "1.0.1", "1.1.0", "1.1.2"]},
+    ),
     "reads": (make_manifest((3, 3), k=2, layers=3), {"memory": reads("causal", memory_layers=(0, 2))}),
     "answers": (make_manifest((3, 3), k=2, layers=2), {"memory": reads("rag-token")}),
     "empty-layer": (make_manifest((3,), layers=2), {"router": "switch", "missing": ["0.1", "1.0", "1.1", "1.2"]}),
@@ -82,7 +84,7 @@ def tokens_of(manifest: Manifest, vocabulary: int, sequences: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return computed(tmp_path_factory.mktemp("work"), MODELS, 16)
+    return computed(tmp_path_factory.mktemp("work"), MODELS, 8)
 
 
 def computed(work: Path, models: dict[str, tuple[Manifest, dict[str, Any]]], large: int) -> Path:
