@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,22 +206,38 @@ def test_ten_lines_are_enough_and_a_layer_that_is_not_there_is_named(
 
 
 def test_the_notebook_trains_keeps_the_model_and_goes_on_without_the_swarm(
-    node: RunningNode, tmp_path: Path
+    node: RunningNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "mine.txt"
+    """The commands run in forks, and only the last cell, which loads `transformers`, in a process of its own."""
+    text, kept = tmp_path / "mine.txt", tmp_path / "kept"
     text.write_text("The kettle sings, and the sauna is warm. " * 200)
     notebook = json.loads(Path("examples/keep_a_model.ipynb").read_text())
-    form, *cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    for name, value in {"INVITE": node.invite, "TEXT": str(text), "FOLDER": str(tmp_path / "kept")}.items():
+    form, *cells, last = [
+        "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"
+    ]
+    for name, value in {"INVITE": node.invite, "TEXT": str(text), "FOLDER": str(kept)}.items():
         form, count = re.subn(rf'^{name} = ".*?"', f'{name} = "{value}"', form, flags=re.MULTILINE)
         assert count == 1, name
     form, count = re.subn(r"^STEPS = \d+", "STEPS = 40", form, flags=re.MULTILINE)
     assert count == 1
-    ended = run("-c", "\n".join([form, *cells]))
+
+    def forked(words: list[str], *, check: bool, **options: Any) -> "subprocess.CompletedProcess[str]":
+        assert (words[:3], check) == ([sys.executable, "-m", "talkoot"], True)
+        ended = run(*words[1:])
+        assert ended.returncode == 0, ended.stderr
+        return ended
+
+    with monkeypatch.context() as patched:
+        patched.setattr("subprocess.run", forked)
+        exec("\n".join([form, *cells]), {})
+    said = capsys.readouterr().out
+    before, after = map(float, re.findall(r"loss (\S+) -> (\S+)", said)[0])
+    assert after < 0.8 * before
+    assert "model.safetensors.index.json" in said
+    ended = run(
+        "-c", "\n".join([form, "from pathlib import Path; model_folder = Path(FOLDER, 'model')", last])
+    )
     assert ended.returncode == 0, ended.stderr
-    first, last = map(float, re.findall(r"loss (\S+) -> (\S+)", ended.stdout)[0])
-    assert last < 0.8 * first
-    assert "model.safetensors.index.json" in ended.stdout
     written = ended.stdout[ended.stdout.index("The kettle sings") :]
     assert len(written.encode()) > 32, "until the context is full"
 
