@@ -52,10 +52,13 @@ def local(name: RouterName = "product-key", seed: int = 0, manifest: Manifest = 
     return LocalSwarm(manifest, TrainerSettings(router=name, top_k=k_of(name), seed=seed))
 
 
-WIDE_AND_NARROW = [pytest.param(name, MANIFEST, id=f"{name}-wide") for name in get_args(RouterName)] + [
-    # a router does not know how wide experts are
-    pytest.param(name, NARROW, id=f"{name}-narrow", marks=() if name == "product-key" else pytest.mark.slow)
+QUICK = {"product-key-wide", "product-key-narrow", "noisy-top-k-wide", "base-wide"}
+"""The other routers choose as product keys do, and how wide experts are is nothing to a router."""
+WIDE_AND_NARROW = [
+    pytest.param(name, manifest, id=case, marks=() if case in QUICK else pytest.mark.slow)
+    for width, manifest in (("wide", MANIFEST), ("narrow", NARROW))
     for name in get_args(RouterName)
+    for case in [f"{name}-{width}"]
 ]
 
 
