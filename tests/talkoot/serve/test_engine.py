@@ -108,18 +108,18 @@ def test_streams_share_batches_and_are_as_if_alone(model: ServedModel) -> None:
 
 def test_a_stream_that_lost_its_place_goes_on_where_it_was(model: ServedModel) -> None:
     """This holds beyond the context length, too."""
-    long = [job("In the sauna", 75, seed=n) for n in range(3)]
-    short = [job("one must behave", 20, seed=n) for n in range(4)]
+    long = [job("In the sauna", 70, seed=n) for n in range(2)]
+    short = [job("one must behave", 20, seed=n) for n in range(2)]
 
     async def scenario(engine: Engine, decoder: CountedDecoder) -> list[Piece]:
         answering = [asyncio.create_task(whole(engine.begin(each, "a"))) for each in long]
         await until(lambda: len(decoder.batches) > 5)
         answering += [asyncio.create_task(whole(engine.begin(each, "b"))) for each in short]
         answers = await asyncio.gather(*answering)
-        assert max(decoder.batches) == 3
+        assert max(decoder.batches) == 2
         return answers
 
-    answers = run(model, scenario, places=3)
+    answers = run(model, scenario, places=2)
     assert [answer.text for answer in answers] == [alone(model, each) for each in long + short]
 
 
