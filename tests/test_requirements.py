@@ -82,8 +82,8 @@ def packages(ended: subprocess.CompletedProcess[str]) -> set[str]:
 @pytest.mark.parametrize(
     "cells",
     [
-        # each system and each Python once: what index answers is seldom another on the same day
-        pytest.param([*zip(PLATFORMS, reversed(PYTHONS), strict=True)], id="each once"),
+        # the oldest and the newest Python, on the systems that the tests do not run on
+        pytest.param([(PLATFORMS[0], PYTHONS[-1]), (PLATFORMS[1], PYTHONS[0])], id="two"),
         pytest.param([*itertools.product(PLATFORMS, PYTHONS)], id="all", marks=pytest.mark.slow),
     ],
 )
