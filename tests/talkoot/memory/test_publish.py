@@ -354,7 +354,9 @@ def events(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize(("mode", "by"), [("open", founder_with), ("token", librarian_with)])
+@pytest.mark.parametrize(
+    ("mode", "by"), [pytest.param("open", founder_with, marks=pytest.mark.slow), ("token", librarian_with)]
+)
 def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_them(
     loop: LoopThread, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, by: Any
 ) -> None:
@@ -498,7 +500,7 @@ def test_two_who_publish_one_folder_both_end_when_others_have_it(loop: LoopThrea
     loop.run(scenario(), 180)
 
 
-@pytest.mark.parametrize("revision", [1, 2])
+@pytest.mark.parametrize("revision", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_who_published_another_revision_at_the_same_time_is_told_so(
     loop: LoopThread, tmp_path: Path, revision: int
 ) -> None:

@@ -156,7 +156,7 @@ async def _age_of(client: SwarmClient) -> int:
     return max((trainer.dense_age for trainer in trainers.values()), default=0)
 
 
-@pytest.mark.parametrize("router", ["product-key", "noisy-top-k"])
+@pytest.mark.parametrize("router", ["product-key", pytest.param("noisy-top-k", marks=pytest.mark.slow)])
 def test_without_a_run_a_live_trainer_gives_the_dense_part_whatever_it_routes_by(
     founder: Founder, tmp_path: Path, router: str
 ) -> None:
@@ -362,7 +362,7 @@ def test_in_a_swarm_with_tokens_only_roles_that_the_manifest_names_export(
         assert_has_the_experts_of(founder, ModelFolder.open(tmp_path / "model"), frozenset(MANIFEST.uids()))
 
 
-@pytest.mark.parametrize("options", [(), ("--allow-missing",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--allow-missing",), marks=pytest.mark.slow)])
 def test_who_is_revoked_during_an_export_is_told_and_not_that_hosts_are_gone(
     options: tuple[str, ...], loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

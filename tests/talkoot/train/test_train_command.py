@@ -35,7 +35,7 @@ from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.settings import PRESETS
 from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
 
-SHORT = TEXT[: len(TEXT) // 3]
+SHORT = TEXT[: len(TEXT) // 6]
 """A short text, since it is evaluated again and again, one window at a time."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -262,7 +262,7 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_word(
     talkoot("generate", *join, "--prompt", "-").is_one_clear_line("standard input is not text in UTF-8")
 
 
-@pytest.mark.parametrize("in_flight", [1, 3])
+@pytest.mark.parametrize("in_flight", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_when_all_experts_are_lost_training_waits_and_loses_no_step(
     founder: Founder,
     text: Path,
