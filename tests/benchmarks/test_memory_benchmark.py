@@ -100,6 +100,7 @@ def test_what_one_host_leaves_out_the_host_of_the_other_cell_mostly_finds(
     assert omitting["noticed"] == lying.LIARS
 
 
+@pytest.mark.slow
 def test_later_searches_take_two_round_trips(memory: BuiltMemory, folder: Path) -> None:
     found = hops.measure(memory, folder, questions(memory, 4), [20], 1)["20"]
     assert found["warm_ms_max"] == pytest.approx(2000 * lying.RTT_S)
