@@ -182,7 +182,7 @@ def test_release_of_another_protocol_version_is_refused_with_both_named(
     versions = other / "peer" / "__init__.py"
     said, later = "PROTOCOL_VERSION: Final = ", PROTOCOL_VERSION + 1
     versions.write_text(versions.read_text().replace(f"{said}{PROTOCOL_VERSION}", f"{said}{later}"))
-    refused = run_of(other, "status", "--join", founder.invite)
+    refused = run_of(other, "node", "--join", founder.invite, "--host", HOST, "--state", tmp_path / "state")
     assert_one_clear_line(
         refused,
         f"speaks protocol version {PROTOCOL_VERSION}, the caller {later}",
