@@ -105,7 +105,6 @@ def test_every_setting_says_what_it_is() -> None:
     assert [setting for setting, said in rows if not said.strip()] == []
 
 
-@pytest.mark.slow
 def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     """mkdocs checks links between pages, their anchors, and that a link leads to every page."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
