@@ -131,6 +131,7 @@ def test_known_experts_stay_in_view_as_long_as_they_live_when_their_prefixes_are
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_crowd_too_large_to_ask_them_all_hides_nothing() -> None:
     """The crowd is four times as large as the honest nodes, and larger than the number of near peers that one look-up
     asks.
