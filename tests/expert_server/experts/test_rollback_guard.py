@@ -135,6 +135,14 @@ def test_a_state_that_replaced_another_is_the_good_one_once_it_is_kept() -> None
     assert all((parameter > 25).all() for parameter in expert.block.parameters())
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_fast_training_never_rolls_back(name: Name) -> None:
+    expert = make_expert(name, learning_rate=1.0)
+    train(expert, KEEP_EVERY_UPDATES + CHECK_EVERY_UPDATES)
+    assert expert.guard.rollbacks == 0
+
+
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     st.sampled_from(["adamw", "adam", "sgd"]),
