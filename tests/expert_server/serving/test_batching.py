@@ -139,7 +139,7 @@ operations = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(operations, max_size=60))
 def test_queue_does_what_full_scans_would(steps: list[object]) -> None:
     queue, model, now = BatchQueue(30, 10), ModelQueue(30, 10), 0.0

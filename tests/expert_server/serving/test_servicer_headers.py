@@ -350,7 +350,7 @@ headers = st.builds(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(headers, st.sampled_from(DIRECTIONS))
 def test_a_header_is_right_or_refused_with_an_error_of_the_edge(
     header: expert_pb2.CallHeader, direction: Direction
