@@ -84,7 +84,7 @@ async def runs(p2pd: Libp2p) -> bool:
     return p2pd.alive
 
 
-@pytest.mark.parametrize("boots", [9, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("boots", [7, pytest.param(50, marks=pytest.mark.slow)])
 def test_boots_and_stops_leave_nothing(
     loop: LoopThread,
     identities: list[Identity],
