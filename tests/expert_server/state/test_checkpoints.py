@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -33,6 +32,7 @@ from checkpoint_samples import (
     update_counts,
     warnings_in,
 )
+from preloaded import Preloaded
 
 from dht.manifest import ExpertSpec
 from dht.uid import UID
@@ -195,8 +195,8 @@ def test_a_writer_killed_at_any_moment_loses_nothing_that_was_saved(tmp_path: Pa
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "support")])}
     store, rng, last_saved = make_store(tmp_path / "state", manifest=LARGER), random.Random(2), 0
-    with subprocess.Popen(
-        [sys.executable, "-c", _WRITERS, str(tmp_path / "state")],
+    with Preloaded(
+        *("-c", _WRITERS, str(tmp_path / "state")),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
