@@ -21,7 +21,7 @@ from trainer_client.settings import RouterName
 
 BALANCE_STATE = ["balance.average_bias", "balance.average_load", "balance.bias"]
 every_router = pytest.mark.parametrize("name", get_args(RouterName))
-every_kind = pytest.mark.parametrize("kind", ["transformer", "ffn"])
+every_kind = pytest.mark.parametrize("kind", ["transformer", pytest.param("ffn", marks=pytest.mark.slow)])
 
 
 class LearningSwarm(FakeSwarm):

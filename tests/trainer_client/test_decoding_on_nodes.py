@@ -143,7 +143,7 @@ def on_nodes(
 @pytest.mark.parametrize(
     ("kind", "prefix"),
     [
-        ("transformer", 0),
+        pytest.param("transformer", 0, marks=pytest.mark.slow),
         ("ffn", 2),
         pytest.param("transformer", 2, marks=pytest.mark.slow),
         pytest.param("ffn", 0, marks=pytest.mark.slow),

@@ -9,6 +9,7 @@ from collections.abc import Set
 from typing import Any, cast, get_args
 
 import numpy as np
+import pytest
 import torch
 from expert_fakes import FakeSwarm, fails, make_manifest
 from grpc import StatusCode
@@ -178,6 +179,7 @@ def check(name: RouterName, swarm: FakeSwarm, seed: int, missing: Set[UID], trai
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_router
 @settings(max_examples=6)
 @given(kind=kinds, grid=grids, seed=seeds, training=st.booleans())

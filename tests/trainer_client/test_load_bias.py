@@ -332,7 +332,7 @@ def test_training_moves_the_biases_of_each_layer_and_saves_them() -> None:
         assert all(torch.equal(tensor, moved[name]) for name, tensor in biases_of(model).items())
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("number", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow), 3e38])
 def test_a_saved_bias_that_is_not_finite_or_would_overflow_is_refused(number: float) -> None:
     with training() as (trained, model):
         trained.run(lambda progress: None, threading.Event())

@@ -46,7 +46,7 @@ def by_number(experts: int) -> list[Floats]:
 
 
 @pytest.mark.parametrize("connections_show_it", [True, False])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_of_nodes_three_in_ten_silent_all_are_replaced_within_the_deadline(
     seed: int, connections_show_it: bool
 ) -> None:

@@ -36,10 +36,14 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
     return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= level)
 
 
-# One of them draws noise and chance, one uses dropout, and one has biases.
+# One of them draws noise and chance, one has biases, and one is the default.
 @pytest.mark.parametrize(
     ("name", "accumulate"),
-    [("noisy-top-k", 2), pytest.param("switch", 1, marks=pytest.mark.slow), ("product-key", 2)],
+    [
+        ("noisy-top-k", 2),
+        pytest.param("switch", 1, marks=pytest.mark.slow),
+        pytest.param("product-key", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_five_steps_and_five_resumed_are_ten_straight(
     tmp_path: Path, name: RouterName, accumulate: int
