@@ -11,7 +11,7 @@ from victim import founder, honest_caller
 from peer.loop import LoopThread
 
 
-@pytest.mark.parametrize("seconds", [3.0, pytest.param(120.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2.0, pytest.param(120.0, marks=pytest.mark.slow)])
 def test_a_node_under_siege_lives_and_serves_others(loop: LoopThread, tmp_path: Path, seconds: float) -> None:
     with founder(tmp_path) as node:
 

@@ -21,7 +21,7 @@ from peer.kademlia.validation import MAX_FIND_KEYS, MAX_ITEMS, Entries, Entry, p
 from peer.loop import LoopThread
 from peer.wire import dht_pb2, records_pb2
 
-ATTACK_S = 2.5
+ATTACK_S = 1.0
 LOOKS = 20
 LOOK_S, _PATIENCE_S = 3.0, 30.0
 """The longest time for a look-up on a core of its own, and on any machine."""

@@ -15,7 +15,7 @@ from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from peer.loop import LoopThread
 
-ATTACK_S = 2.5
+ATTACK_S = 1.0
 CONNECTIONS = 12
 AT_ONCE = 8
 """The number of calls under way on each connection."""

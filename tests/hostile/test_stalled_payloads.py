@@ -22,7 +22,7 @@ the limit.
 """
 WIDTH = 512
 TOML = MANIFEST_TOML.replace("hidden = 16", f"hidden = {WIDTH}")
-STRANGERS, STREAMS, SECONDS, CALLS = 5, 11, 3.0, 12
+STRANGERS, STREAMS, SECONDS, CALLS = 5, 11, 1.5, 12
 FORWARD = "talkoot.v1.ExpertService/Forward"
 
 
