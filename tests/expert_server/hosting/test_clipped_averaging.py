@@ -87,7 +87,8 @@ def loss_of_replicas(seed: int, replicas: int, meet: Callable[[Expert, Checkpoin
     return sum(map(task.loss, experts)) / replicas
 
 
-@pytest.mark.parametrize("replicas", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [2, 3])
 def test_without_hostile_replicas_clipping_costs_nothing(replicas: int) -> None:
     assert loss_of_replicas(0, replicas, clipped) <= 1.005 * loss_of_replicas(0, replicas, plain)
 
