@@ -71,7 +71,7 @@ def answer_of(
     return (total / sum(weights) if weighs else total).float()
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(assignments(), st.data(), st.booleans(), st.integers(0, 2**31))
 def test_each_row_is_answered_once_with_what_the_formula_says(
     assignment: Assignment, data: st.DataObject, weighs: bool, seed: int
@@ -137,7 +137,7 @@ def test_an_experts_segments_are_those_of_the_call_of_its_rows_alone(
         assert lengths.tolist() == [own.count(segment) for segment in sorted(set(own))]
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(assignments(), st.data())
 def test_a_message_says_which_experts_are_in_which_rows(assignment: Assignment, data: st.DataObject) -> None:
     is_in = np.array(
