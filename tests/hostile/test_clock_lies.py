@@ -66,6 +66,7 @@ def test_a_node_starts_whatever_two_of_three_peers_say(
     play(scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FAKETIME.exists(), reason="needs the Debian package faketime")
 def test_a_node_survives_when_its_machines_clock_is_set(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
