@@ -151,7 +151,7 @@ TOO_MUCH: dict[str, Callable[[Path], object]] = {
     "index of small names": lambda f: (f / INDEX).write_text(
         '{"weight_map":{' + ",".join(f'"{n:x}":1' for n in range(2**20)) + "}}"
     ),
-    "tokenizer of lists": lambda f: (f / TOKENIZER).write_text('{"model":[' + "[]," * 2**22 + "0]}"),
+    "tokenizer of lists": lambda f: (f / TOKENIZER).write_text('{"model":[' + "[]," * 2**21 + "0]}"),
     "many large headers": lambda f: change_json(f / INDEX, weight_map=many_headers(f)),
 }
 
