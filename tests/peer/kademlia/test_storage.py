@@ -166,7 +166,7 @@ from peer.kademlia.validation import Entry
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-size, most = int(sys.argv[1]), 8 * 2**20
+size, most = int(sys.argv[1]), 4 * 2**20
 metrics, rng = StoreMetrics(), random.Random(1)
 stored, until = BoundedStorage(StoreBounds(most), metrics, rng=rng), time.time() + 600
 stored.put(1, {1: Entry(b"warm", until)})
