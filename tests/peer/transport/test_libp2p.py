@@ -560,6 +560,7 @@ def test_a_start_says_why_there_is_no_p2pd(
         loop.run(make(identities[0]).start(), 120)
 
 
+@pytest.mark.slow
 def test_everything_else_works_without_hivemind() -> None:
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITHOUT_HIVEMIND], capture_output=True, text=True, timeout=240
