@@ -1,11 +1,14 @@
 """Continuing sequences: caching changes nothing, and each sequence comes out as if it were alone."""
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
+import pytest
 import torch
 from expert_fakes import make_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_fakes import every_router, k_of
 from torch import Tensor, nn
 
 from dht.manifest import Manifest
@@ -66,10 +69,11 @@ def check(model: Watched, prompts: list[list[int]], seed: int, steps: int) -> No
         sequence.end()
 
 
+@pytest.mark.slow
 @given(
     PROMPTS,
     st.integers(0, 2**31),
-    st.sampled_from(["product-key", "noisy-top-k", "switch", "base", "glam"]),
+    st.sampled_from(get_args(RouterName)),
     st.sampled_from([0, 3]),
     st.sampled_from(["attention", "layer"]),
     st.sampled_from([None, 8]),
@@ -85,11 +89,29 @@ def test_what_is_kept_of_a_sequence_changes_nothing(
     width: int | None,
     kind: str,
 ) -> None:
-    k = {"noisy-top-k": 2, "switch": 1, "base": 1, "glam": 2}.get(router, 3)
     manifest = make_manifest(
-        (2, 3), k=k, kind=kind, prefix=prefix, width=width, hidden=16, layers=2, local=local, local_layers=2
+        (2, 3),
+        k=k_of(router),
+        kind=kind,
+        prefix=prefix,
+        width=width,
+        hidden=16,
+        layers=2,
+        local=local,
+        local_layers=2,
     )
     check(make_model(manifest, router), prompts, seed, steps=4)
+
+
+@every_router
+@pytest.mark.parametrize(("kind", "prefix"), [("transformer", 0), ("ffn", 3)])
+def test_what_is_kept_of_a_sequence_changes_nothing_with_any_router(
+    name: RouterName, kind: str, prefix: int
+) -> None:
+    manifest = make_manifest(
+        (2, 3), k=k_of(name), kind=kind, prefix=prefix, hidden=16, layers=2, local="attention"
+    )
+    check(make_model(manifest, name), [list(range(20)), [1, 2, 3, 4]], seed=0, steps=4)
 
 
 def test_a_token_costs_one_row_until_the_context_is_full() -> None:
