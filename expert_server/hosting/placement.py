@@ -635,7 +635,7 @@ class HostingSurvey:
                 for last in _numbers(some & ~hosted[row])
             )
             room = most - len(found)
-            found += rank_vacancies(list(islice(vacant, 64 * room)), room, self._peer_id)
+            found += rank_vacancies(list(islice(vacant, 16 * room)), room, self._peer_id)
         return found
 
     def _note_hosts(self, row: Prefix, lasts: int) -> None:
