@@ -49,7 +49,7 @@ generators = pytest.mark.parametrize("manifest", [MANIFEST, PAIRS], ids=["decode
 @pytest.mark.parametrize(
     ("objective", "manifest"),
     [
-        pytest.param("rag-sequence", MANIFEST, id="rag-sequence-decoder"),
+        pytest.param("rag-sequence", MANIFEST, id="rag-sequence-decoder", marks=pytest.mark.slow),
         pytest.param("rag-token", PAIRS, id="rag-token-encoder-decoder"),
         pytest.param("rag-token", MANIFEST, id="rag-token-decoder", marks=pytest.mark.slow),
         pytest.param("rag-sequence", PAIRS, id="rag-sequence-encoder-decoder", marks=pytest.mark.slow),

@@ -37,7 +37,7 @@ def train_with(name: RouterName) -> tuple[Summary, LearningSwarm, list[Progress]
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("product-key", "base") else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "product-key" else pytest.param(name, marks=pytest.mark.slow)
         for name in get_args(RouterName)
     ],
 )
