@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import grpc
+import pytest
 from loop_lags import LoopLags, exposed_at
 from stranger import HostileCaller, Stranger, new_identities
 from victim import MANIFEST_TOML, founder, honest_caller
@@ -55,6 +56,7 @@ class Flood:
                 self.outcomes["opened"] += 1
 
 
+@pytest.mark.slow
 def test_honest_newcomers_open_sessions_while_strangers_flood(loop: LoopThread, tmp_path: Path) -> None:
     manifest = Manifest.from_toml(write(tmp_path / "manifest.toml"))
 

@@ -280,6 +280,55 @@ def test_no_challenge_is_taken_twice_and_few_are_remembered(steps: list[tuple[st
     assert len(challenges) <= sum(at >= times[-1] - 30.0 for at in times) if times else True
 
 
+class CallFrom:
+    """The context of a call from an address."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def peer(self) -> str:
+        return f"ipv4:{self._address}"
+
+    async def abort(self, status: StatusCode, said: str, metadata: Any = ()) -> None:
+        raise ExpertError(status, said)
+
+
+def test_a_flood_from_one_neighbourhood_costs_few_signatures_and_a_newcomer_elsewhere_one_turn(
+    server: Identity, alice: Identity, bob: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = make_sessions(server)
+    servicer, checked, open_ = SessionServicer(sessions), list[session_pb2.OpenRequest](), sessions.open
+
+    def note(request: session_pb2.OpenRequest, near: str) -> Any:
+        checked.append(request)
+        return open_(request, near)
+
+    monkeypatch.setattr(sessions, "open", note)
+
+    def ask(caller: Identity, address: str, **fields: Any) -> tuple[session_pb2.OpenRequest, Any]:
+        request = statement_of(caller, server, sessions)
+        for name, value in fields.items():
+            setattr(request, name, value)
+        context: Any = CallFrom(address)
+        return request, asyncio.ensure_future(servicer.Open(request, context))
+
+    async def scenario() -> None:
+        flood = [ask(alice, f"198.51.100.1:{1000 + n}", signature=bytes(64))[1] for n in range(400)]
+        await asyncio.sleep(0)  # all of them ask
+        before = len(checked)
+        assert 0 < before < 100
+        newcomer, opened = ask(bob, "203.0.113.7:1000")
+        assert (await opened).session
+        assert checked.index(newcomer) - before <= 2
+        for each in flood:
+            each.cancel()
+        errors = await asyncio.gather(*flood, return_exceptions=True)
+        assert sum("too many open sessions now" in str(error) for error in errors) > 50
+        assert not any(isinstance(error, session_pb2.OpenReply) for error in errors)
+
+    asyncio.run(scenario())
+
+
 # Over a real socket
 
 
