@@ -152,13 +152,12 @@ TOO_MUCH: dict[str, Callable[[Path], object]] = {
         '{"weight_map":{' + ",".join(f'"{n:x}":1' for n in range(2**20)) + "}}"
     ),
     "tokenizer of lists": lambda f: (f / TOKENIZER).write_text('{"model":[' + "[]," * 2**21 + "0]}"),
-    "many large headers": lambda f: change_json(f / INDEX, weight_map=many_headers(f)),
 }
 
 
-def many_headers(folder: Path) -> dict[str, str]:
-    """Ten links to one file with a million names."""
-    names = (f'"{n:x}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(2**18))
+def many_headers(folder: Path, each: int) -> dict[str, str]:
+    """Ten links to one file with so many names."""
+    names = (f'"{n:x}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(each))
     header = ("{" + ",".join(names) + "}").encode()
     (folder / "a0.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     for n in range(1, 10):
@@ -166,9 +165,26 @@ def many_headers(folder: Path) -> dict[str, str]:
     return {str(n): f"a{n}.safetensors" for n in range(10)}
 
 
-def test_large_folders_take_bounded_memory(written: Path, tmp_path: Path) -> None:
+def test_the_names_in_all_files_together_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("talkoot.model.folder._MOST_HEADERS", 2**16)
+    change_json(folder / INDEX, weight_map=many_headers(folder, 2**8))
+    with pytest.raises(
+        ModelError, match=r"a[1-9].safetensors: the names of its tensors and those before take too"
+    ):
+        ModelFolder.open(folder)
+
+
+HEADERS: dict[str, Callable[[Path], object]] = {
+    "many large headers": lambda f: change_json(f / INDEX, weight_map=many_headers(f, 2**18))
+}
+
+
+@pytest.mark.parametrize("cases", [TOO_MUCH, pytest.param(HEADERS, marks=pytest.mark.slow)])
+def test_large_folders_take_bounded_memory(
+    cases: dict[str, Callable[[Path], object]], written: Path, tmp_path: Path
+) -> None:
     folders = []
-    for case, spoil in TOO_MUCH.items():
+    for case, spoil in cases.items():
         folders.append(Path(shutil.copytree(written, tmp_path / case)))
         spoil(folders[-1])
     program = (
