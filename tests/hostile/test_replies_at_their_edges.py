@@ -345,7 +345,7 @@ def a_find_response() -> Message:
         nearest_known=[0],
         entries=1,
     )
-    peer = dht_pb2.NodeInfo(node_id=bytes(20), contact=a_contact(SERVER))
+    peer = dht_pb2.NodeInfo(node_id=bytes(20))  # its contact is spoilt in other answers
     return dht_pb2.FindResponse(results=[result], peer=peer, contacts=[a_contact(OTHER)])
 
 
