@@ -154,6 +154,7 @@ def test_a_crowd_too_large_to_ask_them_all_hides_nothing() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_witnesses_find_what_a_crowd_hides_that_fills_all_buckets_near_a_key() -> None:
     """There are more liars near the key than a look-up asks there, and all peers know so many of them that look-ups
     reach hardly any honest node. What one witness returns is stored, and found by others.

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import peer
 import asyncio
@@ -40,6 +42,7 @@ os._exit(0)  # as `talkoot` ends
 """
 
 
+@pytest.mark.slow
 def test_starting_processes_does_not_break_grpc() -> None:
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],

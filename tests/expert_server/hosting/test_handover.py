@@ -168,7 +168,8 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
     play(scenario)
 
 
-@pytest.mark.parametrize("has_failed", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("has_failed", [True, False])
 def test_a_partner_that_does_not_answer_holds_up_no_other_expert(
     play: Play, monkeypatch: pytest.MonkeyPatch, has_failed: bool
 ) -> None:
