@@ -16,7 +16,7 @@ from peer.loop import LoopThread
 from peer.transport import libp2p
 from peer.transport.libp2p import Libp2p
 
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture
