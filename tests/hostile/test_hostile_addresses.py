@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from stranger import LIFETIME_S, LOCAL, Stranger, new_identities
 from victim import Victim, founder, trainer
 
@@ -99,6 +100,7 @@ def poison(state: Path) -> int:
     return len(poisoned)
 
 
+@pytest.mark.slow
 def test_no_addresses_end_a_peer_and_none_make_it_dial_a_victim(tmp_path: Path) -> None:
     poisoned = poison(tmp_path / "founder")
     with founder(tmp_path, announce_every_s=EVERY_S) as node:
