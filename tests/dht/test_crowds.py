@@ -90,7 +90,7 @@ async def look_around(swarm: SimulatedSwarm) -> None:
         await peer.experts.replicas([HIDDEN])
 
 
-@pytest.mark.parametrize("beside", ["prefix", "node"])
+@pytest.mark.parametrize("beside", ["prefix", pytest.param("node", marks=pytest.mark.slow)])
 def test_with_as_many_hostile_keys_beside_a_key_as_there_are_nodes_a_trainer_finds_every_expert(
     beside: str,
 ) -> None:

@@ -126,7 +126,7 @@ def test_a_node_that_can_ask_nobody_does_not_say_that_nobody_hosts_its_experts(
     play(scenario)
 
 
-@pytest.mark.parametrize("room", [8, 0])
+@pytest.mark.parametrize("room", [8, pytest.param(0, marks=pytest.mark.slow)])
 def test_no_host_is_lost_when_two_that_share_experts_leave_at_the_same_moment(play: Play, room: int) -> None:
     """Each has read that the other one serves them, and has averaged with it. A third node may have room for them."""
 

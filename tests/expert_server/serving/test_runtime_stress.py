@@ -236,7 +236,7 @@ class Stress:
         assert 0 <= total(metrics.failed, cause="failed") - counts[StatusCode.INTERNAL] <= gone
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_work_ends_whatever_happens_beside_it(seed: int, threads: int) -> None:
     async def scenario() -> None:

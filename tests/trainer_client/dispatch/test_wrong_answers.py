@@ -387,7 +387,7 @@ def test_node_that_breaks_down_is_no_error_of_ours(
 
 
 @pytest.mark.parametrize("ends_with", [StatusCode.FAILED_PRECONDITION, StatusCode.OK])
-@pytest.mark.parametrize("messages_read", [0, 1, 3])
+@pytest.mark.parametrize("messages_read", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_call_that_ends_while_we_still_send_is_an_error_at_once(
     loop: LoopThread, server: Server, pool: ChannelPool, messages_read: int, ends_with: StatusCode
 ) -> None:
