@@ -112,14 +112,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_distributed_tensors() -> None:
-    """Otherwise the first comparison of tensors in each process imports what takes a second."""
-    import torch.testing
-
-    vars(torch.testing._comparison)["_HAS_DTENSOR"] = False
-
-
 @pytest.fixture(scope="session")
 def loop() -> "Iterator[LoopThread]":
     """The event loop of the process: gRPC and the DHT run on it, in another thread than the tests."""
