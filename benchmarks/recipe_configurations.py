@@ -63,6 +63,8 @@ class Configuration:
     """The size of an expert's only head. None: heads are as large as the trainer's, and there are as many as fit into
     the width.
     """
+    gate_width: int | None = None
+    """How many columns the gate reads; None: all."""
     shared: float = 0.0
     """The inner size of each mixture's shared expert, as a multiple of hidden; 0: there is none."""
     activation: Activation = "gelu"
@@ -111,8 +113,8 @@ class Configuration:
             "decay_updates": self.steps_of(size),
         } | self.optimizer
         return Manifest.model_validate(
-            {"name": "recipe", "model": model, "experts": experts, "routing": {"top_k": self.top_k}}
-            | {"optimizer": optimizer}
+            {"name": "recipe", "model": model, "experts": experts, "optimizer": optimizer}
+            | {"routing": {"top_k": self.top_k, "gate_width": self.gate_width}}
         )
 
     def trainer_settings(self, size: Size) -> TrainerSettings:
@@ -154,7 +156,7 @@ def model_flops(manifest: Manifest, *, has_experts: bool = True) -> dict[str, fl
         reached = max(1.0, model.context * manifest.routing.top_k / experts.count)
         one = layer_flops(expert, reached) if experts.kind == "transformer" else feed_forward_flops(expert)
         parts["experts"] = model.layers * manifest.routing.top_k * one
-        parts["gates"] = model.layers * 2.0 * model.hidden * sum(experts.grid)
+        parts["gates"] = model.layers * 2.0 * manifest.gate_width * sum(experts.grid)
         if manifest.width < model.hidden:
             parts["projections"] = model.layers * 2.0 * 2 * model.hidden * manifest.width
         if model.shared_feed_forward:
@@ -217,6 +219,17 @@ _MANY = replace(
 _MANY_AND_SHARED = replace(
     _MANY, name="ffn top-4, fine, 256 experts and a shared one", feed_forward=3 / 4, shared=5 / 6
 )
+_MANY_SCORED = replace(
+    _MANY_AND_SHARED,
+    name="ffn top-4, fine, 256 experts scored one by one, and a shared one",
+    grid=(256,),
+    gate_width=48,
+    feed_forward=2 / 3,
+    shared=2 / 3,
+)
+"""An expert has a score of its own instead of two that it shares with others. The gate reads half the columns, so that
+it does not compute much more.
+"""
 _NARROW = replace(
     _FINE, name="transformer top-4, narrow", expert_kind="transformer", width=1 / 4, feed_forward=13 / 4
 )

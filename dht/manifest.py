@@ -173,6 +173,13 @@ class RoutingSpec(_Part):
         description="number of first tokens whose mean chooses the experts for a whole sequence; these tokens have no "
         "loss; 0: each token chooses its own",
     )
+    gate_width: int | None = Field(
+        default=None,
+        ge=1,
+        le=16384,
+        description="columns of each token that the gate reads, the first ones; with fewer, the gate of a large grid "
+        "computes less; unset: hidden",
+    )
 
 
 class OptimizerSpec(_Part):
@@ -306,6 +313,14 @@ class Manifest(_Part):
         return self
 
     @model_validator(mode="after")
+    def _gate_reads_what_there_is(self) -> Self:
+        if self.gate_width > self.model.hidden:
+            raise ValueError(
+                f"gate_width ({self.gate_width}) is more than the model's hidden size ({self.model.hidden})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _codec_fits(self) -> Self:
         try:
             encoded_bytes(0, self.width, codec_of(self.wire.codec))
@@ -411,6 +426,11 @@ class Manifest(_Part):
     def width(self) -> int:
         """Columns of the rows that are sent to experts and back; at most `model.hidden`."""
         return self.experts.width or self.model.hidden
+
+    @property
+    def gate_width(self) -> int:
+        """Columns that gates read; at most `model.hidden`."""
+        return self.routing.gate_width or self.model.hidden
 
     @property
     def expert_model(self) -> ModelSpec:

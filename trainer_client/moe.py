@@ -130,7 +130,7 @@ class RemoteMixtureOfExperts(nn.Module):
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
         self.gate: Gate = Gate(
-            self.hidden, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise
+            manifest.gate_width, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise
         )
         # created after the gate, so that the gate starts the same as without them
         self.projections: Projections | None = Projections(manifest) if manifest.width < self.hidden else None

@@ -93,27 +93,29 @@ together.
 
 
 class Gate(nn.Module):
-    """A small linear map. An expert's logit is the sum of one score per grid dimension (product keys).
+    """A small linear map of a row's first columns. An expert's logit is the sum of one score per grid dimension
+    (product keys).
 
     It computes in float32, whatever the precision of x and of its own parameters, and even under autocast.
     """
 
     def __init__(
-        self, hidden: int, grid: tuple[int, ...], *, scale: float | None = None, has_noise: bool = False
+        self, width: int, grid: tuple[int, ...], *, scale: float | None = None, has_noise: bool = False
     ) -> None:
-        """With a `scale`, the initial weights are from a normal distribution of standard deviation sqrt(scale /
-        hidden), truncated at twice that, and there is no bias (Switch Transformer, arXiv 2101.03961, section 2.4).
+        """`width`: how many columns it reads. With a `scale`, the initial weights are from a normal distribution of
+        standard deviation sqrt(scale / width), truncated at twice that, and there is no bias (Switch Transformer, arXiv
+        2101.03961, section 2.4).
         """
         super().__init__()
         self.grid = grid
-        self.linear: nn.Linear = nn.Linear(hidden, sum(grid))
+        self.linear: nn.Linear = nn.Linear(width, sum(grid))
         if scale is not None:
-            spread = math.sqrt(scale / hidden)
+            spread = math.sqrt(scale / width)
             nn.init.trunc_normal_(self.linear.weight, std=spread, a=-2 * spread, b=2 * spread)
             nn.init.zeros_(self.linear.bias)
         self.noise: nn.Linear | None = None
         if has_noise:  # starts at zero, as in Shazeer et al. 2017, appendix A
-            self.noise = nn.Linear(hidden, sum(grid), bias=False)
+            self.noise = nn.Linear(width, sum(grid), bias=False)
             nn.init.zeros_(self.noise.weight)
 
     def forward(self, x_RD: Tensor) -> tuple[Tensor, ...]:
@@ -128,7 +130,9 @@ class Gate(nn.Module):
     def _map(self, linear: nn.Linear, x_RD: Tensor) -> tuple[Tensor, ...]:
         bias = None if linear.bias is None else linear.bias.float()
         with torch.autocast(x_RD.device.type, enabled=False):
-            scores = F.linear(x_RD.float(), linear.weight.float(), bias)  # (R, sum of G_d)
+            scores = F.linear(
+                x_RD[:, : linear.in_features].float(), linear.weight.float(), bias
+            )  # (R, sum of G_d)
         return torch.split(scores, list(self.grid), dim=-1)
 
     @staticmethod

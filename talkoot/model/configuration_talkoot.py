@@ -72,6 +72,11 @@ class TalkootConfig(PretrainedConfig):
         return self.manifest["routing"]["prefix"]
 
     @property
+    def gate_width(self) -> int:
+        """The number of columns that a gate reads."""
+        return self.manifest["routing"]["gate_width"] or self.hidden_size
+
+    @property
     def cached_layers(self) -> int:
         """Cache layers for each mixture layer during generation: see `modeling_talkoot.Mixture`."""
         return self.attention_layers + self.experts_attend + 1

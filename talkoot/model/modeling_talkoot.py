@@ -172,19 +172,22 @@ class LocalPart(nn.Module):
 
 
 class Gate(nn.Module):
-    """One score per grid dimension and coordinate; an expert's logit is their sum. Computes in float32."""
+    """One score per grid dimension and coordinate, from a row's first columns; an expert's logit is their sum. Computes
+    in float32.
+    """
 
-    def __init__(self, hidden: int, grid: list[int], has_noise: bool) -> None:
+    def __init__(self, width: int, grid: list[int], has_noise: bool) -> None:
         super().__init__()
         self.grid = grid
-        self.linear: nn.Linear = nn.Linear(hidden, sum(grid))
+        self.linear: nn.Linear = nn.Linear(width, sum(grid))
         if has_noise:
             # only for training
-            self.noise: nn.Linear = nn.Linear(hidden, sum(grid), bias=False)
+            self.noise: nn.Linear = nn.Linear(width, sum(grid), bias=False)
 
     def forward(self, x_UD: Tensor) -> tuple[Tensor, ...]:
         """float32 [U, G] of each dimension."""
-        scores = F.linear(x_UD.float(), self.linear.weight.float(), self.linear.bias.float())
+        weight = self.linear.weight.float()
+        scores = F.linear(x_UD[:, : weight.shape[1]].float(), weight, self.linear.bias.float())
         return torch.split(scores, self.grid, dim=-1)
 
 
@@ -239,7 +242,7 @@ class Mixture(nn.Module):
         self.count = 1
         for size in self.grid:
             self.count *= size
-        self.gate: Gate = Gate(config.hidden_size, self.grid, self.router == "noisy-top-k")
+        self.gate: Gate = Gate(config.gate_width, self.grid, self.router == "noisy-top-k")
         self.projections: Projections | None = None
         if config.expert_width < config.hidden_size:
             self.projections = Projections(model["norm"], config.hidden_size, config.expert_width)

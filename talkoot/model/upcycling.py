@@ -7,7 +7,7 @@ one block, with the same weights. Experts that attend to earlier rows see fewer 
 over blocks. If a bias balances the load, the new blocks start with a low bias, so that the model starts exactly as it
 was.
 
-Shapes: D hidden, G size of a grid dimension, N rows that the gate saw.
+Shapes: D columns that the gate reads, G size of a grid dimension, N rows that the gate saw.
 """
 
 from collections.abc import Callable
@@ -139,7 +139,7 @@ def _gate_inputs(opened: OpenedModel) -> list[Tensor]:
     for mixture in opened.model.mixtures:
         assert isinstance(mixture, RemoteMixtureOfExperts)
         read.append([])
-        mixture.gate.register_forward_pre_hook(_recorder(read[-1]))
+        mixture.gate.register_forward_pre_hook(_recorder(read[-1], opened.manifest.gate_width))
     generator = torch.Generator().manual_seed(opened.manifest.model.seed)
     decoder, first, vocabulary = (
         TextDecoder(opened.model),
@@ -159,8 +159,8 @@ def _gate_inputs(opened: OpenedModel) -> list[Tensor]:
     return [torch.cat(some) for some in read]
 
 
-def _recorder(read: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _recorder(read: list[Tensor], width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def record(gate: nn.Module, given: tuple[Tensor, ...]) -> None:
-        read.append(given[0].float())
+        read.append(given[0][:, :width].float())
 
     return record

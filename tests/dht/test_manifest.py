@@ -180,6 +180,11 @@ def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Pat
             'name = "sauna"\n[routing]\nprefix = 128',
             "prefix (128) must be less than the model's context (128)",
         ),
+        (
+            'name = "sauna"\n[routing]\ngate_width = 129',
+            "gate_width (129) is more than the model's hidden size (128)",
+        ),
+        ('name = "sauna"\n[routing]\ngate_width = 0', "routing.gate_width"),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
         ('name = "sauna"\n[model]\nhead_size = 15', "head_size (15) must be even"),
         (

@@ -494,6 +494,7 @@ def make_manifest(
     kind: str = "transformer",
     prefix: int = 0,
     width: int | None = None,
+    gate_width: int | None = None,
     **model: Any,
 ) -> Manifest:
     small = {"layers": 1, "hidden": 8, "heads": 2, "context": 16, "local_layers": 1, "feed_forward": 16}
@@ -501,7 +502,7 @@ def make_manifest(
         name="sauna",
         model=ModelSpec.model_validate(small | model),
         experts=ExpertSpec(grid=grid, kind=kind, width=width),
-        routing=RoutingSpec(top_k=k, prefix=prefix),
+        routing=RoutingSpec(top_k=k, prefix=prefix, gate_width=gate_width),
     )
 
 

@@ -20,7 +20,7 @@ def every_coordinate(rows: int) -> torch.Tensor:
 @pytest.fixture
 def gate() -> Gate:
     torch.default_generator.manual_seed(0)
-    return Gate(hidden=8, grid=GRID)
+    return Gate(width=8, grid=GRID)
 
 
 def test_there_is_one_score_for_each_coordinate_of_each_dimension(gate: Gate) -> None:
@@ -28,6 +28,16 @@ def test_there_is_one_score_for_each_coordinate_of_each_dimension(gate: Gate) ->
     scores = gate(x_RD)
     assert [tuple(table.shape) for table in scores] == [(5, 3), (5, 4)]
     torch.testing.assert_close(torch.cat(scores, dim=1), x_RD @ gate.linear.weight.T + gate.linear.bias)
+
+
+def test_a_narrow_gate_reads_the_first_columns() -> None:
+    gate, x_RD = Gate(width=5, grid=GRID, has_noise=True), torch.randn(5, 8, requires_grad=True)
+    scores = torch.cat(gate(x_RD), dim=1)
+    torch.testing.assert_close(scores, x_RD[:, :5] @ gate.linear.weight.T + gate.linear.bias)
+    torch.autograd.backward([scores.sum(), *(spread.sum() for spread in gate.spreads(x_RD))])
+    assert x_RD.grad is not None
+    assert x_RD.grad[:, :5].all()
+    assert not x_RD.grad[:, 5:].any()
 
 
 def test_a_logit_is_the_sum_of_its_coordinates_scores(gate: Gate) -> None:

@@ -39,11 +39,15 @@ MODELS: dict[str, tuple[Manifest, dict[str, Any]]] = {
     # a thousand tokens
     "large": (LARGE, {}),
     "narrow": (
-        make_manifest((2, 3), k=3, layers=2, hidden=16, width=12, shared_feed_forward=16, activation="swiglu"), {},
+        make_manifest(
+            (2, 3), k=3, layers=2, hidden=16, width=12, gate_width=5, shared_feed_forward=16, activation="swiglu"
+        ), {},
     ),
     "ffn": (make_manifest((2, 2, 3), k=2, layers=3, kind="ffn", norm="rms", activation="geglu"), {"balance": "loss"}),
     "no-attention": (make_manifest((5,), k=2, kind="ffn", local_layers=0), {"router": "glam"}),
-    "only-experts-attend": (make_manifest((5,), k=2, layers=2, local_layers=0), {"router": "noisy-top-k"}),
+    "only-experts-attend": (
+        make_manifest((5,), k=2, layers=2, local_layers=0, gate_width=3), {"router": "noisy-top-k"},
+    ),
     "switch": (make_manifest((3, 3), layers=2, local="attention", local_layers=0), {"router": "switch"}),
     "base": (make_manifest((3, 3), k=2, layers=2, local="attention", head_size=6), {"router": "base"}),
     "prefix": (make_manifest((3, 3), k=2, layers=2, prefix=3), {}),
