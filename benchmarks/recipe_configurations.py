@@ -245,6 +245,7 @@ CONFIGURATIONS = (
     _FINE,
     _MANY,
     _MANY_AND_SHARED,
+    _MANY_SCORED,
     replace(_FINE, name="ffn top-4, narrow", width=1 / 4, feed_forward=15 / 4),
     _NARROW,
     _HALF,
