@@ -36,7 +36,7 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> str:
     return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= level)
 
 
-# One of them draws noise and chance, one has biases, and one is the default.
+# One of them draws noise and chance, one uses dropout, and one has biases.
 @pytest.mark.parametrize(
     ("name", "accumulate"),
     [
