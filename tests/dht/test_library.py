@@ -1,9 +1,8 @@
 """Memories in the DHT: who may publish them, what readers accept of stored data, and which hosts have their cells."""
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from callers import numbered_identity
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
-from loop_holds import holds
+from loop_holds import pauses
 from raw_dht import Gullible, read_raw, store_raw
 from record_samples import EXPIRES_AT, NOW, VALIDATOR, refused, stored
 
@@ -730,15 +729,6 @@ def reading(key: str, stored_there: dict[object, tuple[bytes, float]]) -> Any:
     )
 
 
-def longest_share(read: Callable[[], Coroutine[Any, Any, None]]) -> float:
-    """For how much of its time the work holds the loop at once."""
-
-    async def shares() -> list[float]:
-        return [longest_s / whole_s for longest_s, whole_s in [await holds(read()) for _ in range(3)]]
-
-    return min(asyncio.run(shares()))
-
-
 def test_records_that_strangers_put_into_a_cell_do_not_hold_the_loop() -> None:
     memory, until = entry().memory, time.time() + 60
     key, stored_there = KEYS.memory(memory, (0,)), dict[object, tuple[bytes, float]]()
@@ -753,7 +743,7 @@ def test_records_that_strangers_put_into_a_cell_do_not_hold_the_loop() -> None:
     async def read() -> None:
         assert len((await MemoryRegistry(registry).cell_hosts(memory, [(0,)]))[0,]) == 250
 
-    assert longest_share(read) < 1 / 3
+    assert pauses(read, 1 / 3)
 
 
 def test_lists_of_many_publishers_do_not_hold_the_loop() -> None:
@@ -769,4 +759,4 @@ def test_lists_of_many_publishers_do_not_hold_the_loop() -> None:
     async def read() -> None:
         assert len(await MemoryRegistry(registry).libraries()) == 60
 
-    assert longest_share(read) < 1 / 4
+    assert pauses(read, 1 / 4)

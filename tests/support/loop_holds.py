@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 from unittest.mock import patch
 
@@ -31,3 +31,15 @@ async def holds(work: Coroutine[Any, Any, None]) -> tuple[float, float]:
         return longest_s, last - began
     finally:
         gc.enable()
+
+
+def pauses(work: Callable[[], Coroutine[Any, Any, None]], share: float) -> bool:
+    """Whether a work holds the loop for less than this share of its time at once. On a busy machine it has three
+    attempts.
+    """
+
+    async def attempt() -> bool:
+        longest_s, whole_s = await holds(work())
+        return longest_s / whole_s < share
+
+    return any(asyncio.run(attempt()) for _ in range(3))
