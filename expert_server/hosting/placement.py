@@ -42,6 +42,10 @@ _ROWS_FOR = 6
 """How many looks in a row read the same rows of the grid."""
 MOST_VACANT = 1024
 """How many vacant experts in these grid rows one look reads."""
+_RANKED = 16
+"""How many vacant experts a look ranks for each one that it reads. Ranking all those of a huge grid would hold the
+loop.
+"""
 SAMPLED = 1024
 """How many active experts in these grid rows one look reads, to see which have few replicas. Each node draws its own
 sample.
@@ -635,7 +639,7 @@ class HostingSurvey:
                 for last in _numbers(some & ~hosted[row])
             )
             room = most - len(found)
-            found += rank_vacancies(list(islice(vacant, 16 * room)), room, self._peer_id)
+            found += rank_vacancies(list(islice(vacant, _RANKED * room)), room, self._peer_id)
         return found
 
     def _note_hosts(self, row: Prefix, lasts: int) -> None:
