@@ -130,9 +130,8 @@ class Gate(nn.Module):
     def _map(self, linear: nn.Linear, x_RD: Tensor) -> tuple[Tensor, ...]:
         bias = None if linear.bias is None else linear.bias.float()
         with torch.autocast(x_RD.device.type, enabled=False):
-            scores = F.linear(
-                x_RD[:, : linear.in_features].float(), linear.weight.float(), bias
-            )  # (R, sum of G_d)
+            read_RC = x_RD[:, : linear.in_features].float()
+            scores = F.linear(read_RC, linear.weight.float(), bias)  # (R, sum of G_d)
         return torch.split(scores, list(self.grid), dim=-1)
 
     @staticmethod
