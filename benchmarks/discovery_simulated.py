@@ -293,7 +293,9 @@ async def measure_replacing(loop: VirtualLoop, swarm: SimulatedSwarm) -> dict[st
         )
         inputs, began = np.zeros((BATCH, 8), dtype=np.float32), loop.time()
         live = await dispatcher.find(0, scores, TOP_K)
-        rows = RoutedRows(0, inputs, scores, TOP_K, Segments.whole(len(inputs), 1), keep=False)
+        rows = RoutedRows(
+            0, live.tables[-1].shape, inputs, scores, TOP_K, Segments.whole(len(inputs), 1), keep=False
+        )
         answered = (await dispatcher.send(rows, best(scores, live.tables, TOP_K), live)).answered
         assert loop.time() - began < CALL_DEADLINE_S + 0.01
         await dispatcher.close()

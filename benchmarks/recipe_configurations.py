@@ -156,7 +156,7 @@ def model_flops(manifest: Manifest, *, has_experts: bool = True) -> dict[str, fl
         reached = max(1.0, model.context * manifest.routing.top_k / experts.count)
         one = layer_flops(expert, reached) if experts.kind == "transformer" else feed_forward_flops(expert)
         parts["experts"] = model.layers * manifest.routing.top_k * one
-        parts["gates"] = model.layers * 2.0 * manifest.gate_width * sum(experts.grid)
+        parts["gates"] = model.layers * 2.0 * manifest.gate_width * sum(manifest.score_sizes)
         if manifest.width < model.hidden:
             parts["projections"] = model.layers * 2.0 * 2 * model.hidden * manifest.width
         if model.shared_feed_forward:

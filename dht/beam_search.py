@@ -67,8 +67,13 @@ def select_experts(
     scores. With a bias, up to 4,096 live experts are scored one by one, so that the result is exact. Among more
     experts, a prefix is ranked by its scores plus the largest bias of the live experts below it.
 
+    A gate without product keys has one table of scores, float32 [R, E], for all E experts in row-major order. Then the
+    result is exact.
+
     A score beyond ±1e30 counts as ±1e30 and NaN as the lowest: a diverged gate still chooses live experts.
     """
+    if len(scores) < len(alive):
+        return _of_listed(scores[0], alive, k, bias)
     width = default_beam_size(k) if beam_size is None else beam_size
     grid = tuple(table.shape[1] for table in scores)
     assert all(table.dtype == np.float32 for table in scores), "scores are float32"
@@ -93,6 +98,23 @@ def select_experts(
         found = _best_keys([table[part] for table in finite], tables, k, width, largest)
         keys_Rk[part, : found.shape[1]] = found
     return _selection(keys_Rk, grid)
+
+
+def _of_listed(scores_RE: Floats, alive: Sequence[Booleans], k: int, bias: Floats | None) -> Selection:
+    """Like `select_experts`, with a score for each expert."""
+    chosen = select_experts(
+        [scores_RE], [_live(alive).ravel()], k, bias=None if bias is None else bias.ravel()
+    )
+    coordinates = np.unravel_index(chosen.coordinates[..., 0], alive[-1].shape)
+    return Selection(np.stack(coordinates, axis=-1), chosen.scores, chosen.valid)
+
+
+def _live(alive: Sequence[Booleans]) -> Booleans:
+    """The experts that are marked live, below prefixes that are."""
+    live = alive[-1]
+    for d, marked in enumerate(alive[:-1]):
+        live = live & marked.reshape(*marked.shape, *[1] * (live.ndim - 1 - d))
+    return live
 
 
 def _tables_of_live_prefixes(alive: Sequence[Booleans]) -> list[Booleans]:
@@ -122,9 +144,7 @@ def _largest_biases(bias: Floats, tables: Sequence[Booleans]) -> list[Floats]:
 
 def _weighed(scores: Sequence[Floats], alive: Sequence[Booleans], k: int, bias: Floats) -> Integers:
     """The keys of each row's best k experts, found by scoring all live ones: [R, k]."""
-    live = alive[-1]
-    for d, marked in enumerate(alive[:-1]):
-        live = live & marked.reshape(*marked.shape, *[1] * (live.ndim - 1 - d))
+    live = _live(alive)
     coordinates, numbers_E, bias_E = np.nonzero(live), np.flatnonzero(live), bias[live]
     rows = len(scores[0])
     block = max(1, _CANDIDATES_AT_ONCE // max(1, len(numbers_E)))

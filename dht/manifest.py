@@ -30,6 +30,8 @@ def _spdx(text: str) -> str:
 License = Annotated[str, AfterValidator(_spdx)]
 
 
+MOST_LISTED = 4096
+"""If a swarm has no more experts than that, in all layers, trainers know all of them."""
 LEAST_CONTEXT = 2
 """The smallest context, in tokens."""
 _LEAST_ENCODER_CONTEXT = 16
@@ -172,6 +174,11 @@ class RoutingSpec(_Part):
         ge=0,
         description="number of first tokens whose mean chooses the experts for a whole sequence; these tokens have no "
         "loss; 0: each token chooses its own",
+    )
+    product_keys: bool = Field(
+        default=True,
+        description="whether an expert's score is the sum of one for each grid dimension (product keys); false: the "
+        f"gate has a score for each expert, and computes more; with at most {MOST_LISTED} experts in all layers",
     )
     gate_width: int | None = Field(
         default=None,
@@ -318,6 +325,11 @@ class Manifest(_Part):
             raise ValueError(
                 f"gate_width ({self.gate_width}) is more than the model's hidden size ({self.model.hidden})"
             )
+        if not self.routing.product_keys and self.experts_total > MOST_LISTED:
+            raise ValueError(
+                f"product_keys must be true with more than {MOST_LISTED} experts: the grid and the layers make "
+                f"{self.experts_total}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -431,6 +443,11 @@ class Manifest(_Part):
     def gate_width(self) -> int:
         """Columns that gates read; at most `model.hidden`."""
         return self.routing.gate_width or self.model.hidden
+
+    @property
+    def score_sizes(self) -> tuple[int, ...]:
+        """The sizes of a gate's score tables: those of the grid with product keys, else the number of experts."""
+        return self.experts.grid if self.routing.product_keys else (self.experts.count,)
 
     @property
     def expert_model(self) -> ModelSpec:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dht.beam_search import Selection
 from dht.directory import PrefixTables
-from peer.codec import Floats, Integers
+from peer.codec import Booleans, Floats, Integers
 
 _MAX_ENTRIES = 4096
 _LARGE_PRIME = 4093
@@ -74,24 +74,30 @@ def load_spread(selection: Selection, alive: PrefixTables) -> LoadSpread | None:
     return LoadSpread(float(loads.std() / loads.mean()), float(loads.max() / loads.mean()))
 
 
+def as_scored(table: Booleans, scores: Sequence[Floats] | Sequence[Tensor]) -> Booleans:
+    """A table of the grid's shape, in the shape in which a gate scores experts: flat without product keys."""
+    return table.reshape([scores_RG.shape[1] for scores_RG in scores])
+
+
 def balancing_loss(scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> Tensor:
     """1 if all live experts get equally many rows and equal probability, more if some get more of both. []
 
     Fedus et al. 2021, Switch Transformer (arXiv 2101.03961), equation 4: E * sum of f_e P_e. Here f_e is expert e's
-    share of all choices, and has no gradient. P_e is the mean of its softmax over the rows, and has a gradient. This
-    gate has one softmax [R, G_d] for each grid dimension, over its live coordinates. So the loss is the mean over
-    dimensions of the sum of f_i P_i / t_i, where t_i is the share of the live experts that lie under coordinate i: 1 /
-    G_d if all are live.
+    share of all choices, and has no gradient. P_e is the mean of its softmax over the rows, and has a gradient. A gate
+    with product keys has one softmax [R, G_d] for each grid dimension, over its live coordinates. So the loss is the
+    mean over dimensions of the sum of f_i P_i / t_i, where t_i is the share of the live experts that lie under
+    coordinate i: 1 / G_d if all are live.
     """
-    live = alive[-1]
-    chosen = selection.coordinates[selection.valid]  # (choices, dims)
+    live = as_scored(alive[-1], scores)
+    numbers = np.ravel_multi_index(tuple(selection.coordinates[selection.valid].T), alive[-1].shape)
+    chosen = np.unravel_index(numbers, live.shape)  # one array for each dimension
     losses = []
     for d, scores_RG in enumerate(scores):
         others = tuple(axis for axis in range(live.ndim) if axis != d)
         under_G = live.sum(axis=others)
         coordinates = np.flatnonzero(under_G)
         target_G = under_G[coordinates] / max(1, under_G.sum())
-        chosen_G = np.bincount(chosen[:, d], minlength=live.shape[d])[coordinates] / max(1, len(chosen))
+        chosen_G = np.bincount(chosen[d], minlength=live.shape[d])[coordinates] / max(1, len(numbers))
         ratio_G = torch.from_numpy((chosen_G / target_G).astype(np.float32)).to(scores_RG.device)
         index = torch.from_numpy(coordinates).to(scores_RG.device)
         probability_G = scores_RG.index_select(1, index).softmax(dim=1).mean(dim=0)
@@ -158,15 +164,15 @@ class LoadBias(nn.Module):
         return np.resize(self.bias.float().cpu().numpy(), self._grid)
 
     def measure(self, scores: Sequence[Tensor], selection: Selection, alive: PrefixTables) -> Load:
-        """The load in a forward pass. `scores`: one [R, G_d] per grid dimension."""
+        """The load in a forward pass."""
         size = len(self.bias)
         chosen = np.ravel_multi_index(tuple(selection.coordinates[selection.valid].T), self._grid)
         rows_S = np.bincount(chosen % size, minlength=size)
         live_S = np.bincount(np.flatnonzero(alive[-1]) % size, minlength=size)
-        variance = 0.0
+        live, variance = as_scored(alive[-1], scores), 0.0
         for d, scores_RG in enumerate(scores):
-            others = tuple(axis for axis in range(alive[-1].ndim) if axis != d)
-            under_G = torch.from_numpy(alive[-1].any(axis=others)).to(scores_RG.device)
+            others = tuple(axis for axis in range(live.ndim) if axis != d)
+            under_G = torch.from_numpy(live.any(axis=others)).to(scores_RG.device)
             variance += float(scores_RG.detach()[:, under_G].var(dim=1, correction=0).mean())
         bias_S = self.bias.float().cpu().numpy().copy()
         return Load(rows_S.astype(np.float32), live_S.astype(np.float32), bias_S, math.sqrt(variance))

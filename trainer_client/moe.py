@@ -124,13 +124,14 @@ class RemoteMixtureOfExperts(nn.Module):
             raise SettingsError(f"layer {layer}: this swarm has layers 0 to {last}")
         self.hidden: int = manifest.model.hidden
         self.k: int = routing.k
+        self._grid = manifest.experts.grid
         self._kind = manifest.experts.kind
         self._is_causal = manifest.model.is_causal(layer)
         self._routing = routing
         self._router = routing.router
         scale = routing.gate_scale if self._router.starts_small else None
         self.gate: Gate = Gate(
-            manifest.gate_width, manifest.experts.grid, scale=scale, has_noise=self._router.has_noise
+            manifest.gate_width, manifest.score_sizes, scale=scale, has_noise=self._router.has_noise
         )
         # created after the gate, so that the gate starts the same as without them
         self.projections: Projections | None = Projections(manifest) if manifest.width < self.hidden else None
@@ -243,11 +244,12 @@ class RemoteMixtureOfExperts(nn.Module):
         keep, held = torch.is_grad_enabled(), None
         if states is not None and self._kind != "ffn":
             held = [state.held for state in states]
-        rows = RoutedRows(self.layer, inputs, _arrays(scores), self.k, segments, keep, bias, held)
+        rows = RoutedRows(self.layer, self._grid, inputs, _arrays(scores), self.k, segments, keep, bias, held)
         result = self.send(rows, selection, live)
         if not self.training:
             self.unanswered_rows += int((~result.answered.any(axis=1)).sum())
-        logits_RK = self.gate.logits(scores, torch.from_numpy(result.coordinates).to(z_RW.device))
+        coordinates = torch.from_numpy(result.coordinates).to(z_RW.device)
+        logits_RK = self.gate.logits(scores, coordinates, self._grid)
         updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)  # type: ignore[no-untyped-call]  # torch's lacks types
         answered_RK, leads_RK = (
             torch.from_numpy(array).to(z_RW.device) for array in (result.answered, result.leads)
@@ -262,7 +264,7 @@ class RemoteMixtureOfExperts(nn.Module):
         return y_RD if self.shared is None else y_RD + _through(self.shared, x_RD)
 
     def _score(self, x_RD: Tensor, segments: Segments, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
-        """One table [U, G_d] per grid dimension, with the router's noise in training."""
+        """The gate's tables [U, G_d], with the router's noise in training."""
         x_UD = x_RD
         if self._routing.choose_by == "sequence":
             parts = torch.split(x_RD, segments.lengths.tolist())

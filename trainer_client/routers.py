@@ -1,4 +1,5 @@
-"""The gate, which scores grid coordinates, and the routers, which turn its scores into chosen experts and weights.
+"""The gate, which scores grid coordinates or experts, and the routers, which turn its scores into chosen experts and
+weights.
 
 Routers are pure functions over live experts. The same scores determine the choice and the weights, so noise is added
 before both. A bias that balances the load only affects the choice. All routers but `base` leave the choice to the beam
@@ -32,7 +33,7 @@ from peer.codec import Floats, Integers
 from peer.errors import SettingsError
 from peer.formatting import counted
 from peer.identity import PeerID
-from trainer_client.balancing import balanced_assignment
+from trainer_client.balancing import as_scored, balanced_assignment
 from trainer_client.settings import Balance, RouterName, TrainerSettings
 
 MOST_BALANCED = 256
@@ -76,9 +77,7 @@ class Choose(Protocol):
         bias: Floats | None = None,
         limit: NodeLimit | None = None,
     ) -> Selection:
-        """k experts for each row, best first, given one [R, G_d] of scores per grid dimension and a bias of the grid's
-        shape.
-        """
+        """k experts for each row, best first, given a `Gate`'s scores and a bias of the grid's shape."""
         ...
 
 
@@ -94,32 +93,32 @@ together.
 
 class Gate(nn.Module):
     """A small linear map of a row's first columns. An expert's logit is the sum of one score per grid dimension
-    (product keys).
+    (product keys), or a score of its own.
 
     It computes in float32, whatever the precision of x and of its own parameters, and even under autocast.
     """
 
     def __init__(
-        self, width: int, grid: tuple[int, ...], *, scale: float | None = None, has_noise: bool = False
+        self, width: int, sizes: tuple[int, ...], *, scale: float | None = None, has_noise: bool = False
     ) -> None:
-        """`width`: how many columns it reads. With a `scale`, the initial weights are from a normal distribution of
-        standard deviation sqrt(scale / width), truncated at twice that, and there is no bias (Switch Transformer, arXiv
-        2101.03961, section 2.4).
+        """`width`: how many columns it reads. `sizes`: of its score tables, see `Manifest.score_sizes`. With a `scale`,
+        the initial weights are from a normal distribution of standard deviation sqrt(scale / width), truncated at twice
+        that, and there is no bias (Switch Transformer, arXiv 2101.03961, section 2.4).
         """
         super().__init__()
-        self.grid = grid
-        self.linear: nn.Linear = nn.Linear(width, sum(grid))
+        self.sizes = sizes
+        self.linear: nn.Linear = nn.Linear(width, sum(sizes))
         if scale is not None:
             spread = math.sqrt(scale / width)
             nn.init.trunc_normal_(self.linear.weight, std=spread, a=-2 * spread, b=2 * spread)
             nn.init.zeros_(self.linear.bias)
         self.noise: nn.Linear | None = None
         if has_noise:  # starts at zero, as in Shazeer et al. 2017, appendix A
-            self.noise = nn.Linear(width, sum(grid), bias=False)
+            self.noise = nn.Linear(width, sum(sizes), bias=False)
             nn.init.zeros_(self.noise.weight)
 
     def forward(self, x_RD: Tensor) -> tuple[Tensor, ...]:
-        """One float32 score tensor [R, G_d] per grid dimension."""
+        """One float32 score tensor [R, G_d] per grid dimension, or one [R, E] for all experts in row-major order."""
         return self._map(self.linear, x_RD)
 
     def spreads(self, x_RD: Tensor) -> tuple[Tensor, ...]:
@@ -131,13 +130,21 @@ class Gate(nn.Module):
         bias = None if linear.bias is None else linear.bias.float()
         with torch.autocast(x_RD.device.type, enabled=False):
             read_RC = x_RD[:, : linear.in_features].float()
-            scores = F.linear(read_RC, linear.weight.float(), bias)  # (R, sum of G_d)
-        return torch.split(scores, list(self.grid), dim=-1)
+            scores = F.linear(read_RC, linear.weight.float(), bias)  # (R, sum of sizes)
+        return torch.split(scores, list(self.sizes), dim=-1)
 
     @staticmethod
-    def logits(scores: tuple[Tensor, ...], coordinates: Tensor) -> Tensor:
+    def logits(scores: tuple[Tensor, ...], coordinates: Tensor, grid: Sequence[int]) -> Tensor:
         """Logits [R, K] of the experts at `coordinates`, int64 [R, K, dims]; differentiable in the scores."""
-        gathered = [scores_RG.gather(1, coordinates[..., d]) for d, scores_RG in enumerate(scores)]
+        columns = coordinates.unbind(-1)
+        if len(scores) < len(grid):
+            number_RK = torch.zeros_like(columns[0])
+            for size, index_RK in zip(grid, columns, strict=True):
+                number_RK = number_RK * size + index_RK
+            columns = (number_RK,)
+        gathered = [
+            scores_RG.gather(1, column_RK) for scores_RG, column_RK in zip(scores, columns, strict=True)
+        ]
         return torch.stack(gathered).sum(dim=0)
 
 
@@ -220,7 +227,8 @@ def best_others_by_chance(
     if rng is None:
         return selection
     chance_RK = rng.random(selection.valid.shape, dtype=np.float32)
-    logits_RK = Gate.logits(tuple(map(torch.from_numpy, scores)), torch.from_numpy(selection.coordinates))
+    coordinates = torch.from_numpy(selection.coordinates)
+    logits_RK = Gate.logits(tuple(map(torch.from_numpy, scores)), coordinates, alive[-1].shape)
     valid_RK = torch.from_numpy(selection.valid)
     kept_RK = chance_RK < k * mixture_weights(logits_RK, valid_RK).numpy()
     kept_RK[:, 0] = True
@@ -244,7 +252,8 @@ def balanced(
     live = np.argwhere(alive[-1])
     if rng is None or not len(live):
         return best(scores, alive, k)
-    logits_RE = np.sum([scores_RG[:, live[:, d]] for d, scores_RG in enumerate(scores)], axis=0)
+    columns = np.nonzero(as_scored(alive[-1], scores))
+    logits_RE = np.sum([scores_RG[:, c_E] for scores_RG, c_E in zip(scores, columns, strict=True)], axis=0)
     expert_R = balanced_assignment(logits_RE)
     chosen_R1 = np.take_along_axis(logits_RE, expert_R[:, None], axis=1)
     return Selection(live[expert_R][:, None], chosen_R1, np.ones(chosen_R1.shape, dtype=np.bool_))
@@ -283,7 +292,7 @@ def log_total(scores: Sequence[Tensor], alive: PrefixTables) -> Tensor:
     """The logarithm of the sum of exp(logit) over all live experts, float64 [R]. Never lists the experts."""
     highest = [scores_RG.detach().double().amax(dim=1, keepdim=True) for scores_RG in scores]
     factors = [(s_RG.double() - top_R1).exp() for s_RG, top_R1 in zip(scores, highest, strict=True)]
-    live_PG = torch.from_numpy(alive[-1]).to(factors[-1]).reshape(-1, alive[-1].shape[-1])
+    live_PG = torch.from_numpy(alive[-1]).to(factors[-1]).reshape(-1, factors[-1].shape[1])
     total_RP = factors[-1] @ live_PG.T
     for factor_RG in reversed(factors[:-1]):
         rows, size = factor_RG.shape

@@ -152,7 +152,7 @@ class RealTrainer:
             selection = routing.router.choose(scores, live.tables, routing.k, self._rng, bias, limit)
             load = mixture.measure(scores, selection, live.tables)
             segments = Segments.whole(window.sequences, window.length)
-            rows = RoutedRows(layer, inputs, scores, routing.k, segments, True, bias)
+            rows = RoutedRows(layer, live.tables[-1].shape, inputs, scores, routing.k, segments, True, bias)
             recorded = self._record(layer, selection, live)
             result = await self.dispatcher.send(rows, selection, live)
             self._count(layer, result, recorded)

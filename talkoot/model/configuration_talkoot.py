@@ -77,6 +77,11 @@ class TalkootConfig(PretrainedConfig):
         return self.manifest["routing"]["gate_width"] or self.hidden_size
 
     @property
+    def has_product_keys(self) -> bool:
+        """Whether an expert's score is the sum of one for each grid dimension."""
+        return self.manifest["routing"]["product_keys"]
+
+    @property
     def cached_layers(self) -> int:
         """Cache layers for each mixture layer during generation: see `modeling_talkoot.Mixture`."""
         return self.attention_layers + self.experts_attend + 1

@@ -172,23 +172,23 @@ class LocalPart(nn.Module):
 
 
 class Gate(nn.Module):
-    """One score per grid dimension and coordinate, from a row's first columns; an expert's logit is their sum. Computes
-    in float32.
+    """Scores from a row's first columns: one per grid dimension and coordinate, whose sum is an expert's logit, or one
+    per expert. Computes in float32.
     """
 
-    def __init__(self, width: int, grid: list[int], has_noise: bool) -> None:
+    def __init__(self, width: int, sizes: list[int], has_noise: bool) -> None:
         super().__init__()
-        self.grid = grid
-        self.linear: nn.Linear = nn.Linear(width, sum(grid))
+        self.sizes = sizes
+        self.linear: nn.Linear = nn.Linear(width, sum(sizes))
         if has_noise:
             # only for training
-            self.noise: nn.Linear = nn.Linear(width, sum(grid), bias=False)
+            self.noise: nn.Linear = nn.Linear(width, sum(sizes), bias=False)
 
     def forward(self, x_UD: Tensor) -> tuple[Tensor, ...]:
-        """float32 [U, G] of each dimension."""
+        """float32 [U, G] of each size."""
         weight = self.linear.weight.float()
         scores = F.linear(x_UD[:, : weight.shape[1]].float(), weight, self.linear.bias.float())
-        return torch.split(scores, self.grid, dim=-1)
+        return torch.split(scores, self.sizes, dim=-1)
 
 
 class LoadBias(nn.Module):
@@ -242,7 +242,8 @@ class Mixture(nn.Module):
         self.count = 1
         for size in self.grid:
             self.count *= size
-        self.gate: Gate = Gate(config.gate_width, self.grid, self.router == "noisy-top-k")
+        sizes = self.grid if config.has_product_keys else [self.count]
+        self.gate: Gate = Gate(config.gate_width, sizes, self.router == "noisy-top-k")
         self.projections: Projections | None = None
         if config.expert_width < config.hidden_size:
             self.projections = Projections(model["norm"], config.hidden_size, config.expert_width)
@@ -304,11 +305,11 @@ class Mixture(nn.Module):
 
     def _choose_some(self, x_UD: Tensor) -> tuple[Tensor, Tensor]:
         live_E = self.live.to(x_UD.device)
-        coordinates = torch.unravel_index(live_E, self.grid)
+        columns = torch.unravel_index(live_E, self.gate.sizes)
         scores = self.gate(x_UD)
-        logits_UE = scores[0][:, coordinates[0]]
-        for scores_UG, coordinate_E in zip(scores[1:], coordinates[1:], strict=True):
-            logits_UE = logits_UE + scores_UG[:, coordinate_E]
+        logits_UE = scores[0][:, columns[0]]
+        for scores_UG, column_E in zip(scores[1:], columns[1:], strict=True):
+            logits_UE = logits_UE + scores_UG[:, column_E]
         ranks_UE = logits_UE.nan_to_num(nan=-_LIMIT).clamp(-_LIMIT, _LIMIT)
         if self.balance is not None:
             bias = self.balance.bias.float()

@@ -3,9 +3,9 @@
 A grid dimension grows by whole blocks of its coordinates. A block's experts are copies of the old ones, with noise, and
 so are its rows of the gate. A direction is added to these rows, which differs from block to block and raises or lowers
 the scores of all experts in a block equally. So a token's best experts are copies of the same experts as before, all in
-one block, with the same weights. Experts that attend to earlier rows see fewer of them, because a sequence is spread
-over blocks. If a bias balances the load, the new blocks start with a low bias, so that the model starts exactly as it
-was.
+one block, with the same weights. Without product keys, the gate grows in the same way, as one table of the grid's
+shape. Experts that attend to earlier rows see fewer of them, because a sequence is spread over blocks. If a bias
+balances the load, the new blocks start with a low bias, so that the model starts exactly as it was.
 
 Shapes: D columns that the gate reads, G size of a grid dimension, N rows that the gate saw.
 """
@@ -86,33 +86,40 @@ class UpcycledModel:
 
     def _grow_gate(self, tensors: dict[str, Tensor], layer: int) -> None:
         prefix, read_ND = f"mixtures.{layer}.gate.", self._read[layer]
-        old, new = self._folder.manifest.experts.grid, self.manifest.experts.grid
+        old, new = self._folder.manifest, self.manifest
+        grids = list(zip(_gate_grids(old), _gate_grids(new), strict=True))
         weight, bias = tensors[prefix + "linear.weight"], tensors[prefix + "linear.bias"]
-        scores = torch.split(read_ND @ weight.T + bias, list(old), dim=1)
+        scores = torch.split(read_ND @ weight.T + bias, list(old.score_sizes), dim=1)
         # the standard deviation of a sum of independent scores
         spread = sum(float(part.var(dim=1, correction=0).mean()) for part in scores) ** 0.5
-        for name in ("linear.weight", "linear.bias", "noise.weight"):
-            if prefix + name in tensors:
-                parts = torch.split(tensors[prefix + name], list(old))
-                tensors[prefix + name] = torch.cat(
-                    [
-                        part.repeat(size // len(part), *[1] * (part.dim() - 1))
-                        for part, size in zip(parts, new, strict=True)
-                    ]
+        grown = {
+            name: [
+                _tiled(part, before, after)
+                for part, (before, after) in zip(
+                    torch.split(tensors[prefix + name], list(old.score_sizes)), grids, strict=True
                 )
+            ]
+            for name in ("linear.weight", "linear.bias", "noise.weight")
+            if prefix + name in tensors
+        }
         # a sigmoid of the logit is not a softmax: there the copies tie, and the first wins
         separation = 0.0 if self.routing.router == "base" else _SEPARATION * spread
-        generator = torch.Generator().manual_seed(self.manifest.model.seed + layer)
-        mean_D, first = read_ND.mean(dim=0), 0
-        for before, after in zip(old, new, strict=True):
-            for block in range(after // before) if after > before else ():
-                rows = slice(first + block * before, first + (block + 1) * before)
-                direction_D = torch.randn(len(mean_D), generator=generator)
-                size = float(((read_ND - mean_D) @ direction_D).std(correction=0))
-                direction_D *= separation / 2**0.5 / max(size, 1e-6)
-                tensors[prefix + "linear.weight"][rows] += direction_D
-                tensors[prefix + "linear.bias"][rows] -= direction_D @ mean_D
-            first += after
+        generator = torch.Generator().manual_seed(new.model.seed + layer)
+        mean_D = read_ND.mean(dim=0)
+        for table, (before, after) in enumerate(grids):
+            for axis, (size, larger) in enumerate(zip(before, after, strict=True)):
+                for block in range(larger // size) if larger > size else ():
+                    direction_D = torch.randn(len(mean_D), generator=generator)
+                    width = float(((read_ND - mean_D) @ direction_D).std(correction=0))
+                    direction_D *= separation / 2**0.5 / max(width, 1e-6)
+                    rows = axis, block * size, size
+                    grown["linear.weight"][table].narrow(*rows).add_(direction_D)
+                    grown["linear.bias"][table].narrow(*rows).sub_(direction_D @ mean_D)
+        for name, tables in grown.items():
+            dims = [len(after) for _, after in grids]
+            tensors[prefix + name] = torch.cat(
+                [table.flatten(0, count - 1) for table, count in zip(tables, dims, strict=True)]
+            )
 
     def _grow_bias(self, tensors: dict[str, Tensor], prefix: str) -> None:
         old, new = self._folder.manifest.experts.grid, self.manifest.experts.grid
@@ -125,6 +132,18 @@ class UpcycledModel:
             if name != "average_load":
                 table = table.masked_fill(~is_old, -_HELD_BACK)
             tensors[prefix + name] = table.flatten()
+
+
+def _gate_grids(manifest: Manifest) -> list[tuple[int, ...]]:
+    """The shape in which each score table of a gate grows: a grid dimension, or the grid without product keys."""
+    grid = manifest.experts.grid
+    return [(size,) for size in grid] if manifest.routing.product_keys else [grid]
+
+
+def _tiled(rows: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Repeats rows [number of old coordinates, ...] to [*new, ...]."""
+    times = [after // before for before, after in zip(old, new, strict=True)]
+    return rows.view(*old, *rows.shape[1:]).repeat(*times, *[1] * (rows.dim() - 1))
 
 
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:

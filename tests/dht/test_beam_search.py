@@ -86,6 +86,17 @@ def test_what_a_large_grid_leaves_out_is_never_among_the_best(seed: int, share: 
     assert_same(found, brute_force(clipped, alive[-1], k))
 
 
+@given(cases(max_dims=4), st.booleans(), st.integers(0, 2**32 - 1))
+def test_with_a_score_for_each_expert_the_choice_equals_brute_force(
+    case: Case, has_bias: bool, seed: int
+) -> None:
+    rng, live = np.random.default_rng(seed), case.alive[-1]
+    scores = rng.integers(-9, 9, (len(case.scores[0]), live.size)).astype(np.float32)
+    bias = rng.integers(-9, 9, live.shape).astype(np.float32) if has_bias else None
+    found = select_experts([scores], case.alive, case.k, bias=bias)
+    assert_same(found, brute_force([scores], live, case.k, bias))
+
+
 @given(cases(live=1.0))
 def test_beam_of_k_finds_the_highest_scores_where_every_expert_is_live(case: Case) -> None:
     found = select_experts(case.scores, case.alive, case.k, case.k)
@@ -177,6 +188,12 @@ def test_expert_below_a_dead_prefix_is_not_found() -> None:
     alive = [np.array([False, True]), np.ones((2, 2), np.bool_)]
     found = select_experts(scores, alive, k=4)
     assert found.coordinates[found.valid].tolist() == [[1, 0], [1, 1]]
+
+
+def test_with_a_score_for_each_expert_too_nothing_is_found_below_a_dead_prefix() -> None:
+    alive = (np.array([True, False]), np.ones((2, 2), dtype=bool))
+    found = select_experts([np.arange(4, dtype=np.float32)[None]], alive, 4)
+    assert found.coordinates[found.valid].tolist() == [[0, 1], [0, 0]]
 
 
 def test_equal_scores_go_to_the_lower_coordinate() -> None:

@@ -185,6 +185,10 @@ def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Pat
             "gate_width (129) is more than the model's hidden size (128)",
         ),
         ('name = "sauna"\n[routing]\ngate_width = 0', "routing.gate_width"),
+        (
+            'name = "sauna"\n[routing]\nproduct_keys = false\n[experts]\ngrid = [64, 33]',
+            "product_keys must be true with more than 4096 experts: the grid and the layers make 4224",
+        ),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
         ('name = "sauna"\n[model]\nhead_size = 15', "head_size (15) must be even"),
         (

@@ -173,7 +173,7 @@ async def send_to_best(
     """Makes a forward pass of layer 0 in which each row is sent to its best live experts."""
     live = await dispatcher.find(0, scores, k)
     segments = Segments.whole(len(inputs) // sequence_length, sequence_length)
-    rows = RoutedRows(0, inputs, scores, k, segments, keep, held=held)
+    rows = RoutedRows(0, live.tables[-1].shape, inputs, scores, k, segments, keep, held=held)
     return await dispatcher.send(rows, best(scores, live.tables, k), live)
 
 
@@ -495,6 +495,7 @@ def make_manifest(
     prefix: int = 0,
     width: int | None = None,
     gate_width: int | None = None,
+    product_keys: bool = True,
     **model: Any,
 ) -> Manifest:
     small = {"layers": 1, "hidden": 8, "heads": 2, "context": 16, "local_layers": 1, "feed_forward": 16}
@@ -502,7 +503,7 @@ def make_manifest(
         name="sauna",
         model=ModelSpec.model_validate(small | model),
         experts=ExpertSpec(grid=grid, kind=kind, width=width),
-        routing=RoutingSpec(top_k=k, prefix=prefix, gate_width=gate_width),
+        routing=RoutingSpec(top_k=k, prefix=prefix, product_keys=product_keys, gate_width=gate_width),
     )
 
 

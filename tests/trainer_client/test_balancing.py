@@ -80,6 +80,13 @@ def test_equation_4_of_the_switch_transformer() -> None:
     assert balancing_loss([scores], selection, all_live(6)).item() == pytest.approx(expected.item())
 
 
+def test_without_product_keys_the_loss_is_that_of_one_dimension() -> None:
+    scores = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    found, listed = (best([scores.numpy()], alive, 2) for alive in (all_live(2, 3), all_live(6)))
+    loss = balancing_loss([scores], found, all_live(2, 3))
+    assert loss.item() == pytest.approx(balancing_loss([scores], listed, all_live(6)).item())
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_an_even_load_costs_1_in_every_grid_with_any_experts_live(seed: int, grid: list[int]) -> None:

@@ -20,7 +20,7 @@ def every_coordinate(rows: int) -> torch.Tensor:
 @pytest.fixture
 def gate() -> Gate:
     torch.default_generator.manual_seed(0)
-    return Gate(width=8, grid=GRID)
+    return Gate(width=8, sizes=GRID)
 
 
 def test_there_is_one_score_for_each_coordinate_of_each_dimension(gate: Gate) -> None:
@@ -31,7 +31,7 @@ def test_there_is_one_score_for_each_coordinate_of_each_dimension(gate: Gate) ->
 
 
 def test_a_narrow_gate_reads_the_first_columns() -> None:
-    gate, x_RD = Gate(width=5, grid=GRID, has_noise=True), torch.randn(5, 8, requires_grad=True)
+    gate, x_RD = Gate(width=5, sizes=GRID, has_noise=True), torch.randn(5, 8, requires_grad=True)
     scores = torch.cat(gate(x_RD), dim=1)
     torch.testing.assert_close(scores, x_RD[:, :5] @ gate.linear.weight.T + gate.linear.bias)
     torch.autograd.backward([scores.sum(), *(spread.sum() for spread in gate.spreads(x_RD))])
@@ -42,15 +42,20 @@ def test_a_narrow_gate_reads_the_first_columns() -> None:
 
 def test_a_logit_is_the_sum_of_its_coordinates_scores(gate: Gate) -> None:
     scores = gate(torch.randn(5, 8))
-    logits = gate.logits(scores, every_coordinate(5))
+    logits = gate.logits(scores, every_coordinate(5), GRID)
     assert logits.shape == (5, 12)
     torch.testing.assert_close(logits, (scores[0][:, :, None] + scores[1][:, None, :]).flatten(1))
+
+
+def test_without_product_keys_a_logit_is_the_experts_own_score() -> None:
+    (scores,) = Gate(width=8, sizes=(12,))(torch.randn(5, 8))
+    torch.testing.assert_close(Gate.logits((scores,), every_coordinate(5), GRID), scores)
 
 
 def test_the_gradient_reaches_only_the_scores_that_were_chosen(gate: Gate) -> None:
     scores = tuple(table.detach().requires_grad_() for table in gate(torch.randn(2, 8)))
     coordinates = torch.tensor([[[0, 1], [2, 1]], [[1, 0], [1, 3]]])
-    torch.autograd.backward(gate.logits(scores, coordinates).sum())
+    torch.autograd.backward(gate.logits(scores, coordinates, GRID).sum())
     assert scores[0].grad is not None
     assert scores[1].grad is not None
     assert scores[0].grad.tolist() == [[1, 0, 1], [0, 2, 0]]

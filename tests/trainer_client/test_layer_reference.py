@@ -39,7 +39,7 @@ def scores_of(gate: Gate, x_RD: Tensor, noise: np.random.Generator | None) -> li
     tables = [x_RD @ w_GD.T + b_G for w_GD, b_G in _parts(gate)]
     if noise is None or gate.noise is None:
         return tables
-    spreads = torch.split(x_RD @ gate.noise.weight.T, list(gate.grid), dim=1)
+    spreads = torch.split(x_RD @ gate.noise.weight.T, list(gate.sizes), dim=1)
     return [
         table + torch.from_numpy(noise.standard_normal(table.shape, dtype=np.float32)) * F.softplus(spread)
         for table, spread in zip(tables, spreads, strict=True)
@@ -47,13 +47,15 @@ def scores_of(gate: Gate, x_RD: Tensor, noise: np.random.Generator | None) -> li
 
 
 def _parts(gate: Gate) -> list[tuple[Tensor, Tensor]]:
-    sizes = list(gate.grid)
+    sizes = list(gate.sizes)
     return list(
         zip(torch.split(gate.linear.weight, sizes), torch.split(gate.linear.bias, sizes), strict=True)
     )
 
 
-def logit(scores: list[Tensor], row: int, uid: UID) -> Tensor:
+def logit(swarm: FakeSwarm, scores: list[Tensor], row: int, uid: UID) -> Tensor:
+    if not swarm.manifest.routing.product_keys:
+        return scores[0][row, swarm.manifest.uids().index(uid)]
     return torch.stack([scores[d][row, x] for d, x in enumerate(uid.coordinate)]).sum()
 
 
@@ -105,10 +107,10 @@ def mixed(
     """The output for one row, by its router's formula."""
     if not outputs:
         return x_D
-    logits = torch.stack([logit(scores, row, uid) for uid in outputs])
+    logits = torch.stack([logit(swarm, scores, row, uid) for uid in outputs])
     stacked = torch.stack(list(outputs.values()))
     if name == "switch":
-        everyone = torch.stack([logit(scores, row, uid) for uid in swarm.manifest.uids()])
+        everyone = torch.stack([logit(swarm, scores, row, uid) for uid in swarm.manifest.uids()])
         weights = logits.exp() / everyone.exp().sum()
     elif name == "base":
         weights = logits.sigmoid()
@@ -182,23 +184,37 @@ def check(name: RouterName, swarm: FakeSwarm, seed: int, missing: Set[UID], trai
 @pytest.mark.slow
 @every_router
 @settings(max_examples=6)
-@given(kind=kinds, grid=grids, seed=seeds, training=st.booleans())
+@given(kind=kinds, grid=grids, seed=seeds, training=st.booleans(), product_keys=st.booleans())
 def test_with_all_experts_answering_gradients_are_those_of_local_ones(
-    name: RouterName, kind: str, grid: tuple[int, ...], seed: int, training: bool
+    name: RouterName, kind: str, grid: tuple[int, ...], seed: int, training: bool, product_keys: bool
 ) -> None:
-    check(name, FakeSwarm(make_manifest(grid, kind=kind), peers=3), seed, frozenset(), training)
+    swarm = FakeSwarm(make_manifest(grid, kind=kind, product_keys=product_keys), peers=3)
+    check(name, swarm, seed, frozenset(), training)
 
 
 @every_router
 @settings(max_examples=8)
-@given(data=st.data(), kind=kinds, grid=grids, seed=seeds, peers=st.sampled_from([1, 2, 9]))
+@given(
+    data=st.data(),
+    kind=kinds,
+    grid=grids,
+    seed=seeds,
+    peers=st.sampled_from([1, 2, 9]),
+    product_keys=st.booleans(),
+)
 def test_with_any_subset_answering_gradients_are_those_of_the_rest(
-    name: RouterName, kind: str, data: st.DataObject, grid: tuple[int, ...], seed: int, peers: int
+    name: RouterName,
+    kind: str,
+    data: st.DataObject,
+    grid: tuple[int, ...],
+    seed: int,
+    peers: int,
+    product_keys: bool,
 ) -> None:
     """Fewer than k experts fail, so that no row is sent elsewhere. Or, where each row has one expert, one fails, and
     its rows go to their next best in one further call.
     """
-    swarm = FakeSwarm(make_manifest(grid, kind=kind), peers)
+    swarm = FakeSwarm(make_manifest(grid, kind=kind, product_keys=product_keys), peers)
     uids = swarm.manifest.uids()
     most = max(1, k_of(name) - 1)
     missing = data.draw(st.sets(st.sampled_from(uids), min_size=1, max_size=most))

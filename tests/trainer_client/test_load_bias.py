@@ -126,6 +126,9 @@ def test_the_spread_is_that_of_a_rows_logits() -> None:
     load = LoadBias((9, 8)).measure(list(map(torch.from_numpy, scores)), best(scores, alive, 4), alive)
     logits = (scores[0][:, :, None] + scores[1][:, None, :]).reshape(500, -1)
     assert load.spread == pytest.approx(math.sqrt(logits.var(axis=1).mean()), rel=1e-4)
+    listed = LoadBias((9, 8)).measure([torch.from_numpy(logits)], best([logits], alive, 4), alive)
+    assert listed.spread == pytest.approx(load.spread, rel=1e-4)
+    np.testing.assert_array_equal(listed.rows, load.rows)
 
 
 def test_loads_of_several_threads_add_up() -> None:

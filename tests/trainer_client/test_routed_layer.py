@@ -267,7 +267,7 @@ def test_where_a_chosen_expert_has_gone_since_its_rows_alone_choose_again() -> N
     scores = [np.tile(np.array([[0.0, 1.0, 2.0, 3.0]], np.float32), (6, 1))]
     chosen = np.array([0, 2, 1, 2, 0, 1]).reshape(6, 1, 1)  # not one row's best
     selection = Selection(chosen, np.zeros((6, 1), np.float32), np.ones((6, 1), np.bool_))
-    rows = RoutedRows(0, np.ones((6, HIDDEN), np.float32), scores, 1, Segments.whole(2, 3), keep=False)
+    rows = RoutedRows(0, (4,), np.ones((6, HIDDEN), np.float32), scores, 1, Segments.whole(2, 3), keep=False)
     with virtual_time() as runner:
         directory = swarm.directory()
         dispatcher = Dispatcher(directory, swarm, WaitPolicy(10.0, 0.0, 1), clock=runner.get_loop().time)

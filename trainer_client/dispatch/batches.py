@@ -97,8 +97,9 @@ class RoutedRows:
     """The rows of one forward pass of a layer."""
 
     layer: int
+    grid: tuple[int, ...]
     inputs: Floats  # [R, W]
-    scores: Sequence[Floats]  # one [R, G_d] per grid dimension: for weights, and to choose again
+    scores: Sequence[Floats]  # of a `Gate`: for weights, and to choose again
     k: int
     segments: Segments
     keep: bool  # a backward pass is meant to follow
@@ -106,10 +107,6 @@ class RoutedRows:
     held: Sequence[HeldSequence] | None = None
     """For each segment, what experts keep of the earlier rows, and should keep of these. None: experts keep nothing.
     """
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return tuple(table.shape[1] for table in self.scores)
 
     def caches_of(self, part: "ExpertPart") -> list[KeyValueCache]:
         """The caches of an expert in this process, for each segment of its rows; empty if nothing is to be kept."""
@@ -120,8 +117,11 @@ class RoutedRows:
 
     def logits(self, rows: Integers, coordinates: Integers) -> Floats:
         """The logits of the experts at `coordinates` [n, K, dims], for these rows. [n, K]"""
-        tables = zip(self.scores, np.moveaxis(coordinates, -1, 0), strict=True)
-        logits: Floats = np.sum([table[rows[:, None], numbers] for table, numbers in tables], axis=0)
+        columns = tuple(np.moveaxis(coordinates, -1, 0))
+        if len(self.scores) < len(self.grid):
+            columns = (np.ravel_multi_index(columns, self.grid),)
+        tables = zip(self.scores, columns, strict=True)
+        logits: Floats = np.sum([table[rows[:, None], column] for table, column in tables], axis=0)
         return logits
 
 
@@ -412,7 +412,7 @@ class ForwardPass:
         count, width = rows.inputs.shape
         return cls(
             rows,
-            np.zeros((count, rows.k, len(rows.scores)), dtype=np.int64),
+            np.zeros((count, rows.k, len(rows.grid)), dtype=np.int64),
             np.zeros((count, rows.k, width), dtype=np.float32),
             np.tile(np.arange(rows.k), (count, 1)),
             np.zeros((count, rows.k), dtype=np.float32),

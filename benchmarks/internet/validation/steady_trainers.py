@@ -69,7 +69,7 @@ async def train(
         inputs = rng.standard_normal((length, scenario.width), dtype=np.float32)
         live = await dispatcher.find(_LAYER, scores, k, bias)
         selection = best(scores, live.tables, k, bias=bias)
-        rows = RoutedRows(_LAYER, inputs, scores, k, segments, keep=True, bias=bias)
+        rows = RoutedRows(_LAYER, scenario.grid, inputs, scores, k, segments, keep=True, bias=bias)
         forward = await dispatcher.send(rows, selection, live)
         between = clock()
         gradients = rng.standard_normal(forward.updates.shape, dtype=np.float32)

@@ -271,6 +271,7 @@ GROWN: dict[str, tuple[Manifest, dict[str, Any], float]] = {
     "ffn": (make_manifest((2, 3), k=2, kind="ffn", context=64), {"balance": "loss"}, 0.02),
     "prefix": (make_manifest((2, 2), k=2, prefix=3), {}, 1e-6),
     "base": (make_manifest((2, 2), kind="ffn"), {"router": "base"}, 1e-6),
+    "each": (make_manifest((2, 3), k=2, kind="ffn", product_keys=False), {}, 1e-6),
     "noise": (
         make_manifest((2, 2), k=2, kind="ffn", gate_width=5),
         {"router": "noisy-top-k", "balance": "both"},

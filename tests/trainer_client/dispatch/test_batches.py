@@ -196,7 +196,7 @@ def test_a_row_is_answered_once_for_each_slot_and_each_answer_counts_as_a_whole_
 ) -> None:
     rng = np.random.default_rng(seed)
     scores = [np.zeros((rows, size), np.float32) for size in (2, 3)]
-    result = ForwardPass.of(RoutedRows(0, random_rows(rows), scores, k, cut(rows, 4), keep=True))
+    result = ForwardPass.of(RoutedRows(0, (2, 3), random_rows(rows), scores, k, cut(rows, 4), keep=True))
     batches, counts = list[SentBatch](), list[np.ndarray]()
     found: list[
         tuple[int, list[int], int, int, np.ndarray]
@@ -245,7 +245,13 @@ def test_a_batch_that_is_answered_in_parts_is_sent_back_once() -> None:
     batch = distinct_batch(np.random.default_rng(0), 4, 2, 4, 1.0)
     result = ForwardPass.of(
         RoutedRows(
-            0, np.zeros((4, 8), np.float32), [np.zeros((4, 3), np.float32)] * 2, 2, cut(4, 4), keep=True
+            0,
+            (3, 3),
+            np.zeros((4, 8), np.float32),
+            [np.zeros((4, 3), np.float32)] * 2,
+            2,
+            cut(4, 4),
+            keep=True,
         )
     )
     sent = SentBatch(batch, NODE, np.ones(batch.asked.shape, np.float32), CallProgress())

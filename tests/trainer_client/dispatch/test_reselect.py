@@ -81,7 +81,15 @@ def passes(draw: st.DrawFn, behaviours: list[Behaviour]) -> Case:
         live = await dispatcher.find(0, scores, k)
         for peer_id in avoided:  # between choosing and sending
             breakers.distrust(peer_id, now())
-        rows = RoutedRows(0, random_rows(ROWS), scores, k, Segments.whole(ROWS // LENGTH, LENGTH), keep=False)
+        rows = RoutedRows(
+            0,
+            live.tables[-1].shape,
+            random_rows(ROWS),
+            scores,
+            k,
+            Segments.whole(ROWS // LENGTH, LENGTH),
+            keep=False,
+        )
         found.append(await dispatcher.send(rows, selection, live))
         assert now() <= DEADLINE
         await dispatcher.close()
