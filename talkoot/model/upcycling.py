@@ -116,9 +116,8 @@ class UpcycledModel:
                     grown["linear.weight"][table].narrow(*rows).add_(direction_D)
                     grown["linear.bias"][table].narrow(*rows).sub_(direction_D @ mean_D)
         for name, tables in grown.items():
-            dims = [len(after) for _, after in grids]
             tensors[prefix + name] = torch.cat(
-                [table.flatten(0, count - 1) for table, count in zip(tables, dims, strict=True)]
+                [table.flatten(0, len(after) - 1) for table, (_, after) in zip(tables, grids, strict=True)]
             )
 
     def _grow_bias(self, tensors: dict[str, Tensor], prefix: str) -> None:
