@@ -10,7 +10,7 @@ Shapes: R rows, G_d size of grid dimension d, W prefixes in the beam, C candidat
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Sized
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,12 +68,12 @@ def select_experts(
     experts, a prefix is ranked by its scores plus the largest bias of the live experts below it.
 
     A gate without product keys has one table of scores, float32 [R, E], for all E experts in row-major order. Then the
-    result is exact.
+    result is exact, whatever the `beam_size`.
 
     A score beyond ±1e30 counts as ±1e30 and NaN as the lowest: a diverged gate still chooses live experts.
     """
     if len(scores) < len(alive):
-        return _of_listed(scores[0], alive, k, bias)
+        return _select_by_own_scores(scores, alive, k, bias)
     width = default_beam_size(k) if beam_size is None else beam_size
     grid = tuple(table.shape[1] for table in scores)
     assert all(table.dtype == np.float32 for table in scores), "scores are float32"
@@ -100,12 +100,24 @@ def select_experts(
     return _selection(keys_Rk, grid)
 
 
-def _of_listed(scores_RE: Floats, alive: Sequence[Booleans], k: int, bias: Floats | None) -> Selection:
+def score_columns(
+    scores: Sequence[Sized], coordinates: Integers, grid: tuple[int, ...]
+) -> tuple[Integers, ...]:
+    """The columns in which a gate's score tables have the scores of the experts at `coordinates` [..., dims]."""
+    columns = tuple(np.moveaxis(coordinates, -1, 0))
+    return columns if len(scores) == len(grid) else (np.ravel_multi_index(columns, grid),)
+
+
+def _select_by_own_scores(
+    scores: Sequence[Floats], alive: Sequence[Booleans], k: int, bias: Floats | None
+) -> Selection:
     """Like `select_experts`, with a score for each expert."""
-    chosen = select_experts(
-        [scores_RE], [_live(alive).ravel()], k, bias=None if bias is None else bias.ravel()
-    )
-    coordinates = np.unravel_index(chosen.coordinates[..., 0], alive[-1].shape)
+    grid = alive[-1].shape
+    assert len(scores) == 1, f"{len(scores)} score tables don't fit the grid {grid}"
+    assert bias is None or bias.shape == grid, f"the bias does not fit the grid {grid}"
+    listed = None if bias is None else bias.ravel()
+    chosen = select_experts(scores, [_live(alive).ravel()], k, beam_size=1, bias=listed)
+    coordinates = np.unravel_index(chosen.coordinates[..., 0], grid)
     return Selection(np.stack(coordinates, axis=-1), chosen.scores, chosen.valid)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from dht.announcements import NodeInfo, Replica, ReplicaState
 from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_experts
 from dht.experts import ExpertRegistry
-from dht.manifest import MOST_LISTED, Manifest
+from dht.manifest import MOST_KNOWN_EXPERTS, Manifest
 from dht.regions import Prefix
 from dht.uid import UID
 from dht.upkeep import UpkeepPeriod
@@ -36,7 +36,7 @@ T = TypeVar("T")
 PrefixTables = tuple[Booleans, ...]
 """One bool array per grid dimension, of shape grid[:d+1]: True where a prefix leads to a live expert."""
 
-_MAX_READ = MOST_LISTED
+_MAX_READ = MOST_KNOWN_EXPERTS
 """The most prefixes, and the most experts, that one refresh reads."""
 _SAMPLED = 64
 """On a grid with more experts than that, a refresh reads this many prefixes and experts to see whether they
@@ -247,6 +247,8 @@ class Directory:
         a round trip. If a row found experts that can't be called, its search continues, each time twice as far. Raises
         UnreachableError.
         """
+        grid = self._manifest.experts.grid
+        assert len(scores) == len(grid), f"{len(scores)} score tables don't fit the grid {grid}"
         index, room, width = self._indices[layer], _MAX_READ, default_beam_size(k)
         if avoided:
             await self._read_hidden(avoided)

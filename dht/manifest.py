@@ -30,7 +30,7 @@ def _spdx(text: str) -> str:
 License = Annotated[str, AfterValidator(_spdx)]
 
 
-MOST_LISTED = 4096
+MOST_KNOWN_EXPERTS = 4096
 """If a swarm has no more experts than that, in all layers, trainers know all of them."""
 LEAST_CONTEXT = 2
 """The smallest context, in tokens."""
@@ -178,7 +178,7 @@ class RoutingSpec(_Part):
     product_keys: bool = Field(
         default=True,
         description="whether an expert's score is the sum of one for each grid dimension (product keys); false: the "
-        f"gate has a score for each expert, and computes more; with at most {MOST_LISTED} experts in all layers",
+        f"gate has a score for each expert, and computes more; with at most {MOST_KNOWN_EXPERTS} experts in all layers",
     )
     gate_width: int | None = Field(
         default=None,
@@ -325,10 +325,14 @@ class Manifest(_Part):
             raise ValueError(
                 f"gate_width ({self.gate_width}) is more than the model's hidden size ({self.model.hidden})"
             )
-        if not self.routing.product_keys and self.experts_total > MOST_LISTED:
+        return self
+
+    @model_validator(mode="after")
+    def _known_experts_have_scores_of_their_own(self) -> Self:
+        if not self.routing.product_keys and self.experts_total > MOST_KNOWN_EXPERTS:
             raise ValueError(
-                f"product_keys must be true with more than {MOST_LISTED} experts: the grid and the layers make "
-                f"{self.experts_total}"
+                f"product_keys = false allows at most {MOST_KNOWN_EXPERTS} experts in all layers; the grid and the "
+                f"layers make {self.experts_total}"
             )
         return self
 

@@ -9,7 +9,7 @@ paired with the bias that caused it. Otherwise the bias would oscillate when sev
 `balanced_assignment` gives each row one expert and each expert equally many rows, with the highest total score. That is
 a linear assignment problem (BASE layers, Lewis et al. 2021, arXiv 2103.16716, section 3.1).
 
-Shapes: R rows, G_d size of grid dimension d, K experts for each row, E live experts, N undecided rows, S entries of a
+Shapes: R rows, G_d size of score table d, K experts for each row, E live experts, N undecided rows, S entries of a
 bias.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dht.beam_search import Selection
+from dht.beam_search import Selection, score_columns
 from dht.directory import PrefixTables
 from peer.codec import Booleans, Floats, Integers
 
@@ -89,15 +89,14 @@ def balancing_loss(scores: Sequence[Tensor], selection: Selection, alive: Prefix
     coordinate i: 1 / G_d if all are live.
     """
     live = as_scored(alive[-1], scores)
-    numbers = np.ravel_multi_index(tuple(selection.coordinates[selection.valid].T), alive[-1].shape)
-    chosen = np.unravel_index(numbers, live.shape)  # one array for each dimension
+    chosen = score_columns(scores, selection.coordinates[selection.valid], alive[-1].shape)
     losses = []
     for d, scores_RG in enumerate(scores):
         others = tuple(axis for axis in range(live.ndim) if axis != d)
         under_G = live.sum(axis=others)
         coordinates = np.flatnonzero(under_G)
         target_G = under_G[coordinates] / max(1, under_G.sum())
-        chosen_G = np.bincount(chosen[d], minlength=live.shape[d])[coordinates] / max(1, len(numbers))
+        chosen_G = np.bincount(chosen[d], minlength=live.shape[d])[coordinates] / max(1, len(chosen[d]))
         ratio_G = torch.from_numpy((chosen_G / target_G).astype(np.float32)).to(scores_RG.device)
         index = torch.from_numpy(coordinates).to(scores_RG.device)
         probability_G = scores_RG.index_select(1, index).softmax(dim=1).mean(dim=0)

@@ -10,7 +10,7 @@ are sent, and the sum of updates is projected back. There may also be a shared e
 every token passes (DeepSeekMoE, arXiv 2401.06066).
 
 Shapes: B sequences, T positions, R = B * T rows, U routed rows (each token, or each sequence as a whole), K experts for
-each row, D hidden size, W width of the experts, G_d size of grid dimension d.
+each row, D hidden size, W width of the experts, G_d size of score table d.
 """
 
 import operator
@@ -86,7 +86,7 @@ class RoutedSequence:
     """What one mixture keeps of a sequence's rows, to compute the next ones without them."""
 
     scores: tuple[Tensor, ...] = ()
-    """If the whole sequence is routed as one: one [G_d] per grid dimension, or empty before its first rows."""
+    """If the whole sequence is routed as one: one [G_d] of each score table, or empty before its first rows."""
     held: HeldSequence = field(default_factory=HeldSequence)
     """What the experts keep of it, unless they compute each row by itself."""
 
@@ -231,25 +231,26 @@ class RemoteMixtureOfExperts(nn.Module):
             self._score(h_RD, segments, rng) if states is None else self._scores_of(h_RD, segments, states)
         )
         bias = None if self.balance is None else self.balance.table()
-        live: LiveExperts = self._run(self._experts.find(self.layer, _arrays(scores), self.k, bias))
+        arrays = _arrays(scores)
+        live: LiveExperts = self._run(self._experts.find(self.layer, arrays, self.k, bias))
         most = self._routing.nodes_per_token
         limit = None if most is None else NodeLimit.of(live, most)
-        selection = self._router.choose(_arrays(scores), live.tables, self.k, rng, bias, limit)
+        selection = self._router.choose(arrays, live.tables, self.k, rng, bias, limit)
         if self.training:
             self._note_routing(scores, selection, live.tables)
         if self._routing.choose_by == "sequence":
             scores, selection = _for_each_row(scores, selection, segments.lengths)
+            arrays = _arrays(scores)
         z_RW = h_RD if self.projections is None else self.projections.narrowed(h_RD)
         inputs = z_RW.detach().cpu().numpy()
         keep, held = torch.is_grad_enabled(), None
         if states is not None and self._kind != "ffn":
             held = [state.held for state in states]
-        rows = RoutedRows(self.layer, self._grid, inputs, _arrays(scores), self.k, segments, keep, bias, held)
+        rows = RoutedRows(self.layer, self._grid, inputs, arrays, self.k, segments, keep, bias, held)
         result = self.send(rows, selection, live)
         if not self.training:
             self.unanswered_rows += int((~result.answered.any(axis=1)).sum())
-        coordinates = torch.from_numpy(result.coordinates).to(z_RW.device)
-        logits_RK = self.gate.logits(scores, coordinates, self._grid)
+        logits_RK = self.gate.logits(scores, result.coordinates, self._grid)
         updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)  # type: ignore[no-untyped-call]  # torch's lacks types
         answered_RK, leads_RK = (
             torch.from_numpy(array).to(z_RW.device) for array in (result.answered, result.leads)

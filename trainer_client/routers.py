@@ -12,7 +12,7 @@ DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). A row travels once to each node, 
 
 `rng` is None in evaluation. Then nothing is random, and each row's choice depends only on its own scores.
 
-Shapes: R rows, D hidden size, G_d size of grid dimension d, K chosen experts for each row, E live experts, P prefixes
+Shapes: R rows, D hidden size, G_d size of score table d, K chosen experts for each row, E live experts, P prefixes
 of all dimensions but the last.
 """
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dht.beam_search import Selection, default_beam_size, select_experts
+from dht.beam_search import Selection, default_beam_size, score_columns, select_experts
 from dht.directory import LiveExperts, PrefixTables
 from dht.manifest import Manifest
 from peer.codec import Floats, Integers
@@ -134,16 +134,12 @@ class Gate(nn.Module):
         return torch.split(scores, list(self.sizes), dim=-1)
 
     @staticmethod
-    def logits(scores: tuple[Tensor, ...], coordinates: Tensor, grid: Sequence[int]) -> Tensor:
-        """Logits [R, K] of the experts at `coordinates`, int64 [R, K, dims]; differentiable in the scores."""
-        columns = coordinates.unbind(-1)
-        if len(scores) < len(grid):
-            number_RK = torch.zeros_like(columns[0])
-            for size, index_RK in zip(grid, columns, strict=True):
-                number_RK = number_RK * size + index_RK
-            columns = (number_RK,)
+    def logits(scores: tuple[Tensor, ...], coordinates: Integers, grid: tuple[int, ...]) -> Tensor:
+        """Logits [R, K] of the experts at `coordinates` [R, K, dims] of the grid; differentiable in the scores."""
+        columns = score_columns(scores, coordinates, grid)
         gathered = [
-            scores_RG.gather(1, column_RK) for scores_RG, column_RK in zip(scores, columns, strict=True)
+            scores_RG.gather(1, torch.from_numpy(column_RK).to(scores_RG.device))
+            for scores_RG, column_RK in zip(scores, columns, strict=True)
         ]
         return torch.stack(gathered).sum(dim=0)
 
@@ -227,8 +223,7 @@ def best_others_by_chance(
     if rng is None:
         return selection
     chance_RK = rng.random(selection.valid.shape, dtype=np.float32)
-    coordinates = torch.from_numpy(selection.coordinates)
-    logits_RK = Gate.logits(tuple(map(torch.from_numpy, scores)), coordinates, alive[-1].shape)
+    logits_RK = Gate.logits(tuple(map(torch.from_numpy, scores)), selection.coordinates, alive[-1].shape)
     valid_RK = torch.from_numpy(selection.valid)
     kept_RK = chance_RK < k * mixture_weights(logits_RK, valid_RK).numpy()
     kept_RK[:, 0] = True

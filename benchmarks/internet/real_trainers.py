@@ -65,7 +65,7 @@ class Mixture:
     def balanced(cls, manifest: Manifest, routing: Routing, layer: int, seed: int) -> "Mixture":
         """The gate with the bias that it settles on when all experts are available."""
         torch.manual_seed(seed * 1000 + layer)
-        gate = Gate(_HIDDEN, manifest.experts.grid, has_noise=routing.router.has_noise)
+        gate = Gate(_HIDDEN, manifest.score_sizes, has_noise=routing.router.has_noise)
         mixture, texts = cls(gate, routing, manifest, None), Texts(seed)
         alive, rng = prefix_tables(np.ones(manifest.experts.grid, bool)), np.random.default_rng((seed, layer))
         for _ in range(_BALANCED_STEPS if mixture.balance is not None else 0):

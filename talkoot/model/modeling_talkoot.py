@@ -185,7 +185,7 @@ class Gate(nn.Module):
             self.noise: nn.Linear = nn.Linear(width, sum(sizes), bias=False)
 
     def forward(self, x_UD: Tensor) -> tuple[Tensor, ...]:
-        """float32 [U, G] of each size."""
+        """One float32 [U, G] for each score table."""
         weight = self.linear.weight.float()
         scores = F.linear(x_UD[:, : weight.shape[1]].float(), weight, self.linear.bias.float())
         return torch.split(scores, self.sizes, dim=-1)

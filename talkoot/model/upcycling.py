@@ -10,7 +10,7 @@ balances the load, the new blocks start with a low bias, so that the model start
 Shapes: D columns that the gate reads, G size of a grid dimension, N rows that the gate saw.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 
 import torch
@@ -85,52 +85,59 @@ class UpcycledModel:
         return tensors
 
     def _grow_gate(self, tensors: dict[str, Tensor], layer: int) -> None:
-        prefix, read_ND = f"mixtures.{layer}.gate.", self._read[layer]
-        old, new = self._folder.manifest, self.manifest
-        grids = list(zip(_gate_grids(old), _gate_grids(new), strict=True))
-        weight, bias = tensors[prefix + "linear.weight"], tensors[prefix + "linear.bias"]
-        scores = torch.split(read_ND @ weight.T + bias, list(old.score_sizes), dim=1)
-        # the standard deviation of a sum of independent scores
-        spread = sum(float(part.var(dim=1, correction=0).mean()) for part in scores) ** 0.5
-        grown = {
-            name: [
-                _tiled(part, before, after)
-                for part, (before, after) in zip(
-                    torch.split(tensors[prefix + name], list(old.score_sizes)), grids, strict=True
-                )
-            ]
-            for name in ("linear.weight", "linear.bias", "noise.weight")
-            if prefix + name in tensors
+        prefix = f"mixtures.{layer}.gate."
+        gate = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
         }
         # a sigmoid of the logit is not a softmax: there the copies tie, and the first wins
-        separation = 0.0 if self.routing.router == "base" else _SEPARATION * spread
-        generator = torch.Generator().manual_seed(new.model.seed + layer)
-        mean_D = read_ND.mean(dim=0)
-        for table, (before, after) in enumerate(grids):
-            for axis, (size, larger) in enumerate(zip(before, after, strict=True)):
-                for block in range(larger // size) if larger > size else ():
-                    direction_D = torch.randn(len(mean_D), generator=generator)
-                    width = float(((read_ND - mean_D) @ direction_D).std(correction=0))
-                    direction_D *= separation / 2**0.5 / max(width, 1e-6)
-                    rows = axis, block * size, size
-                    grown["linear.weight"][table].narrow(*rows).add_(direction_D)
-                    grown["linear.bias"][table].narrow(*rows).sub_(direction_D @ mean_D)
-        for name, tables in grown.items():
-            tensors[prefix + name] = torch.cat(
-                [table.flatten(0, len(after) - 1) for table, (_, after) in zip(tables, grids, strict=True)]
-            )
+        separation = 0.0 if self.routing.router == "base" else _SEPARATION
+        old, read_ND = self._folder.manifest, self._read[layer]
+        generator = torch.Generator().manual_seed(self.manifest.model.seed + layer)
+        grown = grown_gate(gate, old, self.manifest, read_ND, separation, generator)
+        tensors |= {prefix + name: tensor for name, tensor in grown.items()}
 
     def _grow_bias(self, tensors: dict[str, Tensor], prefix: str) -> None:
         old, new = self._folder.manifest.experts.grid, self.manifest.experts.grid
-        times = [after // before for before, after in zip(old, new, strict=True)]
         is_old = torch.zeros(new, dtype=torch.bool)
         is_old[tuple(slice(size) for size in old)] = True
         for name in ("bias", "average_bias", "average_load"):
             entries = tensors[prefix + name]
-            table = entries.repeat(-(-prod(old) // len(entries)))[: prod(old)].view(old).repeat(times)
+            table = _tiled(entries.repeat(-(-prod(old) // len(entries)))[: prod(old)], old, new)
             if name != "average_load":
                 table = table.masked_fill(~is_old, -_HELD_BACK)
             tensors[prefix + name] = table.flatten()
+
+
+def grown_gate(
+    gate: Mapping[str, Tensor],
+    old: Manifest,
+    new: Manifest,
+    read_ND: Tensor,
+    separation: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """A gate's tensors for a larger grid. `separation`: as `_SEPARATION`."""
+    grids = list(zip(_gate_grids(old), _gate_grids(new), strict=True))
+    parts = {name: torch.split(tensor, list(old.score_sizes)) for name, tensor in gate.items()}
+    weights, biases = parts["linear.weight"], parts["linear.bias"]
+    scores = [read_ND @ weight.T + bias for weight, bias in zip(weights, biases, strict=True)]
+    # the standard deviation of a sum of independent scores
+    spread = sum(float(table.var(dim=1, correction=0).mean()) for table in scores) ** 0.5
+    mean_D = read_ND.mean(dim=0)
+    grown: dict[str, list[Tensor]] = {name: [] for name in gate}
+    for table, (before, after) in enumerate(grids):
+        tiled = {name: _tiled(some[table], before, after) for name, some in parts.items()}
+        for axis, (size, larger) in enumerate(zip(before, after, strict=True)):
+            for block in range(larger // size) if larger > size else ():
+                direction_D = torch.randn(len(mean_D), generator=generator)
+                width = float(((read_ND - mean_D) @ direction_D).std(correction=0))
+                direction_D *= separation * spread / 2**0.5 / max(width, 1e-6)
+                rows = axis, block * size, size
+                tiled["linear.weight"].narrow(*rows).add_(direction_D)
+                tiled["linear.bias"].narrow(*rows).sub_(direction_D @ mean_D)
+        for name, tensor in tiled.items():
+            grown[name].append(tensor.flatten(0, len(after) - 1))
+    return {name: torch.cat(tables) for name, tables in grown.items()}
 
 
 def _gate_grids(manifest: Manifest) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from dht.manifest import ExpertSpec, Manifest, ModelSpec, WireSpec
+from dht.manifest import MOST_KNOWN_EXPERTS, ExpertSpec, Manifest, ModelSpec, WireSpec
 from dht.uid import UID
 from peer import PROTOCOL_VERSION
 from peer.choices import Activation, Norm
@@ -187,7 +187,7 @@ def test_toml_without_a_preset_is_completed_by_that_of_its_experts(tmp_path: Pat
         ('name = "sauna"\n[routing]\ngate_width = 0', "routing.gate_width"),
         (
             'name = "sauna"\n[routing]\nproduct_keys = false\n[experts]\ngrid = [64, 33]',
-            "product_keys must be true with more than 4096 experts: the grid and the layers make 4224",
+            "product_keys = false allows at most 4096 experts in all layers; the grid and the layers make 4224",
         ),
         ('name = "sauna"\n[model]\nhidden = 100\nheads = 3', "hidden (100)"),
         ('name = "sauna"\n[model]\nhead_size = 15', "head_size (15) must be even"),
@@ -238,6 +238,13 @@ def test_a_wrong_file_is_refused_with_its_key_named(tmp_path: Path, text: str, n
     assert named in message
     assert str(path) in message
     assert "\n" not in message
+
+
+def test_as_many_experts_as_trainers_know_may_have_scores_of_their_own(tmp_path: Path) -> None:
+    text = 'name = "sauna"\n[experts]\ngrid = [64, 32]\n[routing]\nproduct_keys = false'
+    manifest = Manifest.from_toml(write(tmp_path, text))
+    assert manifest.experts_total == MOST_KNOWN_EXPERTS
+    assert manifest.score_sizes == (2048,)
 
 
 @pytest.mark.parametrize("content", [b"name = ", b'name = "\xff"'])

@@ -3,18 +3,20 @@
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer.codec import Integers
 from trainer_client.routers import Gate, mixture_weights
 
 GRID = (3, 4)
 
 
-def every_coordinate(rows: int) -> torch.Tensor:
-    return torch.tensor(list(product(range(GRID[0]), range(GRID[1])))).expand(rows, -1, -1)
+def every_coordinate(rows: int) -> Integers:
+    return np.array([list(product(range(GRID[0]), range(GRID[1])))] * rows)
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_without_product_keys_a_logit_is_the_experts_own_score() -> None:
 
 def test_the_gradient_reaches_only_the_scores_that_were_chosen(gate: Gate) -> None:
     scores = tuple(table.detach().requires_grad_() for table in gate(torch.randn(2, 8)))
-    coordinates = torch.tensor([[[0, 1], [2, 1]], [[1, 0], [1, 3]]])
+    coordinates = np.array([[[0, 1], [2, 1]], [[1, 0], [1, 3]]])
     torch.autograd.backward(gate.logits(scores, coordinates, GRID).sum())
     assert scores[0].grad is not None
     assert scores[1].grad is not None

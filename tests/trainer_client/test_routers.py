@@ -62,9 +62,9 @@ def arrays(scores: list[Tensor]) -> list[Floats]:
 
 def live_logits(scores: list[Tensor], alive: PrefixTables) -> tuple[Tensor, Tensor]:
     """The logits [R, E] and the coordinates [E, dims] of all live experts."""
-    live = torch.from_numpy(np.argwhere(alive[-1]))
-    coordinates = live.expand(len(scores[0]), -1, -1)
-    return Gate.logits(tuple(scores), coordinates, alive[-1].shape), live
+    live = np.argwhere(alive[-1])
+    coordinates = np.repeat(live[None], len(scores[0]), axis=0)
+    return Gate.logits(tuple(scores), coordinates, alive[-1].shape), torch.from_numpy(live)
 
 
 def answered(logits: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def worked(gate: list[list[float]], k: int, router: RouterName) -> list[list[flo
     scores = [torch.tensor(gate).log()]
     alive = all_live(len(gate[0]))
     selection = ROUTERS[router].choose(arrays(scores), alive, k, None, None)
-    logits = Gate.logits(tuple(scores), torch.from_numpy(selection.coordinates), (len(gate[0]),))
+    logits = Gate.logits(tuple(scores), selection.coordinates, (len(gate[0]),))
     weights = ROUTERS[router].weigh(scores, alive, logits, torch.from_numpy(selection.valid))
     full = torch.zeros(len(gate), len(gate[0]))
     full.scatter_(1, torch.from_numpy(selection.coordinates[..., 0]), weights)
@@ -162,7 +162,7 @@ def test_balanced_gives_each_live_expert_its_part_of_the_rows(
 def test_balanced_gives_the_logits_of_those_it_chose(seed: int, grid: tuple[int, ...]) -> None:
     scores = random_scores(7, grid, seed)
     selection = balanced(arrays(scores), some_live(grid, seed), 1, make_rng())
-    logits = Gate.logits(tuple(scores), torch.from_numpy(selection.coordinates), grid)
+    logits = Gate.logits(tuple(scores), selection.coordinates, grid)
     torch.testing.assert_close(torch.from_numpy(selection.scores), logits)
 
 
@@ -181,7 +181,7 @@ def test_where_no_expert_is_live_none_is_chosen(name: RouterName, rng: np.random
     router = ROUTERS[name]
     selection = router.choose(arrays(scores), nobody, 2 if router.k != 1 else 1, rng, None)
     assert not selection.valid.any()
-    logits = Gate.logits(tuple(scores), torch.from_numpy(selection.coordinates), (2, 3)).requires_grad_()
+    logits = Gate.logits(tuple(scores), selection.coordinates, (2, 3)).requires_grad_()
     weights = router.weigh(scores, nobody, logits, torch.from_numpy(selection.valid))
     torch.autograd.backward(weights.sum())
     assert not weights.any()
@@ -339,7 +339,7 @@ def test_a_rows_experts_weigh_in_the_ratios_in_which_a_node_mixes_them(
     alive, scores = some_live(grid, seed), random_scores(5, grid, seed)
     k = min(ROUTERS[name].k or k, int(alive[-1].sum()))
     selection = ROUTERS[name].choose(arrays(scores), alive, k, None, None)
-    logits = Gate.logits(tuple(scores), torch.from_numpy(selection.coordinates), grid)
+    logits = Gate.logits(tuple(scores), selection.coordinates, grid)
     there = torch.from_numpy(selection.valid & (make_rng(seed).random(selection.valid.shape) < 0.7))
     weights = ROUTERS[name].weigh(scores, alive, logits, there).numpy()
     assert not weights[~there.numpy()].any()
@@ -351,17 +351,23 @@ def test_a_rows_experts_weigh_in_the_ratios_in_which_a_node_mixes_them(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(get_args(RouterName)), seeds, grids, st.integers(1, 4), st.booleans())
+@given(
+    st.sampled_from(get_args(RouterName)), seeds, grids, st.integers(1, 4), st.integers(0, 3), st.booleans()
+)
 def test_a_score_for_each_expert_routes_as_product_keys_with_the_same_sums(
-    name: RouterName, seed: int, grid: tuple[int, ...], k: int, training: bool
+    name: RouterName, seed: int, grid: tuple[int, ...], k: int, most: int, training: bool
 ) -> None:
+    """`most`: the most nodes for each row; 0: any number."""
     router, alive, scores = ROUTERS[name], some_live(grid, seed), random_scores(5, grid, seed)
     k = min(router.k or k, int(alive[-1].sum()))
     every, _ = live_logits(scores, all_live(*grid))
+    nodes = np.where(alive[-1], make_rng(seed).integers(3, size=grid), -1)
+    limit = NodeLimit(nodes, most) if most else None
     chosen, weights = [], []
     for tables in (scores, [every]):
-        selection = router.choose(arrays(tables), alive, k, make_rng(seed) if training else None)
-        logits = Gate.logits(tuple(tables), torch.from_numpy(selection.coordinates), grid)
+        rng = make_rng(seed) if training else None
+        selection = router.choose(arrays(tables), alive, k, rng, limit=limit)
+        logits = Gate.logits(tuple(tables), selection.coordinates, grid)
         chosen.append(np.where(selection.valid[..., None], selection.coordinates, -1))
         weights.append(router.weigh(tables, alive, logits, torch.from_numpy(selection.valid)))
     np.testing.assert_array_equal(chosen[0], chosen[1])
@@ -391,7 +397,7 @@ def test_probabilities_of_all_live_experts_sum_to_1_and_are_their_softmax(
 
 def test_gradient_of_a_probability_reaches_the_scores_of_experts_that_were_not_chosen() -> None:
     scores = [table.requires_grad_() for table in random_scores(3, (2, 3))]
-    logits = Gate.logits(tuple(scores), torch.zeros(3, 1, 2, dtype=torch.int64), (2, 3))
+    logits = Gate.logits(tuple(scores), np.zeros((3, 1, 2), np.int64), (2, 3))
     weights = probability_among_live(scores, all_live(2, 3), logits, answered(logits))
     found = torch.autograd.grad(weights.sum(), scores)
     every, _ = live_logits(scores, all_live(2, 3))
@@ -404,7 +410,7 @@ def test_gradient_of_a_probability_reaches_the_scores_of_experts_that_were_not_c
 def test_scores_far_apart_keep_the_probability_finite() -> None:
     scores = [torch.tensor([[400.0, -400.0]], requires_grad=True), torch.tensor([[0.0, 300.0]])]
     alive = prefix_tables(np.array([[False, False], [True, False]]))
-    logits = Gate.logits(tuple(scores), torch.tensor([[[1, 0]]]), (2, 2))
+    logits = Gate.logits(tuple(scores), np.array([[[1, 0]]]), (2, 2))
     weights = probability_among_live(scores, alive, logits, answered(logits))
     (gradient,) = torch.autograd.grad(weights.sum(), scores[0])
     assert 0 <= weights.item() <= 1
@@ -413,7 +419,7 @@ def test_scores_far_apart_keep_the_probability_finite() -> None:
 
 def test_expert_that_came_alive_since_weighs_no_more_than_1() -> None:
     scores = [torch.tensor([[0.0, 9.0]])]
-    logits = Gate.logits(tuple(scores), torch.tensor([[[1]]]), (2,))
+    logits = Gate.logits(tuple(scores), np.array([[[1]]]), (2,))
     alive = prefix_tables(np.array([True, False]))
     assert probability_among_live(scores, alive, logits, answered(logits)).item() == 1
 

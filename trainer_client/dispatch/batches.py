@@ -7,7 +7,7 @@ experts' updates. A row's answer is either used as a whole or not at all. `Exper
 it: tests put a function in its place.
 
 Shapes: R rows, S segments (the rows of one sequence each), K slots of each row, W width of the experts, G_d size of
-grid dimension d, n rows of one batch, s its segments, m some of its rows.
+score table d, n rows of one batch, s its segments, m some of its rows.
 """
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -19,7 +19,7 @@ import numpy as np
 from grpc import StatusCode
 
 from dht.announcements import NodeInfo
-from dht.beam_search import Selection
+from dht.beam_search import Selection, score_columns
 from dht.directory import PrefixTables
 from dht.uid import UID
 from peer.codec import Booleans, Floats, Integers, decode_scalars, encode_scalars
@@ -117,10 +117,7 @@ class RoutedRows:
 
     def logits(self, rows: Integers, coordinates: Integers) -> Floats:
         """The logits of the experts at `coordinates` [n, K, dims], for these rows. [n, K]"""
-        columns = tuple(np.moveaxis(coordinates, -1, 0))
-        if len(self.scores) < len(self.grid):
-            columns = (np.ravel_multi_index(columns, self.grid),)
-        tables = zip(self.scores, columns, strict=True)
+        tables = zip(self.scores, score_columns(self.scores, coordinates, self.grid), strict=True)
         logits: Floats = np.sum([table[rows[:, None], column] for table, column in tables], axis=0)
         return logits
 

@@ -30,6 +30,7 @@ from peer.transport.endpoints import Endpoint
 from talkoot.model.folder import ModelFolder
 from talkoot.model.founding import ImportPlan, import_model
 from talkoot.model.opened import open_model
+from talkoot.model.upcycling import grown_gate
 from talkoot.node.invites import FoundedSwarm
 from talkoot.train.local import LocalSwarm
 from trainer_client.data.tokenizer import BytePairTokenizer, Tokenizer, load_tokenizer
@@ -271,7 +272,11 @@ GROWN: dict[str, tuple[Manifest, dict[str, Any], float]] = {
     "ffn": (make_manifest((2, 3), k=2, kind="ffn", context=64), {"balance": "loss"}, 0.02),
     "prefix": (make_manifest((2, 2), k=2, prefix=3), {}, 1e-6),
     "base": (make_manifest((2, 2), kind="ffn"), {"router": "base"}, 1e-6),
-    "each": (make_manifest((2, 3), k=2, kind="ffn", product_keys=False), {}, 1e-6),
+    "own scores": (
+        make_manifest((2, 3), k=2, kind="ffn", product_keys=False, context=64),
+        {"balance": "loss"},
+        0.02,
+    ),
     "noise": (
         make_manifest((2, 2), k=2, kind="ffn", gate_width=5),
         {"router": "noisy-top-k", "balance": "both"},
@@ -291,6 +296,30 @@ def test_a_model_with_a_larger_grid_starts_as_it_was(name: str, tmp_path: Path) 
     assert Manifest.from_toml(tmp_path / "swarm.toml").experts.grid == grid
     after = loss_of(*as_started(values))
     assert after == pytest.approx(loss_of(before.model, before.tokenizer), rel=tolerance)
+
+
+@pytest.mark.parametrize("times", [(2, 1), (1, 3), (2, 2)])
+def test_a_gate_with_a_score_for_each_expert_grows_as_one_with_product_keys(times: tuple[int, int]) -> None:
+    grid = 2, 3
+    larger = (grid[0] * times[0], grid[1] * times[1])
+    generator = torch.Generator().manual_seed(0)
+    rows_and_columns = {
+        "linear.weight": torch.randn(5, 8, generator=generator),
+        "linear.bias": torch.randn(5, generator=generator),
+    }
+    read_ND = torch.randn(20, 8, generator=generator)
+
+    def sums(tensor: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        first, second = torch.split(tensor, list(grid))
+        return (first[:, None] + second).flatten(0, 1)
+
+    def grown(gate: dict[str, torch.Tensor], product_keys: bool) -> dict[str, torch.Tensor]:
+        old, new = (make_manifest(g, kind="ffn", product_keys=product_keys) for g in (grid, larger))
+        return grown_gate(gate, old, new, read_ND, 4.0, torch.Generator().manual_seed(1))
+
+    own = grown({name: sums(tensor, grid) for name, tensor in rows_and_columns.items()}, product_keys=False)
+    for name, tensor in grown(rows_and_columns, product_keys=True).items():
+        torch.testing.assert_close(own[name], sums(tensor, larger), rtol=1e-4, atol=1e-4)
 
 
 def test_new_experts_get_tokens_and_train(tmp_path: Path) -> None:
@@ -319,6 +348,12 @@ def test_new_experts_get_tokens_and_train(tmp_path: Path) -> None:
     assert max(chosen) >= 1
     assert min(chosen) < 0.9
     assert losses[-1] < losses[0] - 1
+
+
+def test_a_grid_with_too_many_experts_for_scores_of_their_own_is_refused(tmp_path: Path) -> None:
+    folder = RandomModel(make_manifest((2, 3), kind="ffn", product_keys=False)).write(tmp_path / "model")
+    with pytest.raises(UserError, match=r"--grid: .*product_keys = false allows at most 4096 experts"):
+        imported(folder, tmp_path, grid=(64, 66))
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 2), (2,), (4, 8192)])

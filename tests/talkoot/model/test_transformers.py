@@ -40,8 +40,7 @@ MODELS: dict[str, tuple[Manifest, dict[str, Any]]] = {
     "large": (LARGE, {}),
     "narrow": (
         make_manifest(
-            (2, 3), k=3, layers=2, hidden=16, width=12, gate_width=5, shared_feed_forward=16, activation="swiglu",
-            product_keys=False,
+            (2, 3), k=3, layers=2, hidden=16, width=12, gate_width=5, shared_feed_forward=16, activation="swiglu"
         ), {},
     ),
     "ffn": (make_manifest((2, 2, 3), k=2, layers=3, kind="ffn", norm="rms", activation="geglu"), {"balance": "loss"}),
@@ -49,15 +48,18 @@ MODELS: dict[str, tuple[Manifest, dict[str, Any]]] = {
     "only-experts-attend": (
         make_manifest((5,), k=2, layers=2, local_layers=0, gate_width=3), {"router": "noisy-top-k"},
     ),
-    "switch": (
-        make_manifest((3, 3), layers=2, local="attention", local_layers=0, product_keys=False), {"router": "switch"},
-    ),
+    "switch": (make_manifest((3, 3), layers=2, local="attention", local_layers=0), {"router": "switch"}),
     "base": (make_manifest((3, 3), k=2, layers=2, local="attention", head_size=6), {"router": "base"}),
     "prefix": (make_manifest((3, 3), k=2, layers=2, prefix=3), {}),
     "prefix-ffn": (make_manifest((3, 3), k=2, layers=2, kind="ffn", prefix=3, local_layers=0), {}),
     "heads-missing": (
-        with_experts(make_manifest((2, 3), k=3, layers=2, product_keys=False), heads=3, head_size=4, feed_forward=24),
+        with_experts(make_manifest((2, 3), k=3, layers=2), heads=3, head_size=4, feed_forward=24),
         {"missing": ["0.0.1", "1.0.0", "1.0.1", "1.1.0", "1.1.2"]},
+    ),
+    "own-scores": (make_manifest((2, 3, 2), k=3, layers=2, kind="ffn", product_keys=False, gate_width=3), {}),
+    "own-scores-prefix": (make_manifest((2, 3), k=2, layers=2, prefix=3, product_keys=False), {"balance": "loss"}),
+    "own-scores-missing": (
+        make_manifest((2, 2), layers=2, product_keys=False), {"router": "switch", "missing": ["0.0.1", "1.1.0"]},
     ),
     "reads": (make_manifest((3, 3), k=2, layers=3), {"memory": reads("causal", memory_layers=(0, 2))}),
     "answers": (make_manifest((3, 3), k=2, layers=2), {"memory": reads("rag-token")}),
