@@ -232,6 +232,9 @@ class Connections:
         self.server: ServerSocket = ServerSocket()
         """Where gRPC must listen."""
         self._short_until = 0.0
+        """Until when few descriptors count as left."""
+        self._short_with = 0
+        """How many connections there were when they were counted."""
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self.ends: set[_End] = set()
@@ -377,11 +380,14 @@ class Connections:
         self.forget(connection, name)
 
     def _are_few_left(self, descriptor: int) -> bool:
-        """Whether few descriptors are left. Counts the open ones only if a high one was given out lately."""
-        now = time.monotonic()
-        if now >= self._short_until and (self._short_until or descriptor >= _most_descriptors()):
+        """Whether few descriptors are left. Counts the open ones only if a high one was given out lately, and then$
+        again after a while, or as soon as there are fewer connections.
+        """
+        now, connections = time.monotonic(), len(self._table)
+        is_outdated = now >= self._short_until or connections < self._short_with
+        if is_outdated and (self._short_until or descriptor >= _most_descriptors()):
             are_few = open_descriptors() >= _most_descriptors()
-            self._short_until = now + _RECOUNT_S if are_few else 0.0
+            self._short_until, self._short_with = (now + _RECOUNT_S if are_few else 0.0), connections
         return bool(self._short_until)
 
     def _sweep(self) -> None:

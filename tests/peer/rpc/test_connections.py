@@ -11,6 +11,7 @@ from relayed import LOCAL, closing, serve, until
 
 from peer.loop import LoopThread
 from peer.metrics import total
+from peer.rpc import connections
 from peer.rpc.connections import Connection, ConnectionTable, _listening_socket
 
 
@@ -106,3 +107,30 @@ def test_small_answers_do_not_wait_until_the_caller_has_acknowledged_others(host
         port = listening.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)), listening.accept()[0] as accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_after_a_flood_has_left_a_newcomer_makes_room_for_nobody(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A moment ago too few descriptors were left. Then the connections of the flood closed."""
+    monkeypatch.setattr(connections, "_most_descriptors", lambda: 3000)
+    used = 200
+    monkeypatch.setattr(connections, "open_descriptors", lambda: used)
+    closed: list[str] = []
+
+    async def scenario() -> None:
+        nonlocal used
+        server = connections.Connections()
+        used = 3010
+        flood = [replace(connection("flood"), close=partial(closed.append, "flood")) for _ in range(9)]
+        for number, each in enumerate(flood):
+            server.add(each, descriptor=2995 + number)
+        assert "flood" in closed
+        for each in flood:
+            server.forget(each)
+        used = 200
+        server.add(replace(connection("home"), close=partial(closed.append, "home")), descriptor=200)
+        assert closed.count("home") == 0
+        await server.close()
+
+    loop.run(scenario(), 10)
