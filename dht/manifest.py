@@ -328,7 +328,7 @@ class Manifest(_Part):
         return self
 
     @model_validator(mode="after")
-    def _known_experts_have_scores_of_their_own(self) -> Self:
+    def _experts_with_own_scores_are_known(self) -> Self:
         if not self.routing.product_keys and self.experts_total > MOST_KNOWN_EXPERTS:
             raise ValueError(
                 f"product_keys = false allows at most {MOST_KNOWN_EXPERTS} experts in all layers; the grid and the "

@@ -33,7 +33,7 @@ from peer.codec import Floats, Integers
 from peer.errors import SettingsError
 from peer.formatting import counted
 from peer.identity import PeerID
-from trainer_client.balancing import as_scored, balanced_assignment
+from trainer_client.balancing import balanced_assignment
 from trainer_client.settings import Balance, RouterName, TrainerSettings
 
 MOST_BALANCED = 256
@@ -247,7 +247,7 @@ def balanced(
     live = np.argwhere(alive[-1])
     if rng is None or not len(live):
         return best(scores, alive, k)
-    columns = np.nonzero(as_scored(alive[-1], scores))
+    columns = score_columns(scores, live, alive[-1].shape)
     logits_RE = np.sum([scores_RG[:, c_E] for scores_RG, c_E in zip(scores, columns, strict=True)], axis=0)
     expert_R = balanced_assignment(logits_RE)
     chosen_R1 = np.take_along_axis(logits_RE, expert_R[:, None], axis=1)

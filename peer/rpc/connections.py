@@ -232,9 +232,9 @@ class Connections:
         self.server: ServerSocket = ServerSocket()
         """Where gRPC must listen."""
         self._short_until = 0.0
-        """Until when few descriptors count as left."""
+        """Until when few descriptors are assumed to be left; 0.0: enough were."""
         self._short_with = 0
-        """How many connections there were when they were counted."""
+        """How many connections there were when descriptors were last counted."""
         self._listener: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self.ends: set[_End] = set()
