@@ -319,10 +319,12 @@ class TaskSet:
 
 
 async def cancel_all(tasks: Collection["asyncio.Task[Any]"]) -> None:
-    """Cancels the tasks, and waits until they have ended."""
+    """Cancels the tasks, and waits until they have ended and their callbacks have run."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    # from Python 3.12 on, `gather` returns at once if all have ended, and lets no callback run
+    await asyncio.sleep(0)
 
 
 async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,9 @@ from peer.loop import TaskSet
 
 async def for_ever() -> None:
     await asyncio.Event().wait()
+
+
+async def end_at_once() -> None: ...
 
 
 def test_closing_ends_what_still_runs() -> None:
@@ -45,6 +49,31 @@ def test_closing_ends_what_was_started_meanwhile_too() -> None:
         assert late[0].cancelled()
         assert not len(tasks)
 
+    asyncio.run(scenario())
+
+
+def test_closing_returns_when_a_task_has_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callback, which takes it out of the set, has not run yet."""
+
+    def gather(*tasks: asyncio.Task[Any], return_exceptions: bool) -> asyncio.Future[list[Any]]:
+        """As in Python 3.12 and later: awaiting tasks that have all ended lets no callback run."""
+        done = asyncio.get_running_loop().create_future()
+        if all(task.done() for task in tasks):
+            done.set_result([])
+            return done
+        return gather_before(*tasks, return_exceptions=return_exceptions)
+
+    async def scenario() -> None:
+        tasks = TaskSet()
+        ended = tasks.spawn(end_at_once(), "end")
+        await asyncio.sleep(0)
+        assert ended.done()
+        assert len(tasks) == 1
+        await tasks.aclose()
+        assert not len(tasks)
+
+    gather_before = asyncio.gather
+    monkeypatch.setattr(asyncio, "gather", gather)
     asyncio.run(scenario())
 
 
