@@ -140,6 +140,8 @@ def _stand_in_for_windows() -> None:
     sys.modules["msvcrt"] = locks
     system: Any = os
     system.O_BINARY = 0
+    if sys.version_info >= (3, 13):
+        system.process_cpu_count = os.cpu_count  # Linux's uses a function that is absent
     os.environ["USERNAME"] = "somebody"  # or getpass asks `pwd`
     signals: Any = signal
     signals.SIGBREAK, signals.CTRL_BREAK_EVENT = signal.SIGUSR2, signal.SIGUSR2

@@ -80,9 +80,9 @@ def directory_of(
 
 
 def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searchers_loop() -> None:
-    """The hosts of 16 cells of 64 shards are read and located. Each cell has two honest hosts and 254 strangers."""
-    grid, rng = (4, 4), random.Random(0)
-    cells = [coordinate_of(number, grid) for number in range(16)]
+    """The hosts of 64 cells of 64 shards are read and located. Each cell has two honest hosts and 254 strangers."""
+    grid, rng = (8, 8), random.Random(0)
+    cells = [coordinate_of(number, grid) for number in range(64)]
     by_cell = {cell: [ShardInfo(cell, rng.randbytes(32), 100, 30_000) for _ in range(64)] for cell in cells}
     peers = peer_ids(256)
     shorts = {cell: frozenset(shard.short for shard in shards) for cell, shards in by_cell.items()}
@@ -95,7 +95,7 @@ def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searcher
         directory = directory_of(grid, by_cell, announced, peers)
 
         async def locate() -> None:
-            located = await directory.locate(np.ones((1, 16), np.float32), 16, frozenset())
+            located = await directory.locate(np.ones((1, 64), np.float32), 64, frozenset())
             assert located.hosts.keys() == by_cell.keys()
             assert all(len(hosts) == 64 for hosts in located.hosts.values())
 
