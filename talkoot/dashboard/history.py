@@ -125,9 +125,9 @@ class History:
         spans = _spans(_tiers(metric), since, now, most_points)
         with self._transaction() as connection:
             found = connection.execute(
-                "select id, name from series where metric = ?1 and (?3 is null or name = ?3) "
-                "order by seen_at desc, name limit ?2",
-                (metric, most_series, only),
+                "select id, name from series where metric = :metric and (:only is null or name = :only) "
+                "order by seen_at desc, name limit :most",
+                {"metric": metric, "only": only, "most": most_series},
             ).fetchall()
             return [(name, list(_with_gaps(self._points(series, spans)))) for series, name in found]
 
@@ -151,9 +151,15 @@ class History:
         """(time, mean, step) of each step, oldest first."""
         for span in spans:
             yield from self._connection.execute(
-                "select at / ?1 * ?1 as t, sum(total) / sum(count), ?1 from samples "
-                "where series = ?2 and step = ?3 and at >= ?4 and at < ?5 group by t order by t",
-                (span.shown_s, series, span.step_s, span.begin, span.end),
+                "select at / :shown * :shown as t, sum(total) / sum(count), :shown from samples "
+                "where series = :series and step = :step and at >= :begin and at < :end group by t order by t",
+                {
+                    "shown": span.shown_s,
+                    "series": series,
+                    "step": span.step_s,
+                    "begin": span.begin,
+                    "end": span.end,
+                },
             )
 
     def _series(self, sample: Sample) -> int:
