@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,8 @@ def _stand_in_for_windows() -> None:
     system.O_BINARY = 0
     if sys.version_info >= (3, 13):
         system.process_cpu_count = os.cpu_count  # Linux's uses a function that is absent
+    folders: Any = shutil
+    folders._use_fd_functions = False
     os.environ["USERNAME"] = "somebody"  # or getpass asks `pwd`
     signals: Any = signal
     signals.SIGBREAK, signals.CTRL_BREAK_EVENT = signal.SIGUSR2, signal.SIGUSR2
