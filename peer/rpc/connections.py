@@ -380,7 +380,7 @@ class Connections:
         self.forget(connection, name)
 
     def _are_few_left(self, descriptor: int) -> bool:
-        """Whether few descriptors are left. Counts the open ones only if a high one was given out lately, and then$
+        """Whether few descriptors are left. Counts the open ones only if a high one was given out lately, and then
         again after a while, or as soon as there are fewer connections.
         """
         now, connections = time.monotonic(), len(self._table)
