@@ -55,7 +55,7 @@ from expert_server.swarm_news import SwarmNews
 from peer import clock
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
-from peer.loop import LoopLag, Restarts, RetryingRounds, keep_running, tolerating
+from peer.loop import LoopLag, Restarts, RetryingRounds, cancel_all, keep_running, tolerating
 from peer.metrics import MetricsServer, total
 from peer.platform.processes import return_freed_memory
 from peer.rates import Bandwidth, download_limit
@@ -510,8 +510,7 @@ class Node:
             can_hand_over = self.address and not self.is_token_over
             await self._release(self._settings.drain_timeout_s if can_hand_over else 0)
         finally:
-            announcing.cancel()
-            await asyncio.gather(announcing, return_exceptions=True)
+            await cancel_all([announcing])
 
     async def _stay_announced_as_leaving(self) -> None:
         with contextlib.suppress(UnreachableError):

@@ -232,8 +232,7 @@ class LocalReplicas:
             await asyncio.wait({task})
             return otherwise if task.cancelled() else task.result()
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await cancel_all([task])
             self._under_way.discard(task)
 
     async def announce(self, uids: Collection[UID] | None = None) -> None:

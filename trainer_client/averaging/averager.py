@@ -27,7 +27,7 @@ from peer.clipping import Tensors
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
-from peer.loop import TaskSet, first_few
+from peer.loop import TaskSet, cancel_all, first_few
 from peer.medoid import COMPARED, elementwise_median, medoid
 from peer.rates import RateLimit
 from peer.rpc.calls import while_open
@@ -278,8 +278,7 @@ class Averaging:
                 f"{partner.peer_id} did not exchange dense parts within {deadline_s:.0f} s"
             ) from None
         finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+            await cancel_all([sending])
             call.cancel()
             self._rested_at = time.monotonic() + _REST * (time.monotonic() - began)
         return incoming

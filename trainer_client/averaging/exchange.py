@@ -20,7 +20,7 @@ from peer.bounded import BoundedDict
 from peer.clipping import believed_updates
 from peer.errors import ExpertError, OutOfReachError, StateError, WireError
 from peer.identity import PeerID
-from peer.loop import TaskSet
+from peer.loop import TaskSet, cancel_all
 from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
 from peer.rates import RateLimit
@@ -339,8 +339,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
                 incoming.take(b"" if request.WhichOneof("part") == "offer" else request.chunk)
             await sending
         finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+            await cancel_all([sending])
 
     async def _merge(self, mine: Snapshot, theirs: PeerDensePart, met: int, caller: PeerID) -> None:
         try:

@@ -33,7 +33,7 @@ from peer.bounded import BoundedDict
 from peer.errors import ExpertError, UnreachableError, WireError
 from peer.formatting import printable
 from peer.identity import PeerID
-from peer.loop import TimeSlices
+from peer.loop import TimeSlices, cancel_all
 from peer.metrics import SECONDS, start_at_zero
 from peer.parsing import ParseGuard
 from peer.rpc.calls import MOST_PARTS, make_stub, retry_after_s, while_open
@@ -439,9 +439,7 @@ class HostCalls:
                 for s in late:
                     s.is_late = True
         finally:
-            for task in sent:
-                task.cancel()
-            await asyncio.gather(*sent, return_exceptions=True)
+            await cancel_all(sent)
         return left
 
 
