@@ -8,8 +8,9 @@ and if p2pd ends, nothing else does. hivemind is imported only when p2pd starts.
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -242,10 +243,24 @@ class Libp2p:
 def _import_p2pd() -> "ModuleType":
     """Raises DaemonError."""
     try:
-        from peer.transport import p2pd
+        with _locks_without_a_process():
+            from peer.transport import p2pd
     except ImportError as error:
         raise DaemonError(f"can't import hivemind: {error}; {REINSTALL}") from error
     return p2pd
+
+
+@contextlib.contextmanager
+def _locks_without_a_process() -> Iterator[None]:
+    """hivemind makes locks between processes when it is imported. Unless new processes are forked, which is not the
+    default from Python 3.14 on, such locks start another process.
+    """
+    usual = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
 
 
 async def _failure(daemon: "Daemon") -> str:

@@ -40,7 +40,7 @@ ECHO = "/test/echo/1"
 DEADLINE_S = 60.0
 
 OWNER = """
-import asyncio, sys
+import asyncio, multiprocessing, sys
 from pathlib import Path
 import psutil
 from peer.identity import Identity
@@ -49,11 +49,15 @@ from peer.transport.endpoints import AddressScope
 from peer.transport.libp2p import Libp2p
 from peer.transport.p2pd_setup import Libp2pConfig
 
+multiprocessing.set_start_method("spawn")  # then locks between processes start one more, as always from 3.14 on
+
 async def main():
     identity = Identity.load_or_create(Path(sys.argv[1]))
     peer = Libp2p(identity, Libp2pConfig("127.0.0.1"), Dialling(AddressScope.LOOPBACK))
     await peer.start()
-    print(psutil.Process().children()[0].pid, peer._daemon.daemon_listen_maddr["unix"], flush=True)
+    (daemon,) = psutil.Process().children()
+    assert multiprocessing.get_start_method() == "spawn"
+    print(daemon.pid, peer._daemon.daemon_listen_maddr["unix"], flush=True)
     await asyncio.sleep(300)
 
 asyncio.run(main())
