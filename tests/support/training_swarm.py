@@ -1,5 +1,6 @@
 """A founder's node and the trainer's commands in one process: what users type, without starting an interpreter."""
 
+import asyncio
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -130,6 +131,7 @@ def founded(
 
     node, invite = loop.run(start(), 120)
     running = loop.submit(node.run())
+    loop.run(asyncio.sleep(0), 120)  # it has begun; a coroutine that never begins is reported
     try:
         for memory in memories:
             memory_id = MemoryID.of(memory.manifest.name, identity.peer_id)

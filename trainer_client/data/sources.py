@@ -1,9 +1,11 @@
 """Sources of text: files, folders and globs of plain text, JSON lines and Parquet, read piece by piece."""
 
 import codecs
+import errno
 import glob
 import json
 import pydoc_data.topics
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ _ROWS = 256
 """Rows of Parquet that are read at once."""
 _SUFFIXES = {".txt", ".jsonl", ".parquet"}
 """The suffixes of files that are read from a folder. Any other file that is named by its path is plain text."""
+_NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
+"""The last one: Windows says so of a glob."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,14 @@ def unreadable(file: Path, error: OSError) -> DataError:
 def _find(path: str) -> list[Path]:
     at = Path(path)
     try:
-        if at.is_dir():
+        if (kind := _kind(at)) == stat.S_IFDIR:
             return _find_in_folder(at)
-        if at.is_file():
-            return [at]
-        if at.exists():
-            raise DataError(f"{path} is not a file: write its output to a file first")
     except OSError as error:
         raise unreadable(at, error) from error
+    if kind == stat.S_IFREG:
+        return [at]
+    if kind is not None:
+        raise DataError(f"{path} is not a file: write its output to a file first")
     matched = sorted(Path(name) for name in glob.glob(path, recursive=True))
     files = [file for file in matched if _is_file(file)]
     if not files:
@@ -160,9 +164,23 @@ def _find_in_folder(folder: Path) -> list[Path]:
 
 def _is_file(path: Path) -> bool:
     try:
-        return path.is_file()
+        return _kind(path) == stat.S_IFREG
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def _kind(path: Path) -> int | None:
+    """Whether a file, a folder or something else is there; None: nothing. Raises OSError if it can't be known, unlike
+    `Path.exists` from Python 3.14 on.
+    """
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except OSError as error:
+        if error.errno not in _NOTHING_THERE:
+            raise
+    except ValueError:  # no name contains a zero
+        pass
+    return None
 
 
 def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Document]:
