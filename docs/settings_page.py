@@ -6,15 +6,16 @@ python docs/settings_page.py > docs/settings.md
 import importlib
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from dht.manifest import Manifest
 from dht.presets import PRESETS
+from peer.formatting import parse_bytes
 from peer.settings import RoleSettings
 from trainer_client.settings import PRESETS as TRAINER_PRESETS
 
@@ -118,11 +119,11 @@ def _is_section(field: FieldInfo) -> bool:
 
 def _table(model: type[BaseModel]) -> str:
     fields = {name: field for name, field in model.model_fields.items() if not _is_section(field)}
-    rows = (
-        f"| `{name}` | {_default(field)} | {_values(field)} | {_cell(field.description or '')} |\n"
-        for name, field in fields.items()
-    )
-    return _COLUMNS + "".join(rows)
+    rows = ""
+    for name, field in fields.items():
+        values = _values(field.annotation, field.metadata)
+        rows += f"| `{name}` | {_default(field)} | {values} | {_cell(field.description or '')} |\n"
+    return _COLUMNS + rows
 
 
 def _default(field: FieldInfo) -> str:
@@ -139,20 +140,24 @@ def _shown(value: object) -> str:
     return f"`{shown}`"
 
 
-def _values(field: FieldInfo) -> str:
-    kind = field.annotation
-    if get_origin(kind) is types.UnionType:
-        (kind,) = (each for each in get_args(kind) if each is not type(None))
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{each}`" for each in get_args(kind))
-    if get_origin(kind) in (tuple, list):
+def _values(kind: Any, metadata: Sequence[Any]) -> str:
+    """The values that a field may have, in words. `metadata`: its bounds, as pydantic has them."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType, Union):  # one and the same from Python 3.14 on
+        return " or ".join(_values(each, metadata) for each in parts if each is not type(None))
+    if origin is Annotated:
+        return _values(parts[0], [inner for each in parts[1:] for inner in getattr(each, "metadata", [each])])
+    if origin is Literal:
+        return ", ".join(f"`{each}`" for each in parts)
+    if origin in (tuple, list):
         return "list"
-    words = _KINDS.get(kind, "text")
-    bounds = " ".join(_bounds(field.metadata)) if kind in (int, float) else ""
+    is_size = any(isinstance(each, BeforeValidator) and each.func is parse_bytes for each in metadata)
+    words = "number of bytes" if is_size else _KINDS.get(kind, "text")
+    bounds = " ".join(_bounds(metadata)) if kind in (int, float) else ""
     return f"{words} {bounds}".strip()
 
 
-def _bounds(metadata: list[Any]) -> Iterator[str]:
+def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
     for each in metadata:
         for attribute, phrase in _BOUNDS.items():
             if hasattr(each, attribute):
