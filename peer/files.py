@@ -14,6 +14,9 @@ from peer.platform.files import lock, open_plainly, sync_folder, user_id
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+_NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
+"""The last one: Windows says so of a name with a `*`."""
+
 T = TypeVar("T")
 
 
@@ -94,6 +97,20 @@ class PlainFile:
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is not a plain file", str(self.path))
         return descriptor, (about.st_ino, about.st_mtime_ns, about.st_size)
+
+
+def kind_of(path: Path) -> int | None:
+    """The kind of what is there, such as `stat.S_IFREG` or `stat.S_IFDIR`; None: nothing, or a link that leads nowhere.
+    Raises OSError if this user may not know, unlike `Path.exists` and its like from Python 3.14 on.
+    """
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except OSError as error:
+        if error.errno not in _NOTHING_THERE:
+            raise
+    except ValueError:  # no name contains a zero
+        pass
+    return None
 
 
 def require_folder(path: Path, option: str = "--state") -> None:

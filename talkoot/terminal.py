@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shlex
+import stat
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peer.errors import StartError, UserError
-from peer.files import write_atomically
+from peer.files import kind_of, write_atomically
 from peer.platform.files import nobody_reads, open_plainly
 from peer.rates import TokenBucket
 
@@ -361,8 +362,8 @@ def check_writable(path: Path, option: str, *, makes_folder: bool = False) -> No
     """Checks now whether a file can be written, rather than at the end. Leaves things as they were, except that with
     `makes_folder`, it makes the folder if it is missing. Raises StartError.
     """
-    is_new = not path.exists()
     try:
+        is_new = kind_of(path) is None
         if makes_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
@@ -387,7 +388,7 @@ def write_output(path: Path, data: bytes, option: str) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file that the user named. On a full disk, what was there stays. Raises OSError."""
-    if path.exists() and not path.is_file():  # such as /dev/stdout
+    if kind_of(path) not in {None, stat.S_IFREG}:  # such as /dev/stdout
         path.write_bytes(data)
         return
     try:

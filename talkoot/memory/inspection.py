@@ -1,6 +1,7 @@
 """`talkoot memory inspect DIR`: verifies a memory in a folder, or what a node keeps of one, and shows what is in it."""
 
 import datetime
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from dht.memory import Passage
 from expert_server.memory.shard import PrimaryShard
 from expert_server.memory.store import MemoryStore
 from peer.errors import LibraryError, WireError
+from peer.files import kind_of
 from peer.formatting import bytes_in_words, counted, printable
 from talkoot.memory.build import skew
 from talkoot.terminal import Terminal
@@ -53,7 +55,11 @@ class Inspection:
 
 def run_inspect(terminal: Terminal, folder: Path) -> None:
     """Raises LibraryError if the folder is not a complete memory."""
-    if not folder.is_dir():
+    try:
+        kind = kind_of(folder)
+    except OSError as error:
+        raise LibraryError(f"can't read {folder}: {error.strerror}; check its permissions") from error
+    if kind != stat.S_IFDIR:
         raise LibraryError(
             f"{folder} is not a folder: pass one that `talkoot memory build` wrote, or a memory's name with "
             "--join INVITE"

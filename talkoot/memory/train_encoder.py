@@ -1,6 +1,7 @@
 """`talkoot memory train-encoder`: an encoder for memories, learned from questions and the passages that answer them."""
 
 import logging
+import os
 import random
 import time
 from collections import defaultdict
@@ -104,9 +105,9 @@ def run_train_encoder(terminal: Terminal, plan: TrainEncoderPlan) -> None:
 def train_encoder(plan: TrainEncoderPlan, show: Show = lambda what, detail: None) -> TrainEncoderReport:
     """Trains an encoder, and writes it. Raises UserError."""
     began = time.monotonic()
-    if plan.out.exists():
+    if os.path.exists(plan.out):  # raises no OSError: `check_writable` says what is wrong
         raise SettingsError(f"{plan.out} exists: pass the path of a new file with --out")
-    if not plan.out.parent.is_dir():
+    if not os.path.isdir(plan.out.parent):
         raise SettingsError(f"--out {plan.out}: {plan.out.parent} is not a folder; make it first")
     check_writable(plan.out, "--out")
     require_extra("bm25s", "retrieval", "finding hard negatives")

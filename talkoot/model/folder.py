@@ -29,7 +29,7 @@ from dht.uid import UID
 from expert_server.blocks import OWN_KINDS, weightless_block
 from peer.checkpoints import Form, form_of, is_finite, nbytes_of
 from peer.errors import DataError, ModelError, SettingsError, StateError, WireError
-from peer.files import write_atomically
+from peer.files import kind_of, write_atomically
 from peer.formatting import counted, printable
 from peer.layers import make_norm
 from peer.platform.files import open_plainly, sync_folder
@@ -439,7 +439,9 @@ class ModelFolder:
 
         Raises UserError if the folder is incomplete, or this software can't use it.
         """
-        if not path.is_dir():
+        with _refusing(path):
+            kind = kind_of(path)
+        if kind != stat.S_IFDIR:
             raise ModelError(f"no model folder {path}: pass one that `talkoot export` wrote")
         if not os.path.lexists(path / CONFIG):
             stopped = path.suffix == PARTIAL

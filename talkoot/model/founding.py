@@ -7,6 +7,7 @@ with.
 
 import json
 import logging
+import os
 import secrets
 import shlex
 import time
@@ -102,7 +103,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
     folder.require_memory(
         2 * max(folder.dense_nbytes, (1 + manifest.optimizer.moments) * folder.expert_nbytes)
     )
-    if plan.manifest_file.exists():
+    if os.path.exists(plan.manifest_file):  # raises no OSError: `check_writable` says what is wrong
         raise SettingsError(f"{plan.manifest_file} exists: pass another --out")
     node, trainer = (
         node_folder(plan.node_state),

@@ -9,6 +9,7 @@ from typing import IO
 import psutil
 
 from peer.errors import ControlError, DataError, SettingsError, UserError
+from peer.files import kind_of
 from peer.formatting import counted
 from peer.platform.processes import how_to_kill
 from talkoot.node.control import (
@@ -73,12 +74,12 @@ def run_stop(terminal: Terminal, state: Path | None, *, wait: bool) -> None:
 def run_logs(terminal: Terminal, state: Path | None, count: int, *, follow: bool) -> None:
     """Prints the last `count` lines. Raises DataError if there is no log, or if it can't be read."""
     path = node_folder(state) / LOG_FILE
-    if not path.exists():
-        raise DataError(
-            f"no file {path}: a node writes it when it starts; pass the --state that it was started with"
-        )
     follower = Follower(path)
     try:
+        if kind_of(path) is None:
+            raise DataError(
+                f"no file {path}: a node writes it when it starts; pass the --state that it was started with"
+            )
         lines = follower.lines()
         if len(lines) < count:
             lines = _older_lines(path) + lines

@@ -18,6 +18,7 @@ from typing import IO, Any
 import psutil
 import pytest
 from commands import DEADLINE_S, HOST, assert_one_clear_line, command, run, run_here, sockets_of, wait_until
+from locked_folder import locked
 from other_processes import gone
 from preloaded import Preloaded
 from typer.main import get_command
@@ -634,3 +635,33 @@ def test_characters_that_a_terminal_lacks_are_written_in_another_way(
         PYTHONIOENCODING="ascii",
     )
     assert (shown.returncode, "\\xe9" in shown.stdout) == (0, True), shown.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "logs --state locked/node",
+        "memory inspect locked/memory",
+        "memory build text.txt -o locked/memory --name books --license CC0-1.0",
+        "memory train-encoder pairs.jsonl --text text.txt --out locked/encoder",
+        "serve --model locked/model",
+        "import locked/model",
+        "node --new locked/swarm.toml",
+        "train --join @locked/invite",
+        "demo --json locked/demo.json",
+    ],
+)
+def test_a_folder_that_is_closed_to_the_user_is_named(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "closed"
+    for each in (tmp_path, folder):
+        each.mkdir(exist_ok=True)
+        each.chmod(0o755)
+    (tmp_path / "text.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)  # the folders above may be closed, too
+    run_here(*arguments.replace("locked", "open").split())  # imports what is to be imported
+    with locked(folder):
+        refused = run_here(*arguments.replace("locked", "closed").split())
+    assert_one_clear_line(refused, "closed", "Permission denied")

@@ -1,7 +1,6 @@
 """Sources of text: files, folders and globs of plain text, JSON lines and Parquet, read piece by piece."""
 
 import codecs
-import errno
 import glob
 import json
 import pydoc_data.topics
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.errors import DataError
+from peer.files import kind_of
 from peer.formatting import bytes_in_words
 from peer.settings import require_extra
 
@@ -23,8 +23,6 @@ _ROWS = 256
 """Rows of Parquet that are read at once."""
 _SUFFIXES = {".txt", ".jsonl", ".parquet"}
 """The suffixes of files that are read from a folder. Any other file that is named by its path is plain text."""
-_NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL}
-"""The last one: Windows says so of a glob."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def unreadable(file: Path, error: OSError) -> DataError:
 def _find(path: str) -> list[Path]:
     at = Path(path)
     try:
-        if (kind := _kind(at)) == stat.S_IFDIR:
+        if (kind := kind_of(at)) == stat.S_IFDIR:
             return _find_in_folder(at)
     except OSError as error:
         raise unreadable(at, error) from error
@@ -164,23 +162,9 @@ def _find_in_folder(folder: Path) -> list[Path]:
 
 def _is_file(path: Path) -> bool:
     try:
-        return _kind(path) == stat.S_IFREG
+        return kind_of(path) == stat.S_IFREG
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _kind(path: Path) -> int | None:
-    """Whether a file, a folder or something else is there; None: nothing. Raises OSError if it can't be known, unlike
-    `Path.exists` from Python 3.14 on.
-    """
-    try:
-        return stat.S_IFMT(path.stat().st_mode)
-    except OSError as error:
-        if error.errno not in _NOTHING_THERE:
-            raise
-    except ValueError:  # no name contains a zero
-        pass
-    return None
 
 
 def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Document]:

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from locked_folder import locked
 
 from peer import settings
 from peer.errors import DataError, SettingsError
@@ -241,7 +242,7 @@ def test_what_cannot_be_read_is_named() -> None:
 
 
 @pytest.fixture
-def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def locked_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a text, which this process can't look into while the fixture lasts. Its path is relative, since
     the folders above it may be closed to all but root.
     """
@@ -250,20 +251,13 @@ def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         folder.chmod(0o755)
     (tmp_path / "locked" / "x.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
-    me = os.geteuid()
-    (tmp_path / "locked").chmod(0)
-    try:
-        if me == 0:
-            os.seteuid(65534)  # nothing is closed to root
+    with locked(tmp_path / "locked"):
         yield Path("locked")
-    finally:
-        os.seteuid(me)
-        (tmp_path / "locked").chmod(0o700)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 @pytest.mark.parametrize("path", ["locked", "locked/x.txt", "locked/*.txt"])
-def test_what_is_in_a_folder_that_cannot_be_read_is_named(locked: Path, path: str) -> None:
+def test_what_is_in_a_folder_that_cannot_be_read_is_named(locked_folder: Path, path: str) -> None:
     with pytest.raises(DataError, match=f"can't read {re.escape(path)}: Permission denied; check its name"):
         find_files([path])
 
