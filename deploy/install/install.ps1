@@ -48,7 +48,7 @@ if ($env:HTTPS_PROXY) { [Net.WebRequest]::DefaultWebProxy = [Net.WebProxy]::new(
 $UvVersion = '0.12.5'
 $UvSha256 = '4c4d49d8738847d9b71ba319e49a5688c93eac0fe6204b1df24e98528dddf39a'  # checksum of uv's release
 $TorchBuilds = 'https://download.pytorch.org/whl/cpu/torch/'  # where uv finds the builds that suit a machine
-$Python = '>=3.11,<3.14'  # the versions that Talkoot is tested with
+$Python = '>=3.11,<3.14'  # not 3.14, which lacks miniupnpc: nodes could not ask routers to forward a port
 $NeededMB = 2000  # torch takes 1 GB without CUDA, and 7 GB with it
 
 function Exit-WithError([string]$Message) {

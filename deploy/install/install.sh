@@ -35,7 +35,7 @@ sha256_of() {
 }
 # where uv finds the builds of torch that suit a machine
 torch_builds=https://download.pytorch.org/whl/cpu/torch/
-# the versions of Python that Talkoot is tested with
+# not 3.14, which lacks miniupnpc: nodes could not ask routers to forward a port
 python='>=3.11,<3.14'
 # torch takes 1 GB without CUDA, and 7 GB with it
 needed_kib=2000000

@@ -62,10 +62,8 @@ _MEASURE_S = 1.5
 _ROWS = 512
 _DISK_TEST_BYTES = 16 * 2**20
 _SLOW_DISK_BYTES_PER_S = 5e6
-_PYTHONS = ((3, 11), (3, 14))
-"""The oldest version of Python with which Talkoot is tested, and the first one with which it is not. Python 3.14 is
-allowed.
-"""
+_PYTHONS = ((3, 11), (3, 15))
+"""The oldest version of Python with which Talkoot is tested, and the first one with which it is not."""
 
 
 OFFLINE = "offline"
@@ -138,7 +136,7 @@ def check_software() -> Finding:
     python, system = ".".join(map(str, sys.version_info[:3])), machine.system()
     verdict, fix = Verdict.OK, ""
     if not _PYTHONS[0] <= sys.version_info[:2] < _PYTHONS[1]:
-        verdict, fix = Verdict.WEAK, "not tested with this Python: use 3.11, 3.12 or 3.13"
+        verdict, fix = Verdict.WEAK, "not tested with this Python: use 3.11, 3.12, 3.13 or 3.14"
     elif experimental := machine.why_experimental():
         verdict, fix = Verdict.WEAK, experimental
     return Finding(

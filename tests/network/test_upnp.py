@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from benchmarks.namespaces import why_not
 from dht.invites import Invite
 
 NOT_HERE = why_not() or ("" if shutil.which("miniupnpd") else "miniupnpd missing: install it")
+if sys.version_info >= (3, 14):
+    NOT_HERE = "miniupnpc has no wheels for 3.14"
 pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.timeout(400)]
 PORT = 31337
 

@@ -21,6 +21,7 @@ from peer.transport.port_mapping import Command, PortMapping, RouterAnswer, ask_
 HOST = "192.168.1.2"
 ROUTER, PUBLIC = IPv4Address("192.168.1.1"), IPv4Address("44.1.2.3")
 FORWARDS = RouterAnswer(router=ROUTER, address=PUBLIC, port=31337)
+needs_miniupnpc = pytest.mark.skipif(sys.version_info >= (3, 14), reason="miniupnpc has no wheels for 3.14")
 
 
 class Router:
@@ -60,6 +61,7 @@ async def ask_all(routers: Sequence[HomeRouter], port: int, external: Sequence[i
     return await asyncio.gather(*itertools.starmap(one, enumerate(routers)))
 
 
+@needs_miniupnpc
 def test_the_first_port_that_is_free_or_leads_here_already_is_forwarded() -> None:
     free = HomeRouter()
     taken = HomeRouter(entries={31337: ("127.9.9.9", 31337, 0)})
@@ -80,6 +82,7 @@ def test_the_first_port_that_is_free_or_leads_here_already_is_forwarded() -> Non
     assert answers[0].external == "44.1.2.3:31337"
 
 
+@needs_miniupnpc
 def test_a_hostile_router_has_not_answered_and_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(port_mapping._DEADLINE_S, "map", 4.0)
     routers = [

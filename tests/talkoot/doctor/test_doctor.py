@@ -198,7 +198,8 @@ def test_device_that_is_not_there_is_named(doctor: Doctor) -> None:
     ("system", "python", "verdict"),
     [
         ("Linux", (3, 11), Verdict.OK),
-        ("Linux", (3, 14), Verdict.WEAK),
+        ("Linux", (3, 14), Verdict.OK),
+        ("Linux", (3, 15), Verdict.WEAK),
         ("Darwin", (3, 11), Verdict.WEAK),
     ],
 )
