@@ -96,6 +96,22 @@ def test_without_the_site_of_pytorch_torch_comes_from_the_package_index(home: Uv
     assert home.talkoot("--version").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("python", "answers", "taken"),
+    [("3.14", "exit 7", "3.14"), ("3.14", "exit 0", ">=3.11,<3.14"), ("3.15", "exit 7", ">=3.11,<3.14")],
+)
+def test_python_3_14_is_taken_only_where_there_is_no_older_one(
+    python: str, answers: str, taken: str, home: UvHome
+) -> None:
+    home.add_uv()
+    home.program("curl", answers)
+    ended = home.install(FAKE_UV_PYTHON=python)
+    assert ended.returncode == 0, ended.stderr
+    install = install_call(home)
+    assert install[install.index("--python") + 1] == taken
+    assert ("github.com does not answer" in ended.stdout) == (taken == "3.14")
+
+
 @pytest.fixture
 def without_uv(home: UvHome) -> UvHome:
     """A home without uv. The script downloads it with a fake curl, whose archive has the fake uv."""

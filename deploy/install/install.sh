@@ -37,6 +37,8 @@ sha256_of() {
 torch_builds=https://download.pytorch.org/whl/cpu/torch/
 # not 3.14, which lacks miniupnpc: nodes could not ask routers to forward a port
 python='>=3.11,<3.14'
+# where uv finds builds of Python
+python_builds=https://github.com/astral-sh/python-build-standalone
 # torch takes 1 GB without CUDA, and 7 GB with it
 needed_kib=2000000
 
@@ -85,6 +87,7 @@ main() {
     own=${XDG_DATA_HOME:-$HOME/.local/share}/talkoot
     check_folders
     find_uv
+    find_python
     install_talkoot
     offer_service
 }
@@ -177,6 +180,13 @@ answers() {
         curl --fail --silent --location --max-time 10 --output /dev/null "$1"
     elif command -v wget >/dev/null; then
         wget --quiet --tries=1 --timeout=10 --output-document=/dev/null "$1"
+    fi
+}
+
+find_python() {
+    if ! "$uv" python find "$python" >/dev/null 2>&1 && "$uv" python find 3.14 >/dev/null 2>&1 && ! answers "$python_builds"; then
+        echo "github.com does not answer, so Talkoot gets Python 3.14: nodes can't ask the router to forward a port"
+        python=3.14
     fi
 }
 

@@ -1,7 +1,8 @@
 """A stand-in for uv, for installations without downloads: `python fake_uv.py tool install … SOURCE`.
 
 It makes a real environment that contains the Talkoot under test. It records its command lines in FAKE_UV_CALLS. If
-FAKE_UV_BREAKS is set, it leaves half an environment behind and fails.
+FAKE_UV_BREAKS is set, it leaves half an environment behind and fails. FAKE_UV_PYTHON is the version of the only Python
+that it finds.
 """
 
 import json
@@ -58,6 +59,10 @@ def main(arguments: list[str]) -> None:
             (BIN / "talkoot").unlink()
         case ["tool", "dir", "--bin"]:
             print(BIN)
+        case ["python", "find", wanted]:
+            version = os.environ.get("FAKE_UV_PYTHON", "3.13")
+            if wanted not in {version, ">=3.11,<3.14" if version < "3.14" else version}:
+                sys.exit(f"error: No interpreter found for Python {wanted}")
         case _:
             sys.exit(f"error: unexpected arguments {arguments}")
 
