@@ -167,7 +167,8 @@ class _Layer(nn.Module):
 
     def spread(self, vectors_EO: Tensor) -> Tensor:
         """Each expert's vector for each of its rows."""
-        return _Spread.apply(vectors_EO, self.rows.counts_E)  # type: ignore[no-any-return,no-untyped-call]  # torch's gap
+        result: Tensor = _Spread.apply(vectors_EO, self.rows.counts_E)
+        return result
 
 
 class _Linear(_Layer):

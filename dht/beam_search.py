@@ -259,7 +259,7 @@ def _best_of(scores: Floats, prefixes: Integers, live: Booleans, count: int) -> 
     good = np.nonzero(live_RC & (masked_RC >= least_R[:, None]))
     found_R = np.bincount(good[0], minlength=rows)
     places = np.arange(len(good[0])) - np.repeat(found_R.cumsum() - found_R, found_R)
-    keys_RC = np.full((rows, max(count, found_R.max(initial=0))), np.int64(_DEAD) << 32)
+    keys_RC = np.full((rows, max(count, int(found_R.max(initial=0)))), np.int64(_DEAD) << 32)
     keys_RC[good[0], places] = _keys(scores_RC[good], prefixes_RC[good], live_RC[good])
     return _largest(keys_RC, count)
 

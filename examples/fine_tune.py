@@ -87,7 +87,7 @@ def main() -> None:
     for step in range(1, options.steps + 1):
         drawn = torch.randint(len(training_BT), (options.batch_size,), generator=generator)
         loss = loss_of(model, training_BT[drawn])
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's lacks types
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

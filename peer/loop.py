@@ -488,7 +488,7 @@ class RetryingRounds:
                 with tolerating(name, self._restarts):
                     await step()
             except UnreachableError as error:
-                failures.append(error)
+                failures.append(str(error))  # not its traceback, which would keep this frame in memory
         if failures:
             self.failures.inc()
             self._failing.add(name)

@@ -95,7 +95,7 @@ def balancing_loss(scores: Sequence[Tensor], selection: Selection, alive: Prefix
         others = tuple(axis for axis in range(live.ndim) if axis != d)
         under_G = live.sum(axis=others)
         coordinates = np.flatnonzero(under_G)
-        target_G = under_G[coordinates] / max(1, under_G.sum())
+        target_G = under_G[coordinates] / max(1, int(under_G.sum()))
         chosen_G = np.bincount(chosen[d], minlength=live.shape[d])[coordinates] / max(1, len(chosen[d]))
         ratio_G = torch.from_numpy((chosen_G / target_G).astype(np.float32)).to(scores_RG.device)
         index = torch.from_numpy(coordinates).to(scores_RG.device)

@@ -166,7 +166,7 @@ class RemoteMixtureOfExperts(nn.Module):
 
         It imports torch's compiler, which takes seconds, unless an optimizer has done so before.
         """
-        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign, no-untyped-call]  # torch's lacks types
+        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign]  # for torch.compile
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -251,7 +251,7 @@ class RemoteMixtureOfExperts(nn.Module):
         if not self.training:
             self.unanswered_rows += int((~result.answered.any(axis=1)).sum())
         logits_RK = self.gate.logits(scores, result.coordinates, self._grid)
-        updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)  # type: ignore[no-untyped-call]  # torch's lacks types
+        updates_RKW: Tensor = _Updates.apply(z_RW, logits_RK, self.gate.linear.weight, self, result)
         answered_RK, leads_RK = (
             torch.from_numpy(array).to(z_RW.device) for array in (result.answered, result.leads)
         )

@@ -88,7 +88,7 @@ class Waiting(nn.Module):
     """Takes the place of experts: it only waits for the round trips of a forward and a backward call."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        result: Tensor = _Wait.apply(x_BTD)  # type: ignore[no-untyped-call]  # torch has no types for it
+        result: Tensor = _Wait.apply(x_BTD)
         return result
 
 

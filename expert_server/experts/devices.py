@@ -104,7 +104,7 @@ class ComputeDevice:
         self.memory_bytes = memory_bytes
         self._copies: torch.cuda.Stream | None = None
         if self.torch_device.type == "cuda":
-            self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]  # torch's gap
+            self._copies = torch.cuda.Stream(self.torch_device)
 
     def __str__(self) -> str:
         return f"{self.torch_device} in {self.precision}"

@@ -258,7 +258,7 @@ def _cache_bytes(manifest: Manifest, pairs: int, held: Sequence[HeldSegments]) -
 def _check_positions(lengths: Integers, positions: Integers, context: int) -> None:
     if not len(lengths) or lengths.min() < 1 or lengths.sum() != len(positions):
         raise WireError(
-            f"the segments have {counted(lengths.sum(), 'row')}, but the call has {len(positions)}"
+            f"the segments have {counted(int(lengths.sum()), 'row')}, but the call has {len(positions)}"
         )
     if positions.max() >= context:
         raise WireError(f"position {positions.max()} is beyond this swarm's context of {context} tokens")

@@ -273,7 +273,7 @@ def _bags(places: Integers, lengths: Integers, words: int) -> csr_matrix:
 
 def _directions(sums_BD: Floats) -> tuple[Floats, Floats]:
     """Unit vectors, and the original lengths."""
-    length_B1 = np.maximum(np.linalg.norm(sums_BD, axis=1, keepdims=True), np.float32(_SMALLEST))
+    length_B1: Floats = np.linalg.norm(sums_BD, axis=1, keepdims=True).clip(_SMALLEST)
     return sums_BD / length_B1, length_B1
 
 

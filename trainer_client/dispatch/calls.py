@@ -252,6 +252,7 @@ class CallTracker:
         finally:
             lost = failure is not None and failure.status in _LOST
             sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
+            failure = None  # its traceback keeps this frame, and so the call's rows
 
     def _watching(self, call: NodeCall) -> AbstractAsyncContextManager[None]:
         if self._health is None:

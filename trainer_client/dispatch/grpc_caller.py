@@ -87,7 +87,9 @@ class ReplyAssembler:
             computed &= self._counts
         lacking = self._unanswered & computed.any(axis=1)
         if lacking.any():
-            raise WireError(f"it did not answer {counted(lacking.sum(), 'row')} that experts have computed")
+            raise WireError(
+                f"it did not answer {counted(int(lacking.sum()), 'row')} that experts have computed"
+            )
 
     def take(self, reply: expert_pb2.CallReply) -> Iterator[CallReply]:
         """The replies that this message completes. Raises WireError if the message can't follow the ones before it.

@@ -31,7 +31,7 @@ class DrawnTimes(nn.Module):
     def forward(self, x_RD: Tensor, lengths_S: Tensor, positions_R: Tensor) -> Tensor:
         if x_RD.device.type != "meta":
             self._processor.compute(len(x_RD), backward=False)
-        output_RD: Tensor = x_RD + _Delayed.apply(x_RD * self.scale, self._processor)  # type: ignore[no-untyped-call]  # torch's lacks types
+        output_RD: Tensor = x_RD + _Delayed.apply(x_RD * self.scale, self._processor)
         return output_RD
 
 

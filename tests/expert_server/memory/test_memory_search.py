@@ -120,7 +120,7 @@ def test_the_bound_of_the_best_is_reached_by_as_many_as_are_wanted(
 ) -> None:
     bound = search._bound_of_best(products, k)
     assert bound > search.NO_SCORE
-    assert (products >= bound).sum() >= min(k, (products > search.NO_SCORE).sum())
+    assert (products >= bound).sum() >= min(k, int((products > search.NO_SCORE).sum()))
 
 
 @pytest.mark.parametrize("k", [1, 10, 128])

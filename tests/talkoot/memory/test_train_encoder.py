@@ -148,7 +148,7 @@ def test_a_step_follows_the_gradient_with_negatives_too() -> None:
     right = torch.arange(2)
     cross_entropy = torch.nn.functional.cross_entropy
     loss = (cross_entropy(scores, right) + cross_entropy(scores[:, :2].T, right)) / 2
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     before = vectors.copy()
     assert Descent(vectors, 0.3).step(*some, 0.1) == pytest.approx(loss.item(), abs=1e-5)
     assert table.grad is not None

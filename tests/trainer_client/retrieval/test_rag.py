@@ -139,7 +139,7 @@ def test_passages_that_were_not_found_have_no_part() -> None:
     torch.testing.assert_close(log_BK[1], passage_log_probabilities(scores_BK)[1])
     assert log_BK[0, 2] == -math.inf
     assert (log_BK[2] == -math.inf).all()
-    sequence_log_likelihood(log_BK[:2], torch.full((2, 3, 4), -1.0)).sum().backward()  # type: ignore[no-untyped-call]
+    sequence_log_likelihood(log_BK[:2], torch.full((2, 3, 4), -1.0)).sum().backward()
     assert scores_BK.grad is not None
     assert scores_BK.grad.isfinite().all()
     assert scores_BK.grad[0, 2] == 0
