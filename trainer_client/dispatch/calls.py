@@ -234,7 +234,7 @@ class CallTracker:
                 call_times.add(took_s)
                 self.metrics.call_seconds.labels(call.direction).observe(took_s)
         except ExpertError as error:
-            failure = error
+            failure = error.with_traceback(None)  # it would keep this frame, and so the call's rows, in memory
             lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
             self._note_failure(peer_id, error, call.direction, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
@@ -252,7 +252,6 @@ class CallTracker:
         finally:
             lost = failure is not None and failure.status in _LOST
             sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
-            failure = None  # its traceback keeps this frame, and so the call's rows
 
     def _watching(self, call: NodeCall) -> AbstractAsyncContextManager[None]:
         if self._health is None:
