@@ -127,7 +127,7 @@ def unexplained(received_RD: Floats, own_RD: Floats, slack_R: Floats, codec: "ex
     if codec == expert_pb2.CODEC_INT8:
         largest_R1, received_R1 = (np.abs(each).max(axis=1, keepdims=True) for each in (own_RD, received_RD))
         # the largest number is 127 steps in magnitude
-        scales_R1 = np.clip(
+        scales_R1: Floats = np.clip(
             received_R1 / 127, (largest_R1 - of_scale_R1).clip(0) * _STEP, (largest_R1 + of_scale_R1) * _STEP
         )
         return _off_grid(received_RD, own_RD, scales_R1, slack_R1)
