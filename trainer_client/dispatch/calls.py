@@ -234,7 +234,8 @@ class CallTracker:
                 call_times.add(took_s)
                 self.metrics.call_seconds.labels(call.direction).observe(took_s)
         except ExpertError as error:
-            failure = error.with_traceback(None)  # it would keep this frame, and so the call's rows, in memory
+            # its traceback would keep this frame in memory, and so the call's rows
+            failure = error.with_traceback(None)
             lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
             self._note_failure(peer_id, error, call.direction, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
