@@ -344,6 +344,7 @@ async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) ->
         await asyncio.gather(*tasks)
     finally:
         await cancel_all(tasks)
+        tasks.clear()  # as in `first_of`
 
 
 async def first_few(
@@ -412,10 +413,11 @@ async def first_of(*works: Coroutine[Any, Any, T]) -> T:
     """Runs the works side by side until one ends, and cancels the others. Returns or raises what that one does."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return next(task for task in tasks if task in done).result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task.done()).result()
     finally:
         await cancel_all(tasks)
+        tasks.clear()  # an error that passes here keeps this frame, and with it itself, in memory
 
 
 async def keep_running(

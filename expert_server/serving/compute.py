@@ -97,7 +97,7 @@ def _forward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> l
             work.rows.note_version(expert.version)
         except ExpertError as error:
             work.rows.take_back(cached[index])
-            results.append(error)
+            results.append(error.with_traceback(None))  # it would keep this frame, and so all rows, in memory
     return results
 
 
@@ -126,7 +126,7 @@ def _backward_together(experts: Sequence[Expert], works: Sequence[WorkItem]) -> 
             )
             results[work] = Result(gradient, expert.update_count, step=outcome, updates=updates)
         except ExpertError as error:
-            results[work] = error
+            results[work] = error.with_traceback(None)  # as above
     return [_unclipped(results[work], factor) for work, factor in clipped]
 
 

@@ -30,7 +30,7 @@ from expert_server.experts.graphs import SharedPass
 from expert_server.experts.grouped import LEAST_ROWS, MOST_EXPERTS, MOST_ROWS
 from expert_server.serving.batching import BatchQueue, Entry, Result, WorkItem
 from expert_server.serving.compute import can_join, compute, compute_together
-from peer.errors import ExpertError
+from peer.errors import ExpertError, TalkootError
 from peer.metrics import SECONDS, start_at_zero
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -104,7 +104,10 @@ class _Task:
             return
         try:
             result = self._function()
-        except BaseException as error:  # noqa: BLE001  # it is raised where the result is awaited
+        except TalkootError as error:  # it is raised where the result is awaited
+            # without a traceback, which would keep this thread's frames in memory, and the error with them
+            self.future.set_exception(error.with_traceback(None))
+        except BaseException as error:  # noqa: BLE001  # as above
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
@@ -260,7 +263,10 @@ class Runtime:
                 raise ExpertError(StatusCode.UNAVAILABLE, _STOPPING)
             self._tasks.append(task)
         self._start()
-        result: T = await asyncio.wrap_future(task.future)
+        try:
+            result: T = await asyncio.wrap_future(task.future)
+        finally:
+            del task  # an error that passes here keeps this frame, and with it itself, in memory
         return result
 
     def _push(self, work: WorkItem, future: "asyncio.Future[Result]") -> Entry:
