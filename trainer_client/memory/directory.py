@@ -100,7 +100,7 @@ class PartCache:
         """Stores a part. If all parts together take too much space, drops those used longest ago."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with suppress(FileNotFoundError):  # another process writes the same part
+            with suppress(FileNotFoundError, FileExistsError):  # another process writes the same part
                 write_atomically(self._folder / hashlib.sha256(data).hexdigest(), data, 0o600)
             self._trim()
         except OSError as error:

@@ -324,6 +324,22 @@ def test_two_processes_share_one_cache(tmp_path: Path, caplog: pytest.LogCapture
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in left)
 
 
+def test_several_processes_write_the_same_part_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = b"part" * 1000
+
+    def write(number: int) -> None:
+        for _ in range(200):
+            PartCache(tmp_path / "cache").put(data)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert not caplog.messages
+    assert PartCache(tmp_path / "cache").get(Part(hashlib.sha256(data).digest(), len(data))) == data
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_who_names_no_memory_or_a_wrong_one_hears_which_there_are(play: Play) -> None:
     async def scenario(swarm: MemorySwarm) -> None:
         memories = await swarm.searcher()
