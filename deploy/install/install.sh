@@ -37,8 +37,6 @@ sha256_of() {
 torch_builds=https://download.pytorch.org/whl/cpu/torch/
 # not 3.14, which lacks miniupnpc: nodes could not ask routers to forward a port
 python='>=3.11,<3.14'
-# where uv finds builds of Python
-python_builds=https://github.com/astral-sh/python-build-standalone
 # torch takes 1 GB without CUDA, and 7 GB with it
 needed_kib=2000000
 
@@ -183,9 +181,10 @@ answers() {
     fi
 }
 
+# Where there is 3.14 only, uv downloads an older Python. If it can't, 3.14 will do.
 find_python() {
-    if ! "$uv" python find "$python" >/dev/null 2>&1 && "$uv" python find 3.14 >/dev/null 2>&1 && ! answers "$python_builds"; then
-        echo "github.com does not answer, so Talkoot gets Python 3.14: nodes can't ask the router to forward a port"
+    if ! "$uv" python find "$python" >/dev/null 2>&1 && "$uv" python find 3.14 >/dev/null 2>&1 && ! run "$uv" python install "$python"; then
+        echo "uv could not download an older Python, so Talkoot gets 3.14: nodes can't ask the router to forward a port"
         python=3.14
     fi
 }

@@ -2,7 +2,7 @@
 
 It makes a real environment that contains the Talkoot under test. It records its command lines in FAKE_UV_CALLS. If
 FAKE_UV_BREAKS is set, it leaves half an environment behind and fails. FAKE_UV_PYTHON is the version of the only Python
-that it finds.
+that it finds. If FAKE_UV_OFFLINE is set, it can't download another.
 """
 
 import json
@@ -63,6 +63,9 @@ def main(arguments: list[str]) -> None:
             version = os.environ.get("FAKE_UV_PYTHON", "3.13")
             if wanted not in {version, ">=3.11,<3.14" if version < "3.14" else version}:
                 sys.exit(f"error: No interpreter found for Python {wanted}")
+        case ["python", "install", _]:
+            if os.environ.get("FAKE_UV_OFFLINE"):
+                sys.exit("error: Failed to download cpython")
         case _:
             sys.exit(f"error: unexpected arguments {arguments}")
 
