@@ -4,12 +4,15 @@ today.
 
 import itertools
 import os
+import site
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -35,39 +38,26 @@ def uv_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def resolve(settings: Path, platform: str, python: str) -> subprocess.CompletedProcess[str]:
-    """Resolves the requirements. uv evaluates environment markers for the other machine; pip would do so for
-    this one.
-    """
-    uv = str(Path(sys.executable).with_name("uv"))
-    command = [
-        uv,
-        "pip",
-        "compile",
-        "--config-file",
-        str(settings),
-        "--quiet",
-        "--no-header",
-        "--no-annotate",
-    ]
-    command += [
-        "--python-platform",
-        platform,
-        "--python-version",
-        python,
-        "--only-binary",
-        ":all:",
-        str(PROJECT),
-    ]
-    for name in SOURCE_ONLY:
-        command += ["--no-binary", name]
+def uv(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command,
+        [Path(sys.executable).with_name("uv"), *arguments],
         env=os.environ | {"UV_PYTHON_DOWNLOADS": "never"},
         capture_output=True,
         text=True,
         timeout=_DEADLINE_S,
     )
+
+
+def resolve(settings: Path, platform: str, python: str) -> subprocess.CompletedProcess[str]:
+    """Resolves the requirements. uv evaluates environment markers for the other machine; pip would do so for
+    this one.
+    """
+    command: list[str | Path] = ["pip", "compile", "--config-file", settings]
+    command += ["--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:", PROJECT]
+    command += ["--python-platform", platform, "--python-version", python]
+    for name in SOURCE_ONLY:
+        command += ["--no-binary", name]
+    return uv(*command)
 
 
 def skip_without_an_index(ended: subprocess.CompletedProcess[str]) -> None:
@@ -105,3 +95,39 @@ def test_all_requirements_have_wheels_for_other_systems_and_pythons(
         assert ("hivemind" in needed) == (platform in {"aarch64-apple-darwin", "x86_64-manylinux_2_28"})
         assert ("uvloop" in needed) == ("windows" not in platform)
         assert ("miniupnpc" in needed) == (python != "3.14")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_oldest_versions_that_are_allowed_work(tmp_path: Path) -> None:
+    """All but that of torch, which is large. What else is needed comes from the environment of the tests."""
+    requirements = map(Requirement, tomllib.loads(PROJECT.read_text())["project"]["dependencies"])
+    names = {requirement.name for requirement in requirements} - {"torch"}
+    resolved = uv("pip", "compile", "--resolution", "lowest-direct", "--no-header", "--no-annotate", PROJECT)
+    skip_without_an_index(resolved)
+    assert resolved.returncode == 0, resolved.stderr
+    oldest = [line for line in resolved.stdout.splitlines() if line.partition("==")[0] in names]
+    python = tmp_path / "old" / "bin" / "python"
+    for made in (
+        uv("venv", "--python", sys.executable, tmp_path / "old"),
+        uv("pip", "install", "--python", python, "--no-deps", *oldest),
+    ):
+        assert made.returncode == 0, made.stderr
+    (folder,) = (tmp_path / "old").glob("lib/python*/site-packages")
+    (folder / "newer.pth").write_text(f"{site.getsitepackages()[0]}\n{PROJECT.parent}\n")
+    tests = ("talkoot", "trainer_client", "benchmarks/test_internet_flow.py")
+    ended = subprocess.run(
+        [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "--numprocesses",
+            "2",
+            *(PROJECT.parent / "tests" / name for name in tests),
+        ],
+        cwd=PROJECT.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout[-5000:]
