@@ -105,11 +105,11 @@ def test_the_oldest_versions_that_are_allowed_work(tmp_path: Path) -> None:
     requirements = map(Requirement, tomllib.loads(PROJECT.read_text())["project"]["dependencies"])
     names = {requirement.name for requirement in requirements}
     environment, oldest = tmp_path / "old", tmp_path / "oldest.txt"
-    resolve = ("pip", "compile", "--quiet", "--no-header", "--no-annotate", PROJECT)
-    lowest = uv(*resolve, "--resolution", "lowest-direct")
+    resolving = ("pip", "compile", "--quiet", "--no-header", "--no-annotate", PROJECT)
+    lowest = uv(*resolving, "--resolution", "lowest-direct")
     skip_without_an_index(lowest)
     oldest.write_text("\n".join(line for line in lowest.stdout.split() if line.partition("==")[0] in names))
-    listed = uv(*resolve, "--constraints", oldest, "--extra", "test")
+    listed = uv(*resolving, "--constraints", oldest, "--extra", "test")
     needed = [line for line in listed.stdout.splitlines() if not line.startswith(("torch==", *OF_TORCH))]
     made = uv("venv", "--seed", "--python", sys.executable, environment)
     python = environment / "bin" / "python"
@@ -120,7 +120,7 @@ def test_the_oldest_versions_that_are_allowed_work(tmp_path: Path) -> None:
     for path in Path(site.getsitepackages()[0]).glob("*torch*"):
         (folder / path.name).symlink_to(path)
     (folder / "talkoot.pth").write_text(str(PROJECT.parent))
-    tests = [PROJECT.parent / "tests" / name for name in ("talkoot", "benchmarks/test_internet_flow.py")]
-    command = [python, "-m", "pytest", "-q", "--numprocesses", "2", *tests]
+    tests = ("tests/talkoot", "tests/benchmarks/test_internet_flow.py")
+    command = [str(python), "-m", "pytest", "-q", "--numprocesses", "2", *tests]
     ended = subprocess.run(command, cwd=PROJECT.parent, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout[-5000:]
