@@ -5,12 +5,12 @@ stay in memory until the next collection of old objects. In a process with many 
 """
 
 import asyncio
-import gc
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
+from collector import without_collector
 
 from expert_server.serving.runtime import Runtime
 from peer.errors import UnreachableError
@@ -35,16 +35,6 @@ class Reader:
     async def later(self) -> None:
         await asyncio.sleep(0)
         self()
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 async def in_runtime(reader: Reader) -> None:

@@ -1,13 +1,13 @@
 """A call that fails leaves nothing in the trainer's memory."""
 
 import asyncio
-import gc
 import weakref
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from collector import without_collector
 from expert_fakes import make_peer_id
 from grpc import StatusCode
 
@@ -40,11 +40,8 @@ async def fail(rows: np.ndarray[Any, Any]) -> ExpertError | None:
 def test_the_rows_of_a_failed_call_are_freed_without_the_garbage_collector() -> None:
     rows = np.ones((8, 4), np.float32)
     left = weakref.ref(rows)
-    gc.disable()
-    try:
+    with without_collector():
         error = asyncio.run(fail(rows))
         assert error is not None
         del rows, error
         assert left() is None
-    finally:
-        gc.enable()
