@@ -17,7 +17,7 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count, islice
-from typing import TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple, cast
 from unittest.mock import patch
 
 from peer.bounded import BoundedDict
@@ -49,16 +49,31 @@ class _Sleep:
     With asyncio's classes, that would be three objects, and two more steps for each sleep.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_callback", "_context", "_is_cancelled", "_loop", "is_over")
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_callback",
+        "_context",
+        "_is_cancelled",
+        "_loop",
+        "is_over",
+        "result",
+    )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: "VirtualLoop") -> None:
         self._loop = loop
         self._is_cancelled = self.is_over = False
         self._asyncio_future_blocking = False
+        self.result = loop.result_of_ended
 
     def __await__(self) -> "Generator[_Sleep, None, None]":
+        """Returns itself: a generator would take as much memory once more."""
         self._asyncio_future_blocking = True  # so asyncio knows that it was awaited
-        yield self
+        return cast("Generator[_Sleep, None, None]", self)
+
+    def __next__(self) -> "_Sleep":
+        if self.is_over:
+            raise StopIteration
+        return self
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         return self._loop
@@ -67,15 +82,13 @@ class _Sleep:
         """The task calls this once, after it has begun to wait."""
         self._callback, self._context = callback, context
 
-    def result(self) -> None:
-        if self._is_cancelled:
-            raise asyncio.CancelledError
-
     def cancel(self, msg: object = None) -> bool:
         if self.is_over or self._is_cancelled:
             return False
         self._is_cancelled = True
+        self.result = self._loop.result_of_cancelled
         self._loop.call_soon(self._callback, self, context=self._context)
+        del self._callback  # it refers to the task
         return True
 
     def cancelled(self) -> bool:
@@ -103,6 +116,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._timers: list[tuple[float, int, asyncio.TimerHandle | _Sleep]] = []
         """A heap: when each timer or sleep is due, a number that rises, and the timer or sleep."""
         self._numbers = count()
+        ended, cancelled = self.create_future(), self.create_future()
+        ended.set_result(None)
+        cancelled.cancel()
+        self.result_of_ended: Callable[[], None] = ended.result
+        """What a task calls when its sleep has ended. Not written in Python: a traceback would keep the frame."""
+        self.result_of_cancelled: Callable[[], None] = cancelled.result
 
     def time(self) -> float:
         return self._now
@@ -159,6 +178,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             handle = ready.popleft()
             if not handle.cancelled():
                 handle._run()
+            del handle  # a traceback may keep this frame
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ row after it has split, because one record costs less than several. Readers read
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,9 +71,9 @@ class Region:
     """About how many more nodes announce there than were read."""
 
     @cached_property
-    def active_by_piece(self) -> Mapping[int, int]:
-        """How many of the active coordinates are in each piece of the index."""
-        return Counter([coordinate // INDEX_PIECE for coordinate in self.active])
+    def split_pieces(self) -> int:
+        """The pieces of the index that contain active coordinates, as bits."""
+        return _bits({coordinate // INDEX_PIECE for coordinate in self.active})
 
     def serves(self, uid: Prefix) -> bool:
         """Whether a node that announces there serves the expert."""
@@ -91,21 +91,33 @@ class Region:
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen under a prefix, for one piece of its index."""
+    """What was seen under a prefix. Pieces of its index are numbers of bits."""
 
     hosts: int
     is_crowded: bool
-    active: int
-    """The number of active coordinates."""
-    read_at: float
-    split_until: float
-    """Until when the prefix counts as split. A later look may not show its index, because somebody hides it."""
     empty_reads: int
     """Consecutive reads that found nobody announcing there. A single one may be a lie."""
+    active: int
+    """The number of active coordinates."""
+    pieces: int
+    """The pieces that were read."""
+    read_at: float
+    split: int
+    """The pieces that have led further down."""
+    split_until: float
+    """Until when they count. A later look may not show the index, because somebody hides it."""
 
     @property
     def is_empty(self) -> bool:
         return self.empty_reads >= _EMPTY_READS
+
+    def has_split(self, coordinate: int, now: float) -> bool:
+        """Whether hosts are known to announce below this or other next coordinates in the same piece."""
+        return self.split_until > now and bool(self.split >> coordinate // INDEX_PIECE & 1)
+
+    def is_known(self, coordinate: int, now: float) -> bool:
+        """Whether a writer may rely on it for this next coordinate."""
+        return self.read_at > now - _WRITE_FOR_S and bool(self.pieces >> coordinate // INDEX_PIECE & 1)
 
 
 def prefix_of(uid: Prefix, depth: int) -> Prefix:
@@ -124,9 +136,7 @@ class RegionMap:
         self._now = now
         self._rng = rng
         self._seen: BoundedDict[tuple[int, ...], _Seen] = BoundedDict(_REMEMBERED)
-        """By the numbers of the prefix, and the piece of its index: a node has seen hundreds, and nested keys would be
-        larger than what they lead to.
-        """
+        """By the numbers of the prefix: a nested key would be larger than what it leads to."""
         self._hosts: BoundedDict[Prefix, tuple[float, int]] = BoundedDict(_REMEMBERED)
         """When the region of a single expert was read, and how many nodes announce there, as long as this counts. A
         node reads some such regions in each period, and most of them never again.
@@ -149,30 +159,37 @@ class RegionMap:
             while self._hosts and next(iter(self._hosts.values()))[0] <= now - _WRITE_FOR_S:
                 self._hosts.popitem(last=False)
             self._hosts[prefix] = now, region.hosts + region.unread
-        for piece in pieces:
-            entry = prefix[0], *prefix[1], piece
-            before = self._seen.get(entry)
-            split_until = 0.0 if before is None else before.split_until
-            active = region.active_by_piece.get(piece, 0)
-            if active:
-                split_until = self._drawn_split_until(now)
-            empty_reads = 0 if region.replicas else 1 + (0 if before is None else before.empty_reads)
-            self._seen[entry] = _Seen(
-                region.hosts + region.unread,
-                region.size > CROWDED_BYTES,
-                active,
-                now,
-                split_until,
-                empty_reads,
-            )
+            return
+        while self._seen and self._is_of_no_use(next(iter(self._seen.values())), now):
+            self._seen.popitem(last=False)
+        key = prefix[0], *prefix[1]
+        before = self._seen.get(key)
+        empty_reads, split, split_until = 0, 0, 0.0
+        if before is not None:
+            empty_reads, split_until = before.empty_reads, before.split_until
+            split = before.split if split_until > now else 0
+        self._seen[key] = _Seen(
+            hosts=region.hosts + region.unread,
+            is_crowded=region.size > CROWDED_BYTES,
+            empty_reads=0 if region.replicas else empty_reads + 1,
+            active=len(region.active),
+            pieces=_bits(pieces),
+            read_at=now,
+            split=split | region.split_pieces,
+            split_until=self._drawn_split_until(now) if region.active else split_until,
+        )
+
+    def _is_of_no_use(self, seen: _Seen, now: float) -> bool:
+        """Whether it makes no difference any more for where to announce and look."""
+        return seen.read_at <= now - _WRITE_FOR_S and seen.split_until <= now and not seen.is_crowded
 
     def _renew_splits_above(self, prefix: Prefix, now: float) -> None:
         """A host at a longer prefix shows that the shorter ones are still split, so nobody has to read these."""
         layer, coordinate = prefix
         for depth, following in enumerate(coordinate):
-            key = layer, *coordinate[:depth], following // INDEX_PIECE
+            key = layer, *coordinate[:depth]
             seen = self._seen.get(key)
-            if seen is not None and seen.split_until > now and seen.read_at > now - _READ_AGAIN_S:
+            if seen is not None and seen.has_split(following, now) and seen.read_at > now - _READ_AGAIN_S:
                 seen.split_until = self._drawn_split_until(now)
                 self._seen.move_to_end(key)
 
@@ -189,25 +206,25 @@ class RegionMap:
         """Forgets the regions that were read a moment ago, which may be large. What was learnt from them stays."""
         self._just_read.clear()
 
-    def has_split(self, layer: int, size: int) -> bool:
-        """Whether hosts are known to announce below the layer itself. `size`: of the first grid dimension."""
-        pieces = (self._seen.get((layer, piece)) for piece in pieces_of(size))
-        return any(seen is not None and seen.split_until > self._now() for seen in pieces)
+    def has_split(self, layer: int) -> bool:
+        """Whether hosts are known to announce below the layer itself."""
+        seen = self._seen.get((layer,))
+        return seen is not None and seen.split_until > self._now()
 
     def depths(self, below: Prefix) -> list[int]:
         """The depths (numbers of coordinates) at which hosts of an expert, or of experts below a prefix, may announce.
         These are all depths down to the first prefix that is not known to have split, without those where nobody
         announces.
         """
-        found, now = [], self._now()
-        for depth in range(len(below[1])):
-            seen = self._seen_above(below, depth)
-            has_split = seen is not None and seen.split_until > now
+        (layer, coordinate), found, now = below, [], self._now()
+        for depth, following in enumerate(coordinate):
+            seen = self._seen.get((layer, *coordinate[:depth]))
+            has_split = seen is not None and seen.has_split(following, now)
             if seen is None or not (has_split and seen.is_empty):
                 found.append(depth)
             if not has_split:
                 return found
-        return [*found, len(below[1])]
+        return [*found, len(coordinate)]
 
     def unread(self, uids: Collection[UID], hosted: Collection[UID]) -> list[UID]:
         """Those experts for which `homes` can't tell the region yet. `hosted`: all experts of the node."""
@@ -223,18 +240,18 @@ class RegionMap:
         """The region in which to announce an expert, and whether enough was read to be sure. `own`: how many experts
         the node hosts below each prefix.
         """
-        row = len(uid.coordinate) - 1
+        row, now = len(uid.coordinate) - 1, self._now()
         for depth in range(row + 1):
             prefix = prefix_of(uid, depth)
             if own[prefix] > MAX_REPLICAS_OF_RECORD:
                 continue
             if depth == row and own[prefix] >= STAYS_AT_ROW:
                 return prefix, True
-            seen = self._seen_above(uid, depth)
+            seen, following = self._seen.get((uid.layer, *prefix[1])), uid.coordinate[depth]
             if seen is None:
                 return prefix, False
-            if not (seen.split_until > self._now() or seen.is_crowded):
-                return prefix, seen.read_at > self._now() - _WRITE_FOR_S
+            if not (seen.has_split(following, now) or seen.is_crowded):
+                return prefix, seen.is_known(following, now)
         return uid, True
 
     def index_lives(self, home: Prefix, depth: int) -> int:
@@ -249,12 +266,12 @@ class RegionMap:
         """
         entry = prefix_of(home, depth + 1)
         left = self._left_to_others.pop(entry, 0)
-        hosts = 1
-        for below in range(len(home[1]) - 1, depth, -1):
-            seen = self._seen_above(home, below)
-            hosts *= 1 if seen is None else max(1, seen.active)
+        hosts, (layer, coordinate) = 1, home
+        for below in range(len(coordinate) - 1, depth, -1):
+            above = self._seen.get((layer, *coordinate[:below]))
+            hosts *= 1 if above is None else max(1, above.active)
         read_at, others = self._hosts.get(home, (0.0, 0))
-        if (seen := self._seen.get((home[0], *home[1], 0))) is not None:
+        if (seen := self._seen.get((layer, *coordinate))) is not None:
             read_at, others = seen.read_at, seen.hosts
         if read_at > self._now() - _WRITE_FOR_S:
             hosts *= max(1, others)
@@ -267,12 +284,9 @@ class RegionMap:
         self._left_to_others[entry] = left + 1
         return 0
 
-    def _seen_above(self, below: Prefix, depth: int) -> _Seen | None:
-        """What was seen under the first `depth` coordinates of a longer prefix, for the piece with its
-        next coordinate.
-        """
-        layer, coordinate = below
-        return self._seen.get((layer, *coordinate[:depth], coordinate[depth] // INDEX_PIECE))
+
+def _bits(numbers: Iterable[int]) -> int:
+    return sum(1 << number for number in numbers)
 
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:

@@ -13,7 +13,7 @@ import math
 import random
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -586,10 +586,10 @@ class Owed:
         self.seconds = 0.0
         _OWED.set(self)
 
-    async def sleep(self, seconds: float = 0.0) -> None:
-        """Waits that long, and what is owed."""
+    def sleep(self, seconds: float = 0.0) -> Coroutine[Any, Any, None]:
+        """Waits that long, and what is owed. Await it at once."""
         seconds, self.seconds = seconds + self.seconds, 0.0
-        await asyncio.sleep(seconds)
+        return asyncio.sleep(seconds)
 
 
 _OWED: ContextVar[Owed | None] = ContextVar("owed", default=None)

@@ -121,7 +121,7 @@ class SimulatedHost:
         self.peer_id = peer.peer_id
         self._world = swarm.world
         self._peer = peer
-        self._known: frozenset[PeerID] = frozenset()
+        self._known: tuple[PeerID, ...] = ()  # a set of them would take ten times as much memory
         self._known_until = 0.0
 
     def peers(self) -> frozenset[PeerID]:
@@ -130,9 +130,9 @@ class SimulatedHost:
         if world.time() >= self._known_until:
             rng = world.rng("acquaintances")
             known = world.random_servers(rng, self._peer.half, _ACQUAINTANCES)
-            self._known = frozenset([peer.peer_id for peer in known if peer is not self._peer])
+            self._known = tuple([peer.peer_id for peer in known if peer is not self._peer])
             self._known_until = world.time() + (_KNOWN_FOR_S if known else 0.0)
-        return self._known
+        return frozenset(self._known)
 
     async def join(self, addresses: Sequence[Multiaddress]) -> list[Multiaddress]:
         return []
@@ -313,6 +313,7 @@ class SimulatedNode:
                 await self._standby.copy()
 
     async def _sleep(self, seconds: float, owed: Owed) -> None:
+        self.experts.regions.forget_recent()  # thousands of nodes would keep many versions of each region
         await owed.sleep(seconds)
         if self.peer.awake is not None:
             await self.peer.awake.wait()

@@ -512,9 +512,8 @@ class HostingSurvey:
         return self._merged(await self._experts.replicas(earlier)) if earlier else self._seen
 
     def _known_split(self) -> set[int]:
-        first, *_ = self._manifest.experts.grid
         layers = range(self._manifest.model.layers)
-        return {layer for layer in layers if self._experts.regions.has_split(layer, first)}
+        return {layer for layer in layers if self._experts.regions.has_split(layer)}
 
     def had_host(self, uid: UID) -> bool:
         """Whether anybody has ever been seen to host or claim the expert."""

@@ -7,12 +7,14 @@ import gc
 import hashlib
 import json
 import random
+import weakref
 from collections.abc import Callable, Collection
 from functools import partial
 from statistics import fmean
 from typing import Any
 
 import pytest
+from collector import without_collector
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,6 +120,21 @@ def test_a_cancelled_timer_does_not_move_the_clock() -> None:
         assert loop.time() == 4.0
     finally:
         loop.close()
+
+
+def test_a_task_that_was_cancelled_in_its_sleep_is_freed_without_the_garbage_collector() -> None:
+    with simulated(1) as world, without_collector():
+
+        async def sleeper() -> None:
+            await asyncio.sleep(10.0)
+
+        task = world.loop.create_task(sleeper())
+        world.run(1.0)
+        task.cancel()
+        freed = weakref.ref(task)
+        del task
+        world.run(10.0)
+        assert freed() is None
 
 
 def test_a_task_that_owes_the_time_of_its_look_ups_waits_in_its_next_pause() -> None:

@@ -15,7 +15,7 @@ from loop_holds import holds
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState, announced, read_replicas
-from dht.records import MAX_REPLICAS_OF_RECORD, sign_record
+from dht.records import INDEX_PIECE, MAX_REPLICAS_OF_RECORD, sign_record
 from dht.regions import CROWDED_BYTES, STAYS_AT_ROW, Region, RegionMap
 from dht.registry import Entries
 from dht.uid import UID
@@ -32,6 +32,9 @@ ME = PeerID(b"\x12\x20" + bytes(32))
 NOBODY = Region({}, frozenset(), 0, 0)
 SPLIT = Region({}, frozenset({0, 1}), 0, 0)
 FULL = Region({}, frozenset(), 40, CROWDED_BYTES + 1)
+SOMEBODY = Region(
+    {UID(0, (0, 1)): [Replica(UID(0, (0, 1)), ME, SERVING, 0, 0, 0.0, 0.0)]}, frozenset(), 1, 700
+)
 
 
 class Clock:
@@ -153,6 +156,62 @@ def test_a_prefix_that_has_split_and_is_empty_is_passed_over_for_a_while() -> No
     assert regions.depths(uid) == [0]
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 1.0, 200.0, 299.0, 300.0, 700.0]),
+            st.sampled_from([(), (0,), (1,), (2,), (0, 1), (1, 1), (2, INDEX_PIECE)]),
+            st.sampled_from([[0], [1], [0, 1]]),
+            st.sampled_from([NOBODY, SPLIT, FULL, SOMEBODY]),
+        ),
+        max_size=30,
+    )
+)
+def test_what_a_peer_forgets_makes_no_difference(
+    reads: list[tuple[float, tuple[int, ...], list[int], Region]],
+) -> None:
+    clock = Clock()
+    forgets, remembers = (RegionMap(clock.now, random.Random(1)) for _ in range(2))
+    uids = [UID(0, (0, 1)), UID(0, (1, 1)), UID(0, (2, INDEX_PIECE))]
+    for passes_s, coordinate, pieces, region in reads:
+        clock.time += passes_s
+        read = [] if len(coordinate) == 2 else pieces
+        forgets.note((0, coordinate), read, region)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RegionMap, "_is_of_no_use", lambda *seen: False)
+            remembers.note((0, coordinate), read, region)
+        assert forgets.unread(uids, []) == remembers.unread(uids, [])
+        assert forgets.homes(uids) == remembers.homes(uids)
+        assert forgets.has_split(0) == remembers.has_split(0)
+        for uid in uids:
+            assert {*forgets.depths(uid)} >= {*remembers.depths(uid)}, "it reads more rather than less"
+
+
+def test_a_writer_relies_only_on_the_pieces_of_the_index_that_it_has_just_read() -> None:
+    clock, near, far = Clock(), UID(0, (2, 3)), UID(0, (INDEX_PIECE + 2, 3))
+    regions = RegionMap(clock.now, random.Random(1))
+    regions.note((0, ()), [0], NOBODY)
+    assert regions.unread([near, far], []) == [far]
+    regions.note((0, ()), [0, 1], NOBODY)
+    assert regions.unread([near, far], []) == []
+    clock.time += 301
+    regions.note((0, ()), [1], NOBODY)
+    assert regions.unread([near, far], []) == [near]
+    regions.note((0, ()), [0], SPLIT)
+    regions.note((0, ()), [1], NOBODY)
+    assert regions.depths(near) == [1], "it remembers for longer what has split"
+    assert regions.depths(far) == [0]
+
+
+def test_a_peer_forgets_prefixes_that_it_has_not_read_for_long() -> None:
+    clock = Clock()
+    regions = RegionMap(clock.now, random.Random(1))
+    for row in range(1000):
+        regions.note((0, (row,)), [0], SOMEBODY)
+        clock.time += 10
+    assert len(regions._seen) == 30
+
+
 def test_hosts_further_down_show_that_a_prefix_is_still_split_for_an_hour() -> None:
     clock, uid = Clock(), UID(0, (2, 3))
     regions = RegionMap(clock.now, random.Random(1))
@@ -163,7 +222,7 @@ def test_hosts_further_down_show_that_a_prefix_is_still_split_for_an_hour() -> N
         clock.time += 250
         regions.note(uid, [], Region({}, frozenset(), 1, 700))
         assert regions.depths(uid) == [2]
-        assert regions.has_split(0, 16)
+        assert regions.has_split(0)
     clock.time += 850
     regions.note(uid, [], Region({}, frozenset(), 1, 700))
     clock.time += 1000
