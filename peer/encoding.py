@@ -69,7 +69,7 @@ def encode(tensor_RD: Floats, codec: "expert_pb2.Codec", seed: bytes | None = No
     rows, width = tensor_RD.shape
     size = encoded_bytes(rows, width, codec)
     if codec == expert_pb2.CODEC_FP32:
-        return np.ascontiguousarray(tensor_RD, dtype="<f4").data.cast("B")
+        return np.ascontiguousarray(tensor_RD, dtype="<f4").reshape(-1).view(np.uint8).data
     data = np.empty(size, np.uint8)
     numbers_RD = torch.from_numpy(np.require(tensor_RD, np.float32, ["C", "W"]))
     if codec in _HALVES:

@@ -180,8 +180,9 @@ async def open_connections(stranger: Stranger, rng: random.Random) -> None:
 
 @contextlib.asynccontextmanager
 async def _caller(stranger: Stranger, rng: random.Random) -> AsyncIterator[HostileCaller]:
-    """A caller of a random node."""
-    nodes: list[NodeInfo] = [node for node in await stranger.nodes() if node.name != "stranger"]
+    """A caller of a random node. Strangers' spoilt records may have lost their names or addresses."""
+    found = await stranger.nodes()
+    nodes: list[NodeInfo] = [node for node in found if node.name != "stranger" and node.addresses]
     if not nodes:
         raise TalkootError("nobody is there")
     caller = HostileCaller(rng.choice(nodes), stranger.keys.swarm_id)

@@ -42,6 +42,13 @@ tensors_for_int4: st.SearchStrategy[Floats] = arrays.arrays(
 
 
 @every_codec
+def test_a_tensor_without_rows_has_no_bytes(codec: "expert_pb2.Codec") -> None:
+    data = encode(np.empty((0, 32), np.float32), codec)
+    assert bytes(data) == b""
+    assert decode(data, 32, codec).shape == (0, 32)
+
+
+@every_codec
 @given(st.lists(finite))
 def test_numbers_beside_tensors_are_exact_or_bfloat16s(
     codec: "expert_pb2.Codec", numbers: list[float]
