@@ -106,7 +106,8 @@ def test_stopping_ends_it_at_once_and_leaves_nothing(tmp_path: Path) -> None:
         start_new_session=True,
     )
     assert process.stdout is not None
-    assert any("calm: step" in line for line in process.stdout)
+    # on a fast computer, calm ends before it says anything
+    assert any("calm: step" in line or "delayed: step" in line for line in process.stdout)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(10) == 130
     assert "dense" in json.loads(file.read_text())
