@@ -98,18 +98,19 @@ def test_stopping_ends_it_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     folder.mkdir()
     file = tmp_path / "found.json"
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.paper", "--quick", "--json", str(file)]
-    process = subprocess.Popen(
+    environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
         [*command, "--ways", *WAYS],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"},
+        env=environment,
         start_new_session=True,
-    )
-    assert process.stdout is not None
-    # on a fast computer, calm ends before it says anything
-    assert any("calm: step" in line or "delayed: step" in line for line in process.stdout)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) == 130
+    ) as process:
+        assert process.stdout is not None
+        # on a fast computer, calm ends before it says anything
+        assert any("calm: step" in line or "delayed: step" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(10) == 130
     assert "dense" in json.loads(file.read_text())
     assert [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor")] == []
     with pytest.raises(ProcessLookupError):
