@@ -203,6 +203,8 @@ class Answer(Entries):
         """What a reader has computed from the entries, kept for other readers."""
         self.before: Answer | None = None
         """The latest earlier answer for which `region` is known, until it is known here."""
+        self.with_pieces: tuple[Sequence[Answer], Any] = (), None
+        """What a reader has computed from these entries and from those of further keys."""
 
     def with_own(self, subkey: bytes, whole: "Answer") -> "Answer":
         """Adds the reader's own entry if it was left out: a peer holds its own entries itself."""

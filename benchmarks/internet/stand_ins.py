@@ -7,6 +7,7 @@ others reuse the result.
 import asyncio
 import functools
 import gc
+import operator
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
 from dht.records import parse_peer_id
 from dht.regions import Prefix, Region
-from dht.registry import Entries, Registry
+from dht.registry import Entries, Registry, active_under
 from dht.uid import UID
 from expert_server.experts.format import Checkpoint
 from expert_server.experts.reports import UpdateReports
@@ -266,15 +267,24 @@ class SharedExperts(ExpertRegistry):
         self, prefix: Prefix, keys: Sequence[str], answers: Mapping[str, Entries], slices: TimeSlices
     ) -> Region:
         answer: Any = answers[keys[0]]
-        if len(keys) > 1:
-            return await super()._region(prefix, keys, answers, slices)
         if answer.region is None:
             answer.region = self._renewed(prefix, keys[0], answer)
             if answer.region is None:
-                answer.region = await super()._region(prefix, keys, answers, slices)
+                answer.region = await super()._region(prefix, keys[:1], answers, slices)
             answer.before = None
         region: Region = answer.region
-        return region
+        return region if len(keys) == 1 else self._with_pieces(answer, keys[1:], answers)
+
+    def _with_pieces(self, answer: Any, keys: Sequence[str], answers: Mapping[str, Entries]) -> Region:
+        """The region of an answer, with the further pieces of its index that are under these keys."""
+        pieces = [answers[key] for key in keys]
+        read, region = answer.with_pieces
+        if len(read) != len(pieces) or not all(map(operator.is_, read, pieces)):
+            active = answer.region.active.union(*map(active_under, keys, pieces))
+            region = replace(answer.region, active=active)
+            answer.with_pieces = pieces, region
+        found: Region = region
+        return found
 
     def _renewed(self, prefix: Prefix, key: str, entries: Any) -> Region | None:
         """The region that `_region` would make, from an earlier one in which some replicas were announced with other

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -28,20 +28,20 @@ from benchmarks.simulated_swarm import grid_of
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
-from dht.records import sign_record
-from dht.regions import Region
+from dht.records import INDEX_PIECE, sign_record
+from dht.regions import Prefix, Region
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
 from peer.wire import records_pb2
 
 
-def plan_of(experts: int) -> SwarmPlan:
-    values = {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid_of(experts)}}
+def plan_of(*grid: int) -> SwarmPlan:
+    values = {"name": "simulated", "model": {"layers": 1}, "experts": {"grid": grid}}
     return SwarmPlan(Manifest.model_validate(values))
 
 
 def grown(world: World, nodes: int, experts: int, room: int = 1) -> InternetSwarm:
-    swarm = InternetSwarm(world, plan_of(experts))
+    swarm = InternetSwarm(world, plan_of(*grid_of(experts)))
     for number in range(nodes):
         world.loop.call_later(0.5 * number, swarm.join, HomeLine(nat=number % 2 == 1), room)
     world.run(nodes / 2 + 60)
@@ -79,31 +79,40 @@ def test_records_that_were_renewed_are_forgotten() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("grid", [(3, 4), (3, 2 * INDEX_PIECE)], ids=str)
 def test_a_region_made_from_an_earlier_one_is_as_one_that_is_read_anew(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, grid: tuple[int, ...]
 ) -> None:
-    shared, renewed, made = SharedExperts._region, SharedExperts._renewed, list[bool]()
+    shared, renewed, made, several = SharedExperts._region, SharedExperts._renewed, list[bool](), 0
 
     def counted(self: SharedExperts, *args: Any) -> Region | None:
         found = renewed(self, *args)
         made.append(found is not None)
         return found
 
-    async def compared(self: SharedExperts, *args: Any) -> Region:
-        found, anew = await shared(self, *args), await ExpertRegistry._region(self, *args)
+    async def compared(self: SharedExperts, prefix: Prefix, keys: Sequence[str], *args: Any) -> Region:
+        nonlocal several
+        found = await shared(self, prefix, keys, *args)
+        anew = await ExpertRegistry._region(self, prefix, keys, *args)
         assert (found, [*found.replicas]) == (anew, [*anew.replicas])
+        several += len(keys) > 1 and bool(found.active)
         return found
 
     monkeypatch.setattr(SharedExperts, "_renewed", counted)
     monkeypatch.setattr(SharedExperts, "_region", compared)
+    if grid[-1] > INDEX_PIECE:
+        monkeypatch.setattr("dht.regions.CROWDED_BYTES", 1000)
     with simulated(1) as world:
-        swarm = grown(world, 24, 12, room=2)
+        swarm = InternetSwarm(world, plan_of(*grid))
+        for number in range(24):
+            world.loop.call_later(0.5 * number, swarm.join, HomeLine(nat=number % 2 == 1), 2)
         world.run(600)
         for node in [*swarm.nodes.values()][:6]:
             swarm.crash(node)
         world.run(600)
         assert not swarm.faults
     assert sum(made) > len(made) / 2
+    assert (several > 100) == (grid[-1] > INDEX_PIECE), "rows have split, and their indices have two pieces"
 
 
 def test_a_cancelled_timer_does_not_move_the_clock() -> None:
