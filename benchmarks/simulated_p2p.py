@@ -95,7 +95,10 @@ class _Sleep:
         return self._is_cancelled
 
     def _run(self) -> None:
-        self._context.run(self._callback, self)
+        callback = self._callback
+        del self._callback  # a traceback may keep this frame
+        self._context.run(callback, self)
+        del callback
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -174,6 +177,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             if isinstance(due, _Sleep):
                 due.is_over = True
             ready.append(due)
+            del due  # a traceback may keep this frame
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle.cancelled():

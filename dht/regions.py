@@ -11,10 +11,12 @@ row after it has split, because one record costs less than several. Readers read
 
 import math
 import random
+from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 
 from dht.announcements import Replica, ReplicaState
 from dht.records import INDEX_PIECE, MAX_REPLICAS_OF_RECORD
@@ -53,6 +55,8 @@ leads to many regions, and lives longer: otherwise, a quarter of all hosts would
 each period.
 """
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
+_CHECKED = 2
+"""How many old entries are checked for each read: more than one, so that they do not become ever more."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Region:
     @cached_property
     def split_pieces(self) -> int:
         """The pieces of the index that contain active coordinates, as bits."""
-        return _bits({coordinate // INDEX_PIECE for coordinate in self.active})
+        return bits_of({coordinate // INDEX_PIECE for coordinate in self.active})
 
     def serves(self, uid: Prefix) -> bool:
         """Whether a node that announces there serves the expert."""
@@ -91,7 +95,7 @@ class Region:
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen under a prefix. Pieces of its index are numbers of bits."""
+    """What was seen under a prefix. A set of pieces of its index is an int, in which bit n stands for piece n."""
 
     hosts: int
     is_crowded: bool
@@ -99,25 +103,41 @@ class _Seen:
     """Consecutive reads that found nobody announcing there. A single one may be a lie."""
     active: int
     """The number of active coordinates."""
-    pieces: int
-    """The pieces that were read."""
     read_at: float
-    split: int
-    """The pieces that have led further down."""
-    split_until: float
-    """Until when they count. A later look may not show the index, because somebody hides it."""
+    pieces: int
+    """The pieces that were read lately."""
+    known_since: float
+    """When the first of these was read."""
+    split_until: "array[float]"
+    """Until when each piece counts as one that leads further down; 0: it does not. The array ends with the last piece
+    that does. A later look may not show the index, because somebody hides it.
+    """
 
     @property
     def is_empty(self) -> bool:
         return self.empty_reads >= _EMPTY_READS
 
-    def has_split(self, coordinate: int, now: float) -> bool:
+    def leads_below(self, coordinate: int, now: float) -> bool:
         """Whether hosts are known to announce below this or other next coordinates in the same piece."""
-        return self.split_until > now and bool(self.split >> coordinate // INDEX_PIECE & 1)
+        piece = coordinate // INDEX_PIECE
+        return piece < len(self.split_until) and self.split_until[piece] > now
 
     def is_known(self, coordinate: int, now: float) -> bool:
         """Whether a writer may rely on it for this next coordinate."""
-        return self.read_at > now - _WRITE_FOR_S and bool(self.pieces >> coordinate // INDEX_PIECE & 1)
+        return self.known_since > now - _WRITE_FOR_S and bool(self.pieces >> coordinate // INDEX_PIECE & 1)
+
+
+def bits_of(numbers: Iterable[int]) -> int:
+    """The set of these numbers, as bits."""
+    return reduce(or_, map((1).__lshift__, numbers), 0)
+
+
+def numbers_in(bits: int) -> Iterator[int]:
+    """The numbers in a set of bits, in ascending order."""
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
 
 
 def prefix_of(uid: Prefix, depth: int) -> Prefix:
@@ -160,28 +180,50 @@ class RegionMap:
                 self._hosts.popitem(last=False)
             self._hosts[prefix] = now, region.hosts + region.unread
             return
-        while self._seen and self._is_of_no_use(next(iter(self._seen.values())), now):
-            self._seen.popitem(last=False)
         key = prefix[0], *prefix[1]
         before = self._seen.get(key)
-        empty_reads, split, split_until = 0, 0, 0.0
-        if before is not None:
-            empty_reads, split_until = before.empty_reads, before.split_until
-            split = before.split if split_until > now else 0
-        self._seen[key] = _Seen(
+        read = 1 | bits_of(pieces)  # the first piece is read with the prefix itself
+        seen = self._seen[key] = _Seen(
             hosts=region.hosts + region.unread,
             is_crowded=region.size > CROWDED_BYTES,
-            empty_reads=0 if region.replicas else empty_reads + 1,
+            empty_reads=int(not region.replicas),
             active=len(region.active),
-            pieces=_bits(pieces),
             read_at=now,
-            split=split | region.split_pieces,
-            split_until=self._drawn_split_until(now) if region.active else split_until,
+            pieces=read,
+            known_since=now,
+            split_until=self._split_until(region, now, before),
         )
+        if before is not None:
+            if not region.replicas:  # two reads at one moment may be the same lie
+                seen.empty_reads = before.empty_reads + (before.read_at < now - _JUST_READ_S)
+            if before.pieces & ~read and before.known_since > now - _WRITE_FOR_S:
+                seen.pieces, seen.known_since = read | before.pieces, before.known_since
+        self._forget_some(now)
 
-    def _is_of_no_use(self, seen: _Seen, now: float) -> bool:
-        """Whether it makes no difference any more for where to announce and look."""
-        return seen.read_at <= now - _WRITE_FOR_S and seen.split_until <= now and not seen.is_crowded
+    def _split_until(self, region: Region, now: float, before: _Seen | None) -> "array[float]":
+        split = array("d") if before is None else before.split_until
+        if not region.active:
+            return split
+        missing = region.split_pieces.bit_length() - len(split)
+        split, until = split + array("d", [0.0]) * missing, self._drawn_split_until(now)
+        for piece in numbers_in(region.split_pieces):
+            split[piece] = until
+        return split
+
+    def _forget_some(self, now: float) -> None:
+        """Forgets the oldest entries if they are of no use: they change neither where this peer announces nor where it
+        looks, except that it may read an empty prefix once more.
+        """
+        for _ in range(_CHECKED):
+            key, seen = next(iter(self._seen.items()))
+            if (
+                seen.read_at <= now - _WRITE_FOR_S
+                and not seen.is_crowded
+                and all(until <= now for until in seen.split_until)
+            ):
+                del self._seen[key]
+            else:
+                self._seen.move_to_end(key)  # others may be behind it
 
     def _renew_splits_above(self, prefix: Prefix, now: float) -> None:
         """A host at a longer prefix shows that the shorter ones are still split, so nobody has to read these."""
@@ -189,9 +231,8 @@ class RegionMap:
         for depth, following in enumerate(coordinate):
             key = layer, *coordinate[:depth]
             seen = self._seen.get(key)
-            if seen is not None and seen.has_split(following, now) and seen.read_at > now - _READ_AGAIN_S:
-                seen.split_until = self._drawn_split_until(now)
-                self._seen.move_to_end(key)
+            if seen is not None and seen.leads_below(following, now) and seen.read_at > now - _READ_AGAIN_S:
+                seen.split_until[following // INDEX_PIECE] = self._drawn_split_until(now)
 
     def _drawn_split_until(self, now: float) -> float:
         """Random, so that peers don't all read it again at the same time."""
@@ -208,8 +249,8 @@ class RegionMap:
 
     def has_split(self, layer: int) -> bool:
         """Whether hosts are known to announce below the layer itself."""
-        seen = self._seen.get((layer,))
-        return seen is not None and seen.split_until > self._now()
+        seen, now = self._seen.get((layer,)), self._now()
+        return seen is not None and any(until > now for until in seen.split_until)
 
     def depths(self, below: Prefix) -> list[int]:
         """The depths (numbers of coordinates) at which hosts of an expert, or of experts below a prefix, may announce.
@@ -219,7 +260,7 @@ class RegionMap:
         (layer, coordinate), found, now = below, [], self._now()
         for depth, following in enumerate(coordinate):
             seen = self._seen.get((layer, *coordinate[:depth]))
-            has_split = seen is not None and seen.has_split(following, now)
+            has_split = seen is not None and seen.leads_below(following, now)
             if seen is None or not (has_split and seen.is_empty):
                 found.append(depth)
             if not has_split:
@@ -250,7 +291,7 @@ class RegionMap:
             seen, following = self._seen.get((uid.layer, *prefix[1])), uid.coordinate[depth]
             if seen is None:
                 return prefix, False
-            if not (seen.has_split(following, now) or seen.is_crowded):
+            if not (seen.leads_below(following, now) or seen.is_crowded):
                 return prefix, seen.is_known(following, now)
         return uid, True
 
@@ -283,10 +324,6 @@ class RegionMap:
             return lives
         self._left_to_others[entry] = left + 1
         return 0
-
-
-def _bits(numbers: Iterable[int]) -> int:
-    return sum(1 << number for number in numbers)
 
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:

@@ -9,11 +9,10 @@ import math
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from itertools import accumulate, chain, islice
-from operator import or_
 from statistics import median_low
 from types import MappingProxyType
 
@@ -22,7 +21,7 @@ import numpy as np
 from dht.announcements import Replica, ReplicaState
 from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
-from dht.regions import Prefix
+from dht.regions import Prefix, bits_of, numbers_in
 from dht.uid import UID, coordinate_of, number_of
 from peer.averaging import MAX_UPDATE_COUNT, drawn_stale_last, is_behind, max_plausible_updates
 from peer.clock import earliest
@@ -429,19 +428,6 @@ def _row(uid: UID) -> Prefix:
     return uid.layer, uid.coordinate[:-1]
 
 
-def _bits(numbers: Iterable[int]) -> int:
-    """The set of these numbers, as bits."""
-    return reduce(or_, map((1).__lshift__, numbers), 0)
-
-
-def _numbers(bits: int) -> Iterator[int]:
-    """The numbers in a set of bits, in ascending order."""
-    while bits:
-        lowest = bits & -bits
-        yield lowest.bit_length() - 1
-        bits ^= lowest
-
-
 class HostingSurvey:
     """What one node reads of its swarm in each look.
 
@@ -625,7 +611,7 @@ class HostingSurvey:
         """The vacant experts of these rows to read: those that once had a host, then others; of each kind, first those
         that this peer prefers, which are the same in each look.
         """
-        hosted = {row: _bits(some) for row, some in active.items()}
+        hosted = {row: bits_of(some) for row, some in active.items()}
         for row, lasts in hosted.items():
             self._note_hosts(row, lasts)
         had_host = {row: self._had_host.get(self._number_of(row), 0) for row in hosted}
@@ -635,7 +621,7 @@ class HostingSurvey:
             vacant = (
                 UID(row[0], (*row[1], last))
                 for row, some in kind.items()
-                for last in _numbers(some & ~hosted[row])
+                for last in numbers_in(some & ~hosted[row])
             )
             room = most - len(found)
             found += rank_vacancies(list(islice(vacant, _RANKED * room)), room, self._peer_id)

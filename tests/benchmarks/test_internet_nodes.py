@@ -131,18 +131,21 @@ def test_a_cancelled_timer_does_not_move_the_clock() -> None:
         loop.close()
 
 
-def test_a_task_that_was_cancelled_in_its_sleep_is_freed_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize("fails", [False, True], ids=["cancelled", "failed"])
+def test_a_task_that_ended_in_or_after_a_sleep_is_freed_without_the_garbage_collector(fails: bool) -> None:
+    async def sleeper() -> None:
+        await asyncio.sleep(2.0)
+        raise ValueError
+
     with simulated(1) as world, without_collector():
-
-        async def sleeper() -> None:
-            await asyncio.sleep(10.0)
-
         task = world.loop.create_task(sleeper())
         world.run(1.0)
-        task.cancel()
+        if not fails:
+            task.cancel()
+        world.run(2.0)
+        assert task.cancelled() if not fails else isinstance(task.exception(), ValueError)
         freed = weakref.ref(task)
         del task
-        world.run(10.0)
         assert freed() is None
 
 

@@ -117,6 +117,7 @@ def test_whoever_hides_the_index_in_one_look_sends_no_host_back_to_where_nobody_
     clock, uid = Clock(), UID(0, (2, 3))
     regions = RegionMap(clock.now, random.Random(1))
     for _ in range(2):
+        clock.time += 10
         regions.note((0, ()), [0], SPLIT)
         regions.note((0, (2,)), [0], NOBODY)
     regions.note((0, ()), [0], NOBODY)
@@ -142,13 +143,16 @@ def test_a_prefix_that_has_split_and_is_empty_is_passed_over_for_a_while() -> No
     regions = RegionMap(clock.now, random.Random(1))
     assert regions.depths(uid) == [0]
     regions.note((0, ()), [0], SPLIT)
+    regions.note((0, ()), [0, 1], SPLIT)
     assert regions.depths(uid) == [0, 1], "whoever has answered may hide them"
+    clock.time += 10
     regions.note((0, ()), [0], SPLIT)
     assert regions.depths(uid) == [1]
     replica = Replica(uid, ME, SERVING, 0, 0, 0.0, 0.0)
     regions.note((0, ()), [0], Region({uid: [replica]}, SPLIT.active, 1, 700))
     assert regions.depths(uid) == [0, 1], "somebody is there, or says that others are below"
     for _ in range(2):
+        clock.time += 10
         regions.note((0, ()), [0], SPLIT)
         regions.note((0, (2,)), [0], SPLIT)
     assert regions.depths(uid) == [2]
@@ -178,7 +182,7 @@ def test_what_a_peer_forgets_makes_no_difference(
         read = [] if len(coordinate) == 2 else pieces
         forgets.note((0, coordinate), read, region)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RegionMap, "_is_of_no_use", lambda *seen: False)
+            patch.setattr(RegionMap, "_forget_some", lambda regions, now: None)
             remembers.note((0, coordinate), read, region)
         assert forgets.unread(uids, []) == remembers.unread(uids, [])
         assert forgets.homes(uids) == remembers.homes(uids)
@@ -187,35 +191,51 @@ def test_what_a_peer_forgets_makes_no_difference(
             assert {*forgets.depths(uid)} >= {*remembers.depths(uid)}, "it reads more rather than less"
 
 
-def test_a_writer_relies_only_on_the_pieces_of_the_index_that_it_has_just_read() -> None:
+def test_a_writer_relies_only_on_the_pieces_of_the_index_that_it_has_read_lately() -> None:
     clock, near, far = Clock(), UID(0, (2, 3)), UID(0, (INDEX_PIECE + 2, 3))
     regions = RegionMap(clock.now, random.Random(1))
     regions.note((0, ()), [0], NOBODY)
     assert regions.unread([near, far], []) == [far]
-    regions.note((0, ()), [0, 1], NOBODY)
+    clock.time += 200
+    regions.note((0, ()), [1], NOBODY)
     assert regions.unread([near, far], []) == []
-    clock.time += 301
-    regions.note((0, ()), [1], NOBODY)
-    assert regions.unread([near, far], []) == [near]
-    regions.note((0, ()), [0], SPLIT)
-    regions.note((0, ()), [1], NOBODY)
-    assert regions.depths(near) == [1], "it remembers for longer what has split"
+    for _ in range(2):
+        clock.time += 100
+        regions.note((0, ()), [0], NOBODY)
+        assert regions.unread([near, far], []) == [], "a look-up of one expert makes it forget no other"
+    clock.time += 101
+    regions.note((0, ()), [0], NOBODY)
+    assert regions.unread([near, far], []) == [far]
+
+
+def test_a_piece_of_the_index_that_leads_nowhere_any_more_does_not_count_as_long_as_others_do() -> None:
+    clock, near, far = Clock(), UID(0, (2, 3)), UID(0, (INDEX_PIECE + 2, 3))
+    regions = RegionMap(clock.now, random.Random(1))
+    regions.note((0, ()), [0, 1], Region({}, frozenset({2, INDEX_PIECE + 2}), 0, 0))
+    assert regions.homes([near, far]) == {near: (0, (2,)), far: (0, (INDEX_PIECE + 2,))}
+    for _ in range(4):
+        clock.time += 250
+        regions.note((0, ()), [0, 1], SPLIT)
+        regions.note((0, (2,)), [0], SOMEBODY)
+    assert regions.homes([near, far]) == {near: (0, (2,)), far: (0, ())}
     assert regions.depths(far) == [0]
 
 
-def test_a_peer_forgets_prefixes_that_it_has_not_read_for_long() -> None:
+@pytest.mark.parametrize("first", [NOBODY, FULL], ids=["empty", "full"])
+def test_a_peer_forgets_prefixes_that_it_has_not_read_for_long(first: Region) -> None:
     clock = Clock()
     regions = RegionMap(clock.now, random.Random(1))
-    for row in range(1000):
-        regions.note((0, (row,)), [0], SOMEBODY)
+    for row in range(2000):
+        regions.note((0, (row,)), [0], SOMEBODY if row else first)
         clock.time += 10
-    assert len(regions._seen) == 30
+    assert len(regions._seen) < 60, "it has read 30 in the last five minutes"
 
 
 def test_hosts_further_down_show_that_a_prefix_is_still_split_for_an_hour() -> None:
     clock, uid = Clock(), UID(0, (2, 3))
     regions = RegionMap(clock.now, random.Random(1))
     for _ in range(2):
+        clock.time += 10
         regions.note((0, ()), [0], SPLIT)
         regions.note((0, (2,)), [0], SPLIT)
     for _ in range(11):
