@@ -145,6 +145,8 @@ def _stand_in_for_windows() -> None:
         system.process_cpu_count = os.cpu_count  # Linux's uses a function that is absent
     folders: Any = shutil
     folders._use_fd_functions = False
+    if sys.version_info >= (3, 14):
+        folders._rmtree_impl = folders._rmtree_unsafe  # it has looked before
     os.environ["USERNAME"] = "somebody"  # or getpass asks `pwd`
     signals: Any = signal
     signals.SIGBREAK, signals.CTRL_BREAK_EVENT = signal.SIGUSR2, signal.SIGUSR2
