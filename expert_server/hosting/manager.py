@@ -72,9 +72,9 @@ _ANSWER_WITHIN_S = 2.0
 """If a node does not answer a request to adopt experts within this time, others are asked, too."""
 _CLAIM_WITHIN_S = 10.0
 """A node that has accepted an expert must claim it within this time. Otherwise it is skipped: it may be leaving too."""
-_LOOK_EVERY_S, _LOOK_GROWTH, _LOOK_AT_LEAST_EVERY_S = 0.2, 1.25, 2.0
-"""How often a leaving node checks whether others serve its experts, and asks those again that refused: at first, by
-which factor the pauses grow, and at the end. In a large swarm, each check reads tens of KB.
+_FIRST_PAUSE_S, _PAUSE_GROWTH, _LONGEST_PAUSE_S = 0.2, 1.25, 2.0
+"""The pauses after which a leaving node checks whether others serve its experts, and asks those again that refused: the
+first one, by which factor they grow, and the longest. Each check reads tens of KB in a large swarm.
 """
 _ASKS = 3
 """How many times a node that refuses is asked: strangers may keep it busy."""
@@ -185,14 +185,14 @@ class Handover:
         if not uids:
             return
         await asyncio.gather(self._replicas.offer(uids), self._find_rooms())
-        pause_s = _LOOK_EVERY_S
+        pause_s = _FIRST_PAUSE_S
         async with contextlib.aclosing(TaskSet()) as asking:
             while uids:
                 self._ask(sorted(uids - self._asked.keys()), asking)
                 if not (asking or uids & self._asked.keys()):
                     return
                 await asyncio.sleep(pause_s)
-                pause_s = min(_LOOK_GROWTH * pause_s, _LOOK_AT_LEAST_EVERY_S)
+                pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_PAUSE_S)
                 with contextlib.suppress(UnreachableError):  # it looks again soon
                     replicas = await self._swarm.experts.replicas(uids)
                     await self._note_served({uid for uid, hosts in replicas.items() if self._serving(hosts)})

@@ -384,6 +384,29 @@ def test_a_hurried_node_waits_for_nobody(play: Play) -> None:
     play(scenario)
 
 
+def test_a_leaving_node_looks_less_and_less_often_whether_its_experts_are_served(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 600.0)
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        frozen = await village.join(1, await leaver.swarm.invite(), experts=0, spare=8)
+        unless_frozen(monkeypatch, leaver, frozen)
+        look, looks = leaver.swarm.experts.replicas, 0
+
+        async def counted(uids: Collection[UID], **options: Any) -> Mapping[UID, Sequence[Replica]]:
+            nonlocal looks
+            looks += 1
+            return await look(uids, **options)
+
+        monkeypatch.setattr(leaver.swarm.experts, "replicas", counted)
+        await leaver.hosting.release(4.0)
+        assert 2 < looks < 12, "at five a second, it would be 20"
+
+    play(scenario)
+
+
 def test_a_leaving_replica_is_called_no_more_and_still_counts_as_a_host(play: Play) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8, **LEAVES)
