@@ -56,7 +56,7 @@ each period.
 """
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
 _CHECKED = 2
-"""How many old entries are checked for each read: more than one, so that they do not become ever more."""
+"""How many of the oldest entries are checked after each read, which adds at most one."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Seen:
     pieces: int
     """The pieces that were read lately."""
     known_since: float
-    """When the first of these was read."""
+    """When the earliest of these was read."""
     split_until: "array[float]"
     """Until when each piece counts as one that leads further down; 0: it does not. The array ends with the last piece
     that does. A later look may not show the index, because somebody hides it.
