@@ -34,6 +34,8 @@ _CORE_S = 0.04
 """Seconds from the core of the network to an average peer and back."""
 _FIGURES = Path(__file__).with_name("hops.json")
 _DIGEST_BYTES = 8
+_RECORD_OVERHEAD_BYTES, _INDEX_OVERHEAD_BYTES = 52, 15
+"""What a signed record and an index entry take in an answer besides their value (see `pack_entries`)."""
 _MOST_HOLDERS = 3 * REPLICAS
 _REACHES, _SERVERS = 64, 100
 _SAMPLES, _SAMPLE_FOR_S = 8, 2.0
@@ -317,7 +319,7 @@ class ModelDHT:
         value, subkey = item.value, item.subkey
         before = key.entries.get(subkey)
         if before is None:
-            key.bytes += len(value) + ITEM_OVERHEAD_BYTES
+            key.bytes += _size_of(subkey, value)
         else:
             key.bytes += len(value) - len(before.value)
         stored = StoredRecord(value) if type(value) is bytes else value
@@ -422,7 +424,7 @@ class ModelDHT:
         if gone:
             key.seen_at = -1
             for subkey in gone:
-                key.bytes -= len(key.entries.pop(subkey).value) + ITEM_OVERHEAD_BYTES
+                key.bytes -= _size_of(subkey, key.entries.pop(subkey).value)
                 del key.holders[subkey]
             key.answer = None
         key.first_expiry, key.checked = first, self.world.deaths
@@ -442,8 +444,13 @@ def _usual_reaches(rng: random.Random) -> list[float]:
     return found
 
 
+def _size_of(subkey: object, value: str | bytes) -> int:
+    """Bytes of an entry in an answer."""
+    return len(value) + (_INDEX_OVERHEAD_BYTES if type(subkey) is int else _RECORD_OVERHEAD_BYTES)
+
+
 def _size(entries: Mapping[Any, Entry]) -> int:
-    return sum(len(entry.value) + ITEM_OVERHEAD_BYTES for entry in entries.values())
+    return sum(_size_of(subkey, entry.value) for subkey, entry in entries.items())
 
 
 class ModelLookups(Lookups):

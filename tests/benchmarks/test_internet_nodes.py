@@ -18,7 +18,14 @@ from collector import without_collector
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.internet.dht_model import ModelDHT, ModelLookups, Owed, StoredRecord, without_owing
+from benchmarks.internet.dht_model import (
+    ModelDHT,
+    ModelLookups,
+    Owed,
+    StoredRecord,
+    _size_of,
+    without_owing,
+)
 from benchmarks.internet.large_pages import use_large_pages
 from benchmarks.internet.nodes import InternetSwarm, SimulatedNode, SwarmPlan
 from benchmarks.internet.stand_ins import SharedExperts, UnsignedRecord, simulated
@@ -28,10 +35,11 @@ from benchmarks.simulated_swarm import grid_of
 from dht.announcements import ReplicaAnnouncement, ReplicaState
 from dht.experts import ExpertRegistry
 from dht.manifest import Manifest
-from dht.records import INDEX_PIECE, sign_record
+from dht.records import INDEX_PIECE, SwarmKeys, sign_record
 from dht.regions import Prefix, Region
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
+from peer.kademlia.validation import Entry, pack, pack_entries
 from peer.wire import records_pb2
 
 
@@ -435,3 +443,12 @@ def test_an_unsigned_record_is_as_long_as_a_signed_one(characters: int) -> None:
     payload = records_pb2.RecordPayload(key="k" * characters, expires_at=1.0, peer_id=bytes(34))
     identity: Any = SimulatedIdentity(1)
     assert len(UnsignedRecord(payload)) == len(sign_record(identity, payload))
+
+
+def test_an_entry_counts_as_many_bytes_as_it_takes_in_an_answer() -> None:
+    marked = SwarmKeys("simulated", SimulatedIdentity(1).peer_id).index(0, (12,), 130)
+    writers = [SimulatedIdentity(n).peer_id.to_bytes() for n in range(100)]
+    for values in (dict.fromkeys(range(100), marked), {writer: bytes(700) for writer in writers}):
+        packed = pack_entries({subkey: Entry(pack(value), 1.7e9) for subkey, value in values.items()})
+        counted = sum(_size_of(subkey, value) for subkey, value in values.items())
+        assert counted == pytest.approx(len(packed), rel=0.03)
