@@ -4,6 +4,7 @@ Announcements are in regions (see `dht.regions`), which a reader walks from the 
 """
 
 import asyncio
+import math
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -16,6 +17,7 @@ from dht.announcements import (
     announced,
     read_replicas,
 )
+from dht.manifest import Manifest
 from dht.records import INDEX_PIECE, MAX_INDEX_LIFETIME_S, parse_peer_id
 from dht.regions import Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.registry import Entries, Registry, active_under
@@ -41,12 +43,18 @@ Many claims fail, and an entry can't be withdrawn, so an expert that nobody host
 class ExpertRegistry:
     """One peer's access to the announcements of experts in its swarm. Invalid ones are left out."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, manifest: Manifest | None = None) -> None:
+        """`manifest`: shows how many DHT nodes there are for each layer; None: as few as in a small swarm."""
         self.registry = registry
         self._keys = registry.keys
         self.claims: ClaimAges = ClaimAges()
         """Since when others have claimed experts."""
-        self.regions: RegionMap = RegionMap(registry.now, registry.rng)
+        # a grid of one dimension has no rows below the layer itself
+        grid, layers = ((), math.inf) if manifest is None else (manifest.experts.grid, manifest.model.layers)
+        per_node = 1 / layers if len(grid) > 1 else 0.0
+        self.regions: RegionMap = RegionMap(
+            registry.now, registry.rng, grid, lambda: per_node * registry.lookups.estimated_nodes
+        )
         self._announced: dict[UID, tuple[ReplicaAnnouncement, float]] = {}
         """What this peer announces about its replicas, and until when."""
         self._announcing = asyncio.Lock()
@@ -242,6 +250,8 @@ class ExpertRegistry:
             for (layer, coordinate), levels in depths.items():
                 if any((layer, coordinate[:level]) not in read for level in levels):
                     del known[layer, coordinate]
+                elif levels[0] == 1 and self._may_be_above(layer, coordinate, read):
+                    further[layer, coordinate] = [0]
                 elif (last := levels[-1]) < len(coordinate):
                     region = read[layer, coordinate[:last]]
                     is_found = at_once and region.serves((layer, coordinate))
@@ -249,6 +259,18 @@ class ExpertRegistry:
                         further[layer, coordinate] = [last + 1]
             depths = further
         return read, known.keys()
+
+    def _may_be_above(self, layer: int, coordinate: tuple[int, ...], read: Mapping[Prefix, Region]) -> bool:
+        """Whether hosts may announce at the layer's own key, which this walk has passed over: nothing was found below
+        it, and it is not known to have split.
+        """
+        region = read[layer, coordinate[:1]]
+        return not (
+            region.hosts
+            or region.active
+            or (layer, ()) in read
+            or self.regions.leads_below((layer, ()), coordinate[0])
+        )
 
     async def _read_regions(
         self,

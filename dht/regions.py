@@ -40,6 +40,11 @@ _READ_AGAIN_S = 3600.0
 """If hosts announce at longer prefixes, a prefix that has split is read again only after this time. By then, others may
 announce there.
 """
+_CROWD = 500
+"""If there are this many DHT nodes for each layer, hosts don't announce at a layer's own key, even if it has not split.
+With twice as many, readers begin below it: two peers' estimates may differ.
+"""
+_ESTIMATED_FOR_S = 60.0
 _WRITE_FOR_S = 300.0
 """How long a writer relies on what it has read of a region: whether it had split, and how many announce there.
 """
@@ -47,7 +52,7 @@ _JUST_READ_S = 2.0
 _EMPTY_READS = 2
 """After this many empty reads in a row, a prefix counts as one where nobody announces."""
 _RENEWED_BY = 8
-"""How many hosts renew an index entry in each period, on average."""
+"""How many hosts renew a shared index entry in each quarter of its life, on average."""
 _SHARED_LIVES, _SHARED_LIVES_ABOVE = 2, 8
 """How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are longer
 than two periods each. An entry that leads to hosts of a single expert or region lives for two. An entry further up
@@ -152,9 +157,20 @@ def pieces_of(size: int) -> range:
 class RegionMap:
     """What a peer has learnt of the regions, and where it should announce accordingly. No I/O."""
 
-    def __init__(self, now: Callable[[], float], rng: random.Random) -> None:
+    def __init__(
+        self,
+        now: Callable[[], float],
+        rng: random.Random,
+        grid: Sequence[int] = (),
+        nodes: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`grid`: the experts' grid in each layer. `nodes`: estimates how many DHT nodes there are for each layer."""
         self._now = now
         self._rng = rng
+        self._grid = grid
+        self._nodes = nodes
+        self._estimate: tuple[float, float] = 0.0, -math.inf
+        """The last estimate, and when it was made."""
         self._seen: BoundedDict[tuple[int, ...], _Seen] = BoundedDict(_REMEMBERED)
         """By the numbers of the prefix: a nested key would be larger than what it leads to."""
         self._hosts: BoundedDict[Prefix, tuple[float, int]] = BoundedDict(_REMEMBERED)
@@ -164,8 +180,8 @@ class RegionMap:
         self._just_read: BoundedDict[Prefix, tuple[float, frozenset[int], Region]] = BoundedDict(
             _REMEMBERED_JUST_READ
         )
-        self._left_to_others: BoundedDict[Prefix, int] = BoundedDict(_REMEMBERED)
-        """How many times in a row this peer has left an index entry to others."""
+        self._left_to_others: BoundedDict[Prefix, float] = BoundedDict(_REMEMBERED)
+        """How many times in a row this peer has left an index entry to others; minus infinity: it may always do so."""
 
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
         """Records what this peer has just read, with these pieces of the index."""
@@ -248,19 +264,36 @@ class RegionMap:
         self._just_read.clear()
 
     def has_split(self, layer: int) -> bool:
-        """Whether hosts are known to announce below the layer itself."""
+        """Whether hosts announce below the layer itself, as far as is known."""
         seen, now = self._seen.get((layer,)), self._now()
-        return seen is not None and any(until > now for until in seen.split_until)
+        return self._nodes_of_layer() >= 2 * _CROWD or (
+            seen is not None and any(until > now for until in seen.split_until)
+        )
+
+    def _nodes_of_layer(self) -> float:
+        """About how many DHT nodes there are for each layer."""
+        nodes, estimated_at = self._estimate
+        if (now := self._now()) >= estimated_at + _ESTIMATED_FOR_S:
+            nodes = self._nodes()
+            self._estimate = nodes, now
+        return nodes
+
+    def leads_below(self, prefix: Prefix, coordinate: int) -> bool:
+        """Whether hosts are known to announce below this next coordinate or others in the same piece."""
+        seen = self._seen.get((prefix[0], *prefix[1]))
+        return seen is not None and seen.leads_below(coordinate, self._now())
 
     def depths(self, below: Prefix) -> list[int]:
         """The depths (numbers of coordinates) at which hosts of an expert, or of experts below a prefix, may announce.
         These are all depths down to the first prefix that is not known to have split, without those where nobody
-        announces.
+        announces. In a large swarm, they begin with 1: if nothing is there, depth 0 must be read.
         """
         (layer, coordinate), found, now = below, [], self._now()
         for depth, following in enumerate(coordinate):
             seen = self._seen.get((layer, *coordinate[:depth]))
             has_split = seen is not None and seen.leads_below(following, now)
+            if not (has_split or depth) and self._nodes_of_layer() >= 2 * _CROWD:
+                continue
             if seen is None or not (has_split and seen.is_empty):
                 found.append(depth)
             if not has_split:
@@ -282,7 +315,7 @@ class RegionMap:
         the node hosts below each prefix.
         """
         row, now = len(uid.coordinate) - 1, self._now()
-        for depth in range(row + 1):
+        for depth in range(self._nodes_of_layer() >= _CROWD, row + 1):
             prefix = prefix_of(uid, depth)
             if own[prefix] > MAX_REPLICAS_OF_RECORD:
                 continue
@@ -302,11 +335,14 @@ class RegionMap:
         If an entry leads to few hosts, each renews it whenever it announces, and the entry lives no longer than the
         announcements: while it lives, readers do not see that the hosts have died. If it leads to many, a few of them
         renew it, chosen at random each time, because otherwise all would write to few keys. Since hosts may be made up,
-        no host leaves an entry to others for as long as it lives. Hosts in the node's own region count only for a while
-        after it has read them.
+        some hosts leave no entry to others for as long as it lives: as many as should be enough for the size of the
+        swarm, which can't be made up. Hosts in the node's own region count only for a while after it has read them.
         """
         entry = prefix_of(home, depth + 1)
-        left = self._left_to_others.pop(entry, 0)
+        left = self._left_to_others.get(entry)
+        if left is None:
+            expected = self._nodes_of_layer() / math.prod(self._grid[: depth + 1])
+            left = 0 if self._rng.random() * expected < _RENEWED_BY else -math.inf
         hosts, (layer, coordinate) = 1, home
         for below in range(len(coordinate) - 1, depth, -1):
             above = self._seen.get((layer, *coordinate[:below]))
@@ -320,10 +356,9 @@ class RegionMap:
             return 1
         lives = _SHARED_LIVES if depth == len(home[1]) - 1 else _SHARED_LIVES_ABOVE
         # it renews the entry before the one that it wrote last expires
-        if left == 2 * lives - 1 or self._rng.random() * hosts < _RENEWED_BY:
-            return lives
-        self._left_to_others[entry] = left + 1
-        return 0
+        renews = left >= 2 * lives - 1 or self._rng.random() * hosts * lives < _RENEWED_BY * _SHARED_LIVES
+        self._left_to_others[entry] = left + 1 if not renews else min(left, 0)
+        return lives if renews else 0
 
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:

@@ -281,7 +281,7 @@ class _Peer:
         return Swarm(
             host,
             registry,
-            ExpertRegistry(registry),
+            ExpertRegistry(registry, manifest),
             manifest,
             ManifestRecord(registry, record, self.manifest_file),
             Membership(host, registry, self._store),

@@ -197,7 +197,7 @@ class SimulatedNode:
         identity: Any = peer.identity
         registry = SharedRegistry(lookups, swarm.keys, identity, guard=swarm.guard, now=now, rng=rng)
         registry.lookups = lookups
-        self.experts = SharedExperts(registry)
+        self.experts = SharedExperts(registry, plan.manifest)
         self.period = UpkeepPeriod(
             self.settings.announce_every_s, lambda: registry.spent_bytes, world.rng("periods")
         )

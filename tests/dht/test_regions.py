@@ -1,6 +1,7 @@
 """Where nodes announce their experts, and that readers find all of them there, however many there are."""
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -16,7 +17,7 @@ from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import Replica, ReplicaAnnouncement, ReplicaState, announced, read_replicas
 from dht.records import INDEX_PIECE, MAX_REPLICAS_OF_RECORD, sign_record
-from dht.regions import CROWDED_BYTES, STAYS_AT_ROW, Region, RegionMap
+from dht.regions import _CROWD, CROWDED_BYTES, STAYS_AT_ROW, Prefix, Region, RegionMap
 from dht.registry import Entries
 from dht.uid import UID
 from peer.errors import RecordError
@@ -61,6 +62,13 @@ async def announce(peer: SimulatedPeer, *uids: UID, lifetime_s: float = 90.0) ->
 
 def hosts_of(found: dict[UID, tuple[Replica, ...]]) -> dict[UID, set[PeerID]]:
     return {uid: {replica.peer_id for replica in replicas} for uid, replicas in found.items()}
+
+
+def believe(nodes: float, *peers: SimulatedPeer) -> None:
+    """Lets these peers estimate that there are so many DHT nodes for each layer."""
+    for peer in peers:
+        peer.experts.regions._nodes = lambda: nodes
+        peer.experts.regions._estimate = 0.0, -math.inf
 
 
 def depths(peer: SimulatedPeer) -> set[int]:
@@ -128,6 +136,68 @@ def test_whoever_hides_the_index_in_one_look_sends_no_host_back_to_where_nobody_
         regions.note(prefix, [0], NOBODY)
     assert regions.homes([uid]) == {uid: (0, ())}
     assert regions.depths(uid) == [0], "by now, nobody has said for long that it has split"
+
+
+def test_in_a_large_swarm_nobody_announces_at_the_layer_and_then_nobody_begins_there() -> None:
+    clock, uid, nodes = Clock(), UID(0, (2, 3)), [_CROWD - 1]
+    regions = RegionMap(clock.now, random.Random(1), (4, 4), lambda: nodes[0])
+    for prefix in ((0, ()), (0, (2,))):
+        regions.note(prefix, [0], NOBODY)
+    assert regions.homes([uid]) == {uid: (0, ())}
+    nodes[0] = _CROWD
+    assert regions.homes([uid]) == {uid: (0, ())}, "the estimate is not made again at once"
+    clock.time += 60
+    assert regions.homes([uid]) == {uid: (0, (2,))}
+    assert regions.depths(uid) == [0], "others may think that the swarm is smaller"
+    assert not regions.has_split(0)
+    nodes[0], clock.time = 2 * _CROWD, clock.time + 60
+    assert regions.homes([uid]) == {uid: (0, (2,))}
+    assert [regions.depths(below) for below in ((0, ()), (0, (2,)), uid)] == [[0], [1], [1]]
+    assert regions.has_split(0)
+
+
+@pytest.mark.parametrize(
+    ("writers", "readers"),
+    [(0.9, 1.8), (1.1, 2.1), (1.1, 0.6), (2.1, 1.1), (0.5, 2.1)],
+    ids=["all-at-layer", "all-at-rows", "reader-expects-less", "smaller", "much-smaller"],
+)
+def test_everybody_is_found_if_peers_estimate_the_size_of_the_swarm_differently(
+    writers: float, readers: float
+) -> None:
+    """The estimates are in crowds. Some rows of the grid are empty."""
+
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        uids, reader = [UID(1, (row, n)) for row in range(4) for n in range(4)], swarm.peers[0]
+        believe(writers * _CROWD, *swarm.peers[1:])
+        believe(readers * _CROWD, reader)
+        hosts = {uid: swarm.peers[n] for n, uid in enumerate(uids[:7], 1)}
+        for uid, peer in hosts.items():
+            await announce(peer, uid)
+            assert depths(peer) == {int(writers >= 1)}
+        for _ in range(3):
+            found = hosts_of(await reader.experts.replicas(uids))
+            assert found == {uid: {hosts[uid].peer_id} if uid in hosts else set() for uid in uids}
+            active = await reader.experts.prefixes([(1, (row,)) for row in range(4)], 4)
+            assert [*map(len, active.values())] == [4, 3, 0, 0]
+            await asyncio.sleep(20)
+
+    play(scenario, nodes=8)
+
+
+def test_in_a_large_swarm_the_key_of_a_layer_is_read_only_if_nothing_is_below() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        reader = swarm.peers[0].experts
+        believe(2 * _CROWD, *swarm.peers)
+        await announce(swarm.peers[1], UID(1, (0, 1)))
+        read: list[Prefix] = []
+        note = reader.regions.note
+        reader.regions.note = lambda prefix, *rest: read.append(prefix) or note(prefix, *rest)  # type: ignore
+        await reader.replicas([UID(1, (0, n)) for n in range(4)])
+        assert (1, ()) not in read
+        await reader.replicas([UID(1, (1, n)) for n in range(4)])
+        assert read.count((1, ())) == 1
+
+    play(scenario, nodes=8)
 
 
 def test_many_experts_of_one_node_are_announced_in_several_records() -> None:
@@ -324,6 +394,18 @@ def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(
     assert max(after - before for before, after in pairwise(times)) == most
 
 
+def test_in_a_large_swarm_enough_hosts_renew_the_index_whatever_others_make_up() -> None:
+    """Eighty DHT nodes share each row."""
+    keepers, home = 0, (0, (2, 3))
+    for seed in range(1000):
+        regions = RegionMap(Clock().now, random.Random(seed), (4, 4096), lambda: 4 * 80.0)
+        regions.note(home, [], Region({}, frozenset(), 4096, 0))
+        regions.note((0, (2,)), [0], Region({}, frozenset(range(128)), 0, 0))
+        keepers += sum(bool(regions.index_lives(home, 0)) for _ in range(64)) >= 4
+        assert any(regions.index_lives(home, 1) for _ in range(4)), "few nodes share an expert"
+    assert 70 < keepers < 130
+
+
 def test_everybody_is_found_while_regions_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty nodes have one expert each, and one has all: more than fit at the layer's key, and then at the
     rows' keys.
@@ -359,14 +441,18 @@ def test_everybody_is_found_while_regions_split(monkeypatch: pytest.MonkeyPatch)
     play(scenario, nodes=51)
 
 
-def test_who_marks_a_layer_as_split_hides_nobody() -> None:
+@pytest.mark.parametrize("nodes", [0, 2 * _CROWD], ids=["few", "crowd"])
+def test_who_marks_a_layer_as_split_hides_nobody(nodes: int) -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids, reader = swarm.manifest.uids(), swarm.peers[0]
-        key = swarm.keys.prefix(0)
+        believe(nodes, *swarm.peers)
+        keys = [swarm.keys.prefix(0), *(swarm.keys.prefix(0, (row,)) for row in range(4))]
+        await swarm.announce_all(600.0)
         before = hosts_of(await reader.experts.replicas(uids))
+        assert all(before.values())
         for _ in range(3):
             until = loop.unix_time() + 500
-            await swarm.peers[1].lookups.store([Item(key, c, key, until) for c in (0, 99)])
+            await swarm.peers[1].lookups.store([Item(key, c, key, until) for key in keys for c in (0, 99)])
             for only_active in (False, True, False):
                 assert hosts_of(await reader.experts.replicas(uids, only_active=only_active)) == before
             await swarm.announce_all(600.0)

@@ -145,7 +145,7 @@ class SimulatedRun:
         )
         registry.lookups = lookups
         directory = Directory(
-            ExpertRegistry(registry),
+            ExpertRegistry(registry, scenario.manifest),
             scenario.manifest,
             refresh_every_s=timing.refresh_every_s,
             now=world.now,
