@@ -53,7 +53,9 @@ FEW = 4
 """In layers that have split, a look reads at most this many vacant experts, and as many others."""
 MOST_REGIONS = 32
 """The most regions that a look reads to see what is active. A layer that has just split has many."""
-_LOOKERS = 64
+_FIRST_ROWS = 8
+"""How many rows of such layers each of the first looks of a node reads that hosts nothing yet."""
+_LOOKERS = 32
 """In layers that have split, how many of the nodes that host experts read a grid row in the same period. If there are
 many more nodes than rows, nodes take turns, so that not all of them read the same few keys.
 """
@@ -562,9 +564,9 @@ class HostingSurvey:
 
     def _rows_of_split(self, split: Collection[int], own: Collection[UID], takes_turns: bool) -> list[Prefix]:
         """The rows to read in layers that have split: some where experts were vacant, one of this node's, and another
-        one. The last one changes from look to look; on a huge grid it is random. If there are many more nodes than
-        rows, only some nodes read the last two at a time. `takes_turns`: whether this node may have to wait for its
-        turn.
+        one. The last one changes from look to look; on a huge grid it is random. Instead of it, a new node reads
+        several. If there are many more nodes than rows, only some nodes read the last two at a time. `takes_turns`:
+        whether this node may have to wait for its turn.
         """
         rows = self._rng.sample(self._again, min(FEW, len(self._again)))
         if not split:
@@ -578,16 +580,19 @@ class HostingSurvey:
         turn, waiting = divmod(first + self._looks // _ROWS_FOR, pause)
         if takes_turns and waiting:
             return rows
-        if len(split) * count <= MOST_PREFIXES:
-            number, layer = divmod(turn, len(split))
-            layer, number = sorted(split)[layer], number % count
-        else:
-            rng = self._turn()
-            layer, number = rng.choice(sorted(split)), rng.randrange(count)
-            used = sorted(row for row in self._had_host if row // count == layer)
-            if used and rng.random() < 0.5:
-                number = rng.choice(used) % count
-        return list(dict.fromkeys([*rows, *mine[:1], self._row_of(layer * count + number)]))
+        rows += mine[:1]
+        rng = self._turn()
+        for other in range(_FIRST_ROWS if not takes_turns and self._looks < _ROWS_FOR else 1):
+            if len(split) * count <= MOST_PREFIXES:
+                number, layer = divmod(turn + other, len(split))
+                layer, number = sorted(split)[layer], number % count
+            else:
+                layer, number = rng.choice(sorted(split)), rng.randrange(count)
+                used = sorted(row for row in self._had_host if row // count == layer)
+                if used and rng.random() < 0.5:
+                    number = rng.choice(used) % count
+            rows.append(self._row_of(layer * count + number))
+        return list(dict.fromkeys(rows))
 
     def _turn(self) -> random.Random:
         """A generator that draws the same in several looks, but differently on other nodes. An expert must be found

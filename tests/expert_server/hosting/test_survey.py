@@ -158,7 +158,7 @@ def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> 
     uids = all_uids((16, 16))
     registry = FakeRegistry(uids)
     registry.split(0, 1)
-    registry.estimated_nodes = 8.0 * 64 * 32
+    registry.estimated_nodes = 8.0 * 32 * 32
 
     async def scenario() -> None:
         busy, waiting = make_survey((16, 16), registry), make_survey((16, 16), registry)
