@@ -56,10 +56,10 @@ _SHARD_FOR_S = 600.0
 """How long a peer relies, roughly, on the shard it was last listed in before it checks again."""
 _MOST_SHARDS = 4096
 """The most shards of one length that are read. Somebody could fill shards to make readers read them all."""
-_TRAINER_STEPS = (1, 3, 12)
-"""How many trainer shards are read in each step, if only some trainers are needed."""
-_TRAINER_CHILDREN = 3
-"""How many child shards of well-filled trainer shards are read, if only some trainers are needed."""
+_NODE_STEPS, _TRAINER_STEPS = (4, 28, 224), (1, 3, 12)
+"""How many shards of nodes and of trainers are read in each step, if only some peers are needed."""
+_CHILDREN = 3
+"""How many child shards of well-filled shards are read, if only some peers are needed."""
 _LATER_S = 0.001
 _MAX_WRITTEN = 16384
 
@@ -96,6 +96,8 @@ class _PeerKind(Generic[Info]):
     shard_key: Callable[[str], str]
     fewest_digits: int
     """Of a shard."""
+    steps: Sequence[int]
+    """How many shards are read in each step, if only some peers are needed."""
     read: Callable[[records_pb2.RecordPayload, PeerID], Info | None]
 
 
@@ -151,9 +153,9 @@ class Registry:
         """When this peer's last record under each key expires."""
         self._earlier_until: float | None = None
         """By about this time, everything that this peer wrote before its restart has expired; None: not read yet."""
-        self._nodes = _PeerKind("node", keys.node, keys.node_shard, FEWEST_DIGITS, read_node)
+        self._nodes = _PeerKind("node", keys.node, keys.node_shard, FEWEST_DIGITS, _NODE_STEPS, read_node)
         self._trainers = _PeerKind(
-            "trainer", keys.trainer, keys.trainer_shard, FEWEST_TRAINER_DIGITS, read_trainer
+            "trainer", keys.trainer, keys.trainer_shard, FEWEST_TRAINER_DIGITS, _TRAINER_STEPS, read_trainer
         )
         self.contact: records_pb2.NodeRecord | None = None
         """Where this peer's last node record says that it is reached; None if it is no node."""
@@ -341,27 +343,35 @@ class Registry:
         # a copy of a set need not compute the hashes again
         return frozenset(listed if len(listed) <= most else some_of(listed, most))
 
+    async def some_node_ids(self, enough: int) -> frozenset[PeerID]:
+        """At least `enough` peers, from as few node shards as possible; all if there are fewer."""
+        found, _ = await self._some_ids(self._nodes, enough)
+        return found
+
     async def some_trainer_ids(self, enough: int) -> tuple[frozenset[PeerID], int]:
-        """At least `enough` peers, from as few trainer shards as possible, and about how many all shards list. It reads
-        only a few child shards of well-filled ones, and assumes that the others are like them, so that long lists,
-        which anybody can make, cost little.
+        """At least `enough` peers, from as few trainer shards as possible, and about how many all shards list."""
+        return await self._some_ids(self._trainers, enough)
+
+    async def _some_ids(self, kind: _PeerKind[Any], enough: int) -> tuple[frozenset[PeerID], int]:
+        """Reads only a few child shards of well-filled ones, and assumes that the others are like them, so that long
+        lists, which anybody can make, cost little.
         """
-        first = first_shards(self._trainers.fewest_digits)
+        first = first_shards(kind.fewest_digits)
         shards, read = self.rng.sample(first, len(first)), 0
         listed: dict[str, set[PeerID]] = {}
         found: set[PeerID] = set()
-        for step in _TRAINER_STEPS:
+        for step in kind.steps:
             some, read = shards[read : read + step], read + step
-            listed |= await self._listed(self._trainers, some, FRUGAL)
+            listed |= await self._listed(kind, some, FRUGAL)
             found = found.union(*listed.values())
             if len(found) >= enough:
                 break
         times = len(shards) / read
         about = times * len(found)
         while lower := _below(listed):
-            some = self.rng.sample(lower, min(_TRAINER_CHILDREN, len(lower)))
+            some = self.rng.sample(lower, min(_CHILDREN, len(lower)))
             times *= len(lower) / len(some)
-            listed = await self._listed(self._trainers, some, FRUGAL)
+            listed = await self._listed(kind, some, FRUGAL)
             found = found.union(*listed.values())
             about += times * sum(map(len, listed.values()))
         return frozenset(found), round(about)

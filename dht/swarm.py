@@ -20,7 +20,7 @@ from dht.invites import Invite
 from dht.manifest import Manifest
 from dht.membership import Membership, PeerStore
 from dht.records import FounderRecord, RecordValidator, SwarmKeys, open_old_record, writers_key
-from dht.registry import Registry
+from dht.registry import Registry, some_of
 from peer import clock
 from peer.errors import InviteError, RecordError, SwarmError, UnreachableError
 from peer.host import Host, NetworkConfig
@@ -45,8 +45,6 @@ OTHERS_IN_INVITE = 4
 
 _MANIFESTS = "manifests"
 """The folder with the manifests of the swarms that a peer has been in."""
-_MOST_LISTED = 512
-"""Nodes drawn from the lists in the DHT, to find some with room."""
 _MOST_DIFFERENCES = 4
 """How many keys are named that differ in a founder's manifest."""
 
@@ -217,13 +215,15 @@ def other_swarms(state: Path, keys: SwarmKeys) -> list[str]:
     return sorted(name for name in names if name != keys.swarm_id and not name.startswith("."))
 
 
-async def some_nodes(swarm: Swarm) -> dict[PeerID, NodeInfo]:
-    """Other nodes of the swarm: some drawn from the lists in the DHT, and those in the routing table. Raises
-    UnreachableError.
+async def some_nodes(swarm: Swarm, most: int) -> dict[PeerID, NodeInfo]:
+    """At most so many other nodes of the swarm: half of them drawn from the lists in the DHT, half from the routing
+    table. Raises UnreachableError.
     """
     # the lists are not signed: thousands of names may be made up, but nodes in the routing table have answered
-    listed = await swarm.registry.node_ids(_MOST_LISTED)
-    return await swarm.registry.nodes((listed | swarm.host.peers()) - {swarm.host.peer_id})
+    listed, known = await swarm.registry.some_node_ids(most // 2), swarm.host.peers()
+    return await swarm.registry.nodes(
+        {*some_of(listed, most // 2), *some_of(known, most // 2)} - {swarm.host.peer_id}
+    )
 
 
 def _peer_store(state: Path | None, keys: SwarmKeys) -> PeerStore:

@@ -78,6 +78,8 @@ first one, by which factor they grow, and the longest. Each check reads tens of 
 """
 _ASKS = 3
 """How many times a node that refuses is asked: strangers may keep it busy."""
+_HEIRS, _MOST_HEIRS = 64, 512
+"""How many other nodes a leaving node reads to find some with room, and if their room is not enough."""
 
 
 AverageLast: TypeAlias = Callable[[Mapping[UID, Sequence[Replica]], set[PeerID]], Coroutine[Any, Any, None]]
@@ -107,6 +109,8 @@ class Handover:
         self._clock = clock
         self._nodes: dict[PeerID, NodeInfo] = {}
         self._rooms: dict[PeerID, int] = {}
+        self._has_read_all = False
+        """Whether it has read as many other nodes as it may."""
         self._silent: set[PeerID] = set()
         """Hosts that are announced and did not answer. They may have died, and do not count."""
         self._asked: dict[UID, tuple[PeerID, float]] = {}
@@ -184,13 +188,16 @@ class Handover:
         """Returns when other nodes serve these experts, or nobody is left to ask."""
         if not uids:
             return
-        await asyncio.gather(self._replicas.offer(uids), self._find_rooms())
+        await asyncio.gather(self._replicas.offer(uids), self._find_rooms(len(uids)))
         pause_s = _FIRST_PAUSE_S
         async with contextlib.aclosing(TaskSet()) as asking:
             while uids:
                 self._ask(sorted(uids - self._asked.keys()), asking)
                 if not (asking or uids & self._asked.keys()):
-                    return
+                    if self._has_read_all:
+                        return
+                    await self._read_rooms(_MOST_HEIRS)
+                    continue
                 await asyncio.sleep(pause_s)
                 pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_PAUSE_S)
                 with contextlib.suppress(UnreachableError):  # it looks again soon
@@ -206,11 +213,18 @@ class Handover:
         if served:
             await self._withdraw(served)
 
-    async def _find_rooms(self) -> None:
-        if self._nodes:
-            return
-        self._nodes = await some_nodes(self._swarm)
-        self._rooms = {p: node.expert_capacity - node.expert_count for p, node in self._nodes.items()}
+    async def _find_rooms(self, experts: int) -> None:
+        """Finds other nodes, with room for so many experts if possible."""
+        if not self._nodes:
+            await self._read_rooms(_HEIRS)
+        if not self._has_read_all and sum(max(0, room) for room in self._rooms.values()) < experts:
+            await self._read_rooms(_MOST_HEIRS)
+
+    async def _read_rooms(self, most: int) -> None:
+        nodes = await some_nodes(self._swarm, most)
+        self._has_read_all = most == _MOST_HEIRS
+        self._nodes = nodes | self._nodes
+        self._rooms = {p: n.expert_capacity - n.expert_count for p, n in nodes.items()} | self._rooms
 
     def _ask(self, uids: Collection[UID], asking: TaskSet) -> None:
         """Asks all chosen nodes at once. Experts that they refuse are left for the next time, or for other nodes."""

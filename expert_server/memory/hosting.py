@@ -47,8 +47,8 @@ _BEGIN_WITHIN_S = 60.0
 """A look begins no download later than this. Silent hosts can make a download of each of their shards take minutes."""
 _LOOK_EVERY_S = 1.0
 """How often a leaving node checks whether others have the shards that only it had."""
-_MOST_WATCHED = 8
-"""A leaving node watches this many of the nodes that stay."""
+_MOST_READ, _MOST_WATCHED = 512, 8
+"""How many other nodes a leaving node reads, and how many of those that stay it watches."""
 _WITHDRAW_S = 2.0
 """How long a leaving node tries to withdraw its announcements."""
 _REMEMBERED = 4096
@@ -336,7 +336,7 @@ class MemoryHosting:
         """
         if before and (found := _serving(await self._swarm.registry.nodes(before))):
             return found
-        return frozenset(some_of(_serving(await some_nodes(self._swarm)), _MOST_WATCHED))
+        return frozenset(some_of(_serving(await some_nodes(self._swarm, _MOST_READ)), _MOST_WATCHED))
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
         alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()

@@ -141,6 +141,28 @@ def test_who_needs_some_trainers_reads_little_however_many_are_listed(world: Vir
     world.run_until_complete(scenario())
 
 
+def test_who_needs_some_nodes_reads_few_of_their_lists(world: VirtualLoop) -> None:
+    async def scenario() -> None:
+        swarm = await SimulatedSwarm.start(world, 20, 5, Link(), seed=1)
+        reader, rng = swarm.peers[3].registry, random.Random(0)
+        listed = [PeerID(b"\x12\x20" + rng.randbytes(32)) for _ in range(3000)]
+        keys = [swarm.keys.node_shard(shards_of(peer_id)[0]) for peer_id in listed]
+        until = world.unix_time() + 500.0
+        items = [Item(key, peer.to_bytes(), key, until) for key, peer in zip(keys, listed, strict=True)]
+        for first in range(0, len(items), 500):
+            await swarm.peers[1].registry.store(items[first : first + 500])
+        before = reader.spent_bytes
+        everybody = await reader.node_ids()
+        spent = reader.spent_bytes - before
+        before = reader.spent_bytes
+        some = await reader.some_node_ids(32)
+        assert 32 <= len(some) < len(everybody)
+        assert some <= everybody
+        assert reader.spent_bytes - before < 0.05 * spent
+
+    world.run_until_complete(scenario())
+
+
 def test_trainers_of_a_full_shard_are_listed_below_it_and_counted(
     world: VirtualLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

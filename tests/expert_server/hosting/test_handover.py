@@ -17,9 +17,11 @@ from test_restart import announced
 
 from dht.announcements import NodeInfo, Replica, ReplicaAnnouncement, ReplicaState
 from dht.directory import Directory
+from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.experts.graphs import Rows
+from expert_server.hosting.manager import _HEIRS, _MOST_HEIRS
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.node import Node
 from expert_server.serving.batching import WorkItem
@@ -105,6 +107,39 @@ def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
         assert len(heir.runtime.experts) == total(leaver.hosting.handed_over) == 3
         assert await leaver.replicas.checkpoints.newest() == dict.fromkeys(UIDS, 2)
         assert not leaver.runtime.experts
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("spare", [0, 8], ids=["full", "refuses"])
+def test_if_the_first_nodes_that_it_reads_take_nothing_a_leaving_node_reads_more(
+    play: Play, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    """A large swarm has too many nodes to read all of them."""
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        first = await village.join(1, invite, experts=0, spare=spare)
+        second = await village.join(2, invite, experts=0, spare=8)
+        for node in (leaver, first, second):
+            await village.run(node)
+        read: list[int] = []
+        ask = leaver.replicas.states.ask
+
+        async def read_some(swarm: Swarm, most: int) -> dict[PeerID, NodeInfo]:
+            read.append(most)
+            near = [first] if most == _HEIRS else [first, second]
+            return await swarm.registry.nodes([node.swarm.host.peer_id for node in near])
+
+        async def refused_by_first(node: NodeInfo, *args: Any) -> int:
+            return 0 if node.peer_id == first.swarm.host.peer_id else await ask(node, *args)
+
+        monkeypatch.setattr("expert_server.hosting.manager.some_nodes", read_some)
+        monkeypatch.setattr(leaver.replicas.states, "ask", refused_by_first)
+        assert await leaver.hosting.release(600) == 0
+        assert read == [_HEIRS, _MOST_HEIRS]
+        assert len(second.runtime.experts) == 8
 
     play(scenario)
 
