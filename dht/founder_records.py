@@ -24,6 +24,12 @@ EXPIRES_SOON_S = 7 * 86400.0
 """If the founder does not renew the manifest within this time, nobody can join any more."""
 _KEPT_BY = 8
 """How many peers store each of the records again in each round, on average."""
+_READ_BY = 500
+"""In a large swarm, how many of the DHT's nodes read the list of revoked tokens near its key in each round, on average.
+The others ask a random node.
+"""
+_TOLD = 8
+"""How many nodes a peer tells when it learns of a new list."""
 _RENEW_AFTER_S = LIFETIME_S / 2
 _LOOK_EVERY_S = 3600.0
 """How often other peers look for a newer manifest record, in the second half of its lifetime."""
@@ -127,17 +133,27 @@ class RecordFile:
 
 
 class Revocations:
-    """One peer's copy of the list of revoked tokens. Does nothing in an open swarm."""
+    """One peer's copy of the list of revoked tokens. Does nothing in an open swarm.
+
+    Whoever learns of a new list tells some others, so the nodes of the DHT know it within seconds. Other peers, and
+    those that nobody has told, ask now and then.
+    """
 
     def __init__(
-        self, registry: Registry, admission: SwarmAdmission, file: "RecordFile | None" = None
+        self,
+        registry: Registry,
+        admission: SwarmAdmission,
+        file: "RecordFile | None" = None,
+        rng: random.Random | None = None,
     ) -> None:
         """Applies the record on disk at once. `file`: where the newest record is saved."""
         self._registry = registry
         self._admission = admission
         self._file = file or RecordFile(None)
-        self._rng = random.SystemRandom()
+        self._rng = rng or random.SystemRandom()
         self._newest: FounderRecord | None = None
+        self._has_read = False
+        """Whether it has looked since it started. What it finds later is new to others too."""
         if (saved := registry.read_founder_record(registry.keys.revocations, self._file.read())) is not None:
             self._take(saved)
 
@@ -146,6 +162,24 @@ class Revocations:
         if self._admission.mode == "open":
             return
         if (found := await self._registry.find_founder_record(self._registry.keys.revocations)) is not None:
+            self._take(found)
+        self._has_read = True
+
+    async def refresh(self) -> None:
+        """Looks whether there is a newer list. Call it in every round. Raises UnreachableError."""
+        if self._admission.mode == "open":
+            return
+        reads = self._rng.random() * self._registry.lookups.estimated_nodes < _READ_BY
+        if reads or not await self._registry.ask_one(self._registry.keys.revocations):
+            await self.read()
+        else:
+            self.hear()
+            self._has_read = True
+
+    def hear(self) -> None:
+        """Applies the list that this peer stores as a node of the DHT, if it is newer: others may have told it."""
+        found = self._registry.stored_founder_record(self._registry.keys.revocations)
+        if found is not None and (self._newest is None or found.expires_at > self._newest.expires_at):
             self._take(found)
 
     async def keep(self) -> None:
@@ -170,6 +204,7 @@ class Revocations:
         # later than the last one, even if the clock was set back: of two records, peers keep the one that expires last
         record = self._registry.sign_revocations(wanted, max(now + LIFETIME_S, until + 1.0))
         await self._registry.republish(record)
+        self._has_read = True
         self._take(record)
 
     def _take(self, record: FounderRecord) -> None:
@@ -177,3 +212,5 @@ class Revocations:
         if self._newest is None or record.expires_at > self._newest.expires_at:
             self._newest = record
             self._file.save(record.data)
+            if self._has_read:
+                self._registry.tell(record, _TOLD)

@@ -202,6 +202,22 @@ class Registry:
         value, _ = (await self.get([key]))[key].get(self.keys.author.to_bytes(), (None, 0.0))
         return self.read_founder_record(key, value)
 
+    def stored_founder_record(self, key: str) -> FounderRecord | None:
+        """The founder's record under that key which this peer stores as a node of the DHT."""
+        entry = self._dht.storage.get(key_id_of(key)).get(self.keys.author.to_bytes())
+        if entry is None:
+            return None
+        return self.read_founder_record(key, unpack(entry.value))
+
+    async def ask_one(self, key: str) -> bool:
+        """See `Lookups.ask_one`."""
+        return await self._in_time(self.lookups.ask_one(key_id_of(key)))
+
+    def tell(self, record: FounderRecord, nodes: int) -> None:
+        """Begins to store a founder's record at some known nodes, drawn at random."""
+        item = Item(record.payload.key, self.keys.author.to_bytes(), record.data, record.expires_at)
+        self.lookups.spawn(self.lookups.tell(item, nodes))
+
     def read_founder_record(self, key: str, value: object) -> FounderRecord | None:
         """The founder's record for that key, from any value; None if it is not that record, or has expired."""
         author = self.keys.author

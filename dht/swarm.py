@@ -91,12 +91,12 @@ class Swarm:
         await self.revocations.keep()
 
     async def refresh_admission(self) -> None:
-        """Reads the denylist and, in a swarm that admits by token, the revoked tokens. Warns the owner if this peer's
-        own token expires soon. Raises UnreachableError.
+        """Reads the denylist and, in a swarm that admits by token, looks for newly revoked tokens. Warns the owner if
+        this peer's own token expires soon. Raises UnreachableError.
         """
         self.admission.warn_of_expiry()
         self.admission.denylist.reread()
-        await self.revocations.read()
+        await self.revocations.refresh()
 
     async def keep_admission(self, every_s: float, then: Callable[[], None]) -> None:
         """Refreshes admission for ever, and calls `then` each time. If the DHT does not answer, the old state stays."""

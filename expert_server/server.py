@@ -130,8 +130,7 @@ class AccessControl:
     async def keep_watch(self) -> None:
         """Applies revocations within a second, when this node hears of them or its owner makes them, until cancelled.
 
-        Nodes near the key of the founder's list hear of it when the founder stores it there. In a small swarm, these
-        are all nodes.
+        Nodes near the key of the founder's list hear of it when the founder stores it there, and tell others.
         """
         known = self._swarm.admission.revoked
         while True:
@@ -141,6 +140,7 @@ class AccessControl:
                     await self.look()
             if (revoked := self._swarm.admission.revoked) != known:
                 known = revoked
+                self._swarm.revocations.hear()
                 self._apply()
 
     def _apply(self) -> None:

@@ -323,7 +323,7 @@ class SwarmClient:
         if reads or refused > self._refused:
             self._refused = refused
             with contextlib.suppress(UnreachableError):
-                self.run(self._joined.swarm.refresh_admission())
+                self.run(self._joined.swarm.revocations.read())
         try:
             self._joined.swarm.admission.check_own()
         except RecordError as error:

@@ -277,6 +277,26 @@ class Lookups:
                 self._holders.pop(key, None)
         return again.accepted | anew.accepted
 
+    async def ask_one(self, key: int) -> bool:
+        """Asks a known node, drawn at random, for what it has under a key and this peer lacks, and stores that here.
+        Returns whether it answered.
+
+        For what most nodes have: then it costs no node more than others, however many ask.
+        """
+        drawn = self.witnesses(1)
+        for peer in drawn.values():
+            have = {key: self.dht.storage.get(key)}
+            answers = await self.dht.find(peer, [key], self.checker, have, contacts=0)
+            if answers is not None:
+                self.dht.storage.put(key, answers[key].entries)
+                return True
+        return False
+
+    async def tell(self, item: Item, nodes: int) -> None:
+        """Stores an item at some known nodes, drawn at random, wherever its key is."""
+        row = _row(key_id_of(item.key), item)
+        await asyncio.gather(*(self.dht.store(peer, [row]) for peer in self.witnesses(nodes).values()))
+
     def _known_holders(self, key: int, reach: int) -> _Holders | None:
         """The nodes at which to store the key's items once more: the nearest, and all within the usual reach, which may
         have been estimated better since. None if nearer ones have to be looked for.
