@@ -55,14 +55,14 @@ def batches(seed: int) -> list[np.ndarray]:
     return [rng.standard_normal((BATCH, size)).astype(np.float32) for size in GRID]
 
 
+_MANIFEST = Manifest.model_validate({"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}})
+
+
 async def talkoot_village(folder: Path, nodes: int) -> tuple[list[Multiaddress], list[Host]]:
     """Starts the peers and announces all experts. Returns the first peer's addresses, and the peers; keep a reference
     to them, or they end.
     """
 
-    manifest = Manifest.model_validate(
-        {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
-    )
     bootstrap: list[Multiaddress] = []
     hosts = []
     for n in range(nodes):
@@ -75,7 +75,7 @@ async def talkoot_village(folder: Path, nodes: int) -> tuple[list[Multiaddress],
     keys = SwarmKeys("benchmark", hosts[0].peer_id)
     for n, host in enumerate(hosts):
         experts = _experts(host, keys)
-        uids = manifest.uids()[n::nodes]
+        uids = _MANIFEST.uids()[n::nodes]
         await experts.announce([ReplicaAnnouncement(uid, ReplicaState.SERVING) for uid in uids], _LIFETIME_S)
         record = records_pb2.NodeRecord(
             addresses=["127.0.0.1:1"],
@@ -88,13 +88,10 @@ async def talkoot_village(folder: Path, nodes: int) -> tuple[list[Multiaddress],
 
 
 def _experts(host: Host, keys: SwarmKeys) -> ExpertRegistry:
-    return ExpertRegistry(Registry(host.dht, keys, host.identity))
+    return ExpertRegistry(Registry(host.dht, keys, host.identity), _MANIFEST)
 
 
 async def talkoot_client(folder: Path, bootstrap: Sequence[Multiaddress]) -> dict[str, list[float]]:
-    manifest = Manifest.model_validate(
-        {"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}}
-    )
     keys = SwarmKeys("benchmark", bootstrap[0].peer_id)
     cold_ms: list[float] = []
     warm_ms: list[float] = []
@@ -106,7 +103,7 @@ async def talkoot_client(folder: Path, bootstrap: Sequence[Multiaddress]) -> dic
             bootstrap=bootstrap,
             validator=RecordValidator(),
         )
-        directory = Directory(_experts(host, keys), manifest, refresh_every_s=3.0)
+        directory = Directory(_experts(host, keys), _MANIFEST, refresh_every_s=3.0)
         rng = random.Random(n)
         for k in range(TRIES + 1):
             scores = batches(100 * n + k)

@@ -130,7 +130,7 @@ class SimulatedSwarm:
         if serves_dht:
             await server.start()
         registry = Registry(dht, self.keys, identity, now=now, rng=rng)
-        return SimulatedPeer(identity, transport, dht, server, ExpertRegistry(registry))
+        return SimulatedPeer(identity, transport, dht, server, ExpertRegistry(registry, self.manifest))
 
     async def join(self, peer: SimulatedPeer, by: Sequence[SimulatedPeer] = ()) -> None:
         """Lets a peer join through one of these peers, or any, and look for its neighbours, as

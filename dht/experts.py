@@ -1,10 +1,10 @@
 """Who hosts which expert, according to the DHT: a peer's announcements of its replicas, and those of others.
 
-Announcements are in regions (see `dht.regions`), which a reader walks from the layer down.
+Announcements are in regions (see `dht.regions`), which a reader walks from the layer down, or in a large swarm from the
+rows of the grid down.
 """
 
 import asyncio
-import math
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -43,17 +43,14 @@ Many claims fail, and an entry can't be withdrawn, so an expert that nobody host
 class ExpertRegistry:
     """One peer's access to the announcements of experts in its swarm. Invalid ones are left out."""
 
-    def __init__(self, registry: Registry, manifest: Manifest | None = None) -> None:
-        """`manifest`: shows how many DHT nodes there are for each layer; None: as few as in a small swarm."""
+    def __init__(self, registry: Registry, manifest: Manifest) -> None:
         self.registry = registry
         self._keys = registry.keys
         self.claims: ClaimAges = ClaimAges()
         """Since when others have claimed experts."""
-        # a grid of one dimension has no rows below the layer itself
-        grid, layers = ((), math.inf) if manifest is None else (manifest.experts.grid, manifest.model.layers)
-        per_node = 1 / layers if len(grid) > 1 else 0.0
+        grid, layers = manifest.experts.grid, manifest.model.layers
         self.regions: RegionMap = RegionMap(
-            registry.now, registry.rng, grid, lambda: per_node * registry.lookups.estimated_nodes
+            registry.now, registry.rng, grid, lambda: registry.lookups.estimated_nodes / layers
         )
         self._announced: dict[UID, tuple[ReplicaAnnouncement, float]] = {}
         """What this peer announces about its replicas, and until when."""
@@ -176,7 +173,7 @@ class ExpertRegistry:
         """The live announcements of each expert, without withdrawn ones.
 
         `limits`: see `Lookups.find`. `only_active`: skips regions that no index entry leads to; for many experts.
-        `just_read`: accepts what was read a moment ago. `at_once`: reads the layer, the row and the expert in parallel,
+        `just_read`: accepts what was read a moment ago. `at_once`: reads all regions on the way in parallel,
         and returns as soon as a region has not split or has a host of the expert. For few experts, when time matters.
         """
         found: dict[UID, dict[PeerID, Replica]] = {uid: {} for uid in uids}
@@ -225,9 +222,9 @@ class ExpertRegistry:
     ) -> tuple[dict[Prefix, Region], Collection[Prefix]]:
         """Reads the regions in which hosts of these experts, or of experts below these prefixes, may announce.
 
-        `targets`: each with the size of the next grid dimension; 0 for an expert. The walk begins at the layer, or
-        below regions that are known to have split, and continues where regions have split. Also returns the targets
-        that were read completely.
+        `targets`: each with the size of the next grid dimension; 0 for an expert. The walk begins at the layer, at the
+        rows of the grid in a large swarm, or below regions that are known to have split. It continues where regions
+        have split, and above the rows if they show nothing. Also returns the targets that were read completely.
         """
         read: dict[Prefix, Region] = {}
         known = dict.fromkeys(targets)
@@ -250,13 +247,17 @@ class ExpertRegistry:
             for (layer, coordinate), levels in depths.items():
                 if any((layer, coordinate[:level]) not in read for level in levels):
                     del known[layer, coordinate]
-                elif levels[0] == 1 and self._may_be_above(layer, coordinate, read):
-                    further[layer, coordinate] = [0]
-                elif (last := levels[-1]) < len(coordinate):
+                    continue
+                following = []
+                if levels[0] == 1 and self._may_be_above(layer, coordinate, read):
+                    following.append(0)
+                if (last := levels[-1]) < len(coordinate):
                     region = read[layer, coordinate[:last]]
                     is_found = at_once and region.serves((layer, coordinate))
                     if not is_found and region.leads_to(coordinate[last], only_active):
-                        further[layer, coordinate] = [last + 1]
+                        following.append(last + 1)
+                if following:
+                    further[layer, coordinate] = following
             depths = further
         return read, known.keys()
 

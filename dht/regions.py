@@ -3,10 +3,11 @@
 For a node that hosts 256 experts, one signed record per expert would cost more than everything else it does. So a
 record covers a region: all experts below a prefix of the grid that its node hosts. In a small swarm the region is a
 layer, and a peer that reads one key knows all hosts of that layer. Regions split as they fill up, as shards of nodes
-do: when about 70 others announce at a prefix, further hosts announce at prefixes that are one coordinate longer. Index
-entries at the short prefix say so, and hosts that see them move too. So no key outgrows what one peer can read, and in
-a large swarm nobody has to read the shortest prefixes. A node with several experts in a row of the grid stays at the
-row after it has split, because one record costs less than several. Readers read both.
+do: when about 70 others announce at a layer, or 35 at a longer prefix, further hosts announce at prefixes that are one
+coordinate longer. Index entries at the short prefix say so, and hosts that see them move too. So no key outgrows what
+one peer can read. A node with several experts in a row of the grid stays at the row after it has split, because one
+record costs less than several. Readers read both. In a large swarm, nobody announces at a layer's own key, and readers
+begin with the rows.
 """
 
 import math
@@ -27,8 +28,12 @@ Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
 CROWDED_BYTES = 24 * 1024
-"""If the announcements at a prefix have this size, further hosts use longer prefixes. That is about 70 hosts of a few
-experts each.
+"""If the announcements at a layer's own key have this size, further hosts use longer prefixes. That is about 70 hosts
+of a few experts each.
+"""
+ROW_CROWDED_BYTES = 12 * 1024
+"""The same for longer prefixes. Below them, each expert costs its host a record, but most of what a node reads in large
+swarms are rows of the grid that have not split.
 """
 STAYS_AT_ROW = 4
 """A node with this many experts in a row of the grid announces them at the row, even if it has split."""
@@ -40,9 +45,9 @@ _READ_AGAIN_S = 3600.0
 """If hosts announce at longer prefixes, a prefix that has split is read again only after this time. By then, others may
 announce there.
 """
-_CROWD = 500
-"""If there are this many DHT nodes for each layer, hosts don't announce at a layer's own key, even if it has not split.
-With twice as many, readers begin below it: two peers' estimates may differ.
+LEFT_BY_HOSTS, LEFT_BY_READERS = 250, 1000
+"""How many DHT nodes there are for each layer when hosts no longer announce at a layer's own key, even if it has not
+split, and when readers no longer begin there. Two peers' estimates may differ by a factor of three.
 """
 _ESTIMATED_FOR_S = 60.0
 _WRITE_FOR_S = 300.0
@@ -53,6 +58,8 @@ _EMPTY_READS = 2
 """After this many empty reads in a row, a prefix counts as one where nobody announces."""
 _RENEWED_BY = 8
 """How many hosts renew a shared index entry in each quarter of its life, on average."""
+_KEEPERS = 16
+"""How many DHT nodes that share a prefix always renew the index entry that leads there, on average."""
 _SHARED_LIVES, _SHARED_LIVES_ABOVE = 2, 8
 """How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are longer
 than two periods each. An entry that leads to hosts of a single expert or region lives for two. An entry further up
@@ -106,6 +113,9 @@ class _Seen:
     is_crowded: bool
     empty_reads: int
     """Consecutive reads that found nobody announcing there. A single one may be a lie."""
+    announced: int
+    announced_before: int
+    """The next coordinates of experts that are announced there, as bits, in this read and in the one before."""
     active: int
     """The number of active coordinates."""
     read_at: float
@@ -121,6 +131,11 @@ class _Seen:
     @property
     def is_empty(self) -> bool:
         return self.empty_reads >= _EMPTY_READS
+
+    def says_nothing_of(self, coordinate: int, now: float) -> bool:
+        """Whether nobody announces experts below this next coordinate there, as two reads in a row found lately."""
+        is_fresh = self.read_at > now - _WRITE_FOR_S
+        return self.is_empty or (is_fresh and not (self.announced | self.announced_before) >> coordinate & 1)
 
     def leads_below(self, coordinate: int, now: float) -> bool:
         """Whether hosts are known to announce below this or other next coordinates in the same piece."""
@@ -180,8 +195,10 @@ class RegionMap:
         self._just_read: BoundedDict[Prefix, tuple[float, frozenset[int], Region]] = BoundedDict(
             _REMEMBERED_JUST_READ
         )
-        self._left_to_others: BoundedDict[Prefix, float] = BoundedDict(_REMEMBERED)
-        """How many times in a row this peer has left an index entry to others; minus infinity: it may always do so."""
+        self._left_to_others: BoundedDict[Prefix, tuple[int, float]] = BoundedDict(_REMEMBERED)
+        """How many times in a row this peer has left an index entry to others, and a number from 0 to 1, drawn once. If
+        it is small, the peer is a keeper of the entry.
+        """
 
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
         """Records what this peer has just read, with these pieces of the index."""
@@ -196,13 +213,15 @@ class RegionMap:
                 self._hosts.popitem(last=False)
             self._hosts[prefix] = now, region.hosts + region.unread
             return
-        key = prefix[0], *prefix[1]
+        key, depth = (prefix[0], *prefix[1]), len(prefix[1])
         before = self._seen.get(key)
         read = 1 | bits_of(pieces)  # the first piece is read with the prefix itself
         seen = self._seen[key] = _Seen(
             hosts=region.hosts + region.unread,
-            is_crowded=region.size > CROWDED_BYTES,
+            is_crowded=region.size > (ROW_CROWDED_BYTES if prefix[1] else CROWDED_BYTES),
             empty_reads=int(not region.replicas),
+            announced=bits_of({c for uid in region.replicas for c in uid.coordinate[depth : depth + 1]}),
+            announced_before=-1 if before is None else before.announced,
             active=len(region.active),
             read_at=now,
             pieces=read,
@@ -210,8 +229,11 @@ class RegionMap:
             split_until=self._split_until(region, now, before),
         )
         if before is not None:
-            if not region.replicas:  # two reads at one moment may be the same lie
-                seen.empty_reads = before.empty_reads + (before.read_at < now - _JUST_READ_S)
+            is_again = before.read_at >= now - _JUST_READ_S  # two reads at one moment may be the same lie
+            if is_again:
+                seen.announced_before = before.announced_before
+            if not region.replicas:
+                seen.empty_reads = before.empty_reads + (not is_again)
             if before.pieces & ~read and before.known_since > now - _WRITE_FOR_S:
                 seen.pieces, seen.known_since = read | before.pieces, before.known_since
         self._forget_some(now)
@@ -266,7 +288,7 @@ class RegionMap:
     def has_split(self, layer: int) -> bool:
         """Whether hosts announce below the layer itself, as far as is known."""
         seen, now = self._seen.get((layer,)), self._now()
-        return self._nodes_of_layer() >= 2 * _CROWD or (
+        return self._nodes_of_layer() >= LEFT_BY_READERS or (
             seen is not None and any(until > now for until in seen.split_until)
         )
 
@@ -278,6 +300,10 @@ class RegionMap:
             self._estimate = nodes, now
         return nodes
 
+    def _passes_over_layers(self, least: int) -> bool:
+        """Whether there are so many DHT nodes for each layer. A grid of one dimension has no rows below the layer."""
+        return len(self._grid) > 1 and self._nodes_of_layer() >= least
+
     def leads_below(self, prefix: Prefix, coordinate: int) -> bool:
         """Whether hosts are known to announce below this next coordinate or others in the same piece."""
         seen = self._seen.get((prefix[0], *prefix[1]))
@@ -286,15 +312,15 @@ class RegionMap:
     def depths(self, below: Prefix) -> list[int]:
         """The depths (numbers of coordinates) at which hosts of an expert, or of experts below a prefix, may announce.
         These are all depths down to the first prefix that is not known to have split, without those where nobody
-        announces. In a large swarm, they begin with 1: if nothing is there, depth 0 must be read.
+        announces them. In a large swarm, depth 0 is passed over: if nothing is found below it, it must be read.
         """
         (layer, coordinate), found, now = below, [], self._now()
         for depth, following in enumerate(coordinate):
             seen = self._seen.get((layer, *coordinate[:depth]))
             has_split = seen is not None and seen.leads_below(following, now)
-            if not (has_split or depth) and self._nodes_of_layer() >= 2 * _CROWD:
+            if not (has_split or depth) and self._passes_over_layers(LEFT_BY_READERS):
                 continue
-            if seen is None or not (has_split and seen.is_empty):
+            if seen is None or not (has_split and seen.says_nothing_of(following, now)):
                 found.append(depth)
             if not has_split:
                 return found
@@ -315,7 +341,7 @@ class RegionMap:
         the node hosts below each prefix.
         """
         row, now = len(uid.coordinate) - 1, self._now()
-        for depth in range(self._nodes_of_layer() >= _CROWD, row + 1):
+        for depth in range(self._passes_over_layers(LEFT_BY_HOSTS), row + 1):
             prefix = prefix_of(uid, depth)
             if own[prefix] > MAX_REPLICAS_OF_RECORD:
                 continue
@@ -335,29 +361,31 @@ class RegionMap:
         If an entry leads to few hosts, each renews it whenever it announces, and the entry lives no longer than the
         announcements: while it lives, readers do not see that the hosts have died. If it leads to many, a few of them
         renew it, chosen at random each time, because otherwise all would write to few keys. Since hosts may be made up,
-        some hosts leave no entry to others for as long as it lives: as many as should be enough for the size of the
-        swarm, which can't be made up. Hosts in the node's own region count only for a while after it has read them.
+        its keepers leave it to nobody for as long as it lives. How many these are depends on the size of the DHT alone.
+        Hosts in the node's own region count only for a while after it has read them.
         """
         entry = prefix_of(home, depth + 1)
-        left = self._left_to_others.get(entry)
-        if left is None:
-            expected = self._nodes_of_layer() / math.prod(self._grid[: depth + 1])
-            left = 0 if self._rng.random() * expected < _RENEWED_BY else -math.inf
         hosts, (layer, coordinate) = 1, home
         for below in range(len(coordinate) - 1, depth, -1):
             above = self._seen.get((layer, *coordinate[:below]))
             hosts *= 1 if above is None else max(1, above.active)
         read_at, others = self._hosts.get(home, (0.0, 0))
         if (seen := self._seen.get((layer, *coordinate))) is not None:
-            read_at, others = seen.read_at, seen.hosts
+            read_at, others = seen.read_at, seen.hosts + seen.active
         if read_at > self._now() - _WRITE_FOR_S:
             hosts *= max(1, others)
         if hosts <= _RENEWED_BY:
             return 1
-        lives = _SHARED_LIVES if depth == len(home[1]) - 1 else _SHARED_LIVES_ABOVE
-        # it renews the entry before the one that it wrote last expires
-        renews = left >= 2 * lives - 1 or self._rng.random() * hosts * lives < _RENEWED_BY * _SHARED_LIVES
-        self._left_to_others[entry] = left + 1 if not renews else min(left, 0)
+        is_above = depth < len(coordinate) - 1 or (seen is not None and seen.active > 0)
+        lives = _SHARED_LIVES_ABOVE if is_above else _SHARED_LIVES
+        # drawn at random, so that those which joined together don't renew it together
+        left, drawn = self._left_to_others.get(entry) or (self._rng.randrange(2 * lives), self._rng.random())
+        is_keeper = drawn * self._nodes_of_layer() < _KEEPERS * math.prod(self._grid[: depth + 1])
+        # a keeper renews the entry before the one that it wrote last expires
+        renews = is_keeper and (
+            left >= 2 * lives - 1 or self._rng.random() * hosts * lives < _RENEWED_BY * _SHARED_LIVES
+        )
+        self._left_to_others[entry] = 0 if renews else left + 1, drawn
         return lives if renews else 0
 
 

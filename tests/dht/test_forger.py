@@ -50,7 +50,7 @@ class Swarm:
         return Registry(self.hosts[n].dht, self.keys, self.hosts[n].identity)
 
     def experts(self, n: int) -> ExpertRegistry:
-        return ExpertRegistry(self.registry(n))
+        return ExpertRegistry(self.registry(n), MANIFEST)
 
     async def forge(self, key: str, subkey: object, value: object, expires_at: float) -> None:
         """Offers an entry to all peers, and puts it into the forger's own store, which answers everybody with it."""

@@ -356,7 +356,7 @@ def test_nothing_to_say_and_nothing_to_ask_costs_no_call(swarm: Swarm) -> None:
 def test_a_dht_that_does_not_answer_is_unreachable_in_bounded_time(swarm: Swarm) -> None:
     async def scenario() -> None:
         host = swarm.hosts[1]
-        hurried = ExpertRegistry(Registry(host.dht, swarm.keys, host.identity, deadline_s=0.0))
+        hurried = ExpertRegistry(Registry(host.dht, swarm.keys, host.identity, deadline_s=0.0), MANIFEST)
         for call in (
             hurried.replicas([FIRST]),
             hurried.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S),
@@ -374,7 +374,7 @@ def test_what_is_asked_of_the_dht_is_counted(swarm: Swarm) -> None:
         return metrics.get_sample_value(f"talkoot_dht_{name}", labels)
 
     async def scenario() -> None:
-        experts = ExpertRegistry(Registry(host.dht, swarm.keys, host.identity, metrics=metrics))
+        experts = ExpertRegistry(Registry(host.dht, swarm.keys, host.identity, metrics=metrics), MANIFEST)
         await experts.announce([ReplicaAnnouncement(FIRST, SERVING)], LIFETIME_S)
         await experts.replicas([FIRST, SECOND])
         await experts.replicas([])  # asks for nothing

@@ -132,7 +132,7 @@ async def other_half(village: Village, swarm: Swarm) -> Swarm:
         swarm,
         host=host,
         registry=registry,
-        experts=ExpertRegistry(registry),
+        experts=ExpertRegistry(registry, swarm.manifest),
         membership=membership,
         peer_store=peer_store,
         metrics=new_registry(),

@@ -65,7 +65,7 @@ async def name_it(swarm: Swarm, identities: Sequence[Identity], victim: Endpoint
     uids = swarm.manifest.uids()
     serving = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 10**6) for uid in uids]
     for identity in identities:
-        experts = ExpertRegistry(Registry(swarm.host.dht, swarm.keys, identity))
+        experts = ExpertRegistry(Registry(swarm.host.dht, swarm.keys, identity), swarm.manifest)
         here = f"/ip4/{victim.host}/tcp/{victim.port}/p2p/{identity.peer_id}"
         record = Stranger(swarm).node_record(
             certificate=identity.make_certificate(),

@@ -77,7 +77,7 @@ class Swarm:
     def experts(self, n: int, now: Callable[[], float] | None = None) -> ExpertRegistry:
         """What a peer knows of the experts; with another clock, a new one that knows nothing."""
         if now is not None or n not in self._experts:
-            made = ExpertRegistry(self.registry(n, now))
+            made = ExpertRegistry(self.registry(n, now), MANIFEST)
             return self._experts.setdefault(n, made) if now is None else made
         return self._experts[n]
 

@@ -177,6 +177,24 @@ def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> 
     asyncio.run(scenario())
 
 
+def test_a_new_node_first_reads_several_rows_of_a_layer_that_has_split() -> None:
+    registry = FakeRegistry(all_uids((16, 16)))
+    registry.split(0, 1)
+    survey, mine = make_survey((16, 16), registry), UID(0, (0, 0))
+    read = []
+
+    async def scenario() -> None:
+        for looks, hosted in ((6, ()), (6, ()), (6, (mine,))):
+            rows = set[Prefix]()
+            for _ in range(looks):
+                await survey.read(hosted)
+                rows.update(registry.first_rows)
+            read.append(rows)
+
+    asyncio.run(scenario())
+    assert [*map(len, read)] == [8, 1, 2], "its own row and another one, once it hosts something"
+
+
 def test_newcomers_read_different_rows_of_a_layer_that_turns_out_to_have_split() -> None:
     registry = FakeRegistry(all_uids((64, 4)))
     read = []
