@@ -40,6 +40,8 @@ _LOOKS = 3
 """How often a peer looks for the manifest before it uses its own copy, or a founder founds a new swarm."""
 _REMEMBERED_TRIED = 64
 """The most addresses from earlier runs that are tried at the start."""
+SMALL_SWARM = 512
+"""In a DHT with this many nodes or fewer, all lists of nodes are read at once."""
 OTHERS_IN_INVITE = 4
 """The most addresses of other peers in an invite."""
 
@@ -216,14 +218,15 @@ def other_swarms(state: Path, keys: SwarmKeys) -> list[str]:
 
 
 async def some_nodes(swarm: Swarm, most: int) -> dict[PeerID, NodeInfo]:
-    """At most so many other nodes of the swarm: half of them drawn from the lists in the DHT, half from the routing
-    table. Raises UnreachableError.
+    """At most so many other nodes of the swarm: up to half of them from the routing table, and the others drawn from
+    the lists in the DHT. Raises UnreachableError.
     """
     # the lists are not signed: thousands of names may be made up, but nodes in the routing table have answered
-    listed, known = await swarm.registry.some_node_ids(most // 2), swarm.host.peers()
-    return await swarm.registry.nodes(
-        {*some_of(listed, most // 2), *some_of(known, most // 2)} - {swarm.host.peer_id}
-    )
+    me, registry = swarm.host.peer_id, swarm.registry
+    known = {*some_of(swarm.host.peers() - {me}, most // 2)}
+    is_small = registry.lookups.estimated_nodes <= SMALL_SWARM
+    listed = await (registry.node_ids(SMALL_SWARM) if is_small else registry.some_node_ids(most))
+    return await registry.nodes(known.union(some_of(listed - known - {me}, most - len(known))))
 
 
 def _peer_store(state: Path | None, keys: SwarmKeys) -> PeerStore:

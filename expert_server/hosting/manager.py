@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
-from dht.swarm import Swarm, some_nodes
+from dht.swarm import SMALL_SWARM, Swarm, some_nodes
 from dht.uid import UID
 from expert_server.hosting.placement import (
     ExchangeHysteresis,
@@ -79,7 +79,9 @@ first one, by which factor they grow, and the longest. Each check reads tens of 
 _ASKS = 3
 """How many times a node that refuses is asked: strangers may keep it busy."""
 _HEIRS, _MOST_HEIRS = 64, 512
-"""How many other nodes a leaving node reads to find some with room, and if their room is not enough."""
+"""How many other nodes a leaving node of a large swarm reads first, to ask them to adopt its experts. If they don't
+take all, or if the swarm is small, it reads so many.
+"""
 
 
 AverageLast: TypeAlias = Callable[[Mapping[UID, Sequence[Replica]], set[PeerID]], Coroutine[Any, Any, None]]
@@ -111,6 +113,7 @@ class Handover:
         self._rooms: dict[PeerID, int] = {}
         self._has_read_all = False
         """Whether it has read as many other nodes as it may."""
+        self._reading = asyncio.Lock()
         self._silent: set[PeerID] = set()
         """Hosts that are announced and did not answer. They may have died, and do not count."""
         self._asked: dict[UID, tuple[PeerID, float]] = {}
@@ -188,16 +191,16 @@ class Handover:
         """Returns when other nodes serve these experts, or nobody is left to ask."""
         if not uids:
             return
-        await asyncio.gather(self._replicas.offer(uids), self._find_rooms(len(uids)))
+        await asyncio.gather(self._replicas.offer(uids), self._read_rooms())
         pause_s = _FIRST_PAUSE_S
         async with contextlib.aclosing(TaskSet()) as asking:
             while uids:
                 self._ask(sorted(uids - self._asked.keys()), asking)
-                if not (asking or uids & self._asked.keys()):
-                    if self._has_read_all:
-                        return
-                    await self._read_rooms(_MOST_HEIRS)
+                if not asking and uids - self._asked.keys() and not self._has_read_all:
+                    await self._read_rooms(more=True)
                     continue
+                if not (asking or uids & self._asked.keys()):
+                    return
                 await asyncio.sleep(pause_s)
                 pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_PAUSE_S)
                 with contextlib.suppress(UnreachableError):  # it looks again soon
@@ -213,18 +216,25 @@ class Handover:
         if served:
             await self._withdraw(served)
 
-    async def _find_rooms(self, experts: int) -> None:
-        """Finds other nodes, with room for so many experts if possible."""
-        if not self._nodes:
-            await self._read_rooms(_HEIRS)
-        if not self._has_read_all and sum(max(0, room) for room in self._rooms.values()) < experts:
-            await self._read_rooms(_MOST_HEIRS)
-
-    async def _read_rooms(self, most: int) -> None:
-        nodes = await some_nodes(self._swarm, most)
-        self._has_read_all = most == _MOST_HEIRS
-        self._nodes = nodes | self._nodes
-        self._rooms = {p: n.expert_capacity - n.expert_count for p, n in nodes.items()} | self._rooms
+    async def _read_rooms(self, more: bool = False) -> None:
+        """Reads some other nodes; again, and as many as it may, only if `more` are needed. Raises UnreachableError,
+        except for these.
+        """
+        async with self._reading:
+            if self._has_read_all or (self._nodes and not more):
+                return
+            is_small = self._swarm.registry.lookups.estimated_nodes <= SMALL_SWARM
+            self._has_read_all = more or is_small
+            try:
+                nodes = await some_nodes(self._swarm, _MOST_HEIRS if self._has_read_all else _HEIRS)
+            except UnreachableError:
+                if not more:
+                    raise
+                return
+            self._nodes = nodes | self._nodes
+            self._rooms = {
+                p: node.expert_capacity - node.expert_count for p, node in nodes.items()
+            } | self._rooms
 
     def _ask(self, uids: Collection[UID], asking: TaskSet) -> None:
         """Asks all chosen nodes at once. Experts that they refuse are left for the next time, or for other nodes."""

@@ -23,6 +23,7 @@ from dht.records import (
     shards_of,
 )
 from dht.registry import Registry
+from dht.swarm import some_nodes
 from peer.identity import PeerID
 from peer.kademlia.lookups import Item
 from peer.kademlia.routing import key_id_of
@@ -159,6 +160,28 @@ def test_who_needs_some_nodes_reads_few_of_their_lists(world: VirtualLoop) -> No
         assert 32 <= len(some) < len(everybody)
         assert some <= everybody
         assert reader.spent_bytes - before < 0.05 * spent
+
+    world.run_until_complete(scenario())
+
+
+@pytest.mark.parametrize("estimated", [100.0, 10_000.0], ids=["small", "large"])
+def test_nodes_are_drawn_from_the_lists_and_from_those_that_a_peer_knows(
+    world: VirtualLoop, monkeypatch: pytest.MonkeyPatch, estimated: float
+) -> None:
+    monkeypatch.setattr("peer.kademlia.lookups.Lookups.estimated_nodes", estimated)
+
+    async def scenario() -> None:
+        simulated = await SimulatedSwarm.start(world, 60, 5, Link(), seed=1)
+        ids = [peer.peer_id for peer in simulated.peers]
+        known, registry = ids[1:11], simulated.peers[0].registry
+        for peers in ((), known, [ids[0], *known]):
+            host = SimpleNamespace(peer_id=ids[0], peers=lambda peers=peers: frozenset(peers))
+            swarm: Any = SimpleNamespace(host=host, registry=registry)
+            nodes = await some_nodes(swarm, 16)
+            assert 14 <= len(nodes) <= 16, "the lists may name some that it knows"
+            assert len(nodes.keys() & {*known}) >= (8 if peers else 0)
+            assert ids[0] not in nodes
+        assert len(await some_nodes(swarm, 512)) == 59, "all others"
 
     world.run_until_complete(scenario())
 

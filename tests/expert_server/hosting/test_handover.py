@@ -111,11 +111,14 @@ def test_what_nobody_has_room_for_stays_in_the_checkpoints(play: Play) -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize("spare", [0, 8], ids=["full", "refuses"])
-def test_if_the_first_nodes_that_it_reads_take_nothing_a_leaving_node_reads_more(
-    play: Play, monkeypatch: pytest.MonkeyPatch, spare: int
+@pytest.mark.parametrize(
+    ("spare", "accepts"), [(0, 0), (8, 0), (8, 1)], ids=["full", "refuses", "accepts-one-and-takes-none"]
+)
+def test_if_the_first_nodes_that_it_reads_do_not_take_all_a_leaving_node_reads_more(
+    play: Play, monkeypatch: pytest.MonkeyPatch, spare: int, accepts: int
 ) -> None:
     """A large swarm has too many nodes to read all of them."""
+    monkeypatch.setattr("expert_server.hosting.manager.SMALL_SWARM", 0)
 
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
@@ -132,14 +135,43 @@ def test_if_the_first_nodes_that_it_reads_take_nothing_a_leaving_node_reads_more
             near = [first] if most == _HEIRS else [first, second]
             return await swarm.registry.nodes([node.swarm.host.peer_id for node in near])
 
-        async def refused_by_first(node: NodeInfo, *args: Any) -> int:
-            return 0 if node.peer_id == first.swarm.host.peer_id else await ask(node, *args)
+        async def answer(node: NodeInfo, reason: Any, uids: Collection[UID], *args: Any) -> int:
+            if node.peer_id != first.swarm.host.peer_id:
+                return await ask(node, reason, uids, *args)
+            return accepts if len(uids) == 8 else 0
 
         monkeypatch.setattr("expert_server.hosting.manager.some_nodes", read_some)
-        monkeypatch.setattr(leaver.replicas.states, "ask", refused_by_first)
-        assert await leaver.hosting.release(600) == 0
+        monkeypatch.setattr(leaver.replicas.states, "ask", answer)
+        leaving = asyncio.ensure_future(leaver.hosting.release(600))
+        async with asyncio.timeout(8):
+            while len(second.runtime.experts) < 8 - accepts:  # noqa: ASYNC110  # nothing says when it adopts one
+                await asyncio.sleep(0.05)
+        assert await leaving == 0
         assert read == [_HEIRS, _MOST_HEIRS]
         assert len(second.runtime.experts) == 8
+
+    play(scenario)
+
+
+def test_experts_find_the_first_heirs_though_no_more_can_be_read(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.hosting.manager.SMALL_SWARM", 0)
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=3)
+        for node in (leaver, heir):
+            await village.run(node)
+
+        async def read_some(swarm: Swarm, most: int) -> dict[PeerID, NodeInfo]:
+            if most == _MOST_HEIRS:
+                raise UnreachableError("no DHT peer answered")
+            return await swarm.registry.nodes([heir.swarm.host.peer_id])
+
+        monkeypatch.setattr("expert_server.hosting.manager.some_nodes", read_some)
+        assert await leaver.hosting.release(600) == 5
+        assert len(heir.runtime.experts) == 3
 
     play(scenario)
 
