@@ -94,7 +94,7 @@ def test_all_nodes_know_a_new_list_within_seconds_and_the_others_after_their_nex
         for serial in (7, 8):
             await swarm.founder.revocations.publish(range(7, serial + 1))
             await asyncio.sleep(10)
-            assert swarm.knowing(serial, swarm.nodes) >= 0.99
+            assert swarm.knowing(serial, swarm.nodes) >= 0.97, "few others know the rest"
             assert swarm.knowing(serial, swarm.readers) == 0
             for _ in range(2):
                 await swarm.look()
@@ -158,7 +158,7 @@ def test_an_older_list_that_is_stored_again_is_not_news(monkeypatch: pytest.Monk
         registry.tell(older, 8)
         await asyncio.sleep(10)
         assert sum(count for (method, _), count in swarm.called.items() if method == "store") <= 8
-        assert swarm.knowing(8, swarm.nodes) >= 0.99
+        assert swarm.knowing(8, swarm.nodes) >= 0.97
         held = swarm.nodes[5].peer.dht.storage.get(key_id_of(swarm.simulated.keys.revocations))
         assert len(held) == 1
 
