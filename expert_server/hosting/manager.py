@@ -51,9 +51,9 @@ LOOKS_PER_PERIOD = 4
 """The first reads what the swarm lacks, and the others only experts that it found without a host."""
 _LOOKS = 2
 """How many looks in a row must find an expert vacant before it is adopted."""
-_LOOKS_WITHOUT = 5
+_LOOKS_WITHOUT = 4
 """The same if the expert was hosted before and this node has no checkpoint of it, and so would have to restart it. All
-nodes look at least once in this time, so nodes with a checkpoint usually come first. One that comes later takes the
+nodes look about once in this time, so nodes with a checkpoint usually come first. One that comes later takes the
 expert back.
 """
 _FIRM_LOOKS = 4
