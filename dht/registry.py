@@ -169,10 +169,8 @@ class Registry:
 
     @property
     def spent_bytes(self) -> int:
-        """Bytes of this peer's calls to the DHT so far, without look-ups of random keys. These have a limit of their
-        own, but one costs as much as a round.
-        """
-        return self._dht.spent_bytes - self.lookups.sampled_bytes
+        """Bytes of this peer's calls to the DHT so far."""
+        return self._dht.spent_bytes
 
     def sign_manifest(self, manifest_json: bytes, expires_at: float) -> FounderRecord:
         """The manifest's record, to be stored by `republish`."""

@@ -466,7 +466,6 @@ class ModelLookups(Lookups):
         self._stored: dict[int, int] = {}
         """For each key under which this peer has stored, how many more times it does so without a look-up."""
         self._sample_at = 0.0
-        self.sampled_bytes = 0
         self._within = dht.rng.choice(dht.reaches)
 
     @property
@@ -553,7 +552,6 @@ class ModelLookups(Lookups):
         if world.time() >= self._sample_at:
             cost = model.cost("nearest", False, 1)
             spent = cost.question_bytes + cost.answer_bytes
-            self.sampled_bytes += int(spent)
             self._sample_at = world.time() + pause_after_sample(spent, peer.place << _HEAD)
             model.charge((), 1, cost, peer, "read")
         return found

@@ -163,8 +163,6 @@ class Lookups:
         self.checker: EntryChecker = EntryChecker(guard)
         self.reach: UsualReach = UsualReach()
         self.rng: random.Random = rng or random.SystemRandom()
-        self.sampled_bytes: int = 0
-        """Bytes of the calls of look-ups of random keys so far, about."""
         self._sample_at = self._replace_at = 0.0
         self._tasks = TaskSet()
         self.unverified: UnverifiedNodes = UnverifiedNodes()
@@ -217,7 +215,6 @@ class Lookups:
             reach.note(key, found.search.nearest()[: DEFAULT_LIMITS.front])
         self.reach = reach
         cost, now = self.dht.spent_bytes - spent, asyncio.get_running_loop().time()
-        self.sampled_bytes += cost
         self._sample_at = now + pause_after_sample(cost, self.dht.node_id)
         self._replace_at = now + cost / _REPLACED_BYTES_PER_S
 

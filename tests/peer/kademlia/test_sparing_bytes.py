@@ -258,19 +258,6 @@ def test_a_frugal_look_up_finds_the_same_for_fewer_bytes() -> None:
     play(scenario)
 
 
-def test_look_ups_of_random_keys_do_not_count_as_upkeep() -> None:
-    """One of them costs as much as a round, and would make the next periods longer."""
-
-    async def scenario(swarm: SimulatedSwarm) -> None:
-        reader = await newcomer(swarm)
-        upkeep, all_calls = reader.registry.spent_bytes, reader.dht.spent_bytes
-        await reader.lookups.sample()
-        assert reader.dht.spent_bytes > all_calls + 1000
-        assert reader.registry.spent_bytes == upkeep
-
-    play(scenario)
-
-
 def test_a_frugal_look_up_passes_over_the_dead() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         await write(swarm, 60)
