@@ -208,9 +208,11 @@ class Revocations:
         self._take(record)
 
     def _take(self, record: FounderRecord) -> None:
+        known = () if self._newest is None else self._newest.payload.revocations.serials
+        is_news = not {*record.payload.revocations.serials} <= {*known}
         self._admission.revoke(record.payload.revocations.serials)
         if self._newest is None or record.expires_at > self._newest.expires_at:
             self._newest = record
             self._file.save(record.data)
-            if self._has_read:
+            if self._has_read and is_news:
                 self._registry.tell(record, _TOLD)

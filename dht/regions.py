@@ -57,9 +57,11 @@ _JUST_READ_S = 2.0
 _EMPTY_READS = 2
 """After this many empty reads in a row, a prefix counts as one where nobody announces."""
 _RENEWED_BY = 8
-"""How many hosts renew a shared index entry in each quarter of its life, on average."""
-_KEEPERS = 16
-"""How many DHT nodes that share a prefix always renew the index entry that leads there, on average."""
+"""How many hosts renew a shared index entry in each period, on average; while it lives, if it leads to many regions."""
+_KEEPERS = 8
+"""How many of the DHT nodes that there are for each prefix always renew the index entry that leads there, if they host
+experts below it.
+"""
 _SHARED_LIVES, _SHARED_LIVES_ABOVE = 2, 8
 """How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are longer
 than two periods each. An entry that leads to hosts of a single expert or region lives for two. An entry further up
@@ -220,7 +222,7 @@ class RegionMap:
             hosts=region.hosts + region.unread,
             is_crowded=region.size > (ROW_CROWDED_BYTES if prefix[1] else CROWDED_BYTES),
             empty_reads=int(not region.replicas),
-            announced=bits_of({c for uid in region.replicas for c in uid.coordinate[depth : depth + 1]}),
+            announced=self._announced_in(region, depth),
             announced_before=-1 if before is None else before.announced,
             active=len(region.active),
             read_at=now,
@@ -231,12 +233,22 @@ class RegionMap:
         if before is not None:
             is_again = before.read_at >= now - _JUST_READ_S  # two reads at one moment may be the same lie
             if is_again:
+                seen.announced |= before.announced
                 seen.announced_before = before.announced_before
             if not region.replicas:
                 seen.empty_reads = before.empty_reads + (not is_again)
             if before.pieces & ~read and before.known_since > now - _WRITE_FOR_S:
                 seen.pieces, seen.known_since = read | before.pieces, before.known_since
         self._forget_some(now)
+
+    def _announced_in(self, region: Region, depth: int) -> int:
+        """The next coordinates of the replicas in a region, as bits; all of them if some of its hosts were not read.
+        Anybody may announce experts outside the grid, with coordinates of any size.
+        """
+        if region.unread or depth >= len(self._grid):
+            return -1
+        announced = {c for uid in region.replicas for c in uid.coordinate[depth : depth + 1]}
+        return bits_of(c for c in announced if c < self._grid[depth])
 
     def _split_until(self, region: Region, now: float, before: _Seen | None) -> "array[float]":
         split = array("d") if before is None else before.split_until
@@ -361,8 +373,9 @@ class RegionMap:
         If an entry leads to few hosts, each renews it whenever it announces, and the entry lives no longer than the
         announcements: while it lives, readers do not see that the hosts have died. If it leads to many, a few of them
         renew it, chosen at random each time, because otherwise all would write to few keys. Since hosts may be made up,
-        its keepers leave it to nobody for as long as it lives. How many these are depends on the size of the DHT alone.
-        Hosts in the node's own region count only for a while after it has read them.
+        its keepers leave it to nobody for as long as it lives: all hosts in a small swarm, and a share of them in a
+        large one, which depends on the size of the DHT. Hosts in the node's own region count only for a while after it
+        has read them.
         """
         entry = prefix_of(home, depth + 1)
         hosts, (layer, coordinate) = 1, home
@@ -371,19 +384,24 @@ class RegionMap:
             hosts *= 1 if above is None else max(1, above.active)
         read_at, others = self._hosts.get(home, (0.0, 0))
         if (seen := self._seen.get((layer, *coordinate))) is not None:
-            read_at, others = seen.read_at, seen.hosts + seen.active
+            read_at, others = seen.read_at, seen.hosts
         if read_at > self._now() - _WRITE_FOR_S:
             hosts *= max(1, others)
-        if hosts <= _RENEWED_BY:
-            return 1
-        is_above = depth < len(coordinate) - 1 or (seen is not None and seen.active > 0)
-        lives = _SHARED_LIVES_ABOVE if is_above else _SHARED_LIVES
         # drawn at random, so that those which joined together don't renew it together
-        left, drawn = self._left_to_others.get(entry) or (self._rng.randrange(2 * lives), self._rng.random())
+        left, drawn = self._left_to_others.get(entry) or (
+            self._rng.randrange(2 * _SHARED_LIVES_ABOVE),
+            self._rng.random(),
+        )
+        if hosts <= _RENEWED_BY:
+            self._left_to_others[entry] = 2 * _SHARED_LIVES_ABOVE, drawn  # that entry does not live long
+            return 1
+        is_above = depth < len(coordinate) - 1
+        lives = _SHARED_LIVES_ABOVE if is_above else _SHARED_LIVES
         is_keeper = drawn * self._nodes_of_layer() < _KEEPERS * math.prod(self._grid[: depth + 1])
         # a keeper renews the entry before the one that it wrote last expires
-        renews = is_keeper and (
-            left >= 2 * lives - 1 or self._rng.random() * hosts * lives < _RENEWED_BY * _SHARED_LIVES
+        is_due = is_keeper and left >= 2 * lives - 1
+        renews = is_due or self._rng.random() * hosts < (
+            _RENEWED_BY / (2 * lives) if is_above else _RENEWED_BY
         )
         self._left_to_others[entry] = 0 if renews else left + 1, drawn
         return lives if renews else 0

@@ -51,9 +51,9 @@ LOOKS_PER_PERIOD = 4
 """The first reads what the swarm lacks, and the others only experts that it found without a host."""
 _LOOKS = 2
 """How many looks in a row must find an expert vacant before it is adopted."""
-_LOOKS_WITHOUT = 4
+_LOOKS_WITHOUT = 5
 """The same if the expert was hosted before and this node has no checkpoint of it, and so would have to restart it. All
-nodes look about once in this time, so nodes with a checkpoint usually come first. One that comes later takes the
+nodes look at least once in this time, so nodes with a checkpoint usually come first. One that comes later takes the
 expert back.
 """
 _FIRM_LOOKS = 4
@@ -78,6 +78,8 @@ first one, by which factor they grow, and the longest. Each check reads tens of 
 """
 _ASKS = 3
 """How many times a node that refuses is asked: strangers may keep it busy."""
+_TRIES = 3
+"""How many times it tries to read more nodes than the first ones."""
 _HEIRS, _MOST_HEIRS = 64, 512
 """How many other nodes a leaving node of a large swarm reads first, to ask them to adopt its experts. If they don't
 take all, or if the swarm is small, it reads so many.
@@ -113,6 +115,7 @@ class Handover:
         self._rooms: dict[PeerID, int] = {}
         self._has_read_all = False
         """Whether it has read as many other nodes as it may."""
+        self._failed_reads = 0
         self._reading = asyncio.Lock()
         self._silent: set[PeerID] = set()
         """Hosts that are announced and did not answer. They may have died, and do not count."""
@@ -217,20 +220,23 @@ class Handover:
             await self._withdraw(served)
 
     async def _read_rooms(self, more: bool = False) -> None:
-        """Reads some other nodes; again, and as many as it may, only if `more` are needed. Raises UnreachableError,
-        except for these.
+        """Reads some other nodes; again, and as many as it may, only if `more` are needed. Raises UnreachableError, but
+        not for these, which it tries to read a few times.
         """
         async with self._reading:
             if self._has_read_all or (self._nodes and not more):
                 return
-            is_small = self._swarm.registry.lookups.estimated_nodes <= SMALL_SWARM
-            self._has_read_all = more or is_small
+            reads_all = more or self._swarm.registry.lookups.estimated_nodes <= SMALL_SWARM
             try:
-                nodes = await some_nodes(self._swarm, _MOST_HEIRS if self._has_read_all else _HEIRS)
+                nodes = await some_nodes(self._swarm, _MOST_HEIRS if reads_all else _HEIRS)
             except UnreachableError:
                 if not more:
                     raise
+                self._failed_reads += 1
+                self._has_read_all = self._failed_reads == _TRIES
+                await asyncio.sleep(_FIRST_PAUSE_S)
                 return
+            self._has_read_all = reads_all
             self._nodes = nodes | self._nodes
             self._rooms = {
                 p: node.expert_capacity - node.expert_count for p, node in nodes.items()

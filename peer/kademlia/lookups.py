@@ -44,7 +44,7 @@ from peer.kademlia.validation import (
     large_entries,
     pack,
 )
-from peer.loop import TaskSet, TimeSlices
+from peer.loop import TaskSet, TimeSlices, side_by_side
 from peer.parsing import ParseGuard
 
 T = TypeVar("T")
@@ -72,6 +72,8 @@ _REPLACED_BYTES_PER_S = 600.0
 """The most traffic of replacing samples."""
 _NAMES_ASKED = 0.25
 """If a key was looked up before, this share of the calls ask for the names of other nodes nearby."""
+_TOLD_AT_ONCE = 2
+"""Nodes that are told the same thing at the same time: a slow line can't carry more."""
 _CALLS, _CALLS_OF_NODE = 512, 8
 """Calls in progress in one look-up, in all and to one node, not counting late ones."""
 _STORED_BYTES = MAX_ANSWER_BYTES // 4
@@ -295,7 +297,11 @@ class Lookups:
     async def tell(self, item: Item, nodes: int) -> None:
         """Stores an item at some known nodes, drawn at random, wherever its key is."""
         row = _row(key_id_of(item.key), item)
-        await asyncio.gather(*(self.dht.store(peer, [row]) for peer in self.witnesses(nodes).values()))
+
+        async def tell_one(peer: PeerID) -> None:
+            await self.dht.store(peer, [row])
+
+        await side_by_side(map(tell_one, self.witnesses(nodes).values()), _TOLD_AT_ONCE)
 
     def _known_holders(self, key: int, reach: int) -> _Holders | None:
         """The nodes at which to store the key's items once more: the nearest, and all within the usual reach, which may
