@@ -110,6 +110,7 @@ def test_a_region_made_from_an_earlier_one_is_as_one_that_is_read_anew(
     monkeypatch.setattr(SharedExperts, "_region", compared)
     if grid[-1] > INDEX_PIECE:
         monkeypatch.setattr("dht.regions.CROWDED_BYTES", 1000)
+        monkeypatch.setattr("dht.regions.ROW_CROWDED_BYTES", 1000)
     with simulated(1) as world:
         swarm = InternetSwarm(world, plan_of(*grid))
         for number in range(24):

@@ -543,6 +543,7 @@ def test_everybody_is_found_while_regions_split(monkeypatch: pytest.MonkeyPatch)
     rows' keys.
     """
     monkeypatch.setattr("dht.regions.CROWDED_BYTES", 10 * 1024)
+    monkeypatch.setattr("dht.regions.ROW_CROWDED_BYTES", 10 * 1024)
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids = swarm.manifest.uids()
