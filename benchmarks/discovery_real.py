@@ -48,6 +48,7 @@ caches.
 _START_LIMIT_S = 240.0
 _RUN_LIMIT_S = 240.0
 _LIFETIME_S = 550.0
+_MANIFEST = Manifest.model_validate({"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}})
 
 
 def batches(seed: int) -> list[np.ndarray]:
@@ -55,14 +56,10 @@ def batches(seed: int) -> list[np.ndarray]:
     return [rng.standard_normal((BATCH, size)).astype(np.float32) for size in GRID]
 
 
-_MANIFEST = Manifest.model_validate({"name": "benchmark", "model": {"layers": 1}, "experts": {"grid": GRID}})
-
-
 async def talkoot_village(folder: Path, nodes: int) -> tuple[list[Multiaddress], list[Host]]:
     """Starts the peers and announces all experts. Returns the first peer's addresses, and the peers; keep a reference
     to them, or they end.
     """
-
     bootstrap: list[Multiaddress] = []
     hosts = []
     for n in range(nodes):

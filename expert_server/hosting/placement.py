@@ -581,13 +581,13 @@ class HostingSurvey:
         if takes_turns and waiting:
             return rows
         rows += mine[:1]
-        rng = self._turn()
+        layers, rng = sorted(split), self._turn() if len(split) * count > MOST_PREFIXES else None
         for other in range(_FIRST_ROWS if not takes_turns and self._looks < _ROWS_FOR else 1):
-            if len(split) * count <= MOST_PREFIXES:
-                number, layer = divmod(turn + other, len(split))
-                layer, number = sorted(split)[layer], number % count
+            if rng is None:
+                number, layer = divmod(turn + other, len(layers))
+                layer, number = layers[layer], number % count
             else:
-                layer, number = rng.choice(sorted(split)), rng.randrange(count)
+                layer, number = rng.choice(layers), rng.randrange(count)
                 used = sorted(row for row in self._had_host if row // count == layer)
                 if used and rng.random() < 0.5:
                     number = rng.choice(used) % count

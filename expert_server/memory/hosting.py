@@ -331,8 +331,8 @@ class MemoryHosting:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _staying(self, before: frozenset[PeerID]) -> frozenset[PeerID]:
-        """Some nodes that stay, and so may take shards. `before`: what the last look returned. Others
-        are looked up only once these have gone.
+        """Some nodes that stay, and so may take shards. `before`: what the last look returned. Others are looked
+        up only once these have gone.
         """
         if before and (found := _serving(await self._swarm.registry.nodes(before))):
             return found
