@@ -178,8 +178,7 @@ class Revocations:
 
     def hear(self) -> None:
         """Applies the list that this peer stores as a node of the DHT, if it is newer: others may have told it."""
-        found = self._registry.stored_founder_record(self._registry.keys.revocations)
-        if found is not None and (self._newest is None or found.expires_at > self._newest.expires_at):
+        if (found := self._registry.stored_founder_record(self._registry.keys.revocations)) is not None:
             self._take(found)
 
     async def keep(self) -> None:
@@ -208,11 +207,14 @@ class Revocations:
         self._take(record)
 
     def _take(self, record: FounderRecord) -> None:
-        known = () if self._newest is None else self._newest.payload.revocations.serials
-        is_news = not {*record.payload.revocations.serials} <= {*known}
+        """Applies a record, unless this peer has it or a later one."""
+        known = frozenset[int]()
+        if self._newest is not None:
+            if record.expires_at <= self._newest.expires_at:
+                return
+            known = frozenset(self._newest.payload.revocations.serials)
+        self._newest = record
         self._admission.revoke(record.payload.revocations.serials)
-        if self._newest is None or record.expires_at > self._newest.expires_at:
-            self._newest = record
-            self._file.save(record.data)
-            if self._has_read and is_news:
-                self._registry.tell(record, _TOLD)
+        self._file.save(record.data)
+        if self._has_read and not known.issuperset(record.payload.revocations.serials):
+            self._registry.tell(record, _TOLD)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.announcements import NodeInfo, Replica, ReplicaState
-from dht.swarm import SMALL_SWARM, Swarm, some_nodes
+from dht.swarm import Swarm, some_nodes
 from dht.uid import UID
 from expert_server.hosting.placement import (
     ExchangeHysteresis,
@@ -226,9 +226,8 @@ class Handover:
         async with self._reading:
             if self._has_read_all or (self._nodes and not more):
                 return
-            reads_all = more or self._swarm.registry.lookups.estimated_nodes <= SMALL_SWARM
             try:
-                nodes = await some_nodes(self._swarm, _MOST_HEIRS if reads_all else _HEIRS)
+                nodes = await some_nodes(self._swarm, _MOST_HEIRS if more else _HEIRS)
             except UnreachableError:
                 if not more:
                     raise
@@ -236,7 +235,7 @@ class Handover:
                 self._has_read_all = self._failed_reads == _TRIES
                 await asyncio.sleep(_FIRST_PAUSE_S)
                 return
-            self._has_read_all = reads_all
+            self._has_read_all = more
             self._nodes = nodes | self._nodes
             self._rooms = {
                 p: node.expert_capacity - node.expert_count for p, node in nodes.items()

@@ -85,6 +85,7 @@ async def _play(loop: VirtualLoop, scenario: Callable[[Swarm], Coroutine[Any, An
     finally:
         for task in listening:
             task.cancel()
+        await asyncio.sleep(10)  # until those who tell others have done so
 
 
 def test_all_nodes_know_a_new_list_within_seconds_and_the_others_after_their_next_looks(
