@@ -369,7 +369,7 @@ class HostingManager:
         async with self._changing:
             mine, saved = {*self._replicas.experts}, await self._replicas.checkpoints.newest()
             replicas = await self._read(saved)
-            self._require_own(mine, replicas)
+            self._require_own(mine & self._survey.just_read, replicas)
             self._vacant_looks = self._vacant_again(replicas, saved)
             await self._adopt(replicas, saved)
             await self._replicate(replicas, saved)

@@ -9,7 +9,7 @@ import math
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -460,8 +460,8 @@ class HostingSurvey:
         self._again: list[Prefix] = []
         """Rows of split layers that had vacant experts at the last look."""
         self._seen: Mapping[UID, tuple[Replica, ...]] = {}
-        self._just_read: Collection[UID] = ()
-        """The experts that the last look read. Replicas of others were read earlier."""
+        self.just_read: Set[UID] = frozenset()
+        """The experts that the last look read. Replicas of others were read earlier, and some have expired since."""
 
     async def read(
         self, hosted: Collection[UID], saved: Collection[UID] = ()
@@ -489,14 +489,14 @@ class HostingSurvey:
         self._looks += 1
         found = await self._experts.replicas(wanted, just_read=True)
         self._experts.regions.forget_recent()  # a node looks once in a period, and would keep them until then
-        self._just_read = found.keys()
+        self.just_read = found.keys()
         return self._merged(found)
 
     async def read_again(self, uids: Collection[UID]) -> Mapping[UID, tuple[Replica, ...]]:
         """What `read` returned, after reading those of these experts again that an earlier look had read. Raises
         UnreachableError.
         """
-        earlier = [uid for uid in uids if uid not in self._just_read]
+        earlier = [uid for uid in uids if uid not in self.just_read]
         return self._merged(await self._experts.replicas(earlier)) if earlier else self._seen
 
     def _known_split(self) -> set[int]:

@@ -295,6 +295,20 @@ def test_a_node_that_leaves_hands_over(caplog: pytest.LogCaptureFixture) -> None
         assert not [each for each in caplog.records if each.exc_info]
 
 
+def test_looks_do_not_fail_if_some_of_a_nodes_own_experts_were_read_long_ago(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where layers have split, a look reads some of them, and what it knows of the others expires meanwhile."""
+    monkeypatch.setattr("dht.regions.CROWDED_BYTES", 1024)
+    monkeypatch.setattr("dht.regions.ROW_CROWDED_BYTES", 512)
+    with simulated(0) as world:
+        swarm = grown(world, 24, 64, room=6)
+        world.run(900)
+        split = [node for node in swarm.nodes.values() if node.hosting._survey._known_split()]
+        assert len(split) > 20
+    assert not [record for record in caplog.records if "own announcements" in record.message]
+
+
 def test_a_sleeping_node_goes_on_with_what_it_had() -> None:
     with simulated(1) as world:
         swarm = grown(world, 8, 4)

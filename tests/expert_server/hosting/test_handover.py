@@ -118,8 +118,6 @@ def test_if_the_first_nodes_that_it_reads_do_not_take_all_a_leaving_node_reads_m
     play: Play, monkeypatch: pytest.MonkeyPatch, spare: int, accepts: int
 ) -> None:
     """A large swarm has too many nodes to read all of them."""
-    monkeypatch.setattr("expert_server.hosting.manager.SMALL_SWARM", 0)
-
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
         invite = await leaver.swarm.invite()
@@ -156,8 +154,6 @@ def test_if_the_first_nodes_that_it_reads_do_not_take_all_a_leaving_node_reads_m
 def test_experts_find_the_first_heirs_though_no_more_can_be_read(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expert_server.hosting.manager.SMALL_SWARM", 0)
-
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
         heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=3)
