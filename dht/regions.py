@@ -62,11 +62,11 @@ _KEEPERS = 8
 """How many of the DHT nodes that there are for each prefix always renew the index entry that leads there, if they host
 experts below it.
 """
-_SHARED_LIVES, _SHARED_LIVES_ABOVE = 2, 8
+_SHARED_LIVES, _SHARED_LIVES_ABOVE = 4, 16
 """How long an index entry lives whose hosts take turns to renew it, in lifetimes of an announcement, which are longer
-than two periods each. An entry that leads to hosts of a single expert or region lives for two. An entry further up
-leads to many regions, and lives longer: otherwise, a quarter of all hosts would renew the few entries of a layer in
-each period.
+than a period each. An entry that leads to hosts of a single expert or region lives for four. An entry further up leads
+to many regions, and lives longer: otherwise, a quarter of all hosts would renew the few entries of a layer in each
+period.
 """
 _REMEMBERED, _REMEMBERED_JUST_READ = 65536, 256
 _CHECKED = 2
@@ -389,20 +389,18 @@ class RegionMap:
             hosts *= max(1, others)
         # drawn at random, so that those which joined together don't renew it together
         left, drawn = self._left_to_others.get(entry) or (
-            self._rng.randrange(2 * _SHARED_LIVES_ABOVE),
+            self._rng.randrange(_SHARED_LIVES_ABOVE),
             self._rng.random(),
         )
         if hosts <= _RENEWED_BY:
-            self._left_to_others[entry] = 2 * _SHARED_LIVES_ABOVE, drawn  # that entry does not live long
+            self._left_to_others[entry] = _SHARED_LIVES_ABOVE, drawn  # that entry does not live long
             return 1
         is_above = depth < len(coordinate) - 1
         lives = _SHARED_LIVES_ABOVE if is_above else _SHARED_LIVES
         is_keeper = drawn * self._nodes_of_layer() < _KEEPERS * math.prod(self._grid[: depth + 1])
         # a keeper renews the entry before the one that it wrote last expires
-        is_due = is_keeper and left >= 2 * lives - 1
-        renews = is_due or self._rng.random() * hosts < (
-            _RENEWED_BY / (2 * lives) if is_above else _RENEWED_BY
-        )
+        is_due = is_keeper and left >= lives - 1
+        renews = is_due or self._rng.random() * hosts < (_RENEWED_BY / lives if is_above else _RENEWED_BY)
         self._left_to_others[entry] = 0 if renews else left + 1, drawn
         return lives if renews else 0
 

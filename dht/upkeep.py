@@ -1,8 +1,8 @@
 """How often a peer announces itself and looks around: as often as its owner wants, unless that costs too much.
 
 The cost of a round grows with the swarm, and with what the peer hosts. So the period grows with the bytes of the peer's
-own DHT calls since the last round. Announcements live until two more are due, and a while longer. So in a large swarm a
-dead node is noticed later, but upkeep does not fill a home line.
+own DHT calls since the last round. Announcements live until the next one is due, and a while longer. So in a large
+swarm a dead node is noticed later, but upkeep does not fill a home line.
 """
 
 import random
@@ -16,10 +16,11 @@ MOST_STRETCHED = 18
 """The longest period, as a multiple of the wanted one."""
 _LONGEST_S = 190.0
 """The longest period."""
-_LATE_S = 40.0
-"""How late the second announcement after this one may come before others take the peer for dead. It is at most a
-period.
+_LATE_S = 60.0
+"""How late the next announcement may come before others take the peer for dead. It is tried several times by then.
 """
+_LIVES = 3
+"""The longest lifetime of announcements in periods. If periods are short, two announcements in a row may get lost."""
 _WEIGHT = 0.25
 """The weight of the last period in the running mean of costs."""
 _JITTER = 0.1
@@ -27,8 +28,8 @@ _JITTER = 0.1
 
 
 def lifetime_s(period_s: float) -> float:
-    """The lifetime of announcements. One may get lost, and the next may be late."""
-    return 2 * period_s + min(period_s, _LATE_S)
+    """The lifetime of announcements: until the next one, which may be late."""
+    return min(_LIVES * period_s, (1 + _JITTER) * period_s + _LATE_S)
 
 
 class UpkeepPeriod:

@@ -365,7 +365,7 @@ class Node:
             await asyncio.sleep(self.period.drawn_s())
             self.period.note_round()
             self._access.look_at_own()  # others would refuse the announcements
-            await self._rounds.run(
+            await self._rounds.insist(
                 "announce",
                 self.reachability.check,
                 self.hosting.announce,

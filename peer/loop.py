@@ -40,6 +40,10 @@ _CLEAN_UP_S = 20.0
 """The longest wait for cancelled tasks before their loop is closed."""
 _SLICE_S = 0.002
 """A slice lasts as long as 20 signatures take to check."""
+_TRIES, _LONGEST_AGAIN_S = 3, 10.0
+"""How often `insist` tries a step in which the DHT does not answer, and the longest pause between two tries: others
+wait only a minute for an announcement that is late.
+"""
 _TICK_S = 0.025
 _LATELY_S = 60.0
 _MOST_MISSED = 4000
@@ -469,11 +473,11 @@ class RetryingRounds:
     def __init__(
         self, again_s: float, metrics: CollectorRegistry | None = None, restarts: Restarts | None = None
     ) -> None:
-        """`again_s`: seconds until the next round, for the log. `restarts`: counts other failures of steps."""
+        """`again_s`: seconds between two rounds, if they are short. `restarts`: counts other failures of steps."""
         self.failures: Counter = Counter(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", registry=metrics
         )
-        self._again_s = again_s
+        self._again_s = min(again_s, _LONGEST_AGAIN_S)
         self._restarts = restarts
         self._failing: set[str] = set()
 
@@ -482,18 +486,31 @@ class RetryingRounds:
         """Whether the DHT failed in any round the last time."""
         return bool(self._failing)
 
-    async def run(self, name: str, *steps: Step) -> None:
-        """Runs all steps, even if the DHT does not answer in one of them, or one fails unexpectedly."""
-        failures = []
+    async def run(self, name: str, *steps: Step) -> list[Step]:
+        """Runs all steps, even if the DHT does not answer in one of them, or one fails unexpectedly. Returns those in
+        which the DHT did not answer.
+        """
+        failed, why = list[Step](), ""
         for step in steps:
             try:
                 with tolerating(name, self._restarts):
                     await step()
             except UnreachableError as error:
-                failures.append(str(error))  # not its traceback, which would keep this frame in memory
-        if failures:
+                failed.append(step)
+                why = why or str(error)  # not its traceback, which would keep this frame in memory
+        if failed:
             self.failures.inc()
             self._failing.add(name)
-            logger.warning("%s; trying again in %.0f s", failures[0], self._again_s)
+            logger.warning("%s; trying again", why)
         else:
             self._failing.discard(name)
+        return failed
+
+    async def insist(self, name: str, *steps: Step) -> None:
+        """Runs all steps. Those in which the DHT does not answer are soon tried again, a few times."""
+        left = await self.run(name, *steps)
+        for _ in range(_TRIES - 1):
+            if not left:
+                break
+            await asyncio.sleep(self._again_s)
+            left = await self.run(name, *left)

@@ -280,7 +280,7 @@ class SimulatedNode:
         while True:
             await self._sleep(self.period.drawn_s(), owed)
             self.period.note_round()
-            await self._rounds.run(
+            await self._rounds.insist(
                 "announce", self._keep_relays, self.hosting.announce, self._publish, self._stay_member
             )
             self._note_useful()

@@ -412,7 +412,7 @@ def test_an_entry_of_few_hosts_is_renewed_at_once_when_many_more_are_made_up() -
         assert regions.index_lives(home, depth) == 1
     regions.note(home, [], Region({}, frozenset(), 4096, 0))
     regions.note((0, (2,)), [0], Region({}, frozenset(range(128)), 0, 0))
-    assert [regions.index_lives(home, depth) for depth in (0, 1)] == [8, 2]
+    assert [regions.index_lives(home, depth) for depth in (0, 1)] == [16, 4]
 
 
 def test_where_no_keeper_is_the_hosts_of_a_row_renew_its_entry_all_the_same() -> None:
@@ -469,9 +469,9 @@ def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
     regions.note(home, [], Region({}, frozenset(), 40, 0))
     regions.note((0, (2,)), [0], Region({}, frozenset(range(16)), 0, 0))
     drawn = [[regions.index_lives(home, depth) for _ in range(6400)] for depth in (0, 1)]
-    assert [set(lives) for lives in drawn] == [{0, 8}, {0, 2}], "an entry further up lives longer"
-    assert 400 <= drawn[0].count(8) < 460, "in its turn, and seldom besides"
-    assert 1600 <= drawn[1].count(2) < 2600
+    assert [set(lives) for lives in drawn] == [{0, 16}, {0, 4}], "an entry further up lives longer"
+    assert 400 <= drawn[0].count(16) < 460, "in its turn, and seldom besides"
+    assert 1600 <= drawn[1].count(4) < 2600
     clock.time += 301
     assert all(regions.index_lives(home, 1) for _ in range(100)), "the others may be gone"
 
@@ -516,7 +516,7 @@ def test_regions_of_single_experts_are_remembered_only_as_long_as_they_count() -
 def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(
     depth: int, most: int
 ) -> None:
-    """An entry lives for eight or two lifetimes, and each of these is longer than two periods."""
+    """An entry lives for 16 or four lifetimes, and each of these is longer than a period."""
     clock = Clock()
     regions, home = RegionMap(clock.now, random.Random(1)), (0, (2, 3))
     regions.note(home, [], Region({}, frozenset(), 4096, 0))

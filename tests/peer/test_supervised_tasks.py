@@ -139,6 +139,31 @@ def test_what_fails_in_one_step_keeps_no_other_from_its_turn(caplog: pytest.LogC
     assert [record.exc_info is not None for record in caplog.records] == [True, False]
 
 
+@pytest.mark.parametrize("failures", range(5))
+def test_only_what_the_dht_did_not_answer_is_tried_again_and_not_for_ever(failures: int) -> None:
+    async def scenario() -> None:
+        restarts, done = Restarts(), list[str]()
+        rounds = RetryingRounds(0.001, restarts=restarts)
+
+        async def break_down() -> None:
+            done.append("broken")
+            raise TypeError("a stranger's bytes")
+
+        async def announce() -> None:
+            done.append("announced")
+            if done.count("announced") <= failures:
+                raise UnreachableError("nobody answers")
+
+        async def publish() -> None:
+            done.append("published")
+
+        await rounds.insist("announce", break_down, announce, publish)
+        assert done == ["broken", "announced", "published"] + min(failures, 2) * ["announced"]
+        assert rounds.are_failing is (failures >= 3)
+
+    asyncio.run(scenario())
+
+
 def test_an_expected_error_passes_and_an_unexpected_one_is_counted() -> None:
     restarts = Restarts()
     with pytest.raises(UnreachableError), tolerating("look around", restarts):

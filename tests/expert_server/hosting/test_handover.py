@@ -118,6 +118,7 @@ def test_if_the_first_nodes_that_it_reads_do_not_take_all_a_leaving_node_reads_m
     play: Play, monkeypatch: pytest.MonkeyPatch, spare: int, accepts: int
 ) -> None:
     """A large swarm has too many nodes to read all of them."""
+
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
         invite = await leaver.swarm.invite()
