@@ -105,7 +105,9 @@ class ExpertRegistry:
     def _region_items(
         self, home: Prefix, replicas: Collection[ReplicaAnnouncement], expires_at: float, queued_rows: int
     ) -> dict[tuple[str, int | bytes], Item]:
-        """This peer's record of what it hosts in a region, and the index entries that lead there."""
+        """This peer's record of what it hosts in a region, and the index entries that lead there. Where others announce,
+        it leaves these to them until it serves an expert: they must not live on if the others have died.
+        """
         (layer, coordinate), me = home, self.registry.peer_id.to_bytes()
         key = self._keys.prefix(layer, coordinate)
         hosted = [replica for replica in replicas if replica.state is not ReplicaState.WITHDRAWN]
@@ -115,9 +117,9 @@ class ExpertRegistry:
         items: dict[tuple[str, int | bytes], Item] = {
             (key, me): Item(key, me, self.registry.seal(payload), expires_at)
         }
-        if hosted:
+        claims = all(replica.state is ReplicaState.CLAIMED for replica in hosted)
+        if hosted and not (claims and self.regions.hosts_in(home)):
             now = self.registry.now()
-            claims = all(replica.state is ReplicaState.CLAIMED for replica in hosted)
             for depth, following in enumerate(coordinate):
                 if lives := self.regions.index_lives(home, depth):
                     index = self._keys.index(layer, coordinate[:depth], following)

@@ -366,6 +366,14 @@ class RegionMap:
                 return prefix, seen.is_known(following, now)
         return uid, True
 
+    def hosts_in(self, region: Prefix) -> int:
+        """How many nodes announce in a region itself, if this peer has read it lately; else 0."""
+        layer, coordinate = region
+        read_at, hosts = self._hosts.get(region, (0.0, 0))
+        if (seen := self._seen.get((layer, *coordinate))) is not None:
+            read_at, hosts = seen.read_at, seen.hosts
+        return hosts if read_at > self._now() - _WRITE_FOR_S else 0
+
     def index_lives(self, home: Prefix, depth: int) -> int:
         """For how long a node that announces in a region should now renew the index entry that leads there from the
         first `depth` coordinates, in lifetimes of its announcement; 0: it leaves that to others.
@@ -382,11 +390,7 @@ class RegionMap:
         for below in range(len(coordinate) - 1, depth, -1):
             above = self._seen.get((layer, *coordinate[:below]))
             hosts *= 1 if above is None else max(1, above.active)
-        read_at, others = self._hosts.get(home, (0.0, 0))
-        if (seen := self._seen.get((layer, *coordinate))) is not None:
-            read_at, others = seen.read_at, seen.hosts
-        if read_at > self._now() - _WRITE_FOR_S:
-            hosts *= max(1, others)
+        hosts *= max(1, self.hosts_in(home))
         # drawn at random, so that those which joined together don't renew it together
         left, drawn = self._left_to_others.get(entry) or (
             self._rng.randrange(_SHARED_LIVES_ABOVE),

@@ -56,6 +56,8 @@ _LOOKS_WITHOUT = 5
 nodes look at least once in this time, so nodes with a checkpoint usually come first. One that comes later takes the
 expert back.
 """
+_SUSPECTS = 8
+"""How many of the vacant experts a look reads again that an earlier look has found, however it found them."""
 _FIRM_LOOKS = 4
 """How many whole looks in a row must find that the same replica can be spared. There is one in a period, and
 announcements live for more than two periods.
@@ -368,7 +370,7 @@ class HostingManager:
         """Adopts experts that nobody hosts, and fills the remaining room with further replicas."""
         async with self._changing:
             mine, saved = {*self._replicas.experts}, await self._replicas.checkpoints.newest()
-            replicas = await self._read(saved)
+            replicas = await self._read(saved, self._suspects()[:_SUSPECTS])
             self._require_own(mine & self._survey.just_read, replicas)
             self._vacant_looks = self._vacant_again(replicas, saved)
             await self._adopt(replicas, saved)
@@ -377,8 +379,7 @@ class HostingManager:
 
     async def look_again(self) -> None:
         """Between two looks: reads the vacant experts again, and adopts those that are still vacant."""
-        suspects = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
-        if not suspects:
+        if not (suspects := {*self._suspects()}):
             return
         async with self._changing:
             own = {*[*self._replicas.experts][:1]}
@@ -468,9 +469,16 @@ class HostingManager:
             self.handed_over.inc(handover.handed_over)
         return False
 
-    async def _read(self, saved: Mapping[UID, int]) -> Mapping[UID, tuple[Replica, ...]]:
+    def _suspects(self) -> list[UID]:
+        """The vacant experts that once had a host; first those that were found vacant in the most looks."""
+        had_host = filter(self._survey.had_host, self._vacant_looks)
+        return sorted(had_host, key=self._vacant_looks.__getitem__, reverse=True)
+
+    async def _read(
+        self, saved: Mapping[UID, int], suspects: Collection[UID] = ()
+    ) -> Mapping[UID, tuple[Replica, ...]]:
         """Reads the replicas of the experts that may need this node. `saved`: the update counts of its checkpoints."""
-        self.seen = await self._survey.read(self._replicas.experts, saved)
+        self.seen = await self._survey.read(self._replicas.experts, saved, suspects)
         return self.seen
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]) -> None:

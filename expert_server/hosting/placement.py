@@ -464,11 +464,12 @@ class HostingSurvey:
         """The experts that the last look read. Replicas of others were read earlier, and some have expired since."""
 
     async def read(
-        self, hosted: Collection[UID], saved: Collection[UID] = ()
+        self, hosted: Collection[UID], saved: Collection[UID] = (), suspects: Collection[UID] = ()
     ) -> Mapping[UID, tuple[Replica, ...]]:
         """The replicas of experts that may need this node, and of others. Raises UnreachableError.
 
-        `hosted`: the experts that this node hosts. `saved`: other experts of which it has checkpoints.
+        `hosted`: the experts that this node hosts. `saved`: other experts of which it has checkpoints. `suspects`: some
+        that had no host at the last look.
         """
         split = self._split | self._known_split()
         own = self._in_turn({*hosted, *saved}, split)
@@ -476,7 +477,7 @@ class HostingSurvey:
         active = await self._experts.prefixes(rows, self._manifest.experts.grid[-1], most=MOST_REGIONS)
         self._split = self._known_split() | (split - {layer for layer, _ in active})
         split |= self._split
-        wanted = set(own)
+        wanted = {*own, *suspects}
         self._again = []
         for is_split, most_vacant, most_others in ((False, MOST_VACANT, SAMPLED), (True, FEW, FEW // 2)):
             some = {prefix: known for prefix, known in active.items() if (prefix[0] in split) is is_split}
