@@ -105,8 +105,9 @@ class ExpertRegistry:
     def _region_items(
         self, home: Prefix, replicas: Collection[ReplicaAnnouncement], expires_at: float, queued_rows: int
     ) -> dict[tuple[str, int | bytes], Item]:
-        """This peer's record of what it hosts in a region, and the index entries that lead there. Where others announce,
-        it leaves these to them until it serves an expert: they must not live on if the others have died.
+        """This peer's record of what it hosts in a region, and the index entries that lead there. As long as it only
+        claims experts, it leaves these entries to others that announce there: if they die, the entries must not live
+        on.
         """
         (layer, coordinate), me = home, self.registry.peer_id.to_bytes()
         key = self._keys.prefix(layer, coordinate)

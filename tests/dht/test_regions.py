@@ -72,6 +72,30 @@ async def announce(peer: SimulatedPeer, *uids: UID, lifetime_s: float = 90.0) ->
     await peer.experts.announce([ReplicaAnnouncement(uid, SERVING, 1) for uid in uids], lifetime_s)
 
 
+def test_a_claim_keeps_no_index_entry_alive_whose_hosts_have_died() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        claimant, host, reader = swarm.peers[:3]
+        uid = UID(1, (1, 1))
+        for peer in (claimant, host):
+            for prefix in ((1, ()), (1, (1,))):
+                peer.experts.regions.note(prefix, [0], SPLIT)
+        await announce(host, uid, lifetime_s=100.0)
+        await asyncio.sleep(40)
+        assert hosts_of(await claimant.experts.replicas([uid])) == {uid: {host.peer_id}}
+        await claimant.experts.announce([ReplicaAnnouncement(uid, ReplicaState.CLAIMED)], 150.0)
+
+        async def active() -> frozenset[int]:
+            return (await reader.experts.prefixes([(1, (1,))], 4))[1, (1,)]
+
+        assert await active() == {1}
+        await asyncio.sleep(70)
+        assert await active() == set(), "the host has died, and the claim may have failed long ago"
+        await announce(claimant, uid, lifetime_s=100.0)
+        assert await active() == {1}, "it serves the expert now"
+
+    play(scenario, nodes=8)
+
+
 def hosts_of(found: dict[UID, tuple[Replica, ...]]) -> dict[UID, set[PeerID]]:
     return {uid: {replica.peer_id for replica in replicas} for uid, replicas in found.items()}
 

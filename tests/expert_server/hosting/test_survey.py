@@ -16,6 +16,7 @@ from dht.regions import Prefix, Region, RegionMap
 from dht.uid import UID
 from expert_server.hosting.manager import HostingManager
 from expert_server.hosting.placement import (
+    _ROWS_FOR,
     FEW,
     MOST_PREFIXES,
     MOST_REGIONS,
@@ -35,6 +36,8 @@ class FakeRegistry:
     def __init__(self, hosted: Collection[UID]) -> None:
         self.hosted = set(hosted)
         self.hosts = [OTHER]
+        self.dead: Collection[UID] = ()
+        """Those whose hosts' records have expired, but not the index entries that lead there."""
         self.first_rows: Collection[Prefix] = ()
         """Those of the rows asked for last that would be read if their layers had split."""
         self.unread: dict[UID, int] = {}
@@ -72,7 +75,9 @@ class FakeRegistry:
         self.experts_read += len(uids)
         replica = ReplicaState.SERVING, 0, 0, 0.0, self.time + 30.0
         return {
-            uid: tuple(Replica(uid, host, *replica) for host in self.hosts if uid in self.hosted)
+            uid: tuple(
+                Replica(uid, host, *replica) for host in self.hosts if uid in self.hosted - {*self.dead}
+            )
             for uid in uids
         }
 
@@ -108,6 +113,12 @@ def make_survey(
     grid: tuple[int, ...], registry: FakeRegistry, seed: int = 0, peer_id: PeerID = ME
 ) -> HostingSurvey:
     return HostingSurvey(registry, manifest_of(grid), peer_id, random.Random(seed))  # type: ignore[arg-type]  # a stand-in
+
+
+def make_manager(registry: FakeRegistry, replicas: FakeReplicas, settings: NodeSettings) -> HostingManager:
+    host = SimpleNamespace(peer_id=ME, has_failed=lambda peer_id: False)
+    swarm = SimpleNamespace(experts=registry, manifest=manifest_of((16, 16)), host=host)
+    return HostingManager(settings, swarm, replicas, registry.now)  # type: ignore[arg-type]  # stand-ins
 
 
 def all_uids(grid: tuple[int, int]) -> list[UID]:
@@ -212,10 +223,7 @@ def test_experts_that_others_took_since_an_earlier_look_are_not_claimed() -> Non
     uids = all_uids((16, 16))
     registry, replicas = FakeRegistry(uids), FakeReplicas()
     registry.split(0, 1)
-    host = SimpleNamespace(peer_id=ME, has_failed=lambda peer_id: False)
-    swarm = SimpleNamespace(experts=registry, manifest=manifest_of((16, 16)), host=host)
-    settings = NodeSettings(experts=16, replicas=2)
-    manager = HostingManager(settings, swarm, replicas, registry.now)  # type: ignore[arg-type]  # stand-ins
+    manager = make_manager(registry, replicas, NodeSettings(experts=16, replicas=2))
 
     async def scenario() -> None:
         for _ in range(20):
@@ -226,6 +234,25 @@ def test_experts_that_others_took_since_an_earlier_look_are_not_claimed() -> Non
             replicas.wanted.clear()
             await manager.look()
             assert len(replicas.wanted) <= 1, "an idle node adds a third replica of one expert"
+
+    asyncio.run(scenario())
+
+
+def test_what_was_found_vacant_is_read_again_until_it_is_adopted_though_its_index_entry_lives_on() -> None:
+    """Rows in which all seems to be active are read in turns, and a few of their experts, drawn at random."""
+    registry, replicas = FakeRegistry(all_uids((16, 16))), FakeReplicas()
+    registry.split(0, 1)
+    manager = make_manager(registry, replicas, NodeSettings(experts=16, replicas=1))
+
+    async def scenario() -> None:
+        for _ in range(4 * _ROWS_FOR - 1):
+            await manager.look()
+        registry.dead = dead = {*manager._survey.just_read}
+        for look in (manager.look, *3 * [manager.look_again], manager.look):  # the last one has other rows
+            replicas.wanted.clear()
+            await look()
+        assert dead
+        assert dead <= {*replicas.wanted}
 
     asyncio.run(scenario())
 
