@@ -41,7 +41,7 @@ _CLEAN_UP_S = 20.0
 _SLICE_S = 0.002
 """A slice lasts as long as 20 signatures take to check."""
 _TRIES, _LONGEST_AGAIN_S = 3, 10.0
-"""How often `insist` tries a step in which the DHT does not answer, and the longest pause between two tries: others
+"""How often `insist` tries a round in which the DHT does not answer, and the longest pause between two tries: others
 wait only a minute for an announcement that is late.
 """
 _TICK_S = 0.025
@@ -486,31 +486,31 @@ class RetryingRounds:
         """Whether the DHT failed in any round the last time."""
         return bool(self._failing)
 
-    async def run(self, name: str, *steps: Step) -> list[Step]:
-        """Runs all steps, even if the DHT does not answer in one of them, or one fails unexpectedly. Returns those in
-        which the DHT did not answer.
+    async def run(self, name: str, *steps: Step) -> bool:
+        """Runs all steps, even if the DHT does not answer in one of them, or one fails unexpectedly. Returns whether it
+        answered in all.
         """
-        failed, why = list[Step](), ""
+        failures = []
         for step in steps:
             try:
                 with tolerating(name, self._restarts):
                     await step()
             except UnreachableError as error:
-                failed.append(step)
-                why = why or str(error)  # not its traceback, which would keep this frame in memory
-        if failed:
+                failures.append(str(error))  # not its traceback, which would keep this frame in memory
+        if failures:
             self.failures.inc()
             self._failing.add(name)
-            logger.warning("%s; trying again", why)
+            logger.warning("%s; trying again", failures[0])
         else:
             self._failing.discard(name)
-        return failed
+        return not failures
 
     async def insist(self, name: str, *steps: Step) -> None:
-        """Runs all steps. Those in which the DHT does not answer are soon tried again, a few times."""
-        left = await self.run(name, *steps)
+        """Runs all steps. If the DHT does not answer in one of them, all are soon tried again, a few times: a peer that
+        had to rejoin must announce everything again.
+        """
         for _ in range(_TRIES - 1):
-            if not left:
-                break
+            if await self.run(name, *steps):
+                return
             await asyncio.sleep(self._again_s)
-            left = await self.run(name, *left)
+        await self.run(name, *steps)
