@@ -106,8 +106,7 @@ class ExpertRegistry:
         self, home: Prefix, replicas: Collection[ReplicaAnnouncement], expires_at: float, queued_rows: int
     ) -> dict[tuple[str, int | bytes], Item]:
         """This peer's record of what it hosts in a region, and the index entries that lead there. As long as it only
-        claims experts, it leaves these entries to others that announce there: if they die, the entries must not live
-        on.
+        claims experts that others serve, it leaves the entries to these: if they die, the entries must not live on.
         """
         (layer, coordinate), me = home, self.registry.peer_id.to_bytes()
         key = self._keys.prefix(layer, coordinate)
@@ -119,7 +118,8 @@ class ExpertRegistry:
             (key, me): Item(key, me, self.registry.seal(payload), expires_at)
         }
         claims = all(replica.state is ReplicaState.CLAIMED for replica in hosted)
-        if hosted and not (claims and self.regions.hosts_in(home)):
+        _, is_served = self.regions.hosts_in(home)
+        if hosted and not (claims and is_served):
             now = self.registry.now()
             for depth, following in enumerate(coordinate):
                 if lives := self.regions.index_lives(home, depth):

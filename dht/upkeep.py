@@ -17,12 +17,13 @@ MOST_STRETCHED = 18
 _LONGEST_S = 190.0
 """The longest period."""
 _LATE_S = 60.0
-"""How late the next announcement may come before others take the peer for dead. It is tried several times by then.
-"""
+"""How late the next announcement may come before others take the peer for dead."""
 _LIVES = 3
 """The longest lifetime of announcements in periods. If periods are short, two announcements in a row may get lost."""
 _WEIGHT = 0.25
 """The weight of the last period in the running mean of costs."""
+_LEAST_PAUSE = 0.25
+"""The shortest pause after a slow round, as a share of the period."""
 _JITTER = 0.1
 """The share by which pauses vary, so that no two peers stay in step."""
 
@@ -65,6 +66,10 @@ class UpkeepPeriod:
     def drawn_s(self, part: float = 1.0) -> float:
         """A pause of about this share of the period, drawn at random."""
         return part * self.seconds * self._rng.uniform(1 - _JITTER, 1 + _JITTER)
+
+    def rest_s(self, took_s: float) -> float:
+        """The pause after a round that took so long: rounds begin once in a period, unless they are slow."""
+        return max(self.drawn_s() - took_s, self.drawn_s(_LEAST_PAUSE))
 
     def begin(self) -> None:
         """Leaves out what has been spent so far. Joining costs as much as many rounds, but happens once."""

@@ -360,9 +360,11 @@ class Node:
 
     async def _stay_announced(self) -> None:
         stay_member = partial(self.swarm.membership.check, announced=True)
+        loop_time, took_s = asyncio.get_running_loop().time, 0.0
         self.period.begin()
         while True:
-            await asyncio.sleep(self.period.drawn_s())
+            await asyncio.sleep(self.period.rest_s(took_s))
+            began = loop_time()
             self.period.note_round()
             self._access.look_at_own()  # others would refuse the announcements
             await self._rounds.insist(
@@ -374,6 +376,7 @@ class Node:
                 stay_member,
             )
             await self._rounds.run("admission", self._access.look)
+            took_s = loop_time() - began
 
     async def _publish_record(self) -> None:
         """Renews the node's record in the DHT."""

@@ -40,10 +40,8 @@ _CLEAN_UP_S = 20.0
 """The longest wait for cancelled tasks before their loop is closed."""
 _SLICE_S = 0.002
 """A slice lasts as long as 20 signatures take to check."""
-_TRIES, _LONGEST_AGAIN_S = 3, 10.0
-"""How often `insist` tries a round in which the DHT does not answer, and the longest pause between two tries: others
-wait only a minute for an announcement that is late.
-"""
+_LONGEST_AGAIN_S = 5.0
+"""The longest pause before a round is tried again: others wait at most a minute for an announcement that is late."""
 _TICK_S = 0.025
 _LATELY_S = 60.0
 _MOST_MISSED = 4000
@@ -471,13 +469,13 @@ class RetryingRounds:
     """Runs the steps of a round, and remembers for each round whether the DHT failed in it the last time."""
 
     def __init__(
-        self, again_s: float, metrics: CollectorRegistry | None = None, restarts: Restarts | None = None
+        self, every_s: float, metrics: CollectorRegistry | None = None, restarts: Restarts | None = None
     ) -> None:
-        """`again_s`: seconds between two rounds, if they are short. `restarts`: counts other failures of steps."""
+        """`every_s`: the shortest time between two rounds, in seconds. `restarts`: counts other failures of steps."""
         self.failures: Counter = Counter(
             "talkoot_dht_failures", "DHT rounds that failed or timed out.", registry=metrics
         )
-        self._again_s = min(again_s, _LONGEST_AGAIN_S)
+        self._again_s = min(every_s / 2, _LONGEST_AGAIN_S)
         self._restarts = restarts
         self._failing: set[str] = set()
 
@@ -506,11 +504,9 @@ class RetryingRounds:
         return not failures
 
     async def insist(self, name: str, *steps: Step) -> None:
-        """Runs all steps. If the DHT does not answer in one of them, all are soon tried again, a few times: a peer that
-        had to rejoin must announce everything again.
+        """Runs all steps. If the DHT does not answer in one of them, all are soon tried once more: a peer that had to
+        rejoin must announce everything again.
         """
-        for _ in range(_TRIES - 1):
-            if await self.run(name, *steps):
-                return
+        if not await self.run(name, *steps):
             await asyncio.sleep(self._again_s)
-        await self.run(name, *steps)
+            await self.run(name, *steps)

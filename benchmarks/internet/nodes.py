@@ -278,7 +278,7 @@ class SimulatedNode:
         saved_at, owed = self.swarm.world.time(), Owed()
         self.period.begin()
         while True:
-            await self._sleep(self.period.drawn_s(), owed)
+            await self._sleep(self.period.rest_s(owed.seconds), owed)
             self.period.note_round()
             await self._rounds.insist(
                 "announce", self._keep_relays, self.hosting.announce, self._publish, self._stay_member

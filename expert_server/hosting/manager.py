@@ -60,7 +60,7 @@ _SUSPECTS = 8
 """How many of the vacant experts a look reads again that an earlier look has found, however it found them."""
 _FIRM_LOOKS = 4
 """How many whole looks in a row must find that the same replica can be spared. There is one in a period, and
-announcements live for more than two periods.
+announcements live for at most three.
 """
 _EXCHANGE_EVERY_S = 600.0
 """The shortest time between two exchanges."""
@@ -83,8 +83,8 @@ _ASKS = 3
 _TRIES = 3
 """How many times it tries to read more nodes than the first ones."""
 _HEIRS, _MOST_HEIRS = 64, 512
-"""How many other nodes a leaving node of a large swarm reads first, to ask them to adopt its experts. If they don't
-take all, or if the swarm is small, it reads so many.
+"""How many other nodes a leaving node reads first, to ask them to adopt its experts, and how many if they don't take
+all.
 """
 
 
@@ -470,9 +470,11 @@ class HostingManager:
         return False
 
     def _suspects(self) -> list[UID]:
-        """The vacant experts that once had a host; first those that were found vacant in the most looks."""
-        had_host = filter(self._survey.had_host, self._vacant_looks)
-        return sorted(had_host, key=self._vacant_looks.__getitem__, reverse=True)
+        """The vacant experts that once had a host; first those that it may soon adopt, and last those that it could
+        have adopted.
+        """
+        looks = {uid: count for uid, count in self._vacant_looks.items() if self._survey.had_host(uid)}
+        return sorted(looks, key=lambda uid: (looks[uid] < _LOOKS_WITHOUT, looks[uid]), reverse=True)
 
     async def _read(
         self, saved: Mapping[UID, int], suspects: Collection[UID] = ()

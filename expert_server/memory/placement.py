@@ -22,7 +22,7 @@ from peer.rates import FairLine
 
 _FIRM_LOOKS = 4
 """How many whole looks in a row must find that the same replica can be spared. There is one in a period, and
-announcements live for more than two periods.
+announcements live for at most three.
 """
 READ_WHOLE = 1024
 """Up to this many cells of all memories together, all of them are read in each look."""

@@ -96,6 +96,26 @@ def test_a_claim_keeps_no_index_entry_alive_whose_hosts_have_died() -> None:
     play(scenario, nodes=8)
 
 
+def test_a_claim_that_is_renewed_stays_in_the_index_if_nobody_serves_the_expert() -> None:
+    """The claimant has read its own claim, and that of another."""
+
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        *claimants, reader = swarm.peers[:3]
+        uid = UID(1, (1, 1))
+        for peer in claimants:
+            for prefix in ((1, ()), (1, (1,))):
+                peer.experts.regions.note(prefix, [0], SPLIT)
+        for _ in range(2):
+            for peer in claimants:
+                await peer.experts.announce([ReplicaAnnouncement(uid, ReplicaState.CLAIMED)], 150.0)
+            for peer in claimants:
+                assert len((await peer.experts.replicas([uid]))[uid]) == 2
+            await asyncio.sleep(60)
+        assert (await reader.experts.prefixes([(1, (1,))], 4))[1, (1,)] == {1}
+
+    play(scenario, nodes=8)
+
+
 def hosts_of(found: dict[UID, tuple[Replica, ...]]) -> dict[UID, set[PeerID]]:
     return {uid: {replica.peer_id for replica in replicas} for uid, replicas in found.items()}
 

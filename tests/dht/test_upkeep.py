@@ -76,6 +76,13 @@ def test_the_next_announcement_may_be_late_by_two_periods_but_not_by_minutes(
     assert UpkeepPeriod(wanted_s, Line().spent).lifetime_s == pytest.approx(lifetime_s)
 
 
+@given(st.floats(0, 1000))
+def test_rounds_begin_once_in_a_period_and_slow_ones_leave_a_pause(took_s: float) -> None:
+    rest_s = UpkeepPeriod(10.0, Line().spent, random.Random(1)).rest_s(took_s)
+    assert rest_s >= 2.25
+    assert 9.0 <= took_s + rest_s <= max(11.0, took_s + 2.75)
+
+
 def test_peers_do_not_stay_in_step() -> None:
     pauses = {UpkeepPeriod(10.0, Line().spent, random.Random(seed)).drawn_s() for seed in range(20)}
     assert len(pauses) == 20

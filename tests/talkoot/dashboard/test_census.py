@@ -26,7 +26,7 @@ def test_a_node_is_live_while_it_renews_its_record() -> None:
 
 
 def test_a_killed_node_has_gone_within_two_periods() -> None:
-    """Its record stays in the DHT for three periods."""
+    """Its record stays in the DHT for up to three periods."""
     seen, record = census(), node(1, expires_at=NOW + 30, renew_every_s=10.0)
     gone_at = math.nan
     for tick in range(15):
