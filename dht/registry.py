@@ -438,9 +438,14 @@ class Registry:
         return (await self._in_time(find))[key_id].entries.get(subkey)
 
     async def store(self, items: Sequence[Item]) -> None:
-        """Raises UnreachableError if no peer accepted any of the items."""
+        """Raises UnreachableError if no peer accepted one of this peer's records, or any of the items. Of other items,
+        peers may have later ones.
+        """
         self._records_stored.inc(len(items))
-        if items and not await self._in_time(self.lookups.store(items), "store"):
+        if not items:
+            return
+        accepted, me = await self._in_time(self.lookups.store(items), "store"), self.peer_id.to_bytes()
+        if not accepted or any((i.key, i.subkey) not in accepted for i in items if i.subkey == me):
             doubt = clock.CLOCK.doubt or "; is this machine's clock right?"
             raise UnreachableError(f"no DHT peer accepted our records{doubt}")
 
