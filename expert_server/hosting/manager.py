@@ -370,7 +370,9 @@ class HostingManager:
         """Adopts experts that nobody hosts, and fills the remaining room with further replicas."""
         async with self._changing:
             mine, saved = {*self._replicas.experts}, await self._replicas.checkpoints.newest()
-            replicas = await self._read(saved, self._suspects()[:_SUSPECTS])
+            gives = self._hysteresis.gives
+            again = [*self._suspects()[:_SUSPECTS], *([] if gives is None else [gives])]
+            replicas = await self._read(saved, again)
             self._require_own(mine & self._survey.just_read, replicas)
             self._vacant_looks = self._vacant_again(replicas, saved)
             await self._adopt(replicas, saved)
@@ -477,10 +479,10 @@ class HostingManager:
         return sorted(looks, key=lambda uid: (looks[uid] < _LOOKS_WITHOUT, looks[uid]), reverse=True)
 
     async def _read(
-        self, saved: Mapping[UID, int], suspects: Collection[UID] = ()
+        self, saved: Mapping[UID, int], again: Collection[UID] = ()
     ) -> Mapping[UID, tuple[Replica, ...]]:
         """Reads the replicas of the experts that may need this node. `saved`: the update counts of its checkpoints."""
-        self.seen = await self._survey.read(self._replicas.experts, saved, suspects)
+        self.seen = await self._survey.read(self._replicas.experts, saved, again)
         return self.seen
 
     async def _adopt(self, replicas: Mapping[UID, Collection[Replica]], saved: Mapping[UID, int]) -> None:

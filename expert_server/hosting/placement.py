@@ -395,15 +395,16 @@ class ExchangeHysteresis:
         """
         self._looks = looks
         self._pause_s = pause_s
-        self._gives: UID | None = None
+        self.gives: UID | None = None
+        """The expert that the last look wanted to give up."""
         self._seen = 0
         self._last: float | None = None
 
     def is_due(self, wish: Exchange | None, now: float) -> bool:
         """Records what a look wants. Returns whether the exchange may be made now."""
         gives = wish.gives if wish is not None else None
-        self._seen = self._seen + 1 if gives == self._gives else 1
-        self._gives = gives
+        self._seen = self._seen + 1 if gives == self.gives else 1
+        self.gives = gives
         if gives is None or self._seen < self._looks:
             return False
         return self._last is None or now >= self._last + self._pause_s
@@ -464,12 +465,12 @@ class HostingSurvey:
         """The experts that the last look read. Replicas of others were read earlier, and some have expired since."""
 
     async def read(
-        self, hosted: Collection[UID], saved: Collection[UID] = (), suspects: Collection[UID] = ()
+        self, hosted: Collection[UID], saved: Collection[UID] = (), again: Collection[UID] = ()
     ) -> Mapping[UID, tuple[Replica, ...]]:
         """The replicas of experts that may need this node, and of others. Raises UnreachableError.
 
-        `hosted`: the experts that this node hosts. `saved`: other experts of which it has checkpoints. `suspects`: some
-        that had no host at the last look.
+        `hosted`: the experts that this node hosts. `saved`: other experts of which it has checkpoints. `again`: some
+        that the last look has read, and that count only if several looks in a row find the same.
         """
         split = self._split | self._known_split()
         own = self._in_turn({*hosted, *saved}, split)
@@ -477,7 +478,7 @@ class HostingSurvey:
         active = await self._experts.prefixes(rows, self._manifest.experts.grid[-1], most=MOST_REGIONS)
         self._split = self._known_split() | (split - {layer for layer, _ in active})
         split |= self._split
-        wanted = {*own, *suspects}
+        wanted = {*own, *again}
         self._again = []
         for is_split, most_vacant, most_others in ((False, MOST_VACANT, SAMPLED), (True, FEW, FEW // 2)):
             some = {prefix: known for prefix, known in active.items() if (prefix[0] in split) is is_split}
