@@ -194,8 +194,8 @@ def test_the_formulas_stand_beside_what_was_simulated() -> None:
         "1.0e-03",
     ]
     (again,) = (each for each in found.values() if each.simulated == "4.6")
-    # records live for 2.4 periods of 100 s; two or five looks, a quarter of a period apart
-    assert again.on_paper == "2.3 to 3.6, 3.0 to 4.4"
+    # records live for 1.7 periods of 100 s; two or five looks, a quarter of a period apart
+    assert again.on_paper == "1.6 to 3.0, 2.3 to 3.7"
     period = next(each for what, each in found.items() if "period" in what and "announcements" in what)
     assert (period.on_paper, period.simulated) == ("167", "150")
     (most,) = (each for what, each in found.items() if "trainers" in what)
