@@ -214,6 +214,8 @@ class ReplicaAnnouncement:
     updated_at: float = 0.0
     """When it took its last optimizer step; 0 if it has taken none."""
     recent_rows: int = 0
+    has_hosts: bool = False
+    """Of a claim, and not in the message: whether others serve the expert, as far as the claimant knows."""
 
     def message(self, depth: int) -> records_pb2.Announcement:
         """The message for a record under the first `depth` coordinates."""

@@ -117,10 +117,9 @@ class ExpertRegistry:
         items: dict[tuple[str, int | bytes], Item] = {
             (key, me): Item(key, me, self.registry.seal(payload), expires_at)
         }
-        claims = all(replica.state is ReplicaState.CLAIMED for replica in hosted)
-        _, is_served = self.regions.hosts_in(home)
-        if hosted and not (claims and is_served):
+        if not all(replica.has_hosts for replica in hosted):
             now = self.registry.now()
+            claims = all(replica.state is ReplicaState.CLAIMED for replica in hosted)
             for depth, following in enumerate(coordinate):
                 if lives := self.regions.index_lives(home, depth):
                     index = self._keys.index(layer, coordinate[:depth], following)

@@ -97,11 +97,6 @@ class Region:
         """Whether a node that announces there serves the expert."""
         return any(r.state is ReplicaState.SERVING for r in self.replicas.get(UID(*uid), ()))
 
-    @property
-    def is_served(self) -> bool:
-        """Whether a node that announces there serves any expert, and does not only claim some."""
-        return any(r.state is not ReplicaState.CLAIMED for found in self.replicas.values() for r in found)
-
     def leads_to(self, coordinate: int, only_active: bool) -> bool:
         """Whether hosts may announce below this next coordinate, because the index marks it as active. Unless
         `only_active`, it is enough that any coordinate in the same piece of the index is marked, because somebody may
@@ -117,7 +112,6 @@ class _Seen:
     """What was seen under a prefix. A set of pieces of its index is an int, in which bit n stands for piece n."""
 
     hosts: int
-    is_served: bool
     is_crowded: bool
     empty_reads: int
     """Consecutive reads that found nobody announcing there. A single one may be a lie."""
@@ -196,9 +190,9 @@ class RegionMap:
         """The last estimate, and when it was made."""
         self._seen: BoundedDict[tuple[int, ...], _Seen] = BoundedDict(_REMEMBERED)
         """By the numbers of the prefix: a nested key would be larger than what it leads to."""
-        self._hosts: BoundedDict[Prefix, tuple[float, int, bool]] = BoundedDict(_REMEMBERED)
-        """When the region of a single expert was read, how many nodes announce there, and whether any serves it, as
-        long as this counts. A node reads some such regions in each period, and most of them never again.
+        self._hosts: BoundedDict[Prefix, tuple[float, int]] = BoundedDict(_REMEMBERED)
+        """When the region of a single expert was read, and how many nodes announce there, as long as this counts. A
+        node reads some such regions in each period, and most of them never again.
         """
         self._just_read: BoundedDict[Prefix, tuple[float, frozenset[int], Region]] = BoundedDict(
             _REMEMBERED_JUST_READ
@@ -219,14 +213,13 @@ class RegionMap:
         if not pieces:  # an expert has no index
             while self._hosts and next(iter(self._hosts.values()))[0] <= now - _WRITE_FOR_S:
                 self._hosts.popitem(last=False)
-            self._hosts[prefix] = now, region.hosts + region.unread, region.is_served
+            self._hosts[prefix] = now, region.hosts + region.unread
             return
         key, depth = (prefix[0], *prefix[1]), len(prefix[1])
         before = self._seen.get(key)
         read = 1 | bits_of(pieces)  # the first piece is read with the prefix itself
         seen = self._seen[key] = _Seen(
             hosts=region.hosts + region.unread,
-            is_served=region.is_served,
             is_crowded=region.size > (ROW_CROWDED_BYTES if prefix[1] else CROWDED_BYTES),
             empty_reads=int(not region.replicas),
             announced=self._announced_in(region, depth),
@@ -373,16 +366,6 @@ class RegionMap:
                 return prefix, seen.is_known(following, now)
         return uid, True
 
-    def hosts_in(self, region: Prefix) -> tuple[int, bool]:
-        """How many nodes announce in a region itself, and whether any of them serves an expert, if this peer has read
-        it lately.
-        """
-        layer, coordinate = region
-        read_at, hosts, is_served = self._hosts.get(region, (0.0, 0, False))
-        if (seen := self._seen.get((layer, *coordinate))) is not None:
-            read_at, hosts, is_served = seen.read_at, seen.hosts, seen.is_served
-        return (hosts, is_served) if read_at > self._now() - _WRITE_FOR_S else (0, False)
-
     def index_lives(self, home: Prefix, depth: int) -> int:
         """For how long a node that announces in a region should now renew the index entry that leads there from the
         first `depth` coordinates, in lifetimes of its announcement; 0: it leaves that to others.
@@ -399,7 +382,11 @@ class RegionMap:
         for below in range(len(coordinate) - 1, depth, -1):
             above = self._seen.get((layer, *coordinate[:below]))
             hosts *= 1 if above is None else max(1, above.active)
-        hosts *= max(1, self.hosts_in(home)[0])
+        read_at, others = self._hosts.get(home, (0.0, 0))
+        if (seen := self._seen.get((layer, *coordinate))) is not None:
+            read_at, others = seen.read_at, seen.hosts
+        if read_at > self._now() - _WRITE_FOR_S:
+            hosts *= max(1, others)
         # drawn at random, so that those which joined together don't renew it together
         left, drawn = self._left_to_others.get(entry) or (
             self._rng.randrange(_SHARED_LIVES_ABOVE),

@@ -363,7 +363,13 @@ class LocalReplicas:
         self._claimed_at |= dict.fromkeys(wanted, claimed_at)
         saved = await self.checkpoints.newest()
         claims = {
-            uid: ReplicaAnnouncement(uid, ReplicaState.CLAIMED, saved.get(uid, 0), claimed_at)
+            uid: ReplicaAnnouncement(
+                uid,
+                ReplicaState.CLAIMED,
+                saved.get(uid, 0),
+                claimed_at,
+                has_hosts=any(r.state is not ReplicaState.CLAIMED for r in seen.get(uid, ())),
+            )
             for uid in wanted
         }
         await experts.announce(claims.values(), self._period.lifetime_s)

@@ -295,6 +295,27 @@ def test_a_node_that_leaves_hands_over(caplog: pytest.LogCaptureFixture) -> None
         assert not [each for each in caplog.records if each.exc_info]
 
 
+def test_a_claim_says_whether_others_serve_the_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims: list[tuple[bool, bool]] = []
+    announce = ExpertRegistry.announce
+
+    async def noted(self: Any, replicas: Collection[ReplicaAnnouncement], *args: Any) -> None:
+        for replica in replicas:
+            if replica.state is ReplicaState.CLAIMED:
+                serving = [node for node in swarm.nodes.values() if replica.uid in node.runtime.experts]
+                claims.append((replica.has_hosts, bool(serving)))
+        await announce(self, replicas, *args)
+
+    monkeypatch.setattr(ExpertRegistry, "announce", noted)
+    with simulated(0) as world:
+        swarm = InternetSwarm(world, plan_of(*grid_of(8)))
+        for number in range(12):
+            world.loop.call_later(10.0 * number, swarm.join, HomeLine(), 3)
+        world.run(300)
+    assert {has_hosts for has_hosts, _ in claims} == {False, True}
+    assert sum(said is true for said, true in claims) > 0.9 * len(claims)
+
+
 def test_looks_do_not_fail_if_some_of_a_nodes_own_experts_were_read_long_ago(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

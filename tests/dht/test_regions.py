@@ -72,7 +72,7 @@ async def announce(peer: SimulatedPeer, *uids: UID, lifetime_s: float = 90.0) ->
     await peer.experts.announce([ReplicaAnnouncement(uid, SERVING, 1) for uid in uids], lifetime_s)
 
 
-def test_a_claim_keeps_no_index_entry_alive_whose_hosts_have_died() -> None:
+def test_a_claim_of_an_expert_that_others_serve_keeps_no_index_entry_alive() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         claimant, host, reader = swarm.peers[:3]
         uid = UID(1, (1, 1))
@@ -82,7 +82,8 @@ def test_a_claim_keeps_no_index_entry_alive_whose_hosts_have_died() -> None:
         await announce(host, uid, lifetime_s=100.0)
         await asyncio.sleep(40)
         assert hosts_of(await claimant.experts.replicas([uid])) == {uid: {host.peer_id}}
-        await claimant.experts.announce([ReplicaAnnouncement(uid, ReplicaState.CLAIMED)], 150.0)
+        claim = ReplicaAnnouncement(uid, ReplicaState.CLAIMED, has_hosts=True)
+        await claimant.experts.announce([claim], 150.0)
 
         async def active() -> frozenset[int]:
             return (await reader.experts.prefixes([(1, (1,))], 4))[1, (1,)]
@@ -92,26 +93,6 @@ def test_a_claim_keeps_no_index_entry_alive_whose_hosts_have_died() -> None:
         assert await active() == set(), "the host has died, and the claim may have failed long ago"
         await announce(claimant, uid, lifetime_s=100.0)
         assert await active() == {1}, "it serves the expert now"
-
-    play(scenario, nodes=8)
-
-
-def test_a_claim_that_is_renewed_stays_in_the_index_if_nobody_serves_the_expert() -> None:
-    """The claimant has read its own claim, and that of another."""
-
-    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
-        *claimants, reader = swarm.peers[:3]
-        uid = UID(1, (1, 1))
-        for peer in claimants:
-            for prefix in ((1, ()), (1, (1,))):
-                peer.experts.regions.note(prefix, [0], SPLIT)
-        for _ in range(2):
-            for peer in claimants:
-                await peer.experts.announce([ReplicaAnnouncement(uid, ReplicaState.CLAIMED)], 150.0)
-            for peer in claimants:
-                assert len((await peer.experts.replicas([uid]))[uid]) == 2
-            await asyncio.sleep(60)
-        assert (await reader.experts.prefixes([(1, (1,))], 4))[1, (1,)] == {1}
 
     play(scenario, nodes=8)
 
