@@ -491,7 +491,7 @@ class HostingManager:
         only for experts that once had a host: the founder's node leaves the others to nodes that join.
         """
         me = self._swarm.host.peer_id
-        had_host = {uid for uid in self._vacant_looks if self._survey.had_host(uid)}
+        had_host = {*self._suspects()}
         lasting = {
             uid
             for uid, looks in self._vacant_looks.items()
