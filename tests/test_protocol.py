@@ -57,8 +57,8 @@ def test_vectors_are_what_the_code_makes() -> None:
 def test_records_and_contacts_of_the_vectors_are_accepted() -> None:
     dht = VECTORS["dht"]
     stored = unpack_entries(data("dht", "dictionary"))
-    assert len(stored) == 2
-    keys = {1: dht["index_entry"]["key"], FOUNDER.to_bytes(): dht["record"]["key"]}
+    assert len(stored) == 3
+    keys = dict.fromkeys((1, 2), dht["index_entry"]["key"]) | {FOUNDER.to_bytes(): dht["record"]["key"]}
     validator = RecordValidator(lambda: VALID_AT, swarm_id=VECTORS["swarm"]["swarm_id"])
     for subkey, entry in stored.items():
         key_id = bytes.fromhex(dht["keys"][keys[subkey]])

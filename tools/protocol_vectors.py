@@ -189,7 +189,8 @@ class ProtocolVectors:
             certificate=founder.make_certificate(),
         ).SerializeToString()
         entry = Entry(pack(keys.prefix(0)), EXPIRES_AT)
-        stored: dict[Subkey, Entry] = {1: entry, peer_id: Entry(pack(record.SerializeToString()), EXPIRES_AT)}
+        stored: dict[Subkey, Entry] = {n: entry for n in (1, 2)}
+        stored[peer_id] = Entry(pack(record.SerializeToString()), EXPIRES_AT)
         named = [
             keys.manifest,
             keys.revocations,

@@ -34,8 +34,10 @@ _CORE_S = 0.04
 """Seconds from the core of the network to an average peer and back."""
 _FIGURES = Path(__file__).with_name("hops.json")
 _DIGEST_BYTES = 8
-_RECORD_OVERHEAD_BYTES, _INDEX_OVERHEAD_BYTES = 52, 15
-"""What a signed record and an index entry take in an answer besides their value (see `pack_entries`)."""
+_RECORD_OVERHEAD_BYTES = 52
+"""What a signed record takes in an answer besides its value (see `pack_entries`)."""
+_INDEX_BYTES, _LISTED_BYTES = 12, 46
+"""What index entries take, with a coordinate and with a PeerID. Their common value is packed once."""
 _MOST_HOLDERS = 3 * REPLICAS
 _REACHES, _SERVERS = 64, 100
 _SAMPLES, _SAMPLE_FOR_S = 8, 2.0
@@ -446,7 +448,9 @@ def _usual_reaches(rng: random.Random) -> list[float]:
 
 def _size_of(subkey: object, value: str | bytes) -> int:
     """Bytes of an entry in an answer."""
-    return len(value) + (_INDEX_OVERHEAD_BYTES if type(subkey) is int else _RECORD_OVERHEAD_BYTES)
+    if isinstance(value, str):
+        return _INDEX_BYTES if type(subkey) is int else _LISTED_BYTES
+    return len(value) + _RECORD_OVERHEAD_BYTES
 
 
 def _size(entries: Mapping[Any, Entry]) -> int:

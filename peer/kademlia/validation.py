@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard
@@ -149,17 +150,27 @@ def unpack_entries(data: bytes) -> Entries:
     if not isinstance(outer, msgpack.ExtType):
         raise WireError("not a dictionary")
     inner = _unpack(outer.data, _drop_type)
-    if not isinstance(inner, list) or len(inner) != 3 or not isinstance(inner[2], list):
+    if not isinstance(inner, list) or len(inner) not in (3, 4) or not isinstance(inner[2], list):
         raise WireError("a dictionary must have a size, an expiry and entries")
-    rows = inner[2] if len(inner[2]) <= MAX_ENTRIES else random.sample(inner[2], MAX_ENTRIES)
-    return {row[0]: Entry(row[1], row[2]) for row in rows if _is_well_formed(row)}
+    _, _, rows, *common = inner
+    if len(rows) > MAX_ENTRIES:
+        rows = random.sample(rows, MAX_ENTRIES)
+    whole = ([row[0], *common, row[1]] if type(row) is list and len(row) == 2 else row for row in rows)
+    return {row[0]: Entry(row[1], row[2]) for row in whole if _is_well_formed(row)}
 
 
 def pack_entries(entries: Mapping[Subkey, Entry]) -> bytes:
-    """Packs a dictionary for the wire."""
+    """Packs a dictionary for the wire. A value that several entries have, as the index entries of a key do, is packed
+    once.
+    """
     latest = max((entry.expires_at for entry in entries.values()), default=-math.inf)
-    rows = [[subkey, *entry] for subkey, entry in entries.items()]
-    return pack(msgpack.ExtType(_DICTIONARY_TYPE, pack([_NO_BOUND, latest, rows])))
+    most = Counter(value for value, _ in entries.values()).most_common(1)
+    common = [value for value, count in most if count > 1]
+    rows = [
+        [subkey, expires_at] if value in common else [subkey, value, expires_at]
+        for subkey, (value, expires_at) in entries.items()
+    ]
+    return pack(msgpack.ExtType(_DICTIONARY_TYPE, pack([_NO_BOUND, latest, rows, *common])))
 
 
 def packed_bytes(entries: Mapping[Subkey, Entry]) -> int:

@@ -484,7 +484,11 @@ def test_an_unsigned_record_is_as_long_as_a_signed_one(characters: int) -> None:
 def test_an_entry_counts_as_many_bytes_as_it_takes_in_an_answer() -> None:
     marked = SwarmKeys("simulated", SimulatedIdentity(1).peer_id).index(0, (12,), 130)
     writers = [SimulatedIdentity(n).peer_id.to_bytes() for n in range(100)]
-    for values in (dict.fromkeys(range(100), marked), {writer: bytes(700) for writer in writers}):
+    for values in (
+        dict.fromkeys(range(64, 192), marked),
+        dict.fromkeys(writers, marked),
+        {writer: bytes([number]) * 700 for number, writer in enumerate(writers)},
+    ):
         packed = pack_entries({subkey: Entry(pack(value), 1.7e9) for subkey, value in values.items()})
         counted = sum(_size_of(subkey, value) for subkey, value in values.items())
         assert counted == pytest.approx(len(packed), rel=0.03)

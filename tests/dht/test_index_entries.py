@@ -14,7 +14,7 @@ from dht.records import (
 )
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.identity import Identity, PeerID
-from peer.kademlia.validation import Entries, Entry, pack, pack_entries
+from peer.kademlia.validation import Entries, Entry, pack, packed_bytes
 
 __all__ = ["keys"]
 
@@ -57,7 +57,7 @@ def test_no_piece_of_a_prefix_passes_32_kilobytes() -> None:
         for following in range(4095 - INDEX_PIECE + 1, 4096):
             assert keys.index(999_999, coordinate, following) == longest
             entries[following] = Entry(pack(longest), EXPIRES_AT)
-        assert len(pack_entries(entries)) < 32_000
+        assert packed_bytes(entries) < 32_000
 
 
 @pytest.mark.parametrize("subkey", [-1, 4096, 2**64 - 1, 1.0, True, False, None, "2", b"2", [2]])

@@ -82,6 +82,8 @@ export function badge(token, holder) {
 export const keyId = (key) => hash('sha1', encode(key));
 
 const entries = new ExtensionCodec();
-entries.register({ type: 0x50, encode: () => null, decode: (data) => decode(data)[2] });
+// rows without a value have the last one
+const whole = ([, , rows, common]) => rows.map((row) => (row.length < 3 ? [row[0], common, row[1]] : row));
+entries.register({ type: 0x50, encode: () => null, decode: (data) => whole(decode(data)) });
 export const unpackEntries = (value) => decode(value, { extensionCodec: entries });
 

@@ -22,6 +22,7 @@ from peer.kademlia.validation import (
     Entry,
     EntryChecker,
     Record,
+    pack,
     pack_entries,
     packed_bytes,
     unpack,
@@ -59,8 +60,9 @@ def wrapped(inner: bytes) -> bytes:
     return packed
 
 
-def dictionary(rows: object) -> bytes:
-    return wrapped(msgpack.packb([math.inf, 1.0, rows]))
+def dictionary(rows: object, *common: object) -> bytes:
+    """`common`: the value of all rows without one."""
+    return wrapped(msgpack.packb([math.inf, 1.0, rows, *common]))
 
 
 @given(st.dictionaries(SUBKEYS, ENTRIES, max_size=20))
@@ -81,8 +83,14 @@ def test_any_bytes_are_a_plain_value_or_refused(data: bytes) -> None:
     st.binary(max_size=300)
     | st.binary(max_size=300).map(wrapped)
     | PACKABLE.map(dictionary)
-    | st.lists(st.tuples(PACKABLE, PACKABLE, PACKABLE) | st.tuples(SUBKEYS, st.binary(), PACKABLE)).map(
-        dictionary
+    | st.builds(
+        dictionary,
+        st.lists(
+            st.tuples(PACKABLE, PACKABLE, PACKABLE)
+            | st.tuples(SUBKEYS, st.binary(), PACKABLE)
+            | st.tuples(SUBKEYS, st.floats())
+        ),
+        st.binary() | PACKABLE,
     )
 )
 def test_any_bytes_are_entries_or_refused(data: bytes) -> None:
@@ -99,6 +107,28 @@ def test_any_bytes_are_entries_or_refused(data: bytes) -> None:
     assert unpack_entries(pack_entries(entries)) == entries
 
 
+def test_a_value_that_several_entries_have_is_packed_once() -> None:
+    name = pack("the-swarm-P34zNYj18tCK.3.27")
+    index: dict[int | bytes, Entry] = {n: Entry(name, 1.7e9 + n) for n in range(128)}
+    beside: dict[int | bytes, Entry] = {b"peer": Entry(pack(bytes(300)), 1.7e9)}
+    assert unpack_entries(pack_entries(index | beside)) == index | beside
+    assert pack_entries(index | beside).count(name) == 1
+    assert len(pack_entries(index)) < 128 * 13
+    assert pack_entries(beside) == dictionary([[b"peer", *beside[b"peer"]]]).replace(
+        msgpack.packb(1.0), msgpack.packb(1.7e9), 1
+    ), "hivemind reads dictionaries without such values"
+
+
+@pytest.mark.parametrize("common", ["text", 7, None, [b"value"], msgpack.ExtType(0x50, b"x")])
+def test_entries_with_a_malformed_common_value_are_left_out(common: object) -> None:
+    assert unpack_entries(dictionary([[2, 2.0], GOOD], common)) == {1: Entry(b"value", 2.0)}
+
+
+@pytest.mark.parametrize("row", [[True, 2.0], [-1, 2.0], [2, 2], [2, math.nan], [2, b"value"], [2], [[2], 2.0]])
+def test_a_malformed_entry_with_the_common_value_is_left_out(row: object) -> None:
+    assert unpack_entries(dictionary([row, [3, 2.0]], b"value")) == {3: Entry(b"value", 2.0)}
+
+
 GOOD = [1, b"value", 2.0]
 
 
@@ -106,6 +136,7 @@ GOOD = [1, b"value", 2.0]
     "row",
     [
         [2, b"value"],
+        [2, 2.0],
         [True, b"value", 2.0],
         [-1, b"value", 2.0],
         [2**31, b"value", 2.0],
@@ -132,6 +163,8 @@ def test_a_dictionary_of_another_form_is_refused(rows: object) -> None:
         unpack_entries(dictionary(rows))
     with pytest.raises(WireError):
         unpack_entries(wrapped(msgpack.packb(rows)))
+    with pytest.raises(WireError):
+        unpack_entries(dictionary([], b"value", b"more"))
 
 
 def test_a_dictionary_has_its_own_type() -> None:
