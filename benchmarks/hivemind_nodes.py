@@ -31,7 +31,7 @@ from hivemind.p2p import PeerID as TheirPeerID
 from benchmarks.simulated_p2p import Link, Network, SimulatedIdentity, SimulatedTransport, simulated_world
 from benchmarks.simulated_swarm import known_to
 from peer import clock
-from peer.identity import SIGNATURE_BYTES, PeerID
+from peer.identity import CERTIFICATE_BYTES, SIGNATURE_BYTES, PeerID
 from peer.kademlia.bootstrap import meet_neighbours
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import KademliaNode
@@ -45,6 +45,7 @@ from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
 
 _NAMED = "DHTProtocol.rpc_"
+_ID_BYTES = 34
 _SIDES = ("tables", "talkoot", "hivemind", "p2pd")
 """`tables`: Talkoot's without the contacts."""
 _JOINS = 20
@@ -123,7 +124,9 @@ def memory_per_node(side: str, nodes: int) -> float:
         return (psutil.Process().memory_info().rss - before) / len(made)
 
     with (
-        patch("peer.transport.contacts.certificate_key", lambda *_: b""),
+        patch(
+            "peer.transport.contacts.certificate_owner", lambda certificate: PeerID(certificate[:_ID_BYTES])
+        ),
         patch("peer.transport.contacts.verify", lambda *_: None),
     ):
         return asyncio.run(run())
@@ -197,11 +200,10 @@ def _place_of(peer_id: PeerID) -> Endpoint:
 def _contact(peer_id: PeerID) -> contact_pb2.Contact:
     """A contact as large as a real one, with invented contents."""
     statement = contact_pb2.ContactStatement(
-        peer_id=peer_id.to_bytes(),
+        certificate=peer_id.to_bytes().ljust(CERTIFICATE_BYTES, b"\0"),
         sequence=1,
         expires_at=clock.now() + LIFETIME_S,
         addresses=[contact_pb2.ContactAddress(direct=_place_of(peer_id))],
-        certificate=SimulatedIdentity(0).make_certificate(),
     ).SerializeToString()
     return contact_pb2.Contact(statement=statement, signature=bytes(SIGNATURE_BYTES))
 

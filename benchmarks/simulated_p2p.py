@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 from peer.bounded import BoundedDict
 from peer.errors import RecordError
-from peer.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, PeerID
+from peer.identity import CERTIFICATE_BYTES, PUBLIC_KEY_BYTES, SIGNATURE_BYTES, PeerID
 from peer.kademlia.contacts import KNOWN_OF_KEY, MOST_KNOWN, PlaceIndex
 from peer.kademlia.node import Handler
 from peer.transport.addresses import Multiaddress
@@ -32,9 +32,10 @@ EPOCH = 1_800_000_000.0
 """Unix time at which a simulation begins."""
 CALL_OVERHEAD_BYTES = 100
 """The approximate size of frames, headers and acknowledgements for each message."""
-_CERTIFICATE = bytes(355)
-_CONTACT_BYTES = 500
+_CERTIFICATE = bytes(CERTIFICATE_BYTES)
+_CONTACT_BYTES = 205
 _NAME_BYTES = 34
+_DER_KEY_BYTES = 91
 _MOST_CONTACTS = 2048
 _CLOCK_RESOLUTION_S = 1e-9
 """Timers that are due within this time of each other run in the same step."""
@@ -395,7 +396,8 @@ def simulated_world() -> Iterator[VirtualLoop]:
 
 
 def _peer_id_of(public_key: bytes) -> PeerID:
-    return PeerID(b"\x12\x20" + hashlib.sha256(public_key).digest())
+    der = public_key.rjust(_DER_KEY_BYTES, b"\0")
+    return PeerID(b"\x12\x20" + hashlib.sha256(der).digest())
 
 
 def _signature(public_key: bytes, data: bytes) -> bytes:

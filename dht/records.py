@@ -192,9 +192,10 @@ class RecordValidator:
 
     def _check_signed(self, record: Record, value: bytes, subkey: object) -> None:
         """Checks the signature last, because that costs most."""
-        _, payload = _parsed(value)
+        signed, payload = _parsed(value)
         self._check_swarm(payload.key)
-        if not _is_digest_of(record.key, payload.key) or subkey != payload.peer_id:
+        writer = peer_id_of(signed.public_key)
+        if not _is_digest_of(record.key, payload.key) or subkey != writer.to_bytes():
             raise RecordError("the record is stored under another key or subkey than the signed ones")
         if payload.expires_at != record.expires_at:
             raise RecordError("the record's expiry is not the signed one")
@@ -208,7 +209,7 @@ class RecordValidator:
             self._refused[digest] = None
             raise
         if self._rule is not None:
-            self._rule(payload, PeerID(payload.peer_id))
+            self._rule(payload, writer)
 
     def _check_swarm(self, key: str) -> None:
         if not key.startswith(self._prefix):
@@ -234,8 +235,7 @@ class RecordValidator:
 
 
 def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
-    """Fills in the writer and signs the payload. Returns what is stored under `payload.key`."""
-    payload.peer_id = identity.peer_id.to_bytes()
+    """What is stored under `payload.key`, signed."""
     data = payload.SerializeToString()
     record = records_pb2.SignedRecord(
         payload=data, public_key=identity.public_key, signature=identity.sign(data)
@@ -256,16 +256,16 @@ def open_old_record(data: object, key: str, peer_id: PeerID) -> records_pb2.Reco
     """The payload of a value that may have expired, after all other checks. Raises RecordError."""
     if not isinstance(data, bytes):
         raise RecordError("a record must be bytes")
-    payload = _verified(data)
+    payload, writer = _verified(data)
     if payload.key != key:
         raise RecordError(f"the record belongs under {payload.key[:80]!r}, not {key!r}")
-    if payload.peer_id != peer_id.to_bytes():
+    if writer != peer_id:
         raise RecordError("the record is another peer's")
     return payload
 
 
 def writers_key(data: bytes) -> bytes:
-    """The DER public key in a record that has been opened before."""
+    """The public key in a record that has been opened before."""
     return records_pb2.SignedRecord.FromString(data).public_key
 
 
@@ -323,25 +323,24 @@ def _parsed(data: bytes) -> tuple[records_pb2.SignedRecord, records_pb2.RecordPa
     return record, payload
 
 
-def _verified(data: bytes) -> records_pb2.RecordPayload:
-    """The payload of a record, after all checks that depend on nothing else. Raises RecordError."""
+def _verified(data: bytes) -> tuple[records_pb2.RecordPayload, PeerID]:
+    """The payload of a record and its writer, after all checks that depend on nothing else. Raises RecordError."""
     record, payload = _parsed(data)
+    writer = peer_id_of(record.public_key)
     digest = hashlib.blake2b(data, digest_size=32).digest()
     if digest in _verified_before:
-        return payload
+        return payload, writer
     signed = records_pb2.SignedRecord(
         payload=record.payload, public_key=record.public_key, signature=record.signature
     )
     if data != signed.SerializeToString():  # anybody could make others' records larger
         raise RecordError("the record has more than its writer signed")
-    if peer_id_of(record.public_key).to_bytes() != payload.peer_id:
-        raise RecordError("the record's key is not its writer's")
     _check_replicas(payload)
-    _check_kind(payload)
+    _check_kind(payload, writer)
     _check_memories(payload, len(data))
     verify(record.public_key, record.payload, record.signature)
     _verified_before[digest] = None
-    return payload
+    return payload, writer
 
 
 def _author_suffix(author: PeerID) -> str:
@@ -349,7 +348,7 @@ def _author_suffix(author: PeerID) -> str:
     return f"-{author.to_base58()[-12:]}"
 
 
-def _check_kind(payload: records_pb2.RecordPayload) -> None:
+def _check_kind(payload: records_pb2.RecordPayload, writer: PeerID) -> None:
     """Raises RecordError if a long-lived record is not under its own kind of key, or such a key has another kind of
     record.
 
@@ -366,7 +365,7 @@ def _check_kind(payload: records_pb2.RecordPayload) -> None:
     swarm_id = payload.key.removesuffix(ending)
     if "." in swarm_id:  # otherwise one writer could store records at many keys for weeks
         raise RecordError("the record's kind does not match its key")
-    if body in _FOUNDERS and not swarm_id.endswith(_author_suffix(PeerID(payload.peer_id))):
+    if body in _FOUNDERS and not swarm_id.endswith(_author_suffix(writer)):
         raise RecordError("only the swarm's founder writes this record")
 
 

@@ -13,7 +13,7 @@ fork.
 """
 
 SOFTWARE_VERSION: Final = "0.2.0.dev0"
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """Peers of another protocol version are refused. The error names both versions."""
 
 

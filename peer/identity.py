@@ -9,15 +9,14 @@ import hashlib
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Self, TypeGuard
+from typing import Self
 
 import base58
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
-from cryptography.x509.oid import NameOID
 
 from peer.errors import RecordError, StartError
 from peer.files import write_atomically
@@ -33,14 +32,8 @@ _CURVE = ec.SECP256R1()
 _KEY_MESSAGE = b"\x08\x03\x12"
 """How libp2p's message of an ECDSA key begins: field 1, the type, is 3; field 2, the key, follows with its length."""
 _SERIAL_BYTES = 16
-_LENGTHS_BYTES = 8
-"""In DER, a certificate begins with the kinds and lengths of itself and of its signed part."""
-_VERSION = bytes.fromhex("a00302010202")
-"""Then its version follows, 3, and the serial number with its length."""
 VALID_FROM: datetime = datetime(2025, 1, 1, tzinfo=UTC)
 """Certificates of peers are valid from then on. On a machine whose clock is earlier, no TLS connection is made."""
-_VALID_UNTIL = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-"""RFC 5280's notation (4.1.2.5) for a certificate that never expires. It is valid as long as its key."""
 _MULTIHASH = b"\x12\x20"
 """How a multihash by SHA-256 begins: its kind and its length."""
 RECORD_DOMAIN = b"talkoot record v1\0"
@@ -49,18 +42,20 @@ GRANT_DOMAIN = b"talkoot grant v1\0"
 CONTACT_DOMAIN = b"talkoot contact v1\0"
 RECEIPT_DOMAIN = b"talkoot receipt v1\0"
 """Prefixes of signed bytes, so that a signature for one purpose is not valid for another."""
-PUBLIC_KEY_BYTES = 91
-"""Of a public key in DER, with both coordinates of its point."""
-_PUBLIC_KEY_HEAD = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
-"""How it begins: with the curve and the form of its point. Other forms are refused, so that each key has one PeerID."""
+PUBLIC_KEY_BYTES = 33
+"""Of a public key in messages: its point, compressed (SEC 1). It has one such form, and so one PeerID."""
+_DER_HEAD = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
+"""How a public key begins in DER: with its curve. Its point follows, with both coordinates."""
 SIGNATURE_BYTES = 64
 """Of a signature: r and s, 32 bytes each, big-endian (IEEE P1363)."""
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 """Of the curve's group. If s makes a signature valid, so does `_ORDER` - s. Only the smaller one is accepted, so that
 nobody but the signer can turn a signature into another one.
 """
-_MAX_CERTIFICATE_BYTES = 1024
-"""The limit in DER. Ours have 355 bytes. Peers remember those of many others."""
+CERTIFICATE_BYTES = PUBLIC_KEY_BYTES + SIGNATURE_BYTES
+"""Of a certificate in messages: the key, and the certificate's signature. The rest follows from the key."""
+_REMEMBERED_KEYS = 1024
+"""How many public keys a process remembers, with about 2 KB each: peers that are met once are usually met again."""
 
 
 class PeerID:
@@ -111,13 +106,13 @@ class Identity:
     path: Path
     peer_id: PeerID
     public_key: bytes
-    """DER SubjectPublicKeyInfo."""
+    """As in messages."""
 
     @classmethod
     def load_or_create(cls, path: Path) -> "Identity":
         """Reads the key at `path`, in libp2p's format; creates it the first time. Raises StartError."""
         try:
-            key = _read_key(path) if path.exists() else _write_new_key(path)
+            key = _read_file(path) if path.exists() else _write_new_key(path)
         except OSError as error:
             raise StartError(
                 f"can't use the identity file {path}: {error.strerror}; pass another --state"
@@ -126,13 +121,13 @@ class Identity:
             raise StartError(
                 f"{path} does not contain a libp2p P-256 key: move it away to get a new identity"
             ) from error
-        public_key = _public_bytes(key.public_key())
+        public_key = _compressed(key.public_key())
         return cls(key, path, peer_id_of(public_key), public_key)
 
     def sign(self, data: bytes, domain: bytes = RECORD_DOMAIN) -> bytes:
         """Signs the domain and the data with ECDSA and SHA-256."""
         r, s = utils.decode_dss_signature(self.key.sign(domain + data, ec.ECDSA(hashes.SHA256())))
-        return r.to_bytes(SIGNATURE_BYTES // 2) + min(s, _ORDER - s).to_bytes(SIGNATURE_BYTES // 2)
+        return _signature_of(r, min(s, _ORDER - s))
 
     def private_key_pem(self) -> bytes:
         return self.key.private_bytes(
@@ -140,26 +135,30 @@ class Identity:
         )
 
     def make_certificate(self) -> bytes:
-        """A self-signed TLS certificate for this key, DER. It is always the same, because others pin it."""
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, TLS_NAME)])
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(self.key.public_key())
-            .serial_number(_serial_number(self.peer_id))
-            .not_valid_before(VALID_FROM)
-            .not_valid_after(_VALID_UNTIL)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)
+        """A self-signed TLS certificate for this key, as in messages. It is always the same, because others pin it."""
+        signed = self.key.sign(
+            _to_be_signed(self.public_key), ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
         )
-        signed = builder.sign(self.key, hashes.SHA256(), ecdsa_deterministic=True)
-        return signed.public_bytes(serialization.Encoding.DER)
+        return self.public_key + _signature_of(*utils.decode_dss_signature(signed))
+
+
+@lru_cache(_REMEMBERED_KEYS)
+def _read_key(public_key: bytes) -> tuple[ec.EllipticCurvePublicKey, bytes]:
+    """The key, and its DER SubjectPublicKeyInfo. Raises RecordError."""
+    if len(public_key) != PUBLIC_KEY_BYTES:
+        raise RecordError(f"a public key has {PUBLIC_KEY_BYTES} bytes")
+    try:
+        key = ec.EllipticCurvePublicKey.from_encoded_point(_CURVE, public_key)
+    except ValueError as error:
+        raise RecordError("the public key is not on the curve P-256") from error
+    point = key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+    return key, _DER_HEAD + point
 
 
 def peer_id_of(public_key: bytes) -> PeerID:
-    """The PeerID of a DER SubjectPublicKeyInfo: the sha2-256 multihash of libp2p's PublicKey message."""
-    return PeerID(_MULTIHASH + hashlib.sha256(key_message(public_key)).digest())
+    """The PeerID of a public key: the sha2-256 multihash of libp2p's PublicKey message. Raises RecordError."""
+    _, der = _read_key(public_key)
+    return PeerID(_MULTIHASH + hashlib.sha256(key_message(der)).digest())
 
 
 def is_peer_id(data: bytes) -> bool:
@@ -176,12 +175,7 @@ def key_message(key: bytes) -> bytes:
 
 def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = RECORD_DOMAIN) -> None:
     """Raises RecordError unless `signature` is this key's signature of `data` in this domain."""
-    if len(public_key) != PUBLIC_KEY_BYTES or not public_key.startswith(_PUBLIC_KEY_HEAD):
-        raise RecordError("the record's key is not a P-256 key")
-    try:
-        key = ec.EllipticCurvePublicKey.from_encoded_point(_CURVE, public_key[len(_PUBLIC_KEY_HEAD) - 1 :])
-    except ValueError as error:
-        raise RecordError("the record's key is not on the curve") from error
+    key, _ = _read_key(public_key)
     half = SIGNATURE_BYTES // 2
     r, s = int.from_bytes(signature[:half]), int.from_bytes(signature[half:])
     try:
@@ -192,48 +186,108 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
         raise RecordError("the record's signature is wrong") from None
 
 
+def _signature_of(r: int, s: int) -> bytes:
+    return r.to_bytes(SIGNATURE_BYTES // 2) + s.to_bytes(SIGNATURE_BYTES // 2)
+
+
 def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
-    """Converts a DER certificate to PEM, if its key is the peer's. Raises RecordError."""
-    certificate_key(certificate, peer_id)
-    return ssl.DER_cert_to_PEM_cert(certificate).encode()
-
-
-def certificate_key(certificate: bytes, peer_id: PeerID) -> bytes:
-    """The key in a DER certificate, as DER SubjectPublicKeyInfo, if it is the peer's. Raises RecordError."""
-    if len(certificate) > _MAX_CERTIFICATE_BYTES:
-        raise RecordError(f"the certificate has {len(certificate)} bytes, more than {_MAX_CERTIFICATE_BYTES}")
-    # checked before it is parsed, because cryptography warns of serial numbers below 1, and will refuse them
-    serial_number = _serial_number(peer_id)
-    number = serial_number.to_bytes(serial_number.bit_length() // 8 + 1)
-    head = _VERSION + bytes([len(number)]) + number
-    if not serial_number or not certificate.startswith(head, _LENGTHS_BYTES):
+    """A certificate in PEM, if its key is the peer's. Its own signature is not checked: TLS proves that the other side
+    has the key. Raises RecordError.
+    """
+    if certificate_owner(certificate) != peer_id:
         raise RecordError(f"the certificate is not that of peer {peer_id}")
+    return pem_of(certificate)
+
+
+def certificate_owner(certificate: bytes) -> PeerID:
+    """The peer to which the key in a certificate belongs. Raises RecordError."""
+    if len(certificate) != CERTIFICATE_BYTES:
+        raise RecordError(f"a certificate has {CERTIFICATE_BYTES} bytes")
+    return peer_id_of(certificate[:PUBLIC_KEY_BYTES])
+
+
+def pem_of(certificate: bytes) -> bytes:
+    """A certificate in PEM. Raises RecordError."""
+    return ssl.DER_cert_to_PEM_cert(_der_of(certificate)).encode()
+
+
+def certificate_of(shown: bytes) -> bytes:
+    """A certificate as in messages, from what a TLS server shows in DER. Raises RecordError unless it has the form that
+    peers give it.
+    """
+    point = shown.partition(_DER_HEAD)[2][:_POINT_BYTES]
+    signed = shown.rpartition(_ECDSA_WITH_SHA256)[2][_BITS_HEAD_BYTES:]
     try:
-        public_key = x509.load_der_x509_certificate(certificate).public_key()
-    except (*_NO_KEY, x509.InvalidVersion) as error:
-        raise RecordError("the record carries no certificate") from error
-    if not _is_on_curve(public_key):
-        raise RecordError("the certificate's key is not a P-256 key")
-    encoded = _public_bytes(public_key)
-    if peer_id_of(encoded) != peer_id:
-        raise RecordError(f"the certificate is not that of peer {peer_id}")
-    return encoded
+        key = ec.EllipticCurvePublicKey.from_encoded_point(_CURVE, point)
+        certificate = _compressed(key) + _signature_of(*utils.decode_dss_signature(signed))
+    except (ValueError, OverflowError):
+        certificate = b""
+    if not certificate or _der_of(certificate) != shown:
+        raise RecordError("the certificate is not one of a peer")
+    return certificate
 
 
-def _serial_number(peer_id: PeerID) -> int:
-    """Of a peer's certificate."""
-    return int.from_bytes(peer_id.to_bytes()[-_SERIAL_BYTES:])
+def _der_of(certificate: bytes) -> bytes:
+    signed, signature = _to_be_signed(certificate[:PUBLIC_KEY_BYTES]), certificate[PUBLIC_KEY_BYTES:]
+    half = SIGNATURE_BYTES // 2
+    r, s = int.from_bytes(signature[:half]), int.from_bytes(signature[half:])
+    return _der(0x30, signed, _ECDSA_WITH_SHA256, _der(0x03, b"\0", utils.encode_dss_signature(r, s)))
 
 
-def _is_on_curve(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:
-    return isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == _CURVE.name
+def _to_be_signed(public_key: bytes) -> bytes:
+    """What a certificate says besides its signature, in DER (RFC 5280, section 4.1)."""
+    _, der = _read_key(public_key)
+    serial = int.from_bytes(peer_id_of(public_key).to_bytes()[-_SERIAL_BYTES:])
+    return _der(
+        0x30,
+        _VERSION_3,
+        _der(0x02, serial.to_bytes(serial.bit_length() // 8 + 1)),
+        _ECDSA_WITH_SHA256,
+        _NAME,
+        _VALIDITY,
+        _NAME,
+        der,
+        _EXTENSIONS,
+    )
 
 
-def _public_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
-    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+def _der(kind: int, *parts: bytes) -> bytes:
+    """A value of less than 64 KB in DER: its kind, its length, and its parts."""
+    content = b"".join(parts)
+    size = len(content)
+    digits = size.to_bytes(size.bit_length() + 7 >> 3)
+    length = bytes([size]) if size < 128 else bytes([128 + len(digits)]) + digits
+    return bytes([kind]) + length + content
 
 
-def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+_VERSION_3 = bytes.fromhex("a003020102")
+_ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
+_NAME = _der(0x30, _der(0x31, _der(0x30, bytes.fromhex("0603550403"), _der(0x0C, TLS_NAME.encode()))))
+"""The common name, of the one that signs and of the one that is signed."""
+_VALIDITY = _der(0x30, _der(0x17, f"{VALID_FROM:%y%m%d%H%M%SZ}".encode()), _der(0x18, b"99991231235959Z"))
+"""The end is RFC 5280's for a certificate that never expires (4.1.2.5). It is valid as long as its key."""
+_EXTENSIONS = _der(
+    0xA3,
+    _der(
+        0x30,
+        bytes.fromhex("30120603551d130101ff040830060101ff020100"),  # it signs no others but itself
+        _der(
+            0x30,
+            bytes.fromhex("0603551d11"),  # its name once more, as TLS libraries want it
+            _der(0x04, _der(0x30, _der(0x82, TLS_NAME.encode()))),
+        ),
+    ),
+)
+_POINT_BYTES = 65
+_BITS_HEAD_BYTES = 3
+"""In DER, the bits of a signature come after their kind, their length, and how many bits are unused."""
+
+
+def _compressed(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint)
+
+
+def _read_file(path: Path) -> ec.EllipticCurvePrivateKey:
     """Raises one of `_NO_KEY`."""
     message = path.read_bytes()
     key = message[len(_KEY_MESSAGE) + 1 :]

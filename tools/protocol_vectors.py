@@ -8,6 +8,7 @@ as it is. Everything else is computed.
 
 import json
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +40,7 @@ from peer.identity import (
     SESSION_DOMAIN,
     TLS_NAME,
     Identity,
+    pem_of,
     verify,
 )
 from peer.kademlia.routing import first_bits, id_bytes, key_id_of, node_id_of
@@ -177,19 +179,18 @@ class ProtocolVectors:
         keys, founder = self._keys, self._founder
         peer_id = founder.peer_id.to_bytes()
         payload = records_pb2.RecordPayload(
-            key=keys.manifest, peer_id=peer_id, expires_at=EXPIRES_AT, manifest_json=MANIFEST.to_json()
+            key=keys.manifest, expires_at=EXPIRES_AT, manifest_json=MANIFEST.to_json()
         ).SerializeToString()
         signature = self._sign(founder, payload, RECORD_DOMAIN)
         record = records_pb2.SignedRecord(payload=payload, public_key=founder.public_key, signature=signature)
         contact = contact_pb2.ContactStatement(
-            peer_id=peer_id,
+            certificate=founder.make_certificate(),
             sequence=1,
             expires_at=EXPIRES_AT,
             addresses=[contact_pb2.ContactAddress(direct=ENDPOINT)],
-            certificate=founder.make_certificate(),
         ).SerializeToString()
         entry = Entry(pack(keys.prefix(0)), EXPIRES_AT)
-        stored: dict[Subkey, Entry] = {n: entry for n in (1, 2)}
+        stored: dict[Subkey, Entry] = dict.fromkeys((1, 2), entry)
         stored[peer_id] = Entry(pack(record.SerializeToString()), EXPIRES_AT)
         named = [
             keys.manifest,
@@ -290,7 +291,8 @@ def _identity(key_file: str) -> Identity:
 
 
 def _peer(identity: Identity) -> Vectors:
-    peer_id = identity.peer_id.to_bytes()
+    peer_id, certificate = identity.peer_id.to_bytes(), identity.make_certificate()
+    shown = ssl.PEM_cert_to_DER_cert(pem_of(certificate).decode())
     return {
         "public_key": identity.public_key.hex(),
         "peer_id": peer_id.hex(),
@@ -298,7 +300,8 @@ def _peer(identity: Identity) -> Vectors:
         "node_id": id_bytes(node_id_of(peer_id)).hex(),
         "known": f"{first_bits(node_id_of(peer_id)):016x}",
         "shard_digits": digits_of(peer_id),
-        "certificate": identity.make_certificate().hex(),
+        "certificate": certificate.hex(),
+        "certificate_der": shown.hex(),
     }
 
 

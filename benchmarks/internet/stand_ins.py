@@ -43,7 +43,7 @@ from peer.wire import records_pb2
 T = TypeVar("T")
 
 _key_id_of = functools.lru_cache(maxsize=1 << 18)(key_id_of)
-SIGNED_BYTES = 161
+SIGNED_BYTES = 103
 """What a short payload grows by when it is signed."""
 _GC_THRESHOLDS = 1_000_000, 20, 100
 """The garbage collector's thresholds. A full collection visits the objects of all nodes and frees little, so it is
@@ -241,7 +241,6 @@ class SharedRegistry(Registry):
         return await call
 
     def seal(self, payload: records_pb2.RecordPayload) -> "UnsignedRecord":
-        payload.peer_id = self.peer_id.to_bytes()
         return UnsignedRecord(payload)
 
     def unseal(self, value: Any, key: str, peer_id: PeerID) -> records_pb2.RecordPayload:

@@ -61,7 +61,7 @@ _MOST_TOLD, _TOLD_S = 1024, 300.0
 forgets the contact, and gets it again within that time.
 """
 _CONTACTS = 256
-"""Contacts read in one answer: as many honest peers' contacts as fit into a message."""
+"""Contacts read in one answer. Those of the nearest nodes come first."""
 _PAUSES_S = (5.0, 640.0)
 """How long a peer that did not answer is not asked, at first and at most."""
 _HANDOVER_BURST_S = 16.0

@@ -155,16 +155,17 @@ def unpack_entries(data: bytes) -> Entries:
     _, _, rows, *common = inner
     if len(rows) > MAX_ENTRIES:
         rows = random.sample(rows, MAX_ENTRIES)
-    whole = ([row[0], *common, row[1]] if type(row) is list and len(row) == 2 else row for row in rows)
-    return {row[0]: Entry(row[1], row[2]) for row in whole if _is_well_formed(row)}
+    if common and _is_small(common[0]):
+        rows = [[row[0], *common, row[1]] if type(row) is list and len(row) == 2 else row for row in rows]
+    return {row[0]: Entry(row[1], row[2]) for row in rows if _is_well_formed(row)}
 
 
 def pack_entries(entries: Mapping[Subkey, Entry]) -> bytes:
-    """Packs a dictionary for the wire. A value that several entries have, as the index entries of a key do, is packed
-    once.
+    """Packs a dictionary for the wire. A short value that several entries have, as the index entries of a key do, is
+    packed once.
     """
     latest = max((entry.expires_at for entry in entries.values()), default=-math.inf)
-    most = Counter(value for value, _ in entries.values()).most_common(1)
+    most = Counter(value for value, _ in entries.values() if _is_small(value)).most_common(1)
     common = [value for value, count in most if count > 1]
     rows = [
         [subkey, expires_at] if value in common else [subkey, value, expires_at]
@@ -226,6 +227,11 @@ def _drop_type(code: int, data: bytes) -> None:
 
 def _refuse_type(code: int, data: bytes) -> None:
     raise ValueError("no types are packed here")
+
+
+def _is_small(value: object) -> TypeGuard[bytes]:
+    """Whether several entries may have this value. If it were long, a short message could make much work."""
+    return isinstance(value, bytes) and len(value) <= SMALL_ENTRY_BYTES
 
 
 def _is_well_formed(row: object) -> bool:

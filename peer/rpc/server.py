@@ -6,12 +6,10 @@ import logging
 from typing import Any
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from prometheus_client import CollectorRegistry
 
 from peer.errors import PortError
-from peer.identity import Identity, PeerID
+from peer.identity import Identity, PeerID, pem_of
 from peer.loop import Restarts
 from peer.rpc.channels import SERVER_OPTIONS
 from peer.rpc.connections import Connections
@@ -73,9 +71,8 @@ class RpcServer:
 
 
 def server_credentials(identity: Identity, certificate: bytes) -> grpc.ServerCredentials:
-    """TLS with this peer's key and its DER certificate."""
-    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
-    return grpc.ssl_server_credentials([(identity.private_key_pem(), pem)])
+    """TLS with this peer's key and its certificate, as in messages."""
+    return grpc.ssl_server_credentials([(identity.private_key_pem(), pem_of(certificate))])
 
 
 def _is_of_ours(record: logging.LogRecord) -> bool:

@@ -307,10 +307,10 @@ class Sessions:
 
     def _proved(self, request: session_pb2.OpenRequest, statement: session_pb2.OpenStatement) -> PeerID:
         """The caller that signed the statement."""
-        caller = peer_id_of(request.public_key)
-        if statement.caller != caller.to_bytes():
-            raise ExpertError(StatusCode.UNAUTHENTICATED, "the key does not belong to the named caller")
         try:
+            caller = peer_id_of(request.public_key)
+            if statement.caller != caller.to_bytes():
+                raise ExpertError(StatusCode.UNAUTHENTICATED, "the key does not belong to the named caller")
             verify(request.public_key, request.statement, request.signature, SESSION_DOMAIN)
         except RecordError:
             raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement's signature is wrong") from None

@@ -5,7 +5,6 @@ few addresses of the peer's gRPC server. Addresses of another kind or an unknown
 are no nodes of the DHT. So are host names, which could lead anywhere at any time.
 """
 
-import ssl
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,7 +13,16 @@ from google.protobuf.message import DecodeError
 from peer import clock
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
-from peer.identity import CONTACT_DOMAIN, SIGNATURE_BYTES, Identity, PeerID, certificate_key, verify
+from peer.identity import (
+    CONTACT_DOMAIN,
+    PUBLIC_KEY_BYTES,
+    SIGNATURE_BYTES,
+    Identity,
+    PeerID,
+    certificate_owner,
+    pem_of,
+    verify,
+)
 from peer.transport.addresses import known
 from peer.transport.endpoints import Endpoint
 from peer.wire import contact_pb2
@@ -23,7 +31,7 @@ LIFETIME_S = 3600.0
 """The longest lifetime of a contact."""
 MAX_ADDRESSES = 8
 MAX_CONTACT_BYTES = 4096
-"""The limit for a contact, which fits the longest addresses. A usual one has 500 bytes."""
+"""The limit for a contact, which fits the longest addresses. A usual one has 220 bytes."""
 _OVERHEAD_BYTES = 16
 
 
@@ -47,8 +55,7 @@ class Contact:
 
     @property
     def certificate_pem(self) -> bytes:
-        statement = contact_pb2.ContactStatement.FromString(self.message.statement)
-        return ssl.DER_cert_to_PEM_cert(statement.certificate).encode()
+        return pem_of(contact_pb2.ContactStatement.FromString(self.message.statement).certificate)
 
     @classmethod
     def restore(cls, serialized: bytes) -> "Contact":
@@ -72,13 +79,14 @@ class UncheckedContact:
             raise WireError(f"a contact has at most {MAX_CONTACT_BYTES} bytes")
         try:
             statement = contact_pb2.ContactStatement.FromString(message.statement)
-        except DecodeError:
-            raise WireError("a contact's statement can't be parsed") from None
+            owner = certificate_owner(statement.certificate)
+        except (DecodeError, RecordError) as error:
+            raise WireError(f"a contact's statement can't be read: {error}") from None
         if len(statement.addresses) > MAX_ADDRESSES:
             raise WireError(f"a contact has at most {MAX_ADDRESSES} addresses")
         # built again: the peer that passed it on may have added fields
         signed = contact_pb2.Contact(statement=message.statement, signature=message.signature)
-        return cls(PeerID(statement.peer_id), statement, signed)
+        return cls(owner, statement, signed)
 
     def check(self, now: float) -> Contact:
         """The contact, if its peer signed it and it is valid now. `now`: Unix time in seconds. Raises RecordError."""
@@ -86,7 +94,7 @@ class UncheckedContact:
         if not now < self.statement.expires_at <= now + LIFETIME_S + CLOCK_TOLERANCE_S:
             raise RecordError("the contact has expired, or is valid for more than an hour")
         content = self.content()
-        key = certificate_key(self.statement.certificate, self.peer_id)
+        key = self.statement.certificate[:PUBLIC_KEY_BYTES]
         verify(key, self.message.statement, self.message.signature, CONTACT_DOMAIN)
         return content
 
@@ -108,7 +116,7 @@ class OwnContact:
     """
 
     def __init__(self, identity: Identity, certificate: bytes, now: Callable[[], float] = clock.now) -> None:
-        """`certificate`: DER. `now`: Unix time in seconds."""
+        """`certificate`: as in messages. `now`: Unix time in seconds."""
         self._identity = identity
         self._certificate = certificate
         self._now = now
@@ -137,11 +145,10 @@ class OwnContact:
         # if this machine's clock is fast, others would refuse a contact that expires an hour later
         self._expires_at = clock.earliest(now) + LIFETIME_S
         statement = contact_pb2.ContactStatement(
-            peer_id=self._identity.peer_id.to_bytes(),
+            certificate=self._certificate,
             sequence=self._sequence,
             expires_at=self._expires_at,
             addresses=[contact_pb2.ContactAddress(direct=address) for address in self._addresses],
-            certificate=self._certificate,
         ).SerializeToString()
         return contact_pb2.Contact(
             statement=statement, signature=self._identity.sign(statement, CONTACT_DOMAIN)

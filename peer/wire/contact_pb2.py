@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/wire/contact.proto\x12\ntalkoot.v1\"/\n\x07\x43ontact\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x8d\x01\n\x10\x43ontactStatement\x12\x0f\n\x07peer_id\x18\x01 \x01(\x0c\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x12\n\nexpires_at\x18\x03 \x01(\x01\x12-\n\taddresses\x18\x04 \x03(\x0b\x32\x1a.talkoot.v1.ContactAddress\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\"O\n\x0e\x43ontactAddress\x12\x10\n\x06\x64irect\x18\x01 \x01(\tH\x00\x12\x11\n\x07relayed\x18\x02 \x01(\tH\x00\x12\x10\n\x06libp2p\x18\x03 \x01(\tH\x00\x42\x06\n\x04kindb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/wire/contact.proto\x12\ntalkoot.v1\"/\n\x07\x43ontact\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"|\n\x10\x43ontactStatement\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x12\n\nexpires_at\x18\x03 \x01(\x01\x12-\n\taddresses\x18\x04 \x03(\x0b\x32\x1a.talkoot.v1.ContactAddress\"O\n\x0e\x43ontactAddress\x12\x10\n\x06\x64irect\x18\x01 \x01(\tH\x00\x12\x11\n\x07relayed\x18\x02 \x01(\tH\x00\x12\x10\n\x06libp2p\x18\x03 \x01(\tH\x00\x42\x06\n\x04kindb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTACT']._serialized_start=39
   _globals['_CONTACT']._serialized_end=86
-  _globals['_CONTACTSTATEMENT']._serialized_start=89
-  _globals['_CONTACTSTATEMENT']._serialized_end=230
-  _globals['_CONTACTADDRESS']._serialized_start=232
-  _globals['_CONTACTADDRESS']._serialized_end=311
+  _globals['_CONTACTSTATEMENT']._serialized_start=88
+  _globals['_CONTACTSTATEMENT']._serialized_end=212
+  _globals['_CONTACTADDRESS']._serialized_start=214
+  _globals['_CONTACTADDRESS']._serialized_end=293
 # @@protoc_insertion_point(module_scope)

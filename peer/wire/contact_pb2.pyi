@@ -15,18 +15,16 @@ class Contact(_message.Message):
     def __init__(self, statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class ContactStatement(_message.Message):
-    __slots__ = ("peer_id", "sequence", "expires_at", "addresses", "certificate")
-    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("certificate", "sequence", "expires_at", "addresses")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
-    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
-    peer_id: bytes
+    certificate: bytes
     sequence: int
     expires_at: float
     addresses: _containers.RepeatedCompositeFieldContainer[ContactAddress]
-    certificate: bytes
-    def __init__(self, peer_id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., expires_at: _Optional[float] = ..., addresses: _Optional[_Iterable[_Union[ContactAddress, _Mapping]]] = ..., certificate: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, certificate: _Optional[bytes] = ..., sequence: _Optional[int] = ..., expires_at: _Optional[float] = ..., addresses: _Optional[_Iterable[_Union[ContactAddress, _Mapping]]] = ...) -> None: ...
 
 class ContactAddress(_message.Message):
     __slots__ = ("direct", "relayed", "libp2p")

@@ -55,9 +55,8 @@ class SignedRecord(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RecordPayload(_message.Message):
-    __slots__ = ("key", "peer_id", "expires_at", "announcement", "hosting", "node", "manifest_json", "trainer", "revocations", "library", "cell", "badge")
+    __slots__ = ("key", "expires_at", "announcement", "hosting", "node", "manifest_json", "trainer", "revocations", "library", "cell", "badge")
     KEY_FIELD_NUMBER: _ClassVar[int]
-    PEER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
     HOSTING_FIELD_NUMBER: _ClassVar[int]
@@ -69,7 +68,6 @@ class RecordPayload(_message.Message):
     CELL_FIELD_NUMBER: _ClassVar[int]
     BADGE_FIELD_NUMBER: _ClassVar[int]
     key: str
-    peer_id: bytes
     expires_at: float
     announcement: Announcement
     hosting: Hosting
@@ -80,7 +78,7 @@ class RecordPayload(_message.Message):
     library: Library
     cell: CellRecord
     badge: _admission_pb2.Badge
-    def __init__(self, key: _Optional[str] = ..., peer_id: _Optional[bytes] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., hosting: _Optional[_Union[Hosting, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., library: _Optional[_Union[Library, _Mapping]] = ..., cell: _Optional[_Union[CellRecord, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
+    def __init__(self, key: _Optional[str] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., hosting: _Optional[_Union[Hosting, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., library: _Optional[_Union[Library, _Mapping]] = ..., cell: _Optional[_Union[CellRecord, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
 
 class Hosting(_message.Message):
     __slots__ = ("replicas", "queued_rows")

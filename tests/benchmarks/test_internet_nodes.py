@@ -476,7 +476,7 @@ def test_records_expire() -> None:
 
 @pytest.mark.parametrize("characters", [1, 40, 200])
 def test_an_unsigned_record_is_as_long_as_a_signed_one(characters: int) -> None:
-    payload = records_pb2.RecordPayload(key="k" * characters, expires_at=1.0, peer_id=bytes(34))
+    payload = records_pb2.RecordPayload(key="k" * characters, expires_at=1.0)
     identity: Any = SimulatedIdentity(1)
     assert len(UnsignedRecord(payload)) == len(sign_record(identity, payload))
 

@@ -242,9 +242,7 @@ def a_record(
     writer: Identity, founder: Identity, badge: admission_pb2.Badge | None, **body: Any
 ) -> tuple[records_pb2.RecordPayload, Record]:
     key = f"{keys_of(founder).swarm_id}.0.0"
-    payload = records_pb2.RecordPayload(
-        key=key, peer_id=writer.peer_id.to_bytes(), expires_at=NOW + 60, badge=badge, **body
-    )
+    payload = records_pb2.RecordPayload(key=key, expires_at=NOW + 60, badge=badge, **body)
     stored = Record(
         id_bytes(key_id_of(key)),
         pack(writer.peer_id.to_bytes()),

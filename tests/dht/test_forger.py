@@ -123,7 +123,7 @@ async def see_only_honest(swarm: Swarm) -> None:
     assert view.nodes.keys() <= {honest, swarm.hosts[2].peer_id}
     for peer_id, node in view.nodes.items():
         key = x509.load_pem_x509_certificate(node.certificate_pem).public_key()
-        data = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        data = key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint)
         assert peer_id_of(data) == peer_id
     assert (await swarm.registry(1).nodes([honest]))[honest].addresses == ("127.0.0.1:50051",)
 

@@ -437,9 +437,7 @@ def test_what_a_stranger_stores_at_a_holder_without_rules_is_not_read(loop: Loop
         async with swarm("open", gullible=2) as (hosts, (founder, second, _)):
             until = time.time() + MONTH_S
             own = sign_record(STRANGER, library(entry(publisher=STRANGER), expires_at=until))
-            forged = library(entry("forged"), expires_at=until)
-            forged.peer_id = FOUNDER.peer_id.to_bytes()
-            data = forged.SerializeToString()
+            data = library(entry("forged"), expires_at=until).SerializeToString()
             as_founder = records_pb2.SignedRecord(
                 payload=data, public_key=FOUNDER.public_key, signature=STRANGER.sign(data)
             ).SerializeToString()

@@ -178,12 +178,11 @@ def deliver_payload(data: bytes) -> None:
     """The payload is signed by its writer, stored, found by others, and read as each kind of record."""
     payload = parsed(records_pb2.RecordPayload, data)
     key = payload.key
-    payload.peer_id = NODE.peer_id.to_bytes()
     signed = payload.SerializeToString()
     record = records_pb2.SignedRecord(
         payload=signed, public_key=NODE.public_key, signature=NODE.sign(signed)
     ).SerializeToString()
-    stored = Record(digest(key), packed(payload.peer_id), packed(record), payload.expires_at)
+    stored = Record(digest(key), packed(NODE.peer_id.to_bytes()), packed(record), payload.expires_at)
     OPEN.validate(stored)
     opened = open_record(record, key, NODE.peer_id, NOW)
     for read in (

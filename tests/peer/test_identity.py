@@ -1,9 +1,12 @@
 """A peer's key: what is derived from it, and what is refused."""
 
+import contextlib
 import hashlib
+import ssl
 import stat
 import subprocess
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
+from cryptography.x509.oid import NameOID
 from hivemind.p2p import PeerID as P2PPeerID
 from hivemind.proto import crypto_pb2
 from hypothesis import given
@@ -18,23 +22,32 @@ from hypothesis import strategies as st
 
 from peer.errors import RecordError, StartError
 from peer.identity import (
+    CERTIFICATE_BYTES,
     RECORD_DOMAIN,
     SIGNATURE_BYTES,
     TLS_NAME,
+    VALID_FROM,
     Identity,
     PeerID,
+    certificate_of,
+    certificate_owner,
     certificate_pem,
     is_peer_id,
     key_message,
     peer_id_of,
+    pem_of,
     verify,
 )
 
+FIELD = 2**256 - 2**224 + 2**192 + 2**96 - 1
+"""FIPS 186-4, appendix D.1.2.3"""
 P2PD = str(files("hivemind") / "hivemind_cli" / "p2pd")
 
 
 def test_peer_id_is_the_hash_of_libp2ps_message(identity: Identity) -> None:
-    message = crypto_pb2.PublicKey(key_type=crypto_pb2.ECDSA, data=identity.public_key).SerializeToString()
+    message = crypto_pb2.PublicKey(
+        key_type=crypto_pb2.ECDSA, data=public_der(identity.key)
+    ).SerializeToString()
     assert identity.peer_id.to_bytes() == b"\x12\x20" + hashlib.sha256(message).digest()
     assert peer_id_of(identity.public_key) == identity.peer_id
 
@@ -184,35 +197,56 @@ def public_der(
 
 
 def test_keys_of_another_kind_are_refused() -> None:
-    keys = (
-        rsa.generate_private_key(65537, 2048),
-        ec.generate_private_key(ec.SECP256K1()),
-        ec.generate_private_key(ec.SECP384R1()),
-    )
-    for key in keys:
-        with pytest.raises(RecordError, match="not a P-256 key"):
-            verify(public_der(key), b"data", bytes(SIGNATURE_BYTES))
+    points = [
+        ec.generate_private_key(curve)
+        .public_key()
+        .public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint)
+        for curve in (ec.SECP256K1(), ec.SECP384R1(), ec.SECP224R1())
+    ]
+    for key in (public_der(rsa.generate_private_key(65537, 2048)), *points):
+        with pytest.raises(RecordError, match=r"has 33 bytes|not on the curve|signature is wrong"):
+            verify(key, b"data", bytes(SIGNATURE_BYTES))
 
 
-@pytest.mark.parametrize("head", [2, 6])
-def test_another_form_of_a_key_is_refused_for_its_peer_would_have_a_second_name(
-    identity: Identity, head: int
-) -> None:
-    """SEC 1, section 2.3.3: a point may be compressed, and libraries know a hybrid form too."""
-    x, y = identity.public_key[27:59], identity.public_key[59:]
-    head = head - head % 2 + y[-1] % 2
-    if head < 4:
-        other = bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200") + bytes([head]) + x
-    else:
-        other = identity.public_key[:26] + bytes([head]) + x + y
-    assert serialization.load_der_public_key(other) == identity.key.public_key()
-    with pytest.raises(RecordError, match="not a P-256 key"):
-        verify(other, b"data", identity.sign(b"data"))
+def test_another_form_of_a_key_is_refused_for_its_peer_would_have_a_second_name(identity: Identity) -> None:
+    """SEC 1, section 2.3.3: a point may be written in full, and libraries know a hybrid form too."""
+    der = public_der(identity.key)
+    point = der[-65:]
+    assert identity.public_key == bytes([2 + point[-1] % 2]) + point[1:33]
+    hybrid = bytes([6 + point[-1] % 2]) + point[1:]
+    for other in (
+        der,
+        point,
+        hybrid,
+        hybrid[:33],
+        point[:33],
+        b"\0" + point[1:33],
+        b"\0" + identity.public_key,
+    ):
+        with pytest.raises(RecordError, match=r"has 33 bytes|not on the curve"):
+            verify(other, b"data", identity.sign(b"data"))
+        with pytest.raises(RecordError, match=r"has 33 bytes|not on the curve"):
+            peer_id_of(other)
 
 
-def test_a_point_that_is_not_on_the_curve_is_refused(identity: Identity) -> None:
+@pytest.mark.parametrize("x", [FIELD, FIELD + 5, 2**256 - 1])
+def test_a_coordinate_beyond_the_field_is_refused_for_it_would_be_a_second_form(x: int) -> None:
+    assert peer_id_of(b"\2" + (5).to_bytes(32)), "a point of the curve"
     with pytest.raises(RecordError, match="not on the curve"):
-        verify(identity.public_key[:-32] + bytes(32), b"data", identity.sign(b"data"))
+        peer_id_of(b"\2" + x.to_bytes(32))
+
+
+def test_a_point_that_is_not_on_the_curve_is_refused() -> None:
+    on_curve = [_is_on_curve(x) for x in range(64)]
+    assert 16 < sum(on_curve) < 48, "half of all numbers"
+
+
+def _is_on_curve(x: int) -> bool:
+    try:
+        peer_id_of(b"\3" + x.to_bytes(32))
+    except RecordError:
+        return False
+    return True
 
 
 def test_nobody_else_can_turn_a_signature_into_another_one(identity: Identity) -> None:
@@ -243,31 +277,49 @@ def test_extreme_numbers_are_no_signature(identity: Identity, r: int, s: int) ->
         verify(identity.public_key, b"data", r.to_bytes(32) + s.to_bytes(32))
 
 
-@given(st.binary(max_size=70_000))
-def test_any_bytes_have_a_name_but_only_a_key_has_its_own(data: bytes) -> None:
-    assert is_peer_id(peer_id_of(data).to_bytes())
+@given(st.binary(max_size=70_000) | st.binary(min_size=33, max_size=33))
+def test_any_bytes_have_a_name_or_are_no_key(data: bytes) -> None:
+    with contextlib.suppress(RecordError):
+        assert is_peer_id(peer_id_of(data).to_bytes())
 
 
-def test_the_certificate_belongs_to_the_key(identity: Identity) -> None:
-    certificate = identity.make_certificate()
-    pem = certificate_pem(certificate, identity.peer_id)
-    parsed = x509.load_pem_x509_certificate(pem)
-    assert parsed.public_bytes(serialization.Encoding.DER) == certificate
-    assert parsed.public_key() == identity.key.public_key()
-    names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == [TLS_NAME]
-    assert len(certificate) < 1024, "the node record has room for a small certificate only"
+def test_a_certificate_is_of_x509_and_follows_from_the_key_and_a_signature(
+    identity: Identity, other: Identity
+) -> None:
+    """cryptography makes the same one, apart from the signature."""
+    for each in (identity, other):
+        certificate = each.make_certificate()
+        pem = certificate_pem(certificate, each.peer_id)
+        parsed = x509.load_pem_x509_certificate(pem)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, TLS_NAME)])
+        expected = (
+            x509.CertificateBuilder(name, name, each.key.public_key())
+            .serial_number(int.from_bytes(each.peer_id.to_bytes()[-16:]))
+            .not_valid_before(VALID_FROM)
+            .not_valid_after(datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)
+            .sign(each.key, hashes.SHA256())
+        )
+        assert parsed.tbs_certificate_bytes == expected.tbs_certificate_bytes
+        parsed.verify_directly_issued_by(parsed)
+        assert len(certificate) == CERTIFICATE_BYTES
+        assert certificate_owner(certificate) == each.peer_id
+        assert certificate_of(shown(certificate)) == certificate
+
+
+def shown(certificate: bytes) -> bytes:
+    """As a TLS server shows it, in DER."""
+    return ssl.PEM_cert_to_DER_cert(pem_of(certificate).decode())
 
 
 def test_a_restart_makes_the_same_certificate_for_others_have_pinned_it(
     identity: Identity, other: Identity
 ) -> None:
     certificate = identity.make_certificate()
-    assert Identity.load_or_create(identity.path).make_certificate() == certificate
-    serials = {
-        x509.load_der_x509_certificate(each.make_certificate()).serial_number for each in (identity, other)
-    }
-    assert len(serials) == 2
+    assert (
+        Identity.load_or_create(identity.path).make_certificate() == certificate != other.make_certificate()
+    )
 
 
 def test_the_private_key_is_that_of_the_certificate(identity: Identity) -> None:
@@ -280,7 +332,43 @@ def test_the_certificate_of_another_peer_is_refused(identity: Identity, other: I
         certificate_pem(other.make_certificate(), identity.peer_id)
 
 
-def test_a_certificate_with_padding_that_all_peers_would_remember_is_refused(identity: Identity) -> None:
+@given(st.binary(max_size=200) | st.binary(min_size=97, max_size=97))
+def test_bytes_that_are_no_certificate_are_refused(identity: Identity, garbage: bytes) -> None:
+    for parse in (partial(certificate_pem, peer_id=identity.peer_id), certificate_of):
+        with pytest.raises(RecordError):
+            parse(garbage)
+
+
+@given(position=st.integers(0, 96), change=st.integers(1, 255))
+def test_a_changed_certificate_is_refused_or_has_the_same_key_and_another_signature(
+    identity: Identity, position: int, change: int
+) -> None:
+    certificate = bytearray(identity.make_certificate())
+    certificate[position] ^= change
+    try:
+        pem = certificate_pem(bytes(certificate), identity.peer_id)
+    except RecordError:
+        assert position < 33
+        return
+    assert position >= 33
+    assert x509.load_pem_x509_certificate(pem).public_key() == identity.key.public_key()
+
+
+@given(position=st.integers(0, 10**6), change=st.integers(1, 255))
+def test_what_a_server_shows_is_refused_if_it_is_not_exactly_what_its_peer_would_have_made(
+    identity: Identity, position: int, change: int
+) -> None:
+    """A certificate may have anything in it, and every peer that pins it would have to keep it."""
+    certificate = bytearray(shown(identity.make_certificate()))
+    certificate[position % len(certificate)] ^= change
+    try:
+        read = certificate_of(bytes(certificate))
+    except RecordError:
+        return
+    assert shown(read) == certificate
+
+
+def test_a_certificate_of_another_form_is_refused(identity: Identity) -> None:
     padding = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), bytes(2048))
     padded = (
         x509.CertificateBuilder(x509.Name([]), x509.Name([]), identity.key.public_key(), 1)
@@ -289,48 +377,16 @@ def test_a_certificate_with_padding_that_all_peers_would_remember_is_refused(ide
         .add_extension(padding, critical=False)
         .sign(identity.key, hashes.SHA256())
     )
-    with pytest.raises(RecordError, match="bytes, more than 1024"):
-        certificate_pem(padded.public_bytes(serialization.Encoding.DER), identity.peer_id)
+    plain = shown(identity.make_certificate())
+    huge = plain.rpartition(bytes.fromhex("300a06082a8648ce3d040302"))[0]
+    huge += bytes.fromhex("300a06082a8648ce3d040302") + b"\3\x4c\0"
+    huge += utils.encode_dss_signature(2**270, 2**270)
+    for other in (padded.public_bytes(serialization.Encoding.DER), plain + b"\0", b"\0" + plain, huge, b""):
+        with pytest.raises(RecordError, match="not one of a peer"):
+            certificate_of(other)
 
 
-@given(st.binary(max_size=200))
-def test_bytes_that_are_no_certificate_are_refused(identity: Identity, garbage: bytes) -> None:
-    with pytest.raises(RecordError):
-        certificate_pem(garbage, identity.peer_id)
-
-
-@given(position=st.integers(0, 10**6), change=st.integers(1, 255))
-def test_a_changed_certificate_raises_nothing_but_record_error(
-    identity: Identity, position: int, change: int
-) -> None:
-    certificate = bytearray(identity.make_certificate())
-    certificate[position % len(certificate)] ^= change
-    try:
-        pem = certificate_pem(bytes(certificate), identity.peer_id)
-    except RecordError:
-        return
-    # A change outside the key: the pinned certificate still has this peer's key.
-    assert x509.load_pem_x509_certificate(pem).public_key() == identity.key.public_key()
-
-
-@pytest.mark.parametrize("first", [0x80, 0xFF])
-def test_a_serial_number_below_zero_is_refused_before_it_is_parsed(identity: Identity, first: int) -> None:
-    certificate = bytearray(identity.make_certificate())
-    assert certificate[13] == 2, "an integer in DER: its kind, its length, and then itself"
-    certificate[15] = first
-    with pytest.raises(RecordError, match="not that of peer"):
-        certificate_pem(bytes(certificate), identity.peer_id)
-
-
-def test_a_peer_id_that_would_have_serial_number_zero_has_no_certificate(identity: Identity) -> None:
-    certificate = identity.make_certificate()
-    end = 15 + certificate[14]
-    zero = certificate[:14] + b"\1\0" + certificate[end:]
-    with pytest.raises(RecordError, match="not that of peer"):
-        certificate_pem(zero, PeerID(identity.peer_id.to_bytes()[:18] + bytes(16)))
-
-
-@given(position=st.integers(0, 60), change=st.integers(1, 255))
+@given(position=st.integers(0, 32), change=st.integers(1, 255))
 def test_a_changed_key_raises_nothing_but_record_error(
     identity: Identity, position: int, change: int
 ) -> None:

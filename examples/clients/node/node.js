@@ -3,9 +3,11 @@ import crypto from 'node:crypto';
 import tls from 'node:tls';
 import grpc from '@grpc/grpc-js';
 import { decode } from '@msgpack/msgpack';
-import { badge, encoded, floats, keyId, message, peerId, sign, unpackEntries, v1, verify } from './wire.js';
+import {
+  badge, encoded, floats, keyId, message, peerId, publicKeyOf, sign, unpackEntries, v1, verify,
+} from './wire.js';
 
-const VERSION = 4;
+const VERSION = 5;
 const TLS_NAME = 'talkoot.peer';
 const CHUNK = 128 * 1024;
 const DEADLINE_MS = 30_000;
@@ -17,7 +19,7 @@ function certificate(host, port, peer) {
     const socket = tls.connect({ ...options, timeout: DEADLINE_MS }, () => {
       const shown = new crypto.X509Certificate(socket.getPeerCertificate().raw);
       socket.destroy();
-      const isPeers = peerId(shown.publicKey.export({ format: 'der', type: 'spki' })).equals(peer);
+      const isPeers = peerId(publicKeyOf(shown.publicKey)).equals(peer);
       isPeers ? resolve(Buffer.from(shown.toString())) : reject(new Error('another peer answers there'));
     });
     socket.on('error', reject).on('timeout', () => socket.destroy(new Error('nobody answers there')));
@@ -44,7 +46,7 @@ export class Node {
   async openSession(peer, rights, token) {
     // for this run alone; a peer that wants to keep its name keeps its key
     const { privateKey, publicKey } = crypto.generateKeyPairSync('ec', { namedCurve: 'P-256' });
-    const public_key = publicKey.export({ format: 'der', type: 'spki' });
+    const public_key = publicKeyOf(publicKey);
     const caller = peerId(public_key);
     const { challenge } = await this.call('Challenge', {});
     const said = { ...this.header, server: peer, caller, challenge, rights, badge: token && badge(token, caller) };
@@ -69,7 +71,7 @@ export class Node {
     if (!packed) throw new Error(`${key} is not stored here: ask the nodes nearest to it`);
     const { payload, public_key, signature } = message('SignedRecord').decode(decode(packed));
     const said = message('RecordPayload').decode(payload);
-    const isRight = writer.equals(said.peer_id) && said.key === key && said.expires_at > Date.now() / 1000;
+    const isRight = said.key === key && said.expires_at > Date.now() / 1000;
     if (!isRight || !writer.equals(peerId(public_key)) || !verify(public_key, 'record', payload, signature))
       throw new Error(`the record under ${key} is wrong`);
     return said;

@@ -50,10 +50,17 @@ export function readInvite(line) {
 
 export const swarmId = (name, author) => `${name}-${base58(author).slice(-12)}`;
 
-// `publicKey`: DER SubjectPublicKeyInfo; libp2p's PublicKey message is hashed
+// public keys are compressed points; in DER, they have both coordinates
+const HEAD = Buffer.from('3059301306072a8648ce3d020106082a8648ce3d030107034200', 'hex');
+const convert = (point, form) => crypto.ECDH.convertKey(point, 'prime256v1', undefined, undefined, form);
+const inDer = (point) => Buffer.concat([HEAD, convert(point, 'uncompressed')]);
+export const publicKeyOf = (key) =>
+  convert(key.export({ format: 'der', type: 'spki' }).subarray(HEAD.length), 'compressed');
+
+// the hash of libp2p's PublicKey message
 export function peerId(publicKey) {
-  const head = Buffer.from([8, 3, 18, publicKey.length]);
-  return Buffer.concat([Buffer.from([18, 32]), hash('sha256', Buffer.concat([head, publicKey]))]);
+  const message = Buffer.concat([Buffer.from([8, 3, 18, 91]), inDer(publicKey)]);
+  return Buffer.concat([Buffer.from([18, 32]), hash('sha256', message)]);
 }
 
 const plain = (key) => ({ key, dsaEncoding: 'ieee-p1363' });
@@ -67,7 +74,7 @@ export function sign(key, domain, data) {
   return signature;
 }
 export function verify(publicKey, domain, data, signature) {
-  const key = crypto.createPublicKey({ key: publicKey, format: 'der', type: 'spki' });
+  const key = crypto.createPublicKey({ key: inDer(publicKey), format: 'der', type: 'spki' });
   return crypto.verify('sha256', signed(domain, data), plain(key), signature);
 }
 

@@ -50,11 +50,10 @@ def contact(
     """`before`: addresses that the contact names before its own."""
     named = [*before, at(host)]
     statement = contact_pb2.ContactStatement(
-        peer_id=identity.peer_id.to_bytes(),
+        certificate=identity.make_certificate(),
         sequence=sequence,
         expires_at=NOW + lasts_s,
         addresses=[contact_pb2.ContactAddress(direct=address) for address in named],
-        certificate=identity.make_certificate(),
     ).SerializeToString()
     return contact_pb2.Contact(statement=statement, signature=identity.sign(statement, CONTACT_DOMAIN))
 

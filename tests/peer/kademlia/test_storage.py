@@ -192,7 +192,9 @@ def test_the_store_takes_the_memory_that_it_says(size: int) -> None:
 
 def test_packed_bytes_is_a_bound_that_is_nearly_reached() -> None:
     for most in (0, 1, 512):
-        entries: Entries = {bytes([n % 256, n // 256] * 17): Entry(n.to_bytes(70), NOW + n) for n in range(most)}
+        entries: Entries = {
+            bytes([n % 256, n // 256] * 17): Entry(n.to_bytes(70), NOW + n) for n in range(most)
+        }
         assert packed_bytes(entries) * 0.8 - 32 < len(pack_entries(entries)) <= packed_bytes(entries)
 
 

@@ -119,12 +119,14 @@ def test_a_value_that_several_entries_have_is_packed_once() -> None:
     ), "hivemind reads dictionaries without such values"
 
 
-@pytest.mark.parametrize("common", ["text", 7, None, [b"value"], msgpack.ExtType(0x50, b"x")])
+@pytest.mark.parametrize("common", ["text", 7, None, [b"value"], msgpack.ExtType(0x50, b"x"), bytes(161)])
 def test_entries_with_a_malformed_common_value_are_left_out(common: object) -> None:
     assert unpack_entries(dictionary([[2, 2.0], GOOD], common)) == {1: Entry(b"value", 2.0)}
 
 
-@pytest.mark.parametrize("row", [[True, 2.0], [-1, 2.0], [2, 2], [2, math.nan], [2, b"value"], [2], [[2], 2.0]])
+@pytest.mark.parametrize(
+    "row", [[True, 2.0], [-1, 2.0], [2, 2], [2, math.nan], [2, b"value"], [2], [[2], 2.0]]
+)
 def test_a_malformed_entry_with_the_common_value_is_left_out(row: object) -> None:
     assert unpack_entries(dictionary([row, [3, 2.0]], b"value")) == {3: Entry(b"value", 2.0)}
 

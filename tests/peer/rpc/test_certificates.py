@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 
+import grpc
 import pytest
 from callers import numbered_identity
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
 from peer.errors import UnreachableError
-from peer.identity import Identity, certificate_pem
+from peer.identity import VALID_FROM, Identity, certificate_pem
 from peer.loop import LoopThread
 from peer.rpc.certificates import _Connection, fetch_certificate
 from peer.rpc.server import RpcServer, server_credentials
@@ -20,9 +24,12 @@ LOCAL = "127.0.0.1"
 
 
 @contextlib.asynccontextmanager
-async def grpc_server(identity: Identity) -> AsyncIterator[Endpoint]:
+async def grpc_server(
+    identity: Identity, credentials: grpc.ServerCredentials | None = None
+) -> AsyncIterator[Endpoint]:
     server = RpcServer(Sessions("sauna", identity.peer_id), most_calls=8)
-    port = await server.start(server_credentials(identity, identity.make_certificate()), LOCAL, 0)
+    own = server_credentials(identity, identity.make_certificate())
+    port = await server.start(credentials or own, LOCAL, 0)
     try:
         yield Endpoint.of(LOCAL, port)
     finally:
@@ -114,12 +121,20 @@ def test_who_is_cancelled_as_tls_stands_leaves_no_connection(
     assert made
 
 
-def test_a_certificate_that_is_too_large_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peer.identity._MAX_CERTIFICATE_BYTES", 100)
+def test_a_certificate_of_another_form_is_refused() -> None:
+    """With the peer's own key, which TLS proves: whoever pins it would have to keep whatever is in it."""
+    identity, name = numbered_identity(0), x509.Name([])
+    other = (
+        x509.CertificateBuilder(name, name, identity.key.public_key(), 1)
+        .not_valid_before(VALID_FROM)
+        .not_valid_after(datetime(2099, 1, 1, tzinfo=UTC))
+        .sign(identity.key, hashes.SHA256())
+    )
+    pem = other.public_bytes(serialization.Encoding.PEM)
 
     async def scenario() -> None:
-        identity = numbered_identity(0)
-        async with grpc_server(identity) as endpoint:
-            await refused(fetch_certificate(endpoint, identity.peer_id, 60.0), "bytes, more than 100")
+        credentials = grpc.ssl_server_credentials([(identity.private_key_pem(), pem)])
+        async with grpc_server(identity, credentials) as endpoint:
+            await refused(fetch_certificate(endpoint, identity.peer_id, 60.0), "not one of a peer")
 
     asyncio.run(scenario())
