@@ -407,7 +407,7 @@ def deliver_entries(data: bytes) -> None:
 def statements_of_contacts() -> list[bytes]:
     kinds: list[dict[str, Any]] = [{"direct": "192.0.2.7:1"}, {"relayed": RELAYED}, {"libp2p": ADDRESS}, {}]
     statement = contact_pb2.ContactStatement(
-        peer_id=NODE.peer_id.to_bytes(), sequence=7, expires_at=NOW + 60, certificate=NODE.make_certificate(),
+        certificate=NODE.make_certificate(), sequence=7, expires_at=NOW + 60,
         addresses=[contact_pb2.ContactAddress(**kind) for kind in kinds],
     )  # fmt: skip
     return serialized(statement)

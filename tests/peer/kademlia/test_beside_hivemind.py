@@ -9,7 +9,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgpack
@@ -295,7 +295,7 @@ def test_a_peer_that_is_gone_gives_no_answer() -> None:
 ENTRIES = st.builds(Entry, st.binary(max_size=200), st.floats(0, 2**33))
 
 
-def all_differ(entries: dict[int | bytes, Entry]) -> bool:
+def all_differ(entries: Mapping[Any, Entry]) -> bool:
     return len({value for value, _ in entries.values()}) == len(entries)
 
 
