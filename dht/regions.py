@@ -3,7 +3,7 @@
 For a node that hosts 256 experts, one signed record per expert would cost more than everything else it does. So a
 record covers a region: all experts below a prefix of the grid that its node hosts. In a small swarm the region is a
 layer, and a peer that reads one key knows all hosts of that layer. Regions split as they fill up, as shards of nodes
-do: when about 70 others announce at a layer, or 35 at a longer prefix, further hosts announce at prefixes that are one
+do: when about 50 others announce at a layer, or 25 at a longer prefix, further hosts announce at prefixes that are one
 coordinate longer. Index entries at the short prefix say so, and hosts that see them move too. So no key outgrows what
 one peer can read. A node with several experts in a row of the grid stays at the row after it has split, because one
 record costs less than several. Readers read both. In a large swarm, nobody announces at a layer's own key, and readers
@@ -27,13 +27,13 @@ from peer.bounded import BoundedDict
 Prefix = tuple[int, tuple[int, ...]]
 """A layer, and the first coordinates of some of its experts."""
 
-CROWDED_BYTES = 24 * 1024
-"""If the announcements at a layer's own key have this size, further hosts use longer prefixes. That is about 70 hosts
+CROWDED_BYTES = 12 * 1024
+"""If the announcements at a layer's own key have this size, further hosts use longer prefixes. That is about 50 hosts
 of a few experts each.
 """
-ROW_CROWDED_BYTES = 12 * 1024
+ROW_CROWDED_BYTES = 6 * 1024
 """The same for longer prefixes. Below them, each expert costs its host a record, but most of what a node reads in large
-swarms are rows of the grid that have not split.
+swarms are rows of the grid, and the index entries of a row that has split take a twentieth of its records.
 """
 STAYS_AT_ROW = 4
 """A node with this many experts in a row of the grid announces them at the row, even if it has split."""

@@ -8,8 +8,8 @@ swarm a dead node is noticed later, but upkeep does not fill a home line.
 import random
 from collections.abc import Callable
 
-ROUND_BYTES = 12_000
-"""What a round may cost before the period grows. With a period of 10 s, that is 9.6 kbit/s of this peer's calls, and
+ROUND_BYTES = 9_000
+"""What a round may cost before the period grows. With a period of 10 s, that is 7.2 kbit/s of this peer's calls, and
 about as much of others' calls to it.
 """
 MOST_STRETCHED = 18
