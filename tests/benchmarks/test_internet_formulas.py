@@ -157,7 +157,7 @@ def test_the_formulas_stand_beside_what_was_simulated() -> None:
         "served": 0.999,
         "updates_lost_share": 0.001,
         "period_s": 150.0,
-        "round_bytes": 200_000.0,
+        "round_bytes": 150_000.0,
         "upkeep": {"mean_kbit_per_s": 19.0, "most_kbit_per_s": 70.0},
         "servers": 400,
         "keys": 3000,

@@ -567,8 +567,8 @@ def test_everybody_is_found_while_regions_split(monkeypatch: pytest.MonkeyPatch)
     """Fifty nodes have one expert each, and one has all: more than fit at the layer's key, and then at the
     rows' keys.
     """
-    monkeypatch.setattr("dht.regions.CROWDED_BYTES", 10 * 1024)
-    monkeypatch.setattr("dht.regions.ROW_CROWDED_BYTES", 10 * 1024)
+    monkeypatch.setattr("dht.regions.CROWDED_BYTES", 6 * 1024)
+    monkeypatch.setattr("dht.regions.ROW_CROWDED_BYTES", 6 * 1024)
 
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         uids = swarm.manifest.uids()
