@@ -406,4 +406,4 @@ def _signature(public_key: bytes, data: bytes) -> bytes:
 
 def _verify(public_key: bytes, data: bytes, signature: bytes) -> None:
     if signature != _signature(public_key, data):
-        raise RecordError("the record's signature is wrong")
+        raise RecordError("the signature is wrong")

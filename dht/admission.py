@@ -196,7 +196,7 @@ class SwarmAdmission:
         """Applies the manifest's rules from now on. Before that, callers may use only the DHT, and all records are
         accepted.
 
-        `founder_key`: the DER public key in the manifest's record. `exporters`: roles that may export the model.
+        `founder_key`: the public key in the manifest's record. `exporters`: roles that may export the model.
         """
         self._founder_key, self._mode, self._exporters = founder_key, mode, frozenset(exporters)
 

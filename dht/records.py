@@ -6,8 +6,8 @@ is small and unsigned; the records that it leads to are signed.
 
 Nodes are listed in shards, which split as they fill up. A shard is named by two to four hex digits, and a node belongs
 to every shard whose digits are a prefix of its own. It is listed in the first of them that has room. If a shard is well
-filled, readers also read its child shards. So no key outgrows 32 KB, which is about 330 entries of 95 bytes. Four
-digits hold 13 million nodes. Trainers are listed in the same way, in shards of one to four digits.
+filled, readers also read its child shards. So no key has more than about 330 entries, which take 15 KB. Four digits
+hold 13 million nodes. Trainers are listed in the same way, in shards of one to four digits.
 """
 
 import hashlib
@@ -194,8 +194,7 @@ class RecordValidator:
         """Checks the signature last, because that costs most."""
         signed, payload = _parsed(value)
         self._check_swarm(payload.key)
-        writer = peer_id_of(signed.public_key)
-        if not _is_digest_of(record.key, payload.key) or subkey != writer.to_bytes():
+        if not _is_digest_of(record.key, payload.key):
             raise RecordError("the record is stored under another key or subkey than the signed ones")
         if payload.expires_at != record.expires_at:
             raise RecordError("the record's expiry is not the signed one")
@@ -203,6 +202,9 @@ class RecordValidator:
         digest = hashlib.blake2b(value, digest_size=16).digest()
         if digest in self._refused:
             raise RecordError("the record was refused before")
+        writer = peer_id_of(signed.public_key)
+        if subkey != writer.to_bytes():
+            raise RecordError("the record is stored under another key or subkey than the signed ones")
         try:
             _verified(value)
         except RecordError:
@@ -235,10 +237,12 @@ class RecordValidator:
 
 
 def sign_record(identity: Identity, payload: records_pb2.RecordPayload) -> bytes:
-    """What is stored under `payload.key`, signed."""
+    """What is stored under `payload.key`, signed. The signature is of the writer's key too: otherwise, anybody could
+    compute another key under which it is valid.
+    """
     data = payload.SerializeToString()
     record = records_pb2.SignedRecord(
-        payload=data, public_key=identity.public_key, signature=identity.sign(data)
+        payload=data, public_key=identity.public_key, signature=identity.sign(identity.public_key + data)
     )
     return record.SerializeToString()
 
@@ -338,7 +342,7 @@ def _verified(data: bytes) -> tuple[records_pb2.RecordPayload, PeerID]:
     _check_replicas(payload)
     _check_kind(payload, writer)
     _check_memories(payload, len(data))
-    verify(record.public_key, record.payload, record.signature)
+    verify(record.public_key, record.public_key + record.payload, record.signature)
     _verified_before[digest] = None
     return payload, writer
 

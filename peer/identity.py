@@ -183,7 +183,7 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
             raise InvalidSignature
         key.verify(utils.encode_dss_signature(r, s), domain + data, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
-        raise RecordError("the record's signature is wrong") from None
+        raise RecordError("the signature is wrong") from None
 
 
 def _signature_of(r: int, s: int) -> bytes:
@@ -211,7 +211,7 @@ def pem_of(certificate: bytes) -> bytes:
     return ssl.DER_cert_to_PEM_cert(_der_of(certificate)).encode()
 
 
-def certificate_of(shown: bytes) -> bytes:
+def certificate_in(shown: bytes) -> bytes:
     """A certificate as in messages, from what a TLS server shows in DER. Raises RecordError unless it has the form that
     peers give it.
     """

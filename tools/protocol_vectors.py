@@ -181,7 +181,7 @@ class ProtocolVectors:
         payload = records_pb2.RecordPayload(
             key=keys.manifest, expires_at=EXPIRES_AT, manifest_json=MANIFEST.to_json()
         ).SerializeToString()
-        signature = self._sign(founder, payload, RECORD_DOMAIN)
+        signature = self._sign(founder, founder.public_key + payload, RECORD_DOMAIN)
         record = records_pb2.SignedRecord(payload=payload, public_key=founder.public_key, signature=signature)
         contact = contact_pb2.ContactStatement(
             certificate=founder.make_certificate(),

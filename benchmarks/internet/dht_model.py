@@ -37,7 +37,9 @@ _DIGEST_BYTES = 8
 _RECORD_OVERHEAD_BYTES = 52
 """What a signed record takes in an answer besides its value (see `pack_entries`)."""
 _INDEX_BYTES, _LISTED_BYTES = 12, 46
-"""What index entries take, with a coordinate and with a PeerID. Their common value is packed once."""
+"""What index entries take, with a coordinate and with a PeerID, besides the value that they share."""
+_SHARED_OVERHEAD_BYTES = 25
+"""What that value and the frame of a dictionary take besides the value's text."""
 _MOST_HOLDERS = 3 * REPLICAS
 _REACHES, _SERVERS = 64, 100
 _SAMPLES, _SAMPLE_FOR_S = 8, 2.0
@@ -142,6 +144,7 @@ class _Key:
         "samples",
         "seen",
         "seen_at",
+        "shared",
     )
 
     def __init__(self, place: int) -> None:
@@ -149,6 +152,8 @@ class _Key:
         self.entries: dict[Any, Entry] = {}
         self.holders: dict[Any, tuple[Peer, ...]] = {}
         self.bytes = 0
+        self.shared = 0
+        """How many of the entries share their value: index entries."""
         self.first_expiry = math.inf
         self.checked = -1
         """The count of the world's deaths when it was last checked which entries have living holders."""
@@ -322,6 +327,9 @@ class ModelDHT:
         before = key.entries.get(subkey)
         if before is None:
             key.bytes += _size_of(subkey, value)
+            if isinstance(value, str):
+                key.bytes += 0 if key.shared else _shared_size(value)
+                key.shared += 1
         else:
             key.bytes += len(value) - len(before.value)
         stored = StoredRecord(value) if type(value) is bytes else value
@@ -426,7 +434,11 @@ class ModelDHT:
         if gone:
             key.seen_at = -1
             for subkey in gone:
-                key.bytes -= _size_of(subkey, key.entries.pop(subkey).value)
+                value = key.entries.pop(subkey).value
+                key.bytes -= _size_of(subkey, value)
+                if isinstance(value, str):
+                    key.shared -= 1
+                    key.bytes -= 0 if key.shared else _shared_size(value)
                 del key.holders[subkey]
             key.answer = None
         key.first_expiry, key.checked = first, self.world.deaths
@@ -447,14 +459,20 @@ def _usual_reaches(rng: random.Random) -> list[float]:
 
 
 def _size_of(subkey: object, value: str | bytes) -> int:
-    """Bytes of an entry in an answer."""
+    """Bytes of an entry in an answer, without a value that others share."""
     if isinstance(value, str):
         return _INDEX_BYTES if type(subkey) is int else _LISTED_BYTES
     return len(value) + _RECORD_OVERHEAD_BYTES
 
 
 def _size(entries: Mapping[Any, Entry]) -> int:
-    return sum(_size_of(subkey, entry.value) for subkey, entry in entries.items())
+    shared: Any = next((value for value, _ in entries.values() if isinstance(value, str)), None)
+    size = sum(_size_of(subkey, entry.value) for subkey, entry in entries.items())
+    return size if shared is None else size + _shared_size(shared)
+
+
+def _shared_size(value: str) -> int:
+    return len(value) + _SHARED_OVERHEAD_BYTES
 
 
 class ModelLookups(Lookups):

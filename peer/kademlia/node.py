@@ -405,7 +405,7 @@ class KademliaNode:
         named = {name for result in response.results for name in _named(result, known)}
         peers = {name: PeerID(name) for name in named if is_peer_id(name)}
         whose, slices = set(peers.values()), TimeSlices()
-        for contact in response.contacts[:_CONTACTS]:
+        for contact in response.contacts[: min(_CONTACTS, len(whose))]:
             await slices.pause()
             contacts.learn(contact, whose)
         return {name: (node_id_of(name), peer) for name, peer in peers.items() if contacts.reaches(peer)}

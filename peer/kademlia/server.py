@@ -53,8 +53,10 @@ checked, and takes 0.1 ms or less.
 """
 _WORK_OF_RECORD = 3
 """A signed record, whose badge has two more signatures to check."""
-_BYTES_OF_WORK = 2048
-"""Packed bytes that count as one unit of work. (To store an entry, all others of its key are unpacked.)"""
+_BYTES_OF_WORK, _ENTRIES_OF_WORK = 2048, 32
+"""Packed bytes, or entries if these are more, that count as one unit of work. (To store an entry, all others of its key
+are unpacked.)
+"""
 _UNPACKED_BYTES_OF_WORK = 320
 """The same of what somebody wants to store: it may consist of tens of thousands of empty lists, which take 30 ms."""
 _NEAREST_BURSTS = 1.5
@@ -265,8 +267,9 @@ class DHTServer:
 
     def _unpacked(self, packed: bytes, sender: PeerID, now: float) -> Entries:
         """Counts as the sender's work."""
-        self._work.take(sender, len(packed) / _BYTES_OF_WORK, now)
-        return unpack_entries(packed)
+        entries = unpack_entries(packed)
+        self._work.take(sender, _work_of(len(packed), len(entries)), now)
+        return entries
 
     def _wanted_of(self, key: int, entries: Entries, have: Container[int], room: int | None) -> bytes:
         """What is stored under a key, or the wanted part of it, without what the sender already has."""
@@ -313,7 +316,7 @@ class DHTServer:
                 await slices.pause()
                 accepted = await self._checker.accepted(node.validator, sender, key, entries)
                 if accepted:
-                    self._work.take(sender, node.storage.bytes_of(key) / _BYTES_OF_WORK, loop.time())
+                    self._work.take(sender, _work_of(*node.storage.size_of(key)), loop.time())
                 stored = node.storage.put(key, accepted)
                 for place, subkeys in places[key]:
                     response.store_ok[place] = not stored.isdisjoint(subkeys)
@@ -325,6 +328,11 @@ class DHTServer:
         if not math.isfinite(expires_at):
             raise WireError("an entry must expire")
         return {unpack_subkey(subkey): Entry(value, expires_at)}
+
+
+def _work_of(size: int, entries: int) -> float:
+    """Units of work to unpack and pack what is stored under a key."""
+    return max(size / _BYTES_OF_WORK, entries / _ENTRIES_OF_WORK)
 
 
 class _NamedContacts:

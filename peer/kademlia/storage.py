@@ -88,6 +88,7 @@ class _Stored(NamedTuple):
     """All entries of one key."""
 
     packed: bytes
+    entries: int
     first_expiry: float
     last_expiry: float
 
@@ -167,10 +168,10 @@ class BoundedStorage:
         stored = self._stored.get(key)
         return 0.0 if stored is None else stored.last_expiry
 
-    def bytes_of(self, key: int) -> int:
-        """The packed size of all entries under the key, including expired ones."""
+    def size_of(self, key: int) -> tuple[int, int]:
+        """The packed bytes and the number of all entries under the key, including expired ones."""
         stored = self._stored.get(key)
-        return 0 if stored is None else len(stored.packed)
+        return (0, 0) if stored is None else (len(stored.packed), stored.entries)
 
     def keys(self) -> list[int]:
         """The keys in the store. Some may have expired."""
@@ -188,7 +189,7 @@ class BoundedStorage:
         before = self._stored.get(key)
         if before is None:
             self._order.append(key)
-        self._stored[key] = _Stored(pack_entries(entries), min(expiries), max(expiries))
+        self._stored[key] = _Stored(pack_entries(entries), len(entries), min(expiries), max(expiries))
         self.bytes += memory_of(self._stored[key].packed) - (
             0 if before is None else memory_of(before.packed)
         )

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import math
 import random
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard
@@ -161,17 +160,18 @@ def unpack_entries(data: bytes) -> Entries:
 
 
 def pack_entries(entries: Mapping[Subkey, Entry]) -> bytes:
-    """Packs a dictionary for the wire. A short value that several entries have, as the index entries of a key do, is
-    packed once.
+    """Packs a dictionary for the wire. If several entries have the first short value, it is packed once: all index
+    entries of a key have the same.
     """
     latest = max((entry.expires_at for entry in entries.values()), default=-math.inf)
-    most = Counter(value for value, _ in entries.values() if _is_small(value)).most_common(1)
-    common = [value for value, count in most if count > 1]
+    values = [value for value, _ in entries.values() if len(value) <= SMALL_ENTRY_BYTES]
+    common = values[0] if values and values.count(values[0]) > 1 else None
     rows = [
-        [subkey, expires_at] if value in common else [subkey, value, expires_at]
+        [subkey, expires_at] if value == common else [subkey, value, expires_at]
         for subkey, (value, expires_at) in entries.items()
     ]
-    return pack(msgpack.ExtType(_DICTIONARY_TYPE, pack([_NO_BOUND, latest, rows, *common])))
+    inner = [_NO_BOUND, latest, rows] if common is None else [_NO_BOUND, latest, rows, common]
+    return pack(msgpack.ExtType(_DICTIONARY_TYPE, pack(inner)))
 
 
 def packed_bytes(entries: Mapping[Subkey, Entry]) -> int:

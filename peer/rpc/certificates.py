@@ -5,7 +5,7 @@ import ssl
 from typing import cast
 
 from peer.errors import RecordError, UnreachableError
-from peer.identity import TLS_NAME, PeerID, certificate_of, certificate_pem
+from peer.identity import TLS_NAME, PeerID, certificate_in, certificate_pem
 from peer.transport.endpoints import Endpoint
 
 
@@ -34,7 +34,7 @@ async def fetch_certificate(endpoint: Endpoint, peer_id: PeerID, deadline_s: flo
     if not shown:
         raise UnreachableError(f"the server at {endpoint} shows no certificate of a peer")
     try:
-        return certificate_pem(certificate_of(shown), peer_id)
+        return certificate_pem(certificate_in(shown), peer_id)
     except RecordError as error:
         raise UnreachableError(f"peer {peer_id} is not at {endpoint}: {error}") from error
 

@@ -312,8 +312,8 @@ class Sessions:
             if statement.caller != caller.to_bytes():
                 raise ExpertError(StatusCode.UNAUTHENTICATED, "the key does not belong to the named caller")
             verify(request.public_key, request.statement, request.signature, SESSION_DOMAIN)
-        except RecordError:
-            raise ExpertError(StatusCode.UNAUTHENTICATED, "the statement's signature is wrong") from None
+        except RecordError as error:
+            raise ExpertError(StatusCode.UNAUTHENTICATED, f"the statement proves nothing: {error}") from None
         return caller
 
     def _end(self, key: bytes | None) -> None:

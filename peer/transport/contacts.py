@@ -30,8 +30,8 @@ from peer.wire import contact_pb2
 LIFETIME_S = 3600.0
 """The longest lifetime of a contact."""
 MAX_ADDRESSES = 8
-MAX_CONTACT_BYTES = 4096
-"""The limit for a contact, which fits the longest addresses. A usual one has 220 bytes."""
+MAX_CONTACT_BYTES = 2048
+"""The limit for a contact, which fits the longest addresses. A usual one has 205 bytes."""
 _OVERHEAD_BYTES = 16
 
 
@@ -73,7 +73,7 @@ class UncheckedContact:
 
     @classmethod
     def read(cls, message: contact_pb2.Contact) -> "UncheckedContact":
-        """Cheap, because no signature is checked. Raises WireError."""
+        """Checks no signature, but reads the key that says whose contact it is. Raises WireError."""
         size = len(message.statement) + len(message.signature)
         if size > MAX_CONTACT_BYTES - _OVERHEAD_BYTES or len(message.signature) > SIGNATURE_BYTES:
             raise WireError(f"a contact has at most {MAX_CONTACT_BYTES} bytes")

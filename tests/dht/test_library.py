@@ -439,7 +439,9 @@ def test_what_a_stranger_stores_at_a_holder_without_rules_is_not_read(loop: Loop
             own = sign_record(STRANGER, library(entry(publisher=STRANGER), expires_at=until))
             data = library(entry("forged"), expires_at=until).SerializeToString()
             as_founder = records_pb2.SignedRecord(
-                payload=data, public_key=FOUNDER.public_key, signature=STRANGER.sign(data)
+                payload=data,
+                public_key=FOUNDER.public_key,
+                signature=STRANGER.sign(FOUNDER.public_key + data),
             ).SerializeToString()
             for subkey, record in ((STRANGER, own), (FOUNDER, as_founder)):
                 assert await store_raw(hosts[2], KEYS.library, subkey.peer_id.to_bytes(), record, until)

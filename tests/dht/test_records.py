@@ -1,11 +1,13 @@
 """Signed records: own ones are accepted; exchanged, changed or invented ones are not."""
 
+import hashlib
 import math
 import os
 import time
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 from record_samples import EXPIRES_AT, NOW, UID_HERE, VALIDATOR, keys, refused, stored
@@ -26,12 +28,20 @@ from dht.records import (
 from dht.uid import UID
 from peer.clock import CLOCK_TOLERANCE_S
 from peer.errors import RecordError, WireError
-from peer.identity import Identity, PeerID, verify
+from peer.identity import RECORD_DOMAIN, Identity, PeerID, peer_id_of, verify
 from peer.kademlia.routing import id_bytes, key_id_of
 from peer.kademlia.validation import Record, pack
 from peer.wire import admission_pb2, records_pb2
 
 __all__ = ["keys"]
+
+FIELD = 2**256 - 2**224 + 2**192 + 2**96 - 1
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+GENERATOR = (
+    0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+    0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5,
+)
+"""P-256 (FIPS 186-4, appendix D.1.2.3)"""
 
 
 def announcement(key: str, expires_at: float = EXPIRES_AT) -> records_pb2.RecordPayload:
@@ -137,12 +147,63 @@ def test_a_record_signed_with_another_key_is_refused(
 ) -> None:
     key, subkey, value = announced(identity, keys)
     record = records_pb2.SignedRecord.FromString(value)
-    record.signature = other.sign(record.payload)
+    record.signature = other.sign(record.public_key + record.payload)
     refused(stored(key, subkey, record.SerializeToString()), "signature is wrong")
-    record.public_key = other.public_key
+    record.public_key, record.signature = other.public_key, other.sign(other.public_key + record.payload)
     refused(stored(key, subkey, record.SerializeToString()), "another key or subkey")
     with pytest.raises(RecordError, match="another peer's"):
         open_record(record.SerializeToString(), key, identity.peer_id, NOW)
+
+
+def test_a_signature_is_of_its_key_too(identity: Identity, keys: SwarmKeys) -> None:
+    """A signature has a second key under which it is valid, which anybody can compute and nobody owns (Blake-Wilson and
+    Menezes 1999).
+    """
+    key, _, value = announced(identity, keys)
+    record = records_pb2.SignedRecord.FromString(value)
+    data = record.public_key + record.payload
+    second = next(
+        each for each in keys_of(record.signature, RECORD_DOMAIN + data) if each != identity.public_key
+    )
+    verify(second, data, record.signature)
+    record.public_key = second
+    writer = peer_id_of(second)
+    refused(stored(key, writer.to_bytes(), record.SerializeToString()), "signature is wrong")
+    with pytest.raises(RecordError, match="signature is wrong"):
+        open_record(record.SerializeToString(), key, writer, NOW)
+
+
+def keys_of(signature: bytes, data: bytes) -> list[bytes]:
+    """The two keys that may have made a signature (SEC 1, section 4.1.6)."""
+    r, s = int.from_bytes(signature[:32]), int.from_bytes(signature[32:])
+    digest = int.from_bytes(hashlib.sha256(data).digest())
+    found = []
+    for head in (2, 3):
+        point = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), bytes([head]) + signature[:32])
+        numbers = point.public_numbers()
+        x, y = added(times(s, (numbers.x, numbers.y)), times(ORDER - digest % ORDER, GENERATOR))
+        x, y = times(pow(r, -1, ORDER), (x, y))
+        found.append(bytes([2 + y % 2]) + x.to_bytes(32))
+    return found
+
+
+def added(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The sum of two points of P-256, neither of which is the other's negative."""
+    if one == other:
+        slope = 3 * (one[0] ** 2 - 1) * pow(2 * one[1], -1, FIELD)
+    else:
+        slope = (other[1] - one[1]) * pow(other[0] - one[0], -1, FIELD)
+    x = (slope**2 - one[0] - other[0]) % FIELD
+    return x, (slope * (one[0] - x) - one[1]) % FIELD
+
+
+def times(count: int, point: tuple[int, int]) -> tuple[int, int]:
+    total = point
+    for bit in f"{count:b}"[1:]:
+        total = added(total, total)
+        if bit == "1":
+            total = added(total, point)
+    return total
 
 
 def test_a_record_under_another_key_is_refused(identity: Identity, keys: SwarmKeys) -> None:

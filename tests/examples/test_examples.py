@@ -1,17 +1,25 @@
 """The commands of the README and the programs in `examples/`, run against a real node as a stranger would run them."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from expert_fakes import make_manifest
 from model_folders import RandomModel
 from preloaded import run_preloaded
@@ -21,6 +29,7 @@ from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.blocks import build_block
 from peer import SOFTWARE_VERSION
+from peer.identity import VALID_FROM
 from talkoot.model.folder import ModelFolder
 
 SWARM = """
@@ -56,6 +65,14 @@ with SwarmClient.join(sys.argv[1], state=sys.argv[2], router="switch") as swarm:
     swarm.mixture(layer=2)
 """
 
+OPEN = """
+import {{ Node }} from './node.js';
+try {{
+  await Node.open('127.0.0.1', {port}, Buffer.alloc(34), 'sauna', []);
+}} catch (error) {{
+  console.log(error.message);
+}}
+"""
 
 PREAMBLE = """
 import sys
@@ -176,6 +193,41 @@ def test_client_in_javascript_says_in_a_line_what_is_wrong_with_the_invite(
     assert (ended.returncode, ended.stdout) == (status, "")
     assert ended.stderr.startswith(said)
     assert ended.stderr.count("\n") == 1
+
+
+def test_client_in_javascript_refuses_a_server_with_a_key_of_another_kind(
+    javascript: Path, tmp_path: Path
+) -> None:
+    key, name = rsa.generate_private_key(65537, 2048), x509.Name([])
+    until = datetime(2099, 1, 1, tzinfo=UTC)
+    shown = x509.CertificateBuilder(name, name, key.public_key(), 1, VALID_FROM, until).sign(
+        key, hashes.SHA256()
+    )
+    pem = tmp_path / "server.pem"
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    pem.write_bytes(
+        key.private_bytes(encoding, form, serialization.NoEncryption()) + shown.public_bytes(encoding)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    context.set_alpn_protocols(["h2"])
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor() as pool:
+        listening.settimeout(60)
+
+        def serve() -> None:
+            accepted, _ = listening.accept()
+            accepted.settimeout(60)
+            with (
+                contextlib.suppress(ConnectionError, ssl.SSLError),
+                context.wrap_socket(accepted, server_side=True) as tls,
+            ):
+                tls.recv(1)
+
+        serving = pool.submit(serve)
+        port = listening.getsockname()[1]
+        said = run_node(javascript, "--input-type=module", "-e", OPEN.format(port=port))
+        serving.result()
+    assert said == "another peer answers there\n"
 
 
 def test_client_in_javascript_makes_the_bytes_of_the_vectors(javascript: Path) -> None:

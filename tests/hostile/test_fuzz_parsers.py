@@ -180,7 +180,7 @@ def deliver_payload(data: bytes) -> None:
     key = payload.key
     signed = payload.SerializeToString()
     record = records_pb2.SignedRecord(
-        payload=signed, public_key=NODE.public_key, signature=NODE.sign(signed)
+        payload=signed, public_key=NODE.public_key, signature=NODE.sign(NODE.public_key + signed)
     ).SerializeToString()
     stored = Record(digest(key), packed(NODE.peer_id.to_bytes()), packed(record), payload.expires_at)
     OPEN.validate(stored)

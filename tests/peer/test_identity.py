@@ -29,7 +29,7 @@ from peer.identity import (
     VALID_FROM,
     Identity,
     PeerID,
-    certificate_of,
+    certificate_in,
     certificate_owner,
     certificate_pem,
     is_peer_id,
@@ -305,7 +305,7 @@ def test_a_certificate_is_of_x509_and_follows_from_the_key_and_a_signature(
         parsed.verify_directly_issued_by(parsed)
         assert len(certificate) == CERTIFICATE_BYTES
         assert certificate_owner(certificate) == each.peer_id
-        assert certificate_of(shown(certificate)) == certificate
+        assert certificate_in(shown(certificate)) == certificate
 
 
 def shown(certificate: bytes) -> bytes:
@@ -334,7 +334,7 @@ def test_the_certificate_of_another_peer_is_refused(identity: Identity, other: I
 
 @given(st.binary(max_size=200) | st.binary(min_size=97, max_size=97))
 def test_bytes_that_are_no_certificate_are_refused(identity: Identity, garbage: bytes) -> None:
-    for parse in (partial(certificate_pem, peer_id=identity.peer_id), certificate_of):
+    for parse in (partial(certificate_pem, peer_id=identity.peer_id), certificate_in):
         with pytest.raises(RecordError):
             parse(garbage)
 
@@ -362,7 +362,7 @@ def test_what_a_server_shows_is_refused_if_it_is_not_exactly_what_its_peer_would
     certificate = bytearray(shown(identity.make_certificate()))
     certificate[position % len(certificate)] ^= change
     try:
-        read = certificate_of(bytes(certificate))
+        read = certificate_in(bytes(certificate))
     except RecordError:
         return
     assert shown(read) == certificate
@@ -383,7 +383,7 @@ def test_a_certificate_of_another_form_is_refused(identity: Identity) -> None:
     huge += utils.encode_dss_signature(2**270, 2**270)
     for other in (padded.public_bytes(serialization.Encoding.DER), plain + b"\0", b"\0" + plain, huge, b""):
         with pytest.raises(RecordError, match="not one of a peer"):
-            certificate_of(other)
+            certificate_in(other)
 
 
 @given(position=st.integers(0, 32), change=st.integers(1, 255))

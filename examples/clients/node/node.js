@@ -12,6 +12,8 @@ const TLS_NAME = 'talkoot.peer';
 const CHUNK = 128 * 1024;
 const DEADLINE_MS = 30_000;
 
+const isOnCurve = (key) => key.asymmetricKeyDetails?.namedCurve === 'prime256v1';
+
 // The certificate that the server shows, PEM, if its key is the peer's.
 function certificate(host, port, peer) {
   return new Promise((resolve, reject) => {
@@ -19,7 +21,7 @@ function certificate(host, port, peer) {
     const socket = tls.connect({ ...options, timeout: DEADLINE_MS }, () => {
       const shown = new crypto.X509Certificate(socket.getPeerCertificate().raw);
       socket.destroy();
-      const isPeers = peerId(publicKeyOf(shown.publicKey)).equals(peer);
+      const isPeers = isOnCurve(shown.publicKey) && peerId(publicKeyOf(shown.publicKey)).equals(peer);
       isPeers ? resolve(Buffer.from(shown.toString())) : reject(new Error('another peer answers there'));
     });
     socket.on('error', reject).on('timeout', () => socket.destroy(new Error('nobody answers there')));
@@ -72,7 +74,7 @@ export class Node {
     const { payload, public_key, signature } = message('SignedRecord').decode(decode(packed));
     const said = message('RecordPayload').decode(payload);
     const isRight = said.key === key && said.expires_at > Date.now() / 1000;
-    if (!isRight || !writer.equals(peerId(public_key)) || !verify(public_key, 'record', payload, signature))
+    if (!isRight || !writer.equals(peerId(public_key)) || !verify(public_key, 'record', Buffer.concat([public_key, payload]), signature))
       throw new Error(`the record under ${key} is wrong`);
     return said;
   }

@@ -35,7 +35,7 @@ assert.equal(Buffer.from(statement).toString('hex'), session.statement);
 for (const [domain, peer, data, signature] of [
   ['session', caller, session.statement, session.signature],
   ['grant', founder, vectors.badge.grant, vectors.badge.grant_signature],
-  ['record', founder, dht.record.payload, dht.record.signature],
+  ['record', founder, founder.public_key + dht.record.payload, dht.record.signature],
   ['contact', founder, dht.contact.statement, dht.contact.signature],
   ['receipt', caller, vectors.receipt.receipt, vectors.receipt.signature],
 ]) assert(verify(bytes(peer.public_key), domain, bytes(data), bytes(signature)), domain);

@@ -312,6 +312,29 @@ def test_entries_under_a_full_key_count_as_the_work_that_they_make(world: Virtua
     play(world, scenario)
 
 
+def test_index_entries_under_a_full_key_count_as_work_although_they_are_short(world: VirtualLoop) -> None:
+    """Their common value is packed once, so 128 of them take fewer bytes than a few records."""
+
+    async def scenario(swarm: SimulatedSwarm, peer: SimulatedPeer) -> None:
+        key, until = swarm.keys.prefix(5), world.unix_time() + 60
+        entries = Packed(pack_entries({n: Entry(pack(key), until) for n in range(128)}))
+        await send(peer, "store", store_request(key, b"", entries, until))
+        packed = peer.dht.storage.packed(key_id_of(key))
+        assert len(packed) < 2000
+
+        async def work_of(number: int, method: str, request: Any) -> float:
+            stranger: Any = SimulatedIdentity(number)
+            await send(peer, method, request, stranger.peer_id)
+            return float(peer.server._work._taken[stranger.peer_id] - peer.server._work._virtual)
+
+        find = dht_pb2.FindRequest(keys=[id_bytes(key_id_of(key))], have=[1])
+        assert await work_of(2000, "find", find) == 1 + 128 / 32
+        one = Packed(pack_entries({0: Entry(pack(key), until + 1)}))
+        assert await work_of(2001, "store", store_request(key, b"", one, until)) == 1 + 128 / 32
+
+    play(world, scenario)
+
+
 def test_a_record_counts_as_more_work_than_an_index_entry(world: VirtualLoop) -> None:
     """A strange record's signature, and the two of its badge, take 0.35 ms to check."""
 

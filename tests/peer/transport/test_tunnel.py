@@ -70,7 +70,7 @@ async def echo(request: bytes, context: Any) -> bytes:
 
 @asynccontextmanager
 async def echo_server(identity: Identity, path: Path) -> AsyncIterator[bytes]:
-    """A server that listens only on a unix socket. Yields its certificate (DER)."""
+    """A server that listens only on a unix socket. Yields its certificate."""
     certificate = identity.make_certificate()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     handler: Any = grpc.unary_unary_rpc_method_handler(echo)
