@@ -23,6 +23,7 @@ from dht.regions import Prefix, Region, RegionMap, pieces_of, prefix_of
 from dht.registry import Entries, Registry, active_under
 from dht.uid import UID
 from peer.bounded import BoundedDict
+from peer.errors import UnreachableError
 from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL, Item
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
@@ -95,7 +96,11 @@ class ExpertRegistry:
         for home, some in written.items():
             items |= self._region_items(home, some, expires_at, queued_rows)
             await asyncio.sleep(0)  # there may be hundreds: let other tasks run
-        await self.registry.store(list(items.values()))
+        try:
+            await self.registry.store(list(items.values()))
+        except UnreachableError:
+            self.regions.not_written(written)
+            raise
         for replica in replicas:
             if replica.state is ReplicaState.WITHDRAWN:
                 self._announced.pop(replica.uid, None)

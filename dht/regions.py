@@ -404,6 +404,16 @@ class RegionMap:
         self._left_to_others[entry] = 0 if renews else left + 1, drawn
         return lives if renews else 0
 
+    def not_written(self, homes: Iterable[Prefix]) -> None:
+        """Records that the DHT did not take the index entries that lead to these regions: the keepers among them are
+        due again.
+        """
+        for home in homes:
+            for depth in range(len(home[1])):
+                entry = prefix_of(home, depth + 1)
+                if known := self._left_to_others.get(entry):
+                    self._left_to_others[entry] = _SHARED_LIVES_ABOVE, known[1]
+
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:
     return Counter(

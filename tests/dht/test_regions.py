@@ -1,11 +1,12 @@
 """Where nodes announce their experts, and that readers find all of them there, however many there are."""
 
 import asyncio
+import contextlib
 import math
 import random
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ from dht.regions import (
 )
 from dht.registry import Entries
 from dht.uid import UID
-from peer.errors import RecordError
+from peer.errors import RecordError, UnreachableError
 from peer.identity import PeerID
 from peer.kademlia.lookups import Item
 from peer.kademlia.search import DEFAULT_LIMITS
@@ -549,6 +550,35 @@ def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(
     renewed = [regions.index_lives(home, depth) for _ in range(1000)]
     times = [time for time, renews in enumerate(renewed) if renews]
     assert max(after - before for before, after in pairwise(times)) == most
+
+
+def test_a_keeper_writes_an_index_entry_again_that_the_dht_did_not_take() -> None:
+    async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
+        peer, home = swarm.peers[0], (1, (2, 2))
+        regions, store = peer.experts.regions, peer.registry.store
+        for prefix in ((1, ()), (1, (2,))):
+            regions.note(prefix, [0], SPLIT)
+        regions.note(home, [], Region({}, frozenset(), 4096, 0))
+        row_entry = swarm.keys.prefix(1), 2
+        sent: list[bool] = []
+
+        async def spied(items: Sequence[Item]) -> None:
+            sent.append(row_entry in {(item.key, item.subkey) for item in items})
+            if sum(sent) in (1, 2) and sent[-1]:
+                raise UnreachableError("nobody answers")
+            await store(items)
+
+        peer.registry.store = spied  # type: ignore[method-assign]  # for this test
+        while sum(sent) < 3:
+            assert len(sent) < 32
+            with contextlib.suppress(UnreachableError):
+                await announce(peer, UID(*home))
+        assert sent[-3:] == [True] * 3, "until it is there"
+        for _ in range(8):
+            await announce(peer, UID(*home))
+        assert sent[-8:] == [False] * 8
+
+    play(scenario, nodes=8)
 
 
 def test_in_a_large_swarm_enough_hosts_renew_the_index_whatever_others_make_up() -> None:
