@@ -37,8 +37,9 @@ MOST_REPLICAS = 64
 """An idle peer adds no replica to an expert that has this many, because more could not stay similar."""
 MOST_PREFIXES = 1024
 """How many grid rows one look reads, of layers that have not split into regions."""
-_ROWS_FOR = 6
-"""How many looks in a row read the same rows of the grid."""
+_ROWS_FOR = 12
+"""How many looks in a row read the same rows of the grid. To read a row for the first time takes three times the bytes.
+"""
 MOST_VACANT = 1024
 """How many vacant experts in these grid rows one look reads."""
 _RANKED = 16
@@ -53,7 +54,7 @@ FEW = 4
 """In layers that have split, a look reads at most this many vacant experts, and as many others."""
 MOST_REGIONS = 32
 """The most regions that a look reads to see what is active. A layer that has just split has many."""
-_FIRST_ROWS = 8
+_FIRST_ROWS, _FIRST_LOOKS = 8, 6
 """How many rows of such layers each of the first looks of a node reads that hosts nothing yet."""
 _LOOKERS = 32
 """In layers that have split, how many of the nodes that host experts read a grid row in the same period. If there are
@@ -584,7 +585,7 @@ class HostingSurvey:
             return rows
         rows += mine[:1]
         layers, rng = sorted(split), self._turn() if len(split) * count > MOST_PREFIXES else None
-        for other in range(_FIRST_ROWS if not takes_turns and self._looks < _ROWS_FOR else 1):
+        for other in range(_FIRST_ROWS if not takes_turns and self._looks < _FIRST_LOOKS else 1):
             if rng is None:
                 number, layer = divmod(turn + other, len(layers))
                 layer, number = layers[layer], number % count

@@ -41,7 +41,10 @@ def test_a_shard_takes_only_peer_ids(keys: SwarmKeys, subkey: object) -> None:
     refused(stored(shard, subkey, shard), "PeerIDs that belong to it|can't be parsed")
 
 
-@pytest.mark.parametrize(("piece_of", "coordinate"), [(0, 128), (128, 127), (4095, 0), (127, 4095)])
+@pytest.mark.parametrize(
+    ("piece_of", "coordinate"),
+    [(0, INDEX_PIECE), (INDEX_PIECE, INDEX_PIECE - 1), (4095, 0), (INDEX_PIECE - 1, 4095)],
+)
 def test_a_coordinate_belongs_in_its_own_piece_of_a_prefix(
     keys: SwarmKeys, piece_of: int, coordinate: int
 ) -> None:

@@ -31,6 +31,7 @@ from dht.library import (
 )
 from dht.memory import MAX_SHARDS_OF_CELL, Cell, MemoryID, Part
 from dht.records import (
+    INDEX_PIECE,
     MAX_LIBRARY_BYTES,
     MAX_LIFETIME_S,
     MAX_MANIFEST_LIFETIME_S,
@@ -232,10 +233,10 @@ def test_a_cell_of_cut_or_too_many_roots_is_refused(length: int) -> None:
 def test_index_entries_lead_to_cells() -> None:
     memory = MemoryID.of("n" * 24, FOUNDER.peer_id)
     keys = SwarmKeys("s" * 32, FOUNDER.peer_id)
-    for coordinate, following in (((), 3), ((3,), 4), ((), 4095), ((15, 15, 15), 128)):
+    for coordinate, following in (((), 3), ((3,), 4), ((), 4095), ((15, 15, 15), INDEX_PIECE)):
         key = keys.memory_index(memory, coordinate, following)
         VALIDATOR.check(stored(key, following, key))
-        refused(stored(key, (following + 128) % 4096, key), "another piece")
+        refused(stored(key, (following + INDEX_PIECE) % 4096, key), "another piece")
 
 
 # What readers accept of a record
@@ -684,7 +685,10 @@ def test_a_cell_leads_to_nobody_but_its_host() -> None:
 def test_a_memory_of_a_wide_grid_has_its_coordinates_under_several_keys(loop: LoopThread) -> None:
     async def scenario() -> None:
         async with swarm("open") as (_, (a, b, _)):
-            cells: Cells = {(coordinate,): (SERVING, [b"r" * 32]) for coordinate in (0, 127, 128, 4000)}
+            cells: Cells = {
+                (coordinate,): (SERVING, [b"r" * 32])
+                for coordinate in (0, INDEX_PIECE - 1, INDEX_PIECE, 4000)
+            }
             await MemoryRegistry(a).announce(entry().memory, cells, 60)
             assert await MemoryRegistry(b).active_cells(entry().memory, (4096,)) == set(cells)
 

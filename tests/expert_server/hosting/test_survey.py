@@ -328,7 +328,7 @@ def test_a_huge_grid_costs_no_more_and_what_is_vacant_is_seen_twice() -> None:
         assert registry.prefixes_read == 2 * MOST_PREFIXES
         assert len(first) == MOST_VACANT
         assert first.keys() == second.keys()
-        for _ in range(5):
+        for _ in range(_ROWS_FOR - 1):
             later = await survey.read([])
         assert later.keys() != first.keys(), "after a while it looks elsewhere"
 
