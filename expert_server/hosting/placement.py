@@ -56,7 +56,7 @@ MOST_REGIONS = 32
 """The most regions that a look reads to see what is active. A layer that has just split has many."""
 _FIRST_ROWS, _FIRST_LOOKS = 8, 6
 """How many rows of such layers a node reads in each of its first looks, and in how many, if it hosts nothing yet."""
-_LOOKERS = 32
+_LOOKERS = 16
 """In layers that have split, how many of the nodes that host experts read a grid row in the same period. If there are
 many more nodes than rows, nodes take turns, so that not all of them read the same few keys.
 """

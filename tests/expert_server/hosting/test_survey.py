@@ -16,6 +16,7 @@ from dht.regions import Prefix, Region, RegionMap
 from dht.uid import UID
 from expert_server.hosting.manager import HostingManager
 from expert_server.hosting.placement import (
+    _LOOKERS,
     _ROWS_FOR,
     FEW,
     MOST_PREFIXES,
@@ -169,12 +170,12 @@ def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> 
     uids = all_uids((16, 16))
     registry = FakeRegistry(uids)
     registry.split(0, 1)
-    registry.estimated_nodes = 8.0 * 32 * 32
+    registry.estimated_nodes = 8.0 * _LOOKERS * 32
 
     async def scenario() -> None:
         busy, waiting = make_survey((16, 16), registry), make_survey((16, 16), registry)
         read = []
-        for _ in range(6 * 8 * 4):
+        for _ in range(_ROWS_FOR * 8 * 4):
             registry.prefixes_read = 0
             await busy.read(uids[:1])
             read.append(registry.prefixes_read)
@@ -182,7 +183,7 @@ def test_where_peers_are_many_and_rows_are_few_peers_look_at_rows_in_turns() -> 
             await waiting.read([], saved=uids[:1])
             assert registry.prefixes_read, "a node that hosts nothing does not wait"
         assert sum(map(bool, read)) == len(read) / 8
-        turns = [read[n : n + 6] for n in range(0, len(read), 6)]
+        turns = [read[n : n + _ROWS_FOR] for n in range(0, len(read), _ROWS_FOR)]
         assert all(all(turn) or not any(turn) for turn in turns), "several looks in a row"
 
     asyncio.run(scenario())
