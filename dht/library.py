@@ -336,7 +336,7 @@ class MemoryRegistry:
     ) -> tuple[CellHost, ...]:
         """Some peers that host shards of any cell, found without reading all cells. Raises UnreachableError.
 
-        Only the first 256 branches of each prefix are followed. Other subkeys under a prefix are not cells.
+        Only the first 128 branches of each prefix are followed. Other subkeys under a prefix are not cells.
         """
         cells: list[Cell] = [()]
         for size in grid:

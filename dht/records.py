@@ -48,8 +48,8 @@ MAX_MANIFEST_LIFETIME_S = 40 * 86400.0
 """The longest lifetime of manifests, revocations and libraries."""
 MAX_REPLICAS_OF_RECORD = 512
 """The most replicas that a node may announce in one record. They take 8 KB."""
-INDEX_PIECE = 256
-"""The most coordinates that are marked under one key. So many index entries take 3 KB, and half of a key's places."""
+INDEX_PIECE = 128
+"""The most coordinates that are marked under one key. Other peers hold the next ones, which spreads the load."""
 FEWEST_DIGITS, MOST_DIGITS = 2, 4
 FEWEST_TRAINER_DIGITS = 1
 FULL = 192
