@@ -70,5 +70,10 @@ class _Delayed(torch.autograd.Function):
 
 def environment_of(package: Path, rows_per_s: float, jitter: float, seed: str) -> dict[str, str]:
     """The environment for a node's process. `package`: a folder that offers `KINDS`."""
-    path = os.pathsep.join([str(package), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    path = import_path(str(package))
     return {"PYTHONPATH": path, _ROWS_PER_S: str(rows_per_s), _JITTER: str(jitter), _SEED: seed}
+
+
+def import_path(*folders: str) -> str:
+    """The PYTHONPATH of a process in another folder that imports from these folders, and what this process can."""
+    return os.pathsep.join([*folders, os.getcwd(), os.environ.get("PYTHONPATH", "")])

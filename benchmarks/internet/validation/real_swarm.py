@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.internet.validation.drawn_times import KINDS, environment_of
+from benchmarks.internet.validation.drawn_times import KINDS, environment_of, import_path
 from benchmarks.internet.validation.measured import Adoption, Measured, Stretch
 from benchmarks.internet.validation.scenario import Hosting, Scenario
 from benchmarks.internet.validation.steady_trainers import BEGIN, Step
@@ -152,7 +152,8 @@ class RealSwarm:
         folder = self._folder / "trainers"
         folder.mkdir()
         arguments = (invite, str(folder), json.dumps(self._scenario.values()))
-        trainers = self._trainers = await self._processes.start("trainers", arguments, _TRAINERS)
+        environment = {"PYTHONPATH": import_path()}
+        trainers = self._trainers = await self._processes.start("trainers", arguments, _TRAINERS, environment)
         await self._processes.until(lambda: trainers in self._ready, _START_LIMIT_S, "the trainers to join")
         return folder
 
