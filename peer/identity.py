@@ -176,8 +176,7 @@ def key_message(key: bytes) -> bytes:
 def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = RECORD_DOMAIN) -> None:
     """Raises RecordError unless `signature` is this key's signature of `data` in this domain."""
     key, _ = _read_key(public_key)
-    half = SIGNATURE_BYTES // 2
-    r, s = int.from_bytes(signature[:half]), int.from_bytes(signature[half:])
+    r, s = _numbers_of(signature)
     try:
         if len(signature) != SIGNATURE_BYTES or 2 * s > _ORDER:
             raise InvalidSignature
@@ -188,6 +187,12 @@ def verify(public_key: bytes, data: bytes, signature: bytes, domain: bytes = REC
 
 def _signature_of(r: int, s: int) -> bytes:
     return r.to_bytes(SIGNATURE_BYTES // 2) + s.to_bytes(SIGNATURE_BYTES // 2)
+
+
+def _numbers_of(signature: bytes) -> tuple[int, int]:
+    """r and s."""
+    half = SIGNATURE_BYTES // 2
+    return int.from_bytes(signature[:half]), int.from_bytes(signature[half:])
 
 
 def certificate_pem(certificate: bytes, peer_id: PeerID) -> bytes:
@@ -229,9 +234,8 @@ def certificate_in(shown: bytes) -> bytes:
 
 def _der_of(certificate: bytes) -> bytes:
     signed, signature = _to_be_signed(certificate[:PUBLIC_KEY_BYTES]), certificate[PUBLIC_KEY_BYTES:]
-    half = SIGNATURE_BYTES // 2
-    r, s = int.from_bytes(signature[:half]), int.from_bytes(signature[half:])
-    return _der(0x30, signed, _ECDSA_WITH_SHA256, _der(0x03, b"\0", utils.encode_dss_signature(r, s)))
+    dss = utils.encode_dss_signature(*_numbers_of(signature))
+    return _der(0x30, signed, _ECDSA_WITH_SHA256, _der(0x03, b"\0", dss))
 
 
 def _to_be_signed(public_key: bytes) -> bytes:

@@ -74,7 +74,8 @@ export class Node {
     const { payload, public_key, signature } = message('SignedRecord').decode(decode(packed));
     const said = message('RecordPayload').decode(payload);
     const isRight = said.key === key && said.expires_at > Date.now() / 1000;
-    if (!isRight || !writer.equals(peerId(public_key)) || !verify(public_key, 'record', Buffer.concat([public_key, payload]), signature))
+    const signed = Buffer.concat([public_key, payload]);
+    if (!isRight || !writer.equals(peerId(public_key)) || !verify(public_key, 'record', signed, signature))
       throw new Error(`the record under ${key} is wrong`);
     return said;
   }
