@@ -52,6 +52,14 @@ MAX_LISTED_LICENSES = 8
 _RENEW_AFTER_S = LIFETIME_S / 2
 _MAX_PUBLISHERS = 256
 """The most publishers whose libraries are read and remembered."""
+_READ_BY = 500
+"""In a large swarm, about how many followers read the libraries near their key in each round, if all nodes of the DHT
+follow them. The others ask a random node.
+"""
+_KEPT_BY = 500
+"""The same, for storing them again, which followers do less often."""
+_TOLD = 8
+"""How many nodes a follower tells when it learns of a new library."""
 _MAX_HOSTS = 256
 """The most hosts of one cell whose records are read."""
 _CELLS_AT_ONCE = 512
@@ -182,6 +190,10 @@ class MemoryRegistry:
         self._registry = registry
         self._keys = registry.keys
         self._known = BoundedDict[PeerID, _Library](_MAX_PUBLISHERS)
+        self._followed: Mapping[PeerID, bytes] | None = None
+        """Each publisher's record as `follow` found it last; None: it was never called. What it finds later is new to
+        others too.
+        """
 
     async def libraries(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
         """The memories of each publisher that may publish here. Raises UnreachableError.
@@ -189,7 +201,30 @@ class MemoryRegistry:
         An older record never replaces one that was read before, and no memory goes back to an older revision.
         """
         key = self._keys.library
-        found = (await self._registry.get([key]))[key]
+        return await self._read((await self._registry.get([key]))[key])
+
+    async def follow(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
+        """The same, for peers that read the libraries in every round. In a large swarm, these would flood the few that
+        hold them. So most of them ask a random node instead, and whoever learns of a new library tells others.
+        """
+        key = self._keys.library
+        if self._registry.is_drawn(_READ_BY) or not await self._registry.ask_one(key):
+            found = await self.libraries()
+        else:
+            found = await self._read(self._registry.stored(key))
+        before, self._followed = self._followed, {publisher: self.record_of(publisher) for publisher in found}
+        news = (
+            [] if before is None else [p for p, record in self._followed.items() if before.get(p) != record]
+        )
+        # if dozens of publishers have news at once, the rest of it spreads without telling
+        for publisher in some_of(news, 1):
+            self._registry.tell(self._item(publisher, self._known[publisher]), _TOLD)
+        return found
+
+    async def _read(
+        self, found: Mapping[object, tuple[Any, float]]
+    ) -> dict[PeerID, tuple[LibraryEntry, ...]]:
+        """Takes the records that were found under the libraries' key."""
         author, slices = self._keys.author.to_bytes(), TimeSlices()
         # the founder's record is read, however many others there are
         for subkey in (*some_of(found.keys() - {author}, _MAX_PUBLISHERS - 1), author):
@@ -198,6 +233,9 @@ class MemoryRegistry:
                 await slices.pause()
                 self._registry.guard.read("memory", subkey, partial(self._take, subkey, value))
         return {publisher: library.entries for publisher, library in self._valid()}
+
+    def _item(self, publisher: PeerID, library: _Library) -> Item:
+        return Item(self._keys.library, publisher.to_bytes(), library.record, library.expires_at)
 
     def record_of(self, publisher: PeerID) -> bytes:
         """The publisher's record that was read or stored last, for `hear`; empty if there is none."""
@@ -254,8 +292,8 @@ class MemoryRegistry:
         self._known[publisher] = _Library(record, payload.expires_at, tuple(entries))
 
     async def keep_libraries(self) -> None:
-        """Stores the records that were read again, so that they outlive their holders. Renews this peer's own when that
-        is due.
+        """Stores the records that were read again, so that they outlive their holders; in a large swarm, only some
+        followers do. Renews this peer's own when that is due.
 
         Raises UnreachableError.
         """
@@ -263,11 +301,8 @@ class MemoryRegistry:
         own = libraries.get(self._registry.peer_id)
         if own is not None and own.expires_at - _RENEW_AFTER_S <= self._registry.now():
             await self.publish_library(own.entries)
-        items = [
-            Item(self._keys.library, publisher.to_bytes(), library.record, library.expires_at)
-            for publisher, library in self._valid()
-        ]
-        if items:
+        items = [self._item(publisher, library) for publisher, library in self._valid()]
+        if items and self._registry.is_drawn(_KEPT_BY):
             await self._registry.store_again(items)
 
     async def announce(

@@ -190,8 +190,11 @@ class Registry:
 
     async def republish(self, record: FounderRecord) -> None:
         """Stores a record of the founder again, so that it outlives the peers that held it."""
-        author = self.keys.author.to_bytes()
-        await self.store_again([Item(record.payload.key, author, record.data, record.expires_at)])
+        await self.store_again([self.item_of(record)])
+
+    def item_of(self, record: FounderRecord) -> Item:
+        """The founder's record as it is stored."""
+        return Item(record.payload.key, self.keys.author.to_bytes(), record.data, record.expires_at)
 
     async def store_again(self, items: Sequence[Item]) -> None:
         """Stores records that others have signed. A peer that has a later one refuses it, which is no failure."""
@@ -202,21 +205,29 @@ class Registry:
         value, _ = (await self.get([key]))[key].get(self.keys.author.to_bytes(), (None, 0.0))
         return self.read_founder_record(key, value)
 
+    def stored(self, key: str) -> Entries:
+        """The entries under the key that this peer itself stores: as a node of the DHT, or because it has read them."""
+        entries = self._dht.storage.get(key_id_of(key)).items()
+        return Entries((subkey, (unpack(each.value), each.expires_at)) for subkey, each in entries)
+
     def stored_founder_record(self, key: str) -> FounderRecord | None:
-        """The founder's record under that key which this peer stores as a node of the DHT."""
-        entry = self._dht.storage.get(key_id_of(key)).get(self.keys.author.to_bytes())
-        if entry is None:
-            return None
-        return self.read_founder_record(key, unpack(entry.value))
+        """The founder's record under that key which this peer itself stores."""
+        value, _ = self.stored(key).get(self.keys.author.to_bytes(), (None, 0.0))
+        return None if value is None else self.read_founder_record(key, value)
 
     async def ask_one(self, key: str) -> bool:
         """See `Lookups.ask_one`."""
         return await self._in_time(self.lookups.ask_one(key_id_of(key)))
 
-    def tell(self, record: FounderRecord, nodes: int) -> None:
-        """Begins to store a founder's record at some known nodes, drawn at random."""
-        item = Item(record.payload.key, self.keys.author.to_bytes(), record.data, record.expires_at)
+    def tell(self, item: Item, nodes: int) -> None:
+        """Begins to store an item at some known nodes, drawn at random."""
         self.lookups.spawn(self.lookups.tell(item, nodes))
+
+    def is_drawn(self, peers: int) -> bool:
+        """Whether it is this peer's turn, decided at random, if about so many of the DHT's nodes should have one. If
+        all peers wrote or read a key in each round, they would flood its few holders.
+        """
+        return self.rng.random() * self.lookups.estimated_nodes < peers
 
     def read_founder_record(self, key: str, value: object) -> FounderRecord | None:
         """The founder's record for that key, from any value; None if it is not that record, or has expired."""

@@ -189,7 +189,7 @@ class PublisherFollower:
         if not self._rules.disk_bytes and self._swarm.host.peer_id != self._swarm.keys.author:
             return
         self._heard.clear()
-        libraries = await self._memories.libraries()
+        libraries = await self._memories.follow()
         self._shown_by = {each: caller for each, caller in self._shown_by.items() if each in libraries}
         await self._hosted.save_libraries()
         listed = {entry.memory: entry for entries in libraries.values() for entry in entries}

@@ -39,7 +39,7 @@ class World:
 
     looks: int = 0
 
-    async def libraries(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
+    async def follow(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
         self.looks += 1
         return {publisher: tuple(entries) for publisher, entries in self.listed.items()}
 
