@@ -197,9 +197,9 @@ class RegionMap:
         self._just_read: BoundedDict[Prefix, tuple[float, frozenset[int], Region]] = BoundedDict(
             _REMEMBERED_JUST_READ
         )
-        self._left_to_others: BoundedDict[Prefix, tuple[int, float]] = BoundedDict(_REMEMBERED)
-        """How many times in a row this peer has left an index entry to others, and a number from 0 to 1, drawn once. If
-        it is small, the peer is a keeper of the entry.
+        self._may_be_left: BoundedDict[Prefix, tuple[int, float]] = BoundedDict(_REMEMBERED)
+        """How many more times this peer may leave an index entry to others before the one that it wrote last expires,
+        and a number from 0 to 1, drawn once. If it is small, the peer is a keeper of the entry.
         """
 
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
@@ -382,26 +382,24 @@ class RegionMap:
         for below in range(len(coordinate) - 1, depth, -1):
             above = self._seen.get((layer, *coordinate[:below]))
             hosts *= 1 if above is None else max(1, above.active)
+        is_above = depth < len(coordinate) - 1
         read_at, others = self._hosts.get(home, (0.0, 0))
         if (seen := self._seen.get((layer, *coordinate))) is not None:
-            read_at, others = seen.read_at, seen.hosts
+            # each active coordinate leads to a host at least, as if this node announced there
+            read_at, others = seen.read_at, seen.hosts + seen.active
+            is_above |= seen.active > 0
         if read_at > self._now() - _WRITE_FOR_S:
             hosts *= max(1, others)
-        # drawn at random, so that those which joined together don't renew it together
-        left, drawn = self._left_to_others.get(entry) or (
-            self._rng.randrange(_SHARED_LIVES_ABOVE),
-            self._rng.random(),
-        )
-        if hosts <= _RENEWED_BY:
-            self._left_to_others[entry] = _SHARED_LIVES_ABOVE, drawn  # that entry does not live long
-            return 1
-        is_above = depth < len(coordinate) - 1
         lives = _SHARED_LIVES_ABOVE if is_above else _SHARED_LIVES
+        # drawn at random, so that those which joined together don't renew it together
+        left, drawn = self._may_be_left.get(entry) or (self._rng.randrange(lives), self._rng.random())
+        if hosts <= _RENEWED_BY:
+            self._may_be_left[entry] = 0, drawn
+            return 1
         is_keeper = drawn * self._nodes_of_layer() < _KEEPERS * math.prod(self._grid[: depth + 1])
-        # a keeper renews the entry before the one that it wrote last expires
-        is_due = is_keeper and left >= lives - 1
+        is_due = is_keeper and left == 0
         renews = is_due or self._rng.random() * hosts < (_RENEWED_BY / lives if is_above else _RENEWED_BY)
-        self._left_to_others[entry] = 0 if renews else left + 1, drawn
+        self._may_be_left[entry] = lives - 1 if renews else max(0, left - 1), drawn
         return lives if renews else 0
 
     def not_written(self, homes: Iterable[Prefix]) -> None:
@@ -411,8 +409,8 @@ class RegionMap:
         for home in homes:
             for depth in range(len(home[1])):
                 entry = prefix_of(home, depth + 1)
-                if known := self._left_to_others.get(entry):
-                    self._left_to_others[entry] = _SHARED_LIVES_ABOVE, known[1]
+                if known := self._may_be_left.get(entry):
+                    self._may_be_left[entry] = 0, known[1]
 
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:

@@ -502,6 +502,28 @@ def test_of_many_hosts_below_an_index_entry_a_few_renew_it() -> None:
     assert all(regions.index_lives(home, 1) for _ in range(100)), "the others may be gone"
 
 
+def test_a_host_that_stays_at_a_row_which_has_split_takes_turns_with_those_below_it() -> None:
+    regions, row = RegionMap(Clock().now, random.Random(1)), (0, (2,))
+    regions.note(row, [0], Region({}, frozenset(), 4, 0))
+    assert {regions.index_lives(row, 0) for _ in range(100)} == {1}
+    regions.note(row, [0], Region({}, frozenset(range(60)), 4, 0))
+    drawn = [regions.index_lives(row, 0) for _ in range(6400)]
+    assert set(drawn) == {0, 16}
+    assert 400 <= drawn.count(16) < 480, "in its turn, and seldom besides"
+
+
+def test_a_row_that_splits_meanwhile_does_not_keep_its_hosts_from_renewing_in_time() -> None:
+    """The entries below the row may be made up."""
+    regions, row = RegionMap(Clock().now, random.Random(1)), (0, (2,))
+    for _ in range(100):
+        regions.note(row, [0], Region({}, frozenset(), 400, 0))
+        while not (lives := regions.index_lives(row, 0)):
+            pass
+        assert lives == 4
+        regions.note(row, [0], Region({}, frozenset(range(128)), 400, 0))
+        assert any(regions.index_lives(row, 0) for _ in range(4))
+
+
 def test_an_index_entry_does_not_outlive_the_few_hosts_that_it_leads_to_nor_a_claim_for_long() -> None:
     """While it is there, readers don't see that nobody serves the expert."""
 
