@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 import torch
 from callers import a_caller
 from grpc import StatusCode
+from memory_in_use import memory_in_use
 from stranger import new_identity
 from tls_expert_server import (
     FIRST,
@@ -161,7 +161,7 @@ def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(run: Runner, co
     async def scenario(edge: Edge) -> None:
         await check_it_goes_on(edge)
         tasks, seen = len(asyncio.all_tasks()), await asyncio.to_thread(attack, edge, 200, 0)
-        before, sessions = psutil.Process().memory_info().rss, len(edge.sessions)
+        before, sessions = memory_in_use(), len(edge.sessions)
         seen = Counter[StatusCode]()
         for part in range(count // 300):
             seen += await asyncio.to_thread(attack, edge, 300, 1 + part)
@@ -170,7 +170,7 @@ def test_no_frames_stop_a_node_make_it_grow_or_spoil_its_experts(run: Runner, co
         assert len({StatusCode.INVALID_ARGUMENT, StatusCode.UNAUTHENTICATED} & seen.keys()) == 2, seen
         await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, 30)
         assert len(edge.sessions) <= sessions + 1  # of one caller, however often it is let in
-        assert psutil.Process().memory_info().rss - before < GROWTH_BYTES
+        assert memory_in_use() - before < GROWTH_BYTES
         for expert in edge.runtime.experts.values():
             assert all(bool(torch.isfinite(p).all()) for p in expert.block.parameters())
             assert expert.guard.rollbacks == 0

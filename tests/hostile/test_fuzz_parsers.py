@@ -18,7 +18,6 @@ from typing import Any, get_args
 import base58
 import mutations
 import numpy as np
-import psutil
 import pytest
 import torch
 from checkpoint_samples import AN_UID, MANIFEST, SWARM, make_expert, step
@@ -27,6 +26,7 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_folders import DIMENSIONS, SampleMemory
+from memory_in_use import memory_in_use
 from mutations import Mutate
 from pydantic import ValidationError
 from scalars import scalars
@@ -861,7 +861,7 @@ def test_no_changed_record_is_taken_for_another() -> None:
     right = right_records()
     assert all(map(validator.validate, right))
     rng, taken, count = random.Random(1), 0, 10_000
-    before, began = psutil.Process().memory_info().rss, time.thread_time()
+    before, began = memory_in_use(), time.thread_time()
     for _ in range(count):
         original = rng.choice(right)
         record = spoilt(original, right, rng)
@@ -873,7 +873,7 @@ def test_no_changed_record_is_taken_for_another() -> None:
             assert isinstance(unpack(record.value), str), record
             assert isinstance(unpack(record.subkey), int | bytes)
     assert taken < count / 20
-    assert psutil.Process().memory_info().rss - before < 32 * 2**20
+    assert memory_in_use() - before < 32 * 2**20
     assert time.thread_time() - began < 60
 
 
