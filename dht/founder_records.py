@@ -6,6 +6,7 @@ nobody sends it the manifest, and knows from the start which tokens are revoked.
 """
 
 import logging
+import random
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class ManifestRecord:
         newest: FounderRecord,
         file: "RecordFile | None" = None,
         now: Callable[[], float] = clock.now,
+        rng: random.Random | None = None,
     ) -> None:
         """`file`: where the newest record is saved."""
         self.newest = newest
@@ -51,6 +53,7 @@ class ManifestRecord:
         self._file = file or RecordFile(None)
         self._file.save(newest.data)
         self._looked_at = 0.0
+        self._rng = rng or random.SystemRandom()
 
     @property
     def expires_at(self) -> float:
@@ -76,7 +79,7 @@ class ManifestRecord:
             self._take(self._registry.sign_manifest(self.newest.payload.manifest_json, now + LIFETIME_S))
         elif await self.look() and (warning := self.warning):
             logger.warning("%s", warning)
-        if is_due or self._registry.is_drawn(_KEPT_BY):
+        if is_due or _is_drawn(self._registry, self._rng):
             await self._registry.republish(self.newest)
 
     async def look(self) -> bool:
@@ -95,6 +98,13 @@ class ManifestRecord:
     def _take(self, record: FounderRecord) -> None:
         self.newest = record
         self._file.save(record.data)
+
+
+def _is_drawn(registry: Registry, rng: random.Random) -> bool:
+    """Whether it is this peer's turn to store a founder's record, decided at random. If all peers did so in each round,
+    they would flood the few holders.
+    """
+    return rng.random() * registry.lookups.estimated_nodes < _KEPT_BY
 
 
 class RecordFile:
@@ -134,11 +144,13 @@ class Revocations:
         registry: Registry,
         admission: SwarmAdmission,
         file: "RecordFile | None" = None,
+        rng: random.Random | None = None,
     ) -> None:
         """Applies the record on disk at once. `file`: where the newest record is saved."""
         self._registry = registry
         self._admission = admission
         self._file = file or RecordFile(None)
+        self._rng = rng or random.SystemRandom()
         self._newest: FounderRecord | None = None
         self._has_read = False
         """Whether it has looked since it started. What it finds later is new to others too."""
@@ -157,9 +169,8 @@ class Revocations:
         """Looks whether there is a newer list. Call it in every round. Raises UnreachableError."""
         if self._admission.mode == "open":
             return
-        if self._registry.is_drawn(_READ_BY) or not await self._registry.ask_one(
-            self._registry.keys.revocations
-        ):
+        reads = self._rng.random() * self._registry.lookups.estimated_nodes < _READ_BY
+        if reads or not await self._registry.ask_one(self._registry.keys.revocations):
             await self.read()
         else:
             self.hear()
@@ -172,7 +183,7 @@ class Revocations:
 
     async def keep(self) -> None:
         """Stores the founder's record again, but not in every round. Raises UnreachableError."""
-        if self._newest is not None and self._registry.is_drawn(_KEPT_BY):
+        if self._newest is not None and _is_drawn(self._registry, self._rng):
             await self._registry.republish(self._newest)
 
     async def publish(self, serials: Collection[int]) -> None:
@@ -206,4 +217,4 @@ class Revocations:
         self._admission.revoke(record.payload.revocations.serials)
         self._file.save(record.data)
         if self._has_read and not known.issuperset(record.payload.revocations.serials):
-            self._registry.tell(self._registry.item_of(record), _TOLD)
+            self._registry.tell(record, _TOLD)

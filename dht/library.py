@@ -52,18 +52,12 @@ MAX_LISTED_LICENSES = 8
 _RENEW_AFTER_S = LIFETIME_S / 2
 _MAX_PUBLISHERS = 256
 """The most publishers whose libraries are read and remembered."""
-_READ_BY = 500
-"""In a large swarm, about how many followers read the libraries near their key in each round, if all nodes of the DHT
-follow them. The others ask a random node.
-"""
-_KEPT_BY = 500
-"""The same, for storing them again, which followers do less often."""
-_TOLD = 8
-"""How many nodes a follower tells when it learns of a new library."""
 _MAX_HOSTS = 256
 """The most hosts of one cell whose records are read."""
 _CELLS_AT_ONCE = 512
 """Cells in one look-up. A look-up has one deadline."""
+_LOOKED_UP_EVERY = 8
+"""In one of so many rounds, `follow` looks the libraries up instead of asking a single holder."""
 _MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES = 16 * 2**10, 2 * MAX_MANIFEST_BYTES
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
@@ -190,10 +184,8 @@ class MemoryRegistry:
         self._registry = registry
         self._keys = registry.keys
         self._known = BoundedDict[PeerID, _Library](_MAX_PUBLISHERS)
-        self._followed: Mapping[PeerID, bytes] | None = None
-        """Each publisher's record as `follow` found it last; None: it was never called. What it finds later is new to
-        others too.
-        """
+        self._asks_left = 0
+        """How many more times `follow` asks a single holder before it looks the libraries up."""
 
     async def libraries(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
         """The memories of each publisher that may publish here. Raises UnreachableError.
@@ -204,21 +196,15 @@ class MemoryRegistry:
         return await self._read((await self._registry.get([key]))[key])
 
     async def follow(self) -> dict[PeerID, tuple[LibraryEntry, ...]]:
-        """The same, for peers that read the libraries in every round. In a large swarm, these would flood the few that
-        hold them. So most of them ask a random node instead, and whoever learns of a new library tells others.
+        """The same, for peers that do so in every round. Thousands may host memories, and a few nodes hold the
+        libraries. So it usually asks only one of these; a single one may hide something for a few rounds.
         """
         key = self._keys.library
-        if self._registry.is_drawn(_READ_BY) or not await self._registry.ask_one(key):
-            found = await self.libraries()
-        else:
-            found = await self._read(self._registry.stored(key))
-        before, self._followed = self._followed, {publisher: self.record_of(publisher) for publisher in found}
-        news = (
-            [] if before is None else [p for p, record in self._followed.items() if before.get(p) != record]
-        )
-        # if dozens of publishers have news at once, the rest of it spreads without telling
-        for publisher in some_of(news, 1):
-            self._registry.tell(self._item(publisher, self._known[publisher]), _TOLD)
+        if self._asks_left and await self._registry.ask_holder(key):
+            self._asks_left -= 1
+            return await self._read(self._registry.stored(key))
+        found = await self.libraries()
+        self._asks_left = _LOOKED_UP_EVERY - 1
         return found
 
     async def _read(
@@ -233,9 +219,6 @@ class MemoryRegistry:
                 await slices.pause()
                 self._registry.guard.read("memory", subkey, partial(self._take, subkey, value))
         return {publisher: library.entries for publisher, library in self._valid()}
-
-    def _item(self, publisher: PeerID, library: _Library) -> Item:
-        return Item(self._keys.library, publisher.to_bytes(), library.record, library.expires_at)
 
     def record_of(self, publisher: PeerID) -> bytes:
         """The publisher's record that was read or stored last, for `hear`; empty if there is none."""
@@ -292,18 +275,25 @@ class MemoryRegistry:
         self._known[publisher] = _Library(record, payload.expires_at, tuple(entries))
 
     async def keep_libraries(self) -> None:
-        """Stores the records that were read again, so that they outlive their holders; in a large swarm, only some
-        followers do. Renews this peer's own when that is due.
+        """Stores the records that were read again, so that they outlive their holders. Renews this peer's own when that
+        is due.
 
         Raises UnreachableError.
         """
-        libraries = dict(self._valid())
-        own = libraries.get(self._registry.peer_id)
-        if own is not None and own.expires_at - _RENEW_AFTER_S <= self._registry.now():
-            await self.publish_library(own.entries)
-        items = [self._item(publisher, library) for publisher, library in self._valid()]
-        if items and self._registry.is_drawn(_KEPT_BY):
+        if self._is_own_due():
+            await self.libraries()  # the publisher may have published a later one from elsewhere
+            if self._is_own_due():
+                await self.publish_library(self._known[self._registry.peer_id].entries)
+        items = [
+            Item(self._keys.library, publisher.to_bytes(), library.record, library.expires_at)
+            for publisher, library in self._valid()
+        ]
+        if items:
             await self._registry.store_again(items)
+
+    def _is_own_due(self) -> bool:
+        own = dict(self._valid()).get(self._registry.peer_id)
+        return own is not None and own.expires_at - _RENEW_AFTER_S <= self._registry.now()
 
     async def announce(
         self,

@@ -198,8 +198,9 @@ class RegionMap:
             _REMEMBERED_JUST_READ
         )
         self._may_be_left: BoundedDict[Prefix, tuple[int, float]] = BoundedDict(_REMEMBERED)
-        """How many more times this peer may leave an index entry to others before the one that it wrote last expires,
-        and a number from 0 to 1, drawn once. If it is small, the peer is a keeper of the entry.
+        """How many more times this peer may leave an index entry to others before the one that it wrote last expires;
+        at first, a random number of times. And a number from 0 to 1, drawn once: if it is small, the peer is a keeper
+        of the entry.
         """
 
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
@@ -373,7 +374,7 @@ class RegionMap:
         If an entry leads to few hosts, each renews it whenever it announces, and the entry lives no longer than the
         announcements: while it lives, readers do not see that the hosts have died. If it leads to many, a few of them
         renew it, chosen at random each time, because otherwise all would write to few keys. Since hosts may be made up,
-        its keepers leave it to nobody for as long as it lives: all hosts in a small swarm, and a share of them in a
+        its keepers leave it to nobody for longer than it lives: all hosts in a small swarm, and a share of them in a
         large one, which depends on the size of the DHT. Hosts in the node's own region count only for a while after it
         has read them.
         """
@@ -383,8 +384,10 @@ class RegionMap:
             above = self._seen.get((layer, *coordinate[:below]))
             hosts *= 1 if above is None else max(1, above.active)
         is_above = depth < len(coordinate) - 1
+        are_few = False
         read_at, others = self._hosts.get(home, (0.0, 0))
         if (seen := self._seen.get((layer, *coordinate))) is not None:
+            are_few = not is_above and seen.hosts <= _RENEWED_BY
             # each active coordinate leads to a host at least, as if this node announced there
             read_at, others = seen.read_at, seen.hosts + seen.active
             is_above |= seen.active > 0
@@ -396,8 +399,9 @@ class RegionMap:
         if hosts <= _RENEWED_BY:
             self._may_be_left[entry] = 0, drawn
             return 1
-        is_keeper = drawn * self._nodes_of_layer() < _KEEPERS * math.prod(self._grid[: depth + 1])
-        is_due = is_keeper and left == 0
+        is_drawn = drawn * self._nodes_of_layer() < _KEEPERS * math.prod(self._grid[: depth + 1])
+        # anybody can mark coordinates below a row, so those that announce at the row don't rely on them if they are few
+        is_due = (is_drawn or are_few) and left == 0
         renews = is_due or self._rng.random() * hosts < (_RENEWED_BY / lives if is_above else _RENEWED_BY)
         self._may_be_left[entry] = lives - 1 if renews else max(0, left - 1), drawn
         return lives if renews else 0

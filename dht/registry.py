@@ -190,11 +190,8 @@ class Registry:
 
     async def republish(self, record: FounderRecord) -> None:
         """Stores a record of the founder again, so that it outlives the peers that held it."""
-        await self.store_again([self.item_of(record)])
-
-    def item_of(self, record: FounderRecord) -> Item:
-        """The founder's record as it is stored."""
-        return Item(record.payload.key, self.keys.author.to_bytes(), record.data, record.expires_at)
+        author = self.keys.author.to_bytes()
+        await self.store_again([Item(record.payload.key, author, record.data, record.expires_at)])
 
     async def store_again(self, items: Sequence[Item]) -> None:
         """Stores records that others have signed. A peer that has a later one refuses it, which is no failure."""
@@ -219,15 +216,14 @@ class Registry:
         """See `Lookups.ask_one`."""
         return await self._in_time(self.lookups.ask_one(key_id_of(key)))
 
-    def tell(self, item: Item, nodes: int) -> None:
-        """Begins to store an item at some known nodes, drawn at random."""
-        self.lookups.spawn(self.lookups.tell(item, nodes))
+    async def ask_holder(self, key: str) -> bool:
+        """See `Lookups.ask_holder`."""
+        return await self._in_time(self.lookups.ask_holder(key_id_of(key)))
 
-    def is_drawn(self, peers: int) -> bool:
-        """Whether it is this peer's turn, decided at random, if about so many of the DHT's nodes should have one. If
-        all peers wrote or read a key in each round, they would flood its few holders.
-        """
-        return self.rng.random() * self.lookups.estimated_nodes < peers
+    def tell(self, record: FounderRecord, nodes: int) -> None:
+        """Begins to store a founder's record at some known nodes, drawn at random."""
+        item = Item(record.payload.key, self.keys.author.to_bytes(), record.data, record.expires_at)
+        self.lookups.spawn(self.lookups.tell(item, nodes))
 
     def read_founder_record(self, key: str, value: object) -> FounderRecord | None:
         """The founder's record for that key, from any value; None if it is not that record, or has expired."""

@@ -1,7 +1,7 @@
 """`MemoryHosting`: a node takes shards of memories that have too few replicas, and drops those that others serve.
 
-What hosts and publishers say is believed only if hashes prove it. Nodes look for new lists of publishers in every
-announcement period, independently of downloads, so that revoked passages disappear soon.
+What hosts and publishers say is believed only if hashes prove it. The publishers' lists are read in every announcement
+period, independently of downloads, so that revoked passages disappear soon.
 """
 
 import asyncio

@@ -285,11 +285,22 @@ class Lookups:
 
         For what most nodes have: then it costs no node more than others, however many ask.
         """
-        peer = next(iter(self.witnesses(1).values()), None)
-        if peer is None:
+        return await self._ask_one_of(list(self.witnesses(1).values()), key)
+
+    async def ask_holder(self, key: int) -> bool:
+        """The same, for one of the key's holders, as far as this peer's last look-up found them.
+
+        For what many peers read again and again: it costs a tenth of a look-up. A holder may hide something, so look
+        the key up now and then, too.
+        """
+        nearest = sorted(self.near(key).items(), key=lambda item: item[0] ^ key)[: DEFAULT_LIMITS.quorum]
+        return await self._ask_one_of([peer for _, peer in nearest if peer != self.dht.peer_id], key)
+
+    async def _ask_one_of(self, peers: Sequence[PeerID], key: int) -> bool:
+        if not peers:
             return False
         have = {key: self.dht.storage.get(key)}
-        answers = await self.dht.find(peer, [key], self.checker, have, contacts=0)
+        answers = await self.dht.find(self.rng.choice(peers), [key], self.checker, have, contacts=0)
         if answers is None:
             return False
         self.dht.storage.put(key, answers[key].entries)

@@ -574,6 +574,19 @@ def test_made_up_hosts_and_entries_keep_no_host_from_renewing_the_index_in_time(
     assert max(after - before for before, after in pairwise(times)) == most
 
 
+def test_made_up_entries_below_a_row_keep_its_few_hosts_from_nothing() -> None:
+    """In a large swarm, in which hardly any peer is a keeper of the row's entry."""
+    row = 0, (2,)
+    for hosts in (1, 3, 8):
+        drawn = []
+        for seed in range(hosts):
+            regions = RegionMap(Clock().now, random.Random(seed), (256, 256), lambda: 1e6)
+            regions.note(row, [0, 1], Region({}, frozenset(range(256)), hosts, 700))
+            drawn.append([regions.index_lives(row, 0) for _ in range(300)])
+        renewed = [time for time, lives in enumerate(zip(*drawn, strict=True)) if any(lives)]
+        assert max(after - before for before, after in pairwise([0, *renewed])) <= 16
+
+
 def test_a_keeper_writes_an_index_entry_again_that_the_dht_did_not_take() -> None:
     async def scenario(loop: VirtualLoop, swarm: SimulatedSwarm) -> None:
         peer, home = swarm.peers[0], (1, (2, 2))
