@@ -785,13 +785,13 @@ def test_a_memory_that_nobody_lists_any_more_makes_room_for_others(
         founder = await publishing(village, MEMORY, SECOND)
         await village.run(founder)
         node = await village.join(1, await founder.swarm.invite(), **HOST | {"memory_disk": SIZE + 5000})
-        libraries, listed = node.memories._memories.libraries, [memory_id(village, MEMORY)]
+        follow, listed = node.memories._memories.follow, [memory_id(village, MEMORY)]
 
         async def by_another() -> dict[PeerID, tuple[LibraryEntry, ...]]:
-            entries = (entry for some in (await libraries()).values() for entry in some)
+            entries = (entry for some in (await follow()).values() for entry in some)
             return {node.swarm.host.peer_id: tuple(entry for entry in entries if entry.memory in listed)}
 
-        monkeypatch.setattr(node.memories._memories, "libraries", by_another)
+        monkeypatch.setattr(node.memories._memories, "follow", by_another)
         await village.run(node)
         await until(lambda: node.memories.hosted.shards == 4)
         listed[:] = [memory_id(village, SECOND)]
