@@ -47,7 +47,7 @@ def _served(days: Mapping[str, Any]) -> Figure:
         living.plot(series["hour"], [n / int(nodes) for n in series["living"]], label=f"{int(nodes):,}")
     served.axhline(LEAST_SERVED, linestyle="--", color="gray", label="goal, on average")
     served.set(xlabel="hours since Friday midnight UTC", ylabel="share of experts served")
-    served.set_ylim(min(0.99, served.get_ylim()[0]), 1.0005)
+    served.set_ylim(min(0.99, *(min(figures["series"]["served"]) for figures in days.values())), 1.0005)
     living.set(xlabel="hours since Friday midnight UTC", ylabel="share of volunteers there", ylim=(0, 1))
     for panel in (served, living):
         panel.grid(alpha=0.3)
