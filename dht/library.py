@@ -281,7 +281,8 @@ class MemoryRegistry:
         Raises UnreachableError.
         """
         if self._is_own_due():
-            await self.libraries()  # the publisher may have published a later one from elsewhere
+            # the publisher may have published a later one from elsewhere, or lost the right to
+            await self.libraries()
             if self._is_own_due():
                 await self.publish_library(self._known[self._registry.peer_id].entries)
         items = [
@@ -292,7 +293,7 @@ class MemoryRegistry:
             await self._registry.store_again(items)
 
     def _is_own_due(self) -> bool:
-        own = dict(self._valid()).get(self._registry.peer_id)
+        own = self._known.get(self._registry.peer_id)
         return own is not None and own.expires_at - _RENEW_AFTER_S <= self._registry.now()
 
     async def announce(

@@ -375,8 +375,8 @@ class RegionMap:
         announcements: while it lives, readers do not see that the hosts have died. If it leads to many, a few of them
         renew it, chosen at random each time, because otherwise all would write to few keys. Since hosts may be made up,
         its keepers leave it to nobody for longer than it lives: all hosts in a small swarm, and a share of them in a
-        large one, which depends on the size of the DHT. Hosts in the node's own region count only for a while after it
-        has read them.
+        large one, which depends on the size of the DHT; and those that announce at a row, if they are few. Hosts in the
+        node's own region count only for a while after it has read them.
         """
         entry = prefix_of(home, depth + 1)
         hosts, (layer, coordinate) = 1, home

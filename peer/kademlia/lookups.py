@@ -290,11 +290,12 @@ class Lookups:
     async def ask_holder(self, key: int) -> bool:
         """The same, for one of the key's holders, as far as this peer's last look-up found them.
 
-        For what many peers read again and again: it costs a tenth of a look-up. A holder may hide something, so look
-        the key up now and then, too.
+        For what many peers read again and again: it takes a single call. A holder may hide something, so look the key
+        up now and then, too.
         """
-        nearest = sorted(self.near(key).items(), key=lambda item: item[0] ^ key)[: DEFAULT_LIMITS.quorum]
-        return await self._ask_one_of([peer for _, peer in nearest if peer != self.dht.peer_id], key)
+        # those of different neighbourhoods come first
+        holders = list(self.near(key).values())[: DEFAULT_LIMITS.quorum]
+        return await self._ask_one_of([peer for peer in holders if peer != self.dht.peer_id], key)
 
     async def _ask_one_of(self, peers: Sequence[PeerID], key: int) -> bool:
         if not peers:
