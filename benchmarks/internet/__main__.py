@@ -9,14 +9,15 @@ train   a trainer for every ten nodes of a swarm at rest: throughput against the
 
 Placement, claims, announcements, membership and averaging partners are the product's own code, in virtual time. Links,
 computing and the DHT below look-ups are modelled ([Scale](docs/scale.md)). All figures depend only on the seed, except
-those of the machine. Parts that are not run are taken from the JSON file, if it is there.
+those of the machine. Parts that are not run are taken from the JSON file, if it is there. It is written
+after each simulated half hour, and after each event.
 """
 
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +39,30 @@ _QUICK_NODES, _QUICK_HOURS = (24,), 0.5
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 
 
-def play_days(nodes: int, hours: float | None, seed: int, quick: bool) -> dict[str, Any]:
+def play_days(nodes: int, hours: float | None, seed: int, quick: bool) -> Iterator[dict[str, Any]]:
     usual = _QUICK_HOURS if quick else _HOURS_OF_LARGE if nodes >= _LARGE else _HOURS
     return days.play(nodes, hours or usual, seed)
 
 
-def play_events(nodes: int, hours: float | None, seed: int, quick: bool) -> dict[str, Any]:
-    if nodes > _MOST_FOR_EVENTS:
-        return {}
-    timing = events.QUICK if quick else events.FULL
-    return {name: events.play(name, nodes, seed, timing) for name in events.EVENTS}
+def play_events(nodes: int, hours: float | None, seed: int, quick: bool) -> Iterator[dict[str, Any]]:
+    if nodes <= _MOST_FOR_EVENTS:
+        played = {}
+        for name in events.EVENTS:
+            played[name] = events.play(name, nodes, seed, events.QUICK if quick else events.FULL)
+            yield played
 
 
-def play_training(nodes: int, hours: float | None, seed: int, quick: bool) -> dict[str, Any]:
-    return (
-        events.train(nodes, seed, events.QUICK if quick else events.FULL) if nodes <= _MOST_FOR_EVENTS else {}
-    )
+def play_training(nodes: int, hours: float | None, seed: int, quick: bool) -> Iterator[dict[str, Any]]:
+    if nodes <= _MOST_FOR_EVENTS:
+        yield events.train(nodes, seed, events.QUICK if quick else events.FULL)
 
 
-PARTS: dict[str, Callable[[int, float | None, int, bool], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[int, float | None, int, bool], Iterator[dict[str, Any]]]] = {
     "days": play_days,
     "events": play_events,
     "train": play_training,
 }
+"""The parts of a run. Each yields its figures, or those so far and then better ones."""
 
 
 def main() -> None:
@@ -86,16 +88,23 @@ def main() -> None:
     for nodes in sizes:
         for part, play in PARTS.items():
             if not options.only or part in options.only:
-                with console.status(f"{part} of {nodes:,}"):
-                    results.setdefault(part, {})[str(nodes)] = play(
-                        nodes, options.hours, options.seed, options.quick
-                    )
-                write_figures(options.json, results)
+                with console.status(f"{part} of {nodes:,}") as status:
+                    for figures in play(nodes, options.hours, options.seed, options.quick):
+                        results.setdefault(part, {})[str(nodes)] = figures
+                        write_figures(options.json, results)
+                        status.update(_progress(part, nodes, figures))
     console.print(table_of("a swarm of volunteers", verdicts(results)))
     console.print(table_of_comparisons(results))
     if options.plot:
         for path in draw(results, options.plot):
             console.print(f"wrote {path}")
+
+
+def _progress(part: str, nodes: int, figures: dict[str, Any]) -> str:
+    if "machine" not in figures:
+        return f"{part} of {nodes:,}"
+    speed = figures["machine"]["times_real_time"]
+    return f"{part} of {nodes:,}: {figures['hours']:.1f} h so far, {speed:.1f} times real time"
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def comparisons(results: Mapping[str, Any]) -> Iterator[Comparison]:
         if "tenth_dies" in events:
             yield from _tenth_dies(int(nodes), events["tenth_dies"])
     for nodes, found in results.get("train", {}).items():
-        if found:
-            yield _training(int(nodes), found)
+        yield _training(int(nodes), found)
 
 
 def table_of_comparisons(results: Mapping[str, Any]) -> Table:

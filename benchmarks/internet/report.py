@@ -23,8 +23,7 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
         for name, figures in events.items():
             yield from _EVENTS[name](f"{int(nodes):,} nodes", figures)
     for nodes, figures in results.get("train", {}).items():
-        if figures:
-            yield from _training(int(nodes), figures)
+        yield from _training(int(nodes), figures)
 
 
 def _days(nodes: int, found: Mapping[str, Any]) -> Iterator[Verdict]:

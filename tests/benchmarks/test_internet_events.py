@@ -87,8 +87,11 @@ def test_a_release_that_fails_costs_few_updates(happened: dict[str, Figures]) ->
 
 
 @pytest.mark.slow
-def test_half_an_hour_in_a_small_swarm(happened: dict[str, Figures], tmp_path: Path) -> None:
-    figures = days.play(12, 0.5, SEED)
+def test_an_hour_in_a_small_swarm(happened: dict[str, Figures], tmp_path: Path) -> None:
+    earlier, figures = days.play(12, 1.0, SEED)
+    assert (earlier["hours"], figures["hours"]) == pytest.approx((5 / 6, 1.0))
+    shared = len(earlier["series"]["hour"])
+    assert earlier["series"]["served"] == figures["series"]["served"][:shared]
     assert figures["faults"] == 0
     assert figures["served"] > 0.95
     assert 0 <= figures["updates_lost_share"] < 0.05
