@@ -41,6 +41,7 @@ from peer.errors import LibraryError, RecordError, WireError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
 from peer.kademlia.lookups import Item
+from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.loop import TimeSlices
 from peer.merkle import HASH_BYTES
 from peer.rates import TokenBuckets
@@ -344,7 +345,12 @@ class MemoryRegistry:
         return [(*cell, c) for key, cell in keys.items() for c in active_under(key, found[key]) if c < size]
 
     async def cell_hosts(
-        self, memory: MemoryID, cells: Collection[Cell], *, with_contacts: bool = False
+        self,
+        memory: MemoryID,
+        cells: Collection[Cell],
+        *,
+        with_contacts: bool = False,
+        limits: SearchLimits = DEFAULT_LIMITS,
     ) -> dict[Cell, tuple[CellHost, ...]]:
         """The hosts of shards of each cell. `with_contacts`: how to call them, too. Raises UnreachableError."""
         hosts: dict[Cell, tuple[CellHost, ...]] = {}
@@ -352,7 +358,7 @@ class MemoryRegistry:
         for begin in range(0, len(wanted), _CELLS_AT_ONCE):
             some = wanted[begin : begin + _CELLS_AT_ONCE]
             keys = {self._keys.memory(memory, cell): cell for cell in some}
-            found = await self._registry.get(list(keys))
+            found = await self._registry.get(list(keys), limits)
             for key, cell in keys.items():
                 hosts[cell] = await self._hosts_under(key, found[key], with_contacts, slices)
         return hosts

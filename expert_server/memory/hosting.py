@@ -33,6 +33,8 @@ from peer.bounded import BoundedDict
 from peer.errors import TransferError, UnreachableError, WireError
 from peer.formatting import counted
 from peer.identity import PeerID
+from peer.kademlia.lookups import FRUGAL
+from peer.kademlia.routing import BUCKET_SIZE
 from peer.loop import first_of, side_by_side
 from peer.metrics import start_at_zero
 from peer.rates import RateLimit
@@ -128,7 +130,7 @@ class MemoryHosting:
         if not self._takes:
             return
         await self.publishers.meet()
-        seen = await self._survey.read(self._manifests(), self.hosted.mine())
+        seen = await self._survey.read(self._manifests())
         await self._proofs.check_some(seen)
         seen = await self._note(seen)
         await self._shrink(-self.hosted.room, seen)
@@ -159,11 +161,10 @@ class MemoryHosting:
         return counted_on
 
     async def _take_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
-        nodes = len(self._swarm.host.peers()) + 1
         able = {memory for memory in self.publishers.listed if not self._fetcher.is_put_off(memory)}
         wanted = [
             key
-            for key in await asyncio.to_thread(self._placement.to_take, nodes)
+            for key in await asyncio.to_thread(self._placement.to_take, self._lookers())
             if key.memory in able and (seen[key].serving or seen[key].leaving)  # otherwise nobody can give it
         ]
         fitting = self._fitting(wanted, seen)
@@ -175,6 +176,13 @@ class MemoryHosting:
         await side_by_side(
             (self._take(key, seen[key].info.cell, until) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
         )
+
+    def _lookers(self) -> float:
+        """About how many nodes look at each shard in a period."""
+        nodes = 1.0 + len(self._swarm.host.peers())
+        if nodes > BUCKET_SIZE:  # otherwise the routing table has all
+            nodes = max(nodes, self._swarm.registry.lookups.estimated_nodes)
+        return nodes * self._survey.share
 
     async def release(self, timeout_s: float) -> int:
         """Stops serving once others have the shards that only this node has, or after `timeout_s`.
@@ -283,7 +291,7 @@ class MemoryHosting:
 
     async def _seen_now(self, key: ShardKey, cell: Cell) -> SeenShard | None:
         """None if the shard is no longer in that cell."""
-        hosts = await self._memories.cell_hosts(key.memory, [cell])
+        hosts = await self._memories.cell_hosts(key.memory, [cell], limits=FRUGAL)
         store = self.hosted.stores.get(key.memory)
         shards = () if store is None else store.manifest.by_cell.get(cell, ())
         # without the cell's other shards: strangers may announce all of them, and each look takes many shards
@@ -348,7 +356,7 @@ class MemoryHosting:
                 cells.setdefault(key.memory, set()).add(info.cell)
         for memory, some in cells.items():
             manifest = manifests[memory]
-            for cell, hosts in (await self._memories.cell_hosts(memory, some)).items():
+            for cell, hosts in (await self._memories.cell_hosts(memory, some, limits=FRUGAL)).items():
                 mine = [info for info in manifest.by_cell[cell] if ShardKey(memory, info.root) in alone]
                 seen, claims = await asyncio.to_thread(
                     self._claims_of_others, memory, mine, hosts, self._proofs.doubted()

@@ -1,33 +1,41 @@
 """Which shards of memories a node hosts: which need a host most, and what a node reads to know that.
 
 The choices are pure functions of what hosts announce. A shard with too few replicas is taken by the nodes that prefer
-it most, by rendezvous hashing. At the first look, about as many nodes take it as there are missing replicas, and twice
-as many at each further look. So a thousand nodes that see the same need do not all act on it. A surplus replica is only
-dropped for a shard that lacks replicas, when the disk is full, and never by the hosts that prefer it most: even if all
-others drop theirs at the same moment, enough are left.
+its cell most, by rendezvous hashing. At the first look, about as many nodes take it as there are missing replicas, and
+twice as many at each further look. So a thousand nodes that see the same need do not all act on it. A surplus replica
+is only dropped for a shard that lacks replicas, when the disk is full, and never by the hosts that prefer it most: even
+if all others drop theirs at the same moment, enough are left.
+
+Nodes prefer cells, not single shards. So the shards of a cell lie at few hosts, which makes fewer announcements, and
+fewer hosts to ask in a search.
 """
 
 import asyncio
 import hashlib
+import math
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dht.announcements import ReplicaState
 from dht.library import CellHost, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
 from peer.bounded import Owner
 from peer.identity import PeerID
+from peer.kademlia.lookups import FRUGAL
 from peer.rates import FairLine
 
 _FIRM_LOOKS = 4
 """How many whole looks in a row must find that the same replica can be spared. There is one in a period, and
 announcements live for at most three.
 """
-READ_WHOLE = 1024
-"""Up to this many cells of all memories together, all of them are read in each look."""
-SAMPLED = 256
-"""If there are more, each node reads a random sample of this many active cells."""
+_READERS = 4
+"""About how many hosts read each cell in a period."""
+FEWEST_READ, MOST_READ = 32, 512
+"""The fewest and the most cells that a node reads in one look. If there are fewer, it reads all."""
+READ_AGAIN = 256
+"""The most shards whose hosts are read again between two looks."""
 _MOST_DOUBLINGS = 40
 
 
@@ -52,18 +60,22 @@ class SeenShard:
     """Hosts that leave. They still give it to others."""
 
 
-def preference(key: ShardKey, peer_id: PeerID) -> int:
-    """How much a peer prefers a shard: 64 bits, larger is more."""
-    text = f"{key.memory} {key.root.hex()}@{peer_id.to_base58()}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+@lru_cache(maxsize=4096)  # the shards of a cell come one after another
+def preference(memory: MemoryID, cell: Cell, peer_id: PeerID) -> int:
+    """How much a peer prefers a cell: 64 bits, larger is more."""
+    return _drawn(f"{memory} {cell}@{peer_id.to_base58()}")
 
 
-def is_called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
-    """Whether it is this peer's turn to take a shard that lacks this many replicas. `looks`: how many looks in a row
-    found that, from 1. `nodes`: about how many the swarm has.
+def is_called(preferred: int, missing: int, looks: int, nodes: float) -> bool:
+    """Whether it is a peer's turn to take a shard that lacks this many replicas. `preferred`: how much the peer prefers
+    its cell. `looks`: how many looks in a row found that, from 1. `nodes`: about how many nodes look.
     """
     called = missing << min(looks - 1, _MOST_DOUBLINGS)
-    return called >= nodes or preference(key, peer_id) >= 2**64 - called * (2**64 // nodes)
+    return called >= nodes or preferred >= 2**64 - int(2**64 * (called / nodes))
+
+
+def _drawn(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 class Placement:
@@ -106,11 +118,11 @@ class Placement:
         """Forgets a memory's counts, because its shards have changed. For any thread."""
         self._forgotten.add(memory)
 
-    def to_take(self, nodes: int) -> list[ShardKey]:
+    def to_take(self, nodes: float) -> list[ShardKey]:
         """The shards that this node should take now. Publishers take turns, then the memories of each, and each memory
         has the shards with the fewest replicas first.
 
-        `nodes`: about how many the swarm has.
+        `nodes`: about how many nodes look at each shard.
         """
         found = []
         for key, looks in self._lacking.items():
@@ -118,9 +130,13 @@ class Placement:
             if shard is None:
                 continue
             missing = self._enough - len(shard.serving)
-            if is_called(key, self._peer_id, missing, looks, max(1, nodes)):
+            if is_called(self._preference(key), missing, looks, max(1, nodes)):
                 found.append(key)
-        found.sort(key=lambda k: (len(self._seen[k].serving), -preference(k, self._peer_id)))
+        # nodes that are called for the same cell begin with different shards of it
+        own = self._peer_id.to_base58()
+        found.sort(
+            key=lambda k: (len(self._seen[k].serving), -self._preference(k), _drawn(f"{k.root.hex()}@{own}"))
+        )
         line = FairLine[ShardKey]()
         for key in found:
             line.put(Owner(key.memory.publisher, key.memory), key)
@@ -133,7 +149,7 @@ class Placement:
         """
         able = [key for key, looks in self._spare.items() if looks >= _FIRM_LOOKS and key in self._seen]
         dropped = []
-        for key in sorted(able, key=lambda k: (-len(self._seen[k].serving), preference(k, self._peer_id))):
+        for key in sorted(able, key=lambda k: (-len(self._seen[k].serving), self._preference(k))):
             if size <= 0:
                 break
             dropped.append(key)
@@ -144,12 +160,17 @@ class Placement:
         """The serving hosts that prefer one of this node's shards more strongly than this node does. The first prefers
         it most.
         """
+        cell = self._seen[key].info.cell
         hosts = self._keener(key)
-        return sorted(hosts, key=lambda peer_id: preference(key, peer_id), reverse=True)
+        return sorted(hosts, key=lambda peer_id: preference(key.memory, cell, peer_id), reverse=True)
 
     def _keener(self, key: ShardKey) -> list[PeerID]:
-        own = preference(key, self._peer_id)
-        return [p for p in self._seen[key].serving if preference(key, p) > own]
+        shard, own = self._seen[key], self._preference(key)
+        return [p for p in shard.serving if preference(key.memory, shard.info.cell, p) > own]
+
+    def _preference(self, key: ShardKey) -> int:
+        """How much this node prefers the cell of a shard that the last look saw."""
+        return preference(key.memory, self._seen[key].info.cell, self._peer_id)
 
     @staticmethod
     def _count(counts: dict[ShardKey, int], key: ShardKey, is_so: bool) -> None:
@@ -160,66 +181,50 @@ class Placement:
 
 
 class MemorySurvey:
-    """What one node reads about memories in each look: everything if there are few cells, else a part.
-
-    Prefixes show at once which cells are active. So if there are many cells, a look reads the prefixes, then this
-    node's own cells and some of the other active ones. Active cells that were not read are left out of the result.
-    """
+    """What one node reads about memories in each look: random cells, fewer the more hosts there are."""
 
     def __init__(self, memories: MemoryRegistry) -> None:
+        self.share = 1.0
+        """The share of all cells that the last look read."""
         self._memories = memories
         self._rng = random.SystemRandom()
+        self._hosts = 0
+        """How many hosts the last look saw."""
 
-    async def read(
-        self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]
-    ) -> dict[ShardKey, SeenShard]:
-        """Raises UnreachableError."""
-        wanted = {memory: set(manifest.by_cell) for memory, manifest in manifests.items()}
-        vacant: list[tuple[MemoryID, Cell]] = []
-        if sum(map(len, wanted.values())) > READ_WHOLE:
-            wanted, vacant = await self._chosen(manifests, mine)
-        hosts = await self._hosts(wanted)
-        return await asyncio.to_thread(_seen_in, manifests, hosts | dict.fromkeys(vacant, ()))
+    async def read(self, manifests: Mapping[MemoryID, MemoryManifest]) -> dict[ShardKey, SeenShard]:
+        """What hosts announce of the shards in some cells. Raises UnreachableError."""
+        cells = [(memory, cell) for memory, manifest in manifests.items() for cell in manifest.by_cell]
+        wanted = max(FEWEST_READ, math.ceil(_READERS * len(cells) / max(1, self._hosts)))
+        drawn = self._rng.sample(cells, min(wanted, MOST_READ, len(cells)))
+        found = await self._read(drawn)
+        self.share = len(drawn) / max(1, len(cells))
+        self._hosts = len({host.peer_id for hosts in found.values() for host in hosts})
+        return await asyncio.to_thread(_seen_in, manifests, found)
 
     async def read_again(
         self, manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]
     ) -> dict[ShardKey, SeenShard]:
-        """Reads the hosts of these shards again, or of some of them if there are very many. Raises UnreachableError."""
-        drawn = self._rng.sample(list(keys), min(SAMPLED, len(keys)))
-        wanted: dict[MemoryID, set[Cell]] = {}
-        for key in drawn:
-            if key.memory in manifests and (info := manifests[key.memory].by_root.get(key.root)) is not None:
-                wanted.setdefault(key.memory, set()).add(info.cell)
-        seen = await asyncio.to_thread(_seen_in, manifests, await self._hosts(wanted))
+        """Reads the hosts of these shards again, or of some of them if there are many. Raises UnreachableError."""
+        drawn = self._rng.sample(list(keys), min(READ_AGAIN, len(keys)))
+        cells = {
+            (key.memory, info.cell)
+            for key in drawn
+            if key.memory in manifests and (info := manifests[key.memory].by_root.get(key.root)) is not None
+        }
+        seen = await asyncio.to_thread(_seen_in, manifests, await self._read(cells))
         return {key: seen[key] for key in drawn if key in seen}
 
-    async def _hosts(
-        self, cells: Mapping[MemoryID, Collection[Cell]]
+    async def _read(
+        self, cells: Collection[tuple[MemoryID, Cell]]
     ) -> dict[tuple[MemoryID, Cell], Collection[CellHost]]:
+        wanted: dict[MemoryID, list[Cell]] = {}
+        for memory, cell in cells:
+            wanted.setdefault(memory, []).append(cell)
         found: dict[tuple[MemoryID, Cell], Collection[CellHost]] = {}
-        for memory, some in cells.items():
-            hosts = await self._memories.cell_hosts(memory, some)
+        for memory, some in wanted.items():
+            hosts = await self._memories.cell_hosts(memory, some, limits=FRUGAL)
             found |= {(memory, cell): hosts[cell] for cell in some}
         return found
-
-    async def _chosen(
-        self, manifests: Mapping[MemoryID, MemoryManifest], mine: Collection[ShardKey]
-    ) -> tuple[dict[MemoryID, set[Cell]], list[tuple[MemoryID, Cell]]]:
-        """The cells to read, and the cells that nobody announces."""
-        vacant, others = [], []
-        for memory, manifest in manifests.items():
-            active = await self._memories.active_cells(memory, manifest.grid)
-            vacant += [(memory, cell) for cell in manifest.by_cell if cell not in active]
-            others += [(memory, cell) for cell in manifest.by_cell if cell in active]
-        own = {
-            (key.memory, manifests[key.memory].by_root[key.root].cell)
-            for key in mine
-            if key.memory in manifests and key.root in manifests[key.memory].by_root
-        }
-        wanted: dict[MemoryID, set[Cell]] = {}
-        for memory, cell in own | set(self._rng.sample(others, min(SAMPLED, len(others)))):
-            wanted.setdefault(memory, set()).add(cell)
-        return wanted, vacant
 
 
 def _seen_in(

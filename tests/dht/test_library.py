@@ -722,7 +722,7 @@ def test_what_is_no_cell_is_left_out_beside_the_cells(loop: LoopThread) -> None:
 def reading(key: str, stored_there: dict[object, tuple[bytes, float]]) -> Any:
     """What a registry is for a reader, with these values under the key."""
 
-    async def get(keys: list[str]) -> Any:
+    async def get(keys: list[str], limits: object = None) -> Any:
         return {each: stored_there if each == key else {} for each in keys}
 
     return SimpleNamespace(

@@ -329,12 +329,12 @@ def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
     cell_hosts = MemoryRegistry.cell_hosts
 
     async def counting(
-        registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: bool
+        registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: Any
     ) -> Any:
         reads.append(len(cells))
         return await cell_hosts(registry, memory, cells, **how)
 
-    def second_look(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
+    def second_look(preferred: int, missing: int, looks: int, nodes: float) -> bool:
         return looks >= 2
 
     monkeypatch.setattr("expert_server.memory.placement.is_called", second_look)
@@ -371,9 +371,7 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
     unread = MEMORY.manifest.by_root[MEMORY.roots[-1]].cell
     has_failed = asyncio.Event()
 
-    async def failing(
-        registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: bool
-    ) -> Any:
+    async def failing(registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: Any) -> Any:
         if list(cells) == [unread]:
             has_failed.set()
             raise UnreachableError("no other peer of the swarm answers")
@@ -384,7 +382,7 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
             await has_failed.wait()
         return await fetch(fetcher, memory, hosts, name, *more)
 
-    def called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
+    def called(preferred: int, missing: int, looks: int, nodes: float) -> bool:
         return True
 
     monkeypatch.setattr("expert_server.memory.placement.is_called", called)
@@ -421,7 +419,7 @@ def test_hosts_that_keep_a_look_waiting_end_it_after_a_while(
         await asyncio.sleep(0.2)
         raise TransferError("nobody answers")
 
-    def called(key: ShardKey, peer_id: PeerID, missing: int, looks: int, nodes: int) -> bool:
+    def called(preferred: int, missing: int, looks: int, nodes: float) -> bool:
         return True
 
     fetch = PartFetcher.fetch
@@ -585,10 +583,10 @@ def test_a_node_leaves_while_publishers_unlist_what_it_hosts(
         await until(lambda: hosted.shards == len(MEMORY.roots) + len(SECOND.roots))
         cell_hosts = memories._memories.cell_hosts
 
-        async def unlisted_meanwhile(memory: MemoryID, cells: Collection[Cell]) -> Any:
+        async def unlisted_meanwhile(memory: MemoryID, cells: Collection[Cell], **how: Any) -> Any:
             for other in hosted.stores.keys() - {memory}:
                 await hosted.remove(other)
-            return await cell_hosts(memory, cells)
+            return await cell_hosts(memory, cells, **how)
 
         monkeypatch.setattr(memories._memories, "cell_hosts", unlisted_meanwhile)
         mine = hosted.mine()

@@ -5,8 +5,9 @@ last one.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,8 @@ from dht.library import CellHost
 from dht.memory import Cell, MemoryID, ShardInfo
 from expert_server.memory import placement as placement_of
 from expert_server.memory.placement import (
+    FEWEST_READ,
+    MOST_READ,
     MemorySurvey,
     Placement,
     SeenShard,
@@ -28,6 +31,7 @@ from expert_server.memory.placement import (
     seen_shards,
 )
 from peer.identity import PeerID
+from peer.kademlia.search import SearchLimits
 
 ENOUGH = 2
 MEMORY = MemoryID("docs", "abcdefghijkl")
@@ -55,9 +59,10 @@ class Node:
 class Town:
     """Nodes that look one after another, in a random order. Each sees what all others host."""
 
-    def __init__(self, nodes: int, shards: int, room: int, seed: int) -> None:
+    def __init__(self, nodes: int, shards: int | Sequence[ShardInfo], room: int, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.shards = {ShardKey(MEMORY, shard(n).root): shard(n) for n in range(shards)}
+        infos = [shard(n) for n in range(shards)] if isinstance(shards, int) else shards
+        self.shards = {ShardKey(MEMORY, info.root): info for info in infos}
         self.nodes = [Node(peer(1000 * seed + n), room) for n in range(nodes)]
         self.hosts: dict[ShardKey, set[PeerID]] = {key: set() for key in self.shards}
         self.dropped = 0
@@ -140,11 +145,11 @@ def test_a_thousand_nodes_that_see_the_same_need_do_not_all_follow_it(shards: in
 def test_sooner_or_later_everybody_is_called_and_nobody_is_forgotten(
     nodes: int, missing: int, seed: int
 ) -> None:
-    key, me = ShardKey(MEMORY, seed.to_bytes(32)), peer(seed)
-    called = [is_called(key, me, missing, looks, nodes) for looks in range(1, 60)]
+    preferred = preference(MEMORY, (seed % 4096,), peer(seed))
+    called = [is_called(preferred, missing, looks, nodes) for looks in range(1, 60)]
     assert called == sorted(called)
     assert called[-1]
-    assert is_called(key, me, missing, 1, missing)
+    assert is_called(preferred, missing, 1, missing)
 
 
 @given(st.sets(st.integers(0, 50), min_size=3, max_size=12), st.integers(0, 2**32))
@@ -163,7 +168,8 @@ def test_if_all_drop_at_once_enough_are_left(hosts: set[int], number: int) -> No
         else:
             left += 1
             continue
-        assert all(preference(key, p) > preference(key, host) for p in placement.keener(key))
+        own = preference(MEMORY, info.cell, host)
+        assert all(preference(MEMORY, info.cell, p) > own for p in placement.keener(key))
     assert left == ENOUGH
 
 
@@ -254,71 +260,110 @@ def test_a_memory_that_changed_is_counted_anew() -> None:
     assert placement.to_drop(100) == []
 
 
+def test_the_shards_of_a_cell_lie_at_few_hosts() -> None:
+    infos = [ShardInfo((n // 10,), n.to_bytes(8) + bytes(24), 1, 100) for n in range(400)]
+    town = Town(40, infos, room=len(infos), seed=5)
+    for _ in range(6):
+        town.round()
+    assert min(town.counts()) >= ENOUGH
+    hosts: dict[Cell, set[PeerID]] = {}
+    for key, some in town.hosts.items():
+        hosts.setdefault(town.shards[key].cell, set()).update(some)
+    assert fmean(map(len, hosts.values())) < 2 * ENOUGH, "if it were by shards, there would be about 16"
+
+
+def test_nodes_that_are_called_for_the_same_cell_begin_with_different_shards_of_it() -> None:
+    keys = [ShardKey(MEMORY, shard(n).root) for n in range(50)]
+    seen = {key: SeenShard(ShardInfo((0,), key.root, 1, 100), frozenset(), frozenset()) for key in keys}
+    first = []
+    for number in range(4):
+        placement = Placement(peer(number), ENOUGH)
+        placement.note(seen, ())
+        first += placement.to_take(1)[:5]
+    assert len(set(first)) > 15
+
+
 # What a node reads
 
 
 class Cells:
     """The announcements of one memory, with one shard in each cell."""
 
-    def __init__(self, cells: int, active: int) -> None:
-        """Each of the first `active` cells has a host that serves, and one that leaves."""
+    def __init__(self, cells: int, hosts: int) -> None:
+        """Each cell has two of the hosts, one of which leaves."""
         self.infos = [shard(n) for n in range(cells)]
-        self.active = active
+        self.hosts = hosts
         self.read: list[Cell] = []
         by_cell = {info.cell: (info,) for info in self.infos}
         self.manifest: Any = SimpleNamespace(
             grid=(cells,), by_cell=by_cell, by_root={info.root: info for info in self.infos}
         )
-
-    @property
-    def survey(self) -> MemorySurvey:
         memories: Any = self
-        return MemorySurvey(memories)
+        self.survey = MemorySurvey(memories)
 
     def key(self, number: int) -> ShardKey:
         return ShardKey(MEMORY, self.infos[number].root)
 
-    async def active_cells(self, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:
-        return frozenset(info.cell for info in self.infos[: self.active])
+    def look(self) -> dict[ShardKey, SeenShard]:
+        self.read.clear()
+        return asyncio.run(self.survey.read({MEMORY: self.manifest}))
 
-    async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
+    async def cell_hosts(
+        self, memory: MemoryID, cells: Collection[Cell], *, limits: SearchLimits
+    ) -> dict[Cell, tuple[CellHost, ...]]:
+        assert limits.is_frugal
         self.read += cells
-        states = ReplicaState.SERVING, ReplicaState.LEAVING, ReplicaState.CLAIMED
+        states = ReplicaState.SERVING, ReplicaState.LEAVING
         return {
             (n,): tuple(
-                CellHost(peer(of), state, frozenset({self.infos[n].short})) for of, state in enumerate(states)
+                CellHost(peer((n + of) % self.hosts), state, frozenset({self.infos[n].short}))
+                for of, state in enumerate(states)
             )
-            if n < self.active
-            else ()
             for (n,) in cells
         }
 
 
-def test_of_many_cells_a_node_reads_its_own_and_some_others_and_knows_those_that_nobody_announces(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(placement_of, "READ_WHOLE", 20)
-    monkeypatch.setattr(placement_of, "SAMPLED", 5)
-    cells = Cells(30, active=25)
-    mine = {cells.key(3), ShardKey(MEMORY, b"gone"), ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32))}
-    seen = asyncio.run(cells.survey.read({MEMORY: cells.manifest}, mine))
-    assert 5 <= len(set(cells.read)) == len(cells.read) <= 6
-    assert (3,) in cells.read
-    vacant = {cells.key(n) for n in range(25, 30)}
-    assert seen.keys() == vacant | {cells.key(n) for (n,) in cells.read}
-    assert {key for key, found in seen.items() if not found.serving} == vacant
+@given(st.integers(1, 3000), st.integers(2, 500))
+@settings(deadline=None, max_examples=50)
+def test_the_more_hosts_there_are_the_fewer_cells_each_of_them_reads(cells: int, hosts: int) -> None:
+    played = Cells(cells, hosts)
+    seen = played.look()
+    assert len(seen) == len(played.read) == len(set(played.read)) == min(cells, MOST_READ)
+    for _ in range(3):
+        hosts_seen = len({p for found in seen.values() for p in found.serving | found.leaving})
+        seen = played.look()
+        read = len(set(played.read))
+        assert len(seen) == len(played.read) == read
+        assert played.survey.share == read / cells
+        assert min(cells, FEWEST_READ) <= read <= MOST_READ
+        if FEWEST_READ < read < min(cells, MOST_READ):
+            assert 4 <= played.survey.share * hosts_seen < 4 + hosts_seen / cells, "four hosts read each cell"
 
 
-def test_of_few_cells_a_node_reads_all() -> None:
-    cells = Cells(30, active=25)
-    seen = asyncio.run(cells.survey.read({MEMORY: cells.manifest}, ()))
-    assert len(seen) == len(cells.read) == 30
-    assert seen[cells.key(0)] == SeenShard(shard(0), frozenset({peer(0)}), frozenset({peer(1)}))
+def test_a_few_hosts_read_all_cells_and_see_who_serves_and_who_leaves() -> None:
+    cells = Cells(300, hosts=4)
+    for _ in range(3):
+        seen = cells.look()
+        assert len(seen) == 300
+        assert seen[cells.key(5)] == SeenShard(shard(5), frozenset({peer(1)}), frozenset({peer(2)}))
+
+
+def test_all_cells_are_read_sooner_or_later() -> None:
+    cells, found = Cells(600, hosts=300), set[ShardKey]()
+    for _ in range(300):
+        found.update(cells.look())
+    assert len(found) == 600
+
+
+def test_without_any_memory_nothing_is_read() -> None:
+    cells = Cells(1, hosts=2)
+    assert asyncio.run(cells.survey.read({})) == {}
+    assert cells.survey.share == 0
 
 
 def test_what_was_lacking_is_read_again_as_far_as_it_is_still_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement_of, "SAMPLED", 5)
-    cells, gone = Cells(30, active=25), ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32))
+    monkeypatch.setattr(placement_of, "READ_AGAIN", 5)
+    cells, gone = Cells(30, hosts=7), ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32))
     asked = [cells.key(1), cells.key(29), gone, ShardKey(MEMORY, b"gone")]
     seen = asyncio.run(cells.survey.read_again({MEMORY: cells.manifest}, asked))
     assert seen.keys() == {cells.key(1), cells.key(29)}
