@@ -40,7 +40,7 @@ from peer.bounded import BoundedDict
 from peer.errors import LibraryError, RecordError, WireError
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
-from peer.kademlia.lookups import Item
+from peer.kademlia.lookups import FRUGAL, Item
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.loop import TimeSlices
 from peer.merkle import HASH_BYTES
@@ -350,9 +350,11 @@ class MemoryRegistry:
         cells: Collection[Cell],
         *,
         with_contacts: bool = False,
-        limits: SearchLimits = DEFAULT_LIMITS,
+        limits: SearchLimits = FRUGAL,
     ) -> dict[Cell, tuple[CellHost, ...]]:
-        """The hosts of shards of each cell. `with_contacts`: how to call them, too. Raises UnreachableError."""
+        """The hosts of shards of each cell. `with_contacts`: how to call them, too. `limits`: other ones find them
+        sooner, for more bytes. Raises UnreachableError.
+        """
         hosts: dict[Cell, tuple[CellHost, ...]] = {}
         wanted, slices = list(cells), TimeSlices()
         for begin in range(0, len(wanted), _CELLS_AT_ONCE):
@@ -376,7 +378,7 @@ class MemoryRegistry:
             cells = random.SystemRandom().sample(active, min(len(active), _BRANCHES))
         # strangers can mark cells that nobody hosts: if the first ones are empty, all of them are read
         for some in (cells[:_FEW], cells[_FEW:]):
-            hosting = await self.cell_hosts(memory, some, with_contacts=True)
+            hosting = await self.cell_hosts(memory, some, with_contacts=True, limits=DEFAULT_LIMITS)
             found = [host for each in hosting.values() for host in each]
             # a host in several cells is taken from one that says how to call it
             hosts = {host.peer_id: host for host in sorted(found, key=lambda host: host.node is not None)}

@@ -33,7 +33,6 @@ from peer.bounded import BoundedDict
 from peer.errors import TransferError, UnreachableError, WireError
 from peer.formatting import counted
 from peer.identity import PeerID
-from peer.kademlia.lookups import FRUGAL
 from peer.kademlia.routing import BUCKET_SIZE
 from peer.loop import first_of, side_by_side
 from peer.metrics import start_at_zero
@@ -291,7 +290,7 @@ class MemoryHosting:
 
     async def _seen_now(self, key: ShardKey, cell: Cell) -> SeenShard | None:
         """None if the shard is no longer in that cell."""
-        hosts = await self._memories.cell_hosts(key.memory, [cell], limits=FRUGAL)
+        hosts = await self._memories.cell_hosts(key.memory, [cell])
         store = self.hosted.stores.get(key.memory)
         shards = () if store is None else store.manifest.by_cell.get(cell, ())
         # without the cell's other shards: strangers may announce all of them, and each look takes many shards
@@ -356,7 +355,7 @@ class MemoryHosting:
                 cells.setdefault(key.memory, set()).add(info.cell)
         for memory, some in cells.items():
             manifest = manifests[memory]
-            for cell, hosts in (await self._memories.cell_hosts(memory, some, limits=FRUGAL)).items():
+            for cell, hosts in (await self._memories.cell_hosts(memory, some)).items():
                 mine = [info for info in manifest.by_cell[cell] if ShardKey(memory, info.root) in alone]
                 seen, claims = await asyncio.to_thread(
                     self._claims_of_others, memory, mine, hosts, self._proofs.doubted()

@@ -23,7 +23,6 @@ from dht.library import CellHost, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
 from peer.bounded import Owner
 from peer.identity import PeerID
-from peer.kademlia.lookups import FRUGAL
 from peer.rates import FairLine
 
 _FIRM_LOOKS = 4
@@ -222,7 +221,7 @@ class MemorySurvey:
             wanted.setdefault(memory, []).append(cell)
         found: dict[tuple[MemoryID, Cell], Collection[CellHost]] = {}
         for memory, some in wanted.items():
-            hosts = await self._memories.cell_hosts(memory, some, limits=FRUGAL)
+            hosts = await self._memories.cell_hosts(memory, some)
             found |= {(memory, cell): hosts[cell] for cell in some}
         return found
 

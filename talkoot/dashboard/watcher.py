@@ -16,6 +16,7 @@ from dht.announcements import NodeInfo, TrainerInfo
 from dht.invites import Invite
 from dht.library import MemoryRegistry
 from dht.memory import MemoryID
+from dht.registry import Registry
 from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
@@ -49,6 +50,8 @@ _KEEP_EVERY_S = 60.0
 _CREDITED_AT_ONCE, _CREDIT_S = 32, 15.0
 """Nodes whose receipts are read at a time, and the longest time for that."""
 _CHECKED_CHANNELS = 16
+_SURVEY_BYTES_PER_S, _SURVEYED_WITHIN_S = 10_000, 600.0
+"""How many bytes surveys of memories take on average, and the longest pause between two."""
 _FAILURES_TO_SAY_SO = 2
 """After this many failed readings in a row, the swarm counts as unreachable."""
 
@@ -81,7 +84,7 @@ class WatchIntervals:
     experts_every_s: float = 15.0
     """How often each expert's figures are added to the history."""
     memories_every_s: float = 15.0
-    """How often it looks up who hosts the shards of memories."""
+    """How often it looks up who hosts the shards of memories; less often if there are many."""
     credit_every_s: float = 15.0
     """How often it reads the receipts of some nodes."""
     checks_every_s: float = 15.0
@@ -232,7 +235,7 @@ class Watcher:
         tasks = TaskSet(self.restarts)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, lambda: None))
-        tasks.supervise("survey the memories", lambda: self._survey_memories(MemoryRegistry(swarm.registry)))
+        tasks.supervise("survey the memories", lambda: self._survey_memories(swarm.registry))
         credit = CreditReader.of(swarm)
         tasks.supervise("read receipts", lambda: self._read_receipts(credit))
         auditor = Auditor(
@@ -254,14 +257,17 @@ class Watcher:
             await credit.close()
             await auditor.close()
 
-    async def _survey_memories(self, memories: MemoryRegistry) -> None:
+    async def _survey_memories(self, registry: Registry) -> None:
         """Surveys memories until cancelled. If the DHT does not answer, the last surveys stay."""
+        memories = MemoryRegistry(registry)
         while True:
+            before = registry.spent_bytes
             with contextlib.suppress(UnreachableError):
                 libraries = await memories.libraries()
                 entries = [entry for listed in libraries.values() for entry in listed][:MAX_MEMORIES]
                 self._surveys = tuple([await survey(memories, entry) for entry in entries])
-            await asyncio.sleep(self._intervals.memories_every_s)
+            paid_s = (registry.spent_bytes - before) / _SURVEY_BYTES_PER_S
+            await asyncio.sleep(max(self._intervals.memories_every_s, min(paid_s, _SURVEYED_WITHIN_S)))
 
     async def _check_hosts(self, auditor: Auditor) -> None:
         """Checks hosts until cancelled, of one memory at a time, so that many memories cost no more than one."""

@@ -243,7 +243,7 @@ def test_strangers_that_announce_all_shards_of_a_cell_are_looked_at_only_for_the
     announced = Counting(shard.short for shard in shards)
     hosts = [CellHost(peer, ReplicaState.SERVING, announced) for peer in peers]
 
-    async def cell_hosts(memory: MemoryID, cells: list[tuple[int, ...]], **how: Any) -> Any:
+    async def cell_hosts(memory: MemoryID, cells: list[tuple[int, ...]]) -> Any:
         return dict.fromkeys(cells, hosts)
 
     store = SimpleNamespace(manifest=SimpleNamespace(by_cell={cell: shards}))

@@ -391,14 +391,15 @@ class MemoryDirectory:
         """`again`: reads all hosts' node records, which say who has left. Otherwise only those of hosts that are not
         known and don't say in a cell how to call them.
         """
-        found = await self._memories.cell_hosts(self.memory, cells, with_contacts=not again)
+        limits = FRUGAL if again else DEFAULT_LIMITS
+        found = await self._memories.cell_hosts(self.memory, cells, with_contacts=not again, limits=limits)
         hosts = [host for some in found.values() for host in some]
         self._nodes = contacts_of(hosts) | self._nodes
         peers = {host.peer_id for host in hosts}
         wanted = list(peers if again else peers - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
             asked = set(wanted[at : at + _READ_AT_ONCE])
-            nodes = await self._registry.nodes(asked, limits=FRUGAL if again else DEFAULT_LIMITS)
+            nodes = await self._registry.nodes(asked, limits=limits)
             # records expire; a search in progress keeps the nodes that it has
             kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
             self._nodes = kept | nodes

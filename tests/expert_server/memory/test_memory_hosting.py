@@ -583,10 +583,10 @@ def test_a_node_leaves_while_publishers_unlist_what_it_hosts(
         await until(lambda: hosted.shards == len(MEMORY.roots) + len(SECOND.roots))
         cell_hosts = memories._memories.cell_hosts
 
-        async def unlisted_meanwhile(memory: MemoryID, cells: Collection[Cell], **how: Any) -> Any:
+        async def unlisted_meanwhile(memory: MemoryID, cells: Collection[Cell]) -> Any:
             for other in hosted.stores.keys() - {memory}:
                 await hosted.remove(other)
-            return await cell_hosts(memory, cells, **how)
+            return await cell_hosts(memory, cells)
 
         monkeypatch.setattr(memories._memories, "cell_hosts", unlisted_meanwhile)
         mine = hosted.mine()

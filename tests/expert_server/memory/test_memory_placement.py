@@ -31,7 +31,6 @@ from expert_server.memory.placement import (
     seen_shards,
 )
 from peer.identity import PeerID
-from peer.kademlia.search import SearchLimits
 
 ENOUGH = 2
 MEMORY = MemoryID("docs", "abcdefghijkl")
@@ -308,10 +307,7 @@ class Cells:
         self.read.clear()
         return asyncio.run(self.survey.read({MEMORY: self.manifest}))
 
-    async def cell_hosts(
-        self, memory: MemoryID, cells: Collection[Cell], *, limits: SearchLimits
-    ) -> dict[Cell, tuple[CellHost, ...]]:
-        assert limits.is_frugal
+    async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
         self.read += cells
         states = ReplicaState.SERVING, ReplicaState.LEAVING
         return {
