@@ -112,6 +112,8 @@ class MemoryHosting:
         self._completing = BoundedDict[MemoryID, asyncio.Lock](_REMEMBERED)
         self._complete = WeakSet[MemoryStore]()
         """Stores that have their encoder and codebook."""
+        self._has_taken = False
+        """Whether shards were taken since the last look."""
         self._hurried = asyncio.Event()
 
     async def open(self) -> None:
@@ -129,7 +131,8 @@ class MemoryHosting:
         if not self._takes:
             return
         await self.publishers.meet()
-        seen = await self._survey.read(self._manifests())
+        is_busy, self._has_taken = self._has_taken, False
+        seen = await self._survey.read(self._manifests(), is_busy)
         await self._proofs.check_some(seen)
         seen = await self._note(seen)
         await self._shrink(-self.hosted.room, seen)
@@ -266,6 +269,7 @@ class MemoryHosting:
         except OSError as error:
             hosted.note_full(error)
         else:
+            self._has_taken = True
             self._metrics.fetches.labels("fetched").inc()
             with suppress(UnreachableError):  # or the next round announces it
                 await hosted.announce(key.memory)

@@ -184,19 +184,25 @@ class MemorySurvey:
 
     def __init__(self, memories: MemoryRegistry) -> None:
         self.share = 1.0
-        """The share of all cells that the last look read."""
+        """The share of all cells that a host usually reads in a look, at the last one."""
         self._memories = memories
         self._rng = random.SystemRandom()
         self._hosts = 0
         """How many hosts the last look saw."""
 
-    async def read(self, manifests: Mapping[MemoryID, MemoryManifest]) -> dict[ShardKey, SeenShard]:
-        """What hosts announce of the shards in some cells. Raises UnreachableError."""
+    async def read(
+        self, manifests: Mapping[MemoryID, MemoryManifest], is_busy: bool
+    ) -> dict[ShardKey, SeenShard]:
+        """What hosts announce of the shards in some cells. Raises UnreachableError.
+
+        `is_busy`: whether the node has just taken shards. Then a memory may be new, and as many cells as possible are
+        read.
+        """
         cells = [(memory, cell) for memory, manifest in manifests.items() for cell in manifest.by_cell]
-        wanted = max(FEWEST_READ, math.ceil(_READERS * len(cells) / max(1, self._hosts)))
-        drawn = self._rng.sample(cells, min(wanted, MOST_READ, len(cells)))
-        found = await self._read(drawn)
-        self.share = len(drawn) / max(1, len(cells))
+        most = min(MOST_READ, len(cells))
+        wanted = min(most, max(FEWEST_READ, math.ceil(_READERS * len(cells) / max(1, self._hosts))))
+        found = await self._read(self._rng.sample(cells, most if is_busy else wanted))
+        self.share = wanted / max(1, len(cells))
         self._hosts = len({host.peer_id for hosts in found.values() for host in hosts})
         return await asyncio.to_thread(_seen_in, manifests, found)
 

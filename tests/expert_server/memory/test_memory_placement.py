@@ -303,9 +303,9 @@ class Cells:
     def key(self, number: int) -> ShardKey:
         return ShardKey(MEMORY, self.infos[number].root)
 
-    def look(self) -> dict[ShardKey, SeenShard]:
+    def look(self, is_busy: bool = False) -> dict[ShardKey, SeenShard]:
         self.read.clear()
-        return asyncio.run(self.survey.read({MEMORY: self.manifest}))
+        return asyncio.run(self.survey.read({MEMORY: self.manifest}, is_busy))
 
     async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
         self.read += cells
@@ -344,6 +344,14 @@ def test_a_few_hosts_read_all_cells_and_see_who_serves_and_who_leaves() -> None:
         assert seen[cells.key(5)] == SeenShard(shard(5), frozenset({peer(1)}), frozenset({peer(2)}))
 
 
+def test_a_node_that_has_just_taken_shards_reads_as_much_as_it_may() -> None:
+    cells = Cells(400, hosts=300)
+    cells.look()
+    assert len(cells.look()) == FEWEST_READ
+    assert len(cells.look(is_busy=True)) == 400
+    assert cells.survey.share == FEWEST_READ / 400, "others are not busy"
+
+
 def test_all_cells_are_read_sooner_or_later() -> None:
     cells, found = Cells(600, hosts=300), set[ShardKey]()
     for _ in range(300):
@@ -353,7 +361,7 @@ def test_all_cells_are_read_sooner_or_later() -> None:
 
 def test_without_any_memory_nothing_is_read() -> None:
     cells = Cells(1, hosts=2)
-    assert asyncio.run(cells.survey.read({})) == {}
+    assert asyncio.run(cells.survey.read({}, False)) == {}
     assert cells.survey.share == 0
 
 
