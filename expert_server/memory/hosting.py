@@ -114,6 +114,8 @@ class MemoryHosting:
         """Stores that have their encoder and codebook."""
         self._has_taken = False
         """Whether shards were taken since the last look."""
+        self._is_short = False
+        """Whether there was no room for a shard at the last look."""
         self._hurried = asyncio.Event()
 
     async def open(self) -> None:
@@ -132,7 +134,13 @@ class MemoryHosting:
             return
         await self.publishers.meet()
         is_busy, self._has_taken = self._has_taken, False
-        seen = await self._survey.read(self._manifests(), is_busy)
+        seen = await self._survey.read(
+            self._manifests(),
+            self.hosted.mine(),
+            await asyncio.to_thread(self._placement.lacking),
+            is_busy=is_busy,
+            is_short=self._is_short or self.hosted.room < 0,
+        )
         await self._proofs.check_some(seen)
         seen = await self._note(seen)
         await self._shrink(-self.hosted.room, seen)
@@ -145,7 +153,7 @@ class MemoryHosting:
         lacking = await asyncio.to_thread(self._placement.lacking)
         if lacking:
             seen = await self._survey.read_again(self._manifests(), lacking)
-            await self._take_some(await self._note(seen))
+            await self._take_some(await self._note(seen, is_between=True))
 
     @property
     def _takes(self) -> bool:
@@ -156,10 +164,12 @@ class MemoryHosting:
     def _manifests(self) -> dict[MemoryID, MemoryManifest]:
         return {memory: store.manifest for memory, store in self.hosted.stores.items()}
 
-    async def _note(self, seen: Mapping[ShardKey, SeenShard]) -> dict[ShardKey, SeenShard]:
+    async def _note(
+        self, seen: Mapping[ShardKey, SeenShard], is_between: bool = False
+    ) -> dict[ShardKey, SeenShard]:
         """Records what a look saw, without the announcements of doubted hosts."""
         counted_on = await asyncio.to_thread(believed, seen, self._proofs.doubted())
-        await asyncio.to_thread(self._placement.note, counted_on, self.hosted.mine())
+        await asyncio.to_thread(self._placement.note, counted_on, self.hosted.mine(), is_between)
         return counted_on
 
     async def _take_some(self, seen: Mapping[ShardKey, SeenShard]) -> None:
@@ -174,17 +184,18 @@ class MemoryHosting:
             fit = set(fitting)
             await self._make_room(seen, [key for key in wanted if key not in fit])
             fitting = self._fitting(wanted, seen)
+        self._is_short = len(fitting) < len(wanted)
         until = time.monotonic() + _BEGIN_WITHIN_S
         await side_by_side(
             (self._take(key, seen[key].info.cell, until) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
         )
 
-    def _lookers(self) -> float:
-        """About how many nodes look at each shard in a period."""
+    def _lookers(self) -> dict[MemoryID, float]:
+        """About how many nodes look at each shard of a memory in a period, if others read as many cells."""
         nodes = 1.0 + len(self._swarm.host.peers())
         if nodes > BUCKET_SIZE:  # otherwise the routing table has all
             nodes = max(nodes, self._swarm.registry.lookups.estimated_nodes)
-        return nodes * self._survey.share
+        return {memory: nodes * share for memory, share in self._survey.shares.items()}
 
     async def release(self, timeout_s: float) -> int:
         """Stops serving once others have the shards that only this node has, or after `timeout_s`.
@@ -313,7 +324,9 @@ class MemoryHosting:
         await self._shrink(smallest - self.hosted.room, seen)
 
     async def _shrink(self, size: int, seen: Mapping[ShardKey, SeenShard]) -> None:
-        """Drops shards of at least this size in total, if enough others prove that they have them."""
+        """Drops shards of this size in total, or as much of it as possible now, if enough others prove that they have
+        them.
+        """
         for key in self._placement.to_drop(size) if size > 0 else ():
             store = self.hosted.stores.get(key.memory)
             if store is None or key.root not in store.shards:

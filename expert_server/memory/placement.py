@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,16 +27,19 @@ from peer.identity import PeerID
 from peer.rates import FairLine
 
 _FIRM_LOOKS = 4
-"""How many whole looks in a row must find that the same replica can be spared. There is one in a period, and
-announcements live for at most three.
+"""A replica can be spared if it could be before, too, at a look that is the first of so many. There is one look in a
+period, and announcements live for at most three.
 """
-_READERS = 4
-"""About how many hosts read each cell in a period."""
+_READ_FOR_OWN = 2
+"""How many random cells of a memory a node reads in a look for each that it hosts itself."""
 FEWEST_READ, MOST_READ = 32, 512
-"""The fewest and the most cells that a node reads in one look. If there are fewer, it reads all."""
-READ_AGAIN = 256
-"""The most shards whose hosts are read again between two looks."""
+"""The fewest and the most random cells that a node reads in a look, if there are as many."""
+READ_AGAIN, READ_TO_DROP = 64, 128
+"""The most cells that are read because they lacked replicas, and of its own ones because a node lacks room."""
 _MOST_DOUBLINGS = 40
+
+
+_CellOfMemory = tuple[MemoryID, Cell]
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ def _drawn(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
+@dataclass
+class _Need:
+    """A shard that has too few replicas, as far as a node knows."""
+
+    looks: int
+    """How many looks in a row found that."""
+    has_source: bool
+    """Whether some host could give it at the last one."""
+
+
 class Placement:
     """What one node should take and drop, given what its looks saw. Slow with many shards, so call it off the event
     loop.
@@ -87,49 +101,59 @@ class Placement:
         self._peer_id = peer_id
         self._enough = enough
         self._seen: Mapping[ShardKey, SeenShard] = {}
-        self._lacking: dict[ShardKey, int] = {}
-        """For each shard, how many looks in a row found too few replicas."""
+        self._lacking: dict[ShardKey, _Need] = {}
+        self._looks = 0
+        """How many looks there were, without those between two."""
         self._spare: dict[ShardKey, int] = {}
-        """For each of this node's shards, how many looks in a row found enough other hosts that prefer it more."""
+        """This node's shards for which all looks that saw them since this one found enough other hosts that prefer them
+        more.
+        """
         self._forgotten: set[MemoryID] = set()
 
-    def note(self, seen: Mapping[ShardKey, SeenShard], mine: Collection[ShardKey]) -> None:
-        """Records a look. Shards that it did not see keep their counts."""
+    def note(
+        self, seen: Mapping[ShardKey, SeenShard], mine: Collection[ShardKey], is_between: bool = False
+    ) -> None:
+        """Records a look. Shards that it did not see keep their counts. `is_between`: whether it was a look between
+        two.
+        """
         forgotten, self._forgotten = self._forgotten, set()
         for counts in (self._lacking, self._spare):
             for key in [key for key in counts if key.memory in forgotten]:
                 del counts[key]
         self._seen = seen
+        self._looks += not is_between
         for key, shard in seen.items():
-            lacks = len(shard.serving) < self._enough
-            self._count(self._lacking, key, lacks and key not in mine)
-            self._count(self._spare, key, key in mine and len(self._keener(key)) >= self._enough)
+            if key not in mine and len(shard.serving) < self._enough:
+                looks = self._lacking[key].looks if key in self._lacking else 0
+                self._lacking[key] = _Need(looks + 1, bool(shard.serving or shard.leaving))
+            else:
+                self._lacking.pop(key, None)
+            if key in mine and len(self._keener(key)) >= self._enough:
+                self._spare.setdefault(key, self._looks)
+            else:
+                self._spare.pop(key, None)
 
     def lacking(self) -> list[ShardKey]:
-        """The shards that had too few replicas at the last look that saw them, and that some host can give."""
-        return [
-            key
-            for key in self._lacking
-            if (shard := self._seen.get(key)) is not None and (shard.serving or shard.leaving)
-        ]
+        """The shards that had too few replicas at the last look that saw them, and that some host could give."""
+        return [key for key, need in self._lacking.items() if need.has_source]
 
     def forget(self, memory: MemoryID) -> None:
         """Forgets a memory's counts, because its shards have changed. For any thread."""
         self._forgotten.add(memory)
 
-    def to_take(self, nodes: float) -> list[ShardKey]:
+    def to_take(self, nodes: Mapping[MemoryID, float]) -> list[ShardKey]:
         """The shards that this node should take now. Publishers take turns, then the memories of each, and each memory
         has the shards with the fewest replicas first.
 
-        `nodes`: about how many nodes look at each shard.
+        `nodes`: about how many nodes look at each shard of a memory.
         """
         found = []
-        for key, looks in self._lacking.items():
+        for key, need in self._lacking.items():
             shard = self._seen.get(key)
             if shard is None:
                 continue
             missing = self._enough - len(shard.serving)
-            if is_called(self._preference(key), missing, looks, max(1, nodes)):
+            if is_called(self._preference(key), missing, need.looks, nodes.get(key.memory, math.inf)):
                 found.append(key)
         # nodes that are called for the same cell begin with different shards of it
         own = self._peer_id.to_base58()
@@ -142,18 +166,18 @@ class Placement:
         return [line.pop() for _ in range(len(line))]
 
     def to_drop(self, size: int) -> list[ShardKey]:
-        """This node's shards to drop so that this much space becomes free, those with the most replicas first.
-
-        Empty if that is not possible.
+        """This node's shards to drop so that this much space becomes free, or as much of it as possible now. Those with
+        the most replicas come first.
         """
-        able = [key for key, looks in self._spare.items() if looks >= _FIRM_LOOKS and key in self._seen]
+        firm = self._looks + 1 - _FIRM_LOOKS
+        able = [key for key, since in self._spare.items() if since <= firm and key in self._seen]
         dropped = []
         for key in sorted(able, key=lambda k: (-len(self._seen[k].serving), self._preference(k))):
             if size <= 0:
                 break
             dropped.append(key)
             size -= self._seen[key].info.size
-        return dropped if size <= 0 else []
+        return dropped
 
     def keener(self, key: ShardKey) -> list[PeerID]:
         """The serving hosts that prefer one of this node's shards more strongly than this node does. The first prefers
@@ -171,69 +195,94 @@ class Placement:
         """How much this node prefers the cell of a shard that the last look saw."""
         return preference(key.memory, self._seen[key].info.cell, self._peer_id)
 
-    @staticmethod
-    def _count(counts: dict[ShardKey, int], key: ShardKey, is_so: bool) -> None:
-        if is_so:
-            counts[key] = counts.get(key, 0) + 1
-        else:
-            counts.pop(key, None)
-
 
 class MemorySurvey:
-    """What one node reads about memories in each look: random cells, fewer the more hosts there are."""
+    """What one node reads about memories in each look: random cells, and those that lacked replicas before.
+
+    For each cell that it hosts, a node reads two random ones of the same memory. Each cell has two hosts, so it is read
+    about four times in a period, in a swarm of any size, and whatever strangers announce. Nodes that host little read a
+    few cells more.
+    """
 
     def __init__(self, memories: MemoryRegistry) -> None:
-        self.share = 1.0
-        """The share of all cells that a host usually reads in a look, at the last one."""
+        self.shares: dict[MemoryID, float] = {}
+        """The share of each memory's cells that the node usually reads, at the last look."""
         self._memories = memories
         self._rng = random.SystemRandom()
-        self._hosts = 0
-        """How many hosts the last look saw."""
 
     async def read(
-        self, manifests: Mapping[MemoryID, MemoryManifest], is_busy: bool
+        self,
+        manifests: Mapping[MemoryID, MemoryManifest],
+        mine: Collection[ShardKey],
+        lacking: Collection[ShardKey],
+        *,
+        is_busy: bool,
+        is_short: bool,
     ) -> dict[ShardKey, SeenShard]:
         """What hosts announce of the shards in some cells. Raises UnreachableError.
 
-        `is_busy`: whether the node has just taken shards. Then a memory may be new, and as many cells as possible are
-        read.
+        `is_busy`: whether the node has just taken shards. Then a memory may be new, and more cells are read.
+        `is_short`: whether it lacks room. Then more of its own cells are read, to see what it can drop.
         """
-        cells = [(memory, cell) for memory, manifest in manifests.items() for cell in manifest.by_cell]
-        most = min(MOST_READ, len(cells))
-        wanted = min(most, max(FEWEST_READ, math.ceil(_READERS * len(cells) / max(1, self._hosts))))
-        found = await self._read(self._rng.sample(cells, most if is_busy else wanted))
-        self.share = wanted / max(1, len(cells))
-        self._hosts = len({host.peer_id for hosts in found.values() for host in hosts})
-        return await asyncio.to_thread(_seen_in, manifests, found)
+        cells = await asyncio.to_thread(self._drawn, manifests, _cells_of(manifests, mine), is_busy)
+        cells |= self._some(_cells_of(manifests, lacking), READ_AGAIN)
+        if is_short:
+            cells |= self._some(_cells_of(manifests, mine), READ_TO_DROP)
+        return await asyncio.to_thread(_seen_in, manifests, await self._read(cells))
 
     async def read_again(
-        self, manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]
+        self, manifests: Mapping[MemoryID, MemoryManifest], lacking: Collection[ShardKey]
     ) -> dict[ShardKey, SeenShard]:
-        """Reads the hosts of these shards again, or of some of them if there are many. Raises UnreachableError."""
-        drawn = self._rng.sample(list(keys), min(READ_AGAIN, len(keys)))
-        cells = {
-            (key.memory, info.cell)
-            for key in drawn
-            if key.memory in manifests and (info := manifests[key.memory].by_root.get(key.root)) is not None
-        }
-        seen = await asyncio.to_thread(_seen_in, manifests, await self._read(cells))
-        return {key: seen[key] for key in drawn if key in seen}
+        """Reads the cells of these shards again, or some of them if there are many. Raises UnreachableError."""
+        cells = self._some(_cells_of(manifests, lacking), READ_AGAIN)
+        return await asyncio.to_thread(_seen_in, manifests, await self._read(cells))
 
-    async def _read(
-        self, cells: Collection[tuple[MemoryID, Cell]]
-    ) -> dict[tuple[MemoryID, Cell], Collection[CellHost]]:
+    def _drawn(
+        self, manifests: Mapping[MemoryID, MemoryManifest], own: Collection[_CellOfMemory], is_busy: bool
+    ) -> set[_CellOfMemory]:
+        """Random cells. Slow with large memories."""
+        hosted = Counter(memory for memory, _ in own)
+        share_of_fewest = FEWEST_READ / max(1, sum(len(manifest.by_cell) for manifest in manifests.values()))
+        wanted = {
+            memory: min(
+                len(manifest.by_cell),
+                _READ_FOR_OWN * hosted[memory] + math.ceil(share_of_fewest * len(manifest.by_cell)),
+            )
+            for memory, manifest in manifests.items()
+        }
+        fits = min(1.0, MOST_READ / max(1, sum(wanted.values())))
+        self.shares = {memory: fits * n / len(manifests[memory].by_cell) for memory, n in wanted.items()}
+        drawn = set[_CellOfMemory]()
+        for memory, n in wanted.items():
+            cells = list(manifests[memory].by_cell)
+            drawn.update((memory, cell) for cell in self._rng.sample(cells, len(cells) if is_busy else n))
+        return self._some(drawn, MOST_READ)
+
+    def _some(self, cells: Collection[_CellOfMemory], most: int) -> set[_CellOfMemory]:
+        return set(self._rng.sample(list(cells), min(most, len(cells))))
+
+    async def _read(self, cells: Collection[_CellOfMemory]) -> dict[_CellOfMemory, Collection[CellHost]]:
         wanted: dict[MemoryID, list[Cell]] = {}
         for memory, cell in cells:
             wanted.setdefault(memory, []).append(cell)
-        found: dict[tuple[MemoryID, Cell], Collection[CellHost]] = {}
+        found: dict[_CellOfMemory, Collection[CellHost]] = {}
         for memory, some in wanted.items():
             hosts = await self._memories.cell_hosts(memory, some)
             found |= {(memory, cell): hosts[cell] for cell in some}
         return found
 
 
+def _cells_of(manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]) -> set[_CellOfMemory]:
+    """The cells of those of these shards that are still listed."""
+    return {
+        (key.memory, info.cell)
+        for key in keys
+        if key.memory in manifests and (info := manifests[key.memory].by_root.get(key.root)) is not None
+    }
+
+
 def _seen_in(
-    manifests: Mapping[MemoryID, MemoryManifest], hosts: Mapping[tuple[MemoryID, Cell], Collection[CellHost]]
+    manifests: Mapping[MemoryID, MemoryManifest], hosts: Mapping[_CellOfMemory, Collection[CellHost]]
 ) -> dict[ShardKey, SeenShard]:
     """Slow: a memory may have 131,072 shards."""
     seen: dict[ShardKey, SeenShard] = {}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from dht.library import LibraryEntry, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest
 from dht.swarm import Swarm
 from expert_server.memory.fetching import PartFetcher
+from expert_server.memory.hosting import MemoryHosting
 from expert_server.memory.placement import ShardKey
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
@@ -362,6 +364,56 @@ def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
         assert (whole, reads) == (4, []), "enough serve them now"
 
     play(scenario)
+
+
+def test_a_look_knows_whether_shards_were_just_taken_and_whether_room_lacks(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: True)
+
+    async def scenario(village: Village) -> None:
+        node = await a_host_that_has_not_looked(village)
+        hosted, survey = node.memories.hosted, node.memories._survey
+        read, looks = survey.read, list[tuple[bool, bool]]()
+
+        async def noting(*what: Any, is_busy: bool, is_short: bool) -> Any:
+            looks.append((is_busy, is_short))
+            return await read(*what, is_busy=is_busy, is_short=is_short)
+
+        monkeypatch.setattr(survey, "read", noting)
+        enough = hosted._most_bytes
+        hosted._most_bytes = hosted.disk_bytes + SIZE - 1
+        for _ in range(6):
+            await node.memories.look()
+        assert 0 < hosted.shards < len(MEMORY.roots)
+        no, busy, short = (False, False), (True, False), (False, True)
+        assert (looks[:2], looks[-1]) == ([no, (True, True)], short)
+        hosted._most_bytes = enough
+        for _ in range(3):
+            await node.memories.look()
+        assert hosted.shards == len(MEMORY.roots)
+        hosted._most_bytes = 1
+        await node.memories.look()
+        assert looks[-4:] == [short, busy, no, short]
+
+    play(scenario)
+
+
+def test_how_many_nodes_look_is_counted_in_a_small_swarm_and_estimated_in_a_large_one() -> None:
+    def lookers(peers: int, estimated: float) -> float:
+        swarm = SimpleNamespace(
+            host=SimpleNamespace(peers=lambda: range(peers)),
+            registry=SimpleNamespace(lookups=SimpleNamespace(estimated_nodes=estimated)),
+        )
+        memory = MemoryID("docs", "abcdefghijkl")
+        hosting: Any = SimpleNamespace(_swarm=swarm, _survey=SimpleNamespace(shares={memory: 0.25}))
+        found = MemoryHosting._lookers(hosting)
+        assert found.keys() == {memory}
+        return found[memory]
+
+    assert lookers(3, 7.0) == 1.0
+    assert lookers(180, 10_000.0) == 2500.0
+    assert lookers(180, 100.0) == 181 / 4, "no fewer than it knows"
 
 
 def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(

@@ -5,7 +5,7 @@ last one.
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from types import SimpleNamespace
@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from dht.announcements import ReplicaState
 from dht.library import CellHost
 from dht.memory import Cell, MemoryID, ShardInfo
-from expert_server.memory import placement as placement_of
 from expert_server.memory.placement import (
     FEWEST_READ,
     MOST_READ,
+    READ_AGAIN,
+    READ_TO_DROP,
     MemorySurvey,
     Placement,
     SeenShard,
@@ -74,7 +75,7 @@ class Town:
 
     def look(self, node: Node, nodes: int) -> None:
         node.placement.note(self.seen(), node.mine)
-        for key in node.placement.to_take(nodes):
+        for key in node.placement.to_take({MEMORY: nodes}):
             if len(node.mine) >= node.room:
                 for gone in node.placement.to_drop(100):
                     node.mine.discard(gone)
@@ -135,7 +136,7 @@ def test_a_thousand_nodes_that_see_the_same_need_do_not_all_follow_it(shards: in
     takers, seen = Counter[ShardKey](), town.seen()
     for node in town.nodes:
         node.placement.note(seen, ())
-        takers.update(node.placement.to_take(1000))
+        takers.update(node.placement.to_take({MEMORY: 1000}))
     assert sum(takers.values()) <= 3 * shards + 10
     assert max(takers.values(), default=0) <= 12
 
@@ -181,7 +182,7 @@ def test_a_replica_is_dropped_only_for_as_much_as_is_needed() -> None:
         placement.note({k: SeenShard(i, others | {me}, frozenset()) for k, i in keys.items()}, set(keys))
     assert len(placement.to_drop(50)) == 1
     assert len(placement.to_drop(200)) == 2
-    assert placement.to_drop(10_000) == []
+    assert len(placement.to_drop(10_000)) == 4, "more can't be dropped now"
 
 
 def test_a_memory_of_many_lacking_shards_takes_no_turns_of_others() -> None:
@@ -190,17 +191,16 @@ def test_a_memory_of_many_lacking_shards_takes_no_turns_of_others() -> None:
     wanted = [ShardKey(MEMORY, shard(n).root) for n in range(10)]
     seen |= {key: SeenShard(shard(n), frozenset({own}), frozenset()) for n, key in enumerate(wanted)}
     placement.note(seen, set())
-    assert set(placement.to_take(1)[:20]) >= set(wanted)
+    assert set(placement.to_take({key.memory: 1 for key in seen})[:20]) >= set(wanted)
 
 
 def test_a_publisher_of_many_memories_takes_no_more_turns_than_others() -> None:
     placement, hosts = Placement(peer(1), ENOUGH), frozenset({peer(2)})
     many = [ShardKey(MemoryID(f"junk-{n}", "another00000"), shard(0).root) for n in range(32)]
     wanted = [ShardKey(MEMORY, shard(n).root) for n in range(10)]
-    placement.note(
-        {key: SeenShard(shard(n), hosts, frozenset()) for n, key in enumerate([*many, *wanted])}, set()
-    )
-    assert set(placement.to_take(1)[:20]) >= set(wanted)
+    seen = {key: SeenShard(shard(n), hosts, frozenset()) for n, key in enumerate([*many, *wanted])}
+    placement.note(seen, set())
+    assert set(placement.to_take({key.memory: 1 for key in seen})[:20]) >= set(wanted)
 
 
 def test_a_look_between_two_at_what_is_lacking_calls_more_and_spares_nothing_sooner() -> None:
@@ -213,17 +213,50 @@ def test_a_look_between_two_at_what_is_lacking_calls_more_and_spares_nothing_soo
     placement.note(seen, {keys["mine"]})
     assert placement.lacking() == [keys["lacking"]], "nobody can give what is lost"
     for _ in range(20):
-        placement.note({keys["lacking"]: seen[keys["lacking"]]}, {keys["mine"]})
-    assert placement.lacking() == placement.to_take(1000) == [keys["lacking"]]
+        placement.note({keys["lacking"]: seen[keys["lacking"]]}, {keys["mine"]}, is_between=True)
+    assert placement.lacking() == placement.to_take({MEMORY: 1000}) == [keys["lacking"]]
     placement.note(seen, {keys["mine"]})
-    assert placement.to_drop(100) == [], "four whole looks have to see a replica to spare"
+    assert placement.to_drop(100) == [], "these were only two looks"
+    for _ in range(2):
+        placement.note(seen, {keys["mine"]})
+    assert placement.to_drop(100) == [keys["mine"]]
+
+
+def test_a_replica_to_spare_need_not_be_seen_in_every_look() -> None:
+    info, key, others = shard(1), ShardKey(MEMORY, shard(1).root), frozenset(map(peer, range(1, 40)))
+    spare, needed = SeenShard(info, others, frozenset()), SeenShard(info, frozenset(), frozenset())
+    placement = Placement(peer(0), ENOUGH)
+    for looks in (2, 8):
+        placement.note({key: spare}, {key})
+        for _ in range(looks):
+            placement.note({}, {key})
+        assert placement.to_drop(100) == [], "the last look did not see it"
+        placement.note({key: spare}, {key})
+        assert placement.to_drop(100) == [key]
+        placement.note({key: needed}, {key})
+        placement.note({key: spare}, {key})
+        assert placement.to_drop(100) == [], "it was needed meanwhile"
+        placement.forget(MEMORY)
+
+
+def test_what_lacked_is_looked_for_until_a_look_finds_enough() -> None:
+    keys = [ShardKey(MEMORY, shard(n).root) for n in range(2)]
+    lacks = [SeenShard(shard(n), frozenset({peer(1)}), frozenset()) for n in range(2)]
+    placement = Placement(peer(0), ENOUGH)
+    placement.note(dict(zip(keys, lacks, strict=True)), ())
+    placement.note({keys[0]: lacks[0]}, ())
+    assert placement.lacking() == keys
+    placement.note({keys[0]: lacks[0], keys[1]: SeenShard(shard(1), frozenset(), frozenset())}, ())
+    assert placement.lacking() == keys[:1], "nobody can give the other one any more"
+    placement.note({keys[0]: SeenShard(shard(0), frozenset(map(peer, (1, 2))), frozenset())}, ())
+    assert placement.lacking() == []
 
 
 def test_a_node_never_takes_what_it_hosts() -> None:
     info, me = shard(1), peer(0)
     placement, key = Placement(me, ENOUGH), ShardKey(MEMORY, shard(1).root)
     placement.note({key: SeenShard(info, frozenset({me}), frozenset())}, {key})
-    assert placement.to_take(1) == placement.lacking() == []
+    assert placement.to_take({MEMORY: 1}) == placement.lacking() == []
 
 
 def test_what_only_a_leaving_host_has_is_looked_for_again() -> None:
@@ -278,101 +311,162 @@ def test_nodes_that_are_called_for_the_same_cell_begin_with_different_shards_of_
     for number in range(4):
         placement = Placement(peer(number), ENOUGH)
         placement.note(seen, ())
-        first += placement.to_take(1)[:5]
+        first += placement.to_take({MEMORY: 1})[:5]
     assert len(set(first)) > 15
+
+
+def test_a_node_takes_all_shards_of_the_cell_that_it_prefers_first() -> None:
+    infos = [ShardInfo((n % 5,), n.to_bytes(8) + bytes(24), 1, 100) for n in range(50)]
+    seen = {ShardKey(MEMORY, info.root): SeenShard(info, frozenset({peer(9)}), frozenset()) for info in infos}
+    placement = Placement(peer(1), ENOUGH)
+    placement.note(seen, ())
+    cells = [seen[key].info.cell for key in placement.to_take({MEMORY: 1})]
+    assert cells == sorted(cells, key=lambda cell: -preference(MEMORY, cell, peer(1)))
+
+
+def test_different_cells_of_a_memory_are_preferred_by_different_nodes() -> None:
+    first = {max(range(20), key=lambda p: preference(MEMORY, (c,), peer(p))) for c in range(50)}
+    assert len(first) > 8
 
 
 # What a node reads
 
 
 class Cells:
-    """The announcements of one memory, with one shard in each cell."""
+    """The announcements of some memories, with one shard in each cell."""
 
-    def __init__(self, cells: int, hosts: int) -> None:
-        """Each cell has two of the hosts, one of which leaves."""
-        self.infos = [shard(n) for n in range(cells)]
-        self.hosts = hosts
-        self.read: list[Cell] = []
-        by_cell = {info.cell: (info,) for info in self.infos}
-        self.manifest: Any = SimpleNamespace(
-            grid=(cells,), by_cell=by_cell, by_root={info.root: info for info in self.infos}
-        )
+    def __init__(self, *sizes: int) -> None:
+        """`sizes`: the number of cells of each memory. Each cell has a host that serves, and one that leaves."""
+        self.memories = [MemoryID(f"docs-{n}", "abcdefghijkl") for n in range(len(sizes))]
+        self.infos = [shard(n) for n in range(max(sizes, default=0))]
+        self.read: list[tuple[MemoryID, Cell]] = []
+        self.manifests: dict[MemoryID, Any] = {
+            memory: SimpleNamespace(
+                by_cell={info.cell: (info,) for info in self.infos[:size]},
+                by_root={info.root: info for info in self.infos[:size]},
+            )
+            for memory, size in zip(self.memories, sizes, strict=True)
+        }
         memories: Any = self
         self.survey = MemorySurvey(memories)
 
-    def key(self, number: int) -> ShardKey:
-        return ShardKey(MEMORY, self.infos[number].root)
+    def keys(self, numbers: Iterable[int], memory: int = 0) -> set[ShardKey]:
+        return {ShardKey(self.memories[memory], self.infos[number].root) for number in numbers}
 
-    def look(self, is_busy: bool = False) -> dict[ShardKey, SeenShard]:
+    def look(
+        self,
+        mine: Collection[ShardKey] = (),
+        lacking: Collection[ShardKey] = (),
+        *,
+        is_busy: bool = False,
+        is_short: bool = False,
+    ) -> dict[ShardKey, SeenShard]:
         self.read.clear()
-        return asyncio.run(self.survey.read({MEMORY: self.manifest}, is_busy))
+        seen = asyncio.run(
+            self.survey.read(self.manifests, mine, lacking, is_busy=is_busy, is_short=is_short)
+        )
+        assert len(seen) == len(self.read) == len(set(self.read))
+        return seen
 
     async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
-        self.read += cells
+        self.read += [(memory, cell) for cell in cells]
         states = ReplicaState.SERVING, ReplicaState.LEAVING
         return {
             (n,): tuple(
-                CellHost(peer((n + of) % self.hosts), state, frozenset({self.infos[n].short}))
-                for of, state in enumerate(states)
+                CellHost(peer(of), state, frozenset({self.infos[n].short})) for of, state in enumerate(states)
             )
             for (n,) in cells
         }
 
 
-@given(st.integers(1, 3000), st.integers(2, 500))
+@given(st.integers(1, 3000), st.integers(0, 300))
 @settings(deadline=None, max_examples=50)
-def test_the_more_hosts_there_are_the_fewer_cells_each_of_them_reads(cells: int, hosts: int) -> None:
-    played = Cells(cells, hosts)
-    seen = played.look()
-    assert len(seen) == len(played.read) == len(set(played.read)) == min(cells, MOST_READ)
-    for _ in range(3):
-        hosts_seen = len({p for found in seen.values() for p in found.serving | found.leaving})
-        seen = played.look()
-        read = len(set(played.read))
-        assert len(seen) == len(played.read) == read
-        assert played.survey.share == read / cells
-        assert min(cells, FEWEST_READ) <= read <= MOST_READ
-        if FEWEST_READ < read < min(cells, MOST_READ):
-            assert 4 <= played.survey.share * hosts_seen < 4 + hosts_seen / cells, "four hosts read each cell"
+def test_a_node_reads_two_cells_for_each_that_it_hosts_and_a_few_more(cells: int, hosted: int) -> None:
+    played = Cells(cells)
+    read = len(played.look(played.keys(range(min(cells, hosted)))))
+    assert read == min(cells, MOST_READ, 2 * min(cells, hosted) + min(cells, FEWEST_READ))
+    assert played.survey.shares == pytest.approx({played.memories[0]: read / cells})
 
 
-def test_a_few_hosts_read_all_cells_and_see_who_serves_and_who_leaves() -> None:
-    cells = Cells(300, hosts=4)
-    for _ in range(3):
-        seen = cells.look()
-        assert len(seen) == 300
-        assert seen[cells.key(5)] == SeenShard(shard(5), frozenset({peer(1)}), frozenset({peer(2)}))
+def test_what_a_node_reads_does_not_depend_on_what_strangers_announce() -> None:
+    cells = Cells(1000)
+    honest, strangers = cells.cell_hosts, [peer(1000 + n) for n in range(250)]
+
+    async def with_strangers(memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
+        found = await honest(memory, cells)
+        made_up = tuple(CellHost(each, ReplicaState.SERVING, frozenset({b"made up!"})) for each in strangers)
+        return {cell: (*hosts, *made_up) for cell, hosts in found.items()}
+
+    cells.cell_hosts = with_strangers  # type: ignore[method-assign]  # strangers
+    assert [len(cells.look(cells.keys(range(100)))) for _ in range(4)] == [232] * 4
+
+
+def test_each_memory_is_read_as_much_as_the_node_hosts_of_it() -> None:
+    cells = Cells(1000, 1000)
+    cells.look(cells.keys(range(100), memory=1))
+    read = Counter(memory for memory, _ in cells.read)
+    assert [read[memory] for memory in cells.memories] == [16, 216]
+    assert cells.survey.shares == pytest.approx(dict(zip(cells.memories, (0.016, 0.216), strict=True)))
+
+
+def test_of_very_many_cells_no_more_are_read_than_fit_into_a_look() -> None:
+    cells = Cells(2000, 500)
+    mine = cells.keys(range(600)) | cells.keys(range(100), memory=1)
+    assert len(cells.look(mine)) == MOST_READ
+    wanted = [1200 + 26, 200 + 7]
+    fits = MOST_READ / sum(wanted)
+    assert [cells.survey.shares[memory] for memory in cells.memories] == pytest.approx(
+        [fits * wanted[0] / 2000, fits * wanted[1] / 500]
+    )
+
+
+def test_a_node_sees_who_serves_and_who_leaves() -> None:
+    cells = Cells(20)
+    seen = cells.look()
+    assert seen.keys() == cells.keys(range(20))
+    assert set(seen.values()) == {
+        SeenShard(info, frozenset({peer(0)}), frozenset({peer(1)})) for info in cells.infos
+    }
 
 
 def test_a_node_that_has_just_taken_shards_reads_as_much_as_it_may() -> None:
-    cells = Cells(400, hosts=300)
-    cells.look()
+    cells = Cells(400)
     assert len(cells.look()) == FEWEST_READ
     assert len(cells.look(is_busy=True)) == 400
-    assert cells.survey.share == FEWEST_READ / 400, "others are not busy"
+    assert cells.survey.shares == {cells.memories[0]: FEWEST_READ / 400}, "others are not busy"
+
+
+def test_what_lacked_and_what_may_be_dropped_is_read_as_well() -> None:
+    cells = Cells(3000)
+    lacking, mine = cells.keys(range(50)), cells.keys(range(100, 200))
+    seen = cells.look(mine, lacking, is_short=True)
+    assert seen.keys() >= lacking | mine
+    assert len(seen) <= len(lacking) + len(mine) + 2 * len(mine) + FEWEST_READ
+    many = cells.look(cells.keys(range(3000)), cells.keys(range(3000)), is_short=True)
+    assert MOST_READ <= len(many) <= MOST_READ + READ_AGAIN + READ_TO_DROP
 
 
 def test_all_cells_are_read_sooner_or_later() -> None:
-    cells, found = Cells(600, hosts=300), set[ShardKey]()
+    cells, found = Cells(600), set[ShardKey]()
     for _ in range(300):
         found.update(cells.look())
     assert len(found) == 600
 
 
 def test_without_any_memory_nothing_is_read() -> None:
-    cells = Cells(1, hosts=2)
-    assert asyncio.run(cells.survey.read({}, False)) == {}
-    assert cells.survey.share == 0
+    cells = Cells()
+    assert cells.look() == {}
+    assert cells.survey.shares == {}
 
 
-def test_what_was_lacking_is_read_again_as_far_as_it_is_still_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement_of, "READ_AGAIN", 5)
-    cells, gone = Cells(30, hosts=7), ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32))
-    asked = [cells.key(1), cells.key(29), gone, ShardKey(MEMORY, b"gone")]
-    seen = asyncio.run(cells.survey.read_again({MEMORY: cells.manifest}, asked))
-    assert seen.keys() == {cells.key(1), cells.key(29)}
-    asyncio.run(cells.survey.read_again({MEMORY: cells.manifest}, [cells.key(n) for n in range(30)]))
-    assert len(cells.read) == 2 + 5
+def test_what_was_lacking_is_read_again_as_far_as_it_is_still_listed() -> None:
+    cells = Cells(300)
+    gone = {ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32)), ShardKey(cells.memories[0], b"gone")}
+    seen = asyncio.run(cells.survey.read_again(cells.manifests, cells.keys([1, 29]) | gone))
+    assert seen.keys() == cells.keys([1, 29])
+    cells.read.clear()
+    asyncio.run(cells.survey.read_again(cells.manifests, cells.keys(range(300))))
+    assert len(set(cells.read)) == len(cells.read) == READ_AGAIN
 
 
 def test_only_shards_that_a_host_names_are_its_own() -> None:
