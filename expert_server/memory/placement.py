@@ -200,8 +200,8 @@ class MemorySurvey:
     """What one node reads about memories in each look: random cells, and those that lacked replicas before.
 
     For each cell that it hosts, a node reads two random ones of the same memory. Each cell has two hosts, so it is read
-    about four times in a period, in a swarm of any size, and whatever strangers announce. Nodes that host little read a
-    few cells more.
+    about four times in a period, in a swarm of any size, and whatever strangers announce. Nodes that host less read a
+    few cells, too.
     """
 
     def __init__(self, memories: MemoryRegistry) -> None:
@@ -246,7 +246,7 @@ class MemorySurvey:
         wanted = {
             memory: min(
                 len(manifest.by_cell),
-                _READ_FOR_OWN * hosted[memory] + math.ceil(share_of_fewest * len(manifest.by_cell)),
+                max(_READ_FOR_OWN * hosted[memory], math.ceil(share_of_fewest * len(manifest.by_cell))),
             )
             for memory, manifest in manifests.items()
         }
