@@ -17,7 +17,7 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count, islice
-from typing import TypeVar, TypeVarTuple, cast
+from typing import ParamSpec, TypeVar, TypeVarTuple, cast
 from unittest.mock import patch
 
 from peer.bounded import BoundedDict
@@ -39,6 +39,7 @@ _DER_KEY_BYTES = 91
 _MOST_CONTACTS = 2048
 _CLOCK_RESOLUTION_S = 1e-9
 """Timers that are due within this time of each other run in the same step."""
+P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 _SLEEP = asyncio.sleep
@@ -378,6 +379,7 @@ def simulated_world() -> Iterator[VirtualLoop]:
     loop = VirtualLoop()
     stand_ins: Mapping[str, object] = {
         "asyncio.sleep": loop.sleep,
+        "asyncio.to_thread": _at_once,
         "peer.loop._SLICE_S": math.inf,  # how long work really takes must not change the order of tasks
         "dht.records.peer_id_of": _peer_id_of,
         "dht.records.verify": _verify,
@@ -393,6 +395,11 @@ def simulated_world() -> Iterator[VirtualLoop]:
                 task.cancel()
             loop.run_until_complete(asyncio.sleep(0))
             loop.close()
+
+
+async def _at_once(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Simulated time does not pass while a thread works."""
+    return work(*args, **kwargs)
 
 
 def _peer_id_of(public_key: bytes) -> PeerID:

@@ -63,7 +63,7 @@ _MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES = 16 * 2**10, 2 * MAX_MANIFEST_B
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """The most memories that an error names."""
-_CONTACTS = 16
+_CONTACTS = 8
 """The most cells of a memory in which a host says how to call it. That takes 0.8 KB for each of a cell's five holders.
 """
 _BRANCHES, _FEW = 256, 16

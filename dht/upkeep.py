@@ -5,8 +5,9 @@ own DHT calls since the last round. Announcements live until the next one is due
 swarm a dead node is noticed later, but upkeep does not fill a home line.
 """
 
+import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 ROUND_BYTES = 9_000
 """What a round may cost before the period grows. With a period of 10 s, that is 7.2 kbit/s of this peer's calls, and
@@ -34,7 +35,7 @@ def lifetime_s(period_s: float) -> float:
 
 
 class UpkeepPeriod:
-    """The period of one peer's rounds."""
+    """The period of a peer's rounds of one kind."""
 
     def __init__(
         self,
@@ -43,8 +44,8 @@ class UpkeepPeriod:
         rng: random.Random | None = None,
         most_stretched: float = MOST_STRETCHED,
     ) -> None:
-        """`wanted_s`: the shortest period. `spent`: returns the bytes of this peer's calls to the DHT since
-        it started.
+        """`wanted_s`: the shortest period. `spent`: returns the bytes of this peer's calls to the DHT for these
+        rounds since it started.
         """
         self.wanted_s = wanted_s
         self._spent = spent
@@ -70,6 +71,17 @@ class UpkeepPeriod:
     def rest_s(self, took_s: float) -> float:
         """The pause after a round that took so long: rounds begin once in a period, unless they are slow."""
         return max(self.drawn_s() - took_s, self.drawn_s(_LEAST_PAUSE))
+
+    async def repeat(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Does this work once in each period, first after a pause, until cancelled."""
+        loop_time, took_s = asyncio.get_running_loop().time, 0.0
+        self.begin()
+        while True:
+            await asyncio.sleep(self.rest_s(took_s))
+            began = loop_time()
+            self.note_round()
+            await work()
+            took_s = loop_time() - began
 
     def begin(self) -> None:
         """Leaves out what has been spent so far. Joining costs as much as many rounds, but happens once."""

@@ -55,6 +55,7 @@ from expert_server.swarm_news import SwarmNews
 from peer import clock
 from peer.errors import UnreachableError, UserError
 from peer.formatting import endpoint
+from peer.kademlia.node import Spending
 from peer.loop import LoopLag, Restarts, RetryingRounds, cancel_all, keep_running, tolerating
 from peer.metrics import MetricsServer, total
 from peer.platform.processes import return_freed_memory
@@ -109,14 +110,17 @@ class Node:
         self._metrics: MetricsServer | None = None
         swarm_id, metrics = swarm.keys.swarm_id, swarm.metrics
         self.restarts: Restarts = swarm.host.restarts
+        every_s = settings.announce_every_s
+        self._memory_calls = Spending()
+        self._memory_period = UpkeepPeriod(every_s, lambda: self._memory_calls.bytes)
         self.period: UpkeepPeriod = UpkeepPeriod(
-            settings.announce_every_s, lambda: swarm.registry.spent_bytes
+            every_s, lambda: swarm.registry.spent_bytes - self._memory_calls.bytes
         )
         self.traffic: Bandwidth = Bandwidth(
             swarm.host.upload, download_limit(settings.download_mbit, metrics)
         )
         self._lag = LoopLag(metrics)
-        self._rounds = RetryingRounds(settings.announce_every_s, metrics, self.restarts)
+        self._rounds = RetryingRounds(every_s, metrics, self.restarts)
 
         self.replicas: LocalReplicas = self._make_replicas(state, devices)
         self.hosting: HostingManager = HostingManager(settings, swarm, self.replicas, metrics=metrics)
@@ -143,7 +147,7 @@ class Node:
             HostingRules.of(settings),
             swarm,
             self.traffic.down,
-            self.period,
+            self._memory_period,
             memory_metrics.bytes.labels("received").inc,
         )
 
@@ -344,6 +348,7 @@ class Node:
             "look around": self._look_around,
             "average with other nodes": self.averaging.run,
             "copy experts that one node hosts alone": self._standby.run,
+            "announce memories": self._keep_memories_announced,
             "host memories": self._host_memories,
             "follow memories": self._follow_memories,
             "watch when to pause": self._watch_pauses,
@@ -359,24 +364,24 @@ class Node:
             group.create_task(self._access.until_over(), name="end with the token")
 
     async def _stay_announced(self) -> None:
-        stay_member = partial(self.swarm.membership.check, announced=True)
-        loop_time, took_s = asyncio.get_running_loop().time, 0.0
-        self.period.begin()
-        while True:
-            await asyncio.sleep(self.period.rest_s(took_s))
-            began = loop_time()
-            self.period.note_round()
-            self._access.look_at_own()  # others would refuse the announcements
-            await self._rounds.insist(
-                "announce",
-                self.reachability.check,
-                self.hosting.announce,
-                self.memories.hosted.announce_all,
-                self._publish_record,
-                stay_member,
-            )
-            await self._rounds.run("admission", self._access.look)
-            took_s = loop_time() - began
+        await self.period.repeat(self._announce)
+
+    async def _announce(self) -> None:
+        self._access.look_at_own()  # others would refuse the announcements
+        await self._rounds.insist(
+            "announce",
+            self.reachability.check,
+            self.hosting.announce,
+            self._publish_record,
+            partial(self.swarm.membership.check, announced=True),
+        )
+        await self._rounds.run("admission", self._access.look)
+
+    async def _keep_memories_announced(self) -> None:
+        """In a period of its own, so that a large memory does not delay the announcements of experts."""
+        announce = partial(self._rounds.insist, "announce memories", self.memories.hosted.announce_all)
+        with self._memory_calls.counted():
+            await self._memory_period.repeat(announce)
 
     async def _publish_record(self) -> None:
         """Renews the node's record in the DHT."""
@@ -418,10 +423,11 @@ class Node:
     async def _host_memories(self) -> None:
         """Verifies and serves the memories on disk, then takes shards that need a host."""
         await self.memories.hosted.verify()
-        await self._rounds.run("announce memories", self.memories.hosted.announce_all)
-        for look in cycle((self.memories.look, self.memories.look_again)):
-            await self._rounds.run("look for shards of memories", look)
-            await asyncio.sleep(self.period.drawn_s(0.5))
+        with self._memory_calls.counted():
+            await self._rounds.run("announce memories", self.memories.hosted.announce_all)
+            for look in cycle((self.memories.look, self.memories.look_again)):
+                await self._rounds.run("look for shards of memories", look)
+                await asyncio.sleep(self._memory_period.drawn_s(0.5))
 
     async def _follow_memories(self) -> None:
         while True:
@@ -518,7 +524,9 @@ class Node:
     async def _stay_announced_as_leaving(self) -> None:
         with contextlib.suppress(UnreachableError):
             await self._publish_record()  # at once: others that leave must not hand this node theirs
-        await self._stay_announced()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._stay_announced())
+            group.create_task(self._keep_memories_announced())
 
     async def _say_goodbye(self) -> None:
         """Withdraws the node's record. A DHT that does not answer must not delay the stop."""

@@ -11,6 +11,7 @@ throughput  one host over gRPC, against FAISS in one process
 killed      half of the hosts of a memory killed, in a swarm of node processes
 lying       searches in which a quarter of the hosts lies
 hops        the first search and later ones in simulated swarms
+hosting     what hosts spend on announcing and looking in simulated swarms, and how soon shards have two replicas
 
 Parts that are not run are taken from the JSON file, if it is there. `--quick` takes a few thousand passages and kills
 no node; it is too short for figures worth quoting.
@@ -33,7 +34,7 @@ from rich.console import Console
 
 from benchmarks.apart import end_in_order_when_stopped
 from benchmarks.command import command_parser, write_figures
-from benchmarks.memory import corpora, hops, killed, large, lying, recall, relevance, throughput
+from benchmarks.memory import corpora, hops, hosting, killed, large, lying, recall, relevance, throughput
 from benchmarks.memory.built import BuiltMemory, build_memory, write_memory
 from benchmarks.memory.goals import verdicts
 from benchmarks.memory.plots import draw
@@ -65,12 +66,15 @@ class Extent:
     """The sizes of the simulated swarms."""
     searchers: int
     """The number of peers that make their first search in each of the swarms: the time depends on the query."""
+    hosting: Sequence[tuple[int, int, int]]
+    """Nodes, hosts among them and shards of the simulated swarms whose hosts are measured."""
 
 
 FULL = Extent(
-    math.inf, 1000, 2000, 1_000_000, 100_000, 4.0, 1000, tuple(lying.KINDS), 4_000, (100, 1000, 10_000), 20
-)
-QUICK = Extent(8e5, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,), 6)
+    math.inf, 1000, 2000, 1_000_000, 100_000, 4.0, 1000, tuple(lying.KINDS), 4_000, (100, 1000, 10_000), 20,
+    ((30, 5, 64), (60, 8, 512), (120, 40, 1024)),
+)  # fmt: skip
+QUICK = Extent(8e5, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,), 6, ((20, 4, 32),))
 
 
 class Parts:
@@ -140,6 +144,9 @@ class Parts:
         finally:
             torch.set_num_threads(throughput.IN_FLIGHT)
 
+    def hosting(self) -> dict[str, Any]:
+        return hosting.measure(self._extent.hosting)
+
     def lying(self) -> dict[str, Any]:
         memory, _ = self._built
         texts = self._questions(self._extent.searches)
@@ -160,6 +167,7 @@ PARTS: dict[str, Callable[[Parts], dict[str, Any]]] = {
     "killed": Parts.killed,
     "lying": Parts.lying,
     "hops": Parts.hops,
+    "hosting": Parts.hosting,
 }
 
 

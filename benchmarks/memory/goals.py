@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.memory import killed, lying, recall
+from benchmarks.memory import hosting, killed, lying, recall
 from benchmarks.verdicts import Verdict
 
 ASKED = 8
@@ -118,6 +118,28 @@ def _hops(found: Mapping[str, Any]) -> Iterator[Verdict]:
         )
 
 
+def _hosting(found: Mapping[str, Any]) -> Iterator[Verdict]:
+    for hosts, figures in found.items():
+        yield Verdict(
+            f"{hosts} hosts of {figures['shards']} shards among {figures['nodes']} nodes: upkeep of a host",
+            "",
+            f"{figures['kbit_per_s']:.1f} kbit/s, {figures['cells_of_host']:.0f} cells",
+        )
+        hosted_s = figures["hosted_s"]
+        yield Verdict(
+            "… until all shards have two replicas; upkeep of a host until then",
+            "",
+            "never" if hosted_s is None else f"{hosted_s:.0f} s; {figures['mb_until_hosted']:.1f} MB",
+        )
+        periods = figures["hosted_again_periods"]
+        yield Verdict(
+            f"… the same, in periods, after {hosting.DYING_SHARE:.0%} of the hosts died",
+            f"{hosting.PERIODS}",
+            "never" if periods is None else f"{periods:.1f} of {figures['period_s']:.0f} s",
+            periods is not None and periods <= hosting.PERIODS,
+        )
+
+
 def _lying(found: Mapping[str, Any]) -> Iterator[Verdict]:
     for kind, figures in found.items():
         believed, failed = figures["believed"], figures["failed"]
@@ -145,4 +167,5 @@ _JUDGES = {
     "killed": _killed,
     "lying": _lying,
     "hops": _hops,
+    "hosting": _hosting,
 }

@@ -52,6 +52,8 @@ class HostedMemories:
         self._period = period
         self._changed = changed
         self._announced: dict[MemoryID, set[Cell]] = {}
+        self._announcing = asyncio.Lock()
+        """Held while cells are announced. Otherwise an older announcement might overwrite a newer one."""
         self._writing = asyncio.Lock()
         """Held while a store changes its files, but not while waiting for other peers."""
         self._full_until = 0.0
@@ -123,23 +125,28 @@ class HostedMemories:
         for memory in {*self.stores, *self._announced}:
             await self.announce(memory)
 
-    async def announce(self, memory: MemoryID) -> None:
-        """Raises UnreachableError."""
-        cells: dict[Cell, list[bytes]] = {}
-        if (store := self.served.get(str(memory))) is not None:
-            for info in store.served():
-                cells.setdefault(info.cell, []).append(info.root)
-        state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
-        records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
-            cell: (state, roots) for cell, roots in cells.items()
-        }
-        for cell in self._announced.get(memory, set()) - cells.keys():
-            records[cell] = ReplicaState.WITHDRAWN, ()
-        if records:
-            await self._memories.announce(memory, records, self._period.lifetime_s)
-        self._announced[memory] = set(cells)
-        if not cells:
-            del self._announced[memory]
+    async def announce(self, memory: MemoryID, only: Collection[Cell] | None = None) -> None:
+        """Announces which shards of a memory this node hosts. `only`: the cells that have changed; None: all. Raises
+        UnreachableError.
+        """
+        async with self._announcing:
+            cells: dict[Cell, list[bytes]] = {}
+            if (store := self.served.get(str(memory))) is not None:
+                for info in store.served():
+                    if only is None or info.cell in only:
+                        cells.setdefault(info.cell, []).append(info.root)
+            announced = self._announced.get(memory, set())
+            gone = (announced if only is None else announced.intersection(only)) - cells.keys()
+            state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
+            records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
+                cell: (state, roots) for cell, roots in cells.items()
+            }
+            records |= dict.fromkeys(gone, (ReplicaState.WITHDRAWN, ()))
+            if records:
+                await self._memories.announce(memory, records, self._period.lifetime_s)
+            self._announced[memory] = (announced - gone) | cells.keys()
+            if not self._announced[memory]:
+                del self._announced[memory]
 
     async def add(self, memory: MemoryID, manifest: bytes) -> None:
         """Adds a memory without any shards. Raises WireError, and OSError if the disk is full."""

@@ -283,7 +283,7 @@ class MemoryHosting:
             self._has_taken = True
             self._metrics.fetches.labels("fetched").inc()
             with suppress(UnreachableError):  # or the next round announces it
-                await hosted.announce(key.memory)
+                await hosted.announce(key.memory, {cell})
 
     async def _complete_store(self, memory: MemoryID, store: MemoryStore, hosts: Collection[PeerID]) -> None:
         """Fetches the encoder and the codebook, which every host keeps. Raises TransferError, WireError and OSError."""
@@ -338,7 +338,7 @@ class MemoryHosting:
             with suppress(TransferError):
                 await self.hosted.write(key.memory, store, partial(store.drop, key.root))
                 logger.info("dropped shard %s, which %s serve", key, counted(len(proven), "other node"))
-                await self.hosted.announce(key.memory)
+                await self.hosted.announce(key.memory, {seen[key].info.cell})
 
     # leaving
 

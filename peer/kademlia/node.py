@@ -7,7 +7,9 @@ that it should store. Signed records are renewed only by their writers, never by
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -66,6 +68,26 @@ _PAUSES_S = (5.0, 640.0)
 """How long a peer that did not answer is not asked, at first and at most."""
 _HANDOVER_BURST_S = 16.0
 """How many seconds' worth of its rate the handover may use at once after a pause."""
+
+
+class Spending:
+    """Counts the bytes of DHT calls that are made for one purpose."""
+
+    def __init__(self) -> None:
+        self.bytes: int = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts the calls that are made in this block, and by tasks that begin in it."""
+        before = _spending.set(self)
+        try:
+            yield
+        finally:
+            _spending.reset(before)
+
+
+_spending: ContextVar[Spending | None] = ContextVar("_spending", default=None)
+"""For what the current task makes its calls."""
 
 
 class Contacts(Protocol):
@@ -421,7 +443,10 @@ class KademliaNode:
         """None if no valid reply comes in time."""
         question = request.SerializeToString()
         data = await self.transport.call(peer_id, method, question, deadline_s)
-        self.spent_bytes += len(question) + len(data or b"") + _CALL_OVERHEAD_BYTES
+        spent_bytes = len(question) + len(data or b"") + _CALL_OVERHEAD_BYTES
+        self.spent_bytes += spent_bytes
+        if (spending := _spending.get()) is not None:
+            spending.bytes += spent_bytes
         try:
             return None if data is None else reply.FromString(data)
         except DecodeError:

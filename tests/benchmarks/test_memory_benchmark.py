@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.memory import corpora, hops, large, lying, recall, relevance
+from benchmarks.memory import corpora, hops, hosting, large, lying, recall, relevance
 from benchmarks.memory.__main__ import PARTS, missing
 from benchmarks.memory.built import BuiltMemory, open_shards, write_memory
 from benchmarks.memory.goals import verdicts
@@ -108,6 +108,16 @@ def test_later_searches_take_two_round_trips(memory: BuiltMemory, folder: Path) 
 
 
 @pytest.mark.slow
+def test_simulated_hosts_take_shards_until_each_has_two_replicas_also_after_some_died() -> None:
+    (found,) = hosting.measure([(16, 4, 32)]).values()
+    assert 16 <= found["cells_of_host"] <= 32
+    assert 0 < found["hosted_s"] < 600
+    # before a shard is taken again, the dead hosts' announcements must have expired
+    assert 1 < found["hosted_again_periods"] <= hosting.PERIODS
+    assert 0 < found["kbit_per_s"] < 40
+
+
+@pytest.mark.slow
 def test_a_large_memory_is_found_in_a_process_of_its_own(memory: BuiltMemory, tmp_path: Path) -> None:
     found = large.measure(memory, 2 * PASSAGES, 10, tmp_path / "large")
     assert found["passages"] == 2 * PASSAGES
@@ -178,4 +188,4 @@ def test_goals_are_judged_by_their_figures() -> None:
     }
     judged = [verdict.words for verdict in verdicts({"lying": {lying.OMITTERS[0]: liars}})]
     assert judged == ["reached", "missed"]
-    assert set(PARTS) >= {"recall", "relevance", "large", "throughput", "killed", "lying", "hops"}
+    assert set(PARTS) >= {"recall", "relevance", "large", "throughput", "killed", "lying", "hops", "hosting"}

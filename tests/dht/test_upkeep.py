@@ -1,11 +1,14 @@
 """The period of a peer's rounds grows with their cost."""
 
+import asyncio
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.simulated_p2p import simulated_world
 from dht.records import MAX_LIFETIME_S
 from dht.upkeep import MOST_STRETCHED, ROUND_BYTES, UpkeepPeriod
 
@@ -88,3 +91,26 @@ def test_peers_do_not_stay_in_step() -> None:
     assert len(pauses) == 20
     assert all(8.9 < pause < 11.1 for pause in pauses)
     assert UpkeepPeriod(10.0, Line().spent).drawn_s(0.5) < 5.6
+
+
+def test_work_is_repeated_once_in_a_period_which_grows_with_its_cost() -> None:
+    with simulated_world() as loop:
+        line, began = Line(), list[float]()
+
+        async def work() -> None:
+            began.append(loop.time())
+            line.bytes += 3 * ROUND_BYTES
+            await asyncio.sleep(4.0)
+
+        async def run() -> None:
+            period = UpkeepPeriod(10.0, line.spent, random.Random(1))
+            line.bytes += 100 * ROUND_BYTES  # before the first round
+            async with asyncio.timeout(1000):
+                await period.repeat(work)
+
+        with pytest.raises(TimeoutError):
+            loop.run_until_complete(run())
+    assert began[0] == pytest.approx(10.0, rel=0.1)
+    pauses = [after - before for before, after in pairwise(began)]
+    assert pauses[0] == pytest.approx(10.0, rel=0.1)
+    assert pauses[-10:] == [pytest.approx(30.0, rel=0.15)] * 10

@@ -399,6 +399,90 @@ def test_a_look_knows_whether_shards_were_just_taken_and_whether_room_lacks(
     play(scenario)
 
 
+def test_a_node_that_has_taken_or_dropped_a_shard_announces_only_its_cell(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: True)
+    announce, announced = MemoryRegistry.announce, list[dict[Cell, str]]()
+
+    async def noting(registry: MemoryRegistry, memory: MemoryID, cells: Any, lifetime_s: float) -> None:
+        announced.append({cell: state.name for cell, (state, _) in cells.items()})
+        await announce(registry, memory, cells, lifetime_s)
+
+    async def scenario(village: Village) -> None:
+        node = await a_host_that_has_not_looked(village)
+        monkeypatch.setattr(MemoryRegistry, "announce", noting)
+        await node.memories.look()
+        cells = {info.cell for info in MEMORY.manifest.shards}
+        assert len(cells) == len(MEMORY.roots) == len(announced)
+        assert sorted(announced, key=str) == sorted(({cell: "SERVING"} for cell in cells), key=str)
+
+        hosted, memory = node.memories.hosted, memory_id(village, MEMORY)
+        store, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
+        await hosted.write(memory, store, lambda: store.drop(gone.root))
+        announced.clear()
+        await hosted.announce(memory, {gone.cell})
+        await hosted.announce(memory)
+        kept = dict.fromkeys(cells - {gone.cell}, "SERVING")
+        assert announced == [{gone.cell: "WITHDRAWN"}, kept]
+
+    play(scenario)
+
+
+def test_an_announcement_of_all_cells_does_not_overwrite_a_later_one(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce, can_go_on, is_over = MemoryRegistry.announce, asyncio.Event(), asyncio.Event()
+    whole = list[bool]()
+
+    async def slow(registry: MemoryRegistry, memory: MemoryID, cells: Any, lifetime_s: float) -> None:
+        is_first = not whole
+        whole.append(len(cells) == len(MEMORY.roots))
+        if is_first:
+            await can_go_on.wait()
+        await announce(registry, memory, cells, lifetime_s)
+        if is_first:
+            is_over.set()
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        await village.run(founder)
+        memory, hosted = memory_id(village, MEMORY), founder.memories.hosted
+        await until_hosted(founder.swarm, memory, 1, MEMORY)
+        monkeypatch.setattr(MemoryRegistry, "announce", slow)
+        store, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
+        await until(lambda: whole == [True])
+        await hosted.write(memory, store, lambda: store.drop(gone.root))
+        withdrawing = asyncio.create_task(hosted.announce(memory, {gone.cell}))
+        await asyncio.sleep(0.3)
+        can_go_on.set()
+        await is_over.wait()
+        await withdrawing
+        (hosts,) = (await MemoryRegistry(founder.swarm.registry).cell_hosts(memory, [gone.cell])).values()
+        assert not hosts
+
+    play(scenario)
+
+
+def test_what_a_memory_costs_does_not_delay_the_announcements_of_experts(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        node = await publishing(village, MEMORY)
+        other = await village.join(1, await node.swarm.invite(), experts=0)
+        await village.run(other)
+
+        async def costly() -> None:
+            await node.swarm.registry.get([f"{number}" for number in range(2000)])
+
+        monkeypatch.setattr(node.memories.hosted, "announce_all", costly)
+        await village.run(node)
+        await until(lambda: node._memory_period.seconds > 4 * node._memory_period.wanted_s)
+        assert node.period.seconds == node.period.wanted_s
+
+    play(scenario)
+
+
 def test_how_many_nodes_look_is_counted_in_a_small_swarm_and_estimated_in_a_large_one() -> None:
     def lookers(peers: int, estimated: float) -> float:
         swarm = SimpleNamespace(

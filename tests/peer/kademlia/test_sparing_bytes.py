@@ -16,6 +16,7 @@ from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL, STORED_AGAIN, Item
+from peer.kademlia.node import Spending
 from peer.kademlia.routing import REPLICAS, id_bytes, key_id_of, node_id_of
 from peer.kademlia.search import DEFAULT_LIMITS, IterativeSearch, SearchLimits
 from peer.kademlia.validation import MAX_KEY_BYTES, SMALL_ENTRY_BYTES, Entries, Entry, entry_bytes, some_of
@@ -552,5 +553,30 @@ def test_the_first_answer_proves_that_a_record_is_held() -> None:
         is_seen, calls = await look()
         assert not is_seen
         assert calls >= DEFAULT_LIMITS.front + DEFAULT_LIMITS.doubt - 1, "all near ones have said so"
+
+    play(scenario)
+
+
+def test_calls_are_counted_for_the_purpose_for_which_they_are_made() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        reader, some, other = swarm.peers[0], Spending(), Spending()
+
+        async def look() -> None:
+            await reader.lookups.find([reader.lookups._random_key()], FRUGAL)
+
+        async def spent(by: Spending) -> None:
+            with by.counted():
+                await asyncio.gather(look(), look())  # in tasks of their own
+
+        await look()
+        before = reader.dht.spent_bytes
+        assert some.bytes == 0 < before
+        await spent(some)
+        assert some.bytes == reader.dht.spent_bytes - before
+        first = some.bytes
+        await asyncio.gather(spent(some), spent(other), look())
+        assert some.bytes > first
+        assert other.bytes > 0
+        assert some.bytes + other.bytes < reader.dht.spent_bytes - before
 
     play(scenario)

@@ -1,0 +1,200 @@
+"""What a memory costs its hosts in DHT calls, and how soon all shards have two replicas, in simulated swarms.
+
+The hosts read, choose and announce with the product's code, over the real DHT code in simulated time. No shard is
+transferred: each takes as long as 1 MB at 20 Mbit/s.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from hashlib import sha256
+from itertools import cycle
+from statistics import fmean
+from typing import Any
+
+from benchmarks.memory.lying import RTT_S
+from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
+from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
+from dht.announcements import ReplicaState
+from dht.library import WANTED_REPLICAS, MemoryRegistry
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo
+from dht.upkeep import UpkeepPeriod
+from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey
+from peer.errors import UnreachableError
+from peer.identity import PeerID
+from peer.loop import cancel_all, side_by_side
+
+DYING_SHARE = 0.25
+"""The share of the hosts that dies."""
+PERIODS = 5
+"""The number of periods within which all shards should have two replicas again."""
+_GRID = (16, 16)
+_PERIOD_S = 10.0
+"""The shortest announcement period."""
+_MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
+"""As in `expert_server.memory.hosting`."""
+_SHARD_BYTES, _TAKING_S = 1_000_000, 0.4
+_DIRECTIONS = 2
+"""A peer answers as many calls as it makes, on average."""
+_LOOK_S = 2.0
+_MEASURED_S = 1800.0
+_LIMIT_S = 7200.0
+_SEED = 1
+_MEMORY = MemoryID("simulated", 12 * "x")
+
+
+def measure(sizes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """Measures swarms with these numbers of nodes, hosts among them, and shards. Returns figures by number of hosts."""
+    found = {}
+    for nodes, hosts, shards in sizes:
+        with simulated_world() as loop:
+            found[str(hosts)] = loop.run_until_complete(_measure(loop, nodes, hosts, shards))
+    return found
+
+
+async def _measure(loop: VirtualLoop, nodes: int, hosts: int, shards: int) -> dict[str, Any]:
+    swarm = await SimulatedSwarm.start(loop, nodes, 16, Link(RTT_S), _SEED, with_contacts=True)
+    manifest = _manifest(shards)
+    peers = swarm.rng.sample(swarm.peers, hosts)
+    hosting = [_Host(peer, manifest, nodes, random.Random(number)) for number, peer in enumerate(peers)]
+    hosting[0].shards.update(manifest.by_root)  # the publisher's
+    async with asyncio.TaskGroup() as group:
+        tasks = {host.peer_id: group.create_task(host.run()) for host in hosting}
+        hosted_s = await _until_hosted(loop, hosting)
+        spent_bytes = _spent_bytes(hosting)
+        await asyncio.sleep(_MEASURED_S)
+        figures: dict[str, Any] = {
+            "nodes": nodes,
+            "shards": shards,
+            "cells_of_host": fmean(len(host.cells()) for host in hosting),
+            "kbit_per_s": _DIRECTIONS * 8e-3 * (_spent_bytes(hosting) - spent_bytes) / hosts / _MEASURED_S,
+            "period_s": fmean(host.period.seconds for host in hosting),
+            "hosted_s": hosted_s,
+            "mb_until_hosted": _DIRECTIONS * 1e-6 * spent_bytes / hosts,
+        }
+        dead = {host.peer_id for host in swarm.rng.sample(hosting[1:], round(DYING_SHARE * hosts))}
+        swarm.network.kill(dead)
+        await cancel_all([tasks.pop(peer_id) for peer_id in dead])
+        again_s = await _until_hosted(loop, [host for host in hosting if host.peer_id not in dead])
+        await cancel_all(list(tasks.values()))
+    periods = None if again_s is None else again_s / figures["period_s"]
+    return figures | {"hosted_again_periods": periods}
+
+
+async def _until_hosted(loop: VirtualLoop, hosts: Sequence["_Host"]) -> float | None:
+    """Returns how long it took until all shards had enough replicas, in seconds; None if that was too long."""
+    began = loop.time()
+    while loop.time() - began < _LIMIT_S:
+        replicas = Counter(root for host in hosts for root in host.shards)
+        if all(replicas[root] >= WANTED_REPLICAS for root in hosts[0].manifest.by_root):
+            return loop.time() - began
+        await asyncio.sleep(_LOOK_S)
+    return None
+
+
+def _spent_bytes(hosts: Sequence["_Host"]) -> int:
+    return sum(host.spent_bytes for host in hosts)
+
+
+class _Host:
+    """A host that has room for everything."""
+
+    def __init__(self, peer: SimulatedPeer, manifest: MemoryManifest, nodes: int, rng: random.Random) -> None:
+        """`nodes`: how large the swarm is, as far as the host knows."""
+        self.peer_id: PeerID = peer.peer_id
+        self.manifest = manifest
+        self.shards = set[bytes]()
+        self.period = UpkeepPeriod(_PERIOD_S, lambda: peer.registry.spent_bytes, rng)
+        self._nodes = nodes
+        self._registry = peer.registry
+        self._memories = MemoryRegistry(peer.registry)
+        self._survey = MemorySurvey(self._memories)
+        self._placement = Placement(peer.peer_id, WANTED_REPLICAS)
+        self._has_taken = False
+
+    @property
+    def spent_bytes(self) -> int:
+        """The bytes of its own calls."""
+        return self._registry.spent_bytes
+
+    def cells(self) -> dict[Cell, list[bytes]]:
+        """The shards that it hosts."""
+        cells: dict[Cell, list[bytes]] = {}
+        for root in self.shards:
+            cells.setdefault(self.manifest.by_root[root].cell, []).append(root)
+        return cells
+
+    async def run(self) -> None:
+        """Announces and takes shards until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.period.repeat(self._announce_all))
+            group.create_task(self._look_around())
+
+    async def _look_around(self) -> None:
+        await self._announce_all()
+        for is_between in cycle((False, True)):
+            with suppress(UnreachableError):
+                await self._look(is_between)
+            await asyncio.sleep(self.period.drawn_s(0.5))
+
+    async def _look(self, is_between: bool) -> None:
+        manifests, lacking = {_MEMORY: self.manifest}, self._placement.lacking()
+        if is_between:
+            seen = await self._survey.read_again(manifests, lacking)
+        else:
+            is_busy, self._has_taken = self._has_taken, False
+            mine = self._mine()
+            seen = await self._survey.read(manifests, mine, lacking, is_busy=is_busy, is_short=False)
+        self._placement.note(seen, self._mine(), is_between)
+        share = self._survey.shares.get(_MEMORY, 1.0)
+        wanted = self._placement.to_take({_MEMORY: share * self._nodes})
+        able = [key for key in wanted if seen[key].serving]
+        await side_by_side((self._take(key, seen) for key in able[:_MOST_TAKEN]), _TAKEN_AT_ONCE)
+
+    async def _take(self, key: ShardKey, seen: Mapping[ShardKey, SeenShard]) -> None:
+        """Takes a shard, if it still has too few replicas."""
+        cell = seen[key].info.cell
+        hosts = (await self._memories.cell_hosts(_MEMORY, [cell]))[cell]
+        if sum(seen[key].info.short in host.shards for host in hosts) >= WANTED_REPLICAS:
+            return
+        await asyncio.sleep(_TAKING_S)
+        self.shards.add(key.root)
+        self._has_taken = True
+        await self._announce({cell: self.cells()[cell]})
+
+    def _mine(self) -> Collection[ShardKey]:
+        return {ShardKey(_MEMORY, root) for root in self.shards}
+
+    async def _announce_all(self) -> None:
+        await self._announce(self.cells())
+
+    async def _announce(self, cells: Mapping[Cell, Collection[bytes]]) -> None:
+        records = {cell: (ReplicaState.SERVING, roots) for cell, roots in cells.items()}
+        with suppress(UnreachableError):
+            await self._memories.announce(_MEMORY, records, self.period.lifetime_s)
+
+
+def _manifest(shards: int) -> MemoryManifest:
+    """Shards that are spread evenly over all cells."""
+    rows, columns = _GRID
+    infos = tuple(
+        ShardInfo(divmod(n % (rows * columns), columns), sha256(str(n).encode()).digest(), 1000, _SHARD_BYTES)
+        for n in range(shards)
+    )
+    part = Part(bytes(32), 1)
+    return MemoryManifest(
+        name="simulated",
+        revision=1,
+        about="",
+        created_at=0.0,
+        encoder_kind="words",
+        encoder=part,
+        dimensions=64,
+        codebook=part,
+        grid=_GRID,
+        licenses=(),
+        shards=infos,
+        revoked=frozenset(),
+    )
