@@ -327,21 +327,29 @@ class MemoryRegistry:
             await asyncio.sleep(0)  # there may be hundreds: let other tasks run
         await self._registry.store(list(items.values()))
 
-    async def active_cells(self, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:
+    async def active_cells(
+        self, memory: MemoryID, grid: tuple[int, ...], limits: SearchLimits = DEFAULT_LIMITS
+    ) -> frozenset[Cell]:
         """The cells that some peer announces, found with one look-up per level. Raises UnreachableError."""
         cells: list[Cell] = [()]
         for size in grid:
-            cells = await self._active_below(memory, cells, size)
+            cells = await self._active_below(memory, cells, size, limits)
         return frozenset(cells)
 
-    async def _active_below(self, memory: MemoryID, prefixes: Collection[Cell], size: int) -> list[Cell]:
+    async def _active_below(
+        self,
+        memory: MemoryID,
+        prefixes: Collection[Cell],
+        size: int,
+        limits: SearchLimits = DEFAULT_LIMITS,
+    ) -> list[Cell]:
         """The active prefixes, or cells, that are one coordinate longer. `size`: of their grid dimension."""
         keys = {
             self._keys.memory_index(memory, prefix, first): prefix
             for prefix in prefixes
             for first in range(0, size, INDEX_PIECE)
         }
-        found = await self._registry.get(list(keys))
+        found = await self._registry.get(list(keys), limits)
         return [(*cell, c) for key, cell in keys.items() for c in active_under(key, found[key]) if c < size]
 
     async def cell_hosts(

@@ -169,8 +169,8 @@ class Registry:
 
     @property
     def spent_bytes(self) -> int:
-        """Bytes of this peer's calls to the DHT so far."""
-        return self._dht.spent_bytes
+        """Bytes of this peer's calls to the DHT so far, without those that are counted apart, by a `Spending`."""
+        return self._dht.spent_bytes - self._dht.spent_apart_bytes
 
     def sign_manifest(self, manifest_json: bytes, expires_at: float) -> FounderRecord:
         """The manifest's record, to be stored by `republish`."""

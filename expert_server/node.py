@@ -113,9 +113,7 @@ class Node:
         every_s = settings.announce_every_s
         self._memory_calls = Spending()
         self._memory_period = UpkeepPeriod(every_s, lambda: self._memory_calls.bytes)
-        self.period: UpkeepPeriod = UpkeepPeriod(
-            every_s, lambda: swarm.registry.spent_bytes - self._memory_calls.bytes
-        )
+        self.period: UpkeepPeriod = UpkeepPeriod(every_s, lambda: swarm.registry.spent_bytes)
         self.traffic: Bandwidth = Bandwidth(
             swarm.host.upload, download_limit(settings.download_mbit, metrics)
         )

@@ -216,6 +216,8 @@ class KademliaNode:
         """Peers that did not answer."""
         self.spent_bytes: int = 0
         """Bytes of this peer's calls to others: requests, answers, and a rough overhead for each."""
+        self.spent_apart_bytes: int = 0
+        """Those of them that a `Spending` has counted."""
         self._told: BoundedDict[PeerID, tuple[bytes, float]] = BoundedDict(_MOST_TOLD)
         """For each peer that was sent this one's contact: the contact's signature, and until when it is not sent again.
         """
@@ -447,6 +449,7 @@ class KademliaNode:
         self.spent_bytes += spent_bytes
         if (spending := _spending.get()) is not None:
             spending.bytes += spent_bytes
+            self.spent_apart_bytes += spent_bytes
         try:
             return None if data is None else reply.FromString(data)
         except DecodeError:

@@ -12,13 +12,14 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
 from dht.uid import coordinate_of, number_of
+from dht.upkeep import UpkeepPeriod
 from peer.bounded import BoundedDict
 from peer.codec import Booleans, Floats, Integers
 from peer.errors import LibraryError, TransferError, UnreachableError, WireError
@@ -36,9 +38,11 @@ from peer.files import write_atomically
 from peer.formatting import bytes_in_words
 from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL
-from peer.kademlia.search import DEFAULT_LIMITS
+from peer.kademlia.node import Spending
+from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.loop import TimeSlices
 from peer.platform.files import open_plainly
+from peer.rates import Backoff
 from peer.rpc.parts import PartClient, has_sha256
 from trainer_client.memory.calls import loop_time
 from trainer_client.memory.codebook import Codebook
@@ -52,7 +56,13 @@ T = TypeVar("T")
 CACHE_BYTES = 2**30
 """The limit for parts of memories on disk."""
 _REFRESH_EVERY_S = 15.0
-"""The pause between two looks at the cells' hosts."""
+"""The shortest pause between two looks at the hosts of some cells. It grows with what they cost."""
+_READ_IN_TURN = 32
+"""The hosts of how many cells such a look reads."""
+_RETRY_S = 15.0, 240.0
+"""The pauses between readings of the hosts of a cell of which searches find none, at first and at most."""
+_MOST_RETRIED = 64
+"""The most cells whose hosts such a reading reads."""
 _FOLLOW_EVERY_S = 30.0
 """The pause between two looks for a newer revision."""
 _USED_S = 300.0
@@ -222,6 +232,9 @@ class MemoryDirectory:
         self._reading = asyncio.Lock()
         self._reading_ahead: asyncio.Task[None] | None = None
         """The task that reads cells which the first search does not search, but which may have its texts."""
+        self._retries = Backoff[Cell](*_RETRY_S, most=_CELLS)
+        """Cells of which searches found no host."""
+        self._retrying: asyncio.Task[None] | None = None
         self._following = asyncio.Lock()
         self._pace = ManifestPace()
         self._used_at = loop_time()
@@ -296,19 +309,35 @@ class MemoryDirectory:
         nodes, hosts = self._nodes, await self._askable(cells.values(), avoided)
         best_Qk, filled_Qk = await _nearest(scores_QC, opened.filled_C, count)
         missing_Qk = filled_Qk & ~live_C[best_Qk]
+        missing = [
+            [coordinate_of(number, grid) for number in best_k[missing_k].tolist()]
+            for best_k, missing_k in zip(best_Qk, missing_Qk, strict=True)
+        ]
+        for cell in cells.values():
+            self._retries.succeeded(cell)
+        self._retry({cell for some in missing for cell in some})
         return Located(
             opened.manifest,
             [
                 [cells[number] for number in chosen_k[valid_k].tolist()]
                 for chosen_k, valid_k in zip(chosen_Qk, valid_Qk, strict=True)
             ],
-            [
-                [coordinate_of(number, grid) for number in best_k[missing_k].tolist()]
-                for best_k, missing_k in zip(best_Qk, missing_Qk, strict=True)
-            ],
+            missing,
             hosts,
             nodes,
         )
+
+    def _retry(self, missing: Collection[Cell]) -> None:
+        """Reads the hosts of these cells again, of which a search found none, in the background."""
+        if self._retrying is not None and not self._retrying.done():
+            return
+        now = loop_time()
+        due = (cell for cell in missing if cell in self._hosts and not self._retries.holds_back(cell, now))
+        cells = list(islice(due, _MOST_RETRIED))
+        if cells:
+            for cell in cells:
+                self._retries.failed(cell, now)
+            self._retrying = self._registry.lookups.spawn(self._read_hosts(cells, again=True))
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
@@ -341,11 +370,12 @@ class MemoryDirectory:
             return self._opened.manifest
 
     async def refresh(self) -> None:
-        """Reads the hosts again, of the cells that searches needed. Raises UnreachableError."""
-        active_C = await self._read_active()
-        cells = list(self._hosts)
-        self._active_C = active_C
-        await self._read_hosts(cells, again=True)
+        """Reads the hosts again of some of the cells that searches needed: those read longest ago. Raises
+        UnreachableError.
+        """
+        if self._active_C is not None:
+            self._active_C = await self._read_active(FRUGAL)
+        await self._read_hosts(list(islice(self._hosts, _READ_IN_TURN)), again=True)
         known = set[PeerID]().union(*(peers for hosts in self._hosts.values() for peers in hosts))
         self._nodes = {peer_id: node for peer_id, node in self._nodes.items() if peer_id in known}
         self._empty.clear()
@@ -354,19 +384,26 @@ class MemoryDirectory:
         """Refreshes all this for ever, as long as somebody searches. If the DHT does not answer, what is known
         stays.
         """
-        follow_at = loop_time() + _FOLLOW_EVERY_S
+        spending = Spending()
+        period = UpkeepPeriod(_REFRESH_EVERY_S, lambda: spending.bytes)
+        with spending.counted():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(period.repeat(partial(self._while_used, self.refresh)))
+                group.create_task(self._keep_following())
+
+    async def _keep_following(self) -> None:
         while True:
-            await asyncio.sleep(_REFRESH_EVERY_S)
-            if loop_time() - self._used_at > _USED_S:
-                self._forget()
-                continue
-            try:
-                await self.refresh()
-                if loop_time() >= follow_at:
-                    follow_at = loop_time() + _FOLLOW_EVERY_S
-                    await self.follow()
-            except UnreachableError as error:
-                logger.debug("can't refresh the view of memory %s: %s", self.memory, error)
+            await asyncio.sleep(_FOLLOW_EVERY_S)
+            await self._while_used(self.follow)
+
+    async def _while_used(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        if loop_time() - self._used_at > _USED_S:
+            self._forget()
+            return
+        try:
+            await work()
+        except UnreachableError as error:
+            logger.debug("can't refresh the view of memory %s: %s", self.memory, error)
 
     def _forget(self) -> None:
         """Makes the next search read the hosts again."""
@@ -380,10 +417,10 @@ class MemoryDirectory:
         assert self._opened.encoder is not None, "it was opened without"
         return self._opened.encoder
 
-    async def _read_active(self) -> Booleans:
+    async def _read_active(self, limits: SearchLimits = DEFAULT_LIMITS) -> Booleans:
         grid = self._opened.manifest.grid
         active_C = np.zeros(prod(grid), np.bool_)
-        active = await self._memories.active_cells(self.memory, grid)
+        active = await self._memories.active_cells(self.memory, grid, limits)
         active_C[[number_of(cell, grid) for cell in active]] = True
         return active_C
 

@@ -4,18 +4,22 @@ import asyncio
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from expert_fakes import make_peer_id, now, virtual_time
 from loop_holds import holds
 from memory_folders import SampleMemory
 from memory_samples import peer_ids
 
+from benchmarks.simulated_p2p import Link, simulated_world
+from benchmarks.simulated_swarm import LIFETIME_S, Placing, SimulatedSwarm
 from dht.announcements import ReplicaState
-from dht.library import CellHost, LibraryEntry
+from dht.library import CellHost, LibraryEntry, MemoryRegistry
 from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo
 from dht.uid import coordinate_of
 from peer.identity import PeerID
@@ -131,3 +135,114 @@ def test_many_queries_in_a_memory_of_many_cells_do_not_hold_a_searchers_loop() -
         return [longest_s / whole_s for longest_s, whole_s in [await holds(locate()) for _ in range(3)]]
 
     assert min(asyncio.run(shares())) < 1 / 4
+
+
+async def searcher_in(swarm: SimulatedSwarm, memory: SampleMemory) -> MemoryDirectory:
+    """A searcher of a memory of which each shard is hosted by two of the swarm's peers."""
+    author, manifest = swarm.keys.author, memory.manifest
+    entry = LibraryEntry.of(manifest, Part(bytes(32), 100), author)
+    placing, rng = Placing([peer.dht for peer in swarm.peers]), random.Random(1)
+    hosting: dict[int, dict[Cell, Any]] = {}
+    for shard in manifest.shards:
+        for number in rng.sample(range(8), 2):
+            hosting.setdefault(number, {})[shard.cell] = ReplicaState.SERVING, [shard.root]
+    for number, cells in hosting.items():
+        peer = swarm.peers[number]
+        usual, peer.registry.lookups = peer.registry.lookups, placing
+        await MemoryRegistry(peer.registry).announce(entry.memory, cells, LIFETIME_S)
+        peer.registry.lookups = usual
+    peer = await swarm.make_peer(serves_dht=False)
+    await swarm.join(peer)
+    nothing: Any = None
+    opened: Any = SimpleNamespace(
+        entry=entry, manifest=manifest, filled_C=np.ones(prod(manifest.grid), np.bool_)
+    )
+    return MemoryDirectory(MemoryRegistry(peer.registry), peer.registry, nothing, opened)
+
+
+def test_keeping_what_is_known_of_many_cells_fresh_fills_no_searchers_line() -> None:
+    """A model that learns with a memory searches all of its cells. It used to read all of them every 15 s."""
+    memory = SampleMemory.make(grid=(16, 8), each=1)
+    with simulated_world() as loop:
+
+        async def scenario() -> None:
+            swarm = await SimulatedSwarm.start(loop, 60, 16, Link(0.1), 1, with_contacts=True)
+            directory = await searcher_in(swarm, memory)
+            dht, registry = directory._registry._dht, directory._registry
+            read = set[Cell]()
+            read_hosts = directory._read_hosts
+
+            async def noting(cells: Sequence[Cell], *, again: bool = False) -> None:
+                assert len(cells) <= 32
+                read.update(cells)
+                await read_hosts(cells, again=again)
+
+            scores_QC = np.eye(128, dtype=np.float32)
+            located = await directory.locate(scores_QC, 1, frozenset())
+            assert all(len(located.hosts[cell]) == 2 for (cell,) in located.cells)
+            directory._read_hosts = noting  # type: ignore[method-assign]  # counts
+            keeping = asyncio.create_task(directory.keep_fresh())
+            spent, whole = registry.spent_bytes, dht.spent_bytes
+            began = loop.time()
+            while loop.time() < began + 0.9 * LIFETIME_S:
+                await asyncio.sleep(20.0)
+                await directory.locate(scores_QC, 1, frozenset())
+            spent_apart = dht.spent_bytes - whole
+            keeping.cancel()
+            assert len(read) == 128
+            assert 8 * spent_apart / (loop.time() - began) < 20_000
+            assert registry.spent_bytes - spent < 0.1 * spent_apart, "it must not delay looks for experts"
+
+        loop.run_until_complete(scenario())
+
+
+def test_cells_without_hosts_are_read_again_soon_and_then_ever_more_rarely() -> None:
+    grid, (peer, other) = (2, 2), peer_ids(2)
+    by_cell = {
+        coordinate_of(n, grid): [ShardInfo(coordinate_of(n, grid), bytes([n] * 32), 9, 99)] for n in range(4)
+    }
+    announced: dict[Cell, tuple[CellHost, ...]] = {
+        cell: (CellHost(peer, ReplicaState.SERVING, frozenset({shard.short})),)
+        for cell, (shard,) in by_cell.items()
+    }
+    moved, (shard,) = (1, 1), by_cell[1, 1]
+    reads = list[float]()
+
+    async def scenario() -> None:
+        directory = directory_of(grid, by_cell, announced, [peer, other])
+        read_hosts = directory._read_hosts
+
+        async def noting(cells: Sequence[Cell], *, again: bool = False) -> None:
+            if again:
+                reads.append(now())
+                assert list(cells) == [moved]
+            await read_hosts(cells, again=again)
+
+        async def missing(avoided: frozenset[PeerID] = frozenset()) -> bool:
+            located = await directory.locate(np.ones((1, 4), np.float32), 4, avoided)
+            await asyncio.sleep(1.0)
+            assert located.missing in ([[]], [[moved]])
+            return located.missing == [[moved]]
+
+        directory._read_hosts = noting  # type: ignore[method-assign]  # counts
+        directory._registry.lookups.spawn = asyncio.create_task  # type: ignore[method-assign, assignment]
+        announced[moved] = (CellHost(other, ReplicaState.SERVING, frozenset({shard.short})),)
+        assert not await missing()
+        while now() < 1000:
+            assert await missing(frozenset({other}))  # it fails
+        pauses = [after - before for before, after in pairwise(reads)]
+        assert pauses == [pytest.approx(pause_s, abs=1.5) for pause_s in (15, 30, 60, 120, 240, 240, 240)]
+        announced[moved] = (CellHost(peer, ReplicaState.SERVING, frozenset({shard.short})),)
+        while await missing(frozenset({other})):
+            assert now() < 1300
+        assert not await missing(frozenset({other}))
+        announced[moved] = ()
+        reads.clear()
+        await directory._read_hosts([moved])
+        began = now()
+        while now() < began + 40:
+            assert await missing()
+        assert [read - began for read in reads] == [pytest.approx(s, abs=1.5) for s in (0, 15)], "anew"
+
+    with virtual_time() as runner:
+        runner.run(scenario())

@@ -105,9 +105,11 @@ def test_the_prefixes_are_read_only_if_nobody_hosts_a_cell_that_is_near(
     asked = list[MemoryID]()
     active_cells = MemoryRegistry.active_cells
 
-    async def counted(registry: MemoryRegistry, memory: MemoryID, grid: tuple[int, ...]) -> frozenset[Cell]:
+    async def counted(
+        registry: MemoryRegistry, memory: MemoryID, grid: tuple[int, ...], *how: Any
+    ) -> frozenset[Cell]:
         asked.append(memory)
-        return await active_cells(registry, memory, grid)
+        return await active_cells(registry, memory, grid, *how)
 
     monkeypatch.setattr(MemoryRegistry, "active_cells", counted)
 
