@@ -63,7 +63,7 @@ _MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES = 16 * 2**10, 2 * MAX_MANIFEST_B
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """The most memories that an error names."""
-_CONTACTS = 8
+MOST_CONTACTS = 8
 """The most cells of a memory in which a host says how to call it. That takes 0.8 KB for each of a cell's five holders.
 """
 _BRANCHES, _FEW = 256, 16
@@ -307,11 +307,28 @@ class MemoryRegistry:
         some of the cells also how to call this peer. Marks every coordinate on the way to the cells as active. Raises
         UnreachableError.
         """
+        await self.store(await self.announcements(memory, cells, lifetime_s))
+
+    async def store(self, announcements: Sequence[Item]) -> None:
+        """Stores what `announcements` returned. Raises UnreachableError."""
+        await self._registry.store(announcements)
+
+    async def announcements(
+        self,
+        memory: MemoryID,
+        cells: Mapping[Cell, tuple[ReplicaState, Collection[bytes]]],
+        lifetime_s: float,
+        most_contacts: int = MOST_CONTACTS,
+    ) -> list[Item]:
+        """What `announce` stores. If two overlap, those that were made later count, in whatever order they arrive.
+
+        `most_contacts`: in how many of the cells to say how to call this peer, at most.
+        """
         expires_at = self._registry.now() + lifetime_s
         items: dict[tuple[str, int | bytes], Item] = {}
         own, contact = self._registry.peer_id.to_bytes(), self._registry.contact
         hosting = [cell for cell, (state, _) in cells.items() if state is not ReplicaState.WITHDRAWN]
-        introduced = some_of(hosting, _CONTACTS)
+        introduced = some_of(hosting, most_contacts)
         for cell, (state, roots) in cells.items():
             key = self._keys.memory(memory, cell)
             shorts = sorted({root[:SHORT_ROOT_BYTES] for root in roots})[:MAX_SHARDS_OF_CELL]
@@ -325,7 +342,7 @@ class MemoryRegistry:
                     prefix = self._keys.memory_index(memory, cell[:depth], coordinate)
                     items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
             await asyncio.sleep(0)  # there may be hundreds: let other tasks run
-        await self._registry.store(list(items.values()))
+        return list(items.values())
 
     async def active_cells(
         self, memory: MemoryID, grid: tuple[int, ...], limits: SearchLimits = DEFAULT_LIMITS

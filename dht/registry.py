@@ -452,7 +452,9 @@ class Registry:
         if not items:
             return
         accepted, me = await self._in_time(self.lookups.store(items), "store"), self.peer_id.to_bytes()
-        if not accepted or any((i.key, i.subkey) not in accepted for i in items if i.subkey == me):
+        # one that was written later may have arrived before
+        newest = (i for i in items if i.subkey == me and i.expires_at >= self._written.get(i.key, 0.0))
+        if not accepted or any((i.key, i.subkey) not in accepted for i in newest):
             doubt = clock.CLOCK.doubt or "; is this machine's clock right?"
             raise UnreachableError(f"no DHT peer accepted our records{doubt}")
 

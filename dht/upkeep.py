@@ -34,6 +34,10 @@ def lifetime_s(period_s: float) -> float:
     return min(_LIVES * period_s, (1 + _JITTER) * period_s + _LATE_S)
 
 
+LONGEST_LIFETIME_S: float = lifetime_s(_LONGEST_S)
+"""The longest lifetime of announcements, with any period."""
+
+
 class UpkeepPeriod:
     """The period of a peer's rounds of one kind."""
 

@@ -377,9 +377,17 @@ class Node:
 
     async def _keep_memories_announced(self) -> None:
         """In a period of its own, so that a large memory does not delay the announcements of experts."""
-        announce = partial(self._rounds.insist, "announce memories", self.memories.hosted.announce_all)
         with self._memory_calls.counted():
-            await self._memory_period.repeat(announce)
+            await self._memory_period.repeat(self._announce_memories)
+
+    async def _announce_memories(self) -> None:
+        """If the DHT does not answer, tries again after pauses that begin with the node's usual period."""
+        pause_s = self.period.seconds
+        while not await self._rounds.insist("announce memories", self.memories.hosted.announce_all):
+            if pause_s >= self._memory_period.seconds:
+                break
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     async def _publish_record(self) -> None:
         """Renews the node's record in the DHT."""
@@ -428,9 +436,10 @@ class Node:
                 await asyncio.sleep(self._memory_period.drawn_s(0.5))
 
     async def _follow_memories(self) -> None:
-        while True:
-            await self._rounds.run("follow memories", self.memories.publishers.follow)
-            await self.memories.publishers.until_due(self.period.drawn_s())
+        with self._memory_calls.counted():
+            while True:
+                await self._rounds.run("follow memories", self.memories.publishers.follow)
+                await self.memories.publishers.until_due(self.period.drawn_s())
 
     async def _hear_news(self) -> None:
         """Follows the swarm's news, and looks for a second node with this identity, until cancelled. If the DHT does
@@ -464,6 +473,8 @@ class Node:
 
     async def _take_experts(self) -> None:
         self.memories.resume()
+        with self._memory_calls.counted():
+            await self._rounds.run("announce memories", self.memories.hosted.announce_all)
         await self.hosting.take_first()  # this also announces them
         await self.swarm.keep_manifest()
         await self._publish_record()
@@ -479,8 +490,12 @@ class Node:
     async def _release(self, limit_s: float) -> None:
         """Gives up the memories, and the experts once others have all updates that only this node's replicas took."""
         await asyncio.gather(
-            self.hosting.release(limit_s, self.averaging.average_last), self.memories.release(limit_s)
+            self.hosting.release(limit_s, self.averaging.average_last), self._release_memories(limit_s)
         )
+
+    async def _release_memories(self, limit_s: float) -> None:
+        with self._memory_calls.counted():
+            await self.memories.release(limit_s)
 
     async def stop(self) -> None:
         """Hands the experts over, saves them, leaves the swarm, and stops all parts. Stopping twice is harmless."""

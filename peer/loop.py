@@ -503,10 +503,11 @@ class RetryingRounds:
             self._failing.discard(name)
         return not failures
 
-    async def insist(self, name: str, *steps: Step) -> None:
+    async def insist(self, name: str, *steps: Step) -> bool:
         """Runs all steps. If the DHT does not answer in one of them, all are soon tried once more: a peer that had to
-        rejoin must announce everything again.
+        rejoin must announce everything again. Returns whether it answered in all in the end.
         """
-        if not await self.run(name, *steps):
-            await asyncio.sleep(self._again_s)
-            await self.run(name, *steps)
+        if await self.run(name, *steps):
+            return True
+        await asyncio.sleep(self._again_s)
+        return await self.run(name, *steps)

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from dht.announcements import ReplicaState
-from dht.library import MemoryRegistry
+from dht.library import MOST_CONTACTS, MemoryRegistry
 from dht.memory import Cell, MemoryID, Place
-from dht.upkeep import UpkeepPeriod
+from dht.upkeep import LONGEST_LIFETIME_S, UpkeepPeriod
 from expert_server.memory.placement import ShardKey
 from expert_server.memory.store import MemoryStore
 from peer.errors import TransferError, UnreachableError, WireError
@@ -19,6 +19,8 @@ from peer.files import PlainFile, write_atomically
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+_MARGIN_S = 5.0
+"""How much longer announcements live at the start than those of an earlier run can."""
 _FULL_PAUSE_S = 600.0
 """How long a node takes nothing more after its disk was full."""
 _LIBRARIES = "libraries"
@@ -53,7 +55,13 @@ class HostedMemories:
         self._changed = changed
         self._announced: dict[MemoryID, set[Cell]] = {}
         self._announcing = asyncio.Lock()
-        """Held while cells are announced. Otherwise an older announcement might overwrite a newer one."""
+        """Held while announcements are made, which takes a while if there are many. Otherwise what was true before
+        might overwrite what is true now.
+        """
+        self._outlives = 0.0
+        """Until when announcements of an earlier run may live, on the monotonic clock. This run's expire later, because
+        the DHT keeps the announcement that expires last.
+        """
         self._writing = asyncio.Lock()
         """Held while a store changes its files, but not while waiting for other peers."""
         self._full_until = 0.0
@@ -93,6 +101,8 @@ class HostedMemories:
         found = await asyncio.to_thread(self._found)
         self.stores = {memory: store for memory, (store, _) in found.items()}
         self.unverified = {memory: roots for memory, (_, roots) in found.items()}
+        if found:
+            self._outlives = time.monotonic() + LONGEST_LIFETIME_S + _MARGIN_S
 
     async def verify(self) -> None:
         """Verifies what is on disk and serves it, shard by shard."""
@@ -130,23 +140,31 @@ class HostedMemories:
         UnreachableError.
         """
         async with self._announcing:
-            cells: dict[Cell, list[bytes]] = {}
-            if (store := self.served.get(str(memory))) is not None:
-                for info in store.served():
-                    if only is None or info.cell in only:
-                        cells.setdefault(info.cell, []).append(info.root)
-            announced = self._announced.get(memory, set())
+            cells, announced = self._cells(memory, only), self._announced.setdefault(memory, set())
             gone = (announced if only is None else announced.intersection(only)) - cells.keys()
+            most_contacts = MOST_CONTACTS if only is None else max(0, MOST_CONTACTS - len(announced))
+            announced.update(cells)
             state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
             records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
                 cell: (state, roots) for cell, roots in cells.items()
             }
             records |= dict.fromkeys(gone, (ReplicaState.WITHDRAWN, ()))
-            if records:
-                await self._memories.announce(memory, records, self._period.lifetime_s)
-            self._announced[memory] = (announced - gone) | cells.keys()
-            if not self._announced[memory]:
-                del self._announced[memory]
+            lifetime_s = max(self._period.lifetime_s, self._outlives - time.monotonic())
+            items = await self._memories.announcements(memory, records, lifetime_s, most_contacts)
+        if items:
+            await self._memories.store(items)
+        announced.difference_update(gone - self._cells(memory, gone).keys())
+        if not announced:
+            self._announced.pop(memory, None)
+
+    def _cells(self, memory: MemoryID, only: Collection[Cell] | None) -> dict[Cell, list[bytes]]:
+        """The shards of a memory that are served, by cell. `only`: of these cells; None: of all."""
+        cells: dict[Cell, list[bytes]] = {}
+        if only != set() and (store := self.served.get(str(memory))) is not None:
+            for info in store.served():
+                if only is None or info.cell in only:
+                    cells.setdefault(info.cell, []).append(info.root)
+        return cells
 
     async def add(self, memory: MemoryID, manifest: bytes) -> None:
         """Adds a memory without any shards. Raises WireError, and OSError if the disk is full."""

@@ -23,6 +23,7 @@ from dht.announcements import NodeInfo
 from dht.library import LibraryEntry, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest
 from dht.swarm import Swarm
+from dht.upkeep import ROUND_BYTES
 from expert_server.memory.fetching import PartFetcher
 from expert_server.memory.hosting import MemoryHosting
 from expert_server.memory.placement import ShardKey
@@ -31,6 +32,7 @@ from expert_server.node import Node
 from peer.errors import TransferError, UnreachableError
 from peer.files import PlainFile
 from peer.identity import Identity, PeerID
+from peer.kademlia.lookups import Item
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rates import RateLimit
@@ -313,11 +315,11 @@ def test_a_licence_that_only_the_manifest_names_is_refused_once(
     play(scenario)
 
 
-async def a_host_that_has_not_looked(village: Village) -> Node:
+async def a_host_that_has_not_looked(village: Village, memory: SampleMemory = MEMORY) -> Node:
     """It knows the founder's memory, of which it has no shards. Its look must be started by hand."""
-    founder = await publishing(village, MEMORY)
+    founder = await publishing(village, memory)
     await village.run(founder)
-    await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
+    await until_hosted(founder.swarm, memory_id(village, memory), 1, memory)
     node = await village.join(1, await founder.swarm.invite(), **HOST)
     node.memories.resume()
     await node.memories.publishers.follow()
@@ -403,15 +405,18 @@ def test_a_node_that_has_taken_or_dropped_a_shard_announces_only_its_cell(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: True)
-    announce, announced = MemoryRegistry.announce, list[dict[Cell, str]]()
-
-    async def noting(registry: MemoryRegistry, memory: MemoryID, cells: Any, lifetime_s: float) -> None:
-        announced.append({cell: state.name for cell, (state, _) in cells.items()})
-        await announce(registry, memory, cells, lifetime_s)
+    announced = list[dict[Cell, str]]()
 
     async def scenario(village: Village) -> None:
         node = await a_host_that_has_not_looked(village)
-        monkeypatch.setattr(MemoryRegistry, "announce", noting)
+        registry = node.memories.hosted._memories
+        announcements = registry.announcements
+
+        async def noting(memory: MemoryID, cells: Any, *how: Any) -> list[Item]:
+            announced.append({cell: state.name for cell, (state, _) in cells.items()})
+            return await announcements(memory, cells, *how)
+
+        monkeypatch.setattr(registry, "announcements", noting)
         await node.memories.look()
         cells = {info.cell for info in MEMORY.manifest.shards}
         assert len(cells) == len(MEMORY.roots) == len(announced)
@@ -432,55 +437,200 @@ def test_a_node_that_has_taken_or_dropped_a_shard_announces_only_its_cell(
 def test_an_announcement_of_all_cells_does_not_overwrite_a_later_one(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announce, can_go_on, is_over = MemoryRegistry.announce, asyncio.Event(), asyncio.Event()
-    whole = list[bool]()
+    can_be_made, can_be_stored = asyncio.Event(), asyncio.Event()
+    announcements, store = MemoryRegistry.announcements, MemoryRegistry.store
+    made = list[Collection[Cell]]()
 
-    async def slow(registry: MemoryRegistry, memory: MemoryID, cells: Any, lifetime_s: float) -> None:
-        is_first = not whole
-        whole.append(len(cells) == len(MEMORY.roots))
-        if is_first:
-            await can_go_on.wait()
-        await announce(registry, memory, cells, lifetime_s)
-        if is_first:
-            is_over.set()
+    async def slow(registry: MemoryRegistry, memory: MemoryID, cells: Any, *how: Any) -> list[Item]:
+        made.append(cells)
+        if len(made) == 1:
+            await can_be_made.wait()
+        return await announcements(registry, memory, cells, *how)
+
+    async def slowly_stored(registry: MemoryRegistry, items: list[Item]) -> None:
+        if len(items) > 3:
+            await can_be_stored.wait()
+        await store(registry, items)
 
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
-        await village.run(founder)
+        other = await village.join(1, await founder.swarm.invite(), experts=0)
         memory, hosted = memory_id(village, MEMORY), founder.memories.hosted
-        await until_hosted(founder.swarm, memory, 1, MEMORY)
-        monkeypatch.setattr(MemoryRegistry, "announce", slow)
-        store, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
-        await until(lambda: whole == [True])
-        await hosted.write(memory, store, lambda: store.drop(gone.root))
+        await hosted.verify()
+        await hosted.announce_all()
+        monkeypatch.setattr(MemoryRegistry, "announcements", slow)
+        monkeypatch.setattr(MemoryRegistry, "store", slowly_stored)
+        gone = MEMORY.manifest.shards[0]
+        of_all = asyncio.create_task(hosted.announce_all())
+        await until(lambda: len(made) == 1)
+        files = hosted.stores[memory]
+        await hosted.write(memory, files, lambda: files.drop(gone.root))
         withdrawing = asyncio.create_task(hosted.announce(memory, {gone.cell}))
-        await asyncio.sleep(0.3)
-        can_go_on.set()
-        await is_over.wait()
-        await withdrawing
-        (hosts,) = (await MemoryRegistry(founder.swarm.registry).cell_hosts(memory, [gone.cell])).values()
-        assert not hosts
+        await asyncio.sleep(0.1)
+        can_be_made.set()
+        await withdrawing  # though the others are not stored yet
+        can_be_stored.set()
+        await of_all
+        assert list(made[1]) == [gone.cell]
+        hosts = await MemoryRegistry(other.swarm.registry).cell_hosts(memory, list(MEMORY.manifest.by_cell))
+        assert {cell: len(some) for cell, some in hosts.items()} == {
+            info.cell: int(info is not gone) for info in MEMORY.manifest.shards
+        }
 
     play(scenario)
 
 
+def test_in_few_of_its_cells_a_host_says_how_to_call_it(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: True)
+    large = SampleMemory.make("large", grid=(4, 4))
+
+    async def scenario(village: Village) -> None:
+        node = await a_host_that_has_not_looked(village, large)
+        memory, me = memory_id(village, large), node.swarm.host.peer_id
+        reading = await village.observe(2, await node.swarm.invite())
+
+        async def cells_with_contact() -> int:
+            registry, cells = MemoryRegistry(reading.registry), list(large.manifest.by_cell)
+            hosts = await registry.cell_hosts(memory, cells, with_contacts=True)
+            mine = [host for some in hosts.values() for host in some if host.peer_id == me]
+            assert len(mine) == 16
+            return sum(host.node is not None for host in mine)
+
+        await node.memories.look()
+        assert node.memories.hosted.shards == 16
+        assert await cells_with_contact() == 8, "the first eight that it took"
+        await node.memories.hosted.announce_all()
+        assert await cells_with_contact() == 8
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("costly", ["announce", "look", "follow"])
 def test_what_a_memory_costs_does_not_delay_the_announcements_of_experts(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+    play: Play, monkeypatch: pytest.MonkeyPatch, costly: str
 ) -> None:
     async def scenario(village: Village) -> None:
         node = await publishing(village, MEMORY)
         other = await village.join(1, await node.swarm.invite(), experts=0)
         await village.run(other)
 
-        async def costly() -> None:
+        async def work() -> None:
             await node.swarm.registry.get([f"{number}" for number in range(2000)])
 
-        monkeypatch.setattr(node.memories.hosted, "announce_all", costly)
+        memories = node.memories
+        places: dict[str, tuple[object, str]] = {
+            "announce": (memories.hosted, "announce_all"),
+            "look": (memories, "look"),
+            "follow": (memories.publishers, "follow"),
+        }
+        monkeypatch.setattr(*places[costly], work)
         await village.run(node)
-        await until(lambda: node._memory_period.seconds > 4 * node._memory_period.wanted_s)
+        await until(lambda: node._memory_period.seconds > 3 * node._memory_period.wanted_s)
         assert node.period.seconds == node.period.wanted_s
 
     play(scenario)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_a_restarted_host_announces_counts_at_once_though_its_last_period_was_long(
+    play: Play, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        memory, invite = memory_id(village, MEMORY), await founder.swarm.invite()
+        await village.run(founder)
+        node = await village.join(1, invite, **HOST)
+        running = await village.run(node)
+        await until_hosted(founder.swarm, memory, 2, MEMORY)
+        stretch(node)
+        await node.memories.hosted.announce_all()
+        await end(running)
+        await (node.swarm.host.stop() if is_killed else node.stop())
+        monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: False)
+        back = await village.join(1, invite, **HOST)
+        await village.run(back)
+        hosted, gone = back.memories.hosted, MEMORY.manifest.shards[0]
+        await until(lambda: hosted.shards == len(MEMORY.roots))
+        store = hosted.stores[memory]
+        await hosted.write(memory, store, lambda: store.drop(gone.root))
+
+        async def are_seen() -> bool:
+            seen = await replicas(founder.swarm, memory, MEMORY)
+            return seen == {root: 2 - (root == gone.root) for root in MEMORY.roots}
+
+        await eventually(are_seen)
+        await until(lambda: back.state.name == "SERVING")
+
+    play(scenario)
+
+
+def test_memories_are_announced_as_soon_as_the_dht_answers_again_however_long_their_period_is(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        node = await publishing(village, MEMORY)
+        tries, answers = list[float](), iter([False, False, False, True])
+
+        async def announce() -> None:
+            tries.append(asyncio.get_running_loop().time())
+            if not next(answers, True):
+                raise UnreachableError("no DHT peer answered")
+
+        monkeypatch.setattr(node.memories.hosted, "announce_all", announce)
+        stretch(node)
+        await node._announce_memories()
+        assert len(tries) == 4
+        assert tries[-1] - tries[0] < node._memory_period.seconds / 2
+
+    play(scenario)
+
+
+def test_a_node_that_resumes_announces_its_memories_at_once(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await publishing(village, MEMORY)
+        other = await village.join(1, await node.swarm.invite(), experts=0)
+        memory = memory_id(village, MEMORY)
+        await node.memories.hosted.verify()
+        await node.memories.hosted.announce_all()
+        await until_hosted(other.swarm, memory, 1, MEMORY)
+        await node.pause()
+        assert not any((await replicas(other.swarm, memory, MEMORY)).values())
+        await node.resume()
+        await until_hosted(other.swarm, memory, 1, MEMORY)
+
+    play(scenario)
+
+
+def test_a_node_that_leaves_stays_announced_until_others_have_its_shards(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        node = await publishing(village, MEMORY, drain_timeout_s=60)
+        other = await village.join(1, await node.swarm.invite(), experts=0)
+        await village.run(other)
+        running = await village.run(node)
+        await until_hosted(other.swarm, memory_id(village, MEMORY), 1, MEMORY)
+        await end(running)
+        rounds, announce_all = list[bool](), node.memories.hosted.announce_all
+
+        async def noting() -> None:
+            rounds.append(node.memories.hosted.leaving)
+            await announce_all()
+
+        monkeypatch.setattr(node.memories.hosted, "announce_all", noting)
+        stopping = asyncio.create_task(node.stop())
+        await until(lambda: len(rounds) >= 4)
+        node.hurry()
+        await stopping
+        assert all(rounds)
+
+    play(scenario)
+
+
+def stretch(node: Node) -> None:
+    """Makes the node's announcements of memories as rare as an expensive memory does."""
+    node._memory_period._mean = float(node._memory_period._most * ROUND_BYTES)
+    assert node._memory_period.seconds > 5
 
 
 def test_how_many_nodes_look_is_counted_in_a_small_swarm_and_estimated_in_a_large_one() -> None:
