@@ -83,9 +83,13 @@ class Swarm:
         return SessionClient(self.host.identity, self.keys.swarm_id, rights, self.admission)
 
     async def invite(self) -> Invite:
-        """An invite by which others join through this peer or, if it is gone, through peers that it has met."""
-        own = Invite(self.keys, tuple(self.host.bootstrap_addresses()))
-        return own.through(after=_allowed(self.peer_store, self.host.dialling)[:OTHERS_IN_INVITE])
+        """An invite by which others join through this peer or, if it is gone, through peers that it has met. Those that
+        are online now come first.
+        """
+        own, online = Invite(self.keys, tuple(self.host.bootstrap_addresses())), self.host.peers()
+        met = _allowed(self.peer_store, self.host.dialling)
+        met.sort(key=lambda address: address.peer_id not in online)
+        return own.through(after=met[:OTHERS_IN_INVITE])
 
     async def keep_manifest(self) -> None:
         """Stores the founder's records again, so that they outlive their holders. The founder also renews them."""

@@ -411,7 +411,8 @@ class ReplicaAveraging:
             with tolerating("average or adopt", self._restarts):
                 return await work
         except (UnreachableError, TransferError, StateError, ExpertError) as error:
-            logger.info("%s", error)
+            # often only that the other one is busy, or has gone on meanwhile: `talkoot_state_fetches` counts it
+            logger.debug("%s", error)
         return None
 
 

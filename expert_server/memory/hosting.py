@@ -186,9 +186,19 @@ class MemoryHosting:
             fitting = self._fitting(wanted, seen)
         self._is_short = len(fitting) < len(wanted)
         until = time.monotonic() + _BEGIN_WITHIN_S
+        before = {memory: len(store.shards) for memory, store in self.hosted.stores.items()}
         await side_by_side(
             (self._take(key, seen[key].info.cell, until) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
         )
+        for memory, store in self.hosted.stores.items():
+            if (taken := len(store.shards) - before.get(memory, 0)) > 0:
+                logger.info(
+                    "took %s of memory %s, and serves %d of %d",
+                    counted(taken, "shard"),
+                    memory,
+                    len(store.shards),
+                    len(store.manifest.shards),
+                )
 
     def _lookers(self) -> dict[MemoryID, float]:
         """About how many nodes look at each shard of a memory in a period, if others read as many cells."""
@@ -216,7 +226,9 @@ class MemoryHosting:
             has_looked = False
         if mine:
             shards = counted(len(mine), "shard")
-            others = f"nobody else serves {len(alone)} of them" if has_looked else "they stay on disk"
+            others = "they stay on disk"
+            if has_looked:
+                others = f"nobody else serves {len(alone)} of them" if alone else "others serve them all"
             logger.info("stopped serving %s of memories; %s", shards, others)
         self.hosted.served.clear()
         with suppress(TimeoutError, UnreachableError):  # or the announcements expire

@@ -178,7 +178,7 @@ class _FollowerWatch:
             values = {"memory": str(entry.memory), "revision": entry.revision, "hosts": len(self._hosts)}
             self._terminal.event("revoked", values)
         elif self._hosts:
-            self._terminal.line(f"done: {self.in_words}")
+            self._terminal.line(f"done: {self.in_words}. Nodes that are away delete them when they return")
         else:
             self._terminal.line(
                 "done: nobody hosts the memory now. Those who had it delete them when they return"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from callers import numbered_identities
+from memory_peers import until
 from real_swarm import LOCAL, MANIFEST
 
 from dht.admission import Role, make_token
@@ -23,6 +24,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.settings import read_toml
 from peer.transport.addresses import Multiaddress
+from peer.transport.endpoints import Endpoint
 
 CONFIG = NetworkConfig(LOCAL)
 
@@ -237,3 +239,27 @@ def test_a_swarm_of_the_same_name_is_another_dht(loop: LoopThread, identities: l
             assert first.host.peers() <= {joined.host.peer_id}
 
     loop.run(scenario(), 120)
+
+
+def test_an_invite_names_peers_that_are_online_before_those_that_were_met_later_and_have_gone(
+    loop: LoopThread, identities: list[Identity]
+) -> None:
+    """Each command that joins for a moment, such as one that publishes a memory, is met, too."""
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            founded = await found_swarm(identities[0], MANIFEST, CONFIG)
+            stack.push_async_callback(founded.stop)
+            joined = await join_swarm(identities[1], await founded.invite(), CONFIG)
+            stack.push_async_callback(joined.stop)
+            await until(lambda: bool(founded.host.peers()))
+            online = joined.host.bootstrap_addresses()
+            founded.peer_store.add(online, now=1.0)
+            for number, identity in enumerate(identities[2:]):
+                gone = Multiaddress.of(Endpoint.of(LOCAL, 4001 + number), identity.peer_id)
+                founded.peer_store.add([gone], now=2.0)
+            others = (await founded.invite()).bootstrap[len(founded.host.bootstrap_addresses()) :]
+            peers = list(dict.fromkeys(address.peer_id for address in others))
+            assert peers == [joined.host.peer_id, identities[3].peer_id, identities[2].peer_id]
+
+    loop.run(scenario(), 60)
