@@ -64,7 +64,8 @@ _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """The most memories that an error names."""
 MOST_CONTACTS = 8
-"""The most cells of a memory in which a host says how to call it. That takes 0.8 KB for each of a cell's five holders.
+"""The most cells of a memory in which a host says how to call it, which takes up to 0.8 KB at each of the cell's five
+holders.
 """
 _BRANCHES, _FEW = 256, 16
 """When looking for some hosts: branches that are followed at each level, and cells that are read first."""

@@ -66,15 +66,16 @@ class Extent:
     """The sizes of the simulated swarms."""
     searchers: int
     """The number of peers that make their first search in each of the swarms: the time depends on the query."""
-    hosting: Sequence[tuple[int, int, int]]
-    """Nodes, hosts among them and shards of the simulated swarms whose hosts are measured."""
+    hosting: Sequence[hosting.SwarmSize]
 
 
 FULL = Extent(
     math.inf, 1000, 2000, 1_000_000, 100_000, 4.0, 1000, tuple(lying.KINDS), 4_000, (100, 1000, 10_000), 20,
-    ((30, 5, 64), (60, 8, 512), (120, 40, 1024)),
+    [hosting.SwarmSize(*size) for size in ((30, 5, 64, 8), (60, 8, 512, 3), (120, 40, 1024, 1))],
 )  # fmt: skip
-QUICK = Extent(8e5, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,), 6, ((20, 4, 32),))
+QUICK = Extent(
+    8e5, 200, 200, 20_000, 5_000, 0.5, 100, _QUICK_KINDS, 0, (50,), 6, [hosting.SwarmSize(20, 4, 32, 1)]
+)
 
 
 class Parts:

@@ -12,7 +12,8 @@ from contextlib import suppress
 from hashlib import sha256
 from itertools import cycle
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from benchmarks.memory.lying import RTT_S
 from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
@@ -41,24 +42,43 @@ _DIRECTIONS = 2
 _LOOK_S = 2.0
 _MEASURED_S = 1800.0
 _LIMIT_S = 7200.0
-_SEED = 1
 _MEMORY = MemoryID("simulated", 12 * "x")
 
 
-def measure(sizes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    """Measures swarms with these numbers of nodes, hosts among them, and shards. Returns figures by number of hosts."""
+class SwarmSize(NamedTuple):
+    """A swarm to simulate."""
+
+    nodes: int
+    hosts: int
+    """Of these nodes."""
+    shards: int
+    runs: int
+
+
+def measure(swarms: Sequence[SwarmSize]) -> dict[str, Any]:
+    """Means of all runs, by number of hosts. None: in some run, that never happened."""
     found = {}
-    for nodes, hosts, shards in sizes:
-        with simulated_world() as loop:
-            found[str(hosts)] = loop.run_until_complete(_measure(loop, nodes, hosts, shards))
+    for size in swarms:
+        runs = [_run(size, seed) for seed in range(size.runs)]
+        means = {
+            name: None if None in (values := [run[name] for run in runs]) else fmean(values)
+            for name in runs[0]
+        }
+        found[str(size.hosts)] = means | {"nodes": size.nodes, "shards": size.shards, "runs": size.runs}
     return found
 
 
-async def _measure(loop: VirtualLoop, nodes: int, hosts: int, shards: int) -> dict[str, Any]:
-    swarm = await SimulatedSwarm.start(loop, nodes, 16, Link(RTT_S), _SEED, with_contacts=True)
-    manifest = _manifest(shards)
-    peers = swarm.rng.sample(swarm.peers, hosts)
-    hosting = [_Host(peer, manifest, nodes, random.Random(number)) for number, peer in enumerate(peers)]
+def _run(size: SwarmSize, seed: int) -> dict[str, Any]:
+    rng = random.Random(seed)
+    with simulated_world() as loop, patch("random.SystemRandom", lambda: rng):
+        return loop.run_until_complete(_measure(loop, size, seed))
+
+
+async def _measure(loop: VirtualLoop, size: SwarmSize, seed: int) -> dict[str, Any]:
+    swarm = await SimulatedSwarm.start(loop, size.nodes, 16, Link(RTT_S), seed, with_contacts=True)
+    manifest = _manifest(size.shards)
+    peers = swarm.rng.sample(swarm.peers, size.hosts)
+    hosting = [_Host(peer, manifest, size.nodes, random.Random(number)) for number, peer in enumerate(peers)]
     hosting[0].shards.update(manifest.by_root)  # the publisher's
     async with asyncio.TaskGroup() as group:
         tasks = {host.peer_id: group.create_task(host.run()) for host in hosting}
@@ -66,15 +86,17 @@ async def _measure(loop: VirtualLoop, nodes: int, hosts: int, shards: int) -> di
         spent_bytes = _spent_bytes(hosting)
         await asyncio.sleep(_MEASURED_S)
         figures: dict[str, Any] = {
-            "nodes": nodes,
-            "shards": shards,
             "cells_of_host": fmean(len(host.cells()) for host in hosting),
-            "kbit_per_s": _DIRECTIONS * 8e-3 * (_spent_bytes(hosting) - spent_bytes) / hosts / _MEASURED_S,
+            "kbit_per_s": _DIRECTIONS
+            * 8e-3
+            * (_spent_bytes(hosting) - spent_bytes)
+            / size.hosts
+            / _MEASURED_S,
             "period_s": fmean(host.period.seconds for host in hosting),
             "hosted_s": hosted_s,
-            "mb_until_hosted": _DIRECTIONS * 1e-6 * spent_bytes / hosts,
+            "mb_until_hosted": _DIRECTIONS * 1e-6 * spent_bytes / size.hosts,
         }
-        dead = {host.peer_id for host in swarm.rng.sample(hosting[1:], round(DYING_SHARE * hosts))}
+        dead = {host.peer_id for host in swarm.rng.sample(hosting[1:], round(DYING_SHARE * size.hosts))}
         swarm.network.kill(dead)
         await cancel_all([tasks.pop(peer_id) for peer_id in dead])
         again_s = await _until_hosted(loop, [host for host in hosting if host.peer_id not in dead])

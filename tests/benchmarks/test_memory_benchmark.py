@@ -109,7 +109,7 @@ def test_later_searches_take_two_round_trips(memory: BuiltMemory, folder: Path) 
 
 @pytest.mark.slow
 def test_simulated_hosts_take_shards_until_each_has_two_replicas_also_after_some_died() -> None:
-    (found,) = hosting.measure([(16, 4, 32)]).values()
+    (found,) = hosting.measure([hosting.SwarmSize(16, 4, 32, 2)]).values()
     assert 16 <= found["cells_of_host"] <= 32
     assert 0 < found["hosted_s"] < 600
     # before a shard is taken again, the dead hosts' announcements must have expired
