@@ -93,7 +93,7 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
         "compute", _bar(rates.busy, 1.0, f"{rates.busy:.0%} busy, {counted(status.threads, 'thread')}")
     )
     grid.add_row("memory", _bar(status.memory_bytes, status.memory_limit_bytes, _memory(status)))
-    grid.add_row("all runs", f"computed {so_far(status)}")
+    grid.add_row("all runs", so_far(status))
     grid.add_row("", signed_in_words(status))
     if trouble := _trouble(status):
         grid.add_row("trouble", Text(trouble, style="red"))
@@ -102,8 +102,11 @@ def panel(swarm: str, status: NodeStatus, rates: NodeRates) -> Panel:
 
 def summary(status: NodeStatus) -> str:
     """What the node achieved in the run that is ending, with thanks."""
+    done = [_trained(status), _rows_for(status)] if _may_host_experts(status) else []
+    if status.memory_disk_bytes or not done:
+        done.append(f"{_queries(status)} of memories answered")
     return (
-        f"in this run: {_trained(status)}, {_rows_for(status)}; in all runs computed {so_far(status)}; "
+        f"in this run: {', '.join(done)}; in all runs {so_far(status)}; "
         f"{signed_in_words(status)}. Thank you for taking part!"
     )
 
@@ -128,7 +131,7 @@ def _parts(status: NodeStatus, rates: NodeRates) -> Iterator[str]:
     yield f"memory {_memory(status)}"
     yield counted(status.peers, "DHT peer")
     yield f"reached: {_reached(status)}"
-    yield f"in all runs computed {so_far(status)}"
+    yield f"in all runs {so_far(status)}"
     yield signed_in_words(status)
     if trouble := _trouble(status):
         yield trouble
@@ -187,7 +190,12 @@ def _moved(status: NodeStatus) -> str:
 
 def _memories(status: NodeStatus, rates: NodeRates) -> str:
     shards, size = counted(status.memory_shards, "shard", ","), bytes_in_words(status.memory_disk_bytes)
-    return f"{shards} served, {size} on disk, {rates.queries:.1f} queries/s"
+    return f"{shards} served, {size} on disk, {_queries(status)}, {rates.queries:.1f}/s now"
+
+
+def _queries(status: NodeStatus) -> str:
+    count = status.memory_queries
+    return f"{count:,} {'query' if count == 1 else 'queries'}"
 
 
 def _network(status: NodeStatus, rates: NodeRates) -> str:
@@ -213,9 +221,12 @@ def _memory(status: NodeStatus) -> str:
 
 def so_far(status: NodeStatus) -> str:
     """What the node did in all runs."""
+    served = f"{hours_in_words(status.contributed_hours)} served"
+    if not (_may_host_experts(status) or status.contributed_rows):
+        return served
     rows = counted(status.contributed_rows, "row", ",")
     updates = counted(status.contributed_updates, "update", ",")
-    return f"{rows}, {updates}, {hours_in_words(status.contributed_hours)} served"
+    return f"computed {rows}, {updates}, {served}"
 
 
 def signed_in_words(status: NodeStatus) -> str:

@@ -47,7 +47,7 @@ class WeekBegun(BaseModel):
         signed = counted(max(0, status.signed.work.pairs - self.signed_rows), "row", ",")
         return (
             f"in the last week: {hours} served, computed {rows}, trainers signed for {signed}; "
-            f"in all runs computed {so_far(status)}; {signed_in_words(status)}"
+            f"in all runs {so_far(status)}; {signed_in_words(status)}"
         )
 
 

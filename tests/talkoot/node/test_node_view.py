@@ -214,6 +214,15 @@ def test_the_summary_says_what_was_achieved_and_thanks() -> None:
     assert said.endswith("Thank you for taking part!")
 
 
+def test_the_summary_of_a_node_without_experts_says_what_it_did_for_memories() -> None:
+    status = replace(STATUS, capacity=0, rows=0, contributed_rows=0, contributed_hours=3.2, memory_queries=1)
+    said = summary(status)
+    assert said.startswith("in this run: 1 query of memories answered; in all runs 3 h 12 min served; ")
+    assert "updates" not in said
+    both = replace(LATER, memory_disk_bytes=7, memory_queries=1028)
+    assert "54,120 rows for 3 trainers, 1,028 queries of memories answered; in all runs" in summary(both)
+
+
 @given(st.floats(0, 1e6))
 def test_hours_are_told_to_the_minute(hours: float) -> None:
     *whole, minutes, _ = hours_in_words(hours).replace(",", "").removesuffix("").split()
@@ -226,7 +235,7 @@ def test_memories_have_a_line_where_there_are_any() -> None:
     meter.note(replace(STATUS, memory_queries=3), 100.0)
     status = replace(STATUS, memory_shards=1200, memory_disk_bytes=5 * 10**9, memory_queries=28)
     rates = meter.note(status, 110.0)
-    words = "1,200 shards served, 5 GB on disk, 2.5 queries/s"
+    words = "1,200 shards served, 5 GB on disk, 28 queries, 2.5/s now"
     assert any(f"memories  {words}" in text for text in shown(status, rates))
     assert f"memories: {words}" in line(status, rates)
     assert "memories" not in line(STATUS, rates)
