@@ -452,9 +452,11 @@ class Registry:
         if not items:
             return
         accepted, me = await self._in_time(self.lookups.store(items), "store"), self.peer_id.to_bytes()
+        own = [item for item in items if item.subkey == me]
         # one that was written later may have arrived before
-        newest = (i for i in items if i.subkey == me and i.expires_at >= self._written.get(i.key, 0.0))
-        if not accepted or any((i.key, i.subkey) not in accepted for i in newest):
+        newest = [item for item in own if item.expires_at >= self._written.get(item.key, 0.0)]
+        is_outdated = bool(own) and not newest
+        if not (accepted or is_outdated) or any((i.key, i.subkey) not in accepted for i in newest):
             doubt = clock.CLOCK.doubt or "; is this machine's clock right?"
             raise UnreachableError(f"no DHT peer accepted our records{doubt}")
 

@@ -239,6 +239,9 @@ class KnownDirectory:
     async def follow(self) -> MemoryManifest:
         return self.manifest
 
+    def note(self, searched: Collection[Cell], missing: Collection[Cell]) -> None:
+        pass
+
     async def refresh(self) -> None:
         """Does nothing: nothing changes."""
 

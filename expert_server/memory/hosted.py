@@ -53,7 +53,9 @@ class HostedMemories:
         self._memories = memories
         self._period = period
         self._changed = changed
-        self._announced: dict[MemoryID, set[Cell]] = {}
+        self._announced: dict[MemoryID, dict[Cell, int]] = {}
+        """The announced cells, and the number of the last announcement of each."""
+        self._announcements = 0
         self._announcing = asyncio.Lock()
         """Held while announcements are made, which takes a while if there are many. Otherwise what was true before
         might overwrite what is true now.
@@ -140,10 +142,12 @@ class HostedMemories:
         UnreachableError.
         """
         async with self._announcing:
-            cells, announced = self._cells(memory, only), self._announced.setdefault(memory, set())
-            gone = (announced if only is None else announced.intersection(only)) - cells.keys()
+            cells, announced = self._cells(memory, only), self._announced.setdefault(memory, {})
+            gone = (announced if only is None else announced.keys() & only) - cells.keys()
             most_contacts = MOST_CONTACTS if only is None else max(0, MOST_CONTACTS - len(announced))
-            announced.update(cells)
+            self._announcements += 1
+            number = self._announcements
+            announced.update(dict.fromkeys(cells.keys() | gone, number))
             state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
             records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
                 cell: (state, roots) for cell, roots in cells.items()
@@ -153,14 +157,16 @@ class HostedMemories:
             items = await self._memories.announcements(memory, records, lifetime_s, most_contacts)
         if items:
             await self._memories.store(items)
-        announced.difference_update(gone - self._cells(memory, gone).keys())
+        for cell in gone:
+            if announced.get(cell) == number:  # otherwise it was announced again meanwhile
+                del announced[cell]
         if not announced:
             self._announced.pop(memory, None)
 
     def _cells(self, memory: MemoryID, only: Collection[Cell] | None) -> dict[Cell, list[bytes]]:
         """The shards of a memory that are served, by cell. `only`: of these cells; None: of all."""
         cells: dict[Cell, list[bytes]] = {}
-        if only != set() and (store := self.served.get(str(memory))) is not None:
+        if (store := self.served.get(str(memory))) is not None:
             for info in store.served():
                 if only is None or info.cell in only:
                     cells.setdefault(info.cell, []).append(info.root)

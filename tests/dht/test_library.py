@@ -635,10 +635,7 @@ def node_record(number: int) -> records_pb2.NodeRecord:
     )
 
 
-def test_a_host_says_in_some_of_its_cells_how_to_call_it(
-    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dht.library._CONTACTS", 2)
+def test_a_host_says_in_some_of_its_cells_how_to_call_it(loop: LoopThread) -> None:
     memory = entry().memory
     cells: Cells = {(0, n): (SERVING, [b"r" * 32]) for n in range(5)}
 
@@ -651,10 +648,10 @@ def test_a_host_says_in_some_of_its_cells_how_to_call_it(
                 assert {host.peer_id for (host,) in found.values()} == {hosts[0].peer_id}
                 return [host.node for (host,) in found.values() if host.node is not None]
 
-            await announcing.announce(memory, cells, 60)
+            await announcing.store(await announcing.announcements(memory, cells, 60, most_contacts=2))
             assert not await said(), "it has no node record yet"
             await a.publish_node(node_record(0), 60)
-            await announcing.announce(memory, cells, 60)
+            await announcing.store(await announcing.announcements(memory, cells, 60, most_contacts=2))
             contacts = await said()
             assert len(contacts) == 2
             published = (await b.nodes([hosts[0].peer_id]))[hosts[0].peer_id]
@@ -664,8 +661,30 @@ def test_a_host_says_in_some_of_its_cells_how_to_call_it(
             unasked = await reading.cell_hosts(memory, list(cells))
             assert all(host.node is None for (host,) in unasked.values())
             await a.leave(60)
-            await announcing.announce(memory, cells, 60)
+            await announcing.store(await announcing.announcements(memory, cells, 60, most_contacts=2))
             assert not await said()
+
+    run(loop, scenario)
+
+
+def test_an_announcement_that_a_later_one_has_overtaken_is_not_missed(loop: LoopThread) -> None:
+    memory, cell = entry().memory, (0, 1)
+
+    async def scenario() -> None:
+        async with swarm("open") as (_, (a, b, _)):
+            announcing, reading = MemoryRegistry(a), MemoryRegistry(b)
+            withdrawn: Cells = {cell: (ReplicaState.WITHDRAWN, [])}
+            older = await announcing.announcements(memory, withdrawn, 60)
+            newer = await announcing.announcements(memory, {cell: (SERVING, [b"r" * 32])}, 60)
+            await announcing.store(newer)
+            await announcing.store(older)  # which everybody refuses
+            assert len((await reading.cell_hosts(memory, [cell]))[cell]) == 1
+            newest = await announcing.announcements(memory, withdrawn, 60)
+            stored_later = await announcing.announcements(memory, withdrawn, 60)
+            await announcing.store(stored_later)
+            a._written.clear()
+            with pytest.raises(UnreachableError, match="accepted our records"):
+                await announcing.store(newest)
 
     run(loop, scenario)
 

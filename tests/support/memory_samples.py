@@ -352,6 +352,9 @@ class SampleSwarm:
     def rarity(self, words: Iterable[str]) -> list[float]:
         return [1.0 for _ in words]
 
+    def note(self, searched: Collection[Cell], missing: Collection[Cell]) -> None:
+        pass
+
     async def refresh(self) -> None:
         pass
 

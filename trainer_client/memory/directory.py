@@ -60,9 +60,13 @@ _REFRESH_EVERY_S = 15.0
 _READ_IN_TURN = 32
 """The hosts of how many cells such a look reads."""
 _RETRY_S = 15.0, 240.0
-"""The pauses between readings of the hosts of a cell of which searches find none, at first and at most."""
+"""The pauses between readings of the hosts of a cell of which searches miss something, at first and at most."""
 _MOST_RETRIED = 64
 """The most cells whose hosts such a reading reads."""
+_NODES_AGAIN = 128
+"""The most node records of known hosts that one look reads again."""
+_INDEX: Cell = ()
+"""Stands for the index of live cells among the cells to read again."""
 _FOLLOW_EVERY_S = 30.0
 """The pause between two looks for a newer revision."""
 _USED_S = 300.0
@@ -233,8 +237,10 @@ class MemoryDirectory:
         self._reading_ahead: asyncio.Task[None] | None = None
         """The task that reads cells which the first search does not search, but which may have its texts."""
         self._retries = Backoff[Cell](*_RETRY_S, most=_CELLS)
-        """Cells of which searches found no host."""
+        """Cells of which searches missed something."""
         self._retrying: asyncio.Task[None] | None = None
+        self._spending = Spending()
+        """The DHT calls for what is read again."""
         self._following = asyncio.Lock()
         self._pace = ManifestPace()
         self._used_at = loop_time()
@@ -309,35 +315,40 @@ class MemoryDirectory:
         nodes, hosts = self._nodes, await self._askable(cells.values(), avoided)
         best_Qk, filled_Qk = await _nearest(scores_QC, opened.filled_C, count)
         missing_Qk = filled_Qk & ~live_C[best_Qk]
-        missing = [
-            [coordinate_of(number, grid) for number in best_k[missing_k].tolist()]
-            for best_k, missing_k in zip(best_Qk, missing_Qk, strict=True)
-        ]
-        for cell in cells.values():
-            self._retries.succeeded(cell)
-        self._retry({cell for some in missing for cell in some})
         return Located(
             opened.manifest,
             [
                 [cells[number] for number in chosen_k[valid_k].tolist()]
                 for chosen_k, valid_k in zip(chosen_Qk, valid_Qk, strict=True)
             ],
-            missing,
+            [
+                [coordinate_of(number, grid) for number in best_k[missing_k].tolist()]
+                for best_k, missing_k in zip(best_Qk, missing_Qk, strict=True)
+            ],
             hosts,
             nodes,
         )
 
-    def _retry(self, missing: Collection[Cell]) -> None:
-        """Reads the hosts of these cells again, of which a search found none, in the background."""
+    def note(self, searched: Collection[Cell], missing: Collection[Cell]) -> None:
+        lacking = self._hosts.keys() & missing
+        if len(lacking) < len(missing):  # the index says that nobody hosts the others
+            lacking.add(_INDEX)
+        for cell in {_INDEX, *searched} - lacking:
+            self._retries.succeeded(cell)
         if self._retrying is not None and not self._retrying.done():
             return
         now = loop_time()
-        due = (cell for cell in missing if cell in self._hosts and not self._retries.holds_back(cell, now))
-        cells = list(islice(due, _MOST_RETRIED))
-        if cells:
-            for cell in cells:
+        due = [cell for cell in lacking if not self._retries.holds_back(cell, now)][:_MOST_RETRIED]
+        if due:
+            for cell in due:
                 self._retries.failed(cell, now)
-            self._retrying = self._registry.lookups.spawn(self._read_hosts(cells, again=True))
+            with self._spending.counted():
+                self._retrying = self._registry.lookups.spawn(self._read_again(due))
+
+    async def _read_again(self, cells: Sequence[Cell]) -> None:
+        if _INDEX in cells:
+            self._active_C = await self._read_active(FRUGAL)
+        await self._read_hosts([cell for cell in cells if cell != _INDEX], again=True)
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
@@ -366,6 +377,7 @@ class MemoryDirectory:
                 # of these, only the shards of the previous revision are known
                 self._hosts.clear()
                 self._empty.clear()
+                self._retries = Backoff(*_RETRY_S, most=_CELLS)
                 logger.info("memory %s now has revision %d", self.memory, entry.revision)
             return self._opened.manifest
 
@@ -373,8 +385,6 @@ class MemoryDirectory:
         """Reads the hosts again of some of the cells that searches needed: those read longest ago. Raises
         UnreachableError.
         """
-        if self._active_C is not None:
-            self._active_C = await self._read_active(FRUGAL)
         await self._read_hosts(list(islice(self._hosts, _READ_IN_TURN)), again=True)
         known = set[PeerID]().union(*(peers for hosts in self._hosts.values() for peers in hosts))
         self._nodes = {peer_id: node for peer_id, node in self._nodes.items() if peer_id in known}
@@ -384,9 +394,8 @@ class MemoryDirectory:
         """Refreshes all this for ever, as long as somebody searches. If the DHT does not answer, what is known
         stays.
         """
-        spending = Spending()
-        period = UpkeepPeriod(_REFRESH_EVERY_S, lambda: spending.bytes)
-        with spending.counted():
+        period = UpkeepPeriod(_REFRESH_EVERY_S, lambda: self._spending.bytes)
+        with self._spending.counted():
             async with asyncio.TaskGroup() as group:
                 group.create_task(period.repeat(partial(self._while_used, self.refresh)))
                 group.create_task(self._keep_following())
@@ -411,6 +420,7 @@ class MemoryDirectory:
         self._hosts.clear()
         self._nodes = {}
         self._empty.clear()
+        self._retries = Backoff(*_RETRY_S, most=_CELLS)
 
     @property
     def _encoder(self) -> Encoder:
@@ -425,26 +435,30 @@ class MemoryDirectory:
         return active_C
 
     async def _read_hosts(self, cells: Sequence[Cell], *, again: bool = False) -> None:
-        """`again`: reads all hosts' node records, which say who has left. Otherwise only those of hosts that are not
+        """`again`: reads node records of all hosts, which say who has left. Otherwise only those of hosts that are not
         known and don't say in a cell how to call them.
         """
         limits = FRUGAL if again else DEFAULT_LIMITS
         found = await self._memories.cell_hosts(self.memory, cells, with_contacts=not again, limits=limits)
         hosts = [host for some in found.values() for host in some]
-        self._nodes = contacts_of(hosts) | self._nodes
+        contacts = contacts_of(hosts)
+        self._nodes = contacts | self._nodes
         peers = {host.peer_id for host in hosts}
-        wanted = list(peers if again else peers - self._nodes.keys())
+        wanted = some_of(peers, _NODES_AGAIN) if again else list(peers - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
             asked = set(wanted[at : at + _READ_AT_ONCE])
             nodes = await self._registry.nodes(asked, limits=limits)
             # records expire; a search in progress keeps the nodes that it has
             kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
             self._nodes = kept | nodes
+        self._nodes = contacts | self._nodes  # `refresh` may have dropped them meanwhile
         # the records of very many hosts are also freed cell by cell
         del hosts
         slices = TimeSlices()
         for cell in list(found):
             self._hosts[cell] = self._having(cell, found.pop(cell))
+            if self._active_C is not None and any(self._hosts[cell]):
+                self._active_C[number_of(cell, self._opened.manifest.grid)] = True
             self._empty.clear()  # now: this may be cancelled at the next line
             await slices.pause()
         self._empty.clear()  # `_nodes` may have changed, too

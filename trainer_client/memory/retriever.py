@@ -157,7 +157,7 @@ class Directory(Protocol):
         """How rare each word is in the memory."""
 
     async def refresh(self) -> None:
-        """Reads the hosts again, of the cells that searches needed. Raises UnreachableError."""
+        """Reads the hosts again, of some of the cells that searches needed. Raises UnreachableError."""
 
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         """The `count` cells nearest to each query that have hosts outside `avoided`. Raises UnreachableError."""
@@ -166,6 +166,11 @@ class Directory(Protocol):
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
     ) -> Located:
         """`located`, with the hosts of these shards' cells outside `avoided` added. Raises UnreachableError."""
+
+    def note(self, searched: Collection[Cell], missing: Collection[Cell]) -> None:
+        """Records which cells were searched, and of which ones the hosts did not give everything. Their hosts are read
+        again in the background: at once, and then more and more rarely.
+        """
 
     async def follow(self) -> MemoryManifest:
         """Looks for the newest manifest that the publisher has signed, and returns it. Raises UnreachableError."""
@@ -374,6 +379,9 @@ class _Search:
             unasked = self._without_answer(doubtful) if new else set()
         self.answers = [answer for answer in self.answers if answer.host not in findings.liars]
         results = await self._off_loop(partial(self._results, findings))
+        retriever.directory.note(
+            set().union(*located.cells), {cell for result in results for cell in result.missing}
+        )
         retriever.check_later(self)
         return results
 

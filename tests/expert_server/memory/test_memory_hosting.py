@@ -480,6 +480,44 @@ def test_an_announcement_of_all_cells_does_not_overwrite_a_later_one(
     play(scenario)
 
 
+def test_a_cell_whose_last_withdrawal_nobody_took_is_withdrawn_again(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY)
+        memory, hosted = memory_id(village, MEMORY), founder.memories.hosted
+        await hosted.verify()
+        can_be_stored, stored = asyncio.Event(), list[dict[Cell, str]]()
+
+        async def announcements(_: MemoryID, cells: Any, *how: Any) -> list[Any]:
+            return [{cell: state.name for cell, (state, _) in cells.items()}]
+
+        async def store(items: list[Any]) -> None:
+            stored.append(items[0])
+            number = len(stored)
+            if number == 2:
+                await can_be_stored.wait()
+            if number == 3:
+                raise UnreachableError("no DHT peer accepted our records")
+
+        monkeypatch.setattr(hosted, "_memories", SimpleNamespace(announcements=announcements, store=store))
+        await hosted.announce_all()
+        files, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
+        await hosted.write(memory, files, lambda: files.drop(gone.root))
+        first = asyncio.create_task(hosted.announce(memory, {gone.cell}))
+        await until(lambda: len(stored) == 2)
+        with pytest.raises(UnreachableError):
+            await hosted.announce(memory, {gone.cell})
+        can_be_stored.set()
+        await first
+        await hosted.announce_all()
+        assert stored[3][gone.cell] == "WITHDRAWN"
+        await hosted.announce_all()
+        assert gone.cell not in stored[4]
+
+    play(scenario)
+
+
 def test_in_few_of_its_cells_a_host_says_how_to_call_it(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: True)
     large = SampleMemory.make("large", grid=(4, 4))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -196,53 +196,172 @@ def test_keeping_what_is_known_of_many_cells_fresh_fills_no_searchers_line() -> 
         loop.run_until_complete(scenario())
 
 
-def test_cells_without_hosts_are_read_again_soon_and_then_ever_more_rarely() -> None:
-    grid, (peer, other) = (2, 2), peer_ids(2)
-    by_cell = {
-        coordinate_of(n, grid): [ShardInfo(coordinate_of(n, grid), bytes([n] * 32), 9, 99)] for n in range(4)
-    }
-    announced: dict[Cell, tuple[CellHost, ...]] = {
-        cell: (CellHost(peer, ReplicaState.SERVING, frozenset({shard.short})),)
-        for cell, (shard,) in by_cell.items()
-    }
-    moved, (shard,) = (1, 1), by_cell[1, 1]
-    reads = list[float]()
+class OneHostEach:
+    """What is known of four cells with one host each, in which somebody searches all of them every second."""
 
-    async def scenario() -> None:
-        directory = directory_of(grid, by_cell, announced, [peer, other])
-        read_hosts = directory._read_hosts
+    def __init__(self) -> None:
+        grid, (self.peer, self.other) = (2, 2), peer_ids(2)
+        cells = [coordinate_of(n, grid) for n in range(4)]
+        self.by_cell = {cell: [ShardInfo(cell, bytes([n] * 32), 9, 99)] for n, cell in enumerate(cells)}
+        self.announced = {cell: self.hosted_by(self.peer, cell) for cell in cells}
+        self.directory = directory_of(grid, self.by_cell, self.announced, [self.peer, self.other])
+        self.registry = cast(Any, self.directory._registry)
+        self.registry.lookups.spawn = asyncio.create_task
+        self.memories = cast(Any, self.directory._memories)
+        self.reads = list[float]()
+        """When hosts were read again."""
+        read_hosts = self.directory._read_hosts
 
         async def noting(cells: Sequence[Cell], *, again: bool = False) -> None:
             if again:
-                reads.append(now())
-                assert list(cells) == [moved]
+                self.reads.append(now())
             await read_hosts(cells, again=again)
 
-        async def missing(avoided: frozenset[PeerID] = frozenset()) -> bool:
-            located = await directory.locate(np.ones((1, 4), np.float32), 4, avoided)
-            await asyncio.sleep(1.0)
-            assert located.missing in ([[]], [[moved]])
-            return located.missing == [[moved]]
+        self.directory._read_hosts = noting  # type: ignore[method-assign]  # counts
 
-        directory._read_hosts = noting  # type: ignore[method-assign]  # counts
-        directory._registry.lookups.spawn = asyncio.create_task  # type: ignore[method-assign, assignment]
-        announced[moved] = (CellHost(other, ReplicaState.SERVING, frozenset({shard.short})),)
-        assert not await missing()
+    def hosted_by(self, peer: PeerID, cell: Cell) -> tuple[CellHost, ...]:
+        return (CellHost(peer, ReplicaState.SERVING, frozenset(s.short for s in self.by_cell[cell])),)
+
+    async def search(self, *silent: PeerID) -> set[Cell]:
+        """The cells that a search misses. `silent`: hosts that give no answer."""
+        located = await self.directory.locate(np.ones((1, 4), np.float32), 4, frozenset())
+        missing = set(located.missing[0])
+        missing |= {cell for cell, hosts in located.hosts.items() if not hosts.keys() - set(silent)}
+        self.directory.note(set(located.cells[0]), missing)
+        await asyncio.sleep(1.0)
+        return missing
+
+    def pauses(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.reads)]
+
+
+def about(*pauses_s: float) -> list[Any]:
+    return [pytest.approx(pause_s, abs=1.5) for pause_s in pauses_s]
+
+
+def test_cells_whose_hosts_give_no_answer_are_read_again_soon_and_then_ever_more_rarely() -> None:
+    async def scenario() -> None:
+        memory, moved = OneHostEach(), (1, 1)
+        memory.announced[moved] = memory.hosted_by(memory.other, moved)
+        assert not await memory.search()
         while now() < 1000:
-            assert await missing(frozenset({other}))  # it fails
-        pauses = [after - before for before, after in pairwise(reads)]
-        assert pauses == [pytest.approx(pause_s, abs=1.5) for pause_s in (15, 30, 60, 120, 240, 240, 240)]
-        announced[moved] = (CellHost(peer, ReplicaState.SERVING, frozenset({shard.short})),)
-        while await missing(frozenset({other})):
+            assert await memory.search(memory.other) == {moved}
+        assert memory.pauses() == about(15, 30, 60, 120, 240, 240, 240)
+        # its shards move to another host
+        memory.announced[moved] = memory.hosted_by(memory.peer, moved)
+        while await memory.search(memory.other):
             assert now() < 1300
-        assert not await missing(frozenset({other}))
-        announced[moved] = ()
-        reads.clear()
-        await directory._read_hosts([moved])
+        # and back
+        memory.announced[moved] = memory.hosted_by(memory.other, moved)
+        await memory.directory._read_hosts([moved])
+        memory.reads.clear()
         began = now()
         while now() < began + 40:
-            assert await missing()
-        assert [read - began for read in reads] == [pytest.approx(s, abs=1.5) for s in (0, 15)], "anew"
+            assert await memory.search(memory.other) == {moved}
+        assert memory.pauses() == about(15), "anew"
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_a_cell_is_found_soon_after_it_is_hosted_though_the_index_is_old() -> None:
+    async def scenario() -> None:
+        memory, late = OneHostEach(), {(0, 1), (1, 1)}
+        memory.announced |= dict.fromkeys(late, ())
+        index_read = list[float]()
+
+        async def active_cells(*_: Any) -> frozenset[Cell]:
+            index_read.append(now())
+            return frozenset(cell for cell, hosts in memory.announced.items() if hosts)
+
+        memory.memories.active_cells = active_cells
+        while now() < 100:
+            assert await memory.search() == late
+        assert len(index_read) == 1
+        assert memory.pauses() == about(15, 30)
+        memory.announced[0, 1] = memory.hosted_by(memory.peer, (0, 1))
+        while await memory.search() != {(1, 1)}:
+            assert now() < 130
+        # of cells that are not in the index, nobody has read the hosts
+        directory = memory.directory
+        directory._forget()
+        directory._hosts[0, 0] = directory._having((0, 0), memory.announced[0, 0])
+        directory._active_C = np.array([True, False, False, False])
+        index_read.clear()
+        began = now()
+        while await memory.search() != {(1, 1)}:
+            assert now() < began + 5
+        assert index_read == [began]
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_hosts_are_read_again_once_at_a_time_and_soon_again_after_a_long_silence() -> None:
+    async def scenario() -> None:
+        memory, answers = OneHostEach(), asyncio.Event()
+        assert not await memory.search()
+        cell_hosts = memory.memories.cell_hosts
+
+        async def slow(*what: Any, **how: Any) -> Any:
+            await answers.wait()
+            return await cell_hosts(*what, **how)
+
+        memory.memories.cell_hosts = slow
+        while now() < 100:
+            await memory.search(memory.peer)
+        assert len(memory.reads) == 1
+        answers.set()
+        while now() < 500:
+            await memory.search(memory.peer)
+        assert memory.pauses()[-1] >= 100
+        memory.directory._forget()
+        memory.reads.clear()
+        began = now()
+        while now() < began + 20:
+            await memory.search(memory.peer)
+        assert memory.pauses() == about(15)
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_contacts_that_a_search_has_just_read_are_not_dropped_by_a_refresh() -> None:
+    async def scenario() -> None:
+        memory, answers = OneHostEach(), asyncio.Event()
+        contact: Any = SimpleNamespace(peer_id=memory.peer, expires_at=1e9)
+        memory.announced[0, 0] = tuple(replace(host, node=contact) for host in memory.announced[0, 0])
+        memory.announced[1, 1] = memory.hosted_by(memory.other, (1, 1))
+        nodes = memory.registry.nodes
+
+        async def slow(*what: Any, **how: Any) -> Any:
+            await answers.wait()
+            return await nodes(*what, **how)
+
+        memory.registry.nodes = slow
+        reading = asyncio.create_task(memory.directory._read_hosts([(0, 0), (1, 1)]))
+        await asyncio.sleep(1.0)
+        await memory.directory.refresh()
+        answers.set()
+        await reading
+        assert memory.directory._nodes.keys() == {memory.peer, memory.other}
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_of_many_strangers_few_node_records_are_read_again() -> None:
+    async def scenario() -> None:
+        memory, asked = OneHostEach(), list[int]()
+        memory.announced[1, 1] = tuple(memory.hosted_by(peer, (1, 1))[0] for peer in peer_ids(256))
+
+        async def nodes(peers: Collection[PeerID], **_: Any) -> Any:
+            asked.append(len(peers))
+            return {}
+
+        memory.registry.nodes = nodes
+        await memory.directory._read_hosts(list(memory.by_cell), again=True)
+        assert asked == [128]
 
     with virtual_time() as runner:
         runner.run(scenario())
