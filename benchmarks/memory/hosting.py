@@ -37,8 +37,6 @@ _PERIOD_S = 10.0
 _MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
 """As in `expert_server.memory.hosting`."""
 _SHARD_BYTES, _TAKING_S = 1_000_000, 0.4
-_DIRECTIONS = 2
-"""A peer answers as many calls as it makes, on average."""
 _LOOK_S = 2.0
 _MEASURED_S = 1800.0
 _LIMIT_S = 7200.0
@@ -83,18 +81,15 @@ async def _measure(loop: VirtualLoop, size: SwarmSize, seed: int) -> dict[str, A
     async with asyncio.TaskGroup() as group:
         tasks = {host.peer_id: group.create_task(host.run()) for host in hosting}
         hosted_s = await _until_hosted(loop, hosting)
-        spent_bytes = _spent_bytes(hosting)
+        until_hosted = fmean(host.upkeep_bytes for host in hosting)
         await asyncio.sleep(_MEASURED_S)
+        since = fmean(host.upkeep_bytes for host in hosting) - until_hosted
         figures: dict[str, Any] = {
             "cells_of_host": fmean(len(host.cells()) for host in hosting),
-            "kbit_per_s": _DIRECTIONS
-            * 8e-3
-            * (_spent_bytes(hosting) - spent_bytes)
-            / size.hosts
-            / _MEASURED_S,
+            "kbit_per_s": 8e-3 * since / _MEASURED_S,
             "period_s": fmean(host.period.seconds for host in hosting),
             "hosted_s": hosted_s,
-            "mb_until_hosted": _DIRECTIONS * 1e-6 * spent_bytes / size.hosts,
+            "mb_until_hosted": 1e-6 * until_hosted,
         }
         dead = {host.peer_id for host in swarm.rng.sample(hosting[1:], round(DYING_SHARE * size.hosts))}
         swarm.network.kill(dead)
@@ -116,10 +111,6 @@ async def _until_hosted(loop: VirtualLoop, hosts: Sequence["_Host"]) -> float | 
     return None
 
 
-def _spent_bytes(hosts: Sequence["_Host"]) -> int:
-    return sum(host.spent_bytes for host in hosts)
-
-
 class _Host:
     """A host that has room for everything."""
 
@@ -137,9 +128,9 @@ class _Host:
         self._has_taken = False
 
     @property
-    def spent_bytes(self) -> int:
-        """The bytes of its own calls."""
-        return self._registry.spent_bytes
+    def upkeep_bytes(self) -> int:
+        """The bytes of its own calls, and of as many by others: a peer answers as many as it makes, on average."""
+        return 2 * self._registry.spent_bytes
 
     def cells(self) -> dict[Cell, list[bytes]]:
         """The shards that it hosts."""
