@@ -42,6 +42,8 @@ _SOLVED_WHOLE = 256  # rows
 _SOLVED_AT_ONCE = 512
 _STEPS = 26
 _LAST_TEMPERATURE = 0.001
+_LEAST_EXPONENT = np.float32(-30)
+"""Smaller shares than e⁻³⁰ are replaced by that: some processors compute much more slowly with subnormal numbers."""
 _CLEAR = 8  # last temperatures
 
 
@@ -294,6 +296,7 @@ def _shares(scores_RE: Floats, temperature: np.float32) -> Floats:
     """Softmax over the experts [R, E]."""
     shares_RE = scores_RE / temperature
     shares_RE -= shares_RE.max(axis=1, keepdims=True)
+    np.maximum(shares_RE, _LEAST_EXPONENT, out=shares_RE)
     np.exp(shares_RE, out=shares_RE)
     shares_RE /= shares_RE.sum(axis=1, keepdims=True)
     return shares_RE

@@ -495,6 +495,10 @@ class ModelLookups(Lookups):
         return self._model.world.servers()
 
     @property
+    def spent_apart_bytes(self) -> int:
+        return 0
+
+    @property
     def spent_bytes(self) -> int:
         """Bytes of this peer's own look-ups and stores so far."""
         accounts, number = self._model.world.accounts, self._peer.number
