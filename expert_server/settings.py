@@ -228,7 +228,7 @@ class NodeSettings(RoleSettings):
         ge=0.5,
         le=120,
         description="shortest time between announcements, in seconds; the actual time is up to 18 times as long, to "
-        "keep upkeep near 15 kbit/s (near 30 kbit/s if this is 5), and the upkeep of memories near as much; others "
+        "keep upkeep near 15 kbit/s (near 30 kbit/s if this is 5), and about as much again for memories; others "
         "forget a node whose next announcement is late by two periods, or by a minute if that is shorter",
     )
     max_queued_rows: int = Field(

@@ -9,8 +9,8 @@ train   a trainer for every ten nodes of a swarm at rest: throughput against the
 
 Placement, claims, announcements, membership and averaging partners are the product's own code, in virtual time. Links,
 computing and the DHT below look-ups are modelled ([Scale](docs/scale.md)). All figures depend only on the seed, except
-those of the machine. Parts that are not run are taken from the JSON file, if it is there. It is written
-after each simulated half hour, and after each event.
+those of the machine. Parts that are not run are taken from the JSON file, if it is there. The file is written after
+each simulated half hour and each event.
 """
 
 import json

@@ -478,6 +478,8 @@ def _shared_size(value: str) -> int:
 class ModelLookups(Lookups):
     """Stands for the `Lookups` of one peer, over the modelled DHT."""
 
+    spent_apart_bytes = 0
+
     def __init__(self, dht: ModelDHT, peer: Peer) -> None:  # without the parent's parts
         self._model = dht
         self._peer = peer
@@ -493,10 +495,6 @@ class ModelLookups(Lookups):
     @property
     def estimated_nodes(self) -> float:
         return self._model.world.servers()
-
-    @property
-    def spent_apart_bytes(self) -> int:
-        return 0
 
     @property
     def spent_bytes(self) -> int:

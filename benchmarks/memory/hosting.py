@@ -22,6 +22,7 @@ from dht.announcements import ReplicaState
 from dht.library import WANTED_REPLICAS, MemoryRegistry
 from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo
 from dht.upkeep import UpkeepPeriod
+from expert_server.memory.hosting import MOST_TAKEN, TAKEN_AT_ONCE
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey
 from peer.errors import UnreachableError
 from peer.identity import PeerID
@@ -34,8 +35,6 @@ PERIODS = 5
 _GRID = (16, 16)
 _PERIOD_S = 10.0
 """The shortest announcement period."""
-_MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
-"""As in `expert_server.memory.hosting`."""
 _SHARD_BYTES, _TAKING_S = 1_000_000, 0.4
 _LOOK_S = 2.0
 _MEASURED_S = 1800.0
@@ -164,7 +163,7 @@ class _Host:
         share = self._survey.shares.get(_MEMORY, 1.0)
         wanted = self._placement.to_take({_MEMORY: share * self._nodes})
         able = [key for key in wanted if seen[key].serving]
-        await side_by_side((self._take(key, seen) for key in able[:_MOST_TAKEN]), _TAKEN_AT_ONCE)
+        await side_by_side((self._take(key, seen) for key in able[:MOST_TAKEN]), TAKEN_AT_ONCE)
 
     async def _take(self, key: ShardKey, seen: Mapping[ShardKey, SeenShard]) -> None:
         """Takes a shard, if it still has too few replicas."""

@@ -53,9 +53,8 @@ class HostedMemories:
         self._memories = memories
         self._period = period
         self._changed = changed
-        self._announced: dict[MemoryID, dict[Cell, int]] = {}
-        """The announced cells, and the number of the last announcement of each."""
-        self._announcements = 0
+        self._announced: dict[MemoryID, dict[Cell, object]] = {}
+        """The announced cells, each with a mark of its last announcement."""
         self._announcing = asyncio.Lock()
         """Held while announcements are made, which takes a while if there are many. Otherwise what was true before
         might overwrite what is true now.
@@ -145,9 +144,8 @@ class HostedMemories:
             cells, announced = self._cells(memory, only), self._announced.setdefault(memory, {})
             gone = (announced if only is None else announced.keys() & only) - cells.keys()
             most_contacts = MOST_CONTACTS if only is None else max(0, MOST_CONTACTS - len(announced))
-            self._announcements += 1
-            number = self._announcements
-            announced.update(dict.fromkeys(cells.keys() | gone, number))
+            mark = object()
+            announced.update(dict.fromkeys(cells.keys() | gone, mark))
             state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
             records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
                 cell: (state, roots) for cell, roots in cells.items()
@@ -158,7 +156,7 @@ class HostedMemories:
         if items:
             await self._memories.store(items)
         for cell in gone:
-            if announced.get(cell) == number:  # otherwise it was announced again meanwhile
+            if announced.get(cell) is mark:  # otherwise it was announced again meanwhile
                 del announced[cell]
         if not announced:
             self._announced.pop(memory, None)

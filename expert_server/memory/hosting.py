@@ -42,7 +42,7 @@ from peer.wire import session_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_MOST_TAKEN, _TAKEN_AT_ONCE = 64, 3
+MOST_TAKEN, TAKEN_AT_ONCE = 64, 3
 """The most shards taken in one look, and at the same time."""
 _BEGIN_WITHIN_S = 60.0
 """A look begins no download later than this. Silent hosts can make a download of each of their shards take minutes."""
@@ -188,7 +188,7 @@ class MemoryHosting:
         until = time.monotonic() + _BEGIN_WITHIN_S
         before = {memory: len(store.shards) for memory, store in self.hosted.stores.items()}
         await side_by_side(
-            (self._take(key, seen[key].info.cell, until) for key in fitting[:_MOST_TAKEN]), _TAKEN_AT_ONCE
+            (self._take(key, seen[key].info.cell, until) for key in fitting[:MOST_TAKEN]), TAKEN_AT_ONCE
         )
         for memory, store in self.hosted.stores.items():
             if (taken := len(store.shards) - before.get(memory, 0)) > 0:

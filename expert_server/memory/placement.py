@@ -224,7 +224,7 @@ class MemorySurvey:
         `is_busy`: whether the node has just taken shards. Then a memory may be new, and more cells are read.
         `is_short`: whether it lacks room. Then more of its own cells are read, to see what it can drop.
         """
-        cells = await asyncio.to_thread(self._drawn, manifests, _cells_of(manifests, mine), is_busy)
+        cells = await asyncio.to_thread(self._random_cells, manifests, _cells_of(manifests, mine), is_busy)
         cells |= self._some(_cells_of(manifests, lacking), READ_AGAIN)
         if is_short:
             cells |= self._some(_cells_of(manifests, mine), READ_TO_DROP)
@@ -237,10 +237,10 @@ class MemorySurvey:
         cells = self._some(_cells_of(manifests, lacking), READ_AGAIN)
         return await asyncio.to_thread(_seen_in, manifests, await self._read(cells))
 
-    def _drawn(
+    def _random_cells(
         self, manifests: Mapping[MemoryID, MemoryManifest], own: Collection[_CellOfMemory], is_busy: bool
     ) -> set[_CellOfMemory]:
-        """Random cells. Slow with large memories."""
+        """Slow with large memories."""
         hosted = Counter(memory for memory, _ in own)
         share_of_fewest = FEWEST_READ / max(1, sum(len(manifest.by_cell) for manifest in manifests.values()))
         wanted = {

@@ -16,12 +16,12 @@ from dht.announcements import NodeInfo, TrainerInfo
 from dht.invites import Invite
 from dht.library import MemoryRegistry
 from dht.memory import MemoryID
-from dht.registry import Registry
 from dht.swarm import Swarm, join_swarm
 from peer import clock
 from peer.errors import StartError, SwarmError, UnreachableError, UserError
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
+from peer.kademlia.node import Spending
 from peer.loop import LoopLag, Restarts, TaskSet, keep_running
 from peer.transport.addresses import Multiaddress
 from talkoot.credit import Credit, CreditReader
@@ -235,7 +235,7 @@ class Watcher:
         tasks = TaskSet(self.restarts)
         tasks.supervise("stay in the swarm", lambda: swarm.membership.keep(_CHECK_EVERY_S))
         tasks.supervise("know who is admitted", lambda: swarm.keep_admission(_CHECK_EVERY_S, lambda: None))
-        tasks.supervise("survey the memories", lambda: self._survey_memories(swarm.registry))
+        tasks.supervise("survey the memories", lambda: self._survey_memories(MemoryRegistry(swarm.registry)))
         credit = CreditReader.of(swarm)
         tasks.supervise("read receipts", lambda: self._read_receipts(credit))
         auditor = Auditor(
@@ -257,16 +257,15 @@ class Watcher:
             await credit.close()
             await auditor.close()
 
-    async def _survey_memories(self, registry: Registry) -> None:
+    async def _survey_memories(self, memories: MemoryRegistry) -> None:
         """Surveys memories until cancelled. If the DHT does not answer, the last surveys stay."""
-        memories = MemoryRegistry(registry)
         while True:
-            before = registry.spent_bytes
-            with contextlib.suppress(UnreachableError):
+            spending = Spending()
+            with spending.counted(), contextlib.suppress(UnreachableError):
                 libraries = await memories.libraries()
                 entries = [entry for listed in libraries.values() for entry in listed][:MAX_MEMORIES]
                 self._surveys = tuple([await survey(memories, entry) for entry in entries])
-            paid_s = (registry.spent_bytes - before) / _SURVEY_BYTES_PER_S
+            paid_s = spending.bytes / _SURVEY_BYTES_PER_S
             await asyncio.sleep(max(self._intervals.memories_every_s, min(paid_s, _SURVEYED_WITHIN_S)))
 
     async def _check_hosts(self, auditor: Auditor) -> None:

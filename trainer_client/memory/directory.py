@@ -375,9 +375,7 @@ class MemoryDirectory:
                 except (TransferError, WireError) as error:
                     raise UnreachableError(f"revision {entry.revision} of {self.memory}: {error}") from error
                 # of these, only the shards of the previous revision are known
-                self._hosts.clear()
-                self._empty.clear()
-                self._retries = Backoff(*_RETRY_S, most=_CELLS)
+                self._forget_hosts()
                 logger.info("memory %s now has revision %d", self.memory, entry.revision)
             return self._opened.manifest
 
@@ -417,8 +415,11 @@ class MemoryDirectory:
     def _forget(self) -> None:
         """Makes the next search read the hosts again."""
         self._active_C = None
-        self._hosts.clear()
         self._nodes = {}
+        self._forget_hosts()
+
+    def _forget_hosts(self) -> None:
+        self._hosts.clear()
         self._empty.clear()
         self._retries = Backoff(*_RETRY_S, most=_CELLS)
 
@@ -442,16 +443,17 @@ class MemoryDirectory:
         found = await self._memories.cell_hosts(self.memory, cells, with_contacts=not again, limits=limits)
         hosts = [host for some in found.values() for host in some]
         contacts = contacts_of(hosts)
-        self._nodes = contacts | self._nodes
         peers = {host.peer_id for host in hosts}
-        wanted = some_of(peers, _NODES_AGAIN) if again else list(peers - self._nodes.keys())
+        wanted = some_of(peers, _NODES_AGAIN) if again else list(peers - contacts.keys() - self._nodes.keys())
         for at in range(0, len(wanted), _READ_AT_ONCE):
             asked = set(wanted[at : at + _READ_AT_ONCE])
             nodes = await self._registry.nodes(asked, limits=limits)
             # records expire; a search in progress keeps the nodes that it has
             kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
             self._nodes = kept | nodes
-        self._nodes = contacts | self._nodes  # `refresh` may have dropped them meanwhile
+        self._nodes = (
+            contacts | self._nodes
+        )  # not before, because `refresh` drops nodes that host no known cell
         # the records of very many hosts are also freed cell by cell
         del hosts
         slices = TimeSlices()

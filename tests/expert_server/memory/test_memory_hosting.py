@@ -710,7 +710,7 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
         return True
 
     monkeypatch.setattr("expert_server.memory.placement.is_called", called)
-    monkeypatch.setattr("expert_server.memory.hosting._TAKEN_AT_ONCE", len(MEMORY.roots))
+    monkeypatch.setattr("expert_server.memory.hosting.TAKEN_AT_ONCE", len(MEMORY.roots))
 
     async def scenario(village: Village) -> None:
         node = await a_host_that_has_not_looked(village)
@@ -748,7 +748,7 @@ def test_hosts_that_keep_a_look_waiting_end_it_after_a_while(
 
     fetch = PartFetcher.fetch
     monkeypatch.setattr("expert_server.memory.placement.is_called", called)
-    monkeypatch.setattr("expert_server.memory.hosting._TAKEN_AT_ONCE", 1)
+    monkeypatch.setattr("expert_server.memory.hosting.TAKEN_AT_ONCE", 1)
 
     async def scenario(village: Village) -> None:
         node = await a_host_that_has_not_looked(village)

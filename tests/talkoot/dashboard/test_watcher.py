@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,8 @@ from simulated_readings import (
     trainer,
 )
 
+from benchmarks.simulated_p2p import Link, simulated_world
+from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.announcements import MAX_LATENCIES
 from dht.directory import View
 from dht.invites import Invite
@@ -162,3 +166,36 @@ def test_many_nodes_and_trainers_do_not_hold_the_loop(tmp_path: Path) -> None:
     assert watcher.picture is not None
     assert len(watcher.picture.nodes) == len(nodes)
     assert watcher.picture.memories[0]["caught"] == [peer(0).to_base58()]
+
+
+@pytest.mark.parametrize(("cells", "least_s", "most_s"), [(1, 15.0, 16.0), (400, 30.0, 60.0)])
+def test_memories_are_surveyed_less_often_if_that_takes_many_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: int, least_s: float, most_s: float
+) -> None:
+    began, spent = list[float](), list[int]()
+
+    async def libraries() -> Any:
+        return {peer(0): (memory().entry,)}
+
+    with simulated_world() as loop:
+
+        async def scenario() -> None:
+            swarm = await SimulatedSwarm.start(loop, 20, 16, Link(0.1), 1, with_contacts=True)
+            (reader, *_) = swarm.peers
+
+            async def survey(*_: Any) -> Any:
+                began.append(loop.time())
+                before = reader.dht.spent_bytes
+                await reader.registry.get([f"{number}" for number in range(cells)])
+                spent.append(reader.dht.spent_bytes - before)
+
+            monkeypatch.setattr(watcher_module, "survey", survey)
+            memories: Any = SimpleNamespace(libraries=libraries)
+            async with asyncio.timeout(300):
+                await watched(tmp_path, None)._survey_memories(memories)
+
+        with pytest.raises(TimeoutError):
+            loop.run_until_complete(scenario())
+    pauses = [after - before for before, after in pairwise(began)]
+    assert all(least_s <= pause_s < most_s for pause_s in pauses)
+    assert pauses == [pytest.approx(max(15.0, cost / 10_000), abs=2.0) for cost in spent[: len(pauses)]]
