@@ -88,7 +88,7 @@ _RECORDS: Mapping[str, frozenset[Role]] = {
     "announcement": frozenset({Role.NODE}),
     "hosting": frozenset({Role.NODE}),
     "node": frozenset({Role.NODE, Role.LIBRARIAN}),
-    "cell": frozenset({Role.NODE, Role.LIBRARIAN}),
+    "region": frozenset({Role.NODE, Role.LIBRARIAN}),
     "library": frozenset({Role.LIBRARIAN}),
     "trainer": frozenset({Role.TRAINER, Role.READER}),
 }

@@ -1,8 +1,8 @@
 """The memories of a swarm in the DHT: which there are, who publishes them, and who hosts their shards.
 
 All publishers list their memories under one key, each in a record of its own. The founder may publish and, in a swarm
-that admits by token, librarians; records of others are refused by the peers that store and read them. For each cell,
-hosts announce which of its shards they have, and mark the coordinates on the way to it as active, as for experts.
+that admits by token, librarians; records of others are refused by the peers that store and read them. For each region
+of a memory, hosts announce which of its shards they have, and mark the region as active in an index, as for experts.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from dht.memory import (
     MAX_LICENSE_CHARACTERS,
     MAX_MANIFEST_BYTES,
     MAX_SHARDS,
-    MAX_SHARDS_OF_CELL,
-    Cell,
+    MAX_SHARDS_OF_REGION,
     MemoryID,
     MemoryManifest,
     Part,
     check_grid,
+    region_count,
 )
 from dht.records import (
     INDEX_PIECE,
@@ -54,9 +54,9 @@ _RENEW_AFTER_S = LIFETIME_S / 2
 _MAX_PUBLISHERS = 256
 """The most publishers whose libraries are read and remembered."""
 _MAX_HOSTS = 256
-"""The most hosts of one cell whose records are read."""
-_CELLS_AT_ONCE = 512
-"""Cells in one look-up. A look-up has one deadline."""
+"""The most hosts of one region whose records are read."""
+_REGIONS_AT_ONCE = 512
+"""Regions in one look-up. A look-up has one deadline."""
 _LOOKED_UP_EVERY = 8
 """In one of so many rounds, `follow` looks the libraries up instead of asking a single holder."""
 _MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES = 16 * 2**10, 2 * MAX_MANIFEST_BYTES
@@ -64,11 +64,11 @@ _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """The most memories that an error names."""
 MOST_CONTACTS = 8
-"""The most cells of a memory in which a host says how to call it, which takes up to 0.8 KB at each of the cell's five
-holders.
+"""The most regions of a memory in which a host says how to call it, which takes up to 0.8 KB at each of the region's
+five holders.
 """
-_BRANCHES, _FEW = 256, 16
-"""When looking for some hosts: branches that are followed at each level, and cells that are read first."""
+_SOME, _FEW = 256, 8
+"""When looking for some hosts: the most regions that are read, and how many of them are read first."""
 
 
 class ManifestPace:
@@ -158,8 +158,8 @@ class LibraryEntry:
 
 
 @dataclass(frozen=True)
-class CellHost:
-    """A peer that hosts shards of a cell."""
+class RegionHost:
+    """A peer that hosts shards of a region."""
 
     peer_id: PeerID
     state: ReplicaState
@@ -167,7 +167,7 @@ class CellHost:
     shards: frozenset[bytes]
     """The first 8 bytes of each root."""
     node: NodeInfo | None = field(default=None, compare=False)
-    """How to call it, if that was asked for and its record of the cell says so."""
+    """How to call it, if that was asked for and its record of the region says so."""
 
 
 @dataclass(frozen=True)
@@ -301,14 +301,13 @@ class MemoryRegistry:
     async def announce(
         self,
         memory: MemoryID,
-        cells: Mapping[Cell, tuple[ReplicaState, Collection[bytes]]],
+        regions: Mapping[int, tuple[ReplicaState, Collection[bytes]]],
         lifetime_s: float,
     ) -> None:
-        """Announces which shards of each cell this peer hosts, by their roots or the first 8 bytes of these, and in
-        some of the cells also how to call this peer. Marks every coordinate on the way to the cells as active. Raises
-        UnreachableError.
+        """Announces which shards of each region this peer hosts, by their roots or the first 8 bytes of these, and in
+        some of the regions also how to call this peer. Marks the regions as active. Raises UnreachableError.
         """
-        await self.store(await self.announcements(memory, cells, lifetime_s))
+        await self.store(await self.announcements(memory, regions, lifetime_s))
 
     async def store(self, announcements: Sequence[Item]) -> None:
         """Stores what `announcements` returned. Raises UnreachableError."""
@@ -317,96 +316,74 @@ class MemoryRegistry:
     async def announcements(
         self,
         memory: MemoryID,
-        cells: Mapping[Cell, tuple[ReplicaState, Collection[bytes]]],
+        regions: Mapping[int, tuple[ReplicaState, Collection[bytes]]],
         lifetime_s: float,
         most_contacts: int = MOST_CONTACTS,
     ) -> list[Item]:
         """What `announce` stores. If two overlap, those that were made later count, in whatever order they arrive.
 
-        `most_contacts`: in how many of the cells to say how to call this peer, at most.
+        `most_contacts`: in how many of the regions to say how to call this peer, at most.
         """
         expires_at = self._registry.now() + lifetime_s
         items: dict[tuple[str, int | bytes], Item] = {}
         own, contact = self._registry.peer_id.to_bytes(), self._registry.contact
-        hosting = [cell for cell, (state, _) in cells.items() if state is not ReplicaState.WITHDRAWN]
+        hosting = [region for region, (state, _) in regions.items() if state is not ReplicaState.WITHDRAWN]
         introduced = some_of(hosting, most_contacts)
-        for cell, (state, roots) in cells.items():
-            key = self._keys.memory(memory, cell)
-            shorts = sorted({root[:SHORT_ROOT_BYTES] for root in roots})[:MAX_SHARDS_OF_CELL]
-            node = contact if cell in introduced else None
-            body = records_pb2.CellRecord(state=state.value, shards=b"".join(shorts), node=node)
+        for region, (state, roots) in regions.items():
+            key = self._keys.memory_region(memory, region)
+            shorts = sorted({root[:SHORT_ROOT_BYTES] for root in roots})[:MAX_SHARDS_OF_REGION]
+            node = contact if region in introduced else None
+            body = records_pb2.RegionRecord(state=state.value, shards=b"".join(shorts), node=node)
             until = self._registry.later(key, expires_at)
-            payload = records_pb2.RecordPayload(key=key, expires_at=until, cell=body)
+            payload = records_pb2.RecordPayload(key=key, expires_at=until, region=body)
             items[key, own] = Item(key, own, self._registry.seal(payload), until)
             if state is not ReplicaState.WITHDRAWN:
-                for depth, coordinate in enumerate(cell):
-                    prefix = self._keys.memory_index(memory, cell[:depth], coordinate)
-                    items[prefix, coordinate] = Item(prefix, coordinate, prefix, expires_at)
+                index = self._keys.memory_index(memory, region)
+                items[index, region] = Item(index, region, index, expires_at)
             await asyncio.sleep(0)  # there may be hundreds: let other tasks run
         return list(items.values())
 
-    async def active_cells(
+    async def active_regions(
         self, memory: MemoryID, grid: tuple[int, ...], limits: SearchLimits = DEFAULT_LIMITS
-    ) -> frozenset[Cell]:
-        """The cells that some peer announces, found with one look-up per level. Raises UnreachableError."""
-        cells: list[Cell] = [()]
-        for size in grid:
-            cells = await self._active_below(memory, cells, size, limits)
-        return frozenset(cells)
+    ) -> frozenset[int]:
+        """The regions that some peer announces. Raises UnreachableError."""
+        count = region_count(grid)
+        keys = [self._keys.memory_index(memory, first) for first in range(0, count, INDEX_PIECE)]
+        found = await self._registry.get(keys, limits)
+        return frozenset(region for key in keys for region in active_under(key, found[key]) if region < count)
 
-    async def _active_below(
+    async def region_hosts(
         self,
         memory: MemoryID,
-        prefixes: Collection[Cell],
-        size: int,
-        limits: SearchLimits = DEFAULT_LIMITS,
-    ) -> list[Cell]:
-        """The active prefixes, or cells, that are one coordinate longer. `size`: of their grid dimension."""
-        keys = {
-            self._keys.memory_index(memory, prefix, first): prefix
-            for prefix in prefixes
-            for first in range(0, size, INDEX_PIECE)
-        }
-        found = await self._registry.get(list(keys), limits)
-        return [(*cell, c) for key, cell in keys.items() for c in active_under(key, found[key]) if c < size]
-
-    async def cell_hosts(
-        self,
-        memory: MemoryID,
-        cells: Collection[Cell],
+        regions: Collection[int],
         *,
         with_contacts: bool = False,
         limits: SearchLimits = FRUGAL,
-    ) -> dict[Cell, tuple[CellHost, ...]]:
-        """The hosts of shards of each cell. `with_contacts`: how to call them, too. `limits`: other ones find them
+    ) -> dict[int, tuple[RegionHost, ...]]:
+        """The hosts of shards of each region. `with_contacts`: how to call them, too. `limits`: other ones find them
         sooner, for more bytes. Raises UnreachableError.
         """
-        hosts: dict[Cell, tuple[CellHost, ...]] = {}
-        wanted, slices = list(cells), TimeSlices()
-        for begin in range(0, len(wanted), _CELLS_AT_ONCE):
-            some = wanted[begin : begin + _CELLS_AT_ONCE]
-            keys = {self._keys.memory(memory, cell): cell for cell in some}
+        hosts: dict[int, tuple[RegionHost, ...]] = {}
+        wanted, slices = list(regions), TimeSlices()
+        for begin in range(0, len(wanted), _REGIONS_AT_ONCE):
+            some = wanted[begin : begin + _REGIONS_AT_ONCE]
+            keys = {self._keys.memory_region(memory, region): region for region in some}
             found = await self._registry.get(list(keys), limits)
-            for key, cell in keys.items():
-                hosts[cell] = await self._hosts_under(key, found[key], with_contacts, slices)
+            for key, region in keys.items():
+                hosts[region] = await self._hosts_under(key, found[key], with_contacts, slices)
         return hosts
 
     async def some_hosts(
         self, memory: MemoryID, grid: tuple[int, ...], most: int = 8
-    ) -> tuple[CellHost, ...]:
-        """Some peers that host shards of any cell, found without reading all cells. Raises UnreachableError.
-
-        Only the first 128 branches of each prefix are followed. Other subkeys under a prefix are not cells.
-        """
-        cells: list[Cell] = [()]
-        for size in grid:
-            active = await self._active_below(memory, cells, min(size, INDEX_PIECE))
-            cells = random.SystemRandom().sample(active, min(len(active), _BRANCHES))
-        # strangers can mark cells that nobody hosts: if the first ones are empty, all of them are read
-        for some in (cells[:_FEW], cells[_FEW:]):
-            hosting = await self.cell_hosts(memory, some, with_contacts=True, limits=DEFAULT_LIMITS)
+    ) -> tuple[RegionHost, ...]:
+        """Some peers that host shards of any region, found without reading all regions. Raises UnreachableError."""
+        active = await self.active_regions(memory, grid)
+        regions = random.SystemRandom().sample(list(active), min(len(active), _SOME))
+        # strangers can mark regions that nobody hosts: if the first ones are empty, the others are read
+        for some in (regions[:_FEW], regions[_FEW:]):
+            hosting = await self.region_hosts(memory, some, with_contacts=True, limits=DEFAULT_LIMITS)
             found = [host for each in hosting.values() for host in each]
-            # a host in several cells is taken from one that says how to call it
+            # a host of several regions is taken from one that says how to call it
             hosts = {host.peer_id: host for host in sorted(found, key=lambda host: host.node is not None)}
             if hosts:
                 return tuple(some_of(hosts.values(), most))
@@ -415,7 +392,7 @@ class MemoryRegistry:
     async def some_nodes(
         self, memory: MemoryID, grid: tuple[int, ...], most: int = 8
     ) -> dict[PeerID, NodeInfo]:
-        """Some peers that host shards of any cell, and how to call them. Raises UnreachableError."""
+        """Some peers that host shards of any region, and how to call them. Raises UnreachableError."""
         hosts = await self.some_hosts(memory, grid, most)
         found = contacts_of(hosts)
         return found | await self._registry.nodes({host.peer_id for host in hosts} - found.keys())
@@ -446,7 +423,7 @@ class MemoryRegistry:
 
     async def _hosts_under(
         self, key: str, found: Mapping[object, tuple[Any, float]], with_contacts: bool, slices: TimeSlices
-    ) -> tuple[CellHost, ...]:
+    ) -> tuple[RegionHost, ...]:
         records = [(subkey, value) for subkey, (value, _) in found.items() if isinstance(value, bytes)]
         hosts = []
         for subkey, value in some_of(records, _MAX_HOSTS):
@@ -457,12 +434,12 @@ class MemoryRegistry:
                 hosts.append(host)
         return tuple(hosts)
 
-    def _host(self, key: str, subkey: object, value: bytes, with_contact: bool) -> CellHost | None:
+    def _host(self, key: str, subkey: object, value: bytes, with_contact: bool) -> RegionHost | None:
         peer_id = parse_peer_id(subkey)
-        return read_cell(self._registry.unseal(value, key, peer_id), peer_id, with_contact)
+        return read_region(self._registry.unseal(value, key, peer_id), peer_id, with_contact)
 
 
-def contacts_of(hosts: Iterable[CellHost]) -> dict[PeerID, NodeInfo]:
+def contacts_of(hosts: Iterable[RegionHost]) -> dict[PeerID, NodeInfo]:
     """How to call these hosts, as far as their records say so. The record that expires last counts."""
     nodes: dict[PeerID, NodeInfo] = {}
     for host in hosts:
@@ -480,25 +457,25 @@ def read_library(payload: records_pb2.RecordPayload, publisher: PeerID) -> tuple
     return entries
 
 
-def read_cell(
+def read_region(
     payload: records_pb2.RecordPayload, peer_id: PeerID, with_contact: bool = False
-) -> CellHost | None:
-    """Parses a host's checked record of a cell; None if it no longer hosts any of it. Raises RecordError."""
+) -> RegionHost | None:
+    """Parses a host's checked record of a region; None if it no longer hosts any of it. Raises RecordError."""
     try:
-        state = ReplicaState(payload.cell.state)
+        state = ReplicaState(payload.region.state)
     except ValueError as error:
-        raise RecordError(f"the cell has the unknown state {payload.cell.state}") from error
+        raise RecordError(f"the region has the unknown state {payload.region.state}") from error
     if state is ReplicaState.WITHDRAWN:
         return None
     if state is ReplicaState.CLAIMED:
-        raise RecordError("a cell can't be claimed")
-    shards = payload.cell.shards
-    has_contact = with_contact and payload.cell.HasField("node") and not payload.cell.node.left
-    return CellHost(
+        raise RecordError("a region can't be claimed")
+    shards = payload.region.shards
+    has_contact = with_contact and payload.region.HasField("node") and not payload.region.node.left
+    return RegionHost(
         peer_id,
         state,
         frozenset(shards[at : at + SHORT_ROOT_BYTES] for at in range(0, len(shards), SHORT_ROOT_BYTES)),
-        parse_node(payload.cell.node, payload.expires_at, peer_id) if has_contact else None,
+        parse_node(payload.region.node, payload.expires_at, peer_id) if has_contact else None,
     )
 
 

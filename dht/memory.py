@@ -21,6 +21,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from dht.uid import coordinate_of, number_of
+from peer.codec import Booleans
 from peer.errors import WireError
 from peer.formatting import printable
 from peer.identity import PeerID
@@ -37,8 +38,8 @@ FORMAT = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_SHARD_BYTES = 8 * 2**20
 MAX_SHARDS = 131_072
-MAX_SHARDS_OF_CELL = 1024
-"""The most shards of a cell: as many as one host can announce."""
+MAX_SHARDS_OF_REGION = 1024
+"""The most shards of a region: as many as one host can announce."""
 MAX_LEAVES = 65_536
 """The most passages in one shard."""
 MAX_CELLS = 65_536
@@ -60,6 +61,8 @@ MAX_SCORES = 2**26
 """The most inner products in one search: about a second on one core, with 256 dimensions."""
 MAX_READ = 64
 """The most passages in one call: of any length, they fit into a message."""
+_CELLS_OF_REGION, _FEWEST_REGIONS = 16, 16
+"""How many cells a region has at most, and how many regions a memory has at least, if it has as many cells."""
 _LARGEST_GRID = 4096
 """The most branches at one level."""
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
@@ -231,9 +234,10 @@ class MemoryManifest:
         revoked = sum(len(some.positions) for some in message.revoked)
         if len(message.shards) > MAX_SHARDS or max(revoked, len(message.revoked)) > MAX_REVOKED:
             raise WireError("the memory has too many shards or revoked passages")
-        in_cell = Counter(entry.cell for entry in message.shards)
-        if max(in_cell.values(), default=0) > MAX_SHARDS_OF_CELL:
-            raise WireError(f"the memory has more than {MAX_SHARDS_OF_CELL} shards in one cell")
+        cells = _cells_of_region(grid)
+        in_region = Counter(entry.cell // cells for entry in message.shards)
+        if max(in_region.values(), default=0) > MAX_SHARDS_OF_REGION:
+            raise WireError(f"the memory has more than {MAX_SHARDS_OF_REGION} shards in one region")
         if not math.isfinite(message.created_at) or message.revision < 1:
             raise WireError("the memory's manifest has no revision or no time")
         shards = tuple(_shard(entry, grid) for entry in message.shards)
@@ -307,6 +311,16 @@ class MemoryManifest:
         return {cell: tuple(shards) for cell, shards in found.items()}
 
     @cached_property
+    def by_region(self) -> Mapping[int, tuple[ShardInfo, ...]]:
+        found: dict[int, list[ShardInfo]] = {}
+        for shard in self.shards:
+            found.setdefault(region_of(shard.cell, self.grid), []).append(shard)
+        return {region: tuple(shards) for region, shards in found.items()}
+
+    def region_of(self, shard: ShardInfo) -> int:
+        return region_of(shard.cell, self.grid)
+
+    @cached_property
     def revoked_in(self) -> Mapping[bytes, frozenset[int]]:
         """The revoked positions, by the roots of primary shards."""
         return by_root(self.revoked)
@@ -376,6 +390,29 @@ def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
     if math.prod(grid) > MAX_CELLS:
         raise WireError(f"the memory's grid has {math.prod(grid)} cells, more than {MAX_CELLS}")
     return grid
+
+
+def region_of(cell: Cell, grid: Sequence[int]) -> int:
+    """The number of the region that has this cell. Hosts announce a region's shards together.
+
+    A region is up to 16 cells, one after another in row-major order. Cells near each other tend to be in the same one.
+    """
+    return number_of(cell, grid) // _cells_of_region(grid)
+
+
+def region_count(grid: Sequence[int]) -> int:
+    return math.ceil(math.prod(grid) / _cells_of_region(grid))
+
+
+def cells_in(regions: Iterable[int], grid: Sequence[int]) -> Booleans:
+    """A mask of the cells in these regions, in row-major order."""
+    among_R = np.zeros(region_count(grid), np.bool_)
+    among_R[list(regions)] = True
+    return among_R.repeat(_cells_of_region(grid))[: math.prod(grid)]
+
+
+def _cells_of_region(grid: Sequence[int]) -> int:
+    return max(1, min(_CELLS_OF_REGION, math.prod(grid) // _FEWEST_REGIONS))
 
 
 def _part(sha256: bytes, size: int, most: int) -> Part:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from dht.memory import MAX_SHARDS_OF_CELL, Cell, MemoryID
+from dht.memory import MAX_SHARDS_OF_REGION, MemoryID
 from dht.uid import UID
 from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
@@ -124,13 +124,13 @@ class SwarmKeys:
         """The key under which all publishers list their memories, each with its PeerID as the subkey."""
         return f"{self.swarm_id}.library"
 
-    def memory(self, memory: MemoryID, coordinate: Cell = ()) -> str:
-        """The key of a cell, or of a prefix under which the next coordinates are listed."""
-        return ".".join([self.swarm_id, "memory", str(memory), *map(str, coordinate)])
+    def memory_region(self, memory: MemoryID, region: int) -> str:
+        """The key under which hosts announce their shards of a memory's region."""
+        return f"{self.swarm_id}.memory.{memory}.{region}"
 
-    def memory_index(self, memory: MemoryID, coordinate: Cell, following: int) -> str:
-        """Like `index`, for a memory's grid."""
-        return _piece(self.memory(memory, coordinate), following)
+    def memory_index(self, memory: MemoryID, region: int) -> str:
+        """The key under which this region may be marked as active. A memory with many has several such keys."""
+        return _piece(f"{self.swarm_id}.memory.{memory}", region)
 
 
 class FounderRecord(NamedTuple):
@@ -389,9 +389,9 @@ def _check_memories(payload: records_pb2.RecordPayload, size: int) -> None:
         size > MAX_LIBRARY_BYTES or len(payload.library.memories) > MAX_MEMORIES
     ):
         raise RecordError("the library has more memories than one publisher may have")
-    shards = len(payload.cell.shards)
-    if shards % SHORT_ROOT_BYTES or shards > SHORT_ROOT_BYTES * MAX_SHARDS_OF_CELL:
-        raise RecordError(f"a cell's list of shards has {shards} bytes, which is not a valid length")
+    shards = len(payload.region.shards)
+    if shards % SHORT_ROOT_BYTES or shards > SHORT_ROOT_BYTES * MAX_SHARDS_OF_REGION:
+        raise RecordError(f"a region's list of shards has {shards} bytes, which is not a valid length")
 
 
 def _longest_lifetime_s(payload: records_pb2.RecordPayload) -> float:

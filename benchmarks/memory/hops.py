@@ -23,7 +23,7 @@ from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, Placing, SimulatedSwarm
 from dht.announcements import ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryManifest, Part, Vectors
+from dht.memory import MemoryManifest, Part, Vectors
 from dht.uid import number_of
 from expert_server.memory.shard import Shard
 from peer.codec import Floats
@@ -123,12 +123,12 @@ class _Trial:
         for number, some in placed.items():
             peer = swarm.peers[number]
             hosts.append(ShardHost(peer.peer_id, manifest, some))
-            cells: dict[Cell, tuple[ReplicaState, list[bytes]]] = {}
+            regions: dict[int, tuple[ReplicaState, list[bytes]]] = {}
             for root in some:
-                cell = manifest.by_root[root].cell
-                cells.setdefault(cell, (ReplicaState.SERVING, []))[1].append(root)
+                region = manifest.region_of(manifest.by_root[root])
+                regions.setdefault(region, (ReplicaState.SERVING, []))[1].append(root)
             lookups, peer.registry.lookups = peer.registry.lookups, placing
-            await MemoryRegistry(peer.registry).announce(entry.memory, cells, LIFETIME_S)
+            await MemoryRegistry(peer.registry).announce(entry.memory, regions, LIFETIME_S)
             peer.registry.lookups = lookups
         return hosts, entry
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from itertools import cycle
+from math import prod
 from statistics import fmean
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -20,7 +21,8 @@ from benchmarks.simulated_p2p import Link, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.announcements import ReplicaState
 from dht.library import WANTED_REPLICAS, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo
+from dht.memory import MemoryID, MemoryManifest, Part, ShardInfo
+from dht.uid import coordinate_of
 from dht.upkeep import UpkeepPeriod
 from expert_server.memory.hosting import MOST_TAKEN, TAKEN_AT_ONCE
 from expert_server.memory.placement import MemorySurvey, Placement, SeenShard, ShardKey
@@ -84,7 +86,7 @@ async def _measure(loop: VirtualLoop, size: SwarmSize, seed: int) -> dict[str, A
         await asyncio.sleep(_MEASURED_S)
         since = fmean(host.upkeep_bytes for host in hosting) - until_hosted
         figures: dict[str, Any] = {
-            "cells_of_host": fmean(len(host.cells()) for host in hosting),
+            "regions_of_host": fmean(len(host.regions()) for host in hosting),
             "kbit_per_s": 8e-3 * since / _MEASURED_S,
             "period_s": fmean(host.period.seconds for host in hosting),
             "hosted_s": hosted_s,
@@ -131,12 +133,12 @@ class _Host:
         """The bytes of its own calls, and of as many by others: a peer answers as many as it makes, on average."""
         return 2 * self._registry.spent_bytes
 
-    def cells(self) -> dict[Cell, list[bytes]]:
+    def regions(self) -> dict[int, list[bytes]]:
         """The shards that it hosts."""
-        cells: dict[Cell, list[bytes]] = {}
+        regions: dict[int, list[bytes]] = {}
         for root in self.shards:
-            cells.setdefault(self.manifest.by_root[root].cell, []).append(root)
-        return cells
+            regions.setdefault(self.manifest.region_of(self.manifest.by_root[root]), []).append(root)
+        return regions
 
     async def run(self) -> None:
         """Announces and takes shards until cancelled."""
@@ -167,33 +169,34 @@ class _Host:
 
     async def _take(self, key: ShardKey, seen: Mapping[ShardKey, SeenShard]) -> None:
         """Takes a shard, if it still has too few replicas."""
-        cell = seen[key].info.cell
-        hosts = (await self._memories.cell_hosts(_MEMORY, [cell]))[cell]
+        region = seen[key].region
+        hosts = (await self._memories.region_hosts(_MEMORY, [region]))[region]
         if sum(seen[key].info.short in host.shards for host in hosts) >= WANTED_REPLICAS:
             return
         await asyncio.sleep(_TAKING_S)
         self.shards.add(key.root)
         self._has_taken = True
-        await self._announce({cell: self.cells()[cell]})
+        await self._announce({region: self.regions()[region]})
 
     def _mine(self) -> Collection[ShardKey]:
         return {ShardKey(_MEMORY, root) for root in self.shards}
 
     async def _announce_all(self) -> None:
-        await self._announce(self.cells())
+        await self._announce(self.regions())
 
-    async def _announce(self, cells: Mapping[Cell, Collection[bytes]]) -> None:
-        records = {cell: (ReplicaState.SERVING, roots) for cell, roots in cells.items()}
+    async def _announce(self, regions: Mapping[int, Collection[bytes]]) -> None:
+        records = {region: (ReplicaState.SERVING, roots) for region, roots in regions.items()}
         with suppress(UnreachableError):
             await self._memories.announce(_MEMORY, records, self.period.lifetime_s)
 
 
 def _manifest(shards: int) -> MemoryManifest:
     """Shards that are spread evenly over all cells."""
-    rows, columns = _GRID
+    cells = prod(_GRID)
+    numbers = (n * max(1, cells // shards) % cells for n in range(shards))
     infos = tuple(
-        ShardInfo(divmod(n % (rows * columns), columns), sha256(str(n).encode()).digest(), 1000, _SHARD_BYTES)
-        for n in range(shards)
+        ShardInfo(coordinate_of(number, _GRID), sha256(str(n).encode()).digest(), 1000, _SHARD_BYTES)
+        for n, number in enumerate(numbers)
     )
     part = Part(bytes(32), 1)
     return MemoryManifest(

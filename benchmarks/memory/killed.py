@@ -187,9 +187,9 @@ class _Watcher:
         return await join_swarm(identity, self._founder.invite, NetworkConfig(_HOST, serves_dht=False))
 
     async def _below(self, without: set[PeerID]) -> int:
-        active = await self._memories.active_cells(self.entry.memory, self.entry.grid)
+        active = await self._memories.active_regions(self.entry.memory, self.entry.grid)
         replicas: Counter[bytes] = Counter()
-        for hosts in (await self._memories.cell_hosts(self.entry.memory, active)).values():
+        for hosts in (await self._memories.region_hosts(self.entry.memory, active)).values():
             for host in hosts:
                 if host.peer_id not in without and host.state is ReplicaState.SERVING:
                     replicas.update(host.shards)

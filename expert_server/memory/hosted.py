@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dht.announcements import ReplicaState
 from dht.library import MOST_CONTACTS, MemoryRegistry
-from dht.memory import Cell, MemoryID, Place
+from dht.memory import MemoryID, Place
 from dht.upkeep import LONGEST_LIFETIME_S, UpkeepPeriod
 from expert_server.memory.placement import ShardKey
 from expert_server.memory.store import MemoryStore
@@ -53,8 +53,8 @@ class HostedMemories:
         self._memories = memories
         self._period = period
         self._changed = changed
-        self._announced: dict[MemoryID, dict[Cell, object]] = {}
-        """The announced cells, each with a mark of its last announcement."""
+        self._announced: dict[MemoryID, dict[int, object]] = {}
+        """The announced regions, each with a mark of its last announcement."""
         self._announcing = asyncio.Lock()
         """Held while announcements are made, which takes a while if there are many. Otherwise what was true before
         might overwrite what is true now.
@@ -132,43 +132,44 @@ class HostedMemories:
         self.served.update({str(memory): store for memory, store in self.stores.items()})
 
     async def announce_all(self) -> None:
-        """Renews the announcements of all cells. Raises UnreachableError."""
+        """Renews the announcements of all regions. Raises UnreachableError."""
         for memory in {*self.stores, *self._announced}:
             await self.announce(memory)
 
-    async def announce(self, memory: MemoryID, only: Collection[Cell] | None = None) -> None:
-        """Announces which shards of a memory this node hosts. `only`: the cells that have changed; None: all. Raises
+    async def announce(self, memory: MemoryID, only: Collection[int] | None = None) -> None:
+        """Announces which shards of a memory this node hosts. `only`: the regions that have changed; None: all. Raises
         UnreachableError.
         """
         async with self._announcing:
-            cells, announced = self._cells(memory, only), self._announced.setdefault(memory, {})
-            gone = (announced if only is None else announced.keys() & only) - cells.keys()
+            regions, announced = self._regions(memory, only), self._announced.setdefault(memory, {})
+            gone = (announced if only is None else announced.keys() & only) - regions.keys()
             most_contacts = MOST_CONTACTS if only is None else max(0, MOST_CONTACTS - len(announced))
             mark = object()
-            announced.update(dict.fromkeys(cells.keys() | gone, mark))
+            announced.update(dict.fromkeys(regions.keys() | gone, mark))
             state = ReplicaState.LEAVING if self.leaving else ReplicaState.SERVING
-            records: dict[Cell, tuple[ReplicaState, Collection[bytes]]] = {
-                cell: (state, roots) for cell, roots in cells.items()
+            records: dict[int, tuple[ReplicaState, Collection[bytes]]] = {
+                region: (state, roots) for region, roots in regions.items()
             }
             records |= dict.fromkeys(gone, (ReplicaState.WITHDRAWN, ()))
             lifetime_s = max(self._period.lifetime_s, self._outlives - time.monotonic())
             items = await self._memories.announcements(memory, records, lifetime_s, most_contacts)
         if items:
             await self._memories.store(items)
-        for cell in gone:
-            if announced.get(cell) is mark:  # otherwise it was announced again meanwhile
-                del announced[cell]
+        for region in gone:
+            if announced.get(region) is mark:  # otherwise it was announced again meanwhile
+                del announced[region]
         if not announced:
             self._announced.pop(memory, None)
 
-    def _cells(self, memory: MemoryID, only: Collection[Cell] | None) -> dict[Cell, list[bytes]]:
-        """The shards of a memory that are served, by cell. `only`: of these cells; None: of all."""
-        cells: dict[Cell, list[bytes]] = {}
+    def _regions(self, memory: MemoryID, only: Collection[int] | None) -> dict[int, list[bytes]]:
+        """The shards of a memory that are served, by region. `only`: of these regions; None: of all."""
+        regions: dict[int, list[bytes]] = {}
         if (store := self.served.get(str(memory))) is not None:
             for info in store.served():
-                if only is None or info.cell in only:
-                    cells.setdefault(info.cell, []).append(info.root)
-        return cells
+                region = store.manifest.region_of(info)
+                if only is None or region in only:
+                    regions.setdefault(region, []).append(info.root)
+        return regions
 
     async def add(self, memory: MemoryID, manifest: bytes) -> None:
         """Adds a memory without any shards. Raises WireError, and OSError if the disk is full."""

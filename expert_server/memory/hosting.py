@@ -17,8 +17,8 @@ from weakref import WeakSet
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from dht.announcements import Activity, NodeInfo
-from dht.library import WANTED_REPLICAS, CellHost, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
+from dht.library import WANTED_REPLICAS, MemoryRegistry
+from dht.memory import MemoryID, MemoryManifest
 from dht.registry import some_of
 from dht.swarm import Swarm, some_nodes
 from dht.upkeep import UpkeepPeriod
@@ -188,7 +188,7 @@ class MemoryHosting:
         until = time.monotonic() + _BEGIN_WITHIN_S
         before = {memory: len(store.shards) for memory, store in self.hosted.stores.items()}
         await side_by_side(
-            (self._take(key, seen[key].info.cell, until) for key in fitting[:MOST_TAKEN]), TAKEN_AT_ONCE
+            (self._take(key, seen[key].region, until) for key in fitting[:MOST_TAKEN]), TAKEN_AT_ONCE
         )
         for memory, store in self.hosted.stores.items():
             if (taken := len(store.shards) - before.get(memory, 0)) > 0:
@@ -261,7 +261,7 @@ class MemoryHosting:
                 begun.add(key.memory)
         return fitting
 
-    async def _take(self, key: ShardKey, cell: Cell, until: float) -> None:
+    async def _take(self, key: ShardKey, region: int, until: float) -> None:
         """Fetches a shard, if it still has too few replicas. If that fails, the other shards' downloads go on.
 
         `until`: when it is too late to begin, on the monotonic clock.
@@ -277,7 +277,7 @@ class MemoryHosting:
             return
         verified, wrong = partial(store.verified, key.root), self._metrics.fetches.labels("wrong").inc
         try:
-            shard = await self._seen_now(key, cell)
+            shard = await self._seen_now(key, region)
             if shard is None or len(shard.serving) >= WANTED_REPLICAS or key.root in store.shards:
                 return
             hosts = shard.serving | shard.leaving
@@ -295,7 +295,7 @@ class MemoryHosting:
             self._has_taken = True
             self._metrics.fetches.labels("fetched").inc()
             with suppress(UnreachableError):  # or the next round announces it
-                await hosted.announce(key.memory, {cell})
+                await hosted.announce(key.memory, {region})
 
     async def _complete_store(self, memory: MemoryID, store: MemoryStore, hosts: Collection[PeerID]) -> None:
         """Fetches the encoder and the codebook, which every host keeps. Raises TransferError, WireError and OSError."""
@@ -315,14 +315,14 @@ class MemoryHosting:
             self._complete.add(store)
             self._fetcher.was_complete(memory)
 
-    async def _seen_now(self, key: ShardKey, cell: Cell) -> SeenShard | None:
-        """None if the shard is no longer in that cell."""
-        hosts = await self._memories.cell_hosts(key.memory, [cell])
+    async def _seen_now(self, key: ShardKey, region: int) -> SeenShard | None:
+        """None if the shard is no longer in that region."""
+        hosts = await self._memories.region_hosts(key.memory, [region])
         store = self.hosted.stores.get(key.memory)
-        shards = () if store is None else store.manifest.by_cell.get(cell, ())
-        # without the cell's other shards: strangers may announce all of them, and each look takes many shards
+        shards = () if store is None else store.manifest.by_region.get(region, ())
+        # without the region's other shards: strangers may announce all of them, and each look takes many shards
         wanted = [info for info in shards if info.root == key.root]
-        seen = seen_shards(key.memory, wanted, hosts[cell])
+        seen = seen_shards(key.memory, region, wanted, hosts[region])
         return believed(seen, self._proofs.doubted()).get(key)
 
     # dropping
@@ -350,7 +350,7 @@ class MemoryHosting:
             with suppress(TransferError):
                 await self.hosted.write(key.memory, store, partial(store.drop, key.root))
                 logger.info("dropped shard %s, which %s serve", key, counted(len(proven), "other node"))
-                await self.hosted.announce(key.memory, {seen[key].info.cell})
+                await self.hosted.announce(key.memory, {seen[key].region})
 
     # leaving
 
@@ -375,32 +375,27 @@ class MemoryHosting:
         return frozenset(some_of(_serving(await some_nodes(self._swarm, _MOST_READ)), _MOST_WATCHED))
 
     async def _without_other_host(self, keys: Collection[ShardKey]) -> set[ShardKey]:
-        alone, cells = set[ShardKey](), dict[MemoryID, set[Cell]]()
+        alone, regions = set[ShardKey](), dict[MemoryID, set[int]]()
         # the current ones, because publishers may change or unlist them meanwhile
         manifests = self._manifests()
         for key in set(keys) & self.hosted.mine():
             if (info := manifests[key.memory].by_root.get(key.root)) is not None:
                 alone.add(key)
-                cells.setdefault(key.memory, set()).add(info.cell)
-        for memory, some in cells.items():
-            manifest = manifests[memory]
-            for cell, hosts in (await self._memories.cell_hosts(memory, some)).items():
-                mine = [info for info in manifest.by_cell[cell] if ShardKey(memory, info.root) in alone]
-                seen, claims = await asyncio.to_thread(
-                    self._claims_of_others, memory, mine, hosts, self._proofs.doubted()
-                )
+                regions.setdefault(key.memory, set()).add(manifests[key.memory].region_of(info))
+        for memory, some in regions.items():
+            by_region = manifests[memory].by_region
+            for region, hosts in (await self._memories.region_hosts(memory, some)).items():
+                mine = [info for info in by_region[region] if ShardKey(memory, info.root) in alone]
+                saying = partial(seen_shards, memory, region, mine, hosts)
+                seen, claims = await asyncio.to_thread(self._claims_of_others, saying, self._proofs.doubted())
                 alone -= {key for _, key in await self._proofs.proven(claims, seen)}
         return alone
 
     def _claims_of_others(
-        self,
-        memory: MemoryID,
-        shards: Collection[ShardInfo],
-        hosts: Collection[CellHost],
-        doubted: Collection[PeerID],
+        self, announced: Callable[[], Mapping[ShardKey, SeenShard]], doubted: Collection[PeerID]
     ) -> tuple[dict[ShardKey, SeenShard], list[tuple[PeerID, ShardKey]]]:
         """For each of these shards, a random other host that says it serves it. Slow if many strangers do."""
-        seen = believed(seen_shards(memory, shards, hosts), doubted)
+        seen = believed(announced(), doubted)
         others = {key: list(shard.serving - {self._swarm.host.peer_id}) for key, shard in seen.items()}
         return seen, [(self._rng.choice(peers), key) for key, peers in others.items() if peers]
 

@@ -1,13 +1,13 @@
 """Which shards of memories a node hosts: which need a host most, and what a node reads to know that.
 
 The choices are pure functions of what hosts announce. A shard with too few replicas is taken by the nodes that prefer
-its cell most, by rendezvous hashing. At the first look, about as many nodes take it as there are missing replicas, and
-twice as many at each further look. So a thousand nodes that see the same need do not all act on it. A surplus replica
-is only dropped for a shard that lacks replicas, when the disk is full, and never by the hosts that prefer it most: even
-if all others drop theirs at the same moment, enough are left.
+its region most, by rendezvous hashing. At the first look, about as many nodes take it as there are missing replicas,
+and twice as many at each further look. So a thousand nodes that see the same need do not all act on it. A surplus
+replica is only dropped for a shard that lacks replicas, when the disk is full, and never by the hosts that prefer it
+most: even if all others drop theirs at the same moment, enough are left.
 
-Nodes prefer cells, not single shards. So the shards of a cell lie at few hosts, which makes fewer announcements, and
-fewer hosts to ask in a search.
+Nodes prefer regions, not single shards. So the shards of a region lie at few hosts, which makes fewer announcements,
+and fewer hosts to ask in a search.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dht.announcements import ReplicaState
-from dht.library import CellHost, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest, ShardInfo
+from dht.library import MemoryRegistry, RegionHost
+from dht.memory import MemoryID, MemoryManifest, ShardInfo
 from peer.bounded import Owner
 from peer.identity import PeerID
 from peer.rates import FairLine
@@ -31,15 +31,15 @@ _FIRM_LOOKS = 4
 period, and announcements live for at most three.
 """
 _READ_FOR_OWN = 2
-"""How many random cells of a memory a node reads in a look for each that it hosts itself."""
-FEWEST_READ, MOST_READ = 32, 512
-"""The fewest and the most random cells that a node reads in a look, if there are as many."""
-READ_AGAIN, READ_TO_DROP = 64, 128
-"""The most cells that are read because they lacked replicas, and of its own ones because a node lacks room."""
+"""How many random regions of a memory a node reads in a look for each that it hosts itself."""
+FEWEST_READ, MOST_READ = 8, 256
+"""The fewest and the most random regions that a node reads in a look, if there are as many."""
+READ_AGAIN, READ_TO_DROP = 32, 64
+"""The most regions that are read because they lacked replicas, and of its own ones because a node lacks room."""
 _MOST_DOUBLINGS = 40
 
 
-_CellOfMemory = tuple[MemoryID, Cell]
+_RegionOfMemory = tuple[MemoryID, int]
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,21 @@ class SeenShard:
     """A shard as a look saw it."""
 
     info: ShardInfo
+    region: int
     serving: frozenset[PeerID]
     leaving: frozenset[PeerID]
     """Hosts that leave. They still give it to others."""
 
 
-@lru_cache(maxsize=4096)  # the shards of a cell come one after another
-def preference(memory: MemoryID, cell: Cell, peer_id: PeerID) -> int:
-    """How much a peer prefers a cell: 64 bits, larger is more."""
-    return _drawn(f"{memory} {cell}@{peer_id.to_base58()}")
+@lru_cache(maxsize=4096)  # the shards of a region come one after another
+def preference(memory: MemoryID, region: int, peer_id: PeerID) -> int:
+    """How much a peer prefers a region: 64 bits, larger is more."""
+    return _drawn(f"{memory} {region}@{peer_id.to_base58()}")
 
 
 def is_called(preferred: int, missing: int, looks: int, nodes: float) -> bool:
     """Whether it is a peer's turn to take a shard that lacks this many replicas. `preferred`: how much the peer prefers
-    its cell. `looks`: how many looks in a row found that, from 1. `nodes`: about how many nodes look.
+    its region. `looks`: how many looks in a row found that, from 1. `nodes`: about how many nodes look.
     """
     called = missing << min(looks - 1, _MOST_DOUBLINGS)
     return called >= nodes or preferred >= 2**64 - int(2**64 * (called / nodes))
@@ -155,11 +156,13 @@ class Placement:
             missing = self._enough - len(shard.serving)
             if is_called(self._preference(key), missing, need.looks, nodes.get(key.memory, math.inf)):
                 found.append(key)
-        # nodes that are called for the same cell begin with different shards of it
-        own = self._peer_id.to_base58()
-        found.sort(
-            key=lambda k: (len(self._seen[k].serving), -self._preference(k), _drawn(f"{k.root.hex()}@{own}"))
-        )
+        # nodes that are called for the same region begin with different cells of it, and take whole ones if they can
+        order, own = dict[ShardKey, tuple[int, ...]](), self._peer_id.to_base58()
+        for key in found:
+            shard = self._seen[key]
+            of_cell, of_shard = (_drawn(f"{name}@{own}") for name in (shard.info.cell, key.root.hex()))
+            order[key] = len(shard.serving), -self._preference(key), of_cell, of_shard
+        found.sort(key=order.__getitem__)
         line = FairLine[ShardKey]()
         for key in found:
             line.put(Owner(key.memory.publisher, key.memory), key)
@@ -183,30 +186,30 @@ class Placement:
         """The serving hosts that prefer one of this node's shards more strongly than this node does. The first prefers
         it most.
         """
-        cell = self._seen[key].info.cell
+        region = self._seen[key].region
         hosts = self._keener(key)
-        return sorted(hosts, key=lambda peer_id: preference(key.memory, cell, peer_id), reverse=True)
+        return sorted(hosts, key=lambda peer_id: preference(key.memory, region, peer_id), reverse=True)
 
     def _keener(self, key: ShardKey) -> list[PeerID]:
         shard, own = self._seen[key], self._preference(key)
-        return [p for p in shard.serving if preference(key.memory, shard.info.cell, p) > own]
+        return [p for p in shard.serving if preference(key.memory, shard.region, p) > own]
 
     def _preference(self, key: ShardKey) -> int:
-        """How much this node prefers the cell of a shard that the last look saw."""
-        return preference(key.memory, self._seen[key].info.cell, self._peer_id)
+        """How much this node prefers the region of a shard that the last look saw."""
+        return preference(key.memory, self._seen[key].region, self._peer_id)
 
 
 class MemorySurvey:
-    """What one node reads about memories in each look: random cells, and those that lacked replicas before.
+    """What one node reads about memories in each look: random regions, and those that lacked replicas before.
 
-    For each cell that it hosts, a node reads two random ones of the same memory. Each cell has two hosts, so it is read
-    about four times in a period, in a swarm of any size, and whatever strangers announce. Nodes that host less read a
-    few cells, too.
+    For each region that it hosts, a node reads two random ones of the same memory. Each region has two hosts or more,
+    so it is read about four times in a period, in a swarm of any size, and whatever strangers announce. Nodes that host
+    less read a few regions, too.
     """
 
     def __init__(self, memories: MemoryRegistry) -> None:
         self.shares: dict[MemoryID, float] = {}
-        """The share of each memory's cells that the node usually reads, at the last look."""
+        """The share of each memory's regions that the node usually reads, at the last look."""
         self._memories = memories
         self._rng = random.SystemRandom()
 
@@ -219,87 +222,99 @@ class MemorySurvey:
         is_busy: bool,
         is_short: bool,
     ) -> dict[ShardKey, SeenShard]:
-        """What hosts announce of the shards in some cells. Raises UnreachableError.
+        """What hosts announce of the shards in some regions. Raises UnreachableError.
 
-        `is_busy`: whether the node has just taken shards. Then a memory may be new, and more cells are read.
-        `is_short`: whether it lacks room. Then more of its own cells are read, to see what it can drop.
+        `is_busy`: whether the node has just taken shards. Then a memory may be new, and more regions are read.
+        `is_short`: whether it lacks room. Then more of its own regions are read, to see what it can drop.
         """
-        cells = await asyncio.to_thread(self._random_cells, manifests, _cells_of(manifests, mine), is_busy)
-        cells |= self._some(_cells_of(manifests, lacking), READ_AGAIN)
+        regions = await asyncio.to_thread(
+            self._random_regions, manifests, _regions_of(manifests, mine), is_busy
+        )
+        regions |= self._some(_regions_of(manifests, lacking), READ_AGAIN)
         if is_short:
-            cells |= self._some(_cells_of(manifests, mine), READ_TO_DROP)
-        return await asyncio.to_thread(_seen_in, manifests, await self._read(cells))
+            regions |= self._some(_regions_of(manifests, mine), READ_TO_DROP)
+        return await asyncio.to_thread(_seen_in, manifests, await self._read(regions))
 
     async def read_again(
         self, manifests: Mapping[MemoryID, MemoryManifest], lacking: Collection[ShardKey]
     ) -> dict[ShardKey, SeenShard]:
-        """Reads the cells of these shards again, or some of them if there are many. Raises UnreachableError."""
-        cells = self._some(_cells_of(manifests, lacking), READ_AGAIN)
-        return await asyncio.to_thread(_seen_in, manifests, await self._read(cells))
+        """Reads the regions of these shards again, or some of them if there are many. Raises UnreachableError."""
+        regions = self._some(_regions_of(manifests, lacking), READ_AGAIN)
+        return await asyncio.to_thread(_seen_in, manifests, await self._read(regions))
 
-    def _random_cells(
-        self, manifests: Mapping[MemoryID, MemoryManifest], own: Collection[_CellOfMemory], is_busy: bool
-    ) -> set[_CellOfMemory]:
+    def _random_regions(
+        self, manifests: Mapping[MemoryID, MemoryManifest], own: Collection[_RegionOfMemory], is_busy: bool
+    ) -> set[_RegionOfMemory]:
         """Slow with large memories."""
         hosted = Counter(memory for memory, _ in own)
-        share_of_fewest = FEWEST_READ / max(1, sum(len(manifest.by_cell) for manifest in manifests.values()))
+        share_of_fewest = FEWEST_READ / max(
+            1, sum(len(manifest.by_region) for manifest in manifests.values())
+        )
         wanted = {
             memory: min(
-                len(manifest.by_cell),
-                max(_READ_FOR_OWN * hosted[memory], math.ceil(share_of_fewest * len(manifest.by_cell))),
+                len(manifest.by_region),
+                max(_READ_FOR_OWN * hosted[memory], math.ceil(share_of_fewest * len(manifest.by_region))),
             )
             for memory, manifest in manifests.items()
         }
         fits = min(1.0, MOST_READ / max(1, sum(wanted.values())))
-        self.shares = {memory: fits * n / len(manifests[memory].by_cell) for memory, n in wanted.items()}
-        drawn = set[_CellOfMemory]()
+        self.shares = {memory: fits * n / len(manifests[memory].by_region) for memory, n in wanted.items()}
+        drawn = set[_RegionOfMemory]()
         for memory, n in wanted.items():
-            cells = list(manifests[memory].by_cell)
-            drawn.update((memory, cell) for cell in self._rng.sample(cells, len(cells) if is_busy else n))
+            regions = list(manifests[memory].by_region)
+            drawn.update(
+                (memory, region) for region in self._rng.sample(regions, len(regions) if is_busy else n)
+            )
         return self._some(drawn, MOST_READ)
 
-    def _some(self, cells: Collection[_CellOfMemory], most: int) -> set[_CellOfMemory]:
-        return set(self._rng.sample(list(cells), min(most, len(cells))))
+    def _some(self, regions: Collection[_RegionOfMemory], most: int) -> set[_RegionOfMemory]:
+        return set(self._rng.sample(list(regions), min(most, len(regions))))
 
-    async def _read(self, cells: Collection[_CellOfMemory]) -> dict[_CellOfMemory, Collection[CellHost]]:
-        wanted: dict[MemoryID, list[Cell]] = {}
-        for memory, cell in cells:
-            wanted.setdefault(memory, []).append(cell)
-        found: dict[_CellOfMemory, Collection[CellHost]] = {}
+    async def _read(
+        self, regions: Collection[_RegionOfMemory]
+    ) -> dict[_RegionOfMemory, Collection[RegionHost]]:
+        wanted: dict[MemoryID, list[int]] = {}
+        for memory, region in regions:
+            wanted.setdefault(memory, []).append(region)
+        found: dict[_RegionOfMemory, Collection[RegionHost]] = {}
         for memory, some in wanted.items():
-            hosts = await self._memories.cell_hosts(memory, some)
-            found |= {(memory, cell): hosts[cell] for cell in some}
+            hosts = await self._memories.region_hosts(memory, some)
+            found |= {(memory, region): hosts[region] for region in some}
         return found
 
 
-def _cells_of(manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]) -> set[_CellOfMemory]:
-    """The cells of those of these shards that are still listed."""
+def _regions_of(
+    manifests: Mapping[MemoryID, MemoryManifest], keys: Collection[ShardKey]
+) -> set[_RegionOfMemory]:
+    """The regions of those of these shards that are still listed."""
     return {
-        (key.memory, info.cell)
+        (key.memory, manifest.region_of(info))
         for key in keys
-        if key.memory in manifests and (info := manifests[key.memory].by_root.get(key.root)) is not None
+        if (manifest := manifests.get(key.memory)) is not None
+        and (info := manifest.by_root.get(key.root)) is not None
     }
 
 
 def _seen_in(
-    manifests: Mapping[MemoryID, MemoryManifest], hosts: Mapping[_CellOfMemory, Collection[CellHost]]
+    manifests: Mapping[MemoryID, MemoryManifest], hosts: Mapping[_RegionOfMemory, Collection[RegionHost]]
 ) -> dict[ShardKey, SeenShard]:
     """Slow: a memory may have 131,072 shards."""
     seen: dict[ShardKey, SeenShard] = {}
-    for (memory, cell), some in hosts.items():
-        seen |= seen_shards(memory, manifests[memory].by_cell[cell], some)
+    for (memory, region), some in hosts.items():
+        seen |= seen_shards(memory, region, manifests[memory].by_region[region], some)
     return seen
 
 
 def seen_shards(
-    memory: MemoryID, shards: Collection[ShardInfo], hosts: Collection[CellHost]
+    memory: MemoryID, region: int, shards: Collection[ShardInfo], hosts: Collection[RegionHost]
 ) -> dict[ShardKey, SeenShard]:
-    """What the hosts of a cell announce about these shards of it. Slow if many announce many."""
+    """What the hosts of a region announce about these shards of it. Slow if many announce many."""
     found = {}
     for info in shards:
         having = [host for host in hosts if info.short in host.shards]
         found[ShardKey(memory, info.root)] = SeenShard(
             info,
+            region,
             frozenset(host.peer_id for host in having if host.state is ReplicaState.SERVING),
             frozenset(host.peer_id for host in having if host.state is ReplicaState.LEAVING),
         )

@@ -55,7 +55,7 @@ class SignedRecord(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class RecordPayload(_message.Message):
-    __slots__ = ("key", "expires_at", "announcement", "hosting", "node", "manifest_json", "trainer", "revocations", "library", "cell", "badge")
+    __slots__ = ("key", "expires_at", "announcement", "hosting", "node", "manifest_json", "trainer", "revocations", "library", "region", "badge")
     KEY_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
@@ -65,7 +65,7 @@ class RecordPayload(_message.Message):
     TRAINER_FIELD_NUMBER: _ClassVar[int]
     REVOCATIONS_FIELD_NUMBER: _ClassVar[int]
     LIBRARY_FIELD_NUMBER: _ClassVar[int]
-    CELL_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     BADGE_FIELD_NUMBER: _ClassVar[int]
     key: str
     expires_at: float
@@ -76,9 +76,9 @@ class RecordPayload(_message.Message):
     trainer: TrainerRecord
     revocations: _admission_pb2.Revocations
     library: Library
-    cell: CellRecord
+    region: RegionRecord
     badge: _admission_pb2.Badge
-    def __init__(self, key: _Optional[str] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., hosting: _Optional[_Union[Hosting, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., library: _Optional[_Union[Library, _Mapping]] = ..., cell: _Optional[_Union[CellRecord, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
+    def __init__(self, key: _Optional[str] = ..., expires_at: _Optional[float] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., hosting: _Optional[_Union[Hosting, _Mapping]] = ..., node: _Optional[_Union[NodeRecord, _Mapping]] = ..., manifest_json: _Optional[bytes] = ..., trainer: _Optional[_Union[TrainerRecord, _Mapping]] = ..., revocations: _Optional[_Union[_admission_pb2.Revocations, _Mapping]] = ..., library: _Optional[_Union[Library, _Mapping]] = ..., region: _Optional[_Union[RegionRecord, _Mapping]] = ..., badge: _Optional[_Union[_admission_pb2.Badge, _Mapping]] = ...) -> None: ...
 
 class Hosting(_message.Message):
     __slots__ = ("replicas", "queued_rows")
@@ -250,7 +250,7 @@ class LibraryEntry(_message.Message):
     grid: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, name: _Optional[str] = ..., manifest_sha256: _Optional[bytes] = ..., manifest_bytes: _Optional[int] = ..., revision: _Optional[int] = ..., passages: _Optional[int] = ..., total_bytes: _Optional[int] = ..., licenses: _Optional[_Iterable[str]] = ..., about: _Optional[str] = ..., shards: _Optional[int] = ..., grid: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class CellRecord(_message.Message):
+class RegionRecord(_message.Message):
     __slots__ = ("state", "shards", "node")
     STATE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]

@@ -371,9 +371,8 @@ def _memory_figures(memories: Sequence[Survey], nodes: Iterable[NodeInfo]) -> Js
     return {
         "count": len(memories),
         "shards": sum(found.entry.shards for found in memories),
-        # not known for memories that were surveyed only in part
-        "served": sum(found.served if found.is_whole else found.entry.shards for found in memories),
-        "below_two": sum(found.below() for found in memories if found.is_whole),
+        "served": sum(found.served for found in memories),
+        "below_two": sum(found.below() for found in memories),
         "queries_per_s": sum(node.memory_queries_per_s for node in nodes),
     }
 
@@ -525,7 +524,6 @@ def _trainer_state(seen: Seen[TrainerInfo]) -> str:
 
 
 def _memory_row(found: Survey, checked: HostChecks) -> Json:
-    """Replicas are unknown if there were too many cells to look up."""
     entry, publisher = found.entry, found.entry.publisher.to_base58()
     return {
         "memory": str(entry.memory),
@@ -538,10 +536,10 @@ def _memory_row(found: Survey, checked: HostChecks) -> Json:
         "bytes": entry.total_bytes,
         "licenses": list(entry.licenses),
         "shards": entry.shards,
-        "served": found.served if found.is_whole else None,
-        "below_two": found.below() if found.is_whole else None,
-        "replicas_min": found.fewest if found.is_whole else None,
-        "replicas_mean": round(found.mean, 2) if found.is_whole else None,
+        "served": found.served,
+        "below_two": found.below(),
+        "replicas_min": found.fewest,
+        "replicas_mean": round(found.mean, 2),
         "replicas_wanted": WANTED_REPLICAS,
         "hosts": len(found.hosts),
         "checks": checked.checks,

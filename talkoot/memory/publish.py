@@ -42,7 +42,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 2.0
 _LOOKING = 0.2
-"""The share of the time that looks may take: in a memory with many cells, one look is many look-ups."""
+"""The share of the time that looks may take: in a memory with many regions, one look is many look-ups."""
 _SHOW_EVERY_S = 10.0
 _PATIENCE_S = 60.0
 """After this many seconds without progress, the publisher is told possible reasons."""
@@ -193,9 +193,10 @@ class Publication:
         """What hosts claim that are not in doubt, and some claims to check. Slow: strangers may claim all shards."""
         said = {
             ShardKey(self.entry.memory, shard.root): SeenShard(
-                shard, announced.by_root[shard.root], frozenset()
+                shard, region, announced.by_root[shard.root], frozenset()
             )
-            for shard in self.manifest.shards
+            for region, shards in self.manifest.by_region.items()
+            for shard in shards
         }
         seen = believed(said, doubted)
         claims = {(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving}
@@ -215,7 +216,7 @@ class Publication:
         """Withdraws its announcements. If the DHT does not answer, it does not wait."""
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
-                gone = dict.fromkeys(self.manifest.by_cell, (ReplicaState.WITHDRAWN, ()))
+                gone = dict.fromkeys(self.manifest.by_region, (ReplicaState.WITHDRAWN, ()))
                 await self.swarm.registry.leave(self._settings.lifetime_s)
                 await self.memories.announce(self.entry.memory, gone, self._settings.lifetime_s)
         if self.swarm.host.server is not None:
@@ -243,11 +244,11 @@ class Publication:
         """Announces like a leaving node: others fetch from this peer, but don't count it as one of the
         wanted replicas.
         """
-        cells = {
-            cell: (ReplicaState.LEAVING, [shard.root for shard in shards])
-            for cell, shards in self.manifest.by_cell.items()
+        regions = {
+            region: (ReplicaState.LEAVING, [shard.root for shard in shards])
+            for region, shards in self.manifest.by_region.items()
         }
-        await self.memories.announce(self.entry.memory, cells, self._settings.lifetime_s)
+        await self.memories.announce(self.entry.memory, regions, self._settings.lifetime_s)
 
     async def _publish_record(self) -> None:
         record = records_pb2.NodeRecord(

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Self
 
 from dht.announcements import ReplicaState
-from dht.library import WANTED_REPLICAS, CellHost, LibraryEntry, MemoryRegistry
-from dht.memory import MAX_SHARDS, Cell, MemoryManifest
+from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry, RegionHost
+from dht.memory import MAX_SHARDS, MemoryManifest
 from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 from peer.loop import TimeSlices
 
-_MOST_CELLS, _CELLS_AT_ONCE = 4096, 64
-"""How many cells of one memory are surveyed, in all and at once. A larger memory is surveyed in part.
-"""
+_REGIONS_AT_ONCE = 64
+"""How many regions of a memory are surveyed at once."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,23 @@ class Replication:
 
     @classmethod
     def of(
-        cls, manifest: MemoryManifest, found: Mapping[Cell, Iterable[CellHost]], besides: PeerID | None = None
+        cls,
+        manifest: MemoryManifest,
+        found: Mapping[int, Iterable[RegionHost]],
+        besides: PeerID | None = None,
     ) -> Self:
         """`found`: the hosts' announcements. `besides`: peers that don't count."""
         return cls(
             {
                 shard.root: frozenset(
                     host.peer_id
-                    for host in found.get(shard.cell, ())
+                    for host in found.get(region, ())
                     if host.state is ReplicaState.SERVING
                     and host.peer_id != besides
                     and shard.short in host.shards
                 )
-                for shard in manifest.shards
+                for region, shards in manifest.by_region.items()
+                for shard in shards
             }
         )
 
@@ -68,7 +71,7 @@ async def replication(
     memories: MemoryRegistry, entry: LibraryEntry, manifest: MemoryManifest, besides: PeerID | None = None
 ) -> Replication:
     """Looks up who serves the memory's shards. Raises UnreachableError."""
-    found = await memories.cell_hosts(entry.memory, manifest.by_cell)
+    found = await memories.region_hosts(entry.memory, manifest.by_region)
     return await asyncio.to_thread(Replication.of, manifest, found, besides)
 
 
@@ -82,8 +85,6 @@ class Survey:
     are missing.
     """
     hosts: frozenset[PeerID]
-    is_whole: bool
-    """Whether all active cells were looked up."""
 
     @property
     def served(self) -> int:
@@ -110,12 +111,11 @@ class Survey:
 
 async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
     """Looks up who serves the memory's shards. Raises UnreachableError."""
-    active = sorted(await memories.active_cells(entry.memory, entry.grid))
-    looked_up = active[:_MOST_CELLS]
+    active = sorted(await memories.active_regions(entry.memory, entry.grid))
     replicas: Counter[bytes] = Counter()
     hosts, slices = set(), TimeSlices()
-    for begin in range(0, len(looked_up), _CELLS_AT_ONCE):
-        found = await memories.cell_hosts(entry.memory, looked_up[begin : begin + _CELLS_AT_ONCE])
+    for begin in range(0, len(active), _REGIONS_AT_ONCE):
+        found = await memories.region_hosts(entry.memory, active[begin : begin + _REGIONS_AT_ONCE])
         for some in found.values():
             for host in some:
                 if host.state is ReplicaState.SERVING:
@@ -124,7 +124,7 @@ async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
                         if shard in replicas or len(replicas) < MAX_SHARDS:
                             replicas[shard] += 1
                 await slices.pause()  # strangers may say that they host everything
-    return Survey(entry, replicas, frozenset(hosts), len(looked_up) == len(active))
+    return Survey(entry, replicas, frozenset(hosts))
 
 
 def sizes_in_words(shard_bytes: int, encoder_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""Memories in the DHT: who may publish them, what readers accept of stored data, and which hosts have their cells."""
+"""Memories in the DHT: who may publish them, what readers accept of stored data, and which hosts have their regions."""
 
 import contextlib
 import time
@@ -21,15 +21,15 @@ from dht.admission import Denylist, Mode, Role, SwarmAdmission, make_badge, make
 from dht.announcements import NodeInfo, ReplicaState
 from dht.founder_records import LIFETIME_S
 from dht.library import (
-    CellHost,
     LibraryEntry,
     MemoryRegistry,
+    RegionHost,
     find_memory,
-    read_cell,
     read_library,
+    read_region,
     with_entry,
 )
-from dht.memory import MAX_SHARDS_OF_CELL, Cell, MemoryID, Part
+from dht.memory import MAX_SHARDS_OF_REGION, MemoryID, Part
 from dht.records import (
     INDEX_PIECE,
     MAX_LIBRARY_BYTES,
@@ -55,7 +55,7 @@ from peer.wire import admission_pb2, records_pb2
 FOUNDER, LIBRARIAN, STRANGER = (numbered_identity(number) for number in range(3))
 KEYS = SwarmKeys("sauna", FOUNDER.peer_id)
 MONTH_S = LIFETIME_S
-Cells = dict[Cell, tuple[ReplicaState, Collection[bytes]]]
+Regions = dict[int, tuple[ReplicaState, Collection[bytes]]]
 SERVING, LEAVING = ReplicaState.SERVING, ReplicaState.LEAVING
 
 
@@ -150,8 +150,8 @@ def test_a_librarian_publishes_nothing_without_a_valid_badge_of_its_own() -> Non
 
 
 @pytest.mark.parametrize("role", Role)
-def test_nodes_and_librarians_announce_cells(role: Role) -> None:
-    payload = cell()
+def test_nodes_and_librarians_announce_regions(role: Role) -> None:
+    payload = region()
     payload.badge.CopyFrom(badge_of(role, LIBRARIAN))
     if role in (Role.NODE, Role.LIBRARIAN):
         checked("token", LIBRARIAN, payload, now=lambda: NOW)
@@ -163,23 +163,23 @@ def test_nodes_and_librarians_announce_cells(role: Role) -> None:
 # What a record may contain
 
 
-def cell(
+def region(
     shards: bytes = b"r" * 8, state: int = SERVING.value, expires_at: float = EXPIRES_AT
 ) -> records_pb2.RecordPayload:
-    key = KEYS.memory(entry().memory, (3, 4))
+    key = KEYS.memory_region(entry().memory, 34)
     payload = records_pb2.RecordPayload(key=key, expires_at=expires_at)
-    payload.cell.CopyFrom(records_pb2.CellRecord(shards=shards))
-    payload.cell.state = state  # type: ignore[assignment]  # hostile ones are of no known number
+    payload.region.CopyFrom(records_pb2.RegionRecord(shards=shards))
+    payload.region.state = state  # type: ignore[assignment]  # hostile ones are of no known number
     return payload
 
 
-def test_a_library_lives_long_and_a_cell_does_not() -> None:
+def test_a_library_lives_long_and_a_region_does_not() -> None:
     VALIDATOR.check(as_stored(FOUNDER, library(entry(), expires_at=NOW + MAX_MANIFEST_LIFETIME_S)))
     late = NOW + MAX_MANIFEST_LIFETIME_S + CLOCK_TOLERANCE_S + 1
     refused(as_stored(FOUNDER, library(entry(), expires_at=late)), "live longer")
-    VALIDATOR.check(as_stored(FOUNDER, cell(expires_at=NOW + MAX_LIFETIME_S)))
+    VALIDATOR.check(as_stored(FOUNDER, region(expires_at=NOW + MAX_LIFETIME_S)))
     late = NOW + MAX_LIFETIME_S + CLOCK_TOLERANCE_S + 1
-    refused(as_stored(FOUNDER, cell(expires_at=late)), "live longer than 600 s")
+    refused(as_stored(FOUNDER, region(expires_at=late)), "live longer than 600 s")
 
 
 @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ def test_a_library_lives_long_and_a_cell_does_not() -> None:
         KEYS.manifest,
         KEYS.revocations,
         KEYS.node(FOUNDER.peer_id),
-        KEYS.memory(entry().memory),
-        KEYS.memory(entry().memory, (3, 4)),
+        KEYS.memory_index(entry().memory, 34),
+        KEYS.memory_region(entry().memory, 34),
         f"{KEYS.swarm_id}.1.library",
         f"{KEYS.library}.1",
     ],
-    ids=["manifest", "revocations", "node", "memory", "cell", "layer", "below"],
+    ids=["manifest", "revocations", "node", "memory", "region", "layer", "below"],
 )
 def test_a_library_is_under_its_own_key_alone(key: str) -> None:
     payload = library(entry())
@@ -206,7 +206,7 @@ def test_nothing_else_is_under_the_librarys_key() -> None:
     node = records_pb2.NodeRecord(addresses=["203.0.113.77:1"])
     for payload in (
         records_pb2.RecordPayload(key=KEYS.library, expires_at=EXPIRES_AT, node=node),
-        records_pb2.RecordPayload(key=KEYS.library, expires_at=EXPIRES_AT, cell=cell().cell),
+        records_pb2.RecordPayload(key=KEYS.library, expires_at=EXPIRES_AT, region=region().region),
         records_pb2.RecordPayload(key=KEYS.library, expires_at=EXPIRES_AT, manifest_json=b"{}"),
         records_pb2.RecordPayload(key=KEYS.library, expires_at=EXPIRES_AT),
     ):
@@ -224,19 +224,19 @@ def test_a_library_has_no_more_than_its_bounds() -> None:
     refused(as_stored(FOUNDER, library(entry(about="x" * 17_000))), "too large")
 
 
-@pytest.mark.parametrize("length", [1, 7, 9, 8 * MAX_SHARDS_OF_CELL + 8])
-def test_a_cell_of_cut_or_too_many_roots_is_refused(length: int) -> None:
-    refused(as_stored(FOUNDER, cell(bytes(length))), "a cell's list of shards")
-    VALIDATOR.check(as_stored(FOUNDER, cell(bytes(8 * MAX_SHARDS_OF_CELL))))
+@pytest.mark.parametrize("length", [1, 7, 9, 8 * MAX_SHARDS_OF_REGION + 8])
+def test_a_region_of_cut_or_too_many_roots_is_refused(length: int) -> None:
+    refused(as_stored(FOUNDER, region(bytes(length))), "a region's list of shards")
+    VALIDATOR.check(as_stored(FOUNDER, region(bytes(8 * MAX_SHARDS_OF_REGION))))
 
 
-def test_index_entries_lead_to_cells() -> None:
+def test_index_entries_lead_to_regions() -> None:
     memory = MemoryID.of("n" * 24, FOUNDER.peer_id)
     keys = SwarmKeys("s" * 32, FOUNDER.peer_id)
-    for coordinate, following in (((), 3), ((3,), 4), ((), 4095), ((15, 15, 15), INDEX_PIECE)):
-        key = keys.memory_index(memory, coordinate, following)
-        VALIDATOR.check(stored(key, following, key))
-        refused(stored(key, (following + INDEX_PIECE) % 4096, key), "another piece")
+    for number in (0, 3, INDEX_PIECE, 4095):
+        key = keys.memory_index(memory, number)
+        VALIDATOR.check(stored(key, number, key))
+        refused(stored(key, (number + INDEX_PIECE) % 4096, key), "another piece")
 
 
 # What readers accept of a record
@@ -288,19 +288,22 @@ def test_texts_of_a_publisher_are_harmless_on_a_terminal() -> None:
 
 
 @pytest.mark.parametrize("state", [0, ReplicaState.CLAIMED.value, 99])
-def test_a_cell_in_another_state_is_refused(state: int) -> None:
-    with pytest.raises(RecordError, match=r"the cell has the unknown state|a cell can't be claimed"):
-        read_cell(cell(state=state), FOUNDER.peer_id)
+def test_a_region_in_another_state_is_refused(state: int) -> None:
+    with pytest.raises(RecordError, match=r"the region has the unknown state|a region can't be claimed"):
+        read_region(region(state=state), FOUNDER.peer_id)
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))
 def test_hostile_bytes_raise_nothing_but_their_own_errors(listed: bytes, shards: bytes) -> None:
-    library_field, cell_field = bytes([10 << 3 | 2]), bytes([11 << 3 | 2])
-    for field, data in ((library_field, b"\x0a" + bytes([len(listed) % 128]) + listed), (cell_field, shards)):
+    library_field, region_field = bytes([10 << 3 | 2]), bytes([11 << 3 | 2])
+    for field, data in (
+        (library_field, b"\x0a" + bytes([len(listed) % 128]) + listed),
+        (region_field, shards),
+    ):
         payload = records_pb2.RecordPayload()
         with contextlib.suppress(DecodeError):
             payload.ParseFromString(field + _varint(len(data)) + data)
-        for read in (read_library, read_cell):
+        for read in (read_library, read_region):
             with contextlib.suppress(TalkootError):
                 read(payload, FOUNDER.peer_id)
 
@@ -592,38 +595,37 @@ def test_a_library_that_does_not_fit_is_not_published(loop: LoopThread) -> None:
     run(loop, scenario)
 
 
-def test_hosts_of_cells_are_found_by_prefixes(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dht.library._CELLS_AT_ONCE", 2)
-    memory, other = entry().memory, entry("bible").memory
+def test_hosts_of_regions_are_found_by_the_index(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dht.library._REGIONS_AT_ONCE", 2)
+    memory, other, grid = entry().memory, entry("bible").memory, (16, 16)
     first, second, third = (bytes([number]) * 32 for number in range(3))
 
     async def scenario() -> None:
         async with swarm("open") as (hosts, (a, b, c)):
             one, two, reading = MemoryRegistry(a), MemoryRegistry(b), MemoryRegistry(c)
-            assert await reading.active_cells(memory, (16, 16)) == frozenset()
-            assert await reading.some_hosts(memory, (16, 16)) == ()
-            await one.announce(memory, {(0, 1): (SERVING, [first, second]), (15, 3): (LEAVING, [third])}, 60)
-            await two.announce(memory, {(0, 1): (SERVING, [first])}, 60)
-            await two.announce(other, {(2, 2): (SERVING, [third])}, 60)
-            assert await reading.active_cells(memory, (16, 16)) == {(0, 1), (15, 3)}
-            assert await reading.active_cells(memory, (16, 3)) == {(0, 1)}, "others are not in such a grid"
-            ours = CellHost(hosts[0].peer_id, SERVING, frozenset({first[:8], second[:8]}))
-            theirs = CellHost(hosts[1].peer_id, SERVING, frozenset({first[:8]}))
-            leaving = CellHost(hosts[0].peer_id, LEAVING, frozenset({third[:8]}))
-            found = await reading.cell_hosts(memory, [(0, 1), (15, 3), (7, 7)])
-            assert set(found[0, 1]) == {ours, theirs}
-            assert (found[15, 3], found[7, 7]) == ((leaving,), ())
-            some = await reading.some_hosts(memory, (16, 16))
+            assert await reading.active_regions(memory, grid) == frozenset()
+            assert await reading.some_hosts(memory, grid) == ()
+            await one.announce(memory, {1: (SERVING, [first, second]), 15: (LEAVING, [third])}, 60)
+            await two.announce(memory, {1: (SERVING, [first])}, 60)
+            await two.announce(other, {2: (SERVING, [third])}, 60)
+            assert await reading.active_regions(memory, grid) == {1, 15}
+            assert await reading.active_regions(memory, (15,)) == {1}, "such a grid has no region 15"
+            ours = RegionHost(hosts[0].peer_id, SERVING, frozenset({first[:8], second[:8]}))
+            theirs = RegionHost(hosts[1].peer_id, SERVING, frozenset({first[:8]}))
+            leaving = RegionHost(hosts[0].peer_id, LEAVING, frozenset({third[:8]}))
+            found = await reading.region_hosts(memory, [1, 15, 7])
+            assert set(found[1]) == {ours, theirs}
+            assert (found[15], found[7]) == ((leaving,), ())
+            some = await reading.some_hosts(memory, grid)
             assert {host.peer_id for host in some} == {hosts[0].peer_id, hosts[1].peer_id}
-            # Whatever strangers store at prefixes, and whatever cells they mark, no hosts are hidden.
-            await two.announce(memory, {(): (SERVING, [first]), (0,): (SERVING, [first])}, 60)
-            await one.announce(memory, {(0, 1): (ReplicaState.WITHDRAWN, [])}, 60)
-            marks = [(b.keys.memory_index(memory, at, n), n) for at in ((), (1,), (2,)) for n in range(16)]
-            await b.store([Item(key, n, key, b.now() + 60) for key, n in marks])
-            some = await reading.some_hosts(memory, (16, 16))
+            # whatever regions strangers mark, no hosts are hidden
+            await one.announce(memory, {1: (ReplicaState.WITHDRAWN, [])}, 60)
+            marks = [(b.keys.memory_index(memory, number), number) for number in range(3 * INDEX_PIECE)]
+            await b.store([Item(key, number, key, b.now() + 60) for key, number in marks])
+            some = await reading.some_hosts(memory, grid)
             assert some
             assert set(some) <= {theirs, leaving}
-            assert await reading.cell_hosts(memory, [(0, 1)]) == {(0, 1): (theirs,)}
+            assert await reading.region_hosts(memory, [1]) == {1: (theirs,)}
 
     run(loop, scenario)
 
@@ -635,50 +637,50 @@ def node_record(number: int) -> records_pb2.NodeRecord:
     )
 
 
-def test_a_host_says_in_some_of_its_cells_how_to_call_it(loop: LoopThread) -> None:
+def test_a_host_says_in_some_of_its_regions_how_to_call_it(loop: LoopThread) -> None:
     memory = entry().memory
-    cells: Cells = {(0, n): (SERVING, [b"r" * 32]) for n in range(5)}
+    regions: Regions = {n: (SERVING, [b"r" * 32]) for n in range(5)}
 
     async def scenario() -> None:
         async with swarm("open") as (hosts, (a, b, _)):
             announcing, reading = MemoryRegistry(a), MemoryRegistry(b)
 
             async def said() -> list[NodeInfo]:
-                found = await reading.cell_hosts(memory, list(cells), with_contacts=True)
+                found = await reading.region_hosts(memory, list(regions), with_contacts=True)
                 assert {host.peer_id for (host,) in found.values()} == {hosts[0].peer_id}
                 return [host.node for (host,) in found.values() if host.node is not None]
 
-            await announcing.store(await announcing.announcements(memory, cells, 60, most_contacts=2))
+            await announcing.store(await announcing.announcements(memory, regions, 60, most_contacts=2))
             assert not await said(), "it has no node record yet"
             await a.publish_node(node_record(0), 60)
-            await announcing.store(await announcing.announcements(memory, cells, 60, most_contacts=2))
+            await announcing.store(await announcing.announcements(memory, regions, 60, most_contacts=2))
             contacts = await said()
             assert len(contacts) == 2
             published = (await b.nodes([hosts[0].peer_id]))[hosts[0].peer_id]
             for contact in contacts:
                 assert (contact.addresses, contact.name) == (published.addresses, published.name)
                 assert (contact.certificate_pem, contact.updates) == (published.certificate_pem, 0)
-            unasked = await reading.cell_hosts(memory, list(cells))
+            unasked = await reading.region_hosts(memory, list(regions))
             assert all(host.node is None for (host,) in unasked.values())
             await a.leave(60)
-            await announcing.store(await announcing.announcements(memory, cells, 60, most_contacts=2))
+            await announcing.store(await announcing.announcements(memory, regions, 60, most_contacts=2))
             assert not await said()
 
     run(loop, scenario)
 
 
 def test_an_announcement_that_a_later_one_has_overtaken_is_not_missed(loop: LoopThread) -> None:
-    memory, cell = entry().memory, (0, 1)
+    memory = entry().memory
 
     async def scenario() -> None:
         async with swarm("open") as (_, (a, b, _)):
             announcing, reading = MemoryRegistry(a), MemoryRegistry(b)
-            withdrawn: Cells = {cell: (ReplicaState.WITHDRAWN, [])}
+            withdrawn: Regions = {1: (ReplicaState.WITHDRAWN, [])}
             older = await announcing.announcements(memory, withdrawn, 60)
-            newer = await announcing.announcements(memory, {cell: (SERVING, [b"r" * 32])}, 60)
+            newer = await announcing.announcements(memory, {1: (SERVING, [b"r" * 32])}, 60)
             await announcing.store(newer)
             await announcing.store(older)  # which everybody refuses
-            assert len((await reading.cell_hosts(memory, [cell]))[cell]) == 1
+            assert len((await reading.region_hosts(memory, [1]))[1]) == 1
             newest = await announcing.announcements(memory, withdrawn, 60)
             stored_later = await announcing.announcements(memory, withdrawn, 60)
             await announcing.store(stored_later)
@@ -689,51 +691,50 @@ def test_an_announcement_that_a_later_one_has_overtaken_is_not_missed(loop: Loop
     run(loop, scenario)
 
 
-def test_a_cell_leads_to_nobody_but_its_host() -> None:
-    payload = cell()
-    payload.cell.node.CopyFrom(node_record(1))
+def test_a_region_leads_to_nobody_but_its_host() -> None:
+    payload = region()
+    payload.region.node.CopyFrom(node_record(1))
     with pytest.raises(RecordError, match="not that of peer"):
-        read_cell(payload, FOUNDER.peer_id, with_contact=True)
-    assert read_cell(payload, LIBRARIAN.peer_id, with_contact=True) is not None
-    payload.cell.node.CopyFrom(records_pb2.NodeRecord(left=True))
-    host = read_cell(payload, FOUNDER.peer_id, with_contact=True)
+        read_region(payload, FOUNDER.peer_id, with_contact=True)
+    assert read_region(payload, LIBRARIAN.peer_id, with_contact=True) is not None
+    payload.region.node.CopyFrom(records_pb2.NodeRecord(left=True))
+    host = read_region(payload, FOUNDER.peer_id, with_contact=True)
     assert host is not None
     assert host.node is None
 
 
-def test_a_memory_of_a_wide_grid_has_its_coordinates_under_several_keys(loop: LoopThread) -> None:
+def test_a_memory_of_many_regions_has_its_index_under_several_keys(loop: LoopThread) -> None:
     async def scenario() -> None:
         async with swarm("open") as (_, (a, b, _)):
-            cells: Cells = {
-                (coordinate,): (SERVING, [b"r" * 32])
-                for coordinate in (0, INDEX_PIECE - 1, INDEX_PIECE, 4000)
+            regions: Regions = {
+                number: (SERVING, [b"r" * 32]) for number in (0, INDEX_PIECE - 1, INDEX_PIECE, 4000)
             }
-            await MemoryRegistry(a).announce(entry().memory, cells, 60)
-            assert await MemoryRegistry(b).active_cells(entry().memory, (4096,)) == set(cells)
+            await MemoryRegistry(a).announce(entry().memory, regions, 60)
+            assert await MemoryRegistry(b).active_regions(entry().memory, (256, 256)) == set(regions)
 
     run(loop, scenario)
 
 
-def test_what_is_no_cell_is_left_out_beside_the_cells(loop: LoopThread) -> None:
+def test_what_is_no_region_is_left_out_beside_its_hosts(loop: LoopThread) -> None:
     memory = entry().memory
 
     async def scenario() -> None:
         async with swarm("open", gullible=2) as (hosts, (a, b, _)):
-            await MemoryRegistry(a).announce(memory, {(0, 1): (SERVING, [b"r" * 32])}, 60)
-            key, until = KEYS.memory(memory, (0, 1)), time.time() + 60
+            await MemoryRegistry(a).announce(memory, {1: (SERVING, [b"r" * 32])}, 60)
+            key, until = KEYS.memory_region(memory, 1), time.time() + 60
             wrong = records_pb2.RecordPayload(
                 key=key, expires_at=until, announcement=records_pb2.Announcement(state=SERVING.value)
             )
             cut = records_pb2.RecordPayload(
-                key=key, expires_at=until, cell=records_pb2.CellRecord(state=SERVING.value, shards=b"cut")
+                key=key, expires_at=until, region=records_pb2.RegionRecord(state=SERVING.value, shards=b"cut")
             )
             for payload in (wrong, cut):
                 record = sign_record(STRANGER, payload)
                 assert await store_raw(hosts[2], key, STRANGER.peer_id.to_bytes(), record, until)
                 until = payload.expires_at = until + 1
             assert await store_raw(hosts[2], key, 77, key, until)
-            found = await MemoryRegistry(b).cell_hosts(memory, [(0, 1)])
-            assert [host.peer_id for host in found[0, 1]] == [hosts[0].peer_id]
+            found = await MemoryRegistry(b).region_hosts(memory, [1])
+            assert [host.peer_id for host in found[1]] == [hosts[0].peer_id]
 
     run(loop, scenario)
 
@@ -752,19 +753,19 @@ def reading(key: str, stored_there: dict[object, tuple[bytes, float]]) -> Any:
     )
 
 
-def test_records_that_strangers_put_into_a_cell_do_not_hold_the_loop() -> None:
+def test_records_that_strangers_put_into_a_region_do_not_hold_the_loop() -> None:
     memory, until = entry().memory, time.time() + 60
-    key, stored_there = KEYS.memory(memory, (0,)), dict[object, tuple[bytes, float]]()
+    key, stored_there = KEYS.memory_region(memory, 0), dict[object, tuple[bytes, float]]()
     shards = b"".join(number.to_bytes(8) for number in range(256))
     for number in range(250):
         stranger = numbered_identity(number)
-        body = records_pb2.CellRecord(state=SERVING.value, shards=shards)
-        payload = records_pb2.RecordPayload(key=key, expires_at=until, cell=body)
+        body = records_pb2.RegionRecord(state=SERVING.value, shards=shards)
+        payload = records_pb2.RecordPayload(key=key, expires_at=until, region=body)
         stored_there[stranger.peer_id.to_bytes()] = sign_record(stranger, payload), until
     registry = reading(key, stored_there)
 
     async def read() -> None:
-        assert len((await MemoryRegistry(registry).cell_hosts(memory, [(0,)]))[0,]) == 250
+        assert len((await MemoryRegistry(registry).region_hosts(memory, [0]))[0]) == 250
 
     assert pauses(read, 1 / 3)
 

@@ -18,7 +18,7 @@ from published_memories import HOST, folder, memory_id, publishing, until_hosted
 from real_swarm import Play, Village, playing
 
 from dht.announcements import NodeInfo, ReplicaState
-from dht.library import CellHost, MemoryRegistry
+from dht.library import MemoryRegistry, RegionHost
 from dht.memory import MemoryID, ShardInfo
 from expert_server.memory.hosting import MemoryHosting
 from expert_server.memory.placement import SeenShard, ShardKey
@@ -48,8 +48,11 @@ async def pretending(village: Village, founder: Node) -> list[Node]:
     for number in (1, 2):
         liar = await village.join(number, invite, experts=0)
         await village.run(liar)
-        cells = {shard.cell: (ReplicaState.SERVING, [shard.root]) for shard in MEMORY.manifest.shards}
-        await MemoryRegistry(liar.swarm.registry).announce(memory_id(village, MEMORY), cells, 500.0)
+        regions = {
+            region: (ReplicaState.SERVING, [shard.root for shard in shards])
+            for region, shards in MEMORY.manifest.by_region.items()
+        }
+        await MemoryRegistry(liar.swarm.registry).announce(memory_id(village, MEMORY), regions, 500.0)
         liars.append(liar)
     return liars
 
@@ -112,7 +115,7 @@ def test_hosts_of_a_shard_of_which_all_is_revoked_are_not_taken_for_liars(play: 
         host, proofs = founder.swarm.host.peer_id, node.memories._proofs
         infos = whole.manifest.shards[0], whole.manifest.shards[4]
         seen = {
-            ShardKey(memory, info.root): SeenShard(info, frozenset({host}), frozenset()) for info in infos
+            ShardKey(memory, info.root): SeenShard(info, 0, frozenset({host}), frozenset()) for info in infos
         }
         claims = {(host, key) for key in seen}
         assert await proofs.proven(claims, seen) == claims
@@ -145,7 +148,7 @@ class OneHost:
         self.proofs = ReplicaProofs(swarm, parts, lambda memory: (), clock=lambda: self.now)
         memory = MemoryID("some", "publisher")
         self.seen = {
-            ShardKey(memory, info.root): SeenShard(info, frozenset({host}), frozenset())
+            ShardKey(memory, info.root): SeenShard(info, 0, frozenset({host}), frozenset())
             for info in MEMORY.manifest.shards
         }
 
@@ -210,7 +213,7 @@ def test_a_host_that_is_doubted_is_not_asked_for_more_proofs_meanwhile(identitie
     info = MEMORY.manifest.shards[0]
     seen = {
         ShardKey(MemoryID("some", "publisher"), info.root): SeenShard(
-            info, frozenset({me, host}), frozenset()
+            info, 0, frozenset({me, host}), frozenset()
         )
     }
     for _ in range(3):
@@ -236,35 +239,35 @@ class Counting(frozenset[Any]):
         return super().__sub__(other)
 
 
-def test_strangers_that_announce_all_shards_of_a_cell_are_looked_at_only_for_the_shard_to_take() -> None:
+def test_strangers_that_announce_all_shards_of_a_region_are_looked_at_only_for_the_shard_to_take() -> None:
     """Before each download, a node looks again who has the shard, on its event loop."""
-    memory, cell, peers = MemoryID("some", "publisher"), (0,), peer_ids(150)
-    shards = [ShardInfo(cell, number.to_bytes(8) + bytes(24), 100, 30_000) for number in range(256)]
+    memory, peers = MemoryID("some", "publisher"), peer_ids(150)
+    shards = [ShardInfo((0,), number.to_bytes(8) + bytes(24), 100, 30_000) for number in range(256)]
     announced = Counting(shard.short for shard in shards)
-    hosts = [CellHost(peer, ReplicaState.SERVING, announced) for peer in peers]
+    hosts = [RegionHost(peer, ReplicaState.SERVING, announced) for peer in peers]
 
-    async def cell_hosts(memory: MemoryID, cells: list[tuple[int, ...]]) -> Any:
-        return dict.fromkeys(cells, hosts)
+    async def region_hosts(memory: MemoryID, regions: list[int]) -> Any:
+        return dict.fromkeys(regions, hosts)
 
-    store = SimpleNamespace(manifest=SimpleNamespace(by_cell={cell: shards}))
+    store = SimpleNamespace(manifest=SimpleNamespace(by_region={5: shards}))
     hosting: Any = SimpleNamespace(
-        _memories=SimpleNamespace(cell_hosts=cell_hosts),
+        _memories=SimpleNamespace(region_hosts=region_hosts),
         hosted=SimpleNamespace(stores={memory: store}),
         _proofs=SimpleNamespace(doubted=lambda: frozenset(peers[:50])),
     )
     Counting.looked = 0
     key = ShardKey(memory, shards[7].root)
-    seen = asyncio.run(MemoryHosting._seen_now(hosting, key, cell))
-    assert seen == SeenShard(shards[7], frozenset(peers[50:]), frozenset())
+    seen = asyncio.run(MemoryHosting._seen_now(hosting, key, 5))
+    assert seen == SeenShard(shards[7], 5, frozenset(peers[50:]), frozenset())
     assert Counting.looked == len(peers)
-    assert asyncio.run(MemoryHosting._seen_now(hosting, ShardKey(memory, b"another"), cell)) is None
+    assert asyncio.run(MemoryHosting._seen_now(hosting, ShardKey(memory, b"another"), 5)) is None
 
 
 def test_claims_of_many_strangers_are_drawn_off_the_loop() -> None:
     memory, (me, *peers) = MemoryID("some", "publisher"), peer_ids(20)
     infos = [ShardInfo((0,), number.to_bytes(32), 100, 30_000) for number in range(64)]
     seen = {
-        ShardKey(memory, info.root): SeenShard(info, Counting((me, *peers)), frozenset()) for info in infos
+        ShardKey(memory, info.root): SeenShard(info, 0, Counting((me, *peers)), frozenset()) for info in infos
     }
     drawn = set[PeerID]()
 

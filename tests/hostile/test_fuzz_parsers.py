@@ -37,7 +37,7 @@ from benchmarks.simulated_swarm import SimulatedSwarm
 from dht.admission import RIGHTS, Role, SwarmAdmission, make_badge, make_token, parse_denied
 from dht.announcements import read_node, read_replicas, read_trainer
 from dht.invites import Invite
-from dht.library import read_cell, read_library
+from dht.library import read_library, read_region
 from dht.manifest import Manifest, parse_uid
 from dht.membership import PeerStore
 from dht.memory import MemoryID, MemoryManifest
@@ -160,7 +160,7 @@ def payloads() -> list[bytes]:
         state=records_pb2.REPLICA_STATE_SERVING, update_count=9, following=[1, 1]
     )
     hosting = records_pb2.Hosting(replicas=[placed], queued_rows=4)
-    cell = records_pb2.CellRecord(state=records_pb2.REPLICA_STATE_SERVING, shards=bytes(24))
+    region = records_pb2.RegionRecord(state=records_pb2.REPLICA_STATE_SERVING, shards=bytes(24))
     return serialized(
         records_pb2.RecordPayload(key=KEYS.node(NODE.peer_id), expires_at=NOW + 60, node=node),
         records_pb2.RecordPayload(key=KEYS.trainer(NODE.peer_id), expires_at=NOW + 60, trainer=trainer),
@@ -170,7 +170,7 @@ def payloads() -> list[bytes]:
         ),
         records_pb2.RecordPayload(key=KEYS.prefix(0), expires_at=NOW + 60, hosting=hosting),
         records_pb2.RecordPayload(key=KEYS.library, expires_at=NOW + 60, library=library),
-        records_pb2.RecordPayload(key=KEYS.memory(MEMORY, (0, 3)), expires_at=NOW + 60, cell=cell),
+        records_pb2.RecordPayload(key=KEYS.memory_region(MEMORY, 3), expires_at=NOW + 60, region=region),
     )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def deliver_payload(data: bytes) -> None:
         lambda: read_replicas(opened, AN_UID.layer, AN_UID.coordinate, NODE.peer_id),
         lambda: read_replicas(opened, AN_UID.layer, (), NODE.peer_id),
         lambda: read_library(opened, NODE.peer_id),
-        lambda: read_cell(opened, NODE.peer_id, with_contact=True),
+        lambda: read_region(opened, NODE.peer_id, with_contact=True),
         lambda: ADMISSION.check_record(opened, NODE.peer_id),
     ):
         try:

@@ -64,8 +64,8 @@ class SimpleHost:
             return False
         some = {
             host.peer_id
-            for cell in self.store.manifest.by_cell
-            for host in (await self.memories.cell_hosts(entry.memory, [cell]))[cell]
+            for region in self.store.manifest.by_region
+            for host in (await self.memories.region_hosts(entry.memory, [region]))[region]
         }
         contacts = (await self.swarm.registry.nodes(some)).values()
         data = await self.parts.fetch_any(
@@ -92,8 +92,8 @@ async def serving(
         activity=Activity.SERVING.value,
     )
     await swarm.registry.publish_node(record, LIFETIME_S)
-    cells = {
-        cell: (ReplicaState.SERVING, [shard.root for shard in shards])
-        for cell, shards in store.manifest.by_cell.items()
+    regions = {
+        region: (ReplicaState.SERVING, [shard.root for shard in shards])
+        for region, shards in store.manifest.by_region.items()
     }
-    await MemoryRegistry(swarm.registry).announce(memory, cells, LIFETIME_S)
+    await MemoryRegistry(swarm.registry).announce(memory, regions, LIFETIME_S)

@@ -142,12 +142,12 @@ class MemorySwarm:
     async def announce(
         self, host: MemoryHost, roots: Collection[bytes], state: ReplicaState = ReplicaState.SERVING
     ) -> None:
-        cells = {
-            cell: (state, [shard.root for shard in shards if shard.root in roots])
-            for cell, shards in self.memory.manifest.by_cell.items()
+        regions = {
+            region: (state, [shard.root for shard in shards if shard.root in roots])
+            for region, shards in self.memory.manifest.by_region.items()
             if any(shard.root in roots for shard in shards)
         }
-        await MemoryRegistry(host.swarm.registry).announce(self.memory_id, cells, _LIFETIME_S)
+        await MemoryRegistry(host.swarm.registry).announce(self.memory_id, regions, _LIFETIME_S)
 
     async def searcher(self, number: int = 0) -> Memories:
         """Adds a peer that searches."""

@@ -60,8 +60,7 @@ async def publish_library(founder: Swarm, *memories: Described) -> None:
 
 async def replicas(swarm: Swarm, memory: MemoryID, sample: Described) -> Counter[bytes]:
     """How many hosts serve each shard, as read from the DHT."""
-    cells = {shard.cell for shard in sample.manifest.shards}
-    found = await MemoryRegistry(swarm.registry).cell_hosts(memory, cells)
+    found = await MemoryRegistry(swarm.registry).region_hosts(memory, sample.manifest.by_region)
     hosts = [host for some in found.values() for host in some if host.state is ReplicaState.SERVING]
     roots = [shard.root for shard in sample.manifest.shards]
     return Counter({root: sum(root[:8] in host.shards for host in hosts) for root in roots})

@@ -92,7 +92,7 @@ def memory(
     }  # fmt: skip
     found = {bytes([number]) * 8: count for number, count in enumerate(replicas)}
     return Survey(
-        LibraryEntry(**values | changes), found, frozenset(map(peer, range(max(replicas, default=0)))), True
+        LibraryEntry(**values | changes), found, frozenset(map(peer, range(max(replicas, default=0))))
     )
 
 

@@ -1,8 +1,8 @@
 """What is known of one memory: its newest manifest, its encoder and codebook, and the hosts of its cells.
 
-A memory's parts are fetched once and kept on disk. From the DHT, only what searches need is read: the cells nearest to
-the queries, and the nodes that host them. If nobody hosts a cell, the prefixes are read, level by level, to learn which
-cells are live. All this is kept, and read again in the background, so that later searches need no look-ups.
+A memory's parts are fetched once and kept on disk. From the DHT, only what searches need is read: the regions of the
+cells nearest to the queries, and the nodes that host them. If nobody hosts a cell, the index is read to learn which
+regions are live. All this is kept, and read again in the background, so that later searches need no look-ups.
 
 Shapes: Q queries, C cells in row-major order, D numbers in a vector.
 """
@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Coroutine, Iterable, KeysView, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,8 +25,8 @@ import numpy as np
 
 from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
-from dht.library import CellHost, LibraryEntry, ManifestPace, MemoryRegistry, contacts_of
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors
+from dht.library import LibraryEntry, ManifestPace, MemoryRegistry, RegionHost, contacts_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors, cells_in, region_of
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
 from dht.uid import coordinate_of, number_of
@@ -56,17 +56,17 @@ T = TypeVar("T")
 CACHE_BYTES = 2**30
 """The limit for parts of memories on disk."""
 _REFRESH_EVERY_S = 15.0
-"""The shortest pause between two looks at the hosts of some cells. It grows with what they cost."""
-_READ_IN_TURN = 32
-"""The hosts of how many cells such a look reads."""
+"""The shortest pause between two looks at the hosts of some regions. It grows with what they cost."""
+_READ_IN_TURN = 16
+"""The hosts of how many regions such a look reads."""
 _RETRY_S = 15.0, 240.0
 """The pauses between readings of the hosts of a cell of which searches miss something, at first and at most."""
 _MOST_RETRIED = 64
-"""The most cells whose hosts such a reading reads."""
+"""The most cells for which such a reading reads the hosts of their regions."""
 _NODES_AGAIN = 128
 """The most node records of known hosts that one look reads again."""
 _INDEX: Cell = ()
-"""Stands for the index of live cells among the cells to read again."""
+"""Stands for the index of live regions among the cells to read again."""
 _FOLLOW_EVERY_S = 30.0
 """The pause between two looks for a newer revision."""
 _USED_S = 300.0
@@ -74,6 +74,7 @@ _USED_S = 300.0
 _CELLS = 4096
 """The hosts of this many cells are kept: those needed last."""
 _HOSTS_OF_CELL = 64
+"""The most hosts of a cell that are kept."""
 _READ_AT_ONCE = 512
 """Nodes in one look-up. A look-up has one deadline."""
 _EMPTY = 64
@@ -307,9 +308,10 @@ class MemoryDirectory:
                     further = np.setdiff1d(further_Qk[are_valid_Qk], list(cells))[
                         : max(0, _MOST_GUESSED - len(cells))
                     ]
-                    reading = self._read_hosts([coordinate_of(number, grid) for number in further.tolist()])
+                    ahead = self._regions_of(coordinate_of(number, grid) for number in further.tolist())
+                    reading = self._read_hosts(ahead - self._regions_of(unknown))
                     self._reading_ahead = self._registry.lookups.spawn(reading)
-                await self._read_hosts(unknown)
+                await self._read_hosts(self._regions_of(unknown))
                 if self._active_C is None and not all(any(self._hosts.get(cell, ())) for cell in unknown):
                     self._active_C = await self._read_active()
         nodes, hosts = self._nodes, await self._askable(cells.values(), avoided)
@@ -348,7 +350,7 @@ class MemoryDirectory:
     async def _read_again(self, cells: Sequence[Cell]) -> None:
         if _INDEX in cells:
             self._active_C = await self._read_active(FRUGAL)
-        await self._read_hosts([cell for cell in cells if cell != _INDEX], again=True)
+        await self._read_hosts(self._regions_of(cell for cell in cells if cell != _INDEX), again=True)
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
@@ -358,7 +360,7 @@ class MemoryDirectory:
             if self._reading_ahead is not None and cells - self._hosts.keys():
                 await asyncio.wait([self._reading_ahead])
             if unknown := cells - self._hosts.keys():
-                await self._read_hosts(list(unknown))
+                await self._read_hosts(self._regions_of(unknown))
         nodes, hosts = self._nodes, await self._askable(cells, avoided)
         return replace(located, hosts={**located.hosts, **hosts}, nodes={**located.nodes, **nodes})
 
@@ -380,10 +382,10 @@ class MemoryDirectory:
             return self._opened.manifest
 
     async def refresh(self) -> None:
-        """Reads the hosts again of some of the cells that searches needed: those read longest ago. Raises
+        """Reads the hosts again of some of the regions that searches needed: those read longest ago. Raises
         UnreachableError.
         """
-        await self._read_hosts(list(islice(self._hosts, _READ_IN_TURN)), again=True)
+        await self._read_hosts(list(islice(self._regions_of(self._hosts), _READ_IN_TURN)), again=True)
         known = set[PeerID]().union(*(peers for hosts in self._hosts.values() for peers in hosts))
         self._nodes = {peer_id: node for peer_id, node in self._nodes.items() if peer_id in known}
         self._empty.clear()
@@ -430,17 +432,20 @@ class MemoryDirectory:
 
     async def _read_active(self, limits: SearchLimits = DEFAULT_LIMITS) -> Booleans:
         grid = self._opened.manifest.grid
-        active_C = np.zeros(prod(grid), np.bool_)
-        active = await self._memories.active_cells(self.memory, grid, limits)
-        active_C[[number_of(cell, grid) for cell in active]] = True
-        return active_C
+        return cells_in(await self._memories.active_regions(self.memory, grid, limits), grid)
 
-    async def _read_hosts(self, cells: Sequence[Cell], *, again: bool = False) -> None:
+    def _regions_of(self, cells: Iterable[Cell]) -> KeysView[int]:
+        """The regions of these cells, in their order."""
+        return dict.fromkeys(region_of(cell, self._opened.manifest.grid) for cell in cells).keys()
+
+    async def _read_hosts(self, regions: Collection[int], *, again: bool = False) -> None:
         """`again`: reads node records of all hosts, which say who has left. Otherwise only those of hosts that are not
-        known and don't say in a cell how to call them.
+        known and don't say in a region how to call them.
         """
         limits = FRUGAL if again else DEFAULT_LIMITS
-        found = await self._memories.cell_hosts(self.memory, cells, with_contacts=not again, limits=limits)
+        found = await self._memories.region_hosts(
+            self.memory, regions, with_contacts=not again, limits=limits
+        )
         hosts = [host for some in found.values() for host in some]
         contacts = contacts_of(hosts)
         peers = {host.peer_id for host in hosts}
@@ -454,22 +459,24 @@ class MemoryDirectory:
         self._nodes = (
             contacts | self._nodes
         )  # not before, because `refresh` drops nodes that host no known cell
-        # the records of very many hosts are also freed cell by cell
+        # the records of very many hosts are also freed region by region
         del hosts
         slices = TimeSlices()
-        for cell in list(found):
-            self._hosts[cell] = self._having(cell, found.pop(cell))
-            if self._active_C is not None and any(self._hosts[cell]):
-                self._active_C[number_of(cell, self._opened.manifest.grid)] = True
-            self._empty.clear()  # now: this may be cancelled at the next line
-            await slices.pause()
+        for region in list(found):
+            of_region, manifest = found.pop(region), self._opened.manifest
+            for cell in {shard.cell: None for shard in manifest.by_region.get(region, ())}:
+                self._hosts[cell] = self._having(manifest.by_cell[cell], of_region)
+                if self._active_C is not None and any(self._hosts[cell]):
+                    self._active_C[number_of(cell, manifest.grid)] = True
+                self._empty.clear()  # now: this may be cancelled at the next line
+                await slices.pause()
         self._empty.clear()  # `_nodes` may have changed, too
 
-    def _having(self, cell: Cell, hosts: Iterable[CellHost]) -> _HostsOfCell:
-        """The hosts that have shards of the cell; only some if there are very many. Other shards that they announce are
-        dropped to save memory.
+    def _having(self, shards: Iterable[ShardInfo], hosts: Iterable[RegionHost]) -> _HostsOfCell:
+        """The hosts that have some of a cell's shards; not all hosts if there are very many. Other shards that they
+        announce are dropped to save memory.
         """
-        known = {shard.short: shard.root for shard in self._opened.manifest.by_cell.get(cell, ())}
+        known = {shard.short: shard.root for shard in shards}
         having = _HostsOfCell({}, {})
         for host in some_of([h for h in hosts if not known.keys().isdisjoint(h.shards)], _HOSTS_OF_CELL):
             theirs = having.serving if host.state is ReplicaState.SERVING else having.leaving

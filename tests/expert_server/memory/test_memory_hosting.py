@@ -21,7 +21,7 @@ from real_swarm import DEADLINE_S, Play, Village, end, eventually, playing
 
 from dht.announcements import NodeInfo
 from dht.library import LibraryEntry, MemoryRegistry
-from dht.memory import Cell, MemoryID, MemoryManifest
+from dht.memory import MemoryID, MemoryManifest
 from dht.swarm import Swarm
 from dht.upkeep import ROUND_BYTES
 from expert_server.memory.fetching import PartFetcher
@@ -330,13 +330,13 @@ def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = list[int]()
-    cell_hosts = MemoryRegistry.cell_hosts
+    region_hosts = MemoryRegistry.region_hosts
 
     async def counting(
-        registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: Any
+        registry: MemoryRegistry, memory: MemoryID, regions: Collection[int], **how: Any
     ) -> Any:
-        reads.append(len(cells))
-        return await cell_hosts(registry, memory, cells, **how)
+        reads.append(len(regions))
+        return await region_hosts(registry, memory, regions, **how)
 
     def second_look(preferred: int, missing: int, looks: int, nodes: float) -> bool:
         return looks >= 2
@@ -345,7 +345,7 @@ def test_shards_that_were_others_turn_are_looked_at_again_before_the_next_look(
 
     async def scenario(village: Village) -> None:
         node = await a_host_that_has_not_looked(village)
-        monkeypatch.setattr(MemoryRegistry, "cell_hosts", counting)
+        monkeypatch.setattr(MemoryRegistry, "region_hosts", counting)
         await node.memories.look_again()
         assert reads == [], "nothing was seen to lack anything"
         await node.memories.look()
@@ -405,47 +405,48 @@ def test_a_node_that_has_taken_or_dropped_a_shard_announces_only_its_cell(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: True)
-    announced = list[dict[Cell, str]]()
+    announced = list[dict[int, str]]()
 
     async def scenario(village: Village) -> None:
         node = await a_host_that_has_not_looked(village)
         registry = node.memories.hosted._memories
         announcements = registry.announcements
 
-        async def noting(memory: MemoryID, cells: Any, *how: Any) -> list[Item]:
-            announced.append({cell: state.name for cell, (state, _) in cells.items()})
-            return await announcements(memory, cells, *how)
+        async def noting(memory: MemoryID, regions: Any, *how: Any) -> list[Item]:
+            announced.append({region: state.name for region, (state, _) in regions.items()})
+            return await announcements(memory, regions, *how)
 
         monkeypatch.setattr(registry, "announcements", noting)
         await node.memories.look()
-        cells = {info.cell for info in MEMORY.manifest.shards}
-        assert len(cells) == len(MEMORY.roots) == len(announced)
-        assert sorted(announced, key=str) == sorted(({cell: "SERVING"} for cell in cells), key=str)
+        regions = MEMORY.manifest.by_region.keys()
+        assert len(regions) == len(MEMORY.roots) == len(announced)
+        assert sorted(announced, key=str) == sorted(({region: "SERVING"} for region in regions), key=str)
 
         hosted, memory = node.memories.hosted, memory_id(village, MEMORY)
         store, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
+        region = MEMORY.manifest.region_of(gone)
         await hosted.write(memory, store, lambda: store.drop(gone.root))
         announced.clear()
-        await hosted.announce(memory, {gone.cell})
+        await hosted.announce(memory, {region})
         await hosted.announce(memory)
-        kept = dict.fromkeys(cells - {gone.cell}, "SERVING")
-        assert announced == [{gone.cell: "WITHDRAWN"}, kept]
+        kept = dict.fromkeys(regions - {region}, "SERVING")
+        assert announced == [{region: "WITHDRAWN"}, kept]
 
     play(scenario)
 
 
-def test_an_announcement_of_all_cells_does_not_overwrite_a_later_one(
+def test_an_announcement_of_all_regions_does_not_overwrite_a_later_one(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     can_be_made, can_be_stored = asyncio.Event(), asyncio.Event()
     announcements, store = MemoryRegistry.announcements, MemoryRegistry.store
-    made = list[Collection[Cell]]()
+    made = list[Collection[int]]()
 
-    async def slow(registry: MemoryRegistry, memory: MemoryID, cells: Any, *how: Any) -> list[Item]:
-        made.append(cells)
+    async def slow(registry: MemoryRegistry, memory: MemoryID, regions: Any, *how: Any) -> list[Item]:
+        made.append(regions)
         if len(made) == 1:
             await can_be_made.wait()
-        return await announcements(registry, memory, cells, *how)
+        return await announcements(registry, memory, regions, *how)
 
     async def slowly_stored(registry: MemoryRegistry, items: list[Item]) -> None:
         if len(items) > 3:
@@ -461,36 +462,37 @@ def test_an_announcement_of_all_cells_does_not_overwrite_a_later_one(
         monkeypatch.setattr(MemoryRegistry, "announcements", slow)
         monkeypatch.setattr(MemoryRegistry, "store", slowly_stored)
         gone = MEMORY.manifest.shards[0]
+        region = MEMORY.manifest.region_of(gone)
         of_all = asyncio.create_task(hosted.announce_all())
         await until(lambda: len(made) == 1)
         files = hosted.stores[memory]
         await hosted.write(memory, files, lambda: files.drop(gone.root))
-        withdrawing = asyncio.create_task(hosted.announce(memory, {gone.cell}))
+        withdrawing = asyncio.create_task(hosted.announce(memory, {region}))
         await asyncio.sleep(0.1)
         can_be_made.set()
         await withdrawing  # though the others are not stored yet
         can_be_stored.set()
         await of_all
-        assert list(made[1]) == [gone.cell]
-        hosts = await MemoryRegistry(other.swarm.registry).cell_hosts(memory, list(MEMORY.manifest.by_cell))
-        assert {cell: len(some) for cell, some in hosts.items()} == {
-            info.cell: int(info is not gone) for info in MEMORY.manifest.shards
+        assert list(made[1]) == [region]
+        hosts = await MemoryRegistry(other.swarm.registry).region_hosts(memory, MEMORY.manifest.by_region)
+        assert {each: len(some) for each, some in hosts.items()} == {
+            each: int(each != region) for each in MEMORY.manifest.by_region
         }
 
     play(scenario)
 
 
-def test_a_cell_whose_last_withdrawal_nobody_took_is_withdrawn_again(
+def test_a_region_whose_last_withdrawal_nobody_took_is_withdrawn_again(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
         memory, hosted = memory_id(village, MEMORY), founder.memories.hosted
         await hosted.verify()
-        can_be_stored, stored = asyncio.Event(), list[dict[Cell, str]]()
+        can_be_stored, stored = asyncio.Event(), list[dict[int, str]]()
 
-        async def announcements(_: MemoryID, cells: Any, *how: Any) -> list[Any]:
-            return [{cell: state.name for cell, (state, _) in cells.items()}]
+        async def announcements(_: MemoryID, regions: Any, *how: Any) -> list[Any]:
+            return [{region: state.name for region, (state, _) in regions.items()}]
 
         async def store(items: list[Any]) -> None:
             stored.append(items[0])
@@ -503,22 +505,25 @@ def test_a_cell_whose_last_withdrawal_nobody_took_is_withdrawn_again(
         monkeypatch.setattr(hosted, "_memories", SimpleNamespace(announcements=announcements, store=store))
         await hosted.announce_all()
         files, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
+        region = MEMORY.manifest.region_of(gone)
         await hosted.write(memory, files, lambda: files.drop(gone.root))
-        first = asyncio.create_task(hosted.announce(memory, {gone.cell}))
+        first = asyncio.create_task(hosted.announce(memory, {region}))
         await until(lambda: len(stored) == 2)
         with pytest.raises(UnreachableError):
-            await hosted.announce(memory, {gone.cell})
+            await hosted.announce(memory, {region})
         can_be_stored.set()
         await first
         await hosted.announce_all()
-        assert stored[3][gone.cell] == "WITHDRAWN"
+        assert stored[3][region] == "WITHDRAWN"
         await hosted.announce_all()
-        assert gone.cell not in stored[4]
+        assert region not in stored[4]
 
     play(scenario)
 
 
-def test_in_few_of_its_cells_a_host_says_how_to_call_it(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_few_of_its_regions_a_host_says_how_to_call_it(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("expert_server.memory.placement.is_called", lambda *how: True)
     large = SampleMemory.make("large", grid=(4, 4))
 
@@ -527,18 +532,18 @@ def test_in_few_of_its_cells_a_host_says_how_to_call_it(play: Play, monkeypatch:
         memory, me = memory_id(village, large), node.swarm.host.peer_id
         reading = await village.observe(2, await node.swarm.invite())
 
-        async def cells_with_contact() -> int:
-            registry, cells = MemoryRegistry(reading.registry), list(large.manifest.by_cell)
-            hosts = await registry.cell_hosts(memory, cells, with_contacts=True)
+        async def regions_with_contact() -> int:
+            registry, regions = MemoryRegistry(reading.registry), large.manifest.by_region
+            hosts = await registry.region_hosts(memory, regions, with_contacts=True)
             mine = [host for some in hosts.values() for host in some if host.peer_id == me]
             assert len(mine) == 16
             return sum(host.node is not None for host in mine)
 
-        await node.memories.look()
-        assert node.memories.hosted.shards == 16
-        assert await cells_with_contact() == 8, "the first eight that it took"
+        while node.memories.hosted.shards < 16:  # the first look reads only eight regions
+            await node.memories.look()
+        assert await regions_with_contact() == 8, "the first eight that it took"
         await node.memories.hosted.announce_all()
-        assert await cells_with_contact() == 8
+        assert await regions_with_contact() == 8
 
     play(scenario)
 
@@ -691,15 +696,17 @@ def test_how_many_nodes_look_is_counted_in_a_small_swarm_and_estimated_in_a_larg
 def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell_hosts, fetch = MemoryRegistry.cell_hosts, PartFetcher.fetch
-    unread = MEMORY.manifest.by_root[MEMORY.roots[-1]].cell
+    region_hosts, fetch = MemoryRegistry.region_hosts, PartFetcher.fetch
+    unread = MEMORY.manifest.region_of(MEMORY.manifest.by_root[MEMORY.roots[-1]])
     has_failed = asyncio.Event()
 
-    async def failing(registry: MemoryRegistry, memory: MemoryID, cells: Collection[Cell], **how: Any) -> Any:
-        if list(cells) == [unread]:
+    async def failing(
+        registry: MemoryRegistry, memory: MemoryID, regions: Collection[int], **how: Any
+    ) -> Any:
+        if list(regions) == [unread]:
             has_failed.set()
             raise UnreachableError("no other peer of the swarm answers")
-        return await cell_hosts(registry, memory, cells, **how)
+        return await region_hosts(registry, memory, regions, **how)
 
     async def late(fetcher: PartFetcher, memory: MemoryID, hosts: Any, name: bytes, *more: Any) -> Any:
         if name in MEMORY.files:
@@ -714,7 +721,7 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
 
     async def scenario(village: Village) -> None:
         node = await a_host_that_has_not_looked(village)
-        monkeypatch.setattr(MemoryRegistry, "cell_hosts", failing)
+        monkeypatch.setattr(MemoryRegistry, "region_hosts", failing)
         monkeypatch.setattr(PartFetcher, "fetch", late)
         await node.memories.look()
         taken = {key.root for key in node.memories.hosted.mine()}
@@ -888,7 +895,7 @@ def test_a_node_that_can_ask_nobody_does_not_say_that_nobody_serves_its_shards(
         founder = await publishing(village, MEMORY)
         await village.run(founder)
         await until_hosted(founder.swarm, memory_id(village, MEMORY), 1, MEMORY)
-        monkeypatch.setattr(MemoryRegistry, "cell_hosts", unreachable)
+        monkeypatch.setattr(MemoryRegistry, "region_hosts", unreachable)
         caplog.set_level(logging.INFO)
         await founder.memories.release(100.0 if asks else 0)
         said = [message for message in caplog.messages if message.startswith("stopped serving")]
@@ -905,14 +912,14 @@ def test_a_node_leaves_while_publishers_unlist_what_it_hosts(
         await village.run(founder)
         memories, hosted = founder.memories, founder.memories.hosted
         await until(lambda: hosted.shards == len(MEMORY.roots) + len(SECOND.roots))
-        cell_hosts = memories._memories.cell_hosts
+        region_hosts = memories._memories.region_hosts
 
-        async def unlisted_meanwhile(memory: MemoryID, cells: Collection[Cell]) -> Any:
+        async def unlisted_meanwhile(memory: MemoryID, regions: Collection[int]) -> Any:
             for other in hosted.stores.keys() - {memory}:
                 await hosted.remove(other)
-            return await cell_hosts(memory, cells)
+            return await region_hosts(memory, regions)
 
-        monkeypatch.setattr(memories._memories, "cell_hosts", unlisted_meanwhile)
+        monkeypatch.setattr(memories._memories, "region_hosts", unlisted_meanwhile)
         mine = hosted.mine()
         assert await memories._without_other_host(mine) == mine
         assert not hosted.stores

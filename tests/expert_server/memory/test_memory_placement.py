@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.announcements import ReplicaState
-from dht.library import CellHost
-from dht.memory import Cell, MemoryID, ShardInfo
+from dht.library import RegionHost
+from dht.memory import MemoryID, ShardInfo
 from expert_server.memory.placement import (
     FEWEST_READ,
     MOST_READ,
@@ -43,6 +44,11 @@ def peer(number: int) -> PeerID:
 
 def shard(number: int, size: int = 100) -> ShardInfo:
     return ShardInfo((number,), number.to_bytes(8) + bytes(24), 1, size)
+
+
+def as_seen(info: ShardInfo, serving: frozenset[PeerID], leaving: frozenset[PeerID]) -> SeenShard:
+    """Each cell is a region of its own."""
+    return SeenShard(info, info.cell[0], serving, leaving)
 
 
 @dataclass
@@ -87,7 +93,7 @@ class Town:
 
     def seen(self) -> dict[ShardKey, SeenShard]:
         return {
-            key: SeenShard(info, frozenset(self.hosts[key]), frozenset()) for key, info in self.shards.items()
+            key: as_seen(info, frozenset(self.hosts[key]), frozenset()) for key, info in self.shards.items()
         }
 
     def counts(self) -> list[int]:
@@ -145,7 +151,7 @@ def test_a_thousand_nodes_that_see_the_same_need_do_not_all_follow_it(shards: in
 def test_sooner_or_later_everybody_is_called_and_nobody_is_forgotten(
     nodes: int, missing: int, seed: int
 ) -> None:
-    preferred = preference(MEMORY, (seed % 4096,), peer(seed))
+    preferred = preference(MEMORY, seed % 4096, peer(seed))
     called = [is_called(preferred, missing, looks, nodes) for looks in range(1, 60)]
     assert called == sorted(called)
     assert called[-1]
@@ -162,14 +168,15 @@ def test_if_all_drop_at_once_enough_are_left(hosts: set[int], number: int) -> No
         placement = Placement(host, ENOUGH)
         for _ in range(6):
             assert placement.to_drop(100) == []
-            placement.note({key: SeenShard(info, serving, frozenset())}, {key})
+            placement.note({key: as_seen(info, serving, frozenset())}, {key})
             if placement.to_drop(100):
                 break
         else:
             left += 1
             continue
-        own = preference(MEMORY, info.cell, host)
-        assert all(preference(MEMORY, info.cell, p) > own for p in placement.keener(key))
+        region = number % 2**32
+        own = preference(MEMORY, region, host)
+        assert all(preference(MEMORY, region, p) > own for p in placement.keener(key))
     assert left == ENOUGH
 
 
@@ -179,7 +186,7 @@ def test_a_replica_is_dropped_only_for_as_much_as_is_needed() -> None:
     me = peer(0)
     placement = Placement(me, ENOUGH)
     for _ in range(4):
-        placement.note({k: SeenShard(i, others | {me}, frozenset()) for k, i in keys.items()}, set(keys))
+        placement.note({k: as_seen(i, others | {me}, frozenset()) for k, i in keys.items()}, set(keys))
     assert len(placement.to_drop(50)) == 1
     assert len(placement.to_drop(200)) == 2
     assert len(placement.to_drop(10_000)) == 4, "more can't be dropped now"
@@ -187,9 +194,9 @@ def test_a_replica_is_dropped_only_for_as_much_as_is_needed() -> None:
 
 def test_a_memory_of_many_lacking_shards_takes_no_turns_of_others() -> None:
     placement, junk, own = Placement(peer(1), ENOUGH), MemoryID("junk", "abcdefghijkl"), peer(2)
-    seen = {ShardKey(junk, shard(n).root): SeenShard(shard(n), frozenset(), frozenset()) for n in range(1000)}
+    seen = {ShardKey(junk, shard(n).root): as_seen(shard(n), frozenset(), frozenset()) for n in range(1000)}
     wanted = [ShardKey(MEMORY, shard(n).root) for n in range(10)]
-    seen |= {key: SeenShard(shard(n), frozenset({own}), frozenset()) for n, key in enumerate(wanted)}
+    seen |= {key: as_seen(shard(n), frozenset({own}), frozenset()) for n, key in enumerate(wanted)}
     placement.note(seen, set())
     assert set(placement.to_take({key.memory: 1 for key in seen})[:20]) >= set(wanted)
 
@@ -198,7 +205,7 @@ def test_a_publisher_of_many_memories_takes_no_more_turns_than_others() -> None:
     placement, hosts = Placement(peer(1), ENOUGH), frozenset({peer(2)})
     many = [ShardKey(MemoryID(f"junk-{n}", "another00000"), shard(0).root) for n in range(32)]
     wanted = [ShardKey(MEMORY, shard(n).root) for n in range(10)]
-    seen = {key: SeenShard(shard(n), hosts, frozenset()) for n, key in enumerate([*many, *wanted])}
+    seen = {key: as_seen(shard(n), hosts, frozenset()) for n, key in enumerate([*many, *wanted])}
     placement.note(seen, set())
     assert set(placement.to_take({key.memory: 1 for key in seen})[:20]) >= set(wanted)
 
@@ -208,7 +215,7 @@ def test_a_look_between_two_at_what_is_lacking_calls_more_and_spares_nothing_soo
     infos = {name: shard(number) for number, name in enumerate(("lacking", "lost", "enough", "mine"))}
     keys = {name: ShardKey(MEMORY, info.root) for name, info in infos.items()}
     serving = {"lacking": frozenset([peer(1)]), "lost": frozenset[PeerID](), "enough": others, "mine": others}
-    seen = {keys[name]: SeenShard(info, serving[name], frozenset()) for name, info in infos.items()}
+    seen = {keys[name]: as_seen(info, serving[name], frozenset()) for name, info in infos.items()}
     placement = Placement(me, ENOUGH)
     placement.note(seen, {keys["mine"]})
     assert placement.lacking() == [keys["lacking"]], "nobody can give what is lost"
@@ -224,7 +231,7 @@ def test_a_look_between_two_at_what_is_lacking_calls_more_and_spares_nothing_soo
 
 def test_a_replica_to_spare_need_not_be_seen_in_every_look() -> None:
     info, key, others = shard(1), ShardKey(MEMORY, shard(1).root), frozenset(map(peer, range(1, 40)))
-    spare, needed = SeenShard(info, others, frozenset()), SeenShard(info, frozenset(), frozenset())
+    spare, needed = as_seen(info, others, frozenset()), as_seen(info, frozenset(), frozenset())
     placement = Placement(peer(0), ENOUGH)
     for looks in (2, 8):
         placement.note({key: spare}, {key})
@@ -241,27 +248,27 @@ def test_a_replica_to_spare_need_not_be_seen_in_every_look() -> None:
 
 def test_what_lacked_is_looked_for_until_a_look_finds_enough() -> None:
     keys = [ShardKey(MEMORY, shard(n).root) for n in range(2)]
-    lacks = [SeenShard(shard(n), frozenset({peer(1)}), frozenset()) for n in range(2)]
+    lacks = [as_seen(shard(n), frozenset({peer(1)}), frozenset()) for n in range(2)]
     placement = Placement(peer(0), ENOUGH)
     placement.note(dict(zip(keys, lacks, strict=True)), ())
     placement.note({keys[0]: lacks[0]}, ())
     assert placement.lacking() == keys
-    placement.note({keys[0]: lacks[0], keys[1]: SeenShard(shard(1), frozenset(), frozenset())}, ())
+    placement.note({keys[0]: lacks[0], keys[1]: as_seen(shard(1), frozenset(), frozenset())}, ())
     assert placement.lacking() == keys[:1], "nobody can give the other one any more"
-    placement.note({keys[0]: SeenShard(shard(0), frozenset(map(peer, (1, 2))), frozenset())}, ())
+    placement.note({keys[0]: as_seen(shard(0), frozenset(map(peer, (1, 2))), frozenset())}, ())
     assert placement.lacking() == []
 
 
 def test_a_node_never_takes_what_it_hosts() -> None:
     info, me = shard(1), peer(0)
     placement, key = Placement(me, ENOUGH), ShardKey(MEMORY, shard(1).root)
-    placement.note({key: SeenShard(info, frozenset({me}), frozenset())}, {key})
+    placement.note({key: as_seen(info, frozenset({me}), frozenset())}, {key})
     assert placement.to_take({MEMORY: 1}) == placement.lacking() == []
 
 
 def test_what_only_a_leaving_host_has_is_looked_for_again() -> None:
     placement, key = Placement(peer(0), ENOUGH), ShardKey(MEMORY, shard(1).root)
-    placement.note({key: SeenShard(shard(1), frozenset(), frozenset({peer(1)}))}, ())
+    placement.note({key: as_seen(shard(1), frozenset(), frozenset({peer(1)}))}, ())
     assert placement.lacking() == [key]
 
 
@@ -269,8 +276,7 @@ def test_the_replica_with_the_most_others_is_dropped_first_and_none_that_the_las
     me = peer(0)
     placement, keys = Placement(me, ENOUGH), [ShardKey(MEMORY, shard(n).root) for n in range(8)]
     seen = {
-        key: SeenShard(shard(n), frozenset(map(peer, range(20 + n))), frozenset())
-        for n, key in enumerate(keys)
+        key: as_seen(shard(n), frozenset(map(peer, range(20 + n))), frozenset()) for n, key in enumerate(keys)
     }
     for _ in range(4):
         placement.note(seen, set(keys))
@@ -285,28 +291,28 @@ def test_a_memory_that_changed_is_counted_anew() -> None:
     info, key, others = shard(1), ShardKey(MEMORY, shard(1).root), frozenset(map(peer, range(1, 40)))
     placement = Placement(peer(0), ENOUGH)
     for _ in range(4):
-        placement.note({key: SeenShard(info, others, frozenset())}, {key})
+        placement.note({key: as_seen(info, others, frozenset())}, {key})
     assert placement.to_drop(100) == [key]
     placement.forget(MEMORY)
-    placement.note({key: SeenShard(info, others, frozenset())}, {key})
+    placement.note({key: as_seen(info, others, frozenset())}, {key})
     assert placement.to_drop(100) == []
 
 
-def test_the_shards_of_a_cell_lie_at_few_hosts() -> None:
+def test_the_shards_of_a_region_lie_at_few_hosts() -> None:
     infos = [ShardInfo((n // 10,), n.to_bytes(8) + bytes(24), 1, 100) for n in range(400)]
     town = Town(40, infos, room=len(infos), seed=5)
     for _ in range(6):
         town.round()
     assert min(town.counts()) >= ENOUGH
-    hosts: dict[Cell, set[PeerID]] = {}
+    hosts: dict[int, set[PeerID]] = {}
     for key, some in town.hosts.items():
-        hosts.setdefault(town.shards[key].cell, set()).update(some)
+        hosts.setdefault(town.shards[key].cell[0], set()).update(some)
     assert fmean(map(len, hosts.values())) < 2 * ENOUGH, "if it were by shards, there would be about 16"
 
 
-def test_nodes_that_are_called_for_the_same_cell_begin_with_different_shards_of_it() -> None:
-    keys = [ShardKey(MEMORY, shard(n).root) for n in range(50)]
-    seen = {key: SeenShard(ShardInfo((0,), key.root, 1, 100), frozenset(), frozenset()) for key in keys}
+def test_nodes_that_are_called_for_the_same_region_begin_with_different_shards_of_it() -> None:
+    infos = [ShardInfo((n // 10,), n.to_bytes(8) + bytes(24), 1, 100) for n in range(100)]
+    seen = {ShardKey(MEMORY, i.root): SeenShard(i, 0, frozenset(), frozenset()) for i in infos}
     first = []
     for number in range(4):
         placement = Placement(peer(number), ENOUGH)
@@ -315,34 +321,41 @@ def test_nodes_that_are_called_for_the_same_cell_begin_with_different_shards_of_
     assert len(set(first)) > 15
 
 
-def test_a_node_takes_all_shards_of_the_cell_that_it_prefers_first() -> None:
-    infos = [ShardInfo((n % 5,), n.to_bytes(8) + bytes(24), 1, 100) for n in range(50)]
-    seen = {ShardKey(MEMORY, info.root): SeenShard(info, frozenset({peer(9)}), frozenset()) for info in infos}
+def test_a_node_takes_all_shards_of_the_region_that_it_prefers_first_and_of_that_cell_by_cell() -> None:
+    infos = [ShardInfo((n % 20,), n.to_bytes(8) + bytes(24), 1, 100) for n in range(100)]
+    seen = {
+        ShardKey(MEMORY, info.root): SeenShard(info, info.cell[0] // 4, frozenset({peer(9)}), frozenset())
+        for info in infos
+    }
     placement = Placement(peer(1), ENOUGH)
     placement.note(seen, ())
-    cells = [seen[key].info.cell for key in placement.to_take({MEMORY: 1})]
-    assert cells == sorted(cells, key=lambda cell: -preference(MEMORY, cell, peer(1)))
+    taken = placement.to_take({MEMORY: 1})
+    regions = [seen[key].region for key in taken]
+    assert regions == sorted(regions, key=lambda region: -preference(MEMORY, region, peer(1)))
+    cells = [seen[key].info.cell for key in taken]
+    assert sum(cell != before for before, cell in pairwise(cells)) == 20 - 1
 
 
-def test_different_cells_of_a_memory_are_preferred_by_different_nodes() -> None:
-    first = {max(range(20), key=lambda p: preference(MEMORY, (c,), peer(p))) for c in range(50)}
+def test_different_regions_of_a_memory_are_preferred_by_different_nodes() -> None:
+    first = {max(range(20), key=lambda p: preference(MEMORY, region, peer(p))) for region in range(50)}
     assert len(first) > 8
 
 
 # What a node reads
 
 
-class Cells:
-    """The announcements of some memories, with one shard in each cell."""
+class Regions:
+    """The announcements of some memories, with one shard in each region."""
 
     def __init__(self, *sizes: int) -> None:
-        """`sizes`: the number of cells of each memory. Each cell has a host that serves, and one that leaves."""
+        """`sizes`: the number of regions of each memory. Each has a host that serves, and one that leaves."""
         self.memories = [MemoryID(f"docs-{n}", "abcdefghijkl") for n in range(len(sizes))]
         self.infos = [shard(n) for n in range(max(sizes, default=0))]
-        self.read: list[tuple[MemoryID, Cell]] = []
+        self.read: list[tuple[MemoryID, int]] = []
         self.manifests: dict[MemoryID, Any] = {
             memory: SimpleNamespace(
-                by_cell={info.cell: (info,) for info in self.infos[:size]},
+                by_region={info.cell[0]: (info,) for info in self.infos[:size]},
+                region_of=lambda info: info.cell[0],
                 by_root={info.root: info for info in self.infos[:size]},
             )
             for memory, size in zip(self.memories, sizes, strict=True)
@@ -368,108 +381,115 @@ class Cells:
         assert len(seen) == len(self.read) == len(set(self.read))
         return seen
 
-    async def cell_hosts(self, memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
-        self.read += [(memory, cell) for cell in cells]
+    async def region_hosts(
+        self, memory: MemoryID, regions: Collection[int]
+    ) -> dict[int, tuple[RegionHost, ...]]:
+        self.read += [(memory, region) for region in regions]
         states = ReplicaState.SERVING, ReplicaState.LEAVING
         return {
-            (n,): tuple(
-                CellHost(peer(of), state, frozenset({self.infos[n].short})) for of, state in enumerate(states)
+            n: tuple(
+                RegionHost(peer(of), state, frozenset({self.infos[n].short}))
+                for of, state in enumerate(states)
             )
-            for (n,) in cells
+            for n in regions
         }
 
 
 @given(st.integers(1, 3000), st.integers(0, 300))
 @settings(deadline=None, max_examples=50)
-def test_a_node_reads_two_cells_for_each_that_it_hosts_and_at_least_a_few(cells: int, hosted: int) -> None:
-    played = Cells(cells)
-    read = len(played.look(played.keys(range(min(cells, hosted)))))
-    assert read == min(cells, MOST_READ, max(2 * hosted, FEWEST_READ))
-    assert played.survey.shares == pytest.approx({played.memories[0]: read / cells})
+def test_a_node_reads_two_regions_for_each_that_it_hosts_and_at_least_a_few(
+    regions: int, hosted: int
+) -> None:
+    played = Regions(regions)
+    read = len(played.look(played.keys(range(min(regions, hosted)))))
+    assert read == min(regions, MOST_READ, max(2 * hosted, FEWEST_READ))
+    assert played.survey.shares == pytest.approx({played.memories[0]: read / regions})
 
 
 def test_what_a_node_reads_does_not_depend_on_what_strangers_announce() -> None:
-    cells = Cells(1000)
-    honest, strangers = cells.cell_hosts, [peer(1000 + n) for n in range(250)]
+    regions = Regions(1000)
+    honest, strangers = regions.region_hosts, [peer(1000 + n) for n in range(250)]
 
-    async def with_strangers(memory: MemoryID, cells: Collection[Cell]) -> dict[Cell, tuple[CellHost, ...]]:
-        found = await honest(memory, cells)
-        made_up = tuple(CellHost(each, ReplicaState.SERVING, frozenset({b"made up!"})) for each in strangers)
-        return {cell: (*hosts, *made_up) for cell, hosts in found.items()}
+    async def with_strangers(memory: MemoryID, regions: Collection[int]) -> dict[int, tuple[RegionHost, ...]]:
+        found = await honest(memory, regions)
+        made_up = tuple(
+            RegionHost(each, ReplicaState.SERVING, frozenset({b"made up!"})) for each in strangers
+        )
+        return {region: (*hosts, *made_up) for region, hosts in found.items()}
 
-    cells.cell_hosts = with_strangers  # type: ignore[method-assign]  # strangers
-    assert [len(cells.look(cells.keys(range(100)))) for _ in range(4)] == [200] * 4
+    regions.region_hosts = with_strangers  # type: ignore[method-assign]  # strangers
+    assert [len(regions.look(regions.keys(range(100)))) for _ in range(4)] == [200] * 4
 
 
 def test_each_memory_is_read_as_much_as_the_node_hosts_of_it() -> None:
-    cells = Cells(1000, 1000)
-    cells.look(cells.keys(range(100), memory=1))
-    read = Counter(memory for memory, _ in cells.read)
-    assert [read[memory] for memory in cells.memories] == [16, 200]
-    assert cells.survey.shares == pytest.approx(dict(zip(cells.memories, (0.016, 0.2), strict=True)))
+    regions = Regions(1000, 1000)
+    regions.look(regions.keys(range(100), memory=1))
+    read = Counter(memory for memory, _ in regions.read)
+    assert [read[memory] for memory in regions.memories] == [4, 200]
+    assert regions.survey.shares == pytest.approx(dict(zip(regions.memories, (0.004, 0.2), strict=True)))
 
 
-def test_of_very_many_cells_no_more_are_read_than_fit_into_a_look() -> None:
-    cells = Cells(2000, 500)
-    mine = cells.keys(range(600)) | cells.keys(range(100), memory=1)
-    assert len(cells.look(mine)) == MOST_READ
+def test_of_very_many_regions_no_more_are_read_than_fit_into_a_look() -> None:
+    regions = Regions(2000, 500)
+    mine = regions.keys(range(600)) | regions.keys(range(100), memory=1)
+    assert len(regions.look(mine)) == MOST_READ
     wanted = [1200, 200]
     fits = MOST_READ / sum(wanted)
-    assert [cells.survey.shares[memory] for memory in cells.memories] == pytest.approx(
+    assert [regions.survey.shares[memory] for memory in regions.memories] == pytest.approx(
         [fits * wanted[0] / 2000, fits * wanted[1] / 500]
     )
 
 
 def test_a_node_sees_who_serves_and_who_leaves() -> None:
-    cells = Cells(20)
-    seen = cells.look()
-    assert seen.keys() == cells.keys(range(20))
+    regions = Regions(FEWEST_READ)
+    seen = regions.look()
+    assert seen.keys() == regions.keys(range(FEWEST_READ))
     assert set(seen.values()) == {
-        SeenShard(info, frozenset({peer(0)}), frozenset({peer(1)})) for info in cells.infos
+        as_seen(info, frozenset({peer(0)}), frozenset({peer(1)})) for info in regions.infos
     }
 
 
 def test_a_node_that_has_just_taken_shards_reads_as_much_as_it_may() -> None:
-    cells = Cells(400)
-    assert len(cells.look()) == FEWEST_READ
-    assert len(cells.look(is_busy=True)) == 400
-    assert cells.survey.shares == {cells.memories[0]: FEWEST_READ / 400}, "others are not busy"
+    regions = Regions(200)
+    assert len(regions.look()) == FEWEST_READ
+    assert len(regions.look(is_busy=True)) == 200
+    assert regions.survey.shares == {regions.memories[0]: FEWEST_READ / 200}, "others are not busy"
 
 
 def test_what_lacked_and_what_may_be_dropped_is_read_as_well() -> None:
-    cells = Cells(3000)
-    lacking, mine = cells.keys(range(50)), cells.keys(range(100, 200))
-    seen = cells.look(mine, lacking, is_short=True)
+    regions = Regions(3000)
+    lacking, mine = regions.keys(range(READ_AGAIN)), regions.keys(range(100, 100 + READ_TO_DROP))
+    seen = regions.look(mine, lacking, is_short=True)
     assert seen.keys() >= lacking | mine
     assert len(seen) <= len(lacking) + len(mine) + 2 * len(mine) + FEWEST_READ
-    many = cells.look(cells.keys(range(3000)), cells.keys(range(3000)), is_short=True)
+    many = regions.look(regions.keys(range(3000)), regions.keys(range(3000)), is_short=True)
     assert MOST_READ <= len(many) <= MOST_READ + READ_AGAIN + READ_TO_DROP
 
 
-def test_all_cells_are_read_sooner_or_later() -> None:
-    cells, found = Cells(600), set[ShardKey]()
-    for _ in range(300):
-        found.update(cells.look())
+def test_all_regions_are_read_sooner_or_later() -> None:
+    regions, found = Regions(600), set[ShardKey]()
+    for _ in range(1200):
+        found.update(regions.look())
     assert len(found) == 600
 
 
 def test_without_any_memory_nothing_is_read() -> None:
-    cells = Cells()
-    assert cells.look() == {}
-    assert cells.survey.shares == {}
+    regions = Regions()
+    assert regions.look() == {}
+    assert regions.survey.shares == {}
 
 
 def test_what_was_lacking_is_read_again_as_far_as_it_is_still_listed() -> None:
-    cells = Cells(300)
-    gone = {ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32)), ShardKey(cells.memories[0], b"gone")}
-    seen = asyncio.run(cells.survey.read_again(cells.manifests, cells.keys([1, 29]) | gone))
-    assert seen.keys() == cells.keys([1, 29])
-    cells.read.clear()
-    asyncio.run(cells.survey.read_again(cells.manifests, cells.keys(range(300))))
-    assert len(set(cells.read)) == len(cells.read) == READ_AGAIN
+    regions = Regions(300)
+    gone = {ShardKey(MemoryID("old", "abcdefghijkl"), bytes(32)), ShardKey(regions.memories[0], b"gone")}
+    seen = asyncio.run(regions.survey.read_again(regions.manifests, regions.keys([1, 29]) | gone))
+    assert seen.keys() == regions.keys([1, 29])
+    regions.read.clear()
+    asyncio.run(regions.survey.read_again(regions.manifests, regions.keys(range(300))))
+    assert len(set(regions.read)) == len(regions.read) == READ_AGAIN
 
 
 def test_only_shards_that_a_host_names_are_its_own() -> None:
-    host = CellHost(peer(1), ReplicaState.SERVING, frozenset({shard(1).short}))
-    seen = seen_shards(MEMORY, [shard(1), shard(2)], [host])
+    host = RegionHost(peer(1), ReplicaState.SERVING, frozenset({shard(1).short}))
+    seen = seen_shards(MEMORY, 0, [shard(1), shard(2)], [host])
     assert [len(found.serving) for found in seen.values()] == [1, 0]

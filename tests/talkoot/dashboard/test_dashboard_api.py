@@ -153,29 +153,23 @@ def test_where_the_founder_invites_each_person_no_command_is_shown() -> None:
     assert shown["join"] == {"node": None, "train": None, "search": None}
 
 
-def test_a_memory_that_was_surveyed_in_part_is_no_reason_to_warn() -> None:
-    part = replace(memory(replicas=(1,), shards=5000), is_whole=False)
-    assert api.health(state_of(healthy(memories=[part]))) == {"level": "ok", "words": "healthy"}
-
-
 def test_memories_are_listed_and_those_that_need_hosts_most_come_first() -> None:
     memories = [memory("safe"), memory("alone", (1, 3)), memory("lost", (2,)), memory("many", (3, 3, 3))]
-    picture = healthy(memories=[*memories, replace(memory("huge"), is_whole=False)])
+    picture = healthy(memories=memories)
     page = api.memories(picture, {})
     shown = {
         row["name"]: (row["below_two"], row["replicas_min"], row["replicas_mean"]) for row in page["memories"]
     }
     # Anybody may announce a third shard of a memory that has two.
     assert shown == {
-        "huge": (None, None, None),
         "lost": (1, 0, 1.0),
         "alone": (1, 1, 2.0),
         "safe": (0, 2, 2.0),
         "many": (0, 3, 3.0),
     }
-    assert [row["name"] for row in page["memories"]][:2] == ["huge", "lost"]
+    assert [row["name"] for row in page["memories"]][:2] == ["lost", "alone"]
     assert api.swarm(state_of(picture))["memories"] == {
-        "count": 5, "shards": 10, "served": 9, "below_two": 2, "queries_per_s": 1.0
+        "count": 4, "shards": 8, "served": 7, "below_two": 2, "queries_per_s": 1.0
     }  # fmt: skip
     assert api.memories(None, {})["total"] == 0
 

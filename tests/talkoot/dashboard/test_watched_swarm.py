@@ -236,7 +236,7 @@ def test_memories_are_watched(watched: Watched) -> None:
     async def publish() -> None:
         await registries[0].publish_library([entry])
         for registry, roots in zip(registries, ([b"a" * 32, b"b" * 32], [b"a" * 32]), strict=True):
-            await registry.announce(entry.memory, {(0, 1): (ReplicaState.SERVING, roots)}, 300.0)
+            await registry.announce(entry.memory, {1: (ReplicaState.SERVING, roots)}, 300.0)
 
     watched.loop.run(publish(), LIMIT_S)
     page = watched.until(

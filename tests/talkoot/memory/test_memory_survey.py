@@ -12,14 +12,14 @@ from simulated_readings import memory
 from three_hosts import Swarm, swarm_for, three_hosts
 
 from dht.announcements import ReplicaState
-from dht.library import CellHost, MemoryRegistry
-from dht.memory import Cell, MemoryID, ShardInfo
+from dht.library import MemoryRegistry, RegionHost
+from dht.memory import MemoryID, ShardInfo
 from peer.loop import LoopThread
 from talkoot.memory.publish import Publication
 from talkoot.memory.replication import survey
 
 LIFETIME_S = 60.0
-Cells = dict[Cell, tuple[ReplicaState, Collection[bytes]]]
+Regions = dict[int, tuple[ReplicaState, Collection[bytes]]]
 A, B, C = (bytes([number]) * 32 for number in (1, 2, 3))
 
 
@@ -32,10 +32,10 @@ def swarm(loop: LoopThread, request: pytest.FixtureRequest) -> Iterator[Swarm]:
 def test_replicas_are_counted_by_shard(swarm: Swarm) -> None:
     """One host leaves, and nobody announces one of the shards."""
     entry = replace(memory(shards=4).entry, grid=(2, 2))
-    announced: tuple[Cells, ...] = (
-        {(0, 1): (ReplicaState.SERVING, [A, B]), (1, 0): (ReplicaState.SERVING, [C])},
-        {(0, 1): (ReplicaState.SERVING, [A])},
-        {(1, 0): (ReplicaState.LEAVING, [C])},
+    announced: tuple[Regions, ...] = (
+        {1: (ReplicaState.SERVING, [A, B]), 2: (ReplicaState.SERVING, [C])},
+        {1: (ReplicaState.SERVING, [A])},
+        {2: (ReplicaState.LEAVING, [C])},
     )
 
     async def scenario() -> None:
@@ -47,13 +47,12 @@ def test_replicas_are_counted_by_shard(swarm: Swarm) -> None:
             4,
             frozenset(),
         )
-        for n, cells in enumerate(announced):
-            await MemoryRegistry(swarm.registry(n)).announce(entry.memory, cells, LIFETIME_S)
+        for n, regions in enumerate(announced):
+            await MemoryRegistry(swarm.registry(n)).announce(entry.memory, regions, LIFETIME_S)
         found = await survey(MemoryRegistry(swarm.registry(0)), entry)
         assert found.replicas == {A[:8]: 2, B[:8]: 1, C[:8]: 1}
         assert (found.served, found.fewest, found.mean, found.below(), found.below(1)) == (3, 0, 1.0, 3, 1)
         assert found.hosts == {swarm.hosts[0].peer_id, swarm.hosts[1].peer_id}
-        assert found.is_whole
 
     swarm.run(scenario())
 
@@ -66,7 +65,7 @@ def test_no_more_shards_are_counted_than_a_memory_may_have(
 
     async def scenario() -> None:
         for n in range(2):
-            announced: Cells = {(0, 1): (ReplicaState.SERVING, [A, B, C])}
+            announced: Regions = {1: (ReplicaState.SERVING, [A, B, C])}
             await MemoryRegistry(swarm.registry(n)).announce(entry.memory, announced, LIFETIME_S)
         found = await survey(MemoryRegistry(swarm.registry(0)), entry)
         assert list(found.replicas.values()) == [2, 2]
@@ -75,36 +74,42 @@ def test_no_more_shards_are_counted_than_a_memory_may_have(
 
 
 def test_strangers_that_announce_all_shards_do_not_hold_the_loop() -> None:
-    cells, shards = [(n,) for n in range(4)], frozenset(number.to_bytes(8) for number in range(1024))
-    hosts = tuple(CellHost(peer, ReplicaState.SERVING, shards) for peer in peer_ids(256))
+    regions, shards = range(4), frozenset(number.to_bytes(8) for number in range(1024))
+    hosts = tuple(RegionHost(peer, ReplicaState.SERVING, shards) for peer in peer_ids(256))
     entry = replace(memory(shards=2).entry, grid=(4,))
 
-    async def active_cells(memory: MemoryID, grid: tuple[int, ...]) -> Collection[Cell]:
-        return cells
+    async def active_regions(memory: MemoryID, grid: tuple[int, ...]) -> Collection[int]:
+        return regions
 
-    async def cell_hosts(memory: MemoryID, cells: Collection[Cell]) -> Mapping[Cell, tuple[CellHost, ...]]:
-        return dict.fromkeys(cells, hosts)
+    async def region_hosts(
+        memory: MemoryID, regions: Collection[int]
+    ) -> Mapping[int, tuple[RegionHost, ...]]:
+        return dict.fromkeys(regions, hosts)
 
-    memories: Any = SimpleNamespace(active_cells=active_cells, cell_hosts=cell_hosts)
+    memories: Any = SimpleNamespace(active_regions=active_regions, region_hosts=region_hosts)
 
     async def count() -> None:
-        assert set((await survey(memories, entry)).replicas.values()) == {len(cells) * len(hosts)}
+        assert set((await survey(memories, entry)).replicas.values()) == {len(regions) * len(hosts)}
 
     assert pauses(count, 1 / 5)
 
 
 def test_strangers_that_announce_all_shards_do_not_hold_a_publishers_loop() -> None:
-    cells, peers = list[Cell]((n,) for n in range(16)), peer_ids(256)
-    shards = [ShardInfo(cell, bytes([*cell, n]) * 16, 100, 3000) for cell in cells for n in range(16)]
+    peers = peer_ids(256)
+    by_region = {
+        region: [ShardInfo((region,), bytes([region, n]) * 16, 100, 3000) for n in range(16)]
+        for region in range(16)
+    }
     found = {
-        cell: tuple(
-            CellHost(peer, ReplicaState.SERVING, frozenset(s.short for s in shards if s.cell == cell))
-            for peer in peers
+        region: tuple(
+            RegionHost(peer, ReplicaState.SERVING, frozenset(s.short for s in shards)) for peer in peers
         )
-        for cell in cells
+        for region, shards in by_region.items()
     }
 
-    async def cell_hosts(memory: MemoryID, cells: Collection[Cell]) -> Mapping[Cell, tuple[CellHost, ...]]:
+    async def region_hosts(
+        memory: MemoryID, regions: Collection[int]
+    ) -> Mapping[int, tuple[RegionHost, ...]]:
         return found
 
     async def proven(claims: Collection[Any], seen: Any) -> set[Any]:
@@ -112,9 +117,9 @@ def test_strangers_that_announce_all_shards_do_not_hold_a_publishers_loop() -> N
 
     publication: Any = Publication.__new__(Publication)  # without its server
     publication.swarm = SimpleNamespace(host=SimpleNamespace(peer_id=None))
-    publication.entry, publication._proven = memory(shards=len(shards)).entry, set()
-    publication.manifest = SimpleNamespace(shards=shards, by_cell=dict.fromkeys(cells))
-    publication.memories = SimpleNamespace(cell_hosts=cell_hosts)
+    publication.entry, publication._proven = memory(shards=256).entry, set()
+    publication.manifest = SimpleNamespace(by_region=by_region)
+    publication.memories = SimpleNamespace(region_hosts=region_hosts)
     publication._proofs = SimpleNamespace(doubted=frozenset, proven=proven)
 
     async def look() -> None:

@@ -31,9 +31,9 @@ from real_swarm import Village, playing
 from dht.admission import Role, make_token, read_grant
 from dht.announcements import NodeInfo, ReplicaState
 from dht.invites import Invite
-from dht.library import WANTED_REPLICAS, CellHost, MemoryRegistry
+from dht.library import WANTED_REPLICAS, MemoryRegistry, RegionHost
 from dht.manifest import Manifest
-from dht.memory import Cell, Part
+from dht.memory import Part
 from dht.records import SwarmKeys
 from dht.swarm import Swarm, found_swarm, join_swarm
 from expert_server.memory.following import PublisherFollower
@@ -194,20 +194,20 @@ peers = st.integers(0, 3).map(lambda number: numbered_identity(number).peer_id)
 shorts = st.sampled_from([shard.short for shard in MEMORY.manifest.shards]) | st.binary(
     min_size=8, max_size=8
 )
-hosts = st.builds(CellHost, peers, st.sampled_from([SERVING, LEAVING]), st.frozensets(shorts, max_size=4))
-cells = st.sampled_from([shard.cell for shard in MEMORY.manifest.shards])
+hosts = st.builds(RegionHost, peers, st.sampled_from([SERVING, LEAVING]), st.frozensets(shorts, max_size=4))
+regions = st.sampled_from(list(MEMORY.manifest.by_region))
 
 
-@given(st.dictionaries(cells, st.lists(hosts, max_size=5)), st.none() | peers)
+@given(st.dictionaries(regions, st.lists(hosts, max_size=5)), st.none() | peers)
 def test_only_others_that_serve_a_shard_count(
-    found: Mapping[Cell, list[CellHost]], besides: PeerID | None
+    found: Mapping[int, list[RegionHost]], besides: PeerID | None
 ) -> None:
     counted = Replication.of(MEMORY.manifest, found, besides)
     assert set(counted.by_root) == set(MEMORY.roots), "others don't exist"
     for shard in MEMORY.manifest.shards:
         expected = {
             host.peer_id
-            for host in found.get(shard.cell, [])
+            for host in found.get(MEMORY.manifest.region_of(shard), [])
             if host.state is SERVING and shard.short in host.shards
         }
         assert counted.by_root[shard.root] == expected - {besides}
@@ -567,11 +567,12 @@ def test_those_who_only_say_that_they_host_a_memory_do_not_count(loop: LoopThrea
             swarm = await stack.enter_async_context(publisher.joined(SETTINGS, HOST, lambda text: None))
             publication = Publication(swarm, store, publisher, SETTINGS, HOST)
             await stack.enter_async_context(publication.published(lambda text: None))
-            cells: Mapping[Cell, Any] = {
-                shard.cell: (SERVING, [shard.root]) for shard in MEMORY.manifest.shards
+            regions = {
+                region: (SERVING, [shard.root for shard in shards])
+                for region, shards in MEMORY.manifest.by_region.items()
             }
             for liar in (hosts[0].swarm, founder):
-                await MemoryRegistry(liar.registry).announce(publication.entry.memory, cells, 60)
+                await MemoryRegistry(liar.registry).announce(publication.entry.memory, regions, 60)
             await taken(hosts[1])
 
             async def all_seen() -> bool:

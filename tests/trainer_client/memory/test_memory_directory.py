@@ -19,9 +19,9 @@ from memory_samples import peer_ids
 from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, Placing, SimulatedSwarm
 from dht.announcements import ReplicaState
-from dht.library import CellHost, LibraryEntry, MemoryRegistry
-from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo
-from dht.uid import coordinate_of
+from dht.library import LibraryEntry, MemoryRegistry, RegionHost
+from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo, region_of
+from dht.uid import coordinate_of, number_of
 from peer.identity import PeerID
 from trainer_client.memory.directory import MemoryDirectory
 
@@ -57,14 +57,25 @@ def test_a_publisher_of_ever_new_revisions_fills_no_searchers_line() -> None:
 def directory_of(
     grid: tuple[int, ...],
     by_cell: Mapping[Cell, Sequence[ShardInfo]],
-    announced: Mapping[Cell, tuple[CellHost, ...]],
+    announced: Mapping[Cell, tuple[RegionHost, ...]],
     peers: Collection[PeerID],
 ) -> MemoryDirectory:
-    """What is known of a memory with these shards and hosts."""
+    """What is known of a memory with these shards and hosts. Changes of `announced` count."""
     nodes = {peer: SimpleNamespace(peer_id=peer) for peer in peers}
 
-    async def cell_hosts(memory: Any, cells: Collection[Cell], **_: Any) -> Any:
-        return {cell: announced[cell] for cell in cells}
+    by_region: dict[int, list[ShardInfo]] = {}
+    for cell, shards in by_cell.items():
+        by_region.setdefault(region_of(cell, grid), []).extend(shards)
+
+    async def region_hosts(memory: Any, regions: Collection[int], **_: Any) -> Any:
+        return {
+            region: tuple(
+                host
+                for cell in dict.fromkeys(shard.cell for shard in by_region[region])
+                for host in announced[cell]
+            )
+            for region in regions
+        }
 
     async def nodes_of(asked: Collection[PeerID], **_: Any) -> Any:
         return {peer: nodes[peer] for peer in asked}
@@ -73,11 +84,11 @@ def directory_of(
         reading.close()
 
     nothing: Any = None
-    memories: Any = SimpleNamespace(cell_hosts=cell_hosts)
+    memories: Any = SimpleNamespace(region_hosts=region_hosts)
     registry: Any = SimpleNamespace(nodes=nodes_of, lookups=SimpleNamespace(spawn=spawn))
     opened: Any = SimpleNamespace(
         entry=SimpleNamespace(memory=None),
-        manifest=SimpleNamespace(grid=grid, by_cell=by_cell),
+        manifest=SimpleNamespace(grid=grid, by_cell=by_cell, by_region=by_region),
         filled_C=np.ones(prod(grid), np.bool_),
     )
     return MemoryDirectory(memories, registry, nothing, opened)
@@ -91,7 +102,7 @@ def test_strangers_that_announce_all_shards_of_many_cells_do_not_hold_a_searcher
     peers = peer_ids(256)
     shorts = {cell: frozenset(shard.short for shard in shards) for cell, shards in by_cell.items()}
     announced = {
-        cell: tuple(CellHost(peer, ReplicaState.SERVING, some) for peer in peers)
+        cell: tuple(RegionHost(peer, ReplicaState.SERVING, some) for peer in peers)
         for cell, some in shorts.items()
     }
 
@@ -118,7 +129,7 @@ def test_many_queries_in_a_memory_of_many_cells_do_not_hold_a_searchers_loop() -
     cells = [coordinate_of(number, grid) for number in range(prod(grid))]
     by_cell = {cell: [ShardInfo(cell, bytes([*cell] * 16), 100, 30_000)] for cell in cells}
     announced = {
-        cell: (CellHost(peer, ReplicaState.SERVING, frozenset({shard.short})),)
+        cell: (RegionHost(peer, ReplicaState.SERVING, frozenset({shard.short})),)
         for cell, (shard,) in by_cell.items()
     }
     scores_QC = np.random.default_rng(0).standard_normal((256, prod(grid)), np.float32)
@@ -142,14 +153,16 @@ async def searcher_in(swarm: SimulatedSwarm, memory: SampleMemory) -> MemoryDire
     author, manifest = swarm.keys.author, memory.manifest
     entry = LibraryEntry.of(manifest, Part(bytes(32), 100), author)
     placing, rng = Placing([peer.dht for peer in swarm.peers]), random.Random(1)
-    hosting: dict[int, dict[Cell, Any]] = {}
+    hosting: dict[int, dict[int, tuple[ReplicaState, list[bytes]]]] = {}
     for shard in manifest.shards:
         for number in rng.sample(range(8), 2):
-            hosting.setdefault(number, {})[shard.cell] = ReplicaState.SERVING, [shard.root]
-    for number, cells in hosting.items():
+            region = manifest.region_of(shard)
+            own = hosting.setdefault(number, {}).setdefault(region, (ReplicaState.SERVING, []))
+            own[1].append(shard.root)
+    for number, regions in hosting.items():
         peer = swarm.peers[number]
         usual, peer.registry.lookups = peer.registry.lookups, placing
-        await MemoryRegistry(peer.registry).announce(entry.memory, cells, LIFETIME_S)
+        await MemoryRegistry(peer.registry).announce(entry.memory, regions, LIFETIME_S)
         peer.registry.lookups = usual
     peer = await swarm.make_peer(serves_dht=False)
     await swarm.join(peer)
@@ -162,22 +175,22 @@ async def searcher_in(swarm: SimulatedSwarm, memory: SampleMemory) -> MemoryDire
 
 def test_keeping_what_is_known_of_many_cells_fresh_fills_no_searchers_line() -> None:
     """A model that learns with a memory searches all of its cells. It used to read all of them every 15 s."""
-    memory = SampleMemory.make(grid=(16, 8), each=1)
+    memory = SampleMemory.make(grid=(32, 16), each=1)
     with simulated_world() as loop:
 
         async def scenario() -> None:
             swarm = await SimulatedSwarm.start(loop, 60, 16, Link(0.1), 1, with_contacts=True)
             directory = await searcher_in(swarm, memory)
             dht, registry = directory._registry._dht, directory._registry
-            read = set[Cell]()
+            read = set[int]()
             read_hosts = directory._read_hosts
 
-            async def noting(cells: Sequence[Cell], *, again: bool = False) -> None:
-                assert len(cells) <= 32
-                read.update(cells)
-                await read_hosts(cells, again=again)
+            async def noting(regions: Collection[int], *, again: bool = False) -> None:
+                assert len(regions) <= 16
+                read.update(regions)
+                await read_hosts(regions, again=again)
 
-            scores_QC = np.eye(128, dtype=np.float32)
+            scores_QC = np.eye(512, dtype=np.float32)
             located = await directory.locate(scores_QC, 1, frozenset())
             assert all(len(located.hosts[cell]) == 2 for (cell,) in located.cells)
             directory._read_hosts = noting  # type: ignore[method-assign]  # counts
@@ -189,7 +202,7 @@ def test_keeping_what_is_known_of_many_cells_fresh_fills_no_searchers_line() -> 
                 await directory.locate(scores_QC, 1, frozenset())
             spent_apart = dht.spent_bytes - whole
             keeping.cancel()
-            assert len(read) == 128
+            assert len(read) == 32
             assert 8 * spent_apart / (loop.time() - began) < 20_000
             assert registry.spent_bytes - spent < 0.1 * spent_apart, "it must not delay looks for experts"
 
@@ -212,15 +225,15 @@ class OneHostEach:
         """When hosts were read again."""
         read_hosts = self.directory._read_hosts
 
-        async def noting(cells: Sequence[Cell], *, again: bool = False) -> None:
+        async def noting(regions: Collection[int], *, again: bool = False) -> None:
             if again:
                 self.reads.append(now())
-            await read_hosts(cells, again=again)
+            await read_hosts(regions, again=again)
 
         self.directory._read_hosts = noting  # type: ignore[method-assign]  # counts
 
-    def hosted_by(self, peer: PeerID, cell: Cell) -> tuple[CellHost, ...]:
-        return (CellHost(peer, ReplicaState.SERVING, frozenset(s.short for s in self.by_cell[cell])),)
+    def hosted_by(self, peer: PeerID, cell: Cell) -> tuple[RegionHost, ...]:
+        return (RegionHost(peer, ReplicaState.SERVING, frozenset(s.short for s in self.by_cell[cell])),)
 
     async def search(self, *silent: PeerID) -> set[Cell]:
         """The cells that a search misses. `silent`: hosts that give no answer."""
@@ -253,7 +266,7 @@ def test_cells_whose_hosts_give_no_answer_are_read_again_soon_and_then_ever_more
             assert now() < 1300
         # and back
         memory.announced[moved] = memory.hosted_by(memory.other, moved)
-        await memory.directory._read_hosts([moved])
+        await memory.directory._read_hosts([3])
         memory.reads.clear()
         began = now()
         while now() < began + 40:
@@ -270,11 +283,11 @@ def test_a_cell_is_found_soon_after_it_is_hosted_though_the_index_is_old() -> No
         memory.announced |= dict.fromkeys(late, ())
         index_read = list[float]()
 
-        async def active_cells(*_: Any) -> frozenset[Cell]:
+        async def active_regions(*_: Any) -> frozenset[int]:
             index_read.append(now())
-            return frozenset(cell for cell, hosts in memory.announced.items() if hosts)
+            return frozenset(number_of(cell, (2, 2)) for cell, hosts in memory.announced.items() if hosts)
 
-        memory.memories.active_cells = active_cells
+        memory.memories.active_regions = active_regions
         while now() < 100:
             assert await memory.search() == late
         assert len(index_read) == 1
@@ -285,7 +298,7 @@ def test_a_cell_is_found_soon_after_it_is_hosted_though_the_index_is_old() -> No
         # of cells that are not in the index, nobody has read the hosts
         directory = memory.directory
         directory._forget()
-        directory._hosts[0, 0] = directory._having((0, 0), memory.announced[0, 0])
+        directory._hosts[0, 0] = directory._having(memory.by_cell[0, 0], memory.announced[0, 0])
         directory._active_C = np.array([True, False, False, False])
         index_read.clear()
         began = now()
@@ -301,13 +314,13 @@ def test_hosts_are_read_again_once_at_a_time_and_soon_again_after_a_long_silence
     async def scenario() -> None:
         memory, answers = OneHostEach(), asyncio.Event()
         assert not await memory.search()
-        cell_hosts = memory.memories.cell_hosts
+        region_hosts = memory.memories.region_hosts
 
         async def slow(*what: Any, **how: Any) -> Any:
             await answers.wait()
-            return await cell_hosts(*what, **how)
+            return await region_hosts(*what, **how)
 
-        memory.memories.cell_hosts = slow
+        memory.memories.region_hosts = slow
         while now() < 100:
             await memory.search(memory.peer)
         assert len(memory.reads) == 1
@@ -339,7 +352,7 @@ def test_contacts_that_a_search_has_just_read_are_not_dropped_by_a_refresh() -> 
             return await nodes(*what, **how)
 
         memory.registry.nodes = slow
-        reading = asyncio.create_task(memory.directory._read_hosts([(0, 0), (1, 1)]))
+        reading = asyncio.create_task(memory.directory._read_hosts([0, 3]))
         await asyncio.sleep(1.0)
         await memory.directory.refresh()
         answers.set()
@@ -360,7 +373,7 @@ def test_of_many_strangers_few_node_records_are_read_again() -> None:
             return {}
 
         memory.registry.nodes = nodes
-        await memory.directory._read_hosts(list(memory.by_cell), again=True)
+        await memory.directory._read_hosts(range(4), again=True)
         assert asked == [128]
 
     with virtual_time() as runner:

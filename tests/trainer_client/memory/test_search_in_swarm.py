@@ -19,7 +19,7 @@ from memory_swarm import MemorySwarm
 
 from dht.announcements import NodeInfo, ReplicaState
 from dht.library import MemoryRegistry
-from dht.memory import Cell, MemoryID, Part
+from dht.memory import MemoryID, Part
 from dht.registry import Registry
 from peer.errors import LibraryError, UnreachableError
 from peer.identity import PeerID
@@ -99,19 +99,19 @@ def test_a_query_that_is_a_passage_finds_it_first(play: Play) -> None:
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_the_prefixes_are_read_only_if_nobody_hosts_a_cell_that_is_near(
+def test_the_index_is_read_only_if_nobody_hosts_a_cell_that_is_near(
     play: Play, monkeypatch: pytest.MonkeyPatch, is_whole: bool
 ) -> None:
     asked = list[MemoryID]()
-    active_cells = MemoryRegistry.active_cells
+    active_regions = MemoryRegistry.active_regions
 
     async def counted(
         registry: MemoryRegistry, memory: MemoryID, grid: tuple[int, ...], *how: Any
-    ) -> frozenset[Cell]:
+    ) -> frozenset[int]:
         asked.append(memory)
-        return await active_cells(registry, memory, grid, *how)
+        return await active_regions(registry, memory, grid, *how)
 
-    monkeypatch.setattr(MemoryRegistry, "active_cells", counted)
+    monkeypatch.setattr(MemoryRegistry, "active_regions", counted)
 
     async def scenario(swarm: MemorySwarm) -> None:
         first = WORDS.manifest.shards[0].cell
@@ -119,6 +119,7 @@ def test_the_prefixes_are_read_only_if_nobody_hosts_a_cell_that_is_near(
             [root for root, shard in WORDS.manifest.by_root.items() if is_whole or shard.cell == first]
         )
         retriever = await (await swarm.searcher()).open()
+        asked.clear()
         (result,) = await retriever.search([WORDS.passages[7].text], 3, 4)
         assert bool(result.missing) == (not is_whole)
         assert len(asked) == (not is_whole)
