@@ -1,14 +1,17 @@
 """Memories: names, passages' hashes, and manifests, with any bytes that a stranger may have written."""
 
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from math import prod
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dht.memory import (
+    MAX_CELLS,
     MAX_TEXT_CHARACTERS,
     MemoryID,
     MemoryManifest,
@@ -16,8 +19,11 @@ from dht.memory import (
     Passage,
     Place,
     ShardInfo,
+    cells_in,
     check_name,
     prove,
+    region_count,
+    region_of,
 )
 from dht.uid import coordinate_of, number_of
 from peer.errors import WireError
@@ -104,6 +110,34 @@ def test_cells_are_numbered_in_row_major_order(grid: list[int], data: st.DataObj
     assert coordinate_of(number_of(cell, tuple(grid)), tuple(grid)) == cell
 
 
+grids = st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda grid: prod(grid) <= MAX_CELLS)
+
+
+@given(grids)
+def test_regions_are_few_and_follow_each_other(grid: list[int]) -> None:
+    numbers = [region_of(coordinate_of(number, grid), grid) for number in range(prod(grid))]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(region_count(grid)))
+    assert min(16, prod(grid)) <= region_count(grid) <= max(32, 1 + prod(grid) // 16)
+    assert max(Counter(numbers).values()) <= 16
+
+
+@given(grids, st.data())
+def test_a_mask_has_the_cells_of_its_regions(grid: list[int], data: st.DataObject) -> None:
+    some = data.draw(st.sets(st.integers(0, region_count(grid) - 1)))
+    mask_C = cells_in(some, grid)
+    assert mask_C.tolist() == [
+        region_of(coordinate_of(number, grid), grid) in some for number in range(prod(grid))
+    ]
+
+
+def test_a_memorys_shards_are_grouped_by_region() -> None:
+    one, other, third = (
+        ShardInfo(cell, bytes([n]) * 32, 1, 90) for n, cell in enumerate([(0, 0), (0, 15), (1, 0)])
+    )
+    assert replace(MANIFEST, shards=(one, third, other)).by_region == {0: (one, other), 1: (third,)}
+
+
 def _changed(**fields: object) -> bytes:
     message = memory_pb2.MemoryManifest.FromString(MANIFEST.serialize())
     for name, value in fields.items():
@@ -174,10 +208,10 @@ def test_a_manifest_with_fields_of_a_later_version_is_parsed() -> None:
             assert MemoryManifest.parse(MANIFEST.serialize() + more[:cut]) == MANIFEST
 
 
-def test_a_cell_has_no_more_shards_than_a_host_can_announce() -> None:
-    shards = tuple(ShardInfo((0, n // 1024), n.to_bytes(32), 1, 90) for n in range(2048))
+def test_a_region_has_no_more_shards_than_a_host_can_announce() -> None:
+    shards = tuple(ShardInfo((n // 1024, n % 16), n.to_bytes(32), 1, 90) for n in range(2048))
     assert MemoryManifest.parse(replace(MANIFEST, shards=shards).serialize()).shards == shards
-    with pytest.raises(WireError, match="in one cell"):
+    with pytest.raises(WireError, match="in one region"):
         MemoryManifest.parse(replace(MANIFEST, shards=(*shards, MANIFEST.shards[0])).serialize())
 
 
