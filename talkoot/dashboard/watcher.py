@@ -364,9 +364,8 @@ def samples_of(picture: Picture) -> Iterator[Sample]:
     if figures["memories"]["count"]:
         yield Sample("memory_queries_per_s", "all nodes", figures["memories"]["queries_per_s"])
     for row in picture.memories:
-        if row["replicas_min"] is not None:
-            yield Sample("memory_replicas", f"fewest, {row['memory']}", row["replicas_min"])
-            yield Sample("memory_replicas", f"mean, {row['memory']}", row["replicas_mean"])
+        yield Sample("memory_replicas", f"fewest, {row['memory']}", row["replicas_min"])
+        yield Sample("memory_replicas", f"mean, {row['memory']}", row["replicas_mean"])
     for row in picture.trainers:
         has_just_ended = row["state"] in {"finished", "stopped"} and row["seen_at"] == picture.read_at
         if row["state"] in {"training", "own loop"} or has_just_ended:

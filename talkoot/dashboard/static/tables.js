@@ -162,13 +162,13 @@ function memoryName({ name, short, about }) {
 }
 
 function servedShards({ served, shards }) {
-  return [shown(served, format.count), el("small", {}, ` / ${format.count(shards)}`)];
+  return [format.count(served), el("small", {}, ` / ${format.count(shards)}`)];
 }
 
 /** The fewest that any shard has, and the mean; a warning where one has fewer than are wanted. */
 function replicaCounts({ replicas_min: fewest, replicas_mean: mean, replicas_wanted: wanted, below_two: few }) {
-  const numbers = [shown(fewest, format.count), el("small", {}, " / "), shown(mean, format.compact)];
-  if (fewest === null || fewest >= wanted) return numbers;
+  const numbers = [format.count(fewest), el("small", {}, " / "), format.compact(mean)];
+  if (fewest >= wanted) return numbers;
   const title = `${format.counted(few, "shard")} with fewer than ${wanted} replicas`;
   const level = fewest ? "warn" : "bad";
   return [el("span", { class: "badge", "data-level": level, title }, icon(level), ...numbers)];
