@@ -122,8 +122,9 @@ def _hosting(found: Mapping[str, Any]) -> Iterator[Verdict]:
     for hosts, figures in found.items():
         yield Verdict(
             f"{hosts} hosts of {figures['shards']} shards among {figures['nodes']} nodes: upkeep of a host",
-            "",
-            f"{figures['kbit_per_s']:.1f} kbit/s, {figures['cells_of_host']:.0f} cells",
+            f"{hosting.KBIT_PER_S} kbit/s",
+            f"{figures['kbit_per_s']:.1f} kbit/s, {figures['regions_of_host']:.1f} regions",
+            figures["kbit_per_s"] <= hosting.KBIT_PER_S,
         )
         hosted_s = figures["hosted_s"]
         yield Verdict(

@@ -34,6 +34,8 @@ DYING_SHARE = 0.25
 """The share of the hosts that dies."""
 PERIODS = 5
 """The number of periods within which all shards should have two replicas again."""
+KBIT_PER_S = 20
+"""What upkeep may take."""
 _GRID = (16, 16)
 _PERIOD_S = 10.0
 """The shortest announcement period."""
