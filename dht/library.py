@@ -344,13 +344,13 @@ class MemoryRegistry:
         return list(items.values())
 
     async def active_regions(
-        self, memory: MemoryID, grid: tuple[int, ...], limits: SearchLimits = DEFAULT_LIMITS
+        self, entry: LibraryEntry, limits: SearchLimits = DEFAULT_LIMITS
     ) -> frozenset[int]:
-        """The regions that some peer announces. Raises UnreachableError."""
-        count = region_count(grid)
-        keys = [self._keys.memory_index(memory, first) for first in range(0, count, INDEX_PIECE)]
+        """The regions of a memory that some peer announces. Raises UnreachableError."""
+        most = region_count(entry.grid, entry.shards)
+        keys = [self._keys.memory_index(entry.memory, first) for first in range(0, most, INDEX_PIECE)]
         found = await self._registry.get(keys, limits)
-        return frozenset(region for key in keys for region in active_under(key, found[key]) if region < count)
+        return frozenset(region for key in keys for region in active_under(key, found[key]) if region < most)
 
     async def region_hosts(
         self,
@@ -373,15 +373,13 @@ class MemoryRegistry:
                 hosts[region] = await self._hosts_under(key, found[key], with_contacts, slices)
         return hosts
 
-    async def some_hosts(
-        self, memory: MemoryID, grid: tuple[int, ...], most: int = 8
-    ) -> tuple[RegionHost, ...]:
+    async def some_hosts(self, entry: LibraryEntry, most: int = 8) -> tuple[RegionHost, ...]:
         """Some peers that host shards of any region, found without reading all regions. Raises UnreachableError."""
-        active = await self.active_regions(memory, grid)
+        active = await self.active_regions(entry)
         regions = random.SystemRandom().sample(list(active), min(len(active), _SOME))
         # strangers can mark regions that nobody hosts: if the first ones are empty, the others are read
         for some in (regions[:_FEW], regions[_FEW:]):
-            hosting = await self.region_hosts(memory, some, with_contacts=True, limits=DEFAULT_LIMITS)
+            hosting = await self.region_hosts(entry.memory, some, with_contacts=True, limits=DEFAULT_LIMITS)
             found = [host for each in hosting.values() for host in each]
             # a host of several regions is taken from one that says how to call it
             hosts = {host.peer_id: host for host in sorted(found, key=lambda host: host.node is not None)}
@@ -389,11 +387,9 @@ class MemoryRegistry:
                 return tuple(some_of(hosts.values(), most))
         return ()
 
-    async def some_nodes(
-        self, memory: MemoryID, grid: tuple[int, ...], most: int = 8
-    ) -> dict[PeerID, NodeInfo]:
+    async def some_nodes(self, entry: LibraryEntry, most: int = 8) -> dict[PeerID, NodeInfo]:
         """Some peers that host shards of any region, and how to call them. Raises UnreachableError."""
-        hosts = await self.some_hosts(memory, grid, most)
+        hosts = await self.some_hosts(entry, most)
         found = contacts_of(hosts)
         return found | await self._registry.nodes({host.peer_id for host in hosts} - found.keys())
 

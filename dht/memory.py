@@ -10,10 +10,10 @@ every part may be fetched from any peer.
 import hashlib
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -21,7 +21,6 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from dht.uid import coordinate_of, number_of
-from peer.codec import Booleans
 from peer.errors import WireError
 from peer.formatting import printable
 from peer.identity import PeerID
@@ -39,10 +38,10 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_SHARD_BYTES = 8 * 2**20
 MAX_SHARDS = 131_072
 MAX_SHARDS_OF_REGION = 1024
-"""The most shards of a region: as many as one host can announce."""
+"""The most shards of a region: as many as a host can announce in one record."""
 MAX_LEAVES = 65_536
 """The most passages in one shard."""
-MAX_CELLS = 65_536
+MAX_CELLS = 32_768
 MAX_REVOKED = 65_536
 MAX_LICENSES = 256
 MAX_DIMENSIONS = 1024
@@ -205,7 +204,7 @@ class MemoryManifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Raises WireError."""
+        """Slow if there are many shards. Raises WireError."""
         if len(data) > MAX_MANIFEST_BYTES:
             raise WireError(f"the memory's manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
         # millions of empty fields would fit into it, and each takes thirty times its size once it is parsed
@@ -234,10 +233,6 @@ class MemoryManifest:
         revoked = sum(len(some.positions) for some in message.revoked)
         if len(message.shards) > MAX_SHARDS or max(revoked, len(message.revoked)) > MAX_REVOKED:
             raise WireError("the memory has too many shards or revoked passages")
-        cells = _cells_of_region(grid)
-        in_region = Counter(entry.cell // cells for entry in message.shards)
-        if max(in_region.values(), default=0) > MAX_SHARDS_OF_REGION:
-            raise WireError(f"the memory has more than {MAX_SHARDS_OF_REGION} shards in one region")
         if not math.isfinite(message.created_at) or message.revision < 1:
             raise WireError("the memory's manifest has no revision or no time")
         shards = tuple(_shard(entry, grid) for entry in message.shards)
@@ -245,7 +240,7 @@ class MemoryManifest:
         # otherwise a reader would think that an honest host's positions are wrong
         if len(kinds) > len({shard.root for shard in shards}):
             raise WireError("the memory lists a shard with two sizes or kinds")
-        return cls(
+        manifest = cls(
             check_name(message.name),
             message.revision,
             printable(message.about, MAX_LABEL_CHARACTERS),
@@ -259,6 +254,9 @@ class MemoryManifest:
             shards,
             frozenset(place for some in message.revoked for place in _revoked(some, shards)),
         )
+        # now, in the caller's thread: it takes long if there are many shards
+        _ = manifest.by_root, manifest.by_cell, manifest.region_of
+        return manifest
 
     def serialize(self) -> bytes:
         """The same manifest always gives the same bytes."""
@@ -312,13 +310,26 @@ class MemoryManifest:
 
     @cached_property
     def by_region(self) -> Mapping[int, tuple[ShardInfo, ...]]:
+        """The shards that hosts announce together, by the number of their region.
+
+        A region is up to 16 cells, one after another in row-major order: cells near each other tend to be in the same
+        one. When it is full, further shards of these cells are in another one, whose number is the next after all
+        others. Later revisions add shards at the end, so the shards before stay in their regions.
+        """
+        cells, numbers = _cells_of_region(self.grid), count(region_count(self.grid))
+        latest: dict[int, int] = {}
         found: dict[int, list[ShardInfo]] = {}
         for shard in self.shards:
-            found.setdefault(region_of(shard.cell, self.grid), []).append(shard)
+            first = number_of(shard.cell, self.grid) // cells
+            region = latest.setdefault(first, first)
+            if len(found.get(region, ())) == MAX_SHARDS_OF_REGION:
+                region = latest[first] = next(numbers)
+            found.setdefault(region, []).append(shard)
         return {region: tuple(shards) for region, shards in found.items()}
 
-    def region_of(self, shard: ShardInfo) -> int:
-        return region_of(shard.cell, self.grid)
+    @cached_property
+    def region_of(self) -> Mapping[ShardInfo, int]:
+        return {shard: region for region, shards in self.by_region.items() for shard in shards}
 
     @cached_property
     def revoked_in(self) -> Mapping[bytes, frozenset[int]]:
@@ -392,23 +403,9 @@ def check_grid(sizes: Sequence[int]) -> tuple[int, ...]:
     return grid
 
 
-def region_of(cell: Cell, grid: Sequence[int]) -> int:
-    """The number of the region that has this cell. Hosts announce a region's shards together.
-
-    A region is up to 16 cells, one after another in row-major order. Cells near each other tend to be in the same one.
-    """
-    return number_of(cell, grid) // _cells_of_region(grid)
-
-
-def region_count(grid: Sequence[int]) -> int:
-    return math.ceil(math.prod(grid) / _cells_of_region(grid))
-
-
-def cells_in(regions: Iterable[int], grid: Sequence[int]) -> Booleans:
-    """A mask of the cells in these regions, in row-major order."""
-    among_R = np.zeros(region_count(grid), np.bool_)
-    among_R[list(regions)] = True
-    return among_R.repeat(_cells_of_region(grid))[: math.prod(grid)]
+def region_count(grid: Sequence[int], shards: int = 0) -> int:
+    """The most regions that a memory with so many shards has; without any, how many it has if none is full."""
+    return math.ceil(math.prod(grid) / _cells_of_region(grid)) + shards // MAX_SHARDS_OF_REGION
 
 
 def _cells_of_region(grid: Sequence[int]) -> int:

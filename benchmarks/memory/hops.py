@@ -125,7 +125,7 @@ class _Trial:
             hosts.append(ShardHost(peer.peer_id, manifest, some))
             regions: dict[int, tuple[ReplicaState, list[bytes]]] = {}
             for root in some:
-                region = manifest.region_of(manifest.by_root[root])
+                region = manifest.region_of[manifest.by_root[root]]
                 regions.setdefault(region, (ReplicaState.SERVING, []))[1].append(root)
             lookups, peer.registry.lookups = peer.registry.lookups, placing
             await MemoryRegistry(peer.registry).announce(entry.memory, regions, LIFETIME_S)

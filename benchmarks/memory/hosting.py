@@ -139,7 +139,7 @@ class _Host:
         """The shards that it hosts."""
         regions: dict[int, list[bytes]] = {}
         for root in self.shards:
-            regions.setdefault(self.manifest.region_of(self.manifest.by_root[root]), []).append(root)
+            regions.setdefault(self.manifest.region_of[self.manifest.by_root[root]], []).append(root)
         return regions
 
     async def run(self) -> None:

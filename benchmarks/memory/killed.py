@@ -187,7 +187,7 @@ class _Watcher:
         return await join_swarm(identity, self._founder.invite, NetworkConfig(_HOST, serves_dht=False))
 
     async def _below(self, without: set[PeerID]) -> int:
-        active = await self._memories.active_regions(self.entry.memory, self.entry.grid)
+        active = await self._memories.active_regions(self.entry)
         replicas: Counter[bytes] = Counter()
         for hosts in (await self._memories.region_hosts(self.entry.memory, active)).values():
             for host in hosts:

@@ -321,7 +321,7 @@ class PublisherFollower:
 
     async def _fetch_manifest(self, entry: LibraryEntry) -> tuple[bytes, MemoryManifest]:
         """Raises TransferError, and WireError if the manifest is not what its publisher lists."""
-        some = await self._memories.some_hosts(entry.memory, entry.grid, _HOSTS_ASKED)
+        some = await self._memories.some_hosts(entry, _HOSTS_ASKED)
         # the peer that showed the list has it, and few others may have it yet
         hosts = {host.peer_id for host in some} | {
             entry.publisher,

@@ -166,7 +166,7 @@ class HostedMemories:
         regions: dict[int, list[bytes]] = {}
         if (store := self.served.get(str(memory))) is not None:
             for info in store.served():
-                region = store.manifest.region_of(info)
+                region = store.manifest.region_of[info]
                 if only is None or region in only:
                     regions.setdefault(region, []).append(info.root)
         return regions

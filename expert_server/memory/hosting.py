@@ -381,7 +381,7 @@ class MemoryHosting:
         for key in set(keys) & self.hosted.mine():
             if (info := manifests[key.memory].by_root.get(key.root)) is not None:
                 alone.add(key)
-                regions.setdefault(key.memory, set()).add(manifests[key.memory].region_of(info))
+                regions.setdefault(key.memory, set()).add(manifests[key.memory].region_of[info])
         for memory, some in regions.items():
             by_region = manifests[memory].by_region
             for region, hosts in (await self._memories.region_hosts(memory, some)).items():

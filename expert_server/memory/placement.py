@@ -288,7 +288,7 @@ def _regions_of(
 ) -> set[_RegionOfMemory]:
     """The regions of those of these shards that are still listed."""
     return {
-        (key.memory, manifest.region_of(info))
+        (key.memory, manifest.region_of[info])
         for key in keys
         if (manifest := manifests.get(key.memory)) is not None
         and (info := manifest.by_root.get(key.root)) is not None

@@ -83,7 +83,7 @@ async def _inspect(terminal: Terminal, swarm: Swarm, name: str) -> None:
     memories = MemoryRegistry(swarm.registry)
     entry = find_memory(await memories.libraries(), name)
     with terminal.stages("looking for its hosts"):
-        some = await memories.some_nodes(entry.memory, entry.grid)
+        some = await memories.some_nodes(entry)
         if not some:
             raise LibraryError(f"nobody hosts {entry.memory} now; its publisher can publish it again")
         manifest = await _fetch_manifest(swarm, entry, some.values())

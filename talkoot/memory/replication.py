@@ -111,7 +111,7 @@ class Survey:
 
 async def survey(memories: MemoryRegistry, entry: LibraryEntry) -> Survey:
     """Looks up who serves the memory's shards. Raises UnreachableError."""
-    active = sorted(await memories.active_regions(entry.memory, entry.grid))
+    active = sorted(await memories.active_regions(entry))
     replicas: Counter[bytes] = Counter()
     hosts, slices = set(), TimeSlices()
     for begin in range(0, len(active), _REGIONS_AT_ONCE):

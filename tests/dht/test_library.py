@@ -29,7 +29,7 @@ from dht.library import (
     read_region,
     with_entry,
 )
-from dht.memory import MAX_SHARDS_OF_REGION, MemoryID, Part
+from dht.memory import MAX_SHARDS, MAX_SHARDS_OF_REGION, MemoryID, Part
 from dht.records import (
     INDEX_PIECE,
     MAX_LIBRARY_BYTES,
@@ -597,32 +597,34 @@ def test_a_library_that_does_not_fit_is_not_published(loop: LoopThread) -> None:
 
 def test_hosts_of_regions_are_found_by_the_index(loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dht.library._REGIONS_AT_ONCE", 2)
-    memory, other, grid = entry().memory, entry("bible").memory, (16, 16)
+    listed, memory, other = entry(), entry().memory, entry("bible").memory
     first, second, third = (bytes([number]) * 32 for number in range(3))
 
     async def scenario() -> None:
         async with swarm("open") as (hosts, (a, b, c)):
             one, two, reading = MemoryRegistry(a), MemoryRegistry(b), MemoryRegistry(c)
-            assert await reading.active_regions(memory, grid) == frozenset()
-            assert await reading.some_hosts(memory, grid) == ()
+            assert await reading.active_regions(listed) == frozenset()
+            assert await reading.some_hosts(listed) == ()
             await one.announce(memory, {1: (SERVING, [first, second]), 15: (LEAVING, [third])}, 60)
             await two.announce(memory, {1: (SERVING, [first])}, 60)
             await two.announce(other, {2: (SERVING, [third])}, 60)
-            assert await reading.active_regions(memory, grid) == {1, 15}
-            assert await reading.active_regions(memory, (15,)) == {1}, "such a grid has no region 15"
+            assert await reading.active_regions(listed) == {1, 15}
+            assert await reading.active_regions(replace(listed, grid=(15,))) == {1}, (
+                "such a grid has no region 15"
+            )
             ours = RegionHost(hosts[0].peer_id, SERVING, frozenset({first[:8], second[:8]}))
             theirs = RegionHost(hosts[1].peer_id, SERVING, frozenset({first[:8]}))
             leaving = RegionHost(hosts[0].peer_id, LEAVING, frozenset({third[:8]}))
             found = await reading.region_hosts(memory, [1, 15, 7])
             assert set(found[1]) == {ours, theirs}
             assert (found[15], found[7]) == ((leaving,), ())
-            some = await reading.some_hosts(memory, grid)
+            some = await reading.some_hosts(listed)
             assert {host.peer_id for host in some} == {hosts[0].peer_id, hosts[1].peer_id}
             # whatever regions strangers mark, no hosts are hidden
             await one.announce(memory, {1: (ReplicaState.WITHDRAWN, [])}, 60)
             marks = [(b.keys.memory_index(memory, number), number) for number in range(3 * INDEX_PIECE)]
             await b.store([Item(key, number, key, b.now() + 60) for key, number in marks])
-            some = await reading.some_hosts(memory, grid)
+            some = await reading.some_hosts(listed)
             assert some
             assert set(some) <= {theirs, leaving}
             assert await reading.region_hosts(memory, [1]) == {1: (theirs,)}
@@ -707,10 +709,12 @@ def test_a_memory_of_many_regions_has_its_index_under_several_keys(loop: LoopThr
     async def scenario() -> None:
         async with swarm("open") as (_, (a, b, _)):
             regions: Regions = {
-                number: (SERVING, [b"r" * 32]) for number in (0, INDEX_PIECE - 1, INDEX_PIECE, 4000)
+                number: (SERVING, [b"r" * 32]) for number in (0, INDEX_PIECE - 1, INDEX_PIECE, 2000, 2175)
             }
             await MemoryRegistry(a).announce(entry().memory, regions, 60)
-            assert await MemoryRegistry(b).active_regions(entry().memory, (256, 256)) == set(regions)
+            assert await MemoryRegistry(b).active_regions(entry(grid=(128, 256), shards=MAX_SHARDS)) == set(
+                regions
+            )
 
     run(loop, scenario)
 

@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -19,11 +20,9 @@ from dht.memory import (
     Passage,
     Place,
     ShardInfo,
-    cells_in,
     check_name,
     prove,
     region_count,
-    region_of,
 )
 from dht.uid import coordinate_of, number_of
 from peer.errors import WireError
@@ -115,20 +114,31 @@ grids = st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda grid:
 
 @given(grids)
 def test_regions_are_few_and_follow_each_other(grid: list[int]) -> None:
-    numbers = [region_of(coordinate_of(number, grid), grid) for number in range(prod(grid))]
+    cells = [coordinate_of(number, grid) for number in range(prod(grid))]
+    shards = tuple(ShardInfo(cell, number.to_bytes(32), 1, 90) for number, cell in enumerate(cells))
+    manifest = replace(MANIFEST, grid=tuple(grid), shards=shards)
+    numbers = [manifest.region_of[shard] for shard in shards]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(region_count(grid)))
-    assert min(16, prod(grid)) <= region_count(grid) <= max(32, 1 + prod(grid) // 16)
+    assert min(16, len(cells)) <= region_count(grid) <= max(32, 1 + len(cells) // 16)
     assert max(Counter(numbers).values()) <= 16
 
 
-@given(grids, st.data())
-def test_a_mask_has_the_cells_of_its_regions(grid: list[int], data: st.DataObject) -> None:
-    some = data.draw(st.sets(st.integers(0, region_count(grid) - 1)))
-    mask_C = cells_in(some, grid)
-    assert mask_C.tolist() == [
-        region_of(coordinate_of(number, grid), grid) in some for number in range(prod(grid))
-    ]
+@given(st.lists(st.integers(0, 255), max_size=200), st.integers(0, 200))
+def test_no_region_is_too_large_and_later_revisions_move_no_shard(cells: list[int], earlier: int) -> None:
+    """A region is full with 5 shards here."""
+    shards = tuple(
+        ShardInfo(coordinate_of(cell, (16, 16)), number.to_bytes(32), 1, 90)
+        for number, cell in enumerate(cells)
+    )
+    with patch("dht.memory.MAX_SHARDS_OF_REGION", 5):
+        before, after = (replace(MANIFEST, shards=some) for some in (shards[:earlier], shards))
+        assert before.region_of.items() <= after.region_of.items()
+        assert after.region_of.keys() == set(shards)
+        assert all(len(some) <= 5 for some in after.by_region.values())
+        assert all(region < region_count((16, 16), len(shards)) for region in after.by_region)
+        for some in after.by_region.values():
+            assert len({number_of(shard.cell, (16, 16)) // 16 for shard in some}) == 1
 
 
 def test_a_memorys_shards_are_grouped_by_region() -> None:
@@ -206,13 +216,6 @@ def test_a_manifest_with_fields_of_a_later_version_is_parsed() -> None:
     for cut in range(1, len(more)):
         with suppress(WireError):
             assert MemoryManifest.parse(MANIFEST.serialize() + more[:cut]) == MANIFEST
-
-
-def test_a_region_has_no_more_shards_than_a_host_can_announce() -> None:
-    shards = tuple(ShardInfo((n // 1024, n % 16), n.to_bytes(32), 1, 90) for n in range(2048))
-    assert MemoryManifest.parse(replace(MANIFEST, shards=shards).serialize()).shards == shards
-    with pytest.raises(WireError, match="in one region"):
-        MemoryManifest.parse(replace(MANIFEST, shards=(*shards, MANIFEST.shards[0])).serialize())
 
 
 def test_a_manifest_whose_shards_contradict_each_other_is_refused() -> None:

@@ -44,7 +44,7 @@ class SimpleHost:
         """Fetches the memory from a host."""
         entry = await self.entry()
         assert entry is not None
-        contacts = list((await self.memories.some_nodes(entry.memory, entry.grid)).values())
+        contacts = list((await self.memories.some_nodes(entry)).values())
 
         async def fetched(name: bytes) -> bytes:
             return await self.parts.fetch_any(contacts, str(entry.memory), name, MAX_MANIFEST_BYTES, bytes)

@@ -26,7 +26,7 @@ import numpy as np
 from dht.announcements import NodeInfo, ReplicaState
 from dht.beam_search import select_experts
 from dht.library import LibraryEntry, ManifestPace, MemoryRegistry, RegionHost, contacts_of
-from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors, cells_in, region_of
+from dht.memory import Cell, MemoryID, MemoryManifest, Part, ShardInfo, Vectors
 from dht.registry import Registry, some_of
 from dht.swarm import Stage
 from dht.uid import coordinate_of, number_of
@@ -174,7 +174,7 @@ class MemoryParts:
         publisher should have written.
         """
         self._nodes = []
-        manifest = await self._part(entry, "list of shards", entry.manifest, _parse_manifest)
+        manifest = await self._part(entry, "list of shards", entry.manifest, MemoryManifest.parse)
         if (manifest.name, manifest.revision, manifest.grid) != (
             entry.memory.name, entry.revision, entry.grid,
         ):  # fmt: skip
@@ -196,7 +196,7 @@ class MemoryParts:
     async def _some_nodes(self, entry: LibraryEntry) -> list[NodeInfo]:
         """Some hosts in random order, so that readers don't all fetch from the same one."""
         if not self._nodes:
-            found = await self._memories.some_nodes(self._memory, entry.grid, _SOURCES)
+            found = await self._memories.some_nodes(entry, _SOURCES)
             self._nodes = random.SystemRandom().sample(list(found.values()), len(found))
         return self._nodes
 
@@ -431,12 +431,17 @@ class MemoryDirectory:
         return self._opened.encoder
 
     async def _read_active(self, limits: SearchLimits = DEFAULT_LIMITS) -> Booleans:
-        grid = self._opened.manifest.grid
-        return cells_in(await self._memories.active_regions(self.memory, grid, limits), grid)
+        opened = self._opened
+        active_C = np.zeros(prod(opened.manifest.grid), np.bool_)
+        active = await self._memories.active_regions(opened.entry, limits)
+        shards = (shard for region in active for shard in opened.manifest.by_region.get(region, ()))
+        active_C[[number_of(shard.cell, opened.manifest.grid) for shard in shards]] = True
+        return active_C
 
     def _regions_of(self, cells: Iterable[Cell]) -> KeysView[int]:
         """The regions of these cells, in their order."""
-        return dict.fromkeys(region_of(cell, self._opened.manifest.grid) for cell in cells).keys()
+        by_cell, region_of = self._opened.manifest.by_cell, self._opened.manifest.region_of
+        return dict.fromkeys(region_of[shard] for cell in cells for shard in by_cell.get(cell, ())).keys()
 
     async def _read_hosts(self, regions: Collection[int], *, again: bool = False) -> None:
         """`again`: reads node records of all hosts, which say who has left. Otherwise only those of hosts that are not
@@ -462,14 +467,20 @@ class MemoryDirectory:
         # the records of very many hosts are also freed region by region
         del hosts
         slices = TimeSlices()
-        for region in list(found):
-            of_region, manifest = found.pop(region), self._opened.manifest
+        for region in sorted(found):
+            manifest = self._opened.manifest
             for cell in {shard.cell: None for shard in manifest.by_region.get(region, ())}:
-                self._hosts[cell] = self._having(manifest.by_cell[cell], of_region)
-                if self._active_C is not None and any(self._hosts[cell]):
-                    self._active_C[number_of(cell, manifest.grid)] = True
-                self._empty.clear()  # now: this may be cancelled at the next line
+                of_cell = self._regions_of([cell])
+                if (
+                    of_cell <= found.keys()
+                ):  # or it was set with an earlier region, or not all of its hosts were read
+                    hosts_of_cell = [host for each in of_cell for host in found[each]]
+                    self._hosts[cell] = self._having(manifest.by_cell[cell], hosts_of_cell)
+                    if self._active_C is not None and any(self._hosts[cell]):
+                        self._active_C[number_of(cell, manifest.grid)] = True
+                    self._empty.clear()  # now: this may be cancelled at the next line
                 await slices.pause()
+            del found[region]
         self._empty.clear()  # `_nodes` may have changed, too
 
     def _having(self, shards: Iterable[ShardInfo], hosts: Iterable[RegionHost]) -> _HostsOfCell:
@@ -480,7 +491,8 @@ class MemoryDirectory:
         having = _HostsOfCell({}, {})
         for host in some_of([h for h in hosts if not known.keys().isdisjoint(h.shards)], _HOSTS_OF_CELL):
             theirs = having.serving if host.state is ReplicaState.SERVING else having.leaving
-            theirs[host.peer_id] = frozenset(known[short] for short in host.shards if short in known)
+            roots = frozenset(known[short] for short in host.shards if short in known)
+            theirs[host.peer_id] = theirs.get(host.peer_id, frozenset()) | roots
         return having
 
     async def _askable(
@@ -527,10 +539,3 @@ async def _nearest(scores_QC: Floats, among_C: Booleans, count: int) -> tuple[In
     search = partial(select_experts, [scores_QC], [among_C], min(count, max(1, int(among_C.sum()))))
     chosen = await asyncio.to_thread(search) if scores_QC.size > _FEW_SCORES else search()
     return chosen.coordinates[..., 0], chosen.valid
-
-
-def _parse_manifest(data: bytes) -> MemoryManifest:
-    manifest = MemoryManifest.parse(data)
-    # built when first used, which takes long if there are many shards
-    assert len(manifest.by_root) <= len(manifest.shards) >= len(manifest.by_cell)
-    return manifest

@@ -424,7 +424,7 @@ def test_a_node_that_has_taken_or_dropped_a_shard_announces_only_its_cell(
 
         hosted, memory = node.memories.hosted, memory_id(village, MEMORY)
         store, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
-        region = MEMORY.manifest.region_of(gone)
+        region = MEMORY.manifest.region_of[gone]
         await hosted.write(memory, store, lambda: store.drop(gone.root))
         announced.clear()
         await hosted.announce(memory, {region})
@@ -462,7 +462,7 @@ def test_an_announcement_of_all_regions_does_not_overwrite_a_later_one(
         monkeypatch.setattr(MemoryRegistry, "announcements", slow)
         monkeypatch.setattr(MemoryRegistry, "store", slowly_stored)
         gone = MEMORY.manifest.shards[0]
-        region = MEMORY.manifest.region_of(gone)
+        region = MEMORY.manifest.region_of[gone]
         of_all = asyncio.create_task(hosted.announce_all())
         await until(lambda: len(made) == 1)
         files = hosted.stores[memory]
@@ -505,7 +505,7 @@ def test_a_region_whose_last_withdrawal_nobody_took_is_withdrawn_again(
         monkeypatch.setattr(hosted, "_memories", SimpleNamespace(announcements=announcements, store=store))
         await hosted.announce_all()
         files, gone = hosted.stores[memory], MEMORY.manifest.shards[0]
-        region = MEMORY.manifest.region_of(gone)
+        region = MEMORY.manifest.region_of[gone]
         await hosted.write(memory, files, lambda: files.drop(gone.root))
         first = asyncio.create_task(hosted.announce(memory, {region}))
         await until(lambda: len(stored) == 2)
@@ -697,7 +697,7 @@ def test_a_shard_whose_hosts_nobody_tells_does_not_end_the_other_downloads(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     region_hosts, fetch = MemoryRegistry.region_hosts, PartFetcher.fetch
-    unread = MEMORY.manifest.region_of(MEMORY.manifest.by_root[MEMORY.roots[-1]])
+    unread = MEMORY.manifest.region_of[MEMORY.manifest.by_root[MEMORY.roots[-1]]]
     has_failed = asyncio.Event()
 
     async def failing(

@@ -355,7 +355,7 @@ class Regions:
         self.manifests: dict[MemoryID, Any] = {
             memory: SimpleNamespace(
                 by_region={info.cell[0]: (info,) for info in self.infos[:size]},
-                region_of=lambda info: info.cell[0],
+                region_of={info: info.cell[0] for info in self.infos[:size]},
                 by_root={info.root: info for info in self.infos[:size]},
             )
             for memory, size in zip(self.memories, sizes, strict=True)

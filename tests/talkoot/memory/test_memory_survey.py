@@ -12,7 +12,7 @@ from simulated_readings import memory
 from three_hosts import Swarm, swarm_for, three_hosts
 
 from dht.announcements import ReplicaState
-from dht.library import MemoryRegistry, RegionHost
+from dht.library import LibraryEntry, MemoryRegistry, RegionHost
 from dht.memory import MemoryID, ShardInfo
 from peer.loop import LoopThread
 from talkoot.memory.publish import Publication
@@ -78,7 +78,7 @@ def test_strangers_that_announce_all_shards_do_not_hold_the_loop() -> None:
     hosts = tuple(RegionHost(peer, ReplicaState.SERVING, shards) for peer in peer_ids(256))
     entry = replace(memory(shards=2).entry, grid=(4,))
 
-    async def active_regions(memory: MemoryID, grid: tuple[int, ...]) -> Collection[int]:
+    async def active_regions(entry: LibraryEntry) -> Collection[int]:
         return regions
 
     async def region_hosts(

@@ -207,7 +207,7 @@ def test_only_others_that_serve_a_shard_count(
     for shard in MEMORY.manifest.shards:
         expected = {
             host.peer_id
-            for host in found.get(MEMORY.manifest.region_of(shard), [])
+            for host in found.get(MEMORY.manifest.region_of[shard], [])
             if host.state is SERVING and shard.short in host.shards
         }
         assert counted.by_root[shard.root] == expected - {besides}
@@ -331,7 +331,7 @@ async def eventually(check: Callable[[], Awaitable[bool]]) -> None:
 async def taken(host: SimpleHost) -> None:
     async def listed() -> bool:
         entry = await host.entry()
-        return entry is not None and bool(await host.memories.some_hosts(entry.memory, entry.grid))
+        return entry is not None and bool(await host.memories.some_hosts(entry))
 
     await eventually(listed)
     await host.take()
@@ -472,7 +472,7 @@ def test_a_stopped_publisher_leaves_what_others_have_and_goes_on_when_it_is_star
             assert entry is not None
 
             async def withdrawn() -> bool:
-                some = await hosts[1].memories.some_hosts(entry.memory, entry.grid)
+                some = await hosts[1].memories.some_hosts(entry)
                 return {host.peer_id for host in some} == {FIRST.peer_id}
 
             await eventually(withdrawn)

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -20,7 +20,7 @@ from benchmarks.simulated_p2p import Link, simulated_world
 from benchmarks.simulated_swarm import LIFETIME_S, Placing, SimulatedSwarm
 from dht.announcements import ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry, RegionHost
-from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo, region_of
+from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo
 from dht.uid import coordinate_of, number_of
 from peer.identity import PeerID
 from trainer_client.memory.directory import MemoryDirectory
@@ -63,19 +63,22 @@ def directory_of(
     """What is known of a memory with these shards and hosts. Changes of `announced` count."""
     nodes = {peer: SimpleNamespace(peer_id=peer) for peer in peers}
 
-    by_region: dict[int, list[ShardInfo]] = {}
-    for cell, shards in by_cell.items():
-        by_region.setdefault(region_of(cell, grid), []).extend(shards)
+    shards = tuple(shard for some in by_cell.values() for shard in some)
+    manifest = replace(SampleMemory.make().manifest, grid=grid, shards=shards)
 
     async def region_hosts(memory: Any, regions: Collection[int], **_: Any) -> Any:
-        return {
-            region: tuple(
-                host
-                for cell in dict.fromkeys(shard.cell for shard in by_region[region])
-                for host in announced[cell]
-            )
-            for region in regions
-        }
+        return {region: tuple(hosts_of(region)) for region in regions}
+
+    def hosts_of(region: int) -> Iterator[RegionHost]:
+        shards = manifest.by_region[region]
+        shorts = frozenset(shard.short for shard in shards)
+        for cell in dict.fromkeys(shard.cell for shard in shards):
+            if {manifest.region_of[shard] for shard in by_cell[cell]} == {region}:
+                yield from announced[cell]
+            else:
+                for host in announced[cell]:
+                    if own := host.shards & shorts:
+                        yield replace(host, shards=own)
 
     async def nodes_of(asked: Collection[PeerID], **_: Any) -> Any:
         return {peer: nodes[peer] for peer in asked}
@@ -88,7 +91,7 @@ def directory_of(
     registry: Any = SimpleNamespace(nodes=nodes_of, lookups=SimpleNamespace(spawn=spawn))
     opened: Any = SimpleNamespace(
         entry=SimpleNamespace(memory=None),
-        manifest=SimpleNamespace(grid=grid, by_cell=by_cell, by_region=by_region),
+        manifest=manifest,
         filled_C=np.ones(prod(grid), np.bool_),
     )
     return MemoryDirectory(memories, registry, nothing, opened)
@@ -148,6 +151,43 @@ def test_many_queries_in_a_memory_of_many_cells_do_not_hold_a_searchers_loop() -
     assert min(asyncio.run(shares())) < 1 / 4
 
 
+def test_a_cell_with_shards_in_two_regions_is_known_once_both_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dht.memory.MAX_SHARDS_OF_REGION", 2)
+    grid, (one, other) = (2, 2), peer_ids(2)
+    cells = [coordinate_of(n, grid) for n in range(4)]
+    by_cell = {cell: [ShardInfo(cell, bytes([*cell, n] * 11), 9, 99) for n in range(3)] for cell in cells}
+    announced: dict[Cell, tuple[RegionHost, ...]] = {
+        cell: (
+            RegionHost(one, ReplicaState.SERVING, frozenset(shard.short for shard in shards)),
+            RegionHost(other, ReplicaState.SERVING, frozenset({shards[2].short})),
+        )
+        for cell, shards in by_cell.items()
+    }
+    expected = {
+        cell: {one: {shard.root for shard in shards}, other: {shards[2].root}}
+        for cell, shards in by_cell.items()
+    }
+
+    async def scenario() -> None:
+        directory = directory_of(grid, by_cell, announced, [one, other])
+
+        async def known() -> Any:
+            return (await directory.locate(np.ones((1, 4), np.float32), 4, frozenset())).hosts
+
+        assert await known() == expected
+        announced[cells[0]] = ()
+        await directory._read_hosts([0])
+        assert await known() == expected, "the other half was not read"
+        for _ in range(2):
+            await directory.refresh()
+        assert await known() == {cell: hosts for cell, hosts in expected.items() if cell != cells[0]}
+
+    monkeypatch.setattr("trainer_client.memory.directory._READ_IN_TURN", 5)
+    asyncio.run(scenario())
+
+
 async def searcher_in(swarm: SimulatedSwarm, memory: SampleMemory) -> MemoryDirectory:
     """A searcher of a memory of which each shard is hosted by two of the swarm's peers."""
     author, manifest = swarm.keys.author, memory.manifest
@@ -156,7 +196,7 @@ async def searcher_in(swarm: SimulatedSwarm, memory: SampleMemory) -> MemoryDire
     hosting: dict[int, dict[int, tuple[ReplicaState, list[bytes]]]] = {}
     for shard in manifest.shards:
         for number in rng.sample(range(8), 2):
-            region = manifest.region_of(shard)
+            region = manifest.region_of[shard]
             own = hosting.setdefault(number, {}).setdefault(region, (ReplicaState.SERVING, []))
             own[1].append(shard.root)
     for number, regions in hosting.items():

@@ -18,7 +18,7 @@ from memory_samples import SampleMemory
 from memory_swarm import MemorySwarm
 
 from dht.announcements import NodeInfo, ReplicaState
-from dht.library import MemoryRegistry
+from dht.library import LibraryEntry, MemoryRegistry
 from dht.memory import MemoryID, Part
 from dht.registry import Registry
 from peer.errors import LibraryError, UnreachableError
@@ -105,11 +105,9 @@ def test_the_index_is_read_only_if_nobody_hosts_a_cell_that_is_near(
     asked = list[MemoryID]()
     active_regions = MemoryRegistry.active_regions
 
-    async def counted(
-        registry: MemoryRegistry, memory: MemoryID, grid: tuple[int, ...], *how: Any
-    ) -> frozenset[int]:
-        asked.append(memory)
-        return await active_regions(registry, memory, grid, *how)
+    async def counted(registry: MemoryRegistry, entry: LibraryEntry, *how: Any) -> frozenset[int]:
+        asked.append(entry.memory)
+        return await active_regions(registry, entry, *how)
 
     monkeypatch.setattr(MemoryRegistry, "active_regions", counted)
 
