@@ -461,9 +461,8 @@ class MemoryDirectory:
             # records expire; a search in progress keeps the nodes that it has
             kept = {peer_id: node for peer_id, node in self._nodes.items() if peer_id not in asked}
             self._nodes = kept | nodes
-        self._nodes = (
-            contacts | self._nodes
-        )  # not before, because `refresh` drops nodes that host no known cell
+        # not before, because `refresh` drops nodes that host no known cell
+        self._nodes = contacts | self._nodes
         # the records of very many hosts are also freed region by region
         del hosts
         slices = TimeSlices()
@@ -471,9 +470,8 @@ class MemoryDirectory:
             manifest = self._opened.manifest
             for cell in {shard.cell: None for shard in manifest.by_region.get(region, ())}:
                 of_cell = self._regions_of([cell])
-                if (
-                    of_cell <= found.keys()
-                ):  # or it was set with an earlier region, or not all of its hosts were read
+                # if one is missing, the cell was set with an earlier region, or not all of its hosts were read
+                if of_cell <= found.keys():
                     hosts_of_cell = [host for each in of_cell for host in found[each]]
                     self._hosts[cell] = self._having(manifest.by_cell[cell], hosts_of_cell)
                     if self._active_C is not None and any(self._hosts[cell]):
