@@ -63,7 +63,7 @@ _MANIFEST_BYTES_PER_S, _MANIFESTS_AT_ONCE_BYTES = 16 * 2**10, 2 * MAX_MANIFEST_B
 _PEER_ID_BYTES = 34
 _MOST_NAMED = 16
 """The most memories that an error names."""
-MOST_CONTACTS = 8
+MOST_CONTACTS = 3
 """The most regions of a memory in which a host says how to call it, which takes up to 0.8 KB at each of the region's
 five holders.
 """

@@ -1,7 +1,7 @@
 """How long first and later searches take in swarms of 100 to 10,000 simulated nodes, with round trips of 100 ms.
 
 The DHT, the directory and the retriever are the real ones, in simulated time. Computing takes no simulated time, and is
-measured separately. Every shard has replicas at two random nodes. Searchers have the manifest, the encoder and the
+measured separately. Every region has replicas at two random nodes. Searchers have the manifest, the encoder and the
 codebook already.
 """
 
@@ -112,9 +112,10 @@ class _Trial:
         """Puts into the DHT who hosts which shards, without any calls."""
         rng = random.Random(_SEED)
         placed: dict[int, dict[bytes, Shard]] = {}
-        for root, shard in self._shards.items():
+        for shards in self._manifest.by_region.values():
+            own = {shard.root: self._shards[shard.root] for shard in shards}
             for number in rng.sample(range(len(swarm.peers)), REPLICAS):
-                placed.setdefault(number, {})[root] = shard
+                placed.setdefault(number, {}).update(own)
         author, manifest = swarm.keys.author, self._manifest
         data = manifest.serialize()
         entry = LibraryEntry.of(manifest, Part(bytes(32), len(data)), author)

@@ -165,10 +165,10 @@ class HostedMemories:
         """The shards of a memory that are served, by region. `only`: of these regions; None: of all."""
         regions: dict[int, list[bytes]] = {}
         if (store := self.served.get(str(memory))) is not None:
-            for info in store.served():
-                region = store.manifest.region_of[info]
-                if only is None or region in only:
-                    regions.setdefault(region, []).append(info.root)
+            by_region, shards = store.manifest.by_region, store.shards
+            for region in by_region if only is None else only:
+                if roots := [info.root for info in by_region.get(region, ()) if info.root in shards]:
+                    regions[region] = roots
         return regions
 
     async def add(self, memory: MemoryID, manifest: bytes) -> None:

@@ -201,7 +201,7 @@ class MemoryHosting:
                 )
 
     def _lookers(self) -> dict[MemoryID, float]:
-        """About how many nodes look at each shard of a memory in a period, if others read as many cells."""
+        """About how many nodes look at each shard of a memory in a period, if others read as many regions."""
         nodes = 1.0 + len(self._swarm.host.peers())
         if nodes > BUCKET_SIZE:  # otherwise the routing table has all
             nodes = max(nodes, self._swarm.registry.lookups.estimated_nodes)

@@ -160,8 +160,7 @@ class Placement:
         order, own = dict[ShardKey, tuple[int, ...]](), self._peer_id.to_base58()
         for key in found:
             shard = self._seen[key]
-            of_cell, of_shard = (_drawn(f"{name}@{own}") for name in (shard.info.cell, key.root.hex()))
-            order[key] = len(shard.serving), -self._preference(key), of_cell, of_shard
+            order[key] = len(shard.serving), -self._preference(key), _drawn(f"{shard.info.cell}@{own}")
         found.sort(key=order.__getitem__)
         line = FairLine[ShardKey]()
         for key in found:

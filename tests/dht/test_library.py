@@ -608,6 +608,7 @@ def test_hosts_of_regions_are_found_by_the_index(loop: LoopThread, monkeypatch: 
             await one.announce(memory, {1: (SERVING, [first, second]), 15: (LEAVING, [third])}, 60)
             await two.announce(memory, {1: (SERVING, [first])}, 60)
             await two.announce(other, {2: (SERVING, [third])}, 60)
+            await two.announce(memory, {9: (ReplicaState.WITHDRAWN, [])}, 60)
             assert await reading.active_regions(listed) == {1, 15}
             assert await reading.active_regions(replace(listed, grid=(15,))) == {1}, (
                 "such a grid has no region 15"

@@ -12,11 +12,10 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Coroutine, Iterable, KeysView, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -60,13 +59,13 @@ _REFRESH_EVERY_S = 15.0
 _READ_IN_TURN = 16
 """The hosts of how many regions such a look reads."""
 _RETRY_S = 15.0, 240.0
-"""The pauses between readings of the hosts of a cell of which searches miss something, at first and at most."""
-_MOST_RETRIED = 64
-"""The most cells for which such a reading reads the hosts of their regions."""
+"""The pauses between readings of the hosts of a region of which searches miss something, at first and at most."""
+_MOST_RETRIED = 32
+"""The most regions whose hosts such a reading reads."""
 _NODES_AGAIN = 128
 """The most node records of known hosts that one look reads again."""
-_INDEX: Cell = ()
-"""Stands for the index of live regions among the cells to read again."""
+_INDEX = -1
+"""Stands for the index of live regions among the regions to read again."""
 _FOLLOW_EVERY_S = 30.0
 """The pause between two looks for a newer revision."""
 _USED_S = 300.0
@@ -83,7 +82,7 @@ _GUESSED, _MOST_GUESSED = 3, 64
 """The hosts of how many cells the first search reads: for each cell that it searches, and at most. Some are read in the
 background.
 """
-_ROUNDS = 4
+_ROUNDS = 8
 """How often a search continues after it has found cells that nobody hosts."""
 _FEW_SCORES = 2**14
 """Up to this many scores of cells are compared on the loop, which takes about a millisecond. 256 queries of a memory of
@@ -237,8 +236,8 @@ class MemoryDirectory:
         self._reading = asyncio.Lock()
         self._reading_ahead: asyncio.Task[None] | None = None
         """The task that reads cells which the first search does not search, but which may have its texts."""
-        self._retries = Backoff[Cell](*_RETRY_S, most=_CELLS)
-        """Cells of which searches missed something."""
+        self._retries = Backoff[int](*_RETRY_S, most=_CELLS)
+        """Regions of which searches missed something."""
         self._retrying: asyncio.Task[None] | None = None
         self._spending = Spending()
         """The DHT calls for what is read again."""
@@ -332,25 +331,26 @@ class MemoryDirectory:
         )
 
     def note(self, searched: Collection[Cell], missing: Collection[Cell]) -> None:
-        lacking = self._hosts.keys() & missing
-        if len(lacking) < len(missing):  # the index says that nobody hosts the others
+        known = self._hosts.keys() & missing
+        lacking = self._regions_of(known)
+        if len(known) < len(missing):  # the index says that nobody hosts the others
             lacking.add(_INDEX)
-        for cell in {_INDEX, *searched} - lacking:
-            self._retries.succeeded(cell)
+        for region in {_INDEX, *self._regions_of(searched)} - lacking:
+            self._retries.succeeded(region)
         if self._retrying is not None and not self._retrying.done():
             return
         now = loop_time()
-        due = [cell for cell in lacking if not self._retries.holds_back(cell, now)][:_MOST_RETRIED]
+        due = [region for region in lacking if not self._retries.holds_back(region, now)][:_MOST_RETRIED]
         if due:
-            for cell in due:
-                self._retries.failed(cell, now)
+            for region in due:
+                self._retries.failed(region, now)
             with self._spending.counted():
                 self._retrying = self._registry.lookups.spawn(self._read_again(due))
 
-    async def _read_again(self, cells: Sequence[Cell]) -> None:
-        if _INDEX in cells:
+    async def _read_again(self, regions: Sequence[int]) -> None:
+        if _INDEX in regions:
             self._active_C = await self._read_active(FRUGAL)
-        await self._read_hosts(self._regions_of(cell for cell in cells if cell != _INDEX), again=True)
+        await self._read_hosts([region for region in regions if region != _INDEX], again=True)
 
     async def hosts_of(
         self, shards: Collection[ShardInfo], located: Located, avoided: frozenset[PeerID]
@@ -385,7 +385,12 @@ class MemoryDirectory:
         """Reads the hosts again of some of the regions that searches needed: those read longest ago. Raises
         UnreachableError.
         """
-        await self._read_hosts(list(islice(self._regions_of(self._hosts), _READ_IN_TURN)), again=True)
+        due = set[int]()
+        for cell in self._hosts:
+            due |= self._regions_of([cell])
+            if len(due) >= _READ_IN_TURN:
+                break
+        await self._read_hosts(due, again=True)
         known = set[PeerID]().union(*(peers for hosts in self._hosts.values() for peers in hosts))
         self._nodes = {peer_id: node for peer_id, node in self._nodes.items() if peer_id in known}
         self._empty.clear()
@@ -438,10 +443,9 @@ class MemoryDirectory:
         active_C[[number_of(shard.cell, opened.manifest.grid) for shard in shards]] = True
         return active_C
 
-    def _regions_of(self, cells: Iterable[Cell]) -> KeysView[int]:
-        """The regions of these cells, in their order."""
+    def _regions_of(self, cells: Iterable[Cell]) -> set[int]:
         by_cell, region_of = self._opened.manifest.by_cell, self._opened.manifest.region_of
-        return dict.fromkeys(region_of[shard] for cell in cells for shard in by_cell.get(cell, ())).keys()
+        return {region_of[shard] for cell in cells for shard in by_cell.get(cell, ())}
 
     async def _read_hosts(self, regions: Collection[int], *, again: bool = False) -> None:
         """`again`: reads node records of all hosts, which say who has left. Otherwise only those of hosts that are not
@@ -467,13 +471,13 @@ class MemoryDirectory:
         del hosts
         slices = TimeSlices()
         for region in sorted(found):
-            manifest = self._opened.manifest
-            for cell in {shard.cell: None for shard in manifest.by_region.get(region, ())}:
+            for cell in {shard.cell for shard in self._opened.manifest.by_region.get(region, ())}:
                 of_cell = self._regions_of([cell])
                 # if one is missing, the cell was set with an earlier region, or not all of its hosts were read
                 if of_cell <= found.keys():
+                    manifest = self._opened.manifest  # there may be a later one by now
                     hosts_of_cell = [host for each in of_cell for host in found[each]]
-                    self._hosts[cell] = self._having(manifest.by_cell[cell], hosts_of_cell)
+                    self._hosts[cell] = self._having(manifest.by_cell.get(cell, ()), hosts_of_cell)
                     if self._active_C is not None and any(self._hosts[cell]):
                         self._active_C[number_of(cell, manifest.grid)] = True
                     self._empty.clear()  # now: this may be cancelled at the next line
@@ -489,7 +493,7 @@ class MemoryDirectory:
         having = _HostsOfCell({}, {})
         for host in some_of([h for h in hosts if not known.keys().isdisjoint(h.shards)], _HOSTS_OF_CELL):
             theirs = having.serving if host.state is ReplicaState.SERVING else having.leaving
-            roots = frozenset(known[short] for short in host.shards if short in known)
+            roots = frozenset(root for short, root in known.items() if short in host.shards)
             theirs[host.peer_id] = theirs.get(host.peer_id, frozenset()) | roots
         return having
 

@@ -29,8 +29,9 @@ def swarm(loop: LoopThread, request: pytest.FixtureRequest) -> Iterator[Swarm]:
         yield swarm_for(loop, hosts, request)
 
 
-def test_replicas_are_counted_by_shard(swarm: Swarm) -> None:
+def test_replicas_are_counted_by_shard(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
     """One host leaves, and nobody announces one of the shards."""
+    monkeypatch.setattr("talkoot.memory.replication._REGIONS_AT_ONCE", 1)
     entry = replace(memory(shards=4).entry, grid=(2, 2))
     announced: tuple[Regions, ...] = (
         {1: (ReplicaState.SERVING, [A, B]), 2: (ReplicaState.SERVING, [C])},

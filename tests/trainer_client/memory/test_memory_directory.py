@@ -250,11 +250,11 @@ def test_keeping_what_is_known_of_many_cells_fresh_fills_no_searchers_line() -> 
 
 
 class OneHostEach:
-    """What is known of four cells with one host each, in which somebody searches all of them every second."""
+    """What is known of a few cells with one host each, in which somebody searches all of them every second."""
 
-    def __init__(self) -> None:
-        grid, (self.peer, self.other) = (2, 2), peer_ids(2)
-        cells = [coordinate_of(n, grid) for n in range(4)]
+    def __init__(self, grid: tuple[int, ...] = (2, 2)) -> None:
+        self.peer, self.other = peer_ids(2)
+        cells = [coordinate_of(n, grid) for n in range(prod(grid))]
         self.by_cell = {cell: [ShardInfo(cell, bytes([n] * 32), 9, 99)] for n, cell in enumerate(cells)}
         self.announced = {cell: self.hosted_by(self.peer, cell) for cell in cells}
         self.directory = directory_of(grid, self.by_cell, self.announced, [self.peer, self.other])
@@ -277,7 +277,8 @@ class OneHostEach:
 
     async def search(self, *silent: PeerID) -> set[Cell]:
         """The cells that a search misses. `silent`: hosts that give no answer."""
-        located = await self.directory.locate(np.ones((1, 4), np.float32), 4, frozenset())
+        cells = len(self.by_cell)
+        located = await self.directory.locate(np.ones((1, cells), np.float32), cells, frozenset())
         missing = set(located.missing[0])
         missing |= {cell for cell, hosts in located.hosts.items() if not hosts.keys() - set(silent)}
         self.directory.note(set(located.cells[0]), missing)
@@ -315,6 +316,73 @@ def test_cells_whose_hosts_give_no_answer_are_read_again_soon_and_then_ever_more
 
     with virtual_time() as runner:
         runner.run(scenario())
+
+
+def test_a_region_is_read_again_no_more_often_if_several_of_its_cells_are_missing() -> None:
+    async def scenario() -> None:
+        memory = OneHostEach((4, 8))  # there are two cells in each region
+        assert not await memory.search()
+        while now() < 600:
+            cell = (0, int(now()) % 2)
+            memory.directory.note({cell}, {cell})
+            await asyncio.sleep(1.0)
+        assert memory.pauses() == about(15, 30, 60, 120, 240)
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_a_revision_that_arrives_while_hosts_are_read_is_not_overwritten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        memory = OneHostEach((8, 32))  # there are 16 cells in each region
+        directory, opened = memory.directory, cast(Any, memory.directory._opened)
+        added = {cell: ShardInfo(cell, bytes([*cell] * 16), 9, 99) for cell in [(0, 14), (0, 15)]}
+        for cell, shard in added.items():
+            host = RegionHost(memory.other, ReplicaState.SERVING, frozenset({shard.short}))
+            memory.announced[cell] += (host,)
+        having, first = directory._having, list[Cell]()
+
+        def revising(shards: Sequence[ShardInfo], hosts: Any) -> Any:
+            if not first:
+                first.append(shards[0].cell)
+                later = replace(opened.manifest, shards=(*opened.manifest.shards, *added.values()))
+                directory._opened = cast(Any, SimpleNamespace(**vars(opened) | {"manifest": later}))
+                directory._forget_hosts()
+            return having(shards, hosts)
+
+        monkeypatch.setattr(directory, "_having", revising)
+        await directory._read_hosts([0])
+        for cell in added.keys() - {*first}:
+            assert directory._hosts[cell].serving[memory.other] == {added[cell].root}
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+def test_a_cell_with_shards_in_very_many_regions_delays_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dht.memory.MAX_SHARDS_OF_REGION", 1)
+    grid, (peer,) = (2, 2), peer_ids(1)
+    counts = {(0, 0): 40, (0, 1): 1, (1, 0): 1, (1, 1): 1}
+    by_cell: dict[Cell, list[ShardInfo]] = {
+        cell: [ShardInfo(cell, bytes([*cell, n, n] * 8), 9, 99) for n in range(count)]
+        for cell, count in counts.items()
+    }
+    announced: dict[Cell, tuple[RegionHost, ...]] = {
+        cell: (RegionHost(peer, ReplicaState.SERVING, frozenset(shard.short for shard in shards)),)
+        for cell, shards in by_cell.items()
+    }
+
+    async def scenario() -> None:
+        directory = directory_of(grid, by_cell, announced, [peer])
+        await directory.locate(np.ones((1, 4), np.float32), 4, frozenset())
+        announced.update(dict.fromkeys(by_cell, ()))
+        for _ in range(4):
+            await directory.refresh()
+        assert not any(map(any, directory._hosts.values()))
+
+    asyncio.run(scenario())
 
 
 def test_a_cell_is_found_soon_after_it_is_hosted_though_the_index_is_old() -> None:
