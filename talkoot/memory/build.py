@@ -33,7 +33,7 @@ from peer.files import write_atomically
 from peer.formatting import bytes_in_words, counted, printable
 from peer.platform.files import open_plainly, sync_folder
 from talkoot.memory.clustering import build_codebook, grid_for, two_cells
-from talkoot.memory.passages import PassageFile, read_passages
+from talkoot.memory.passages import UNKNOWN_LICENSE, PassageFile, read_passages
 from talkoot.memory.replication import sizes_in_words
 from talkoot.memory.shards import write_shards
 from talkoot.memory.training import WordCounter, train_static_encoder
@@ -107,6 +107,8 @@ class BuildReport:
     """The size of the whole folder."""
     shard_bytes: int
     encoder_bytes: int
+    licenses: tuple[str, ...]
+    """Of all passages, including those of the base."""
     seconds: float
 
 
@@ -134,6 +136,12 @@ def run_build(terminal: Terminal, plan: BuildPlan) -> None:
         terminal.line(
             f"{counted(len(others), 'file', ',')} not read, such as {printable(str(others[0]), _SHOWN_CHARACTERS)}: "
             "name text files that don't end in .txt by a glob in quotes"
+        )
+    if UNKNOWN_LICENSE in report.licenses:
+        terminal.line(
+            f'passages without a stated licence are marked "{UNKNOWN_LICENSE}", and careful volunteers refuse a memory '
+            "that has any. To state it, build the memory again with --license, such as --license CC-BY-4.0, or with a "
+            "field `license` in each line or row"
         )
     if report.unknown > _MUCH_UNKNOWN:
         logger.warning(
@@ -187,6 +195,7 @@ def build_memory(plan: BuildPlan, show: Show = lambda what, detail: None) -> Bui
         size,
         manifest.shard_bytes,
         manifest.encoder.size,
+        manifest.licenses,
         time.monotonic() - began,
     )
 

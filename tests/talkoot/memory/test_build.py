@@ -108,6 +108,17 @@ def test_files_that_are_not_read_are_told(tmp_path: Path, capsys: pytest.Capture
     assert f"1 file not read, such as {tmp_path / 'x.md'}: name" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("license", "is_said"), [("", True), ("MIT", False)])
+def test_a_licence_that_is_not_stated_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], license: str, is_said: bool
+) -> None:
+    (tmp_path / "oak.txt").write_text("An oak is a tree.")
+    plan = BuildPlan((str(tmp_path / "oak.txt"),), tmp_path / "oaks", license=license)
+    run_build(Terminal(LogFormat.TEXT), plan)
+    out = capsys.readouterr().out
+    assert ('marked "unknown"' in out, "--license CC-BY-4.0" in out) == (is_said, is_said)
+
+
 def test_each_passage_is_in_its_two_cells(folder: Path) -> None:
     store = opened(folder / "trees")
     manifest, found = store.manifest, places(store)
@@ -312,6 +323,7 @@ def test_build_and_inspect_are_commands(folder: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     report = json.loads(ended.stdout)
     assert (report["name"], report["revision"], report["passages"]) == ("oaks", 1, 1)
+    assert report["licenses"] == ["MIT"]
     ended = run_here("memory", "inspect", str(tmp_path / "oaks"))
     assert ended.returncode == 0, ended.stderr
     assert "An oak is a tree." in ended.stdout
