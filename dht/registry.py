@@ -245,19 +245,27 @@ class Registry:
 
     async def leave(self, lifetime_s: float) -> None:
         """Announces that this peer is no longer a node of the swarm."""
-        await self.publish_node(records_pb2.NodeRecord(left=True), lifetime_s)
+        await self.publish_node(records_pb2.NodeRecord(left=True), lifetime_s, is_listed=False)
 
-    async def publish_node(self, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
-        """Stores this peer's node record, and lists the peer in its shard. Announce no experts before: see `later`."""
+    async def publish_node(
+        self, node: records_pb2.NodeRecord, lifetime_s: float, *, is_listed: bool = True
+    ) -> None:
+        """Stores this peer's node record. Announce no experts before: see `later`. `is_listed`: lists the peer in its
+        shard, too, where others look for nodes.
+        """
         self.contact = None if node.left else contact_in(node)
-        await self._publish_self(self._nodes, records_pb2.RecordPayload(node=node), lifetime_s)
+        await self._publish_self(self._nodes, records_pb2.RecordPayload(node=node), lifetime_s, is_listed)
 
     async def publish_trainer(self, trainer: records_pb2.TrainerRecord, lifetime_s: float) -> None:
         """Stores this peer's trainer record, and lists the peer in its shard."""
         await self._publish_self(self._trainers, records_pb2.RecordPayload(trainer=trainer), lifetime_s)
 
     async def _publish_self(
-        self, kind: _PeerKind[Any], payload: records_pb2.RecordPayload, lifetime_s: float
+        self,
+        kind: _PeerKind[Any],
+        payload: records_pb2.RecordPayload,
+        lifetime_s: float,
+        is_listed: bool = True,
     ) -> None:
         me, subkey = self.peer_id, self.peer_id.to_bytes()
         if self._earlier_until is None:
@@ -267,12 +275,12 @@ class Registry:
                 own = (await self._infos(kind, [me], DEFAULT_LIMITS, with_left=True)).get(me)
                 # its last announcement of experts may expire later by one period
                 self._earlier_until = 0.0 if own is None else own.expires_at + own.renew_every_s
-        shard = kind.shard_key(await self._own_shard(kind))
+        shards = [kind.shard_key(await self._own_shard(kind))] if is_listed else []
         payload.key = kind.record_key(me)
         payload.expires_at = self.later(payload.key, self.now() + lifetime_s)
         record = Item(payload.key, subkey, self.seal(payload), payload.expires_at)
         try:
-            await self.store([record, Item(shard, subkey, shard, payload.expires_at)])
+            await self.store([record, *(Item(key, subkey, key, payload.expires_at) for key in shards)])
         except UnreachableError:
             self._earlier_until = None  # perhaps holders have a later record that nobody returned in time
             raise

@@ -251,6 +251,7 @@ class Publication:
         await self.memories.announce(self.entry.memory, regions, self._settings.lifetime_s)
 
     async def _publish_record(self) -> None:
+        """Says how to call this peer. It is not listed as a node, because it leaves once others host the memory."""
         record = records_pb2.NodeRecord(
             addresses=await resolved(self._reachability.addresses),
             certificate=self.swarm.host.certificate,
@@ -266,7 +267,7 @@ class Publication:
             memory_shards=len(self.manifest.shards),
             memory_bytes=self.entry.total_bytes,
         )
-        await self.swarm.registry.publish_node(record, self._settings.lifetime_s)
+        await self.swarm.registry.publish_node(record, self._settings.lifetime_s, is_listed=False)
 
 
 def run_publish(

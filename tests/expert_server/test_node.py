@@ -42,7 +42,7 @@ from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.wire import expert_pb2, expert_pb2_grpc, records_pb2
+from peer.wire import expert_pb2, expert_pb2_grpc
 
 
 @pytest.fixture(scope="module")
@@ -333,11 +333,11 @@ def test_a_node_starts_even_if_nobody_takes_its_record_at_first(
     monkeypatch.setattr("expert_server.node._FIRST_RECORD_PAUSES_S", (0.01, 0.01))
     publish, refusals = Registry.publish_node, [1, 2]
 
-    async def refused_twice(registry: Registry, node: records_pb2.NodeRecord, lifetime_s: float) -> None:
+    async def refused_twice(registry: Registry, *record: Any, **options: Any) -> None:
         if refusals:
             refusals.pop()
             raise UnreachableError("no DHT peer accepted our records")
-        await publish(registry, node, lifetime_s)
+        await publish(registry, *record, **options)
 
     async def scenario(village: Village) -> None:
         founder = await village.found()

@@ -370,6 +370,7 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
             assert not was_never_published(store.folder)
             await asyncio.sleep(0)
             assert not published.done()
+            assert LIBRARIAN.peer_id not in await founder.registry.node_ids()
             await taken(hosts[1])
             async with asyncio.timeout(60):
                 await published
@@ -395,6 +396,7 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
                 await revoked
             *_, last = events(capsys)
             assert (last["event"], last["revision"], last["hosts"]) == ("revoked", 2, 2)
+            assert LIBRARIAN.peer_id not in await founder.registry.node_ids()
             (entry,) = (await reading.libraries())[publisher.signer.peer_id]
             assert entry.passages == 76
             for some in (store, hosts[0].store, hosts[1].store):
