@@ -258,6 +258,11 @@ class Node:
         )
         logger.info("computes on %s", ", ".join(map(str, devices)))
         node = cls(settings, swarm, runtime, state, devices, timing)
+        if not (node.hosting.capacity or settings.memory_disk):
+            logger.info(
+                "this node hosts no experts and no passages. It stores DHT records, lets others join through it, and "
+                "relays for nodes behind routers if it is public. To host passages, pass --memory-disk 5GB"
+            )
         try:
             await node.replicas.checkpoints.open()
             await node.memories.open()

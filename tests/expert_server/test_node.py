@@ -1,6 +1,7 @@
 """Nodes of a real swarm, with p2pd, DHT, gRPC and torch: several nodes on one loop."""
 
 import asyncio
+import logging
 import socket
 import urllib.request
 from collections import Counter
@@ -152,6 +153,21 @@ def test_a_founder_waits_for_no_claims_of_others(play: Play) -> None:
         async with asyncio.timeout(DEADLINE_S):
             node = await village.found(experts=8, timing=NodeTiming(claim_wait_s=2 * DEADLINE_S))
         assert await serving(node.swarm) == ONCE_EACH
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_said"), [({}, True), ({"memory_disk": 10**6}, False), ({"spare": 1}, False)]
+)
+def test_a_node_that_hosts_nothing_says_what_it_does(
+    play: Play, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], is_said: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario(village: Village) -> None:
+        await village.found(experts=0, **settings)
+        assert ("hosts no experts and no passages" in caplog.text) is is_said
 
     play(scenario)
 
