@@ -133,6 +133,11 @@ class Handover:
         """
         replicas = await self._swarm.experts.replicas(self.alone)
         shared = {uid: others for uid, hosts in replicas.items() if (others := self._serving(hosts))}
+        logger.info(
+            "gives up %s, of which other nodes serve %d too; nodes with room are asked to take the others",
+            counted(len(self.alone), "expert"),
+            len(shared),
+        )
         self.alone.difference_update(shared)
         await side_by_side((self._share(shared), self._give_away({*self.alone})), 2)
 

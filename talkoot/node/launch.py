@@ -37,7 +37,7 @@ from peer.transport.addresses import Multiaddress, default_listen_address, requi
 from peer.transport.endpoints import Endpoint, ip_address
 from talkoot.node.control import LOG_FILE, ControlServer, node_folder, state_option
 from talkoot.node.invites import FoundedSwarm, invite_advice, require_no_other_swarm
-from talkoot.node.remote import given_up, leaving
+from talkoot.node.remote import given_up
 from talkoot.node.view import NodeRates, RateMeter, line, live_panel, summary
 from talkoot.node.week import WeeklySummary
 from talkoot.signals import Stopped, run_until_stopped
@@ -179,10 +179,9 @@ class _NodeRun:
                 group.create_task(keep_running("tell what the week brought", tell, node.restarts))
         finally:
             status = node.status()
-            if (experts := status.experts) and not node.is_token_over:
-                logger.info("%s", leaving(experts, len(status.alone)))
-                if self._terminal.live:  # the log is also shown where `talkoot stop` runs
-                    self._terminal.err.print("Ctrl-C again leaves at once")
+            if status.experts and not node.is_token_over and self._terminal.live:
+                # not logged, because the log is also shown where `talkoot stop` runs
+                self._terminal.err.print("Ctrl-C again leaves at once")
             await node.stop()
             if status.experts and (offline := node.hosting.offline) is not None:
                 logger.info("%s", given_up(status.experts, offline, "starts again"))

@@ -25,7 +25,6 @@ from talkoot.terminal import Terminal, escaped
 _LEAVES_WITHIN_S = 90.0
 """How long a node may take to leave: it finishes calls, saves its experts and hands them over, each with a deadline."""
 _GIVEN_UP = "other nodes serve"
-_LEAVING = "leaving: "
 _LOOK_EVERY_S = 0.2
 _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -99,23 +98,14 @@ def taken_offline(status: ControlStatus, until: str) -> str:
     """What a node takes offline, in words. `until`: what it does when it hosts again."""
     if not status.experts:
         return "it hosts no expert: nothing goes offline"
+    experts = counted(status.experts, "expert")
     if not status.alone:
-        return f"other nodes serve all of its {counted(status.experts, 'expert')} too: nothing goes offline"
+        return f"as far as it has seen, other nodes serve all of its {experts} too: nothing goes offline"
     more = status.alone - len(status.alone_uids)
     named = ", ".join(status.alone_uids) + (f" and {more} more" if more else "")
     return (
-        f"no other node serves {status.alone} of its {counted(status.experts, 'expert')}: {named}. Nodes with room are "
+        f"as far as it has seen, no other node serves {status.alone} of its {experts}: {named}. Nodes with room are "
         f"asked to take them over first; what none takes is offline until this one {until}"
-    )
-
-
-def leaving(experts: int, alone: int) -> str:
-    """What becomes of a leaving node's experts, for its log. `alone`: how many no other node serves."""
-    hosted = counted(experts, "expert")
-    if not alone:
-        return f"{_LEAVING}other nodes serve all of its {hosted} too"
-    return (
-        f"{_LEAVING}no other node serves {alone} of its {hosted}; nodes with room are asked to take them over"
     )
 
 
@@ -222,9 +212,8 @@ def _wait_until_gone(terminal: Terminal, process: psutil.Process, log: Follower,
 
 
 def _messages(log: Follower) -> list[str]:
-    """The new lines without their dates and times, and without what `taken_offline` says."""
-    lines = (line.split(" ", 2)[-1] for line in log.lines())
-    return [line for line in lines if not line.startswith(_LEAVING)]
+    """The new lines without their dates and times."""
+    return [line.split(" ", 2)[-1] for line in log.lines()]
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -108,7 +108,7 @@ def test_a_running_node_is_paused_resumed_and_stopped(node: BareNode) -> None:
         assert control.pid == node.process.pid
     paused = run_here("pause", "--state", str(node.state))
     warned, answer, offline = paused.stdout.splitlines()
-    assert warned.startswith("no other node serves 4 of its 4 experts"), paused.stderr
+    assert warned.startswith("as far as it has seen, no other node serves 4 of its 4 experts"), paused.stderr
     assert answer.startswith("paused: by its owner"), paused.stderr
     assert offline == "other nodes serve 0 of the 4 experts that it gave up; 4 are offline until it resumes"
     resumed = run_here("resume", "--state", str(node.state))

@@ -84,6 +84,23 @@ def test_a_node_that_leaves_hands_its_experts_over_with_their_updates(
     assert "gave up 8 experts: others host 8, 0 are in this node's checkpoints alone" in caplog.messages
 
 
+def test_a_leaving_node_says_how_many_experts_others_serve_at_that_moment(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        other = await village.join(1, await leaver.swarm.invite(), experts=5, spare=0, replicas=2)
+        await other.hosting.replicate()
+        assert (len(other.runtime.experts), len(leaver.hosting.alone)) == (5, 8)
+        await leaver.stop()
+
+    play(scenario)
+    (said,) = (message for message in caplog.messages if message.startswith("gives up"))
+    assert said.startswith("gives up 8 experts, of which other nodes serve 5 too; nodes with room ")
+
+
 def test_the_only_node_of_a_swarm_leaves_at_once(play: Play) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8, **LEAVES)

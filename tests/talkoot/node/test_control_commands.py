@@ -29,7 +29,6 @@ from talkoot.node.remote import (
     Follower,
     _wait_until_gone,
     given_up,
-    leaving,
     parse_duration_s,
     run_logs,
     taken_offline,
@@ -74,7 +73,7 @@ def test_running_node_is_paused_and_resumed(node: RunningNode) -> None:
     paused = node.say("pause", "--for", "2h")
     assert (paused.returncode, paused.stderr) == (0, "")
     before, after, offline = paused.stdout.splitlines()
-    assert before.startswith("no other node serves 4 of its 4 experts: 0.0.0, 0.0.1, ")
+    assert before.startswith("as far as it has seen, no other node serves 4 of its 4 experts: 0.0.0, 0.0.1, ")
     assert after.startswith("paused: by its owner until ")
     assert "0 of at most 6 experts" in after
     assert offline == "other nodes serve 0 of the 4 experts that it gave up; 4 are offline until it resumes"
@@ -170,20 +169,18 @@ def test_without_a_node_it_says_what_to_do(tmp_path: Path, name: str) -> None:
 
 def test_what_a_pause_takes_offline_is_told() -> None:
     status = ControlStatus(state="serving", pid=1, experts=3)
-    assert (
-        taken_offline(status, "resumes") == "other nodes serve all of its 3 experts too: nothing goes offline"
+    assert taken_offline(status, "resumes") == (
+        "as far as it has seen, other nodes serve all of its 3 experts too: nothing goes offline"
     )
     alone = status.model_copy(update={"alone": 3, "alone_uids": ("0.0.1", "0.1.1")})
     assert taken_offline(alone, "starts again") == (
-        "no other node serves 3 of its 3 experts: 0.0.1, 0.1.1 and 1 more. Nodes with room are asked to take them over "
-        "first; what none takes is offline until this one starts again"
+        "as far as it has seen, no other node serves 3 of its 3 experts: 0.0.1, 0.1.1 and 1 more. Nodes with room are "
+        "asked to take them over first; what none takes is offline until this one starts again"
     )
     assert "nothing goes offline" in taken_offline(status.model_copy(update={"experts": 0}), "resumes")
     assert given_up(16, 8, "resumes") == (
         "other nodes serve 8 of the 16 experts that it gave up; 8 are offline until it resumes"
     )
-    assert leaving(16, 0) == "leaving: other nodes serve all of its 16 experts too"
-    assert leaving(16, 9).startswith("leaving: no other node serves 9 of its 16 experts; nodes with room")
     assert given_up(3, 0, "resumes") == "other nodes serve 3 of the 3 experts that it gave up"
 
 
@@ -192,8 +189,7 @@ def test_each_line_of_a_leaving_nodes_log_is_shown_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     log, gone = tmp_path / "node.log", given_up(4, 1, "starts again")
-    logged = (gone, "in this run: 4 experts trained", leaving(4, 1))
-    log.write_text("".join(f"2026-11-29 03:30:35 {line}\n" for line in logged))
+    log.write_text(f"2026-11-29 03:30:35 {gone}\n2026-11-29 03:30:35 in this run: 4 experts trained\n")
     ending = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
     with closing(Follower(log)) as lines:
         said = _wait_until_gone(Terminal(LogFormat.TEXT), psutil.Process(ending.pid), lines, tmp_path)
