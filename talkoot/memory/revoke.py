@@ -33,6 +33,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _SHOWN = 20
 _LABEL_CHARACTERS = 100
+_MOST_NAMED = 8
+"""The most hosts that are named."""
 _ANSWER_S, _ASKED_AT_ONCE = 120.0, 8
 """The deadline for a host to send the manifest, and how many hosts are asked at the same time."""
 
@@ -160,13 +162,28 @@ class _FollowerWatch:
         self._swarm = swarm
         self._publication = publication
         self._following: set[PeerID] = set()
-        self._hosts: frozenset[PeerID] = frozenset()
+        self._hosts: set[PeerID] = set()
+        """The hosts of all looks, also if they have died since."""
+        self._names: dict[PeerID, str] = {}
 
     @property
     def in_words(self) -> str:
-        return (
-            f"{len(self._hosts & self._following)} of {counted(len(self._hosts), 'host')} have deleted them"
-        )
+        """How many hosts have deleted the passages, and which have not, as far as is known."""
+        count, rest = len(self._hosts), self._unconfirmed
+        done = f"{count - len(rest)} of {counted(count, 'host')} have deleted them"
+        if not rest:
+            return done
+        named = ", ".join(map(self._name, rest[:_MOST_NAMED]))
+        more = f" and {len(rest) - _MOST_NAMED} more" if len(rest) > _MOST_NAMED else ""
+        return f"{done}; no confirmation yet from {named}{more}"
+
+    @property
+    def _unconfirmed(self) -> list[PeerID]:
+        return sorted(self._hosts - self._following)
+
+    def _name(self, host: PeerID) -> str:
+        short, name = host.to_base58()[-8:], self._names.get(host)
+        return f"{name} ({short})" if name else short
 
     async def until_all_follow(self) -> None:
         with self._terminal.stages("waiting for its hosts") as show:
@@ -175,7 +192,12 @@ class _FollowerWatch:
             )
         entry = self._publication.entry
         if self._terminal.json:
-            values = {"memory": str(entry.memory), "revision": entry.revision, "hosts": len(self._hosts)}
+            values = {
+                "memory": str(entry.memory),
+                "revision": entry.revision,
+                "hosts": len(self._hosts),
+                "unconfirmed": [host.to_base58() for host in self._unconfirmed],
+            }
             self._terminal.event("revoked", values)
         elif self._hosts:
             self._terminal.line(f"done: {self.in_words}. Nodes that are away delete them when they return")
@@ -188,10 +210,12 @@ class _FollowerWatch:
         """Whether all hosts serve the new manifest, because those that do have deleted the passages revoked in it.
         Raises UnreachableError.
         """
-        self._hosts = (await self._publication.announced()).hosts
-        contacts = await self._swarm.registry.nodes(self._hosts - self._following)
+        hosts = (await self._publication.announced()).hosts
+        self._hosts |= hosts
+        contacts = await self._swarm.registry.nodes(hosts - self._following)
+        self._names |= {host: contact.name for host, contact in contacts.items()}
         await side_by_side((self._ask(contact) for contact in contacts.values()), _ASKED_AT_ONCE)
-        return self._hosts <= self._following
+        return hosts <= self._following
 
     async def _ask(self, host: NodeInfo) -> None:
         memory, manifest = str(self._publication.entry.memory), self._publication.entry.manifest

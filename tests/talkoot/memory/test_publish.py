@@ -233,31 +233,72 @@ def test_a_publisher_hears_what_may_be_wrong(hosting: int, reachability: str, sa
 # What is revoked
 
 
+class WatchedHosts:
+    """Hosts of a memory, some of which never answer."""
+
+    manifest: bytes = b"the next revision"
+
+    def __init__(self, silent: Collection[PeerID], announced: Collection[PeerID]) -> None:
+        self.announced = announced
+        self._silent = silent
+
+    async def fetch(self, host: NodeInfo, memory: str, name: bytes, most: int, library: bytes) -> bytes:
+        if host.peer_id in self._silent:
+            await asyncio.Event().wait()
+        return self.manifest
+
+    async def nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
+        return {peer: replace(node_info(peer), name="Benno") for peer in peers}
+
+    def watch(self, log_format: LogFormat) -> _FollowerWatch:
+        async def announced() -> Replication:
+            return Replication({bytes(32): frozenset(self.announced)})
+
+        async def check_listed() -> None:
+            pass
+
+        part = Part(hashlib.sha256(self.manifest).digest(), len(self.manifest))
+        entry = SimpleNamespace(memory="notes", revision=2, manifest=part)
+        publication: Any = SimpleNamespace(
+            entry=entry, parts=self, announced=announced, library=b"signed", check_listed=check_listed
+        )
+        swarm: Any = SimpleNamespace(registry=self)
+        return _FollowerWatch(Terminal(log_format), swarm, publication)
+
+
 def test_a_host_that_stalls_does_not_hide_what_others_deleted() -> None:
-    _, _, *hosts = (numbered_identity(number).peer_id for number in range(12))
-    manifest = b"the next revision"
-    part = Part(hashlib.sha256(manifest).digest(), len(manifest))
-
-    class Parts:
-        async def fetch(self, host: NodeInfo, memory: str, name: bytes, most: int, library: bytes) -> bytes:
-            if host.peer_id in hosts[:9]:
-                await asyncio.Event().wait()
-            return manifest
-
-    class Registry:
-        async def nodes(self, peers: Collection[PeerID]) -> dict[PeerID, NodeInfo]:
-            return {peer: node_info(peer) for peer in peers}
-
-    async def announced() -> Replication:
-        return Replication({bytes(32): frozenset(hosts)})
-
-    entry = SimpleNamespace(memory="notes", manifest=part)
-    publication: Any = SimpleNamespace(entry=entry, parts=Parts(), announced=announced, library=b"signed")
-    swarm: Any = SimpleNamespace(registry=Registry())
-    watch = _FollowerWatch(Terminal(LogFormat.TEXT), swarm, publication)
+    hosts = [numbered_identity(number).peer_id for number in range(2, 12)]
+    watch = WatchedHosts(hosts[:9], hosts).watch(LogFormat.TEXT)
     with virtual_time() as runner:
         runner.run(watch._look())
-    assert watch.in_words == "1 of 10 hosts have deleted them"
+    assert watch.in_words.startswith("1 of 10 hosts have deleted them; no confirmation yet from Benno (")
+    assert watch.in_words.endswith(") and 1 more")
+
+
+@pytest.mark.parametrize("log_format", [LogFormat.TEXT, LogFormat.JSON])
+def test_a_host_that_dies_before_it_deletes_a_passage_is_named(
+    capsys: pytest.CaptureFixture[str], log_format: LogFormat
+) -> None:
+    dead, live = (numbered_identity(number).peer_id for number in (2, 3))
+    hosts = WatchedHosts([dead], [dead, live])
+    watch = hosts.watch(log_format)
+
+    async def scenario() -> None:
+        waiting = asyncio.create_task(watch.until_all_follow())
+        await asyncio.sleep(300)
+        assert not waiting.done()
+        hosts.announced = [live]  # its announcements have expired
+        await waiting
+
+    with virtual_time() as runner:
+        runner.run(scenario())
+    out = capsys.readouterr().out
+    if log_format is LogFormat.JSON:
+        said = json.loads(out)
+        assert (said["hosts"], said["unconfirmed"]) == (2, [dead.to_base58()])
+    else:
+        name = f"Benno ({dead.to_base58()[-8:]})"
+        assert f"done: 1 of 2 hosts have deleted them; no confirmation yet from {name}. Nodes" in out
 
 
 def test_passages_of_a_memory_that_was_never_published_only_leave_its_folder(tmp_path: Path) -> None:
