@@ -173,7 +173,10 @@ class Node:
         rng = random.Random(swarm.host.peer_id.to_bytes())  # noqa: S311  # no secret
         self.reachability: ReachabilityMonitor = ReachabilityMonitor(settings, swarm, rng, metrics=metrics)
         self.news: SwarmNews = SwarmNews(
-            swarm.registry, lambda: self.hosting.seen, lambda: self._servicer.trainers(_LATELY_S)
+            swarm.registry,
+            lambda: self.hosting.seen,
+            lambda: self.memories.seen,
+            lambda: self._servicer.trainers(_LATELY_S),
         )
         self._account = ContributionAccount(state / "contributions" / f"{swarm.keys.swarm_id}.json")
         self._records = NodeRecordBuilder(settings, swarm.host.certificate, clock.now())

@@ -1,13 +1,17 @@
 """News of the rest of the swarm for a node's owner: who has gone, who trains, and what the model has learned."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from dht.announcements import Replica, ReplicaState
+from dht.memory import MemoryID
 from dht.registry import Registry, some_of
 from dht.uid import UID
+from expert_server.memory.placement import SeenShard, ShardKey
 from peer.formatting import age_in_words, counted
 from peer.identity import PeerID
 
@@ -44,22 +48,32 @@ class TrainingNews:
 
 
 class SwarmNews:
-    """Watches the swarm's trainers, and notices nodes that no longer host the experts they did."""
+    """Watches the swarm's trainers, and notices nodes that no longer host the experts or passages they did."""
 
     def __init__(
         self,
         registry: Registry,
         seen: Callable[[], Mapping[UID, tuple[Replica, ...]]],
+        seen_shards: Callable[[], Mapping[ShardKey, SeenShard]],
         trainers_here: Callable[[], int],
         trainers_every_s: float = TRAINERS_EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`seen`: the replicas that this node saw in its last look. `trainers_here`: how many use its experts now."""
+        """`seen`: the replicas that this node saw in its last look. `seen_shards`: the shards of memories, of which a
+        look sees only some. `trainers_here`: how many use its experts now.
+        """
         self.training: TrainingNews = TrainingNews()
         self._registry = registry
         self._seen = seen
+        self._seen_shards = seen_shards
         self._trainers_here = trainers_here
         self._hosts: frozenset[PeerID] = frozenset()
+        self._regions: Mapping[tuple[MemoryID, int], Set[PeerID]] = {}
+        """The hosts in each region of a memory that the last look read."""
+        self._doubted: dict[PeerID, float] = {}
+        """When the records of missing hosts expire, unless they are renewed."""
+        self._gone: set[PeerID] = set()
+        """Hosts that were reported, but are still announced somewhere."""
         self._trainers_every_s = trainers_every_s
         self._clock = clock
         self._next_at = float("-inf")
@@ -99,17 +113,32 @@ class SwarmNews:
     async def _note_gone(self) -> None:
         """Reports each host that has disappeared without leaving, or had to leave."""
         hosts = _serving(self._seen()) - {self._registry.peer_id}
-        missing = sorted(self._hosts - hosts)[:_MOST_ASKED]
-        self._hosts = hosts
-        if missing:
-            known = await self._registry.nodes(missing, with_left=True)
-            for peer_id in missing:
-                name, why = self._name(peer_id), self._registry.why_out(peer_id)
-                if why:
-                    logger.info("node %s, whose invite %s, has left; %s", name, why, self._still_used())
-                elif peer_id not in known:
-                    logger.info("node %s has gone; %s", name, self._still_used())
+        regions = await asyncio.to_thread(_hosts_by_region, self._seen_shards())
+        present = hosts.union(*regions.values())
+        # each look reads some regions of a memory, so only those that the last one read, too, show who is missing
+        before = [self._regions[region] for region in self._regions.keys() & regions.keys()]
+        missing = (frozenset(self._doubted).union(*before) - present) | (self._hosts - hosts)
+        missing -= self._gone | {self._registry.peer_id}
+        self._gone &= present
+        self._hosts, self._regions = hosts, regions
+        await self._report(sorted(missing)[:_MOST_ASKED])
         await self._learn_names(hosts)
+
+    async def _report(self, missing: Sequence[PeerID]) -> None:
+        """Reports those of these hosts whose record is no longer there. It may expire later than what they host."""
+        known = await self._registry.nodes(missing, with_left=True)
+        doubted = dict[PeerID, float]()
+        for peer_id in missing:
+            name, why, node = self._name(peer_id), self._registry.why_out(peer_id), known.get(peer_id)
+            if why:
+                logger.info("node %s, whose invite %s, has left; %s", name, why, self._still_used())
+            elif node is None:
+                logger.info("node %s has gone; %s", name, self._still_used())
+            elif not node.left and self._doubted.get(peer_id, node.expires_at) == node.expires_at:
+                doubted[peer_id] = node.expires_at
+            if why or node is None:
+                self._gone.add(peer_id)
+        self._doubted = doubted
 
     async def _learn_names(self, hosts: frozenset[PeerID]) -> None:
         """Looks each host's name up while it is there."""
@@ -138,3 +167,11 @@ def _serving(seen: Mapping[UID, tuple[Replica, ...]]) -> frozenset[PeerID]:
         for replica in replicas
         if replica.state is ReplicaState.SERVING
     )
+
+
+def _hosts_by_region(seen: Mapping[ShardKey, SeenShard]) -> dict[tuple[MemoryID, int], set[PeerID]]:
+    """The hosts that serve any shard of each region. Slow: strangers may announce all shards."""
+    hosts = defaultdict[tuple[MemoryID, int], set[PeerID]](set)
+    for key, shard in seen.items():
+        hosts[key.memory, shard.region] |= shard.serving
+    return hosts

@@ -107,6 +107,8 @@ class MemoryHosting:
         self.publishers: PublisherFollower = PublisherFollower(
             self.hosted, rules, swarm, memories, self._fetcher, self._metrics.revisions.inc
         )
+        self.seen: Mapping[ShardKey, SeenShard] = {}
+        """The shards in the regions that the last look read."""
         self._survey = MemorySurvey(memories)
         self._proofs = ReplicaProofs(swarm, self._parts, self.hosted.revoked)
         self._completing = BoundedDict[MemoryID, asyncio.Lock](_REMEMBERED)
@@ -142,7 +144,7 @@ class MemoryHosting:
             is_short=self._is_short or self.hosted.room < 0,
         )
         await self._proofs.check_some(seen)
-        seen = await self._note(seen)
+        self.seen = seen = await self._note(seen)
         await self._shrink(-self.hosted.room, seen)
         await self._take_some(seen)
 

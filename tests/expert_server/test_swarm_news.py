@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,9 @@ import pytest
 from simulated_readings import manifest, node, peer, replica, trainer
 
 from dht.announcements import NodeInfo, Replica, ReplicaState, TrainerInfo
+from dht.memory import MemoryID, ShardInfo
 from dht.uid import UID
+from expert_server.memory.placement import SeenShard, ShardKey
 from expert_server.swarm_news import TRAINERS_EVERY_S, SwarmNews, TrainingNews
 from peer.errors import UnreachableError
 from peer.identity import PeerID
@@ -48,9 +50,27 @@ class Records:
         }
 
 
-def news_of(records: Records, seen: dict[UID, tuple[Replica, ...]], users: int) -> SwarmNews:
+Shards = dict[ShardKey, SeenShard]
+
+
+def news_of(
+    records: Records,
+    seen: dict[UID, tuple[Replica, ...]],
+    users: int,
+    shards: Callable[[], Shards] = dict,
+) -> SwarmNews:
     registry: Any = records
-    return SwarmNews(registry, lambda: seen, lambda: users, trainers_every_s=0.0, clock=lambda: 7.0)
+    return SwarmNews(registry, lambda: seen, shards, lambda: users, trainers_every_s=0.0, clock=lambda: 7.0)
+
+
+def served(**hosts: int) -> Shards:
+    """Shards in regions of a memory. `hosts`: the number of the only host of each; 0: it has none."""
+    memory, shards = MemoryID.of("notes", peer(9)), Shards()
+    for region, host in hosts.items():
+        info = ShardInfo((0,), region.encode() * 32, 1, 100)
+        serving = frozenset([peer(host)] if host else [])
+        shards[ShardKey(memory, info.root)] = SeenShard(info, ord(region), serving, frozenset())
+    return shards
 
 
 @pytest.mark.parametrize(
@@ -116,6 +136,61 @@ def test_a_host_that_the_swarm_no_longer_admits_is_named_with_the_reason(
     )
 
 
+LIVES, RENEWED, LEFT = node(1), node(1, expires_at=node(1).expires_at + 10), node(1, left=True)
+
+
+@pytest.mark.parametrize(
+    ("looks", "reported"),
+    [
+        pytest.param([(served(a=1), LIVES), (served(a=0), None), (served(a=0), None)], [0, 1, 1], id="dies"),
+        pytest.param(
+            [(served(a=1), LIVES), (served(a=0), LEFT), (served(a=0), None)], [0, 0, 0], id="leaves"
+        ),
+        pytest.param(
+            [(served(a=1), LIVES), (served(b=2), None)], [0, 0], id="in a region that is not read again"
+        ),
+        pytest.param([(served(a=1), LIVES), (served(a=0, b=1), None)], [0, 0], id="hosts other regions"),
+        pytest.param(
+            [(served(a=1), LIVES), (served(a=0), LIVES), (served(b=0), LIVES), (served(b=0), None)],
+            [0, 0, 0, 1],
+            id="dies, and its record lasts longer",
+        ),
+        pytest.param(
+            [(served(a=1), LIVES), (served(a=0), LIVES), (served(a=0), RENEWED), (served(a=0), None)],
+            [0, 0, 0, 0],
+            id="drops a shard",
+        ),
+    ],
+)
+def test_a_host_of_passages_that_dies_is_reported_once(
+    caplog: pytest.LogCaptureFixture, looks: list[tuple[Shards, NodeInfo | None]], reported: list[int]
+) -> None:
+    caplog.set_level(logging.INFO)
+    records, shards = Records(), Shards()
+    news = news_of(records, {}, 0, lambda: shards)
+    found = []
+    for shards, record in looks:  # noqa: B007  # the function above returns them
+        records.known = {} if record is None else {peer(1): record}
+        asyncio.run(news.look())
+        found.append(len(caplog.messages))
+    assert found == reported
+    assert set(caplog.messages) <= {f"node {peer(1).to_base58()[-8:]} has gone; this node goes on"}
+
+
+def test_a_host_of_experts_and_passages_that_dies_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    seen: dict[UID, tuple[Replica, ...]] = {HERE: (replica(HERE, 1),)}
+    shards = served(a=1)
+    news = news_of(Records(), seen, 0, lambda: shards)
+    asyncio.run(news.look())
+    seen.clear()
+    asyncio.run(news.look())
+    assert len(caplog.messages) == 1
+    shards = served(a=0)
+    asyncio.run(news.look())
+    assert len(caplog.messages) == 1
+
+
 def test_a_replica_that_does_not_serve_yet_is_missed_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     seen: dict[UID, tuple[Replica, ...]] = {THERE: (replica(THERE, 1, state=ReplicaState.CLAIMED),)}
@@ -156,7 +231,7 @@ def test_the_models_loss_is_told_beside_the_first_that_was_heard_of() -> None:
 def test_the_last_loss_of_a_trainer_that_has_left_is_heard_and_grows_old() -> None:
     now, records = [1000.0], Records()
     registry: Any = records
-    news = SwarmNews(registry, dict, lambda: 0, clock=lambda: now[0])
+    news = SwarmNews(registry, dict, dict, lambda: 0, clock=lambda: now[0])
     records.training = {peer(1_000_000): trainer(0, validation_loss=3.5, left=True)}
     asyncio.run(news.look())
     assert (news.training.trainers, news.training.loss, news.loss_age) == (0, 3.5, "")
@@ -204,7 +279,7 @@ def test_trainers_are_looked_up_now_and_then_and_again_after_a_look_that_failed(
             return await super().some_trainer_ids(enough)
 
     registry: Any = Failing()
-    news = SwarmNews(registry, dict, lambda: 0, clock=lambda: now[0])
+    news = SwarmNews(registry, dict, dict, lambda: 0, clock=lambda: now[0])
 
     async def looks() -> None:
         with pytest.raises(UnreachableError):
@@ -229,7 +304,7 @@ def test_the_more_a_look_at_the_trainers_costs_the_later_the_next_one_is(cost: i
             return await super().some_trainer_ids(enough)
 
     registry: Any = Costly()
-    news = SwarmNews(registry, dict, lambda: 0, clock=lambda: now[0])
+    news = SwarmNews(registry, dict, dict, lambda: 0, clock=lambda: now[0])
 
     async def looks() -> None:
         await news.look()

@@ -85,7 +85,11 @@ async def text_of(stub: InSession, swarm: Swarm, memory: MemoryID, root: bytes, 
     return text
 
 
-def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play) -> None:
+def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scenario(village: Village) -> None:
         founder = await publishing(village, MEMORY)
         memory, invite = memory_id(village, MEMORY), await founder.swarm.invite()
@@ -102,6 +106,8 @@ def test_a_memory_spreads_outlives_its_publisher_and_is_hosted_again(play: Play)
         await end(first_task)
         await founder.swarm.host.stop()
         await until(lambda: second.memories.hosted.shards == third.memories.hosted.shards == 4)
+        gone = f"node {founder.swarm.host.peer_id.to_base58()[-8:]} has gone"
+        await until(lambda: any(message.startswith(gone) for message in caplog.messages))
         # Both now have all shards, with the encoder and the codebook.
         for number in (1, 2):
             store = MemoryStore.open(folder(village, number, MEMORY))
