@@ -329,6 +329,7 @@ class MemoryManifest:
 
     @cached_property
     def region_of(self) -> Mapping[ShardInfo, int]:
+        """The number of each shard's region."""
         return {shard: region for region, shards in self.by_region.items() for shard in shards}
 
     @cached_property
