@@ -54,8 +54,6 @@ class FairBudget:
         """`limit`: in bytes, or in any other unit."""
         self.limit = limit
         self.used: int = 0
-        self.revoked: int = 0
-        """How many reservations were taken back."""
         self._held: dict[Owner, dict[Reservation, None]] = {}
         """Reservations by owner, the latest last. An owner without reservations has no entry."""
         self._sums: dict[Owner, int] = {}
@@ -85,7 +83,6 @@ class FairBudget:
                 f"this needs {reservation.size + size} bytes; at most {self.limit} can be had: send less at once",
             )
         for richest in self._to_revoke(owner, size, self.used + size - self.limit):
-            self.revoked += 1
             richest.revoke()
         self._held.setdefault(owner, {})[reservation] = None
         self._sums[owner] = wanted

@@ -1,6 +1,5 @@
 """StateService: other nodes fetch the states of experts from this node, and ask it to fetch theirs."""
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,8 +28,6 @@ from peer.rpc.calls import abort_on_error, require_same_swarm
 from peer.rpc.sessions import Right, Session, Sessions
 from peer.rpc.transfer import TransferSlots, send
 from peer.wire import session_pb2, state_pb2, state_pb2_grpc
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_TRANSFERS = 8
 """States that other nodes fetch from this one at the same time."""

@@ -5,7 +5,6 @@ The findings are printed as a table or JSON, and saved in the state folder.
 
 import asyncio
 import contextlib
-import logging
 import random
 import tempfile
 import time
@@ -53,8 +52,6 @@ from talkoot.node.control import ControlClient, node_folder
 from talkoot.node.launch import Origin, listen_address
 from talkoot.signals import run_until_stopped
 from talkoot.terminal import Terminal
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 REPORT_FILE = "check.json"
 _REPORT_VERSION = 1

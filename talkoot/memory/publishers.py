@@ -2,7 +2,6 @@
 librarian's.
 """
 
-import logging
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,8 +21,6 @@ from peer.identity import Identity
 from talkoot.node.control import node_folder
 from talkoot.node.invites import FILE, FoundedSwarm
 from talkoot.node.launch import network_config
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 _TOKEN_S = 30 * 86400.0
 

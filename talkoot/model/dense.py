@@ -1,6 +1,5 @@
 """The dense part of a model that is exported: from a run on this machine, or from live trainers."""
 
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,8 +25,6 @@ from trainer_client.moe import Experts, RemoteMixtureOfExperts
 from trainer_client.routers import ROUTERS, Routing
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import Checkpoint
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 _ELSE = "pass --resume on a machine that has trained in this swarm, or --checkpoint with the folder of a run"
 

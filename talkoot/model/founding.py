@@ -6,7 +6,6 @@ with.
 """
 
 import json
-import logging
 import os
 import secrets
 import shlex
@@ -43,8 +42,6 @@ from talkoot.terminal import Terminal, check_writable, option_text, write_output
 from talkoot.train.session import once, trainer_state
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointWriter, Header, checkpoint_folder, manifest_sha256
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 _KEEP = 1
 """How many checkpoints of each expert, and of the dense part, to keep."""
