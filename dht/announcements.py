@@ -203,6 +203,11 @@ class Replica:
     """Rows computed lately; older rows count less."""
 
 
+def hosts_of(replicas: Mapping[UID, Iterable[Replica]]) -> set[PeerID]:
+    """The peers that have announced any of these replicas."""
+    return {replica.peer_id for some in replicas.values() for replica in some}
+
+
 @dataclass(frozen=True)
 class ReplicaAnnouncement:
     """What a node announces about one of its replicas."""

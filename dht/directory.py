@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dht.announcements import NodeInfo, Replica, ReplicaState
+from dht.announcements import NodeInfo, Replica, ReplicaState, hosts_of
 from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_experts
 from dht.experts import ExpertRegistry
 from dht.manifest import MOST_KNOWN_EXPERTS, Manifest
@@ -39,8 +39,8 @@ PrefixTables = tuple[Booleans, ...]
 _MAX_READ = MOST_KNOWN_EXPERTS
 """The most prefixes, and the most experts, that one refresh reads."""
 _SAMPLED = 64
-"""On a grid with more experts than that, a refresh reads this many prefixes and experts to see whether they
-are alive.
+"""On a grid that is too large to know as a whole, how many prefixes and experts a refresh reads to see whether they are
+alive, besides those that are known to be.
 """
 _DOUBTED = 16
 """How many experts a refresh looks for although no prefix leads to them. They are drawn at random."""
@@ -115,10 +115,6 @@ class View:
         return prefix_tables(alive)
 
 
-def _hosts_of(replicas: Mapping[UID, Iterable[Replica]]) -> set[PeerID]:
-    return {replica.peer_id for hosts in replicas.values() for replica in hosts}
-
-
 @dataclass(frozen=True)
 class LiveExperts:
     """The experts of one layer that can be called at one moment. Immutable: a training step chooses, balances and
@@ -188,14 +184,14 @@ class Directory:
         else:
             uids = list(dict.fromkeys((*living, *await self._active_uids())))[:_MAX_READ]
             replicas = await self.experts.replicas(uids)
-        nodes = await self.experts.registry.nodes(_hosts_of(replicas))
+        nodes = await self.experts.registry.nodes(hosts_of(replicas))
         # searches may have found more meanwhile
         found = {
             uid: hosts
             for uid, hosts in self.view.replicas.items()
             if uid not in before and uid not in replicas
         }
-        nodes = {p: self.view.nodes[p] for p in _hosts_of(found) & self.view.nodes.keys()} | nodes
+        nodes = {p: self.view.nodes[p] for p in hosts_of(found) & self.view.nodes.keys()} | nodes
         self.view = View(self._manifest, {**replicas, **found}, self._but_the_gone(nodes), self._now())
         self.failures = 0
         return self.view
@@ -343,7 +339,7 @@ class Directory:
             await self._add(await self.experts.replicas(hidden, limits=DEFAULT_LIMITS))
 
     async def _add(self, replicas: Mapping[UID, tuple[Replica, ...]]) -> None:
-        hosts, before = _hosts_of(replicas), self.view.nodes
+        hosts, before = hosts_of(replicas), self.view.nodes
         new = await self.experts.registry.nodes(hosts - before.keys(), limits=DEFAULT_LIMITS)
         # a refresh or another search may have changed the view meanwhile
         nodes = {p: before[p] for p in hosts & before.keys()} | dict(self.view.nodes) | new

@@ -79,7 +79,7 @@ class ManifestRecord:
             self._take(self._registry.sign_manifest(self.newest.payload.manifest_json, now + LIFETIME_S))
         elif await self.look() and (warning := self.warning):
             logger.warning("%s", warning)
-        if is_due or _is_drawn(self._registry, self._rng):
+        if is_due or _is_drawn(_KEPT_BY, self._registry, self._rng):
             await self._registry.republish(self.newest)
 
     async def look(self) -> bool:
@@ -100,11 +100,11 @@ class ManifestRecord:
         self._file.save(record.data)
 
 
-def _is_drawn(registry: Registry, rng: random.Random) -> bool:
-    """Whether it is this peer's turn to store a founder's record, decided at random. If all peers did so in each round,
-    they would flood the few holders.
+def _is_drawn(number: int, registry: Registry, rng: random.Random) -> bool:
+    """Whether this peer is among so many that are drawn at random. If all peers read or stored a founder's record in
+    each round, they would flood its few holders.
     """
-    return rng.random() * registry.lookups.estimated_nodes < _KEPT_BY
+    return rng.random() * registry.lookups.estimated_nodes < number
 
 
 class RecordFile:
@@ -169,8 +169,8 @@ class Revocations:
         """Looks whether there is a newer list. Call it in every round. Raises UnreachableError."""
         if self._admission.mode == "open":
             return
-        reads = self._rng.random() * self._registry.lookups.estimated_nodes < _READ_BY
-        if reads or not await self._registry.ask_one(self._registry.keys.revocations):
+        key = self._registry.keys.revocations
+        if _is_drawn(_READ_BY, self._registry, self._rng) or not await self._registry.ask_one(key):
             await self.read()
         else:
             self.hear()
@@ -183,7 +183,7 @@ class Revocations:
 
     async def keep(self) -> None:
         """Stores the founder's record again, but not in every round. Raises UnreachableError."""
-        if self._newest is not None and _is_drawn(self._registry, self._rng):
+        if self._newest is not None and _is_drawn(_KEPT_BY, self._registry, self._rng):
             await self._registry.republish(self._newest)
 
     async def publish(self, serials: Collection[int]) -> None:

@@ -21,6 +21,7 @@ from dht.memory import (
     MAX_MANIFEST_BYTES,
     MAX_SHARDS,
     MAX_SHARDS_OF_REGION,
+    SHORT_ROOT_BYTES,
     MemoryID,
     MemoryManifest,
     Part,
@@ -31,7 +32,6 @@ from dht.records import (
     INDEX_PIECE,
     MAX_LIBRARY_BYTES,
     MAX_MEMORIES,
-    SHORT_ROOT_BYTES,
     parse_peer_id,
     sign_record,
 )

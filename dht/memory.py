@@ -39,6 +39,8 @@ MAX_SHARD_BYTES = 8 * 2**20
 MAX_SHARDS = 131_072
 MAX_SHARDS_OF_REGION = 1024
 """The most shards of a region: as many as a host can announce in one record."""
+SHORT_ROOT_BYTES = 8
+"""The length of a shard's root in hosts' announcements."""
 MAX_LEAVES = 65_536
 """The most passages in one shard."""
 MAX_CELLS = 32_768
@@ -172,7 +174,7 @@ class ShardInfo:
     @property
     def short(self) -> bytes:
         """The short form in which hosts announce it."""
-        return self.root[:8]
+        return self.root[:SHORT_ROOT_BYTES]
 
 
 @dataclass(frozen=True)

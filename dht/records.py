@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from dht.memory import MAX_SHARDS_OF_REGION, MemoryID
+from dht.memory import MAX_SHARDS_OF_REGION, SHORT_ROOT_BYTES, MemoryID
 from dht.uid import UID
 from peer import clock
 from peer.averaging import MAX_UPDATE_COUNT
@@ -38,8 +38,6 @@ MAX_LIBRARY_BYTES = 8 * 1024
 """The limit for a publisher's list of its memories. The lists of a dozen publishers fit under one key."""
 MAX_MEMORIES = 32
 """The most memories that one publisher may list."""
-SHORT_ROOT_BYTES = 8
-"""The length of a shard's root in hosts' announcements."""
 MAX_LIFETIME_S = 600.0
 """The longest lifetime of announcements, node records and entries of shards. Those with a later expiry are refused."""
 MAX_INDEX_LIFETIME_S = 3600.0

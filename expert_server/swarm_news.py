@@ -14,6 +14,7 @@ from dht.uid import UID
 from expert_server.memory.placement import SeenShard, ShardKey
 from peer.formatting import age_in_words, counted
 from peer.identity import PeerID
+from peer.rates import pause_at_rate
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class SwarmNews:
             live, loss, loss if before.loss_at_first is None else before.loss_at_first, heard_at
         )
         cost = self._registry.spent_bytes - spent
-        self._next_at = now + max(self._trainers_every_s, min(cost / _BYTES_PER_S, _LONGEST_PAUSE_S))
+        self._next_at = now + pause_at_rate(cost, _BYTES_PER_S, self._trainers_every_s, _LONGEST_PAUSE_S)
 
     @property
     def loss_age(self) -> str:
@@ -129,7 +130,8 @@ class SwarmNews:
         known = await self._registry.nodes(missing, with_left=True)
         doubted = dict[PeerID, float]()
         for peer_id in missing:
-            name, why, node = self._name(peer_id), self._registry.why_out(peer_id), known.get(peer_id)
+            name, why = peer_id.with_name(self._names.get(peer_id)), self._registry.why_out(peer_id)
+            node = known.get(peer_id)
             if why:
                 logger.info("node %s, whose invite %s, has left; %s", name, why, self._still_used())
             elif node is None:
@@ -147,11 +149,6 @@ class SwarmNews:
         if unnamed := sorted(hosts - self._names.keys())[: min(_MOST_ASKED, room)]:
             known = await self._registry.nodes(unnamed)
             self._names |= {peer_id: known[peer_id].name if peer_id in known else "" for peer_id in unnamed}
-
-    def _name(self, peer_id: PeerID) -> str:
-        """The end of the PeerID, after the name if there is one. Anybody can choose any name."""
-        short, name = peer_id.to_base58()[-8:], self._names.get(peer_id)
-        return f"{name} ({short})" if name else short
 
     def _still_used(self) -> str:
         users = self._trainers_here()

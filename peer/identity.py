@@ -81,6 +81,15 @@ class PeerID:
             self._text = base58.b58encode(self._data).decode()
         return self._text
 
+    @property
+    def short(self) -> str:
+        """The end of the text, by which people tell peers apart. It is not unique."""
+        return self.to_base58()[-8:]
+
+    def with_name(self, name: str | None) -> str:
+        """The name that the peer has given itself, if any, and `short`, because other peers may have the same name."""
+        return f"{name} ({self.short})" if name else self.short
+
     def __str__(self) -> str:
         return self.to_base58()
 

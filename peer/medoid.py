@@ -63,14 +63,14 @@ def _squared_distances(states: Sequence[Tensors]) -> list[list[float]]:
     counts no more than a small one, and one hostile state of three can't set the scale. A tensor that started as zeros
     may still be small, so it is measured relative to the whole state.
     """
-    sizes = {name: [_mean_square(state[name]) for state in states] for name in states[0]}
+    sizes = {name: [mean_square(state[name]) for state in states] for name in states[0]}
     whole = median(_whole(states[0], sizes, i) for i in range(len(states)))
     squares = [[0.0] * len(states) for _ in states]
     for name in states[0]:
         scale = max(median(sizes[name]), whole)
         for i in range(len(states)):
             for j in range(i) if scale else ():
-                apart = _mean_square(states[i][name].double() - states[j][name].double()) / scale
+                apart = mean_square(states[i][name].double() - states[j][name].double()) / scale
                 squares[i][j] += apart
                 squares[j][i] += apart
     return squares
@@ -81,5 +81,6 @@ def _whole(like: Tensors, sizes: Mapping[str, Sequence[float]], index: int) -> f
     return sum(sizes[name][index] * tensor.numel() for name, tensor in like.items()) / max(1, count)
 
 
-def _mean_square(tensor: Tensor) -> float:
+def mean_square(tensor: Tensor) -> float:
+    """The mean of the squares of a tensor's numbers; 0 if it has none."""
     return float(tensor.double().square().mean()) if tensor.numel() else 0.0

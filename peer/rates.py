@@ -262,6 +262,13 @@ class Backoff(Generic[K]):
         return {key for key, (_, until) in self._failed.items() if now < until}
 
 
+def pause_at_rate(cost: float, rate: float, least_s: float, most_s: float) -> float:
+    """The pause after work that cost this many bytes, so that it takes `rate` bytes per second on average; between
+    `least_s` and `most_s`.
+    """
+    return max(least_s, min(cost / rate, most_s))
+
+
 def decayed(amount: float, age_s: float, half_s: float) -> float:
     """What is left of an amount that counts half after each `half_s` seconds. A negative age, as after a clock was set
     back, counts as none.

@@ -271,7 +271,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
     table = FittingTable("nodes", columns, first_to_go)
     for node in reading.nodes.values():
         table.add_row(
-            node.peer_id.to_base58()[-8:],
+            node.peer_id.short,
             node.name or "-",
             node.activity.name.lower() + (", unsteady" if node.unsteady else ""),
             ", ".join(node.addresses) or "-",
@@ -313,7 +313,7 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
     table = FittingTable("trainers", columns, ("version", "up", "bits/byte", "failures", "tokens/s", "loss"))
     for trainer in (*reading.trainers.values(), *reading.left_trainers.values()):
         table.add_row(
-            trainer.peer_id.to_base58()[-8:],
+            trainer.peer_id.short,
             trainer.name or "-",
             trainer_state(trainer, trainer.left),
             _shown(trainer.reported_step, "d") if trainer.is_own_loop else f"{trainer.step}/{trainer.steps}",

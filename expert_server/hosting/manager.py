@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter
 
-from dht.announcements import NodeInfo, Replica, ReplicaState
+from dht.announcements import NodeInfo, Replica, ReplicaState, hosts_of
 from dht.swarm import Swarm, some_nodes
 from dht.uid import UID
 from expert_server.hosting.placement import (
@@ -155,7 +155,7 @@ class Handover:
         has_failed, silent = self._swarm.host.has_failed, set[PeerID]()
         averaging = asyncio.create_task(self._average(shared, silent), name="average before leaving")
         # they may have died a short time ago: they are still announced
-        dead = self._orphaned(shared, {*filter(has_failed, _hosts_of(shared))})
+        dead = self._orphaned(shared, {*filter(has_failed, hosts_of(shared))})
 
         async def end() -> None:
             await asyncio.wait({averaging}, timeout=_AVERAGE_WITHIN_S)
@@ -288,10 +288,6 @@ class Handover:
                 self._rooms[heir] = 0
 
 
-def _hosts_of(replicas: Mapping[UID, Collection[Replica]]) -> set[PeerID]:
-    return {replica.peer_id for hosts in replicas.values() for replica in hosts}
-
-
 class HostingManager:
     """Decides which experts a node hosts. Looks happen one at a time; requests to adopt are handled at any time."""
 
@@ -419,7 +415,7 @@ class HostingManager:
                 logger.info(
                     "adopted %s of node %s, which leaves or pauses",
                     counted(len(taken), "expert"),
-                    leaving.to_base58()[-8:],
+                    leaving.short,
                 )
 
     async def _offered_by(self, leaving: PeerID, uids: Collection[UID]) -> dict[UID, tuple[Replica, ...]]:
@@ -656,7 +652,7 @@ class HostingManager:
         silent = [uid for uid, found in answering(others, has_failed).items() if others[uid] and not found]
         if not silent:
             return []
-        hosts = _hosts_of(replicas) | {self._swarm.host.peer_id}
+        hosts = hosts_of(replicas) | {self._swarm.host.peer_id}
         return silent if 2 * sum(map(has_failed, hosts)) < len(hosts) else []
 
     def _regressed_elsewhere(

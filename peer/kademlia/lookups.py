@@ -46,6 +46,7 @@ from peer.kademlia.validation import (
 )
 from peer.loop import TaskSet, TimeSlices, side_by_side
 from peer.parsing import ParseGuard
+from peer.rates import pause_at_rate
 
 T = TypeVar("T")
 
@@ -350,7 +351,7 @@ def pause_after_sample(cost: float, node: int) -> float:
     """Seconds until the next sample. `cost`: bytes of the calls for this one. `node`: this peer's ID. The pause depends
     on it, so that peers which joined together don't stay in step.
     """
-    pause_s = min(max(_SAMPLE_EVERY_S, cost / _SAMPLE_BYTES_PER_S), _LONGEST_SAMPLE_PAUSE_S)
+    pause_s = pause_at_rate(cost, _SAMPLE_BYTES_PER_S, _SAMPLE_EVERY_S, _LONGEST_SAMPLE_PAUSE_S)
     return pause_s * (0.5 + node / (1 << ID_BITS))
 
 

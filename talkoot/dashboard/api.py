@@ -192,13 +192,13 @@ def node(
     names = {} if picture is None else {each["peer_id"]: each["name"] for each in picture.trainers}
     signers = [
         {
-            "peer_id": name,
-            "short": name[-8:],
-            "name": names.get(name),
+            "peer_id": trainer.to_base58(),
+            "short": trainer.short,
+            "name": names.get(trainer.to_base58()),
             "pairs": work.pairs,
             "queries": work.queries,
         }
-        for name, work in ((trainer.to_base58(), work) for trainer, work in (found.signers if found else ()))
+        for trainer, work in (found.signers if found else ())
     ]
     return _public(row) | {"uids": hosted[:MAX_UIDS], "uids_total": len(hosted), "signers": signers}
 

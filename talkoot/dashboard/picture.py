@@ -442,7 +442,7 @@ def _unevenness(rows: Sequence[int]) -> Json:
 def _replica_row(replica: Replica, host: Seen[NodeInfo]) -> Json:
     return {
         "peer_id": host.name,
-        "short": host.name[-8:],
+        "short": host.info.peer_id.short,
         "name": host.info.name or None,
         "state": replica.state.name.lower(),
         "updates": replica.update_count,
@@ -456,7 +456,7 @@ def _node_row(seen: Seen[NodeInfo], read_at: float, latency_ms: float | None) ->
     node = seen.info
     return {
         "peer_id": seen.name,
-        "short": seen.name[-8:],
+        "short": seen.info.peer_id.short,
         "name": node.name or None,
         "state": "left" if seen.left else "gone" if seen.gone else _STATES[node.activity],
         "unsteady": node.unsteady and not seen.gone,
@@ -499,7 +499,7 @@ def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
     trainer = seen.info
     return {
         "peer_id": seen.name,
-        "short": seen.name[-8:],
+        "short": seen.info.peer_id.short,
         "name": trainer.name or None,
         "step": trainer.reported_step,
         "steps": trainer.steps or None,
@@ -524,12 +524,12 @@ def _trainer_state(seen: Seen[TrainerInfo]) -> str:
 
 
 def _memory_row(found: Survey, checked: HostChecks) -> Json:
-    entry, publisher = found.entry, found.entry.publisher.to_base58()
+    entry = found.entry
     return {
         "memory": str(entry.memory),
         "name": entry.memory.name,
-        "publisher": publisher,
-        "short": publisher[-8:],
+        "publisher": entry.publisher.to_base58(),
+        "short": entry.publisher.short,
         "about": entry.about,
         "revision": entry.revision,
         "passages": entry.passages,

@@ -23,6 +23,7 @@ from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.kademlia.node import Spending
 from peer.loop import LoopLag, Restarts, TaskSet, keep_running
+from peer.rates import pause_at_rate
 from peer.transport.addresses import Multiaddress
 from talkoot.credit import Credit, CreditReader
 from talkoot.dashboard.api import DashboardState
@@ -265,8 +266,8 @@ class Watcher:
                 libraries = await memories.libraries()
                 entries = [entry for listed in libraries.values() for entry in listed][:MAX_MEMORIES]
                 self._surveys = tuple([await survey(memories, entry) for entry in entries])
-            paid_s = spending.bytes / _SURVEY_BYTES_PER_S
-            await asyncio.sleep(max(self._intervals.memories_every_s, min(paid_s, _SURVEYED_WITHIN_S)))
+            cost, every_s = spending.bytes, self._intervals.memories_every_s
+            await asyncio.sleep(pause_at_rate(cost, _SURVEY_BYTES_PER_S, every_s, _SURVEYED_WITHIN_S))
 
     async def _check_hosts(self, auditor: Auditor) -> None:
         """Checks hosts until cancelled, of one memory at a time, so that many memories cost no more than one."""

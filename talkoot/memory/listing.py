@@ -159,7 +159,7 @@ def _hosts_table(replicas: Replication, hosts: Mapping[PeerID, NodeInfo]) -> Tab
             if node is None
             else f"{counted(node.memory_shards, 'shard')}, {bytes_in_words(node.memory_bytes)}"
         )
-        table.add_row(peer_id.to_base58()[-8:], (node and node.name) or "-", str(shards), of_all)
+        table.add_row(peer_id.short, (node and node.name) or "-", str(shards), of_all)
     return table
 
 

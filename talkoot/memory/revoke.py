@@ -173,17 +173,13 @@ class _FollowerWatch:
         done = f"{count - len(rest)} of {counted(count, 'host')} have deleted them"
         if not rest:
             return done
-        named = ", ".join(map(self._name, rest[:_MOST_NAMED]))
+        named = ", ".join(host.with_name(self._names.get(host)) for host in rest[:_MOST_NAMED])
         more = f" and {len(rest) - _MOST_NAMED} more" if len(rest) > _MOST_NAMED else ""
         return f"{done}; no confirmation yet from {named}{more}"
 
     @property
     def _unconfirmed(self) -> list[PeerID]:
         return sorted(self._hosts - self._following)
-
-    def _name(self, host: PeerID) -> str:
-        short, name = host.to_base58()[-8:], self._names.get(host)
-        return f"{name} ({short})" if name else short
 
     async def until_all_follow(self) -> None:
         with self._terminal.stages("waiting for its hosts") as show:

@@ -82,9 +82,8 @@ class AnsweringNodes:
         return _NotingCaller(caller, self._note)
 
     def _note(self, node: NodeInfo) -> None:
-        short = node.peer_id.to_base58()[-8:]
         with self._lock:
-            self._nodes.add(f"{node.name} ({short})" if node.name else short)
+            self._nodes.add(node.peer_id.with_name(node.name))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from peer.checkpoints import CheckpointHeader, Outline, decode_checkpoint, encode_checkpoint, is_finite
 from peer.clipping import Distances, OwnMoves, Tensors, at_base, believed_updates, clip, distance
 from peer.errors import OutOfReachError, StateError
+from peer.medoid import mean_square
 
 MAX_BUFFER = 1e9
 """The largest number in a buffer. A bias is only a few times as large as the gate's scores."""
@@ -135,8 +136,8 @@ def require_near(mine: Tensors, theirs: Tensors) -> float:
     for name, tensor in mine.items():
         product += float((tensor.double() * theirs[name].double()).sum())
         # tensors that begin as zeros may grow to the scale of the others
-        usual = max(_mean_square(tensor), own / count)
-        if _mean_square(theirs[name]) > _MOST_SCALE**2 * usual:
+        usual = max(mean_square(tensor), own / count)
+        if mean_square(theirs[name]) > _MOST_SCALE**2 * usual:
             raise StateError(f"its {name:.80} is far larger than this trainer's")
     if not own / _MOST_SCALE**2 <= other <= own * _MOST_SCALE**2:
         raise StateError("the size of its numbers differs too much from this trainer's")
@@ -149,10 +150,6 @@ def require_near(mine: Tensors, theirs: Tensors) -> float:
 
 def _square(tensors: Tensors) -> float:
     return sum(float(tensor.double().square().sum()) for tensor in tensors.values())
-
-
-def _mean_square(tensor: Tensor) -> float:
-    return float(tensor.double().square().mean()) if tensor.numel() else 0.0
 
 
 @dataclass(frozen=True, eq=False)

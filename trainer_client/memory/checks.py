@@ -56,7 +56,6 @@ class Ask:
         self, swarm_id: str, version: int, memory: str, vectors_QD: Vectors
     ) -> memory_pb2.SearchRequest:
         number_of = {query: number for number, query in enumerate(self.sent)}
-        everything = self.sent
         return memory_pb2.SearchRequest(
             protocol_version=version,
             swarm_id=swarm_id,
@@ -66,7 +65,7 @@ class Ask:
             shards=[
                 memory_pb2.ShardQueries(
                     root=shard.root,
-                    queries=() if queries == everything else [number_of[query] for query in queries],
+                    queries=() if queries == self.sent else [number_of[query] for query in queries],
                 )
                 for shard, queries in zip(self.shards, self.queries, strict=True)
             ],

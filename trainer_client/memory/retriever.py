@@ -442,8 +442,7 @@ class _Search:
             findings.prove(found)
             return found.keys()
 
-        parts = partial(_parts, most=MAX_READ)
-        await retriever.calls.spread(places, offers, call, ("Read", False), parts, ends)
+        await retriever.calls.spread(places, offers, call, ("Read", False), _readable, ends)
         left_out: dict[PeerID, dict[Place, Proven]] = {}
         for (query, claim), silent in by_claim:
             proven = findings.proven.get(claim.found)
@@ -556,8 +555,7 @@ class _Search:
                     having[claim.host].add(text)
         offers = [having, await self._offers(unproven, lambda text: text.root)]
         kind: Kind = ("Read", len(unproven) > MANY)
-        parts = partial(_parts, most=MAX_READ)
-        given_up = await self._retriever.calls.spread(unproven, offers, call, kind, parts, ends)
+        given_up = await self._retriever.calls.spread(unproven, offers, call, kind, _readable, ends)
         findings.give_up(given_up)
         return {host for host, texts in having.items() if not texts.isdisjoint(given_up)}
 
@@ -615,8 +613,9 @@ def _affordable(items: list[T], scores: Callable[[T], int]) -> Iterator[list[T]]
     yield part
 
 
-def _parts(items: list[T], most: int) -> Iterable[list[T]]:
-    return (items[at : at + most] for at in range(0, len(items), most))
+def _readable(places: list[Place]) -> Iterator[list[Place]]:
+    """The passages to read, divided into calls of a size that hosts accept."""
+    return (places[at : at + MAX_READ] for at in range(0, len(places), MAX_READ))
 
 
 def ranked_by_words(
