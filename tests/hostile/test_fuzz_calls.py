@@ -5,7 +5,6 @@ import contextlib
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,24 +25,18 @@ from tls_expert_server import (
     Runner,
     check_it_goes_on,
     open_blocking_channel,
-    running,
+    run,
     wait_until,
 )
 
 from peer import PROTOCOL_VERSION
-from peer.identity import Identity
-from peer.loop import LoopThread
 from peer.wire import admission_pb2, expert_pb2, probe_pb2, session_pb2, state_pb2
+
+__all__ = ["run"]
 
 Frames = list[bytes]
 GROWTH_BYTES = 48 * 2**20
 """The most that the process may grow, which holds caller and server: less than 5 KB for each of 10,000 calls."""
-
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
 
 
 @dataclass

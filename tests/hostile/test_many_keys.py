@@ -6,7 +6,6 @@ The gradients of the tiny batches have their signs flipped. All goes over real s
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -22,28 +21,22 @@ from tls_expert_server import (
     exchange,
     exchange_now,
     make,
-    running,
+    run,
     wait_until,
 )
 
 from expert_server.serving.servicer import BudgetLimits
 from peer.errors import ExpertError
-from peer.identity import Identity
-from peer.loop import LoopThread
 from peer.metrics import total
 from peer.wire import session_pb2
+
+__all__ = ["run"]
 
 KEYS, TURNS, ROWS = 8, 12, 16
 CALLS = 3
 """The calls of each key that wait at the same time."""
 TINY = 8
 """The number of batches of one row for each honest batch."""
-
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
 
 
 def test_many_keys_of_one_line_cause_hardly_more_steps_than_one_caller_may(run: Runner) -> None:

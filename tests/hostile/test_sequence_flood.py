@@ -1,9 +1,7 @@
 """A stranger makes a node keep as many sequences as it can: memory stays bounded, and others keep their sequences."""
 
 import asyncio
-from collections.abc import Iterator
 
-import pytest
 from grpc import StatusCode
 from tls_expert_server import (
     CONTEXT,
@@ -16,21 +14,15 @@ from tls_expert_server import (
     exchange,
     make,
     refused,
-    running,
+    run,
     wait_until,
 )
 
 from expert_server.serving.headers import MAX_SEQUENCES_IN_CALL
-from peer.identity import Identity
-from peer.loop import LoopThread
+
+__all__ = ["run"]
 
 BUDGET = 2**18
-
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
 
 
 def test_a_flood_of_sequences_evicts_its_senders_own(run: Runner) -> None:

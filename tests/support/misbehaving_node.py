@@ -1,7 +1,6 @@
 """A real TLS server that misbehaves as it is told, and calls to it, for tests."""
 
 import asyncio
-import contextlib
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +8,8 @@ from typing import TypeAlias
 
 import grpc
 import numpy as np
+import pytest
+from callers import numbered_identities
 from expert_fakes import Collected, Request, collect, make_call, make_node, random_rows
 
 from dht.announcements import NodeInfo
@@ -90,17 +91,23 @@ class Server:
         return server
 
 
-@contextlib.contextmanager
-def running_server(loop: LoopThread, identity: Identity) -> Iterator[Server]:
-    server = Server(make_node(identity.peer_id), answer_all)
-    grpc_server = loop.run(server.start(identity))
+@pytest.fixture(scope="module")
+def identities() -> list[Identity]:
+    return numbered_identities(2)
+
+
+@pytest.fixture(scope="module")
+def running_server(loop: LoopThread, identities: list[Identity]) -> Iterator[Server]:
+    server = Server(make_node(identities[0].peer_id), answer_all)
+    grpc_server = loop.run(server.start(identities[0]))
     yield server
     loop.run(grpc_server.stop(None))
 
 
-@contextlib.contextmanager
-def left_as_it_was(loop: LoopThread, server: Server) -> Iterator[Server]:
+@pytest.fixture
+def server(running_server: Server, loop: LoopThread) -> Iterator[Server]:
     """Checks at the end that nothing runs that did not run before."""
+    server = running_server
     server.behave = answer_all
     server.calls = 0
     tasks_before = loop.run(count_tasks())
@@ -109,11 +116,17 @@ def left_as_it_was(loop: LoopThread, server: Server) -> Iterator[Server]:
     loop.run(until(lambda: len(asyncio.all_tasks()) <= tasks_before))
 
 
-@contextlib.contextmanager
-def open_pool(loop: LoopThread) -> Iterator[ChannelPool]:
+@pytest.fixture
+def pool(loop: LoopThread) -> Iterator[ChannelPool]:
     pool = ChannelPool()
     yield pool
     loop.run(pool.close())
+
+
+@pytest.fixture
+def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
+    """Its channels are closed before the server checks what is left."""
+    return GrpcCaller(pool, "sauna-1234", WIDTH)
 
 
 async def count_tasks() -> int:

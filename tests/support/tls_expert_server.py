@@ -189,8 +189,8 @@ class Runner:
         self.loop.run(with_server(), 240)
 
 
-@contextlib.contextmanager
-def running(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
+@pytest.fixture
+def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
     """Fails the test if the server logs an error: a wrong call is not a reason for one."""
     yield Runner(loop, identity)
     errors = [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR]

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checkpoint_samples import MOMENT, WEIGHT, assert_same, changed, without
 from expert_samples import AN_UID, backward, make_manifest, random_rows
-from torch import Tensor
 
 from dht.manifest import OptimizerSpec
 from expert_server.experts.expert import Expert
@@ -27,10 +27,6 @@ def trained_expert(steps: int, optimizer: OptimizerSpec | None = None) -> Expert
     expert = Expert(AN_UID, manifest)
     train(expert, steps)
     return expert
-
-
-def assert_same(first: State, second: State) -> None:
-    torch.testing.assert_close(first, second, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
@@ -67,15 +63,6 @@ def test_an_exported_state_is_a_copy_and_so_is_an_imported_one() -> None:
     assert not any(tensor.requires_grad for tensor in state.values())
 
 
-def without(name: str) -> Callable[[State], State]:
-    return lambda state: {key: tensor for key, tensor in state.items() if key != name}
-
-
-def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
-    return lambda state: state | {name: change(state[name])}
-
-
-WEIGHT, MOMENT = "block.attention_input.weight", "optimizer.attention_input.weight.exp_avg"
 SQUARES, STEPS = "optimizer.attention_input.weight.exp_avg_sq", "optimizer.attention_input.weight.step"
 WRONG_STATES: dict[str, tuple[Callable[[State], State], str]] = {
     "empty": (lambda state: {}, "lacks"),

@@ -10,6 +10,7 @@ from typing import Literal
 
 import pytest
 import torch
+from checkpoint_samples import WEIGHT, changed
 from expert_samples import AN_UID, backward, make_manifest, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,28 +54,23 @@ def all_of(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], S
     }
 
 
-def one_of(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], State]:
-    return lambda state: state | {name: change(state[name])}
-
-
 def with_one_huge(tensor: Tensor) -> Tensor:
-    changed = tensor.clone()
-    changed.view(-1)[0] = 1e6
-    return changed
+    huge = tensor.clone()
+    huge.view(-1)[0] = 1e6
+    return huge
 
 
 def random_like(tensor: Tensor) -> Tensor:
     return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
 
 
-WEIGHT = BLOCK + "attention_input.weight"
 IMPLAUSIBLE: dict[str, Callable[[State], State]] = {
     "weights of 1e30": all_of(BLOCK, lambda t: torch.full_like(t, 1e30)),
     "the largest floats": all_of(BLOCK, lambda t: torch.full_like(t, 3.4e38)),
     "ten times as large": all_of(BLOCK, lambda t: 10 * t),
     "noise": all_of(BLOCK, random_like),
-    "one huge number": one_of(WEIGHT, with_one_huge),
-    "one large tensor": one_of(WEIGHT, lambda t: 30 * t),
+    "one huge number": changed(WEIGHT, with_one_huge),
+    "one large tensor": changed(WEIGHT, lambda t: 30 * t),
     "zeros": all_of(BLOCK, torch.zeros_like),
     "a hundredth": all_of(BLOCK, lambda t: t / 100),
     "moments of 1e30": all_of(".exp_avg", lambda t: torch.full_like(t, 1e30)),

@@ -47,7 +47,7 @@ from tls_expert_server import (
     open_blocking_channel,
     piece,
     refused,
-    running,
+    run,
     serving,
     wait_until,
 )
@@ -59,11 +59,7 @@ from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
+__all__ = ["run"]
 
 
 # Claims, floods and trickles

@@ -1,14 +1,13 @@
 """Budgets: over any time, a caller gets at most its rate and one burst, and no other caller's budget is affected."""
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 import torch
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
-from tls_expert_server import FIRST, MANIFEST, ROWS, Call, Edge, Runner, make, running
+from tls_expert_server import FIRST, MANIFEST, ROWS, Call, Edge, Runner, make, run
 
 from dht.uid import UID
 from expert_server.experts.accumulation import MOST_APART
@@ -19,10 +18,10 @@ from expert_server.serving.compute import by_size, compute
 from expert_server.serving.servicer import BudgetLimits, Budgets
 from expert_server.settings import NodeSettings
 from peer.errors import ExpertError
-from peer.identity import Identity
-from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.calls import retry_after_s, retry_metadata
+
+__all__ = ["run"]
 
 EXPERT = UID(0, (0, 0))
 
@@ -86,12 +85,6 @@ def test_when_to_come_back_is_told() -> None:
 
 
 # Over a real socket
-
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
 
 
 def test_a_caller_beyond_its_budget_is_refused_and_another_is_served(run: Runner) -> None:

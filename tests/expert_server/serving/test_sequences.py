@@ -4,7 +4,7 @@ are refused.
 
 import math
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from tls_expert_server import (
     check_it_goes_on,
     make,
     refused,
-    running,
+    run,
     wait_until,
 )
 
@@ -36,9 +36,9 @@ from expert_server.serving.forward_cache import ForwardCache
 from expert_server.serving.headers import CallSize, HeaderParser
 from expert_server.serving.sequence_cache import ENTRY_BYTES
 from peer.errors import ExpertError, WireError
-from peer.identity import Identity
 from peer.layers import KeyValueCache
-from peer.loop import LoopThread
+
+__all__ = ["run"]
 
 KEPT = 2**20
 WHOLE = Call(
@@ -48,12 +48,6 @@ WHOLE = Call(
     rows_of=[[0, 2, 3, 4, 5, 6], [0, 1, 3, 5]],
 )
 """All rows of two sequences at once."""
-
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
 
 
 def part(

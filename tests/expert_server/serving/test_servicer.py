@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -30,7 +30,7 @@ from tls_expert_server import (
     exchange,
     header_of,
     make,
-    running,
+    run,
     wait_until,
     with_payload,
 )
@@ -41,15 +41,9 @@ from expert_server.experts.graphs import Rows
 from expert_server.serving.batching import Direction
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.codec import CHUNK_BYTES
-from peer.identity import Identity
-from peer.loop import LoopThread
 from peer.wire import expert_pb2
 
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
+__all__ = ["run"]
 
 
 def fresh(*uids: UID) -> list[Expert | None]:

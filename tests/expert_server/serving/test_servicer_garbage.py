@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,21 +19,16 @@ from tls_expert_server import (
     header_of,
     make,
     piece,
-    running,
+    run,
 )
 
 from expert_server.serving.batching import Direction
 from peer import PROTOCOL_VERSION
-from peer.identity import Identity, certificate_pem
-from peer.loop import LoopThread
+from peer.identity import certificate_pem
 from peer.metrics import total
 from peer.wire import expert_pb2, expert_pb2_grpc
 
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
+__all__ = ["run"]
 
 
 GARBAGE = {

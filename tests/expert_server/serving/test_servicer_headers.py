@@ -1,6 +1,6 @@
 """Wrong headers, over real TLS and without a network: each is refused with a message that says what is wrong."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import inf, nan
 from typing import Any
 
@@ -28,7 +28,7 @@ from tls_expert_server import (
     exchange,
     make,
     refused,
-    running,
+    run,
 )
 
 from expert_server.serving.batching import Direction
@@ -37,16 +37,10 @@ from expert_server.serving.headers import MAX_EXPERTS_IN_CALL, HeaderParser
 from peer import PROTOCOL_VERSION
 from peer.codec import MAX_MESSAGE_BYTES, decode_scalars
 from peer.errors import ExpertError, WireError
-from peer.identity import Identity
-from peer.loop import LoopThread
 from peer.metrics import total
 from peer.wire import expert_pb2
 
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
+__all__ = ["run"]
 
 
 def set_header(**values: Any) -> Callable[[Call], None]:

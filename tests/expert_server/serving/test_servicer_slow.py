@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -33,7 +33,7 @@ from tls_expert_server import (
     open_channel,
     piece,
     refused,
-    running,
+    run,
     wait_until,
 )
 
@@ -42,16 +42,11 @@ from expert_server.serving.batching import Direction
 from expert_server.serving.call import OPEN_CALL_BYTES
 from expert_server.serving.forward_cache import SeenRequests
 from peer.codec import CHUNK_BYTES
-from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.wire import expert_pb2
 
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
+__all__ = ["run"]
 
 
 SLOW: dict[str, Callable[[Call], list[expert_pb2.CallRequest]]] = {

@@ -3,7 +3,7 @@
 import math
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ from tls_expert_server import (
     make,
     piece,
     refused,
-    running,
+    run,
     with_payload,
 )
 
@@ -35,16 +35,10 @@ from expert_server.experts.expert import Expert
 from expert_server.serving import call as call_module
 from expert_server.serving.batching import Direction
 from peer.codec import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
-from peer.identity import Identity
-from peer.loop import LoopThread
 from peer.metrics import total
 from peer.wire import expert_pb2
 
-
-@pytest.fixture
-def run(loop: LoopThread, identity: Identity, caplog: pytest.LogCaptureFixture) -> Iterator[Runner]:
-    with running(loop, identity, caplog) as runner:
-        yield runner
+__all__ = ["run"]
 
 
 TOO_LONG = "the payload is longer than the header says"

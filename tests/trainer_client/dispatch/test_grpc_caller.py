@@ -2,12 +2,9 @@
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import pytest
-from callers import numbered_identities
 from expert_fakes import Request, collect, make_call, random_rows
 from grpc import StatusCode
 from misbehaving_node import (
@@ -18,11 +15,13 @@ from misbehaving_node import (
     Server,
     answer_all,
     ask_in_vain,
-    left_as_it_was,
-    open_pool,
+    caller,
+    identities,
+    pool,
     requests_for,
     running_server,
     sends,
+    server,
 )
 from scalars import numbers_of
 
@@ -38,34 +37,7 @@ from peer.wire.expert_pb2 import CallReply, ExpertReply
 from trainer_client.dispatch.batches import NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
-
-@pytest.fixture(scope="module")
-def identities() -> list[Identity]:
-    return numbered_identities(2)
-
-
-@pytest.fixture(scope="module")
-def running(loop: LoopThread, identities: list[Identity]) -> Iterator[Server]:
-    with running_server(loop, identities[0]) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Server, loop: LoopThread) -> Iterator[Server]:
-    with left_as_it_was(loop, running) as server:
-        yield server
-
-
-@pytest.fixture
-def pool(loop: LoopThread) -> Iterator[ChannelPool]:
-    with open_pool(loop) as pool:
-        yield pool
-
-
-@pytest.fixture
-def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
-    """Its channels are closed before the server checks what is left."""
-    return GrpcCaller(pool, "sauna-1234", WIDTH)
+__all__ = ["caller", "identities", "pool", "running_server", "server"]
 
 
 # What is sent, and correct answers

@@ -2,35 +2,33 @@
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from callers import numbered_identities
 from expert_fakes import Collected, make_call
 from grpc import StatusCode
 from misbehaving_node import (
     ANSWERED_0,
     LONG,
     SHORT,
-    WIDTH,
     Behaviour,
     Context,
     Server,
     answer,
     answer_all,
     ask_in_vain,
-    left_as_it_was,
-    open_pool,
+    caller,
+    identities,
+    pool,
     requests_for,
     running_server,
     sends,
+    server,
     until,
 )
 
 from dht.announcements import NodeInfo
 from dht.uid import UID
-from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
@@ -39,34 +37,7 @@ from peer.wire.expert_pb2 import CallReply
 from talkoot.demo.links import Link, Proxy, Wire
 from trainer_client.dispatch.grpc_caller import GrpcCaller
 
-
-@pytest.fixture(scope="module")
-def identities() -> list[Identity]:
-    return numbered_identities(2)
-
-
-@pytest.fixture(scope="module")
-def running(loop: LoopThread, identities: list[Identity]) -> Iterator[Server]:
-    with running_server(loop, identities[0]) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Server, loop: LoopThread) -> Iterator[Server]:
-    with left_as_it_was(loop, running) as server:
-        yield server
-
-
-@pytest.fixture
-def pool(loop: LoopThread) -> Iterator[ChannelPool]:
-    with open_pool(loop) as pool:
-        yield pool
-
-
-@pytest.fixture
-def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
-    """Its channels are closed before the server checks what is left."""
-    return GrpcCaller(pool, "sauna-1234", WIDTH)
+__all__ = ["caller", "identities", "pool", "running_server", "server"]
 
 
 # Silence and interruption

@@ -2,13 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from callers import numbered_identities
 from expert_fakes import Collected, collect, make_call, make_node, make_peer_id, random_rows
 from grpc import StatusCode
 from misbehaving_node import (
@@ -21,12 +20,14 @@ from misbehaving_node import (
     answer,
     ask_in_vain,
     both,
+    caller,
     chunk,
-    left_as_it_was,
-    open_pool,
+    identities,
+    pool,
     requests_for,
     running_server,
     sends,
+    server,
     until,
 )
 from scalars import scalars
@@ -34,7 +35,6 @@ from scalars import scalars
 from dht.uid import UID
 from peer.codec import MAX_CHUNK_BYTES
 from peer.errors import WireError
-from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2
@@ -43,34 +43,7 @@ from trainer_client.dispatch import batches
 from trainer_client.dispatch.batches import NodeBatch, NodeCall
 from trainer_client.dispatch.grpc_caller import GrpcCaller, ReplyAssembler
 
-
-@pytest.fixture(scope="module")
-def identities() -> list[Identity]:
-    return numbered_identities(2)
-
-
-@pytest.fixture(scope="module")
-def running(loop: LoopThread, identities: list[Identity]) -> Iterator[Server]:
-    with running_server(loop, identities[0]) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: Server, loop: LoopThread) -> Iterator[Server]:
-    with left_as_it_was(loop, running) as server:
-        yield server
-
-
-@pytest.fixture
-def pool(loop: LoopThread) -> Iterator[ChannelPool]:
-    with open_pool(loop) as pool:
-        yield pool
-
-
-@pytest.fixture
-def caller(server: Server, pool: ChannelPool) -> GrpcCaller:
-    """Its channels are closed before the server checks what is left."""
-    return GrpcCaller(pool, "sauna-1234", WIDTH)
+__all__ = ["caller", "identities", "pool", "running_server", "server"]
 
 
 # Wrong answers
