@@ -163,9 +163,9 @@ class SwarmClient:
 
         `invite`: the invite's line, or `@FILE` for the file that contains it. `bootstrap`: other nodes to join through,
         each by its address or its invite, in case nobody answers at the addresses in the invite. Settings are those of
-        `talkoot train`, such as `router`, `top_k`, `grace_s`, and `state`: a folder for one process at a time, by
-        default `talkoot/trainer` in the user's folder for program state. Only one client at a time can use it. Raises
-        UserError, and TypeError if the invite is not text.
+        `talkoot train`, such as `router`, `top_k`, `grace_s`, and `state`: a folder that only one client at a time can
+        use, by default `talkoot/trainer` in the user's folder for program state. Raises UserError, and TypeError if the
+        invite is not text.
         """
         if not isinstance(invite, str):
             raise TypeError(

@@ -22,7 +22,7 @@ from peer.errors import TransferError, UnreachableError, WireError
 from peer.formatting import bytes_in_words
 from peer.identity import PeerID
 from peer.loop import Restarts, TaskSet, tolerating
-from peer.rpc.parts import has_sha256
+from peer.rpc.parts import check_sha256
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ class PublisherFollower:
             self._shown_by.get(entry.publisher, entry.publisher),
         }
         name, size = entry.manifest.sha256, entry.manifest.size
-        check = partial(has_sha256, name)
+        check = partial(check_sha256, name)
         try:
             async with asyncio.timeout(_MANIFEST_S):
                 data = await self._fetcher.fetch(entry.memory, hosts, name, size, check)

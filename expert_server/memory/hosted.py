@@ -222,6 +222,7 @@ class HostedMemories:
                     self._saved_libraries = data
 
     def note_full(self, error: OSError) -> None:
+        """Warns that the disk could not be written, and takes nothing more for a while."""
         self._full_until = time.monotonic() + _FULL_PAUSE_S
         cause = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         logger.warning(

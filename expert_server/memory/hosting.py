@@ -37,7 +37,7 @@ from peer.kademlia.routing import BUCKET_SIZE
 from peer.loop import first_of, side_by_side
 from peer.metrics import start_at_zero
 from peer.rates import RateLimit
-from peer.rpc.parts import PartClient, has_sha256
+from peer.rpc.parts import PartClient, check_sha256
 from peer.wire import session_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -307,7 +307,7 @@ class MemoryHosting:
             if self._fetcher.is_put_off(memory):
                 raise TransferError("its encoder or codebook did not arrive")
             for part in await asyncio.to_thread(store.missing_parts):
-                check = partial(has_sha256, part.sha256)
+                check = partial(check_sha256, part.sha256)
                 try:
                     data = await self._fetcher.fetch(memory, hosts, part.sha256, part.size, check)
                 except TransferError:

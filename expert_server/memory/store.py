@@ -20,7 +20,7 @@ from expert_server.memory.shard import Shard, most_bytes
 from peer.errors import WireError
 from peer.files import PlainFile, write_atomically
 from peer.platform.files import sync_folder
-from peer.rpc.parts import has_sha256
+from peer.rpc.parts import check_sha256
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class MemoryStore:
         path = self._part_path(part.sha256)
         if path.stat().st_size != part.size:
             raise WireError(f"{path} does not have {part.size} bytes")
-        return has_sha256(part.sha256, path.read_bytes())
+        return check_sha256(part.sha256, path.read_bytes())
 
     def missing_parts(self) -> list[Part]:
         """The encoder and the codebook, unless they are on disk and intact. Raises OSError."""

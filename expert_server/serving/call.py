@@ -470,7 +470,7 @@ class RequestStream:
         self._chunk = memoryview(b"")
 
     async def header(self) -> expert_pb2.CallHeader:
-        """The first message. It may already contain payload bytes."""
+        """The first message. It may already contain payload bytes. Raises WireError if it is no header."""
         request = await self._next(CHUNK_BYTES)
         if request is None or not request.HasField("header"):
             raise WireError("a call must begin with its header")

@@ -255,7 +255,8 @@ class Runtime:
     async def run(self, function: Callable[[], T]) -> T:
         """Runs a function on a compute thread while no batch is in progress, ahead of waiting batches.
 
-        Everything else that reads or writes an expert's tensors must use this.
+        Everything else that reads or writes an expert's tensors must use this. Raises what the function raises, and
+        ExpertError (UNAVAILABLE) if the runtime stops first.
         """
         task = _Task(function)
         with self._lock:

@@ -150,7 +150,7 @@ class PartClient:
         return await asyncio.to_thread(check, data)
 
 
-def has_sha256(name: bytes, data: bytes) -> bytes:
+def check_sha256(name: bytes, data: bytes) -> bytes:
     """Returns the data. Raises WireError if the name is not its SHA-256."""
     if hashlib.sha256(data).digest() != name:
         raise WireError("its SHA-256 does not match")

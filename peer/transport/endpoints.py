@@ -178,6 +178,7 @@ def is_public(host: str) -> bool:
 
 
 def bounded(text: str) -> str:
+    """Returns the text. Raises AddressError if it is too long for an address, or not ASCII."""
     if len(text) > _MAX_CHARACTERS or not text.isascii():
         raise AddressError(f"an address has at most {_MAX_CHARACTERS} characters, all of them ASCII")
     return text
@@ -192,7 +193,7 @@ def _ip4_or_none(text: str) -> ipaddress.IPv4Address | None:
 
 
 def parse_ip6(text: str) -> ipaddress.IPv6Address:
-    """Parses an IPv6 address without a zone, and without an embedded IPv4 address."""
+    """Parses an IPv6 address without a zone, and without an embedded IPv4 address. Raises AddressError."""
     try:
         address = ipaddress.IPv6Address(text)
     except ValueError as error:
@@ -203,6 +204,7 @@ def parse_ip6(text: str) -> ipaddress.IPv6Address:
 
 
 def parse_name(text: str) -> str:
+    """The host name in lower case. Raises AddressError."""
     name = text.lower()
     if len(name) > 253 or _NAME.fullmatch(name) is None:
         raise AddressError("not a host name")
@@ -210,6 +212,7 @@ def parse_name(text: str) -> str:
 
 
 def parse_port(text: str) -> int:
+    """Raises AddressError."""
     if _PORT.fullmatch(text) is None or int(text) > 65535:
         raise AddressError("ports are from 1 to 65535")
     return int(text)

@@ -97,6 +97,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     async def connect(self, peer_id: PeerID, addresses: Sequence[Multiaddress], deadline_s: float) -> None:
         """Dials a peer at those of its addresses that may be dialled now. Does nothing if it is connected already.
+        Raises UnreachableError.
 
         hivemind's own method leaks its connection to p2pd when it is cancelled.
         """

@@ -149,7 +149,7 @@ def health(seen: DashboardState) -> Json:
 
 
 def nodes(picture: Picture | None, query: Mapping[str, str]) -> Json:
-    """A page of nodes, sorted and filtered."""
+    """A page of nodes, sorted and filtered. Raises ApiError."""
     words = _filter_words(query.get("filter", ""))
     key = query.get("sort", "seen_at")
     if key not in NODE_KEYS:
@@ -247,7 +247,7 @@ def memories(picture: Picture | None, query: Mapping[str, str]) -> Json:
 
 
 def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
-    """One layer, as flat arrays in row-major order of its grid."""
+    """One layer, as flat arrays in row-major order of its grid. Raises ApiError."""
     layer = integer(query, "layer", 0, 0, _MAX_LAYER)
     if picture is None:
         raise ApiError(503, "the swarm has not been read yet")
@@ -262,7 +262,7 @@ def experts(picture: Picture | None, query: Mapping[str, str]) -> Json:
 
 
 def expert(picture: Picture | None, uid: str, now: float) -> Json:
-    """Who hosts an expert. The caller adds its history."""
+    """Who hosts an expert. The caller adds its history. Raises ApiError."""
     if picture is None:
         raise ApiError(503, "the swarm has not been read yet")
     if not _is_uid(picture, uid):
@@ -285,6 +285,7 @@ class HistoryQuery:
 
 
 def history_query(query: Mapping[str, str], now: float) -> HistoryQuery:
+    """Raises ApiError if the query is not valid."""
     metric = query.get("metric", "")
     if metric not in UNITS:
         raise ApiError(400, f"metric: {metric[:40]!r} is not one of {', '.join(UNITS)}")

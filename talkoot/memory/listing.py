@@ -15,7 +15,7 @@ from peer.errors import LibraryError, TransferError
 from peer.formatting import bytes_in_words, counted
 from peer.identity import PeerID
 from peer.rates import RateLimit
-from peer.rpc.parts import PartClient, has_sha256
+from peer.rpc.parts import PartClient, check_sha256
 from peer.wire import session_pb2
 from talkoot.ephemeral import run_in_swarm
 from talkoot.memory.replication import Replication, Survey, entry_values, replication, sizes_in_words, survey
@@ -105,7 +105,7 @@ async def _fetch_manifest(swarm: Swarm, entry: LibraryEntry, hosts: Collection[N
     parts = PartClient(swarm.keys.swarm_id, sessions, swarm.host.channels(_CHANNELS), RateLimit(None))
 
     def check(data: bytes) -> MemoryManifest:
-        return MemoryManifest.parse(has_sha256(entry.manifest.sha256, data))
+        return MemoryManifest.parse(check_sha256(entry.manifest.sha256, data))
 
     try:
         size = min(entry.manifest.size, MAX_MANIFEST_BYTES)

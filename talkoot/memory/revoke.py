@@ -19,7 +19,7 @@ from peer.errors import LibraryError, StateError, TransferError, WireError
 from peer.formatting import counted, printable
 from peer.identity import PeerID
 from peer.loop import new_loop, side_by_side
-from peer.rpc.parts import has_sha256
+from peer.rpc.parts import check_sha256
 from talkoot.memory.build import was_never_published
 from talkoot.memory.inspection import open_memory
 from talkoot.memory.publish import Publication, look_until_done
@@ -222,5 +222,5 @@ class _FollowerWatch:
                 data = await self._publication.parts.fetch(
                     host, memory, manifest.sha256, manifest.size, library
                 )
-            has_sha256(manifest.sha256, data)
+            check_sha256(manifest.sha256, data)
             self._following.add(host.peer_id)

@@ -83,7 +83,9 @@ def run_import(terminal: Terminal, plan: ImportPlan) -> None:
 
 
 def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], None]) -> dict[str, Any]:
-    """Writes everything, and returns figures. The manifest's file is written last: once it exists, so does the rest."""
+    """Writes everything, and returns figures. The manifest's file is written last: once it exists, so does the rest.
+    Raises UserError.
+    """
     if missing := sorted(set(folder.manifest.uids()) - folder.live):
         raise ModelError(
             f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}, which a swarm would start "

@@ -12,7 +12,7 @@ from expert_server.memory.servicer import MemoryMetrics, MemoryServicer
 from expert_server.memory.store import MemoryStore
 from peer import PROTOCOL_VERSION
 from peer.rates import RateLimit
-from peer.rpc.parts import PartClient, has_sha256
+from peer.rpc.parts import PartClient, check_sha256
 from peer.transport.endpoints import Endpoint
 from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
 
@@ -49,7 +49,7 @@ class SimpleHost:
         async def fetched(name: bytes) -> bytes:
             return await self.parts.fetch_any(contacts, str(entry.memory), name, MAX_MANIFEST_BYTES, bytes)
 
-        manifest = has_sha256(entry.manifest.sha256, await fetched(entry.manifest.sha256))
+        manifest = check_sha256(entry.manifest.sha256, await fetched(entry.manifest.sha256))
         self.store = MemoryStore.create(self.folder, manifest)
         for shard in self.store.manifest.shards:
             self.store.save(shard.root, self.store.verified(shard.root, await fetched(shard.root)))
@@ -71,7 +71,7 @@ class SimpleHost:
         data = await self.parts.fetch_any(
             contacts, str(entry.memory), entry.manifest.sha256, MAX_MANIFEST_BYTES, bytes
         )
-        self.store.follow(has_sha256(entry.manifest.sha256, data))
+        self.store.follow(check_sha256(entry.manifest.sha256, data))
         return True
 
 

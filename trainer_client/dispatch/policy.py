@@ -140,6 +140,7 @@ class CircuitBreakers:
             return sum(now < breaker.distrusted_until for breaker in self._breakers.values())
 
     def succeeded(self, peer_id: PeerID, kind: str = "") -> None:
+        """Ends the failures in a row of this kind. If no kind has any left, the breaker closes."""
         with self._lock:
             if (breaker := self._breakers.get(peer_id)) is None:
                 return

@@ -331,6 +331,13 @@ class HostCalls:
         has_any: Callable[[T], bool],
         ends: float,
     ) -> T:
+        """Calls a host, and records how long that took and whether it was answered.
+
+        `is_large`: whether to parse on a thread, and which calls its time is compared with: see `Kind`. `parse`: reads
+        the reply, and raises WireError if no honest host gives it; the host is then distrusted. `has_any`: whether the
+        host gave anything; if not, that counts as a failure. `ends`: when to give up, by the loop's clock. Raises
+        ExpertError.
+        """
         host, pace, began = node.peer_id, self._pace((method, is_large)), loop_time()
         self.metrics.calls.labels(method).inc()
         deadline_s = min(self._policy.deadline_s(pace.calls), ends - began)

@@ -42,7 +42,7 @@ from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
 from peer.loop import TimeSlices
 from peer.platform.files import open_plainly
 from peer.rates import Backoff
-from peer.rpc.parts import PartClient, has_sha256
+from peer.rpc.parts import PartClient, check_sha256
 from trainer_client.memory.calls import loop_time
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.encoder import Encoder, load_encoder
@@ -104,7 +104,7 @@ class PartCache:
         path = self._folder / part.sha256.hex()
         try:
             with os.fdopen(open_plainly(path, os.O_RDONLY), "rb") as file:
-                data = has_sha256(part.sha256, file.read(part.size + 1))
+                data = check_sha256(part.sha256, file.read(part.size + 1))
             os.utime(path)  # keeps the parts that were used last
         except (OSError, WireError):
             return None
@@ -203,7 +203,7 @@ class MemoryParts:
         data = await asyncio.to_thread(self._cache.get, part)
         if data is None:
             self._stage(f"fetching the {what} of {self._memory}: {bytes_in_words(part.size)}")
-            check = partial(has_sha256, part.sha256)
+            check = partial(check_sha256, part.sha256)
             name = str(self._memory)
             nodes = await self._some_nodes(entry)
             data = await self._client.fetch_any(nodes, name, part.sha256, part.size, check)

@@ -211,7 +211,9 @@ class Reader:
         return [*read[: min(self._length, room - 1)], self._line_end, *asked]
 
     def target(self, question: Question) -> Tokens:
-        """The tokens to write: the answer, encoded as in the middle of a text, and its end."""
+        """The tokens to write: the answer, encoded as in the middle of a text, and its end. Raises DataError if it has
+        too many.
+        """
         answer = _one_line(question.answer)
         tokens = self._encode(f" {answer}") if answer else []
         if len(tokens) >= self.longest:

@@ -30,7 +30,7 @@ from peer.identity import PeerID
 from peer.loop import LoopThread
 from peer.merkle import HASH_BYTES, proves
 from peer.metrics import total
-from peer.rpc.parts import has_sha256
+from peer.rpc.parts import check_sha256
 from peer.wire import memory_pb2
 
 MEMORY = SampleMemory.make(each=100)
@@ -246,7 +246,7 @@ def test_all_parts_are_fetched_and_wrong_ones_come_from_another_host(
             (MEMORY.manifest.codebook, MEMORY.codebook),
         ):
             nodes = [library.node(2), library.node(1)]
-            check = lambda data, name=part.sha256: has_sha256(name, data)  # noqa: E731  # one for each part
+            check = lambda data, name=part.sha256: check_sha256(name, data)  # noqa: E731  # one for each part
             assert await client.fetch_any(nodes, str(memory), part.sha256, part.size, check) == content
         manifest = MEMORY.manifest.serialize()
         assert await client.fetch(library.node(1), str(memory), store.part.sha256, len(manifest)) == manifest
@@ -614,4 +614,4 @@ def test_an_offset_without_a_checksum_is_refused(loop: LoopThread, tmp_path: Pat
 
 def test_has_sha256_says_what_is_wrong() -> None:
     with pytest.raises(WireError, match="SHA-256"):
-        has_sha256(b"0" * 32, b"data")
+        check_sha256(b"0" * 32, b"data")
