@@ -1,5 +1,5 @@
-"""Rates: token buckets, pauses after failures, fair budgets and turns for many callers, bandwidth limits, and the least
-rate of a sender.
+"""Rates: token buckets, pauses after failures and after costly work, fair budgets and turns for many callers, bandwidth
+limits, and the least rate of a sender.
 """
 
 import asyncio

@@ -194,9 +194,6 @@ class _Search:
         self.rounds = rounds
         self.someone = someone
 
-    def nearest(self) -> list[int]:
-        return [0] if self.someone else []
-
 
 class Answer(Entries):
     """A copy of a key's entries, in the form that `Registry.get` returns. Readers that find the same entries share one

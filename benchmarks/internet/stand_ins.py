@@ -83,8 +83,7 @@ class CountedExpert:
         self.uid = uid
         self.device = device
         self.generation: object = object()
-        self.accumulated_rows = 0
-        self.source = self.refuted = ""
+        self.source = ""
         self.reports = UpdateReports()
         self.rate = 0.0
         """Updates per second, set by the runtime that serves the expert."""

@@ -242,9 +242,6 @@ class KnownDirectory:
     def note(self, searched: Collection[Cell], missing: Collection[Cell]) -> None:
         pass
 
-    async def refresh(self) -> None:
-        """Does nothing: nothing changes."""
-
 
 @contextmanager
 def opened(

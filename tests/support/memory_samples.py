@@ -355,9 +355,6 @@ class SampleSwarm:
     def note(self, searched: Collection[Cell], missing: Collection[Cell]) -> None:
         pass
 
-    async def refresh(self) -> None:
-        pass
-
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         manifest = self.memory_here.manifest
         hosts = {cell: self._having(cell, avoided) for cell in manifest.by_cell}

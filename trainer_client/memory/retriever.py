@@ -156,9 +156,6 @@ class Directory(Protocol):
     def rarity(self, words: Iterable[str]) -> list[float]:
         """How rare each word is in the memory."""
 
-    async def refresh(self) -> None:
-        """Reads the hosts again, of some of the cells that searches needed. Raises UnreachableError."""
-
     async def locate(self, scores_QC: Floats, count: int, avoided: frozenset[PeerID]) -> Located:
         """The `count` cells nearest to each query that have hosts outside `avoided`. Raises UnreachableError."""
 

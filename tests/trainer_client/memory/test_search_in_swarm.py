@@ -193,6 +193,7 @@ def test_a_publisher_that_leaves_is_asked_only_if_nobody_else_can_be(play: Play)
         (result,) = await retriever.search([WORDS.passages[7].text], 3, 100)
         assert {hit.served_by for hit in result.hits} == {publisher.swarm.host.peer_id}
         other = await swarm.host()
+        assert isinstance(retriever.directory, MemoryDirectory)
         await retriever.directory.refresh()
         (result,) = await retriever.search([WORDS.passages[8].text], 3, 100)
         calls = total(retriever.calls.metrics.calls, method="Search")
@@ -232,6 +233,7 @@ def test_a_host_that_leaves_while_it_is_searched_is_still_known_to_that_search(p
     async def scenario(swarm: MemorySwarm) -> None:
         host = await swarm.host()
         directory = (await (await swarm.searcher()).open()).directory
+        assert isinstance(directory, MemoryDirectory)
         scores_1C = np.ones((1, prod(WORDS.manifest.grid)), np.float32)
         located = await directory.locate(scores_1C, 100, frozenset())
         await host.swarm.registry.leave(400.0)
