@@ -12,7 +12,6 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from dht.beam_search import PrefixIndex, Selection, default_beam_size, select_ex
 from dht.experts import ExpertRegistry
 from dht.manifest import MOST_KNOWN_EXPERTS, Manifest
 from dht.regions import Prefix
+from dht.registry import some_of
 from dht.uid import UID
 from dht.upkeep import UpkeepPeriod
 from peer import clock
@@ -30,8 +30,6 @@ from peer.identity import PeerID
 from peer.kademlia.search import DEFAULT_LIMITS
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PrefixTables = tuple[Booleans, ...]
 """One bool array per grid dimension, of shape grid[:d+1]: True where a prefix leads to a live expert."""
@@ -177,7 +175,7 @@ class Directory:
             replicas = await self.experts.replicas(self._manifest.uids(), only_active=True)
             missing = [uid for uid, hosts in replicas.items() if not hosts]
             hidden = [uid for uid in missing if uid in living]
-            doubted = self._drawn([uid for uid in missing if uid not in living], _DOUBTED)
+            doubted = some_of([uid for uid in missing if uid not in living], _DOUBTED, self._rng)
             replicas |= await self.experts.replicas(doubted, just_read=True)
             replicas = {uid: hosts for uid, hosts in replicas.items() if hosts}
             replicas |= await self.experts.replicas(hidden)
@@ -256,7 +254,7 @@ class Directory:
             await self._read_way(layer, index, scores, width, passed_over)
             chosen = select_experts(scores, index.tables(passed_over), k << round_number, bias=bias)
             unknown = self._experts_at(layer, chosen, self._lacking(layer, chosen, avoided))
-            read = self._drawn([uid for uid in unknown if uid not in self.view.replicas], room)
+            read = some_of([uid for uid in unknown if uid not in self.view.replicas], room, self._rng)
             await self._read_experts(read)
             room -= len(read)
             lacking = self._lacking(layer, chosen, avoided)
@@ -267,10 +265,6 @@ class Directory:
                 break
             scores = [table[lacking.any(axis=1)] for table in scores]
         return self.view
-
-    def _drawn(self, some: list[T], most: int) -> list[T]:
-        """All of them, or a random sample of this size: anybody can announce that a coordinate is active."""
-        return some if len(some) <= most else self._rng.sample(some, most)
 
     def _only_at(self, avoided: frozenset[PeerID], layer: int) -> Booleans | None:
         """The experts that only these peers are known to host, as a table of the grid."""
@@ -305,7 +299,8 @@ class Directory:
             if index.knows_all_of(depth):
                 continue
             wanted = [(), *ahead] if depth == 0 else index.best(scores[:depth], width, passed_over)
-            prefixes = self._drawn([(layer, c) for c in wanted if not index.knows(c)], _MAX_READ)
+            # anybody can announce that a coordinate is active
+            prefixes = some_of([(layer, c) for c in wanted if not index.knows(c)], _MAX_READ, self._rng)
             by_size: dict[int, list[Prefix]] = {}
             for prefix in prefixes:
                 by_size.setdefault(self._manifest.experts.grid[len(prefix[1])], []).append(prefix)

@@ -71,10 +71,10 @@ class Entries(dict[object, tuple[Any, float]]):
     """About how many records were not read."""
 
 
-def some_of(found: Collection[T], most: int) -> Sequence[T]:
+def some_of(found: Collection[T], most: int, rng: random.Random | None = None) -> list[T]:
     """All of them, or a random `most`, so that no writer can choose which are left out."""
     listed = list(found)
-    return listed if len(listed) <= most else random.SystemRandom().sample(listed, most)
+    return listed if len(listed) <= most else (rng or random.SystemRandom()).sample(listed, most)
 
 
 def active_under(key: str, found: Mapping[object, tuple[Any, float]]) -> set[int]:

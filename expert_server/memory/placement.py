@@ -13,7 +13,6 @@ and fewer hosts to ask in a search.
 import asyncio
 import hashlib
 import math
-import random
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from functools import lru_cache
 from dht.announcements import ReplicaState
 from dht.library import MemoryRegistry, RegionHost
 from dht.memory import MemoryID, MemoryManifest, ShardInfo
+from dht.registry import some_of
 from peer.bounded import Owner
 from peer.identity import PeerID
 from peer.rates import FairLine
@@ -210,7 +210,6 @@ class MemorySurvey:
         self.shares: dict[MemoryID, float] = {}
         """The share of each memory's regions that the node usually reads, at the last look."""
         self._memories = memories
-        self._rng = random.SystemRandom()
 
     async def read(
         self,
@@ -229,16 +228,16 @@ class MemorySurvey:
         regions = await asyncio.to_thread(
             self._random_regions, manifests, _regions_of(manifests, mine), is_busy
         )
-        regions |= self._some(_regions_of(manifests, lacking), READ_AGAIN)
+        regions.update(some_of(_regions_of(manifests, lacking), READ_AGAIN))
         if is_short:
-            regions |= self._some(_regions_of(manifests, mine), READ_TO_DROP)
+            regions.update(some_of(_regions_of(manifests, mine), READ_TO_DROP))
         return await asyncio.to_thread(_seen_in, manifests, await self._read(regions))
 
     async def read_again(
         self, manifests: Mapping[MemoryID, MemoryManifest], lacking: Collection[ShardKey]
     ) -> dict[ShardKey, SeenShard]:
         """Reads the regions of these shards again, or some of them if there are many. Raises UnreachableError."""
-        regions = self._some(_regions_of(manifests, lacking), READ_AGAIN)
+        regions = some_of(_regions_of(manifests, lacking), READ_AGAIN)
         return await asyncio.to_thread(_seen_in, manifests, await self._read(regions))
 
     def _random_regions(
@@ -260,14 +259,9 @@ class MemorySurvey:
         self.shares = {memory: fits * n / len(manifests[memory].by_region) for memory, n in wanted.items()}
         drawn = set[_RegionOfMemory]()
         for memory, n in wanted.items():
-            regions = list(manifests[memory].by_region)
-            drawn.update(
-                (memory, region) for region in self._rng.sample(regions, len(regions) if is_busy else n)
-            )
-        return self._some(drawn, MOST_READ)
-
-    def _some(self, regions: Collection[_RegionOfMemory], most: int) -> set[_RegionOfMemory]:
-        return set(self._rng.sample(list(regions), min(most, len(regions))))
+            regions = manifests[memory].by_region
+            drawn.update((memory, region) for region in (regions if is_busy else some_of(regions, n)))
+        return set(some_of(drawn, MOST_READ))
 
     async def _read(
         self, regions: Collection[_RegionOfMemory]

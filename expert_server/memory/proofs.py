@@ -16,6 +16,7 @@ from grpc import StatusCode
 
 from dht.announcements import NodeInfo
 from dht.memory import MemoryID, Place, ShardInfo, prove
+from dht.registry import some_of
 from dht.swarm import Swarm
 from expert_server.memory.placement import SeenShard, ShardKey
 from peer import PROTOCOL_VERSION
@@ -89,7 +90,7 @@ class ReplicaProofs:
     ) -> list[tuple[PeerID, ShardKey]]:
         """Each claim is as likely as any other. Slow: strangers may claim thousands of shards each."""
         claims = [(peer_id, key) for key, shard in seen.items() for peer_id in shard.serving - spared]
-        return self._rng.sample(claims, min(_CHECKED, len(claims)))
+        return some_of(claims, _CHECKED)
 
     async def proven(
         self, claims: Collection[tuple[PeerID, ShardKey]], seen: Mapping[ShardKey, SeenShard]
