@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dht.manifest import MOST_KNOWN_EXPERTS
 from peer.codec import Booleans, Floats, Integers
 
 Coordinate = tuple[int, ...]
@@ -24,7 +25,7 @@ _LIMIT = np.float32(1e30)  # far from overflow, so that sums of clipped scores s
 _DEAD = np.int32(-(2**31))  # the order of a dead prefix: below that of every score
 _LOW_32 = np.int64(2**32 - 1)
 _CANDIDATES_AT_ONCE = 2**17  # 1 MiB of keys: a block of rows stays in the cache
-_MOST_WEIGHED = 2**12  # experts: as many as a layer that is known whole can have
+_MOST_WEIGHED = MOST_KNOWN_EXPERTS  # in one layer
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from dht.beam_search import Selection, default_beam_size, score_columns, select_experts
 from dht.directory import LiveExperts, PrefixTables
-from dht.manifest import Manifest
+from dht.manifest import MOST_KNOWN_EXPERTS, Manifest
 from peer.codec import Floats, Integers
 from peer.errors import SettingsError
 from peer.formatting import counted
@@ -39,7 +39,7 @@ from trainer_client.settings import Balance, RouterName, TrainerSettings
 MOST_BALANCED = 256
 """The most experts in a layer that `base` can balance."""
 
-_MOST_LISTED = 4096
+_MOST_LISTED = MOST_KNOWN_EXPERTS
 """If nodes are limited, up to this many live experts are scored one by one. A layer that is known as a whole has no
 more.
 """

@@ -123,12 +123,9 @@ def test_a_host_that_the_swarm_no_longer_admits_is_named_with_the_reason(
     seen: dict[UID, tuple[Replica, ...]] = {HERE: (replica(HERE, 1), replica(HERE, 2))}
     news = news_of(Records(out={peer(1): "was revoked", peer(2): "has expired"}), seen, 1)
 
-    async def looks() -> None:
-        await news.look()
-        seen.clear()
-        await news.look()
-
-    asyncio.run(looks())
+    asyncio.run(news.look())
+    seen.clear()
+    asyncio.run(news.look())
     names = [peer(number).to_base58()[-8:] for number in (1, 2)]
     assert sorted(caplog.messages) == sorted(
         f"node {name}, whose invite {what}, has left; 1 trainer used this node in the last minute"
@@ -196,12 +193,9 @@ def test_a_replica_that_does_not_serve_yet_is_missed_by_nobody(caplog: pytest.Lo
     seen: dict[UID, tuple[Replica, ...]] = {THERE: (replica(THERE, 1, state=ReplicaState.CLAIMED),)}
     news = news_of(Records(), seen, 0)
 
-    async def looks() -> None:
-        await news.look()
-        seen.clear()
-        await news.look()
-
-    asyncio.run(looks())
+    asyncio.run(news.look())
+    seen.clear()
+    asyncio.run(news.look())
     assert not caplog.messages
 
 
