@@ -128,13 +128,8 @@ def require_room(settings: NodeSettings, manifest: Manifest, free_bytes: int) ->
     size.
     """
     each = expert_bytes(manifest)
-    if each > free_bytes and not hosts_none(settings):
+    if each > free_bytes and settings.may_host_experts:
         raise SettingsError(
             f"an expert of this swarm takes {bytes_in_words(each)}, and {bytes_in_words(free_bytes)} of memory are "
             "free: pass --experts 0 --spare 0 to host none"
         )
-
-
-def hosts_none(settings: NodeSettings) -> bool:
-    """Whether a node with these settings neither hosts experts nor adopts any."""
-    return (settings.experts, settings.spare) == (0, 0)

@@ -281,6 +281,11 @@ class NodeSettings(RoleSettings):
         return self
 
     @property
+    def may_host_experts(self) -> bool:
+        """False if it neither hosts experts nor adopts any."""
+        return (self.experts, self.spare) != (0, 0)
+
+    @property
     def asks_router(self) -> bool:
         """Whether to ask the router to forward this node's port."""
         return self.upnp and self.reachability != "private" and not (self.announce_host or self.announce_port)

@@ -33,7 +33,7 @@ from expert_server.experts.devices import check_devices
 from expert_server.experts.expert import Expert, expert_bytes, experts_by_default
 from expert_server.experts.graphs import Rows
 from expert_server.probe import DialledBack, Link, call_dial_back, call_probe
-from expert_server.resources import checkpoint_bytes, disk_shortage, hosts_none, within_memory
+from expert_server.resources import checkpoint_bytes, disk_shortage, within_memory
 from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.clock import CLOCK
@@ -234,7 +234,7 @@ def check_memory(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO
         wanted = within_memory(settings, manifest).experts
     except SettingsError as error:
         return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=str(error), values=values)
-    if each > free and not hosts_none(settings):
+    if each > free and settings.may_host_experts:
         fix = "not one expert fits: close other programs, or pass --experts 0 --spare 0 to host none"
         return Finding(name=name, verdict=Verdict.PROBLEM, says=says, fix=fix, values=values)
     if wanted is not None and wanted * each > free:
