@@ -8,12 +8,11 @@ state that somebody has trained.
 import random
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Tensors: TypeAlias = Mapping[str, Tensor]
+from peer.clipping import Tensors
 
 COMPARED = 3
 """How many states are asked for: the smallest number that has an honest majority if one of them is hostile."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-import platformdirs
 from prometheus_client import Gauge
 from torch import Tensor
 
@@ -172,7 +171,7 @@ class SwarmClient:
                 f"pass the invite as text, either its line or '@FILE', and not {in_brief(invite)}"
             )
         values = TrainerSettings.load(**settings)
-        state = values.state or platformdirs.user_state_path("talkoot") / "trainer"
+        state = values.state_folder
         try:
             through = Invite.read(invite).through(read_bootstrap(bootstrap))
             client = cls(through, values, state, is_own_loop=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
+import platformdirs
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dht.presets import PRESETS as FOUNDED
@@ -394,6 +395,11 @@ class TrainerSettings(RoleSettings):
     @property
     def marginal(self) -> Marginal:
         return "token" if self.objective == "rag-token" else "sequence"
+
+    @property
+    def state_folder(self) -> Path:
+        """The folder for the trainer's identity, text and checkpoints."""
+        return self.state or platformdirs.user_state_path("talkoot") / "trainer"
 
     def validates_after(self, step: int) -> bool:
         """Whether a run that goes on after `step` steps validates then."""

@@ -39,7 +39,7 @@ from talkoot.model.upcycling import UpcycledModel, grown_manifest
 from talkoot.node.control import node_folder
 from talkoot.node.invites import require_no_other_swarm
 from talkoot.terminal import Terminal, check_writable, option_text, write_output
-from talkoot.train.session import once, trainer_state
+from talkoot.train.session import once
 from trainer_client.settings import TrainerSettings
 from trainer_client.training.checkpoints import CheckpointWriter, Header, checkpoint_folder, manifest_sha256
 
@@ -106,7 +106,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
         raise SettingsError(f"{plan.manifest_file} exists: pass another --out")
     node, trainer = (
         node_folder(plan.node_state),
-        trainer_state(TrainerSettings.load(state=plan.trainer_state)),
+        TrainerSettings.load(state=plan.trainer_state).state_folder,
     )
     # before the lock, since stopping a node that runs there would not help
     require_no_other_swarm(node, manifest.name)

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-import platformdirs
-
 from dht.admission import Role
 from dht.invites import Invite, invite_of
 from dht.manifest import Manifest
@@ -130,7 +128,7 @@ def _train(
     """Returns the summary, and whether the model learns to answer questions. `where`: the invite of a swarm, or a
     manifest for training in this process alone.
     """
-    state = trainer_state(settings)
+    state = settings.state_folder
     client: Client
     with (
         _role_first(terminal, where, (Role.TRAINER,) if resume else ()),
@@ -184,16 +182,11 @@ def next_commands(
     ]
 
 
-def trainer_state(settings: TrainerSettings) -> Path:
-    """The folder for a trainer's identity, text and checkpoints."""
-    return settings.state or platformdirs.user_state_path("talkoot") / "trainer"
-
-
 def reader_invite(join: str | None, settings: TrainerSettings) -> Invite:
     """The invite for a command that joins with a temporary identity, with addresses of peers that the trainer has met.
     Raises UserError.
     """
-    state = trainer_state(settings)
+    state = settings.state_folder
     require_folder(state)
     return with_known_peers(invite_of(join), state)
 
@@ -207,7 +200,7 @@ def load_run(
     swarm_id, can_train = invite.keys.swarm_id, invite.role is not Role.READER
     with _role_first(terminal, invite, (Role.TRAINER, Role.READER)):
         folder = checkpoint_folder(
-            settings.checkpoint, trainer_state(settings), swarm_id, newest=True, can_train=can_train
+            settings.checkpoint, settings.state_folder, swarm_id, newest=True, can_train=can_train
         )
     checkpoint = load_checkpoint(folder, swarm_id)
     return checkpoint, settings.resumed(checkpoint.header.settings)
@@ -291,7 +284,7 @@ class _Run:
         if spec is None:
             return Training(make_model(), dataset, settings, make_model)
         logger.info("passages are looked up for each %d tokens (--memory-chunk)", spec.chunk)
-        cache = NeighbourCache(trainer_state(settings) / "neighbours")
+        cache = NeighbourCache(settings.state_folder / "neighbours")
         self._exits.callback(cache.close)
         lookup = NeighbourLookup(
             self._open_memory(), start.tokenizer, spec, most_overlap=settings.memory_overlap, cache=cache
