@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run_here
+from json_lines import write_lines
 
 from dht.memory import MAX_SHARD_BYTES, MemoryManifest, Passage, Place
 from dht.uid import number_of
@@ -50,8 +51,7 @@ def write_texts(path: Path, count: int, seed: int = 0) -> Path:
         {"text": " ".join(rng.choice(WORDS, 40)), "title": f"Text {n}", "license": ("MIT", "CC0-1.0")[n % 2]}
         for n in range(count)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_lines(path, *lines)
 
 
 @pytest.fixture(scope="module")

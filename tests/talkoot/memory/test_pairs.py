@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_lines import write_lines
 
 from peer.errors import DataError
 from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, split_by_title
@@ -14,13 +15,8 @@ from trainer_client.memory.encoder import words_of
 GOOD = {"question": "what burns wood?", "title": "Kiuas", "text": "A stove that is heated with wood."}
 
 
-def write(path: Path, *lines: object) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 def test_pairs_are_read_from_lines(tmp_path: Path) -> None:
-    file = write(tmp_path / "pairs.jsonl", GOOD, GOOD | {"answers": ["stove", "the kiuas"]})
+    file = write_lines(tmp_path / "pairs.jsonl", GOOD, GOOD | {"answers": ["stove", "the kiuas"]})
     file.write_text(file.read_text() + "\n" + json.dumps({"question": "who?", "text": "You."}))
     assert read_pairs(file) == [
         Pair("what burns wood?", "Kiuas", "A stove that is heated with wood."),
@@ -47,7 +43,7 @@ def test_pairs_are_read_from_lines(tmp_path: Path) -> None:
     ],
 )
 def test_a_line_that_is_no_pair_is_named(line: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "pairs.jsonl", GOOD)
+    file = write_lines(tmp_path / "pairs.jsonl", GOOD)
     file.write_text(f"{file.read_text()}{line}\n{json.dumps(GOOD)}")
     with pytest.raises(DataError, match=r"line 2 of .*pairs\.jsonl"):
         read_pairs(file)
@@ -55,7 +51,7 @@ def test_a_line_that_is_no_pair_is_named(line: str, tmp_path: Path) -> None:
 
 def test_a_file_without_pairs_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fields question, title and text"):
-        read_pairs(write(tmp_path / "pairs.jsonl"))
+        read_pairs(write_lines(tmp_path / "pairs.jsonl"))
     with pytest.raises(DataError, match="can't read"):
         read_pairs(tmp_path / "missing.jsonl")
 

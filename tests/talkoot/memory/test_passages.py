@@ -1,12 +1,12 @@
 """Texts cut into passages: whole, in order, without overlap, and no longer than passages are."""
 
-import json
 import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_lines import write_lines
 
 from dht.memory import MAX_TEXT_CHARACTERS, Passage
 from peer.errors import DataError
@@ -74,11 +74,6 @@ def test_text_in_a_language_without_spaces_is_cut_where_sentences_end() -> None:
 def test_a_text_without_spaces_is_cut() -> None:
     found = list(split(["x" * 1500, "x" * 3600]))
     assert [(offset, len(passage)) for offset, passage in found] == [(0, 2000), (2000, 2000), (4000, 1100)]
-
-
-def write_lines(path: Path, *lines: object) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def test_passages_have_title_source_and_licence(tmp_path: Path) -> None:

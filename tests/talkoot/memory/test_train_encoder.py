@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run_here
+from json_lines import write_lines
 
 from expert_server.memory.store import MemoryStore
 from peer.errors import DataError, SettingsError, StartError
@@ -32,7 +33,7 @@ def write_samples(folder: Path) -> TrainEncoderPlan:
         asked = [f"q{topic}x{n}" for n in rng.integers(0, 4, 3)]
         pairs.append({"question": " ".join(["the", *asked]), **texts[-1]})
     for name, rows in (("texts", texts), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"{name}.jsonl", *rows)
     return TrainEncoderPlan(folder / "pairs.jsonl", (str(folder / "texts.jsonl"),), folder / "encoder")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from json_lines import write_lines
 from memory_samples import MEMORY, SampleMemory
 from served_model import served
 from training_swarm import MANIFEST, TEXT, Founder, founded, signals_restored, talkoot
@@ -50,8 +51,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         {"question": f"what is word{n}?", "answers": [f"word{n + 1}"] if n % 3 else []} for n in range(20)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(path, *rows)
 
 
 def train(founder: Founder, state: Path, *options: object) -> list[object]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_lines import write_lines
 
 from peer.errors import DataError
 from trainer_client.data.questions import Question, QuestionBatches, digest_of, read_questions
@@ -13,14 +14,9 @@ from trainer_client.data.questions import Question, QuestionBatches, digest_of, 
 GOOD = {"question": "what burns wood?", "answers": ["a kiuas", "stove"]}
 
 
-def write(path: Path, *lines: object) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 def test_questions_are_read_from_lines(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.jsonl", GOOD, GOOD | {"answers": [], "title": "more"})
-    second = write(tmp_path / "b.jsonl", GOOD)
+    first = write_lines(tmp_path / "a.jsonl", GOOD, GOOD | {"answers": [], "title": "more"})
+    second = write_lines(tmp_path / "b.jsonl", GOOD)
     known = Question("what burns wood?", ("a kiuas", "stove"))
     found = read_questions([first, second])
     assert found == [known, Question("what burns wood?"), known]
@@ -44,7 +40,7 @@ def test_questions_are_read_from_lines(tmp_path: Path) -> None:
     ],
 )
 def test_a_line_that_is_no_question_is_named(line: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "questions.jsonl", GOOD)
+    file = write_lines(tmp_path / "questions.jsonl", GOOD)
     file.write_text(f"{file.read_text()}{line}\n{json.dumps(GOOD)}")
     with pytest.raises(DataError, match=r"line 2 of .*questions\.jsonl"):
         read_questions([file])
@@ -53,7 +49,7 @@ def test_a_line_that_is_no_question_is_named(line: str, tmp_path: Path) -> None:
 def test_halves_of_surrogate_pairs_become_text(tmp_path: Path) -> None:
     """They are valid JSON, but no tokenizer can encode them."""
     row = {"question": "what \ud800?", "answers": ["a\udfff"]}
-    (found,) = read_questions([write(tmp_path / "questions.jsonl", row)])
+    (found,) = read_questions([write_lines(tmp_path / "questions.jsonl", row)])
     assert found == Question("what ??", ("a?",))
 
 
@@ -61,9 +57,9 @@ def test_what_has_no_questions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no questions to learn from: pass --data"):
         read_questions([])
     with pytest.raises(DataError, match="no questions to learn from"):
-        read_questions([write(tmp_path / "empty.jsonl")])
+        read_questions([write_lines(tmp_path / "empty.jsonl")])
     with pytest.raises(DataError, match=r"notes\.txt: questions are \.jsonl files"):
-        read_questions([write(tmp_path / "notes.txt")])
+        read_questions([write_lines(tmp_path / "notes.txt")])
     with pytest.raises(DataError, match="there is one question"):
         batches_of(1, 0.5)
 

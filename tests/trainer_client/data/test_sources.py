@@ -1,6 +1,5 @@
 """Text from files, folders and globs: plain, JSON lines and Parquet."""
 
-import json
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_lines import write_lines
 from locked_folder import locked
 
 from peer import settings
@@ -23,11 +23,6 @@ from trainer_client.data.sources import find_files, find_texts, read_documents, 
 
 def text_of(*paths: Path, field: str = "text") -> str:
     return "".join(read_text(find_files([str(path) for path in paths]), field))
-
-
-def write_lines(path: Path, *lines: object) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def write_parquet(path: Path, **columns: Sequence[object]) -> Path:
