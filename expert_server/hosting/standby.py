@@ -25,6 +25,7 @@ from expert_server.hosting.placement import (
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from peer.errors import StateError, TransferError, UnreachableError
+from peer.identity import PeerID
 from peer.loop import side_by_side
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -98,38 +99,46 @@ class StandbyCopies:
         for uid in saved.keys() & wanted.keys():
             sources = (*OWN_SOURCES, wanted[uid].peer_id.to_base58())
             saved[uid] = max(found[uid].get(source, 0) for source in sources)
-        held = {*self._replicas.held}  # some may be new since the last look
-        room = self._limit - len(found.keys() - held) + len(self._needless(found))
         plausible = plausible_updates(usual_updates(seen))
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
-        is_withholding = self._replicas.states.is_withholding
+        room = self._limit - len(found.keys() - {*self._replicas.held}) + len(self._needless(found))
+        some = self._stalest(wanted, saved, most, room)
+        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
+        await side_by_side((self._copy(r, nodes, most[r.uid]) for r in some), _FETCHES)
+
+    def _stalest(
+        self, wanted: Mapping[UID, Replica], saved: Mapping[UID, int], most: Mapping[UID, int], room: int
+    ) -> list[Replica]:
+        """The replicas to copy in this round, those that are ahead by the most updates first. At most `room` are of
+        experts that this node has not saved.
+        """
+        held = {*self._replicas.held}  # some may be new since the last look
         stale = [
             r
             for uid, r in wanted.items()
             if uid not in held
-            and not is_withholding(r.peer_id)
+            and not self._replicas.states.is_withholding(r.peer_id)
             and self._is_stale(r, saved.get(uid, 0), most[uid])
         ]
         stale.sort(key=lambda r: min(r.update_count, most[r.uid]) - saved.get(r.uid, 0), reverse=True)
         new = [replica.uid for replica in stale if replica.uid not in saved][: max(room, 0)]
-        some = [r for r in stale if r.uid in saved or r.uid in new][: self._limit]
-        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
+        return [r for r in stale if r.uid in saved or r.uid in new][: self._limit]
 
-        async def copy(replica: Replica) -> None:
-            if replica.peer_id not in nodes or self._replicas.leaving or is_withholding(replica.peer_id):
+    async def _copy(self, replica: Replica, nodes: Mapping[PeerID, NodeInfo], most: int) -> None:
+        """Copies one state from its host, if that is among `nodes`. At most `most` updates are believed."""
+        uid, host = replica.uid, replica.peer_id
+        if host not in nodes or self._replicas.leaving or self._replicas.states.is_withholding(host):
+            return
+        try:
+            checkpoint = await self._fetch(nodes[host], uid, most)
+            if not await self._keep(uid, checkpoint):
                 return
-            try:
-                checkpoint = await self._fetch(nodes[replica.peer_id], replica.uid, most[replica.uid])
-                if not await self._keep(replica.uid, checkpoint):
-                    return
-                self.copied.inc()
-                self._copied_at[replica.uid] = self._clock()
-            except (TransferError, StateError, OSError) as error:
-                # a busy host is normal: the next round tries again
-                level = logging.DEBUG if isinstance(error, TransferError) and error.answered else logging.INFO
-                logger.log(level, "could not copy expert %s: %s", replica.uid, error)
-
-        await side_by_side(map(copy, some), _FETCHES)
+            self.copied.inc()
+            self._copied_at[uid] = self._clock()
+        except (TransferError, StateError, OSError) as error:
+            # a busy host is normal: the next round tries again
+            level = logging.DEBUG if isinstance(error, TransferError) and error.answered else logging.INFO
+            logger.log(level, "could not copy expert %s: %s", uid, error)
 
     async def _keep(self, uid: UID, checkpoint: Checkpoint) -> bool:
         """Saves a copy that has arrived. If there are as many as may be, it takes the place of one that is not needed:
