@@ -86,16 +86,7 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
     """Writes everything, and returns figures. The manifest's file is written last: once it exists, so does the rest.
     Raises UserError.
     """
-    if missing := sorted(set(folder.manifest.uids()) - folder.live):
-        raise ModelError(
-            f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}, which a swarm would start "
-            "from scratch. Export the model again with all experts"
-        )
-    if folder.memory is not None:
-        raise ModelError(
-            f"the model in {folder.path} reads the memory {folder.memory.memory}, and a swarm starts only from a model "
-            "that reads none: train one without --memory"
-        )
+    _require_startable(folder)
     grown = folder.manifest if plan.grid is None else grown_manifest(folder.manifest, plan.grid)
     manifest = _manifest(grown, plan.name)
     # the larger part, and its encoding
@@ -137,6 +128,20 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
         "node_state": str(node),
         "checkpoint": str(run),
     }
+
+
+def _require_startable(folder: ModelFolder) -> None:
+    """Raises ModelError if no swarm can start from this model."""
+    if missing := sorted(set(folder.manifest.uids()) - folder.live):
+        raise ModelError(
+            f"{folder.path} lacks {counted(len(missing), 'expert')}, such as {missing[0]}, which a swarm would start "
+            "from scratch. Export the model again with all experts"
+        )
+    if folder.memory is not None:
+        raise ModelError(
+            f"the model in {folder.path} reads the memory {folder.memory.memory}, and a swarm starts only from a model "
+            "that reads none: train one without --memory"
+        )
 
 
 def _manifest(model: Manifest, name: str | None) -> Manifest:

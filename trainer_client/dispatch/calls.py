@@ -204,29 +204,12 @@ class CallTracker:
         self.metrics.calls.inc()
         peer_id = call.node.peer_id
         call_times = self.latencies.calls[call.direction]
-        did_well, heard, began = True, False, self.now()
-        answered = 0
+        began = self.now()
         if call.keep:
             call = replace(call, updates=[self._updates[uid] for uid in call.batch.uids])
         failure: ExpertError | None = _CLOSED
         try:
-            async with self._watching(call), aclosing(self._caller.call(call)) as replies:
-                async for reply in replies:
-                    if not heard:
-                        self._heard_at[peer_id] = self.now()
-                        self.refusals.pop(peer_id, None)
-                        heard = True
-                    if isinstance(reply, AnsweredRows):
-                        # not at the first message: a slow node could send one early and look quick
-                        half, before = (len(call.batch.rows) + 1) // 2, answered
-                        answered += len(reply.places)
-                        if before < half <= answered:
-                            self.latencies.note_node(peer_id, self.now() - began, self.now())
-                    if isinstance(reply, Kept):
-                        progress.kept = reply.request_id
-                        continue
-                    did_well &= self._note(call, reply)
-                    sink.put_nowait(reply)
+            did_well = await self._receive(call, began, progress, sink)
             failure = None
             if did_well:
                 took_s = self.now() - began
@@ -253,6 +236,28 @@ class CallTracker:
         finally:
             lost = failure is not None and failure.status in _LOST
             sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
+
+    async def _receive(self, call: NodeCall, began: float, progress: CallProgress, sink: Replies) -> bool:
+        """Passes the replies on. Returns whether all are successes. Raises ExpertError."""
+        peer_id, half = call.node.peer_id, (len(call.batch.rows) + 1) // 2
+        did_well, heard, answered = True, False, 0
+        async with self._watching(call), aclosing(self._caller.call(call)) as replies:
+            async for reply in replies:
+                if not heard:
+                    self._heard_at[peer_id] = self.now()
+                    self.refusals.pop(peer_id, None)
+                    heard = True
+                if isinstance(reply, Kept):
+                    progress.kept = reply.request_id
+                    continue
+                if isinstance(reply, AnsweredRows):
+                    # not at the first message: a slow node could send one early and look quick
+                    before, answered = answered, answered + len(reply.places)
+                    if before < half <= answered:
+                        self.latencies.note_node(peer_id, self.now() - began, self.now())
+                did_well &= self._note(call, reply)
+                sink.put_nowait(reply)
+        return did_well
 
     def _watching(self, call: NodeCall) -> AbstractAsyncContextManager[None]:
         if self._health is None:
