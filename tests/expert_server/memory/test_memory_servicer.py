@@ -612,6 +612,6 @@ def test_an_offset_without_a_checksum_is_refused(loop: LoopThread, tmp_path: Pat
     in_library(loop, tmp_path, scenario)
 
 
-def test_has_sha256_says_what_is_wrong() -> None:
+def test_check_sha256_says_what_is_wrong() -> None:
     with pytest.raises(WireError, match="SHA-256"):
         check_sha256(b"0" * 32, b"data")
