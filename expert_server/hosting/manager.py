@@ -108,6 +108,8 @@ class Handover:
         """`average`: averages experts with others' replicas; None: they are given up without that."""
         self.alone: set[UID] = set(replicas.experts)
         """The experts that nobody else serves, as far as this node has seen."""
+        self.has_looked: bool = False
+        """Whether the DHT has said who else serves the experts."""
         self.handed_over: int = 0
         self._swarm = swarm
         self._replicas = replicas
@@ -132,6 +134,7 @@ class Handover:
         Raises UnreachableError if the DHT does not answer.
         """
         replicas = await self._swarm.experts.replicas(self.alone)
+        self.has_looked = True
         shared = {uid: others for uid, hosts in replicas.items() if (others := self._serving(hosts))}
         logger.info(
             "gives up %s, of which other nodes serve %d too; nodes with room are asked to take the others",
@@ -463,7 +466,7 @@ class HostingManager:
         """Returns whether the DHT has said who else serves the experts, as far as that could be seen in time."""
         try:
             await first_of(handover.run(), self._hurried.wait(), asyncio.sleep(timeout_s))
-            return True
+            return handover.has_looked
         except UnreachableError as error:
             logger.warning("could not hand experts over: %s", error)
         except Exception:  # the experts must still be saved

@@ -465,6 +465,28 @@ def test_a_hurried_node_waits_for_nobody(play: Play) -> None:
     play(scenario)
 
 
+def test_a_node_hurried_before_it_has_looked_does_not_claim_that_nobody_else_serves_its_experts(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        looking = asyncio.Event()
+
+        async def never(*_: Any, **__: Any) -> Mapping[UID, Sequence[Replica]]:
+            looking.set()
+            await asyncio.Event().wait()
+            return {}
+
+        monkeypatch.setattr(leaver.swarm.experts, "replicas", never)
+        stopping = asyncio.create_task(leaver.stop())
+        await asyncio.wait_for(looking.wait(), DEADLINE_S)
+        leaver.hurry()
+        await stopping
+        assert leaver.hosting.offline is None
+
+    play(scenario)
+
+
 def test_a_leaving_node_looks_less_and_less_often_whether_its_experts_are_served(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
