@@ -450,10 +450,10 @@ class HostingManager:
         alone = len(handover.alone)
         self.offline = alone if has_looked else None
         if count and not has_looked:
-            logger.info("gave up %s, which are in this node's checkpoints", counted(count, "expert"))
+            logger.info("gave up %s, of which this node has checkpoints", counted(count, "expert"))
         elif count:
             logger.info(
-                "gave up %s: others host %d, %d are in this node's checkpoints alone",
+                "gave up %s: others host %d, only this node's checkpoints have %d",
                 *(counted(count, "expert"), count - alone, alone),
             )
         return alone

@@ -81,7 +81,7 @@ def test_a_node_that_leaves_hands_its_experts_over_with_their_updates(
         )
 
     play(scenario)
-    assert "gave up 8 experts: others host 8, 0 are in this node's checkpoints alone" in caplog.messages
+    assert "gave up 8 experts: others host 8, only this node's checkpoints have 0" in caplog.messages
 
 
 def test_a_leaving_node_says_how_many_experts_others_serve_at_that_moment(
@@ -201,7 +201,7 @@ def test_a_node_that_can_ask_nobody_does_not_say_that_nobody_hosts_its_experts(
         node = await village.found(experts=8, **LEAVES)
         monkeypatch.setattr(node.swarm.experts, "replicas", unreachable)
         await node.hosting.release(600)
-        assert "gave up 8 experts, which are in this node's checkpoints" in caplog.messages
+        assert "gave up 8 experts, of which this node has checkpoints" in caplog.messages
         assert node.status().offline is None
 
     play(scenario)
