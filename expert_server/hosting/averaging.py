@@ -216,8 +216,8 @@ class ReplicaAveraging:
         partners: dict[PeerID, list[Replica]] = {}
         for replica in map(self._rng.choice, others.values()):
             partners.setdefault(replica.peer_id, []).append(replica)
-        silent.update(partners)
         await self._replicas.runtime.run(partial(self._end_accumulation, others.keys()))
+        silent.update(partners)
         nodes = await self._swarm.registry.nodes(partners)
         places = asyncio.Semaphore(_AT_ONCE)
 
@@ -244,7 +244,12 @@ class ReplicaAveraging:
             self._replicas.experts[uid].settle()
 
     async def _average_last_with(self, uid: UID, node: NodeInfo, silent: set[PeerID]) -> None:
-        given = await self.meet(uid, node)
+        try:
+            given = await self.meet(uid, node)
+        except (StateError, TransferError) as error:
+            if isinstance(error, StateError) or error.answered:
+                silent.discard(node.peer_id)
+            raise
         silent.discard(node.peer_id)
         if given is not None:
             await given.wait()

@@ -27,7 +27,7 @@ from expert_server.node import Node
 from expert_server.serving.batching import WorkItem
 from expert_server.status import NodeState
 from peer.averaging import MAX_UPDATE_COUNT
-from peer.errors import ExpertError, UnreachableError
+from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.metrics import total
@@ -245,6 +245,24 @@ def test_a_peer_that_does_not_answer_keeps_nobody_longer_than_the_timeout(play: 
         deaf.averaging.accept_hint = lambda hint: len(hint.uids)  # type: ignore[method-assign]  # says yes, does nothing
         deaf.averaging._runs = True
         assert await leaver.hosting.release(1.0) == 8
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("error", [TransferError("it is busy", answered=True), StateError("it is broken")])
+def test_a_host_that_answers_but_can_not_be_averaged_with_still_serves(
+    play: Play, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, average_every_s=600.0, **LEAVES)
+        other = await village.join(1, await leaver.swarm.invite(), experts=0, spare=8)
+        assert len(await other.replicas.take(UIDS, MAX_UPDATE_COUNT, enough=2)) == 8
+
+        async def fails(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(leaver.replicas.states, "fetch", fails)
+        assert await leaver.hosting.release(600, leaver.averaging.average_last) == 0
 
     play(scenario)
 
