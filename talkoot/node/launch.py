@@ -6,10 +6,11 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 from rich.live import Live
@@ -46,7 +47,10 @@ from talkoot.terminal import Terminal, log_file
 logger: logging.Logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
-_LINE_EVERY_S = 10.0
+_FIRST_LINE_PAUSE_S, _LONGEST_LINE_PAUSE_S = 10.0, 600.0
+"""Pauses between lines of the log that tell the node's state. They grow, so that the log still has what happened weeks
+ago.
+"""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 2.0, 60.0
 """Pauses between attempts to rejoin a swarm if none of its peers answers."""
 _LAST_PORT = "port"
@@ -289,34 +293,43 @@ class _NodeRun:
     async def _show_state(self, node: Node) -> None:
         if self._terminal.json:
             peer_id = node.swarm.host.peer_id.to_base58()
-            await _watch(node, _LOOK_EVERY_S, lambda status, rates: self._event(peer_id, status, rates))
+            await _watch(
+                node, repeat(_LOOK_EVERY_S), lambda status, rates: self._event(peer_id, status, rates)
+            )
         elif self._terminal.live:
             swarm = node.swarm.manifest.name
             with Live(console=self._terminal.err, auto_refresh=False, transient=True) as live:
                 await _watch(
                     node,
-                    _LOOK_EVERY_S,
+                    repeat(_LOOK_EVERY_S),
                     lambda status, rates: live.update(live_panel(swarm, status, rates), refresh=True),
                 )
         else:
-            await _watch(node, _LINE_EVERY_S, lambda status, rates: logger.info(line(status, rates)))
+            await _watch(node, line_pauses(), lambda status, rates: logger.info(line(status, rates)))
 
     def _event(self, peer_id: str, status: NodeStatus, rates: NodeRates) -> None:
         values = asdict(status) | {"state": status.state.value, "peer_id": peer_id, "rows_per_s": rates.rows}
         self._terminal.event("state", values)
 
 
-async def _watch(node: Node, every_s: float, show: Callable[[NodeStatus, NodeRates], None]) -> None:
-    """Shows the node's status and rates whenever they have changed, forever."""
+def line_pauses() -> Iterator[float]:
+    pause_s = _FIRST_LINE_PAUSE_S
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, _LONGEST_LINE_PAUSE_S)
+
+
+async def _watch(node: Node, pauses: Iterable[float], show: Callable[[NodeStatus, NodeRates], None]) -> None:
+    """Shows the node's status and rates whenever they have changed, with these pauses."""
     meter = RateMeter()
     shown: tuple[NodeStatus, NodeRates] | None = None
-    while True:
+    for pause_s in pauses:
         status = node.status()
         now = status, meter.note(status, time.monotonic())
         if now != shown:
             show(*now)
         shown = now
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(pause_s)
 
 
 def _first(error: BaseException) -> BaseException:

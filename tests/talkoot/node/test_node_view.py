@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.live import Live
 from dht.receipts import SignedWork, Work
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
+from talkoot.node.launch import line_pauses
 from talkoot.node.view import (
     NodeRates,
     RateMeter,
@@ -33,7 +35,7 @@ from talkoot.node.view import (
     state_in_words,
     summary,
 )
-from talkoot.terminal import to_json
+from talkoot.terminal import LOG_FILE_BYTES, to_json
 
 WIDTH = 80
 STATUS = NodeStatus(
@@ -304,6 +306,12 @@ def test_the_state_comes_with_its_reason(state: NodeState, pause_reason: str, wo
     assert state_in_words(status) == words
     assert words in "\n".join(shown(status, NodeRates()))
     assert line(status, NodeRates()).startswith(f"{words}: 12 of at most 18 experts")
+
+
+def test_a_log_file_holds_the_state_lines_of_a_month() -> None:
+    month_s = timedelta(days=30).total_seconds()
+    lines = sum(1 for _ in takewhile(lambda at: at < month_s, accumulate(line_pauses())))
+    assert lines * 1000 < LOG_FILE_BYTES
 
 
 def test_a_line_for_the_log_says_the_same() -> None:
