@@ -46,7 +46,9 @@ from peer.rpc.channels import SERVER_WINDOW_BYTES
 from peer.wire import expert_pb2
 
 OPEN_CALL_BYTES = SERVER_WINDOW_BYTES + MAX_CHUNK_BYTES
-"""Memory of a call in addition to what its header announces: gRPC's buffer, and the chunk that was read."""
+"""Memory of a call in addition to its header and what it announces: gRPC's buffer, and the chunk that was read."""
+_HEADER_NUMBER_BYTES, _HEADER_EXPERT_BYTES = 16, 64
+"""The most bytes of an ordinary header for each segment, row or pair, and for each expert."""
 _FLUSH_AFTER = 0.8
 """After this share of a call's deadline, its rows are answered with the experts that have finished."""
 _LEAST_BYTES_PER_S = 16_384
@@ -79,7 +81,8 @@ def smallest_call_memory(manifest: Manifest) -> int:
     """The memory that a node needs to accept a backward call of one whole sequence."""
     rows = manifest.model.context
     pairs, experts = rows * manifest.routing.top_k, min(rows * manifest.routing.top_k, MAX_EXPERTS_IN_CALL)
-    return OPEN_CALL_BYTES + CallSize(rows, pairs, rows, experts, manifest.width, "backward").bytes
+    header = _HEADER_NUMBER_BYTES * (2 * rows + pairs) + _HEADER_EXPERT_BYTES * experts
+    return OPEN_CALL_BYTES + header + CallSize(rows, pairs, rows, experts, manifest.width, "backward").bytes
 
 
 class CallTensors:
@@ -469,12 +472,16 @@ class RequestStream:
         self._pace = Pace(_LEAST_BYTES_PER_S, _GRACE_S, "the payload")
         self._chunk = memoryview(b"")
 
-    async def header(self) -> expert_pb2.CallHeader:
-        """The first message. It may already contain payload bytes. Raises WireError if it is no header."""
+    async def header(self, reserve: Callable[[int], object]) -> expert_pb2.CallHeader:
+        """The first message. It may already contain payload bytes. Reserves memory for the rest of it, which may be
+        fields that nobody knows, and is held as long as the call lasts. Raises WireError if it is no header, and
+        ExpertError if there is no room.
+        """
         request = await self._next(CHUNK_BYTES)
         if request is None or not request.HasField("header"):
             raise WireError("a call must begin with its header")
         self._chunk = memoryview(_checked(request.chunk, least=0))
+        reserve(request.ByteSize() - len(self._chunk))
         return request.header
 
     async def read(self, size: int) -> bytearray:

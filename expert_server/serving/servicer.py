@@ -210,7 +210,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             with self.memory.holding(session.owner, OPEN_CALL_BYTES) as memory:
                 stream = RequestStream(requests, self._traffic.down)
                 replies = ReplyStream(context, self._traffic.up)
-                header = await stream.header()
+                header = await stream.header(memory.grow)
                 parsed = self._parser.parse(header, direction, caller, memory.grow)
                 call = Call(header, parsed, direction, stream, replies, caller, session.group)
                 self._admit(direction, call, session)

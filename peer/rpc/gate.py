@@ -22,6 +22,7 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter
 
 from peer.bounded import BoundedDict
+from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError
 from peer.loop import Restarts
 from peer.metrics import start_at_zero
@@ -51,9 +52,15 @@ _END_S = 5.0
 """How long the end of a call may wait until the caller takes it, with the reply before it."""
 _PATIENCE_S = 1.0
 """A call that waits for its caller for longer may lose its place to another."""
-_MOST_BYTES = {"talkoot.v1.MemoryService": 512 * 2**10}
-"""The limit for a message to these services; the largest search fits. A larger message counts as empty: it could have
-millions of numbers, which don't count as parts.
+_LARGE_BYTES = {
+    "talkoot.v1.DenseService": MAX_MESSAGE_BYTES,
+    "talkoot.v1.ExpertService": MAX_MESSAGE_BYTES,
+    "talkoot.v1.MemoryService": 512 * 2**10,
+    "talkoot.v1.ProbeService": MAX_MESSAGE_BYTES,
+}
+_MOST_BYTES = 64 * 2**10
+"""The limits for a message to these services, and to all others. A larger message counts as empty: it could have
+millions of numbers, which don't count as parts, and a call holds its request as long as it lasts, some for hours.
 """
 _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
 """The rate of calls of one caller in a session."""
@@ -193,7 +200,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             await self._serve(handler_call_details.method, answer, requests, context)
 
         parse = handler.request_deserializer
-        most_bytes = _MOST_BYTES.get(_service(handler_call_details.method))
+        most_bytes = _LARGE_BYTES.get(_service(handler_call_details.method), _MOST_BYTES)
         return grpc.stream_stream_rpc_method_handler(
             serve, None if parse is None else or_empty(parse, most_bytes), handler.response_serializer
         )

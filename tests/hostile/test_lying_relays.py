@@ -233,6 +233,24 @@ def test_malformed_calls_by_the_hundred_leave_nothing(loop: LoopThread, keys: li
     loop.run(scenario(), 60)
 
 
+def test_a_circuits_call_holds_no_large_request(loop: LoopThread, keys: list[Identity]) -> None:
+    """The call lasts as long as the circuit, and a message may have 3 MB."""
+    unknown = b"\xfa\x01\xa0\x8d\x06" + bytes(100_000)  # field 31, and its length
+    dial = relay_pb2.DialRequest(peer_id=keys[HIDDEN].peer_id.to_bytes())
+
+    async def scenario() -> None:
+        async with relayed(keys) as (relay, target, caller):
+            await (await target.reserve()).read()
+            dial.MergeFromString(unknown)
+            assert (
+                await status_of(caller.stub.Dial(dial, metadata=caller.metadata))
+                is StatusCode.INVALID_ARGUMENT
+            )
+            assert total(relay.relaying.refused, reason="malformed") == 1
+
+    loop.run(scenario(), 60)
+
+
 def test_a_flood_of_reservations_from_one_neighbourhood_keeps_nobody_out(
     loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,5 +243,5 @@ def test_without_memory_for_it_a_call_is_answered_and_not_kept(run: Runner) -> N
         assert not answered.is_kept
         assert [reply.status for reply in answered.experts.values()] == [0, 0]
 
-    bytes_of_call = CallSize(4, 6, 2, 2, HIDDEN, "forward").bytes
+    bytes_of_call = first_part().header.ByteSize() + CallSize(4, 6, 2, 2, HIDDEN, "forward").bytes
     run(scenario, max_kept_bytes=KEPT, max_memory_bytes=OPEN_CALL_BYTES + bytes_of_call + 100)

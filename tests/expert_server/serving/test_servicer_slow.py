@@ -112,6 +112,28 @@ def test_a_call_takes_memory_back_from_the_caller_with_the_most(run: Runner) -> 
     run(scenario, max_memory_bytes=4 * OPEN_CALL_BYTES - 1)
 
 
+@pytest.mark.parametrize("place", ["header", "message"])
+def test_fields_that_nobody_knows_count_as_memory_of_their_call(run: Runner, place: str) -> None:
+    call, size = Call(), 2**21
+    unknown = b"\xfa\x01\x80\x80\x80\x01" + bytes(size)  # field 31, and its length
+    if place == "header":
+        call.header.MergeFromString(unknown)
+    first = call.requests[0]
+    if place == "message":
+        first.MergeFromString(unknown)
+
+    async def scenario(edge: Edge) -> None:
+        stalled = asyncio.create_task(exchange(edge, "forward", [first], ends=False, timeout_s=4.5))
+        await wait_until(lambda: edge.memory.used > OPEN_CALL_BYTES + size)
+        stalled.cancel()
+        await wait_until(lambda: edge.memory.used == 0)
+        outcome = await exchange(edge.as_another(), "forward", [first] * 2, ends=False, timeout_s=4.5)
+        refused(outcome, StatusCode.INVALID_ARGUMENT, "chunks of 1")
+        await check_it_goes_on(edge)
+
+    run(scenario)
+
+
 def test_a_caller_that_never_closes_its_side_gets_its_answer_before_it_is_let_go(run: Runner) -> None:
     call = Call()
 
