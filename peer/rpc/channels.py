@@ -29,6 +29,7 @@ Options: TypeAlias = Sequence[tuple[str, int | str]]
 _COMMON_OPTIONS: Options = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.per_message_decompression", 0),  # otherwise 3 KB from a stranger become 3 MB
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.bdp_probe", 0),  # its estimates are far too low on busy machines with a second of delay
 ]

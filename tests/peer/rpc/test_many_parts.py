@@ -1,12 +1,17 @@
 """Messages with so many parts that parsing would block the loop are treated as empty. Honest ones are parsed."""
 
+from typing import Any
+
+import grpc
 import pytest
 from google.protobuf.message import DecodeError, Message
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from peer.loop import LoopThread
 from peer.parsing import has_few_parts
 from peer.rpc.calls import or_empty
+from peer.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS
 from peer.wire import expert_pb2, state_pb2
 from peer.wire.expert_pb2 import AnsweredRows, CallHeader, CallReply, CallRequest, ExpertReply, ExpertRows
 
@@ -84,3 +89,30 @@ def test_whatever_the_bytes_are_counting_their_parts_ends(data: bytes) -> None:
         is_message = False
     has_groups = any(byte & 7 in {3, 4} for byte in data)
     assert has_few_parts(data, CallRequest.DESCRIPTOR, 10_000) >= (is_message and not has_groups)
+
+
+def test_compressed_messages_are_not_inflated(loop: LoopThread) -> None:
+    """Neither a caller's nor a server's: 2 MB of zeros are 2 KB when they are compressed."""
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        received.append(len(request))
+        return bytes(2_000_000)
+
+    async def scenario() -> int:
+        handlers: Any = {"Call": grpc.unary_unary_rpc_method_handler(answer)}
+        server = grpc.aio.server(options=SERVER_OPTIONS, compression=grpc.Compression.Gzip)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", CLIENT_OPTIONS) as channel:
+                call: Any = channel.unary_unary("/test/Call")
+                reply = await call(bytes(2_000_000), timeout=60, compression=grpc.Compression.Gzip)
+                return len(reply)
+        finally:
+            await server.stop(None)
+
+    received: list[int] = []
+    assert loop.run(scenario(), 60) < 10_000
+    assert len(received) == 1
+    assert received[0] < 10_000
