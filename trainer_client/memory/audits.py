@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dht.library import LibraryEntry, MemoryRegistry
+from dht.library import LibraryEntry, ManifestPace, MemoryRegistry
 from dht.memory import MemoryID, Vectors
 from dht.swarm import Swarm
 from dht.uid import number_of
@@ -25,7 +25,14 @@ from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool
 from peer.rpc.parts import PartClient
 from peer.wire import session_pb2
-from trainer_client.memory.calls import Fault, GrpcMemoryCaller, HostCalls, RetrieverMetrics, RevisionClaims
+from trainer_client.memory.calls import (
+    Fault,
+    GrpcMemoryCaller,
+    HostCalls,
+    RetrieverMetrics,
+    RevisionClaims,
+    loop_time,
+)
 from trainer_client.memory.codebook import Codebook
 from trainer_client.memory.directory import MemoryDirectory, MemoryParts, Opened, PartCache
 from trainer_client.memory.encoder import to_vectors
@@ -89,6 +96,7 @@ class Auditor:
         self._caller = GrpcMemoryCaller(channels, self._sessions)
         self._cache = PartCache(folder)
         self._opened = BoundedDict[MemoryID, Opened](_OPEN)
+        self._pace = ManifestPace()
         self._claims = RevisionClaims()
         self._walk: _Walk | None = None
 
@@ -113,10 +121,13 @@ class Auditor:
             return Audit(entry.memory, 0, {})
 
     async def _begin(self, entry: LibraryEntry) -> _Walk:
+        """Raises TransferError, UnreachableError and WireError."""
         registry, memory = self._swarm.registry, entry.memory
         parts = MemoryParts(memory, self._registry, self._parts, self._cache)
         opened = self._opened.get(memory)
         if opened is None or opened.entry != entry:
+            if not self._pace.allows(entry, loop_time()):
+                raise TransferError("enough of its publisher's lists were read lately")
             opened = self._opened[memory] = await parts.open(entry, with_encoder=False)
         calls = HostCalls(
             self._caller,
