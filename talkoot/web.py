@@ -24,6 +24,10 @@ _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
 """How long a connection may last without a complete request, or with an answer that the client does not read."""
 _LEAST_TAKEN = 2**16
 """An answer counts as stalled if its unsent bytes change by less than about this number in that time."""
+_PARSED_AT_ONCE = 2**12
+"""How many bytes of requests are parsed in one turn of the loop. A body in chunks of one byte takes a microsecond for
+each.
+"""
 _CLOSE_S = 2.0
 """The longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128
@@ -103,8 +107,28 @@ class Connection(H11Protocol):
         self.near: str = near(self.client)
         """The neighbourhood of the client."""
         self.since: float = self.loop.time()
+        self._unparsed = b""
         self._make_room()
         self._look(None, self.since)
+
+    def data_received(self, data: bytes) -> None:
+        """Parses it in parts, so that other tasks run meanwhile."""
+        is_parsing = bool(self._unparsed)
+        self._unparsed += data
+        if not is_parsing:
+            self._parse()
+
+    def _parse(self) -> None:
+        part, self._unparsed = self._unparsed[:_PARSED_AT_ONCE], self._unparsed[_PARSED_AT_ONCE:]
+        if not self.transport.is_closing():
+            super().data_received(part)
+        if self.transport.is_closing():
+            return
+        if self._unparsed:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._parse)
+        elif not self.flow.read_paused:
+            self.transport.resume_reading()
 
     @property
     def is_answering(self) -> bool:

@@ -1,5 +1,5 @@
 """Connections that request nothing, or don't read what they requested, are closed, so that they don't keep
-others out.
+others out. Nor do those that take long to parse.
 """
 
 import asyncio
@@ -134,3 +134,33 @@ def test_silent_connections_of_one_client_make_room_for_others(monkeypatch: pyte
                 writer.transport.abort()
 
     asyncio.run(scenario())
+
+
+def test_a_body_of_tiny_chunks_is_parsed_in_many_turns_of_the_loop() -> None:
+    """It would hold the loop for a microsecond a byte, for everybody. Two requests on one connection are whole."""
+    body = b"".join(b"%d" % (number % 10) for number in range(30_000))
+    request = GET.replace(b"GET", b"POST") + b"Transfer-Encoding: chunked\r\n\r\n"
+    request += b"".join(b"1\r\n%c\r\n" % digit for digit in body) + b"0\r\n\r\n"
+    parts = list[bytes]()
+
+    async def reading(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            parts.append(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def scenario() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        async with web.serving(reading, listener), asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(2 * request)
+            for _ in range(2):
+                assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+            writer.transport.abort()
+
+    asyncio.run(scenario())
+    assert b"".join(parts) == 2 * body
+    assert max(map(len, parts)) < 4096
