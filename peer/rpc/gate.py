@@ -35,10 +35,17 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 _CALLS_WITHOUT_SESSION = 32
-"""Calls in progress from callers without a session. These calls open sessions, or ask for what anybody may know."""
-_OWN_PLACES = {"talkoot.v1.DhtService": 512, "talkoot.v1.RelayService": 512}
+"""Calls in progress from callers without a session: so many that open sessions, and as many that ask for what anybody
+may know. The latter may wait for seconds, and must not keep newcomers out.
+"""
+_OPENS_SESSIONS = "talkoot.v1.SessionService"
+_OWN_PLACES = {
+    "talkoot.v1.CreditService": 32,
+    "talkoot.v1.DhtService": 512,
+    "talkoot.v1.RelayService": 512,
+}
 """Places for the calls of these services, in sessions. They don't compete with other calls for places: DHT calls are
-frequent and must not hold up experts, and relay calls last for hours.
+frequent and must not hold up experts, calls for receipts wait for seconds, and relay calls last for hours.
 """
 _LASTING = "talkoot.v1.RelayService"
 """The service whose calls keep their places although they mostly wait for their callers."""
@@ -182,7 +189,7 @@ class CallGate(grpc.aio.ServerInterceptor):
             service: Slots(most, math.inf if service == _LASTING else _PATIENCE_S)
             for service, most in _OWN_PLACES.items()
         }
-        self._strange_slots = Slots(_CALLS_WITHOUT_SESSION)
+        self._opening_slots, self._strange_slots = (Slots(_CALLS_WITHOUT_SESSION) for _ in range(2))
         self._beginning = Slots(_CALLS_WITHOUT_MESSAGE)
         self._rates = TokenBuckets[Hashable](_CALLS_PER_S, _CALLS_AT_ONCE)
         self._strange_rates = TokenBuckets[Hashable](_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE)
@@ -222,7 +229,9 @@ class CallGate(grpc.aio.ServerInterceptor):
         try:
             if session is None:
                 slot = Slot(connection.origin, connection.peer, task)
-                slots, rates = self._strange_slots, self._strange_rates
+                opens = _service(method) == _OPENS_SESSIONS
+                slots = self._opening_slots if opens else self._strange_slots
+                rates = self._strange_rates
             else:
                 self._connections.prove(connection, session.caller)
                 slot = Slot(connection.origin, session.caller, task)

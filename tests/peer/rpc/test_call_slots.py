@@ -7,11 +7,21 @@ from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from typing import Any
 
+import grpc
 import pytest
+from callers import numbered_identities, opened
 from grpc import StatusCode
+from relayed import CALLER, RELAY, SWARM, Served, closing, serve, until
 
 from peer.errors import ExpertError
+from peer.loop import LoopThread
+from peer.metrics import total
+from peer.rpc.channels import ChannelPool
 from peer.rpc.gate import Requests, Slot, Slots
+from peer.rpc.sessions import Metadata, SessionClient
+from peer.wire import session_pb2
+
+CREDIT = "talkoot.v1.CreditService"
 
 
 def slot(origin: str, caller: str, waits_since: float | None = None) -> Slot:
@@ -105,3 +115,56 @@ def test_a_read_that_has_begun_is_not_cancelled_with_its_call() -> None:
         await asyncio.wait_for(ended.wait(), 60)
 
     asyncio.run(scenario())
+
+
+async def takes_long(request: bytes, context: Any) -> bytes:
+    await asyncio.sleep(60)
+    return request
+
+
+def add_long_calls(served: Served, service: str) -> None:
+    handlers: Any = {"List": grpc.unary_unary_rpc_method_handler(takes_long)}
+    served.server.services.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+
+
+async def call_long(served: Served, service: str, pool: ChannelPool, session: Metadata = ()) -> None:
+    call: Any = (await pool.reach(served.as_relay)).unary_unary(f"/{service}/List")
+    calling = asyncio.ensure_future(call(b"", timeout=60, metadata=session))
+    calling.add_done_callback(lambda ended: ended.exception())
+
+
+def test_calls_without_a_session_that_take_long_keep_nobody_from_opening_one(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.gate._CALLS_WITHOUT_SESSION", 4)
+    keys, rights = numbered_identities(3), (session_pb2.RIGHT_DHT,)
+
+    async def scenario() -> None:
+        served, newcomers, pools = await serve(keys[RELAY]), ChannelPool(), [ChannelPool() for _ in range(5)]
+        add_long_calls(served, CREDIT)
+        async with closing(served, newcomers, *pools):
+            for pool in pools:
+                await call_long(served, CREDIT, pool)
+            await until(lambda: total(served.server.gate.refused, reason="crowded") == 1)
+            channel = await newcomers.reach(served.as_relay)
+            assert await SessionClient(keys[CALLER], SWARM, rights).metadata(served.peer_id, channel, 30.0)
+
+    loop.run(scenario(), 60)
+
+
+def test_calls_for_receipts_take_no_places_from_other_calls(loop: LoopThread) -> None:
+    """They need no token, and wait for their turns for up to ten seconds."""
+
+    async def scenario() -> None:
+        server, *callers = numbered_identities(6)
+        served, pool = await serve(server, most_calls=4), ChannelPool()
+        sessions = [opened(served.sessions, server, SWARM, each, str(n)) for n, each in enumerate(callers)]
+        add_long_calls(served, CREDIT)
+        async with closing(served, pool):
+            for session in sessions[1:]:
+                await call_long(served, CREDIT, pool, session)
+            await until(lambda: len(served.server.gate._own_slots[CREDIT]) == 4)
+            echo: Any = (await pool.reach(served.as_relay)).unary_unary("/test/Echo")
+            assert await echo(b"ping", timeout=30, metadata=sessions[0]) == b"ping"
+
+    loop.run(scenario(), 60)
