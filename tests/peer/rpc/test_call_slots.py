@@ -168,3 +168,24 @@ def test_calls_for_receipts_take_no_places_from_other_calls(loop: LoopThread) ->
             assert await echo(b"ping", timeout=30, metadata=sessions[0]) == b"ping"
 
     loop.run(scenario(), 60)
+
+
+def test_who_needs_no_token_takes_no_places_from_those_who_have_one(loop: LoopThread) -> None:
+    """However many neighbourhoods such callers are in."""
+    rights = (session_pb2.RIGHT_DHT,)
+
+    async def scenario() -> None:
+        server, member, *callers = numbered_identities(7)
+        served, pool = await serve(server, most_calls=4), ChannelPool()
+        add_long_calls(served, "long")
+        async with closing(served, pool):
+            for number, each in enumerate(callers):
+                session = opened(served.sessions, server, SWARM, each, str(number), rights)
+                await call_long(served, "long", pool, session)
+            gate = served.server.gate
+            await until(lambda: len(gate._strange_slots) + len(gate._slots) >= 4)
+            session = opened(served.sessions, server, SWARM, member, "member")
+            echo: Any = (await pool.reach(served.as_relay)).unary_unary("/test/Echo")
+            assert await echo(b"ping", timeout=30, metadata=session) == b"ping"
+
+    loop.run(scenario(), 60)
