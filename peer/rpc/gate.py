@@ -62,7 +62,11 @@ _UNREAD_S = 20.0
 _END_S = 5.0
 """How long the end of a call may wait until the caller takes it, with the reply before it."""
 _PATIENCE_S = 1.0
-"""A call that waits for its caller for longer may lose its place to another."""
+"""A call that waits for its caller for longer may lose its place to another.
+
+A call without a session, and one whose first message has not arrived, may lose it to other callers at once: its message
+usually comes with it, and strangers in many neighbourhoods could begin silent calls again and again.
+"""
 _LARGE_BYTES = {
     "talkoot.v1.DenseService": MAX_MESSAGE_BYTES,
     "talkoot.v1.ExpertService": MAX_MESSAGE_BYTES,
@@ -139,10 +143,11 @@ class Slots:
             if origin != slot.origin or most > callers[slot.caller] + 1:
                 group = (taken for taken in self._taken if taken.origin == origin and taken.caller == caller)
                 return max(group, key=lambda taken: _waited_s(taken, now))
+        with_own = max(self._patience_s, _PATIENCE_S)
         waiting = (
             taken
             for taken in self._taken
-            if _waited_s(taken, now) > self._patience_s
+            if _waited_s(taken, now) > (with_own if taken.caller == slot.caller else self._patience_s)
             and callers[slot.caller] <= callers[taken.caller]
             and origins[slot.origin] <= origins[taken.origin]
         )
@@ -193,8 +198,8 @@ class CallGate(grpc.aio.ServerInterceptor):
             service: Slots(most, math.inf if service == _LASTING else _PATIENCE_S)
             for service, most in _OWN_PLACES.items()
         }
-        self._opening_slots, self._strange_slots = (Slots(_CALLS_WITHOUT_SESSION) for _ in range(2))
-        self._beginning = Slots(_CALLS_WITHOUT_MESSAGE)
+        self._opening_slots, self._strange_slots = (Slots(_CALLS_WITHOUT_SESSION, 0.0) for _ in range(2))
+        self._beginning = Slots(_CALLS_WITHOUT_MESSAGE, 0.0)
         self._rates = TokenBuckets[Hashable](_CALLS_PER_S, _CALLS_AT_ONCE)
         self._strange_rates = TokenBuckets[Hashable](_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE)
         self._faults = BoundedDict[tuple[str, str], float](256)

@@ -68,6 +68,20 @@ def test_a_call_that_only_waits_for_its_caller_makes_room_first() -> None:
     assert (loser.caller, loser.lost) == ("stranger 2", True)
 
 
+def test_without_patience_others_displace_the_call_that_has_waited_longest() -> None:
+    slots = Slots(4, patience_s=0.0)
+    for number in range(4):
+        slots.take(slot(f"place {number}", f"stranger {number}", 10.0 - number / 100), 10.0)
+    loser = slots.take(slot("there", "newcomer", 10.01), 10.01)
+    assert loser is not None
+    assert loser.caller == "stranger 3"
+    own = Slots(2, patience_s=0.0)
+    for _ in range(2):
+        own.take(slot("here", "stranger", 10.0), 10.0)
+    with pytest.raises(ExpertError):
+        own.take(slot("here", "stranger"), 10.5)
+
+
 def test_calls_that_last_keep_their_places_while_they_wait() -> None:
     slots = Slots(4, patience_s=float("inf"))
     taken = [slot("here", f"peer {number}", 0.0) for number in range(4)]
@@ -115,6 +129,31 @@ def test_a_read_that_has_begun_is_not_cancelled_with_its_call() -> None:
         await asyncio.wait_for(ended.wait(), 60)
 
     asyncio.run(scenario())
+
+
+def test_silent_calls_from_many_places_keep_nobody_from_opening_a_session(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are begun again before anybody loses patience with them."""
+    monkeypatch.setattr("peer.rpc.gate._CALLS_WITHOUT_SESSION", 4)
+    monkeypatch.setattr("peer.rpc.gate._PATIENCE_S", 60.0)
+    keys, rights = numbered_identities(2), (session_pb2.RIGHT_DHT,)
+
+    async def scenario() -> None:
+        served, newcomers, pools = await serve(keys[RELAY]), ChannelPool(), [ChannelPool() for _ in range(4)]
+        async with closing(served, newcomers, *pools):
+            silent: list[Any] = []
+            for pool in pools:
+                channel = await pool.reach(served.as_relay)
+                silent.append(channel.stream_unary("/talkoot.v1.SessionService/Challenge")(timeout=60))
+                silent[-1].add_done_callback(lambda ended: None)
+            await until(lambda: len(served.server.gate._opening_slots) == 4)
+            channel = await newcomers.reach(served.as_relay)
+            assert await SessionClient(keys[1], SWARM, rights).metadata(served.peer_id, channel, 30.0)
+            for call in silent:
+                call.cancel()
+
+    loop.run(scenario(), 60)
 
 
 async def takes_long(request: bytes, context: Any) -> bytes:
