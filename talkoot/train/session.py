@@ -109,9 +109,11 @@ def run_train(
         then = next_commands(values, joined, settings, json_file, answers=answers)
         for text in (*summary_lines(values), *then):
             terminal.line(text)
-    if local is None and values["steps"] and values["checkpoint"] is None:
+    steps, saved = values["steps"], values["saved_step"]
+    if local is None and saved < steps:
+        what = f"only {saved} of the {steps} steps are saved" if saved else "nothing of this run is saved"
         raise CheckpointError(
-            "nothing of this run is saved: if the disk is full, make room, or pass another --checkpoint or --state"
+            f"{what}: if the disk is full, make room, or pass another --checkpoint or --state"
         )
     if signals.received is not None:
         raise signals.received
@@ -147,8 +149,9 @@ def _train(
         run = _Run(terminal, signals, client, replace(start, settings=settings))
         values = asdict(run.train(writers)) | _dispatched(client) | {"averagings": run.averagings}
         values |= run.read()
-        folder = None if run.saver is None or not run.saver.saved_step else str(run.saver.folder)
-        values |= {"checkpoint": folder, "stopped": signals.received is not None}
+        step = 0 if run.saver is None else run.saver.saved_step
+        folder = str(run.saver.folder) if run.saver is not None and step else None
+        values |= {"checkpoint": folder, "saved_step": step, "stopped": signals.received is not None}
         return values, settings.answers_questions
     finally:
         signals.ignore()

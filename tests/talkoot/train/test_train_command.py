@@ -454,6 +454,19 @@ def test_a_run_that_could_save_nothing_names_no_checkpoint(
     assert json.loads(result.read_text())["checkpoint"] is None
 
 
+def test_a_run_whose_last_steps_are_not_saved_says_so(
+    founder: Founder, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    ended = talkoot(*train(founder, trained, "--resume", "--steps", 3))
+    assert "trained 1 step (3 in all)" in ended.out
+    assert ended.status == 2
+    assert "error: only 2 of the 3 steps are saved: if the disk is full, make room" in ended.err
+
+
 def test_a_loss_that_stays_not_finite_is_one_clear_line(
     founder: Founder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
