@@ -289,13 +289,20 @@ def prepare_run(
                 newest.name,
                 counted(steps[newest], "step", ","),
             )
-        checkpoint = load_checkpoint(folder, swarm_id) if resume else None
+        checkpoint, given = load_checkpoint(folder, swarm_id) if resume else None, settings.data
         if checkpoint is not None:
             settings = _resumed(settings, checkpoint.header)
         writer = CheckpointWriter(folder, settings.checkpoints_kept)
         if resume or settings.checkpoint is not None:
             writer.open(resume)
-        files = find_files(settings.data)
+        try:
+            files = find_files(settings.data)
+        except DataError as error:
+            if given or checkpoint is None:
+                raise
+            raise DataError(
+                f"{error}. The checkpoint names it: if the text is elsewhere now, pass --data"
+            ) from error
         stage("reading the text")
         if checkpoint is None:
             tokenizer = _make_tokenizer(settings, files, stage)

@@ -141,6 +141,16 @@ def test_what_can_not_be_changed_is_refused(tmp_path: Path, changes: dict[str, A
         start(tmp_path, make_settings(**changes), resume=True)
 
 
+def test_a_text_that_has_moved_is_passed_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = write_text(tmp_path)
+    train_dense(start(tmp_path / "state", make_settings(data=str(text))), 4)
+    moved = text.rename(tmp_path / "moved.txt")
+    with pytest.raises(UserError, match=r"no file or folder .*sauna\.txt: .* elsewhere now, pass --data"):
+        start(tmp_path / "state", make_settings(), resume=True)
+    start(tmp_path / "state", make_settings(data=str(moved)), resume=True)
+    assert "the text differs" not in said(caplog)
+
+
 def test_a_router_of_other_parameters_does_not_fit(tmp_path: Path) -> None:
     text = str(write_text(tmp_path))
     swarm = LearningSwarm(MANIFEST)
