@@ -67,7 +67,7 @@ def read_questions(files: Sequence[Path]) -> list[Question]:
     """All questions in these files. Raises DataError, which names the place of anything that is not a question."""
     questions: list[Question] = []
     for file in files:
-        if file.suffix != ".jsonl":
+        if file.suffix.lower() != ".jsonl":
             raise DataError(f"{file}: questions are .jsonl files, with the fields question and answers")
         for place, row in read_rows(file):
             if len(questions) == MOST_QUESTIONS:

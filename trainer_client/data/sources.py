@@ -22,7 +22,9 @@ _LONGEST_LINE = 2**26
 _ROWS = 256
 """Rows of Parquet that are read at once."""
 _SUFFIXES = {".txt", ".jsonl", ".parquet"}
-"""The suffixes of files that are read from a folder. Any other file that is named by its path is plain text."""
+"""The suffixes, in lower case, of files that are read from a folder. Any other file that is named by its path is plain
+text.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         found.update(dict.fromkeys(_find(path)))
-    if any(file.suffix == ".parquet" for file in found):
+    if any(file.suffix.lower() == ".parquet" for file in found):
         require_extra("pyarrow", "parquet", "reading .parquet files")
     return list(found)
 
@@ -132,6 +134,8 @@ def unreadable(file: Path, error: OSError) -> DataError:
 
 
 def _find(path: str) -> list[Path]:
+    if not path:  # which Path would take for the current folder
+        raise DataError("a path of a text is empty: give the path of a file or folder")
     at = Path(path)
     try:
         if (kind := kind_of(at)) == stat.S_IFDIR:
@@ -151,7 +155,7 @@ def _find(path: str) -> list[Path]:
 
 def _find_in_folder(folder: Path) -> list[Path]:
     next(folder.iterdir(), None)  # unlike rglob, it raises OSError if the folder can't be read
-    files = sorted(file for file in folder.rglob("*") if file.suffix in _SUFFIXES and _is_file(file))
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and _is_file(file))
     if not files:
         raise DataError(
             f"no .txt, .jsonl or .parquet file in {folder}: put some there, or name other text files by a glob in "
@@ -168,7 +172,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _documents(file: Path, field: str, labels: Sequence[str]) -> Iterator[Document]:
-    match file.suffix:
+    match file.suffix.lower():
         case ".jsonl":
             found = _read_texts_in_lines(file, field)
         case ".parquet":

@@ -49,6 +49,20 @@ def test_a_file_of_one_line_without_an_end_is_text(tmp_path: Path) -> None:
     assert text_of(write_bytes(tmp_path / "one.txt", b"one line")) == "one line"
 
 
+def test_suffixes_may_be_capitals(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "A.TXT", b"one")
+    write_lines(tmp_path / "B.JSONL", {"text": "two"})
+    write_parquet(tmp_path / "C.Parquet", text=["three"])
+    assert text_of(tmp_path) == "one\ntwo\nthree"
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes(tmp_path / "a.txt", b"one")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="a path of a text is empty: give"):
+        find_files([""])
+
+
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     for name in ("a.txt", "b.md", "sub/c.md", "sub/d.jsonl", ".git/e.md", ".f"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
