@@ -314,6 +314,8 @@ def prepare_run(
         else:
             corpus = encode_corpus(files, settings.field, tokenizer, state / "text")
             require_length(corpus.tokens, None, tokenizer.token_bytes)
+            whence = counted(len(files), "file") if files else "Python's own help"
+            logger.info("the text has %s, from %s", counted(len(corpus.tokens), "token", ","), whence)
     if checkpoint is not None and checkpoint.header.data_sha256 not in ("", corpus.sha256):
         logger.warning("the text differs from the text that the checkpoint was trained on")
     return RunStart(settings, swarm_id, checkpoint, writer, tokenizer, corpus, questions)

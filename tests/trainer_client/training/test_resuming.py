@@ -141,6 +141,15 @@ def test_what_can_not_be_changed_is_refused(tmp_path: Path, changes: dict[str, A
         start(tmp_path, make_settings(**changes), resume=True)
 
 
+def test_what_was_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text").mkdir()
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / "text" / name).write_text("sauna " * 100)
+    with caplog.at_level(logging.INFO):
+        start(tmp_path / "state", make_settings(data=str(tmp_path / "text")))
+    assert "the text has 1,201 tokens, from 2 files" in said(caplog, logging.INFO)
+
+
 def test_a_text_that_has_moved_is_passed_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = write_text(tmp_path)
     train_dense(start(tmp_path / "state", make_settings(data=str(text))), 4)
