@@ -617,7 +617,8 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} can't be read: {printable(str(error))}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise ModelError(f"{path} can't be read: {printable(reason)}") from error
 
 
 def read_file(folder: Path, name: str) -> bytes:

@@ -246,7 +246,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_json(f / INDEX, weight_map={"x": "model-00001-of-00003.safetensors"}),
         "where it is not",
     ),
-    "no weights": (lambda f: _first_weights(f).unlink(), "can't be read"),
+    "no weights": (lambda f: _first_weights(f).unlink(), "can't be read: No such file"),
     "truncated": (_cut, "can't be read"),
     "unknown tensor": (_with(lambda tensors: tensors.update(x=torch.zeros(1))), "unknown tensor x"),
     "lost tensor": (_with(lambda tensors: tensors.pop("norm.weight")), "norm.weight"),
