@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import uvicorn
+from h11 import LocalProtocolError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -25,8 +26,8 @@ _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
 _LEAST_TAKEN = 2**16
 """An answer counts as stalled if its unsent bytes change by less than about this number in that time."""
 _PARSED_AT_ONCE = 2**12
-"""How many bytes of requests are parsed in one turn of the loop. A body in chunks of one byte takes a microsecond for
-each.
+"""How many bytes of requests are parsed in one turn of the loop. A body in chunks of one byte takes a microsecond a
+byte.
 """
 _CLOSE_S = 2.0
 """The longest wait for answers to end after their connections are closed."""
@@ -108,27 +109,39 @@ class Connection(H11Protocol):
         """The neighbourhood of the client."""
         self.since: float = self.loop.time()
         self._unparsed = b""
+        self._parsing: asyncio.Handle | None = None
+        """Parses the next part soon."""
         self._make_room()
         self._look(None, self.since)
 
     def data_received(self, data: bytes) -> None:
-        """Parses it in parts, so that other tasks run meanwhile."""
-        is_parsing = bool(self._unparsed)
+        """Parses it in parts, so that other tasks run meanwhile. What follows a request waits for its answer."""
         self._unparsed += data
-        if not is_parsing:
+        self.transport.pause_reading()
+        if self._parsing is None:
             self._parse()
 
     def _parse(self) -> None:
-        part, self._unparsed = self._unparsed[:_PARSED_AT_ONCE], self._unparsed[_PARSED_AT_ONCE:]
-        if not self.transport.is_closing():
-            super().data_received(part)
-        if self.transport.is_closing():
+        self._parsing = None
+        if self.transport.is_closing() or (self.is_answering and not self.cycle.more_body):
             return
+        part, self._unparsed = self._unparsed[:_PARSED_AT_ONCE], self._unparsed[_PARSED_AT_ONCE:]
+        super().data_received(part)
         if self._unparsed:
-            self.transport.pause_reading()
-            self.loop.call_soon(self._parse)
+            self._parsing = self.loop.call_soon(self._parse)
         elif not self.flow.read_paused:
             self.transport.resume_reading()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._unparsed and self._parsing is None:
+            self._parsing = self.loop.call_soon(self._parse)
+
+    def send_400_response(self, msg: str) -> None:
+        try:
+            super().send_400_response(msg)
+        except LocalProtocolError:  # an answer to the request has begun
+            self.transport.abort()
 
     @property
     def is_answering(self) -> bool:

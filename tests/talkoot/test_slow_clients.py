@@ -3,6 +3,8 @@ others out. Nor do those that take long to parse.
 """
 
 import asyncio
+import contextlib
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -136,11 +138,20 @@ def test_silent_connections_of_one_client_make_room_for_others(monkeypatch: pyte
     asyncio.run(scenario())
 
 
-def test_a_body_of_tiny_chunks_is_parsed_in_many_turns_of_the_loop() -> None:
-    """It would hold the loop for a microsecond a byte, for everybody. Two requests on one connection are whole."""
+CHUNKED = GET.replace(b"GET", b"POST") + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def in_tiny_chunks(body: bytes) -> bytes:
+    return CHUNKED + b"".join(b"1\r\n%c\r\n" % digit for digit in body) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", GET + b"\r\n"])
+def test_a_body_of_tiny_chunks_is_parsed_in_many_turns_of_the_loop(before: bytes) -> None:
+    """It would hold the loop for a microsecond a byte, for everybody. All requests on one connection are whole. Those
+    that arrive while an earlier one is answered are parsed in parts, too.
+    """
     body = b"".join(b"%d" % (number % 10) for number in range(30_000))
-    request = GET.replace(b"GET", b"POST") + b"Transfer-Encoding: chunked\r\n\r\n"
-    request += b"".join(b"1\r\n%c\r\n" % digit for digit in body) + b"0\r\n\r\n"
+    sent = before + 2 * in_tiny_chunks(body)
     parts = list[bytes]()
 
     async def reading(scope: Any, receive: Any, send: Any) -> None:
@@ -149,6 +160,9 @@ def test_a_body_of_tiny_chunks_is_parsed_in_many_turns_of_the_loop() -> None:
             message = await receive()
             parts.append(message["body"])
             more = message["more_body"]
+        if scope["method"] == "GET":
+            for _ in range(300):  # turns of the loop, in which the rest arrives
+                await asyncio.sleep(0)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -156,11 +170,35 @@ def test_a_body_of_tiny_chunks_is_parsed_in_many_turns_of_the_loop() -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         async with web.serving(reading, listener), asyncio.timeout(60):
             reader, writer = await asyncio.open_connection(*listener.getsockname())
-            writer.write(2 * request)
-            for _ in range(2):
+            writer.write(sent)
+            for _ in range(sent.count(b"HTTP/1.1")):
                 assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
             writer.transport.abort()
 
     asyncio.run(scenario())
     assert b"".join(parts) == 2 * body
     assert max(map(len, parts)) < 4096
+
+
+def test_a_body_that_goes_wrong_after_its_answer_ends_the_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """However far into the body that is. uvicorn fails as it tries to refuse what it has answered already."""
+
+    async def early(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def scenario() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        async with web.serving(early, listener), asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(CHUNKED)
+            await reader.readuntil(b"ok")
+            writer.write(2000 * b"1\r\nx\r\n" + b"no chunk\r\n" + 2000 * b"1\r\nx\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert not await reader.read()
+            writer.transport.abort()
+
+    asyncio.run(scenario())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
