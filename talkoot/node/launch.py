@@ -320,7 +320,9 @@ def line_pauses() -> Iterator[float]:
 
 
 async def _watch(node: Node, pauses: Iterable[float], show: Callable[[NodeStatus, NodeRates], None]) -> None:
-    """Shows the node's status and rates whenever they have changed, with these pauses."""
+    """Shows the node's status and rates whenever they have changed, with these pauses. A new state ends a pause
+    early.
+    """
     meter = RateMeter()
     shown: tuple[NodeStatus, NodeRates] | None = None
     for pause_s in pauses:
@@ -329,7 +331,9 @@ async def _watch(node: Node, pauses: Iterable[float], show: Callable[[NodeStatus
         if now != shown:
             show(*now)
         shown = now
-        await asyncio.sleep(pause_s)
+        while pause_s > 0 and node.state is status.state:
+            await asyncio.sleep(min(pause_s, _FIRST_LINE_PAUSE_S))
+            pause_s -= _FIRST_LINE_PAUSE_S
 
 
 def _first(error: BaseException) -> BaseException:

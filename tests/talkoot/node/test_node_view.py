@@ -1,5 +1,6 @@
 """What `talkoot node` shows: readable at a glance, in few lines, with correct numbers; and what its flags do."""
 
+import asyncio
 import io
 import json
 import os
@@ -9,11 +10,13 @@ from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta
 from itertools import accumulate, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from commands import run_here, wait_until
+from expert_fakes import now, virtual_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_processes import name_of
@@ -24,7 +27,7 @@ from rich.live import Live
 from dht.receipts import SignedWork, Work
 from expert_server.settings import NodeSettings
 from expert_server.status import NodeState, NodeStatus
-from talkoot.node.launch import line_pauses
+from talkoot.node.launch import _watch, line_pauses
 from talkoot.node.view import (
     NodeRates,
     RateMeter,
@@ -312,6 +315,27 @@ def test_a_log_file_holds_the_state_lines_of_a_month() -> None:
     month_s = timedelta(days=30).total_seconds()
     lines = sum(1 for _ in takewhile(lambda at: at < month_s, accumulate(line_pauses())))
     assert lines * 1000 < LOG_FILE_BYTES
+
+
+def test_the_log_says_a_new_state_soon() -> None:
+    """Even after hours, when lines have become rare."""
+    said = list[tuple[float, NodeState]]()
+    node: Any = SimpleNamespace(state=NodeState.SERVING, status=lambda: replace(STATUS, state=node.state))
+
+    async def scenario() -> float:
+        shows = asyncio.create_task(
+            _watch(node, line_pauses(), lambda status, _: said.append((now(), status.state)))
+        )
+        await asyncio.sleep(10_000.0)
+        node.state, began = NodeState.PAUSED, now()
+        await asyncio.sleep(15.0)
+        shows.cancel()
+        return began
+
+    with virtual_time() as runner:
+        began = runner.run(scenario())
+    assert said[-1][1] is NodeState.PAUSED
+    assert said[-1][0] <= began + 10.0
 
 
 def test_a_line_for_the_log_says_the_same() -> None:
