@@ -73,8 +73,8 @@ _SOME, _FEW = 256, 8
 
 class ManifestPace:
     """Limits how fast the manifests of each publisher are fetched: small ones at once, the largest every 17 minutes.
-    Otherwise, a publisher of ever new revisions would fill the lines of all hosts and searchers. Pure: `now` is an
-    argument.
+    Otherwise, a publisher of ever new revisions would fill the lines of all hosts, searchers and dashboards. Pure:
+    `now` is an argument.
     """
 
     def __init__(self) -> None:
