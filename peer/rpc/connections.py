@@ -54,6 +54,8 @@ _ABUSES_PER_S, _ABUSES_AT_ONCE = 0.5, 8.0
 """A neighbourhood of which more connections are closed for abuse can't open others for a moment: on each new one, a
 hundred calls could begin before the first is refused.
 """
+_LONGEST_BAR_S = 60.0
+"""How long that lasts at most, since its other callers are barred, too."""
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
@@ -287,7 +289,7 @@ class Connections:
                 arrived.result()[1].transport.abort()
 
     def find(self, peer: str) -> Connection | None:
-        """`peer`: the caller's name in gRPC. None if the caller did not come through here."""
+        """`peer`: the caller's name in gRPC. None if its connection is closed."""
         return self._by_name.get(peer)
 
     def prove(self, connection: Connection, caller: PeerID) -> None:
@@ -302,7 +304,7 @@ class Connections:
             self._table.remove(connection)
             self._close(connection, reason)
             if reason == "abused":
-                self._abuses.take(connection.origin, 1, time.monotonic())
+                self._bar(connection.origin)
 
     def stop_listening(self) -> None:
         """Accepts no more connections. Existing ones stay open."""
@@ -327,6 +329,11 @@ class Connections:
     def is_barred(self, origin: str) -> bool:
         """Whether many connections from this neighbourhood were abused a moment ago."""
         return self._abuses.wait_s(origin, time.monotonic()) > 0
+
+    def _bar(self, origin: str) -> None:
+        now = time.monotonic()
+        if self._abuses.wait_s(origin, now) + 1 / _ABUSES_PER_S <= _LONGEST_BAR_S:
+            self._abuses.take(origin, 1, now)
 
     def add(self, connection: Connection, descriptor: int = 0) -> None:
         """`descriptor`: of the connection's socket. The lowest free descriptor is given out, so a high one means that

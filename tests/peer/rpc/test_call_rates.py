@@ -4,6 +4,7 @@ connections.
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -78,6 +79,23 @@ def test_a_neighbourhood_whose_connections_were_abused_can_open_none_for_a_momen
             await until(lambda: len(connections._table) == 2)
             for writer in (second, other, third):
                 writer.close()
+
+    loop.run(scenario(), 60)
+
+
+def test_a_neighbourhood_is_barred_for_a_minute_at_most(loop: LoopThread) -> None:
+    """However many connections it had. Others may live there, too."""
+
+    async def scenario() -> None:
+        served = await serve(numbered_identities(1)[0])
+        connections = served.server.connections
+        async with closing(served):
+            for number in range(100):
+                made = Connection(str(number), "there", lambda: None, 0.0)
+                connections._table.add(made)
+                connections.punish(made)
+            assert connections.is_barred("there")
+            assert 50.0 < connections._abuses.wait_s("there", time.monotonic()) <= 60.0
 
     loop.run(scenario(), 60)
 
