@@ -36,7 +36,7 @@ from peer.errors import (
 )
 from peer.formatting import age_in_words
 from peer.identity import GRANT_DOMAIN, Identity, PeerID, is_peer_id, verify
-from peer.rpc.sessions import Admitted, Right
+from peer.rpc.sessions import OPEN_TO_ALL, Admitted, Right
 from peer.wire import admission_pb2, records_pb2, session_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -78,8 +78,6 @@ RIGHTS: Mapping[Role, frozenset[Right]] = {
     Role.READER: frozenset({session_pb2.RIGHT_FORWARD}),
     Role.LIBRARIAN: frozenset(),
 }
-OPEN_TO_ALL = frozenset({session_pb2.RIGHT_DHT})
-"""The rights that need no token: a peer must read the manifest before it can be admitted."""
 OPEN_TO_MEMBERS = OPEN_TO_ALL | {session_pb2.RIGHT_RELAY, session_pb2.RIGHT_MEMORY}
 """The rights that any token gives."""
 EXPORT = session_pb2.RIGHT_EXPORT

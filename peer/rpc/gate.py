@@ -29,8 +29,7 @@ from peer.metrics import start_at_zero
 from peer.rates import SharedBudget, TokenBuckets
 from peer.rpc.calls import note_failure, or_empty, retry_metadata
 from peer.rpc.connections import Connection, Connections
-from peer.rpc.sessions import Sessions
-from peer.wire import session_pb2
+from peer.rpc.sessions import OPEN_TO_ALL, Sessions
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -47,9 +46,6 @@ _OWN_PLACES = {
 }
 """Places for the calls of these services, in sessions. They don't compete with other calls for places: DHT calls are
 frequent and must not hold up experts, calls for receipts wait for seconds, and relay calls last for hours.
-"""
-_NEEDS_NO_TOKEN = frozenset({session_pb2.RIGHT_DHT})
-"""Anybody may open a session with these rights alone. Its calls to other services compete with those without a session.
 """
 _LASTING = "talkoot.v1.RelayService"
 """The service whose calls keep their places although they mostly wait for their callers."""
@@ -277,7 +273,8 @@ class CallGate(grpc.aio.ServerInterceptor):
             else:
                 self._connections.prove(connection, session.caller)
                 slot = Slot(connection.origin, session.caller, task)
-                others = self._strange_slots if session.rights <= _NEEDS_NO_TOKEN else self._slots
+                # anybody may open a session that needs no token
+                others = self._strange_slots if session.rights <= OPEN_TO_ALL else self._slots
                 slots, rates = self._own_slots.get(_service(method), others), self._rates
             self._admit(connection, slot, slots, rates)
         except ExpertError as error:

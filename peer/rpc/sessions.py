@@ -36,6 +36,8 @@ from peer.transport.endpoints import address_of
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 Right: TypeAlias = "session_pb2.Right"
+OPEN_TO_ALL: frozenset[Right] = frozenset({session_pb2.RIGHT_DHT})
+"""The rights that need no token: a peer must read the manifest before it can be admitted."""
 Metadata: TypeAlias = tuple[tuple[str, bytes], ...]
 SESSION_KEY = "talkoot-session-bin"
 """The key of the gRPC metadata with which a call names its session."""

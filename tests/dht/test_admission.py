@@ -15,7 +15,6 @@ from stranger import new_identity
 from dht.admission import (
     EXPORT,
     MAX_REVOKED,
-    OPEN_TO_ALL,
     OPEN_TO_MEMBERS,
     RIGHTS,
     Denylist,
@@ -32,7 +31,7 @@ from peer.errors import ExpertError, RecordError, RevokedError, SettingsError, S
 from peer.identity import GRANT_DOMAIN, Identity
 from peer.kademlia.routing import id_bytes, key_id_of
 from peer.kademlia.validation import Record, pack
-from peer.rpc.sessions import Admitted, Right
+from peer.rpc.sessions import OPEN_TO_ALL, Admitted, Right
 from peer.transport.addresses import Multiaddress
 from peer.wire import admission_pb2, records_pb2, session_pb2
 

@@ -13,7 +13,7 @@ from callers import InSession, numbered_identities
 from grpc import StatusCode
 from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, eventually, playing
 
-from dht.admission import OPEN_TO_ALL, RIGHTS, Denylist, Role, make_token, new_serial
+from dht.admission import RIGHTS, Denylist, Role, make_token, new_serial
 from dht.announcements import NodeInfo
 from dht.invites import Invite, InviteLedger, IssuedInvite
 from dht.manifest import AdmissionSpec
@@ -24,7 +24,7 @@ from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread
 from peer.rpc.channels import ChannelPool
-from peer.rpc.sessions import Right
+from peer.rpc.sessions import OPEN_TO_ALL, Right
 from peer.wire import expert_pb2, expert_pb2_grpc, session_pb2
 
 BY_TOKEN = MANIFEST.model_copy(update={"admission": AdmissionSpec(mode="token")})
