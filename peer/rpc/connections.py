@@ -29,7 +29,7 @@ from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.platform.processes import most_descriptors, open_descriptors
 from peer.platform.sockets import ServerSocket, attach, probe_when_idle, streams_of
-from peer.rates import FairTurns, TokenBuckets
+from peer.rates import FairTurns
 from peer.transport.endpoints import address_of, ip_address, neighbourhood
 from peer.transport.pipes import Pipe
 
@@ -50,12 +50,6 @@ _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
 """
 _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
 """TLS handshakes of all callers together. Each takes less than a millisecond."""
-_ABUSES_PER_S, _ABUSES_AT_ONCE = 0.5, 8.0
-"""A neighbourhood of which more connections are closed for abuse can't open others for a moment: on each new one, a
-hundred calls could begin before the first is refused.
-"""
-_LONGEST_BAR_S = 60.0
-"""How long that lasts at most, since its other callers are barred, too."""
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
@@ -234,7 +228,6 @@ class Connections:
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
         self._expected: dict[bytes, Expected] = {}
-        self._abuses = TokenBuckets[str](_ABUSES_PER_S, _ABUSES_AT_ONCE, 1024)
         self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
         self.server: ServerSocket = ServerSocket()
         """Where gRPC must listen."""
@@ -289,7 +282,7 @@ class Connections:
                 arrived.result()[1].transport.abort()
 
     def find(self, peer: str) -> Connection | None:
-        """`peer`: the caller's name in gRPC. None if its connection is closed."""
+        """`peer`: the caller's name in gRPC. None if the caller did not come through here."""
         return self._by_name.get(peer)
 
     def prove(self, connection: Connection, caller: PeerID) -> None:
@@ -303,8 +296,6 @@ class Connections:
         if connection in self._table:
             self._table.remove(connection)
             self._close(connection, reason)
-            if reason == "abused":
-                self._bar(connection.origin)
 
     def stop_listening(self) -> None:
         """Accepts no more connections. Existing ones stay open."""
@@ -325,15 +316,6 @@ class Connections:
                 end.abort()
             await asyncio.sleep(0)  # in its next turn, the loop tells them that they are closed
         self.server.close()
-
-    def is_barred(self, origin: str) -> bool:
-        """Whether many connections from this neighbourhood were abused a moment ago."""
-        return self._abuses.wait_s(origin, time.monotonic()) > 0
-
-    def _bar(self, origin: str) -> None:
-        now = time.monotonic()
-        if self._abuses.wait_s(origin, now) + 1 / _ABUSES_PER_S <= _LONGEST_BAR_S:
-            self._abuses.take(origin, 1, now)
 
     def add(self, connection: Connection, descriptor: int = 0) -> None:
         """`descriptor`: of the connection's socket. The lowest free descriptor is given out, so a high one means that
@@ -522,10 +504,7 @@ class _Outside(_End):
         peer = _peer_name(transport)
         now = time.monotonic()
         self.connection = Connection(peer, origin_of(peer), self.abort, now, unsent=self.unsent)
-        if self._connections.is_barred(self.connection.origin):
-            self.abort()
-        else:
-            self._connections.add(self.connection, transport.get_extra_info("socket").fileno())
+        self._connections.add(self.connection, transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

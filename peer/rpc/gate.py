@@ -26,9 +26,9 @@ from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError
 from peer.loop import Restarts
 from peer.metrics import start_at_zero
-from peer.rates import SharedBudget, TokenBuckets
+from peer.rates import TokenBuckets
 from peer.rpc.calls import note_failure, or_empty, retry_metadata
-from peer.rpc.connections import Connection, Connections
+from peer.rpc.connections import Connection, Connections, origin_of
 from peer.rpc.sessions import OPEN_TO_ALL, Sessions
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -73,20 +73,14 @@ _MOST_BYTES = 64 * 2**10
 """The limits for a message to these services, and to all others. A larger message counts as empty: it could have
 millions of numbers, which don't count as parts, and a call holds its request as long as it lasts, some for hours.
 """
-_CALLS_PER_S, _STRANGE_CALLS_PER_S = 500.0, 5.0
-"""The rates of calls of one caller in a session, and on one connection without a session."""
-_NEAR_CALLS_PER_S, _NEAR_STRANGE_CALLS_PER_S = 500.0, 200.0
-"""The same of all callers in one neighbourhood, who share them fairly. Each call takes the loop about half a
-millisecond.
+_CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
+"""The rate of calls of one caller in a session."""
+_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
+"""The rate of calls on one connection without a session."""
+_ABUSE_S = 1.0
+"""How many seconds' worth of calls a caller may exceed its rate by, before it loses its connection: even refusing its
+calls would cost too much.
 """
-_SAVED_S, _STRANGE_SAVED_S = 2.0, 8.0
-"""How many seconds' worth of calls may come at once."""
-_REFUSALS, _STRANGE_REFUSALS = 100.0, 10.0
-"""A caller of which more calls are refused loses its connection: even refusing them would cost too much. Without a
-session, all callers in one neighbourhood count as one, because a new connection costs little.
-"""
-_REFUSALS_PER_S = 10.0
-"""The rate at which refusals are forgotten."""
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
 """After a failure was logged, the same one is not logged again for this long."""
@@ -165,32 +159,6 @@ def _waited_s(slot: Slot, now: float) -> float:
     return 0.0 if slot.waits_since is None else now - slot.waits_since
 
 
-class CallRates:
-    """How often callers may call. Those in one neighbourhood share its rate fairly. Pure: `now` is an argument."""
-
-    def __init__(self, near: float, each: float, saved_s: float, refusals: float) -> None:
-        """The rates of a neighbourhood and of each caller in it, how many seconds' worth may come at once, and how many
-        calls of one caller may be refused.
-        """
-        self._rates = near, each, saved_s
-        self._budgets = BoundedDict[str, SharedBudget[Hashable]](4096)
-        self._refusals = TokenBuckets[Hashable](_REFUSALS_PER_S, refusals)
-
-    def admits(self, slot: Slot, now: float) -> bool:
-        """Whether a call may begin. If so, it counts."""
-        budget = self._budgets.get(slot.origin) or SharedBudget[Hashable](*self._rates)
-        self._budgets[slot.origin] = budget
-        if not budget.allows(slot.caller, now):
-            return False
-        budget.take(slot.caller, 1, now)
-        return True
-
-    def refuse(self, who: Hashable, now: float) -> bool:
-        """Counts a refused call. Returns whether there were too many."""
-        self._refusals.take(who, 1, now)
-        return self._refusals.wait_s(who, now) > 0
-
-
 class CallGate(grpc.aio.ServerInterceptor):
     """Admits the calls of a server.
 
@@ -228,10 +196,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         }
         self._opening_slots, self._strange_slots = (Slots(_CALLS_WITHOUT_SESSION, 0.0) for _ in range(2))
         self._beginning = Slots(_CALLS_WITHOUT_MESSAGE, 0.0)
-        self._rates = CallRates(_NEAR_CALLS_PER_S, _CALLS_PER_S, _SAVED_S, _REFUSALS)
-        self._strange_rates = CallRates(
-            _NEAR_STRANGE_CALLS_PER_S, _STRANGE_CALLS_PER_S, _STRANGE_SAVED_S, _STRANGE_REFUSALS
-        )
+        self._rates = TokenBuckets[Hashable](_CALLS_PER_S, _CALLS_AT_ONCE)
+        self._strange_rates = TokenBuckets[Hashable](_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE)
         self._faults = BoundedDict[tuple[str, str], float](256)
 
     async def intercept_service(
@@ -261,7 +227,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         connection = self._connections.find(context.peer())
         session = self._sessions.of_call(context)
         if connection is None:
-            return  # its caller has left, and perhaps left many such calls
+            peer = context.peer()
+            connection = Connection(peer, origin_of(peer), lambda: None, time.monotonic())
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -334,15 +301,17 @@ class CallGate(grpc.aio.ServerInterceptor):
         if call.is_writing:
             self._connections.punish(call.connection, "unread")
 
-    def _admit(self, connection: Connection, slot: Slot, slots: Slots, rates: CallRates) -> None:
+    def _admit(self, connection: Connection, slot: Slot, slots: Slots, rates: TokenBuckets[Hashable]) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED)."""
         now = time.monotonic()
-        if not rates.admits(slot, now):
+        wait_s = rates.wait_s(slot.caller, now)
+        rates.take(slot.caller, 1, now)
+        if wait_s:
             self.refused.labels("hasty").inc()
-            if rates.refuse(slot.origin if rates is self._strange_rates else slot.caller, now):
+            if wait_s > _ABUSE_S:
                 self._connections.punish(connection)
             raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED, "you call too often: try again a little later", _RETRY_S
+                StatusCode.RESOURCE_EXHAUSTED, "you call too often: try again a little later", wait_s
             )
         self._take(slots, slot)
 
