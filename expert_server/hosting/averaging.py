@@ -7,6 +7,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -38,13 +39,14 @@ from expert_server.hosting.placement import serving_elsewhere
 from expert_server.hosting.replicas import LocalReplicas
 from expert_server.settings import NodeSettings
 from expert_server.state.servicer import FetchHint, HintQueue
-from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker
+from expert_server.state.transfer import Fetched, Snapshot, SnapshotTaker, largest_state_bytes
 from peer.averaging import MAX_UPDATE_COUNT, last_meeting, partner_weight
-from peer.bounded import BoundedDict
+from peer.bounded import BoundedDict, Owner
 from peer.clipping import at_base, believed_updates, clip, distance
 from peer.errors import ExpertError, OutOfReachError, StateError, TransferError, UnreachableError
 from peer.identity import PeerID
-from peer.loop import Restarts, keep_running, side_by_side, tolerating
+from peer.loop import Restarts, TaskSet, keep_running, side_by_side, tolerating
+from peer.rpc.transfer import TransferSlots
 from peer.wire import state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ _MAX_HINTS = 256
 """The most pending requests of other nodes to fetch an expert."""
 _AT_ONCE = 4
 """How many requests of one kind are followed at the same time, and how many averages are started at the same time."""
+_LOOK_S = 1.0
+"""How often a node looks whether a hint that waits may take the place of a slow state."""
 _TIMED = 16
 """The latest averages whose durations tell how long one usually takes."""
 _REMEMBERED = 4096
@@ -128,10 +132,11 @@ class ReplicaAveraging:
         """The update count of this node's own replica when it last tried to meet another one."""
         self._took_s = deque[float](maxlen=_TIMED)
         """How long the latest averages took. Those that failed are left out."""
-        self._meeting = WeakValueDictionary[UID, asyncio.Lock]()
-        """Experts that are being averaged. Each is averaged with one replica at a time, because the snapshot that was
-        sent must stay the base.
-        """
+        self._averaging = WeakValueDictionary[UID, asyncio.Lock]()
+        """Experts that are being averaged. Each is averaged with one replica at a time."""
+        self._own_fetches, self._hinted_fetches = TransferSlots(_AT_ONCE), TransferSlots(_AT_ONCE)
+        """Slots for the states that this node fetches for averages which it starts, and for those of others."""
+        self._state_bytes = largest_state_bytes(swarm.manifest)
 
     def accept_hint(self, hint: FetchHint) -> int:
         """Queues a request. Returns how many of its experts are accepted, counted from the first; 0 unless `run` is
@@ -151,11 +156,11 @@ class ReplicaAveraging:
         self._runs = True
         try:
             async with asyncio.TaskGroup() as group:
-                average = self._average_now_and_then
-                for kind in _AT_ONCE * [*self._hinted]:
-                    follow = partial(self._follow_hints, kind)
-                    group.create_task(keep_running("follow others' hints", follow, self._restarts))
+                # more than have slots to fetch: others average, or look whose turn it is
+                for step in _AT_ONCE * [self._follow_adoptions, self._follow_averages, self._follow_averages]:
+                    group.create_task(keep_running("follow others' hints", step, self._restarts))
                 if self._every_s:
+                    average = self._average_now_and_then
                     group.create_task(keep_running("average now and then", average, self._restarts))
         finally:
             self._runs = False
@@ -178,8 +183,9 @@ class ReplicaAveraging:
         nodes = await self._swarm.registry.nodes({replica.peer_id for replica in partners})
 
         async def meet(replica: Replica) -> None:
-            began = self._clock()
-            await self.meet(replica.uid, nodes[replica.peer_id])
+            began, owner = self._clock(), Owner.alone(replica.peer_id)
+            slot = self._own_fetches.taken(owner, self._state_bytes)
+            await self.meet(replica.uid, nodes[replica.peer_id], slot)
             self._took_s.append(self._clock() - began)
 
         able = [replica for replica in partners if replica.peer_id in nodes]
@@ -254,17 +260,26 @@ class ReplicaAveraging:
         if given is not None:
             await given.wait()
 
-    async def meet(self, uid: UID, node: NodeInfo) -> asyncio.Event | None:
-        """Averages this node's replica with another node's, and asks that node to do the same.
+    async def meet(
+        self, uid: UID, node: NodeInfo, slot: AbstractContextManager[None] | None = None
+    ) -> asyncio.Event | None:
+        """Averages this node's replica with another node's, and asks that node to do the same. `slot`: held while the
+        other replica is fetched.
 
-        Returns an event that is set when the other node has fetched what it needs for that, or None if it refuses.
-        Raises TransferError, StateError or ExpertError if the replica could not be averaged; it is then unchanged. If
-        the other replica is only too far away for this one, the other node is still asked: this replica may be near
-        enough for it.
+        Returns an event that is set when the other node has fetched what it needs for that, or None if it refuses, or
+        if the two have met in the meantime. Raises TransferError, StateError or ExpertError if the replica could not be
+        averaged; it is then unchanged. If the other replica is only too far away for this one, the other node is still
+        asked: this replica may be near enough for it.
         """
-        async with self._lock_of(uid):
-            base = await self._snapshots.take(uid)
+        base = await self._snapshots.take(uid)
+        with slot or contextlib.nullcontext():
             fetched = await self._replicas.states.fetch(node, uid)
+        async with self._lock_of(uid):  # not while it fetches: a slow state must not hold up other averages
+            met = self._replicas.history.of(uid)
+            if met.get(node.peer_id) != base.met.get(node.peer_id):
+                return None
+            if met != base.met:  # it was averaged with another
+                base = await self._snapshots.take(uid)
             await self._average(base, fetched, node.peer_id)
         given = base.given_to(node.peer_id)
         accepted = await self._replicas.states.ask(
@@ -272,20 +287,41 @@ class ReplicaAveraging:
         )
         return given if accepted else None
 
-    async def _answer(self, hint: FetchHint, node: NodeInfo) -> None:
+    async def _follow_average(self, hint: FetchHint) -> None:
         """The other node's part of `meet`, with the same two snapshots. Does nothing if this replica was averaged in
         between, because it no longer follows from the base.
         """
+        with self._hinted_fetches.taken(hint.owner, self._state_bytes):
+            found = await self._fetch_hinted(hint)
+        if found is None:
+            return
+        base, fetched = found
+        lock = self._lock_of(base.uid)
+        if self._follows_from(base) and not lock.locked():  # whoever holds it is about to change the state
+            async with lock:
+                await self._average(base, fetched, hint.peer_id)
+
+    async def _fetch_hinted(self, hint: FetchHint) -> tuple[Snapshot, Fetched] | None:
+        """The two snapshots. None unless that peer serves the expert according to the DHT, and gave something when it
+        last kept this node waiting.
+        """
         (uid,) = hint.uids
-        async with self._lock_of(uid):
-            base = self._snapshots.find(uid, hint.base_sha256)
-            expert = self._replicas.experts.get(uid)
-            if base is None or expert is None or base.generation != expert.generation:
-                return
-            if self._is_refused(uid, hint.peer_id):
-                return
-            fetched = await self._replicas.states.fetch(node, uid, hint.sha256)
-            await self._average(base, fetched, node.peer_id)
+        base = self._snapshots.find(uid, hint.base_sha256)
+        if base is None or not self._follows_from(base) or self._is_refused(uid, hint.peer_id):
+            return None
+        if self._replicas.states.is_withholding(hint.peer_id):
+            return None
+        replicas = await self._swarm.experts.replicas([uid])
+        nodes = await self._swarm.registry.nodes([hint.peer_id])
+        hosts = {r.peer_id for r in replicas[uid] if r.state is ReplicaState.SERVING}
+        if hint.peer_id not in hosts or hint.peer_id not in nodes or not self._follows_from(base):
+            return None
+        return base, await self._replicas.states.fetch(nodes[hint.peer_id], uid, hint.sha256)
+
+    def _follows_from(self, base: Snapshot) -> bool:
+        """Whether nothing but updates has changed the expert since that snapshot."""
+        expert = self._replicas.experts.get(base.uid)
+        return expert is not None and expert.generation == base.generation
 
     async def _average(self, base: Snapshot, fetched: Fetched, peer_id: PeerID) -> None:
         history, claimed = self._replicas.history, fetched.checkpoint.update_count
@@ -379,36 +415,37 @@ class ReplicaAveraging:
 
     async def _average_now_and_then(self) -> None:
         took_s = 0.0
-        while True:
-            await asyncio.sleep(pause_after(self._every_s, took_s, self._rng))
-            took_s = await self._attempt(self.average_some()) or 0.0
+        async with contextlib.aclosing(TaskSet(self._restarts)) as rounds:
+            while True:
+                await asyncio.sleep(pause_after(self._every_s, took_s, self._rng))
+                work = rounds.spawn(self._attempt(self.average_some()), "average with other nodes")
+                # a round that waits for slow states goes on beside the next one, which may take their slots
+                await asyncio.wait([work], timeout=self._every_s)
+                if work.done():
+                    took_s = work.result() or 0.0
 
     def _lock_of(self, uid: UID) -> asyncio.Lock:
-        return self._meeting.setdefault(uid, asyncio.Lock())
+        return self._averaging.setdefault(uid, asyncio.Lock())
 
-    async def _follow_hints(self, is_average: bool) -> None:
+    async def _follow_adoptions(self) -> None:
         while True:
-            hint = self._hints.pop(is_average)
+            hint = self._hints.pop(False)
             if hint is None:
-                self._hinted[is_average].clear()
-                await self._hinted[is_average].wait()
-            elif hint.is_average:
-                await self._attempt(self._follow_average(hint))
+                self._hinted[False].clear()
+                await self._hinted[False].wait()
             else:
                 await self._attempt(self._adopt(hint.peer_id, hint.uids))
 
-    async def _follow_average(self, hint: FetchHint) -> None:
-        """Averages on another peer's request, if that peer serves the expert according to the DHT, and gave something
-        when it last kept this node waiting.
-        """
-        if self._replicas.states.is_withholding(hint.peer_id):
-            return
-        replicas = await self._swarm.experts.replicas(hint.uids)
-        hosts = {r.peer_id for found in replicas.values() for r in found if r.state is ReplicaState.SERVING}
-        if hint.peer_id in hosts and set(hint.uids) <= self._replicas.experts.keys():
-            nodes = await self._swarm.registry.nodes([hint.peer_id])
-            if hint.peer_id in nodes:
-                await self._answer(hint, nodes[hint.peer_id])
+    async def _follow_averages(self) -> None:
+        while True:
+            hint = self._hints.pop(True, self._hinted_fetches.has_room_for)
+            if hint is None:
+                self._hinted[True].clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._hinted[True].wait()
+            else:
+                await self._attempt(self._follow_average(hint))
 
     async def _attempt(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Returns the result, or None if the work failed."""

@@ -59,6 +59,10 @@ class FetchHint:
     def is_average(self) -> bool:
         return bool(self.sha256)
 
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.group, self.peer_id)
+
 
 _Waiting: TypeAlias = dict[tuple[UID, bool], tuple[FetchHint, Reservation]]
 """One peer's hints, by expert and kind."""
@@ -98,12 +102,14 @@ class HintQueue:
             self._due_at[key] = due_at + every_s
         return len(hint.uids)
 
-    def pop(self, is_average: bool) -> FetchHint | None:
-        """The next hint of this kind. All adoptions that one peer asks for are returned as one hint."""
+    def pop(self, is_average: bool, may_come: Callable[[Owner], bool] = lambda _: True) -> FetchHint | None:
+        """The next hint of this kind, by a peer that may come. All adoptions that one peer asks for are returned as one
+        hint.
+        """
         for group, peers in self._waiting.items():
             for peer_id, waiting in peers.items():
                 keys = [key for key in waiting if key[1] is is_average]
-                if keys:
+                if keys and may_come(Owner(group, peer_id)):
                     self._waiting.move_to_end(group)
                     peers.move_to_end(peer_id)
                     keys = keys[:1] if is_average else keys

@@ -445,20 +445,20 @@ class StateClient:
             sha256=sha256,
             parameters=parameters,
         )
-        what, began = f"expert {uid} of {node.peer_id}", self._clock()
+        what, began, outcome = f"expert {uid} of {node.peer_id}", self._clock(), "failed"
         try:
             incoming = await self._service.download(node, "Fetch", request, what, self._down)
             fetched = await asyncio.to_thread(self._open, incoming, uid, node.peer_id, parameters)
-        except TransferError:
-            self.metrics.fetches.labels("failed").inc()
-            self._withholding.failed(node.peer_id, began, self._clock())
-            raise
+            outcome = "fetched"
         except StateError:
-            self.metrics.fetches.labels("broken").inc()
-            self._withholding.failed(node.peer_id, began, self._clock())
+            outcome = "broken"
             raise
-        self.metrics.fetches.labels("fetched").inc()
-        self._withholding.gave(node.peer_id, self._clock())
+        finally:  # also if it is broken off, because others wait
+            self.metrics.fetches.labels(outcome).inc()
+            if outcome == "fetched":
+                self._withholding.gave(node.peer_id, self._clock())
+            else:
+                self._withholding.failed(node.peer_id, began, self._clock())
         return fetched
 
     async def ask(

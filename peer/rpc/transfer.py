@@ -310,7 +310,20 @@ class TransferSlots:
             finally:
                 self._taken.pop(slot, None)
 
+    def has_room_for(self, owner: Owner) -> bool:
+        """Whether `taken` would give this owner a slot."""
+        return len(self._taken) < self._most or self._victim(owner) is not None
+
     def _cut_one_off(self, newcomer: Owner) -> None:
+        victim = self._victim(newcomer)
+        if victim is None:
+            message = f"{len(self._taken)} transfers are running here; try again soon"
+            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_BUSY_S)
+        _, _, interrupt = self._taken.pop(victim)
+        interrupt()
+
+    def _victim(self, newcomer: Owner) -> object | None:
+        """The slot that makes way for the newcomer's. All must be taken."""
         count = Counter(owner for owner, _, _ in self._taken.values())
         of_group = Counter(owner.group for owner, _, _ in self._taken.values())
         now, own, own_group = self._clock(), count[newcomer] + 1, of_group[newcomer.group] + 1
@@ -326,12 +339,7 @@ class TransferSlots:
             for slot, (owner, enough_at, _) in self._taken.items()
             if now > enough_at and may_make_way(owner)
         )
-        victim = next(owned if greedy is not None else slow, None)
-        if victim is None:
-            message = f"{len(self._taken)} transfers are running here; try again soon"
-            raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_BUSY_S)
-        _, _, interrupt = self._taken.pop(victim)
-        interrupt()
+        return next(owned if greedy is not None else slow, None)
 
 
 async def receive(

@@ -1,6 +1,7 @@
 """A peer that sends states very slowly delays neither other states nor itself for ever."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,17 @@ from typing import Any
 import pytest
 from callers import numbered_identities
 from checkpoint_samples import AN_UID
-from real_swarm import UIDS, Play, Village, eventually
+from real_swarm import UIDS, Play, Village, eventually, train
 from real_swarm import playing as playing_village
 from state_peers import Scenario, Street, playing
 from stranger import Stranger
 
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from expert_server.state.servicer import FetchHint
 from peer.errors import TransferError
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.wire import state_pb2, state_pb2_grpc
 
 SIZE = 10_000
@@ -95,5 +98,61 @@ def test_a_node_takes_other_experts_while_some_trickle(play: Play, monkeypatch: 
             await eventually(has_the_others)
             assert len(theirs) == 2
             await asyncio.wait_for(asked.wait(), 60)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("initiator", ["stranger", "node"])
+def test_a_node_averages_with_others_while_a_replica_trickles(
+    play: Play, monkeypatch: pytest.MonkeyPatch, initiator: str
+) -> None:
+    """The stranger claims to host all experts. It asks the node to average each, or waits until the node asks."""
+    monkeypatch.setattr("peer.rpc.transfer.GRACE_S", 1000.0)
+    monkeypatch.setattr("peer.rpc.transfer._FAIR_S", 0.5)
+
+    async def scenario(village: Village) -> None:
+        every_s = 60.0 if initiator == "stranger" else 0.5
+        node = await village.found(experts=8, replicas=2, average_every_s=every_s)
+        honest = await village.join(1, await node.swarm.invite(), experts=8, replicas=2, average_every_s=60.0)
+        await honest.hosting.replicate()
+        (node_info,) = (await honest.swarm.registry.nodes([node.swarm.host.peer_id])).values()
+        async with Stranger.joined(await node.swarm.invite()) as stranger:
+            asked = 0
+
+            async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+                nonlocal asked
+                asked += 1
+                async for reply in trickle():
+                    yield reply.SerializeToString()
+
+            await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
+            await stranger.publish_node()
+            theirs = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 9) for uid in UIDS]
+            await stranger.swarm.experts.announce(theirs, 300.0)
+            await node.hosting.look()
+            running = asyncio.create_task(node.averaging.run())
+
+            async def is_occupied() -> bool:
+                if initiator == "stranger":
+                    for uid in UIDS:
+                        base = (await node.averaging._snapshots.take(uid)).sha256
+                        hint = FetchHint(stranger.peer_id, (uid,), bytes(32), base, group="elsewhere")
+                        node.averaging.accept_hint(hint)
+                return asked >= 4
+
+            await eventually(is_occupied)
+            before = total(node.averaging.averagings)
+
+            async def averaged_all() -> bool:
+                for each in (node, honest):
+                    await train(each, dict.fromkeys(UIDS, 1))
+                for uid in UIDS if initiator == "stranger" else ():
+                    await honest.averaging.meet(uid, node_info)
+                return total(node.averaging.averagings) - before >= len(UIDS)
+
+            await eventually(averaged_all)
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
 
     play(scenario)

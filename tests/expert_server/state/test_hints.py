@@ -85,6 +85,17 @@ def test_however_many_strangers_ask_a_newcomer_has_its_share_and_its_turn(
     assert queue._room.used == 0
 
 
+def test_whoever_may_not_come_yet_holds_up_no_other() -> None:
+    queue = HintQueue(64, 6.0)
+    queue.put(average(UIDS[0]), 0.0)
+    queue.put(average(UIDS[0], OTHER), 0.0)
+    found = queue.pop(True, lambda owner: owner.name != ASKER)
+    assert found is not None
+    assert found.peer_id == OTHER
+    assert queue.pop(True, lambda owner: owner.name != ASKER) is None
+    assert queue.pop(True) is not None
+
+
 def test_a_replica_that_always_asks_for_averages_gets_one_in_each_interval() -> None:
     """Others ask about once in every second interval, irregularly, and once more when they leave."""
     queue = HintQueue(64, 60.0)

@@ -31,9 +31,11 @@ class Hall:
             with self.slots.taken(owner, 0):
                 await asyncio.Event().wait()
 
+        had_room = self.slots.has_room_for(owner)
         task = asyncio.create_task(transfer())
         self.transfers.append((owner, task))
         await self.settle()
+        assert task.done() is not had_room
         return task
 
     async def settle(self) -> None:
