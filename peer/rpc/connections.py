@@ -282,7 +282,7 @@ class Connections:
                 arrived.result()[1].transport.abort()
 
     def find(self, peer: str) -> Connection | None:
-        """`peer`: the caller's name in gRPC. None if the caller did not come through here."""
+        """`peer`: the caller's name in gRPC. None if its connection is closed."""
         return self._by_name.get(peer)
 
     def prove(self, connection: Connection, caller: PeerID) -> None:

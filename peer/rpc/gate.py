@@ -26,9 +26,9 @@ from peer.codec import MAX_MESSAGE_BYTES
 from peer.errors import ExpertError
 from peer.loop import Restarts
 from peer.metrics import start_at_zero
-from peer.rates import TokenBuckets
+from peer.rates import SharedBudget, TokenBuckets
 from peer.rpc.calls import note_failure, or_empty, retry_metadata
-from peer.rpc.connections import Connection, Connections, origin_of
+from peer.rpc.connections import Connection, Connections
 from peer.rpc.sessions import OPEN_TO_ALL, Sessions
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -75,11 +75,15 @@ millions of numbers, which don't count as parts, and a call holds its request as
 """
 _CALLS_PER_S, _CALLS_AT_ONCE = 500.0, 1000.0
 """The rate of calls of one caller in a session."""
+_NEAR_CALLS_PER_S, _NEAR_CALLS_S = 1000.0, 2.0
+"""The rate of calls in sessions of all callers in one neighbourhood, who share it fairly: half of what a core answers.
+And how many seconds' worth of calls may come at once.
+"""
 _STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE = 5.0, 40.0
 """The rate of calls on one connection without a session."""
-_ABUSE_S = 1.0
+_ABUSE_S, _REFUSED = 1.0, 5
 """How many seconds' worth of calls a caller may exceed its rate by, before it loses its connection: even refusing its
-calls would cost too much.
+calls would cost too much. And as how many calls a refused one counts.
 """
 _RETRY_S = 0.5
 _LOG_EVERY_S = 600.0
@@ -198,6 +202,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         self._beginning = Slots(_CALLS_WITHOUT_MESSAGE, 0.0)
         self._rates = TokenBuckets[Hashable](_CALLS_PER_S, _CALLS_AT_ONCE)
         self._strange_rates = TokenBuckets[Hashable](_STRANGE_CALLS_PER_S, _STRANGE_CALLS_AT_ONCE)
+        self._near_rates = BoundedDict[str, SharedBudget[Hashable]](4096)
+        """The rates of neighbourhoods."""
         self._faults = BoundedDict[tuple[str, str], float](256)
 
     async def intercept_service(
@@ -227,8 +233,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         connection = self._connections.find(context.peer())
         session = self._sessions.of_call(context)
         if connection is None:
-            peer = context.peer()
-            connection = Connection(peer, origin_of(peer), lambda: None, time.monotonic())
+            return  # its caller has left, and perhaps left many such calls
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -305,7 +310,9 @@ class CallGate(grpc.aio.ServerInterceptor):
         """Raises ExpertError (RESOURCE_EXHAUSTED)."""
         now = time.monotonic()
         wait_s = rates.wait_s(slot.caller, now)
-        rates.take(slot.caller, 1, now)
+        if not wait_s and rates is self._rates and not self._has_share(slot, now):
+            wait_s = _RETRY_S
+        rates.take(slot.caller, _REFUSED if wait_s else 1, now)
         if wait_s:
             self.refused.labels("hasty").inc()
             if wait_s > _ABUSE_S:
@@ -314,6 +321,16 @@ class CallGate(grpc.aio.ServerInterceptor):
                 StatusCode.RESOURCE_EXHAUSTED, "you call too often: try again a little later", wait_s
             )
         self._take(slots, slot)
+
+    def _has_share(self, slot: Slot, now: float) -> bool:
+        """Whether the rate of its neighbourhood leaves one for this call. If so, the call takes it."""
+        near = self._near_rates.get(slot.origin)
+        near = near or SharedBudget(_NEAR_CALLS_PER_S, _CALLS_PER_S, _NEAR_CALLS_S)
+        self._near_rates[slot.origin] = near
+        if not near.allows(slot.caller, now):
+            return False
+        near.take(slot.caller, 1, now)
+        return True
 
     def _take(self, slots: Slots, slot: Slot) -> None:
         """Raises ExpertError (RESOURCE_EXHAUSTED)."""
