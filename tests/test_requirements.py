@@ -2,19 +2,24 @@
 today.
 """
 
+import ast
 import itertools
 import os
 import site
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+FLOORS = ("peer", "dht", "expert_server", "trainer_client", "talkoot")
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORMS = (
     "x86_64-pc-windows-msvc",
@@ -68,6 +73,30 @@ def skip_without_an_index(ended: subprocess.CompletedProcess[str]) -> None:
 
 def packages(ended: subprocess.CompletedProcess[str]) -> set[str]:
     return {line.partition("==")[0] for line in ended.stdout.splitlines() if "==" in line}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The names of all modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or ""
+
+
+def test_every_package_that_is_imported_is_a_requirement() -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    required = {canonicalize_name(Requirement(each).name) for group in groups for each in group}
+    distributions = packages_distributions()
+    missing = {
+        f"{module} in {path.relative_to(PROJECT.parent)}"
+        for floor in FLOORS
+        for path in (PROJECT.parent / floor).rglob("*.py")
+        for module in {name.partition(".")[0] for name in imported(path)} - sys.stdlib_module_names
+        if module not in FLOORS and required.isdisjoint(map(canonicalize_name, distributions.get(module, ())))
+    }
+    assert missing == set()
 
 
 @pytest.mark.parametrize(
