@@ -26,7 +26,7 @@ from benchmarks.moe_contenders import make_step
 from benchmarks.rival_blocks import SEQUENCE
 from benchmarks.scratch import scratch_folder
 from benchmarks.village import START_LIMIT_S, joining_node, running_node
-from benchmarks.wan_pace import Carried, Turns, auto_pace_of, pace_of
+from benchmarks.wan_pace import Carried, MeasuringTurns, auto_pace_of, pace_of
 from peer.codec import CodecName, codec_of
 from peer.errors import ExpertError
 from peer.metrics import total
@@ -212,8 +212,8 @@ def make_mixture(client: "SwarmClient") -> "RemoteMixtureOfExperts":
     return client.mixture(0, choose_by="sequence")
 
 
-def turns_of(options: argparse.Namespace) -> Turns:
-    return Turns(options.turns, options.contenders, _ALL_STARTED_S)
+def turns_of(options: argparse.Namespace) -> MeasuringTurns:
+    return MeasuringTurns(options.turns, options.contenders, _ALL_STARTED_S)
 
 
 def _behind(ports: Sequence[int], proxies: Sequence[int], folder: Path) -> list[str]:

@@ -113,7 +113,7 @@ def _mbit(before: tuple[int, int], after: tuple[int, int], seconds: float) -> di
     return {"up_mbit": up, "down_mbit": down}
 
 
-class Turns:
+class MeasuringTurns:
     """Lets contenders in several processes take turns at measuring, once all have started."""
 
     def __init__(self, folder: Path | None, contenders: int, limit_s: float) -> None:

@@ -77,7 +77,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
         self._dialling = dialling or Dialling(AddressScope.LOOPBACK)
         self._traffic = traffic
         self._limits = limits
-        self._probes, self._dials = Turns(limits), Turns(limits)
+        self._probes, self._dials = CallLimiter(limits), CallLimiter(limits)
 
     async def Probe(self, requests: AsyncIterator[probe_pb2.ProbeRequest], context: ProbeContext) -> None:
         stream = aiter(requests)
@@ -154,7 +154,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
         return reply
 
 
-class Turns:
+class CallLimiter:
     """Who may be served now, for one kind of call."""
 
     def __init__(self, limits: ProbeLimits, clock: Callable[[], float] = time.monotonic) -> None:

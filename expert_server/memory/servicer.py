@@ -86,7 +86,7 @@ class MemoryMetrics:
         self.bytes: Counter = start_at_zero(size, "sent", "received")
 
 
-class Turns:
+class ComputeTurns:
     """Lets a few calls compute at a time. For one event loop.
 
     Of the waiting calls, the next one is that with the least cost, to which is added what its group of callers has used
@@ -194,7 +194,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         self._up = up
         self._note_served = note_served
         self._hear = hear
-        self._turns = Turns(threads, _MAX_WAITING)
+        self._turns = ComputeTurns(threads, _MAX_WAITING)
         self._vectors = VectorCache()
         self._slots = TransferSlots(_MAX_TRANSFERS)
         # one core for each call: on a busy machine, torch's threads would wait for one another

@@ -85,7 +85,7 @@ def make_app(
     """`host`: the address it listens on. `metrics`: the dashboard's own. `thread`: computes what takes long. It should
     have one thread, so that no work begins before the last has ended, even if nobody waits for that any more.
     """
-    endpoints, turns = _Endpoints(watcher, store, metrics, thread), Turns()
+    endpoints, turns = _Endpoints(watcher, store, metrics, thread), RequestTurns()
     routes = [
         Route("/", endpoints.page),
         Mount("/static", StaticFiles(directory=STATIC, check_dir=False)),
@@ -112,7 +112,7 @@ def make_app(
     )
 
 
-class Turns:
+class RequestTurns:
     """Lets one request at a time be answered, of those whose answers take long to make. Neighbourhoods of clients take
     turns, and a request whose client has gone no longer waits.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.wan import add_shares, plot
-from benchmarks.wan_pace import Turns, auto_pace_of
+from benchmarks.wan_pace import MeasuringTurns, auto_pace_of
 
 
 def figures(pace: float, mbit: float = 50.0) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def test_contenders_wait_for_each_other_and_then_measure_one_at_a_time(tmp_path:
     measured = []
 
     def contend(name: str) -> None:
-        with Turns(tmp_path, 3, 30.0).turn(name):
+        with MeasuringTurns(tmp_path, 3, 30.0).turn(name):
             assert at_it.acquire(blocking=False)
             assert len(list(tmp_path.glob("*.ready"))) == 3
             measured.append(name)
@@ -57,7 +57,7 @@ def test_contenders_wait_for_each_other_and_then_measure_one_at_a_time(tmp_path:
 
 
 def test_who_is_alone_waits_for_nobody() -> None:
-    with Turns(None, 3, 30.0).turn("a"):
+    with MeasuringTurns(None, 3, 30.0).turn("a"):
         pass
 
 

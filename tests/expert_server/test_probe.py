@@ -20,9 +20,9 @@ from expert_server import probe
 from expert_server.probe import (
     MAX_PROBE_BYTES,
     MAX_PROBE_REQUESTS,
+    CallLimiter,
     ProbeLimits,
     ProbeServicer,
-    Turns,
     call_dial_back,
     call_probe,
 )
@@ -333,7 +333,7 @@ def test_ports_of_the_system_are_not_dialled(play: Play, port: int) -> None:
 # The pure functions
 
 
-def must_wait(turns: Turns, caller: int) -> float:
+def must_wait(turns: CallLimiter, caller: int) -> float:
     """How many seconds a caller is told to wait; 0 if it gets a turn."""
     try:
         with turns.turn(f"ipv4:192.{caller // 256}.{caller % 256}.7:4711"):
@@ -346,7 +346,7 @@ def must_wait(turns: Turns, caller: int) -> float:
 def test_nobody_gets_more_than_the_limits_say(steps: list[tuple[float, int]]) -> None:
     limits = ProbeLimits(burst=3, every_s=10, all_burst=5, all_every_s=4)
     now, taken = 0.0, []
-    turns = Turns(limits, lambda: now)
+    turns = CallLimiter(limits, lambda: now)
     for wait_s, caller in steps:
         now += wait_s
         if not (must_wait_s := must_wait(turns, caller)):
@@ -367,7 +367,7 @@ def test_nobody_gets_more_than_the_limits_say(steps: list[tuple[float, int]]) ->
 
 
 def test_memory_of_callers_is_bounded() -> None:
-    turns = Turns(ProbeLimits(all_burst=10**6))
+    turns = CallLimiter(ProbeLimits(all_burst=10**6))
     for caller in range(3000):
         assert not must_wait(turns, caller)
     assert len(turns._each) == 1024

@@ -21,7 +21,7 @@ from memory_peers import SWARM, Library, in_library, read_request, search_reques
 
 from dht.memory import MAX_READ, MAX_SCORES, Passage, Vectors
 from expert_server.memory import search
-from expert_server.memory.servicer import MemoryServicer, Turns
+from expert_server.memory.servicer import ComputeTurns, MemoryServicer
 from expert_server.memory.shard import PrimaryShard
 from peer import PROTOCOL_VERSION
 from peer.bounded import Owner
@@ -328,7 +328,7 @@ def test_a_reader_that_stalls_is_not_taken_for_a_disk_that_fails(
 
 def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
     async def scenario() -> None:
-        turns, order = Turns(1, 100), []
+        turns, order = ComputeTurns(1, 100), []
         greedy, other = Owner.alone("greedy"), Owner.alone("other")
         begun, go = asyncio.Event(), asyncio.Event()
 
@@ -354,7 +354,7 @@ def test_a_caller_with_many_calls_waits_for_itself(loop: LoopThread) -> None:
     loop.run(scenario(), 60)
 
 
-async def order_of(turns: Turns, calls: Iterable[tuple[str, int]]) -> list[str]:
+async def order_of(turns: ComputeTurns, calls: Iterable[tuple[str, int]]) -> list[str]:
     """In which order calls with these groups and costs get their turns, all of which wait when the first one ends."""
     order, go = list[str](), asyncio.Event()
 
@@ -372,7 +372,7 @@ async def order_of(turns: Turns, calls: Iterable[tuple[str, int]]) -> list[str]:
 
 
 def test_a_cheap_search_does_not_wait_for_costly_ones_from_many_neighbourhoods(loop: LoopThread) -> None:
-    turns = Turns(1, 100, clock=lambda: 0.0)
+    turns = ComputeTurns(1, 100, clock=lambda: 0.0)
     costly = [(f"stranger {n % 8}", MAX_SCORES) for n in range(32)]
     for _ in range(3):
         order = loop.run(order_of(turns, [*costly, ("honest", 1000)]), 60)
@@ -381,7 +381,7 @@ def test_a_cheap_search_does_not_wait_for_costly_ones_from_many_neighbourhoods(l
 
 @pytest.mark.parametrize("cost", [1, 3, 10])
 def test_groups_that_always_have_calls_waiting_get_equal_sums(loop: LoopThread, cost: int) -> None:
-    turns = Turns(1, 1000, clock=lambda: 0.0)
+    turns = ComputeTurns(1, 1000, clock=lambda: 0.0)
     calls = [("costly", 10)] * 20 + [("cheap", cost)] * (200 // cost)
     order = loop.run(order_of(turns, calls), 60)
     costs = {"costly": 10, "cheap": cost}
@@ -394,7 +394,7 @@ def test_groups_that_always_have_calls_waiting_get_equal_sums(loop: LoopThread, 
 
 def test_what_a_group_used_long_ago_counts_less(loop: LoopThread) -> None:
     time_s = 0.0
-    turns = Turns(1, 100, clock=lambda: time_s)
+    turns = ComputeTurns(1, 100, clock=lambda: time_s)
     loop.run(order_of(turns, [("one", 100)] * 3), 60)
     assert loop.run(order_of(turns, [("other", 1), ("one", 10), ("other", 50)]), 60) == [
         "other",
@@ -411,7 +411,7 @@ def test_what_a_group_used_long_ago_counts_less(loop: LoopThread) -> None:
 
 def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) -> None:
     async def scenario() -> None:
-        turns = Turns(1, 10)
+        turns = ComputeTurns(1, 10)
         greedy, other = Owner.alone("greedy"), Owner.alone("other")
         go = asyncio.Event()
 
@@ -439,7 +439,7 @@ def test_when_all_places_are_taken_the_greediest_gives_one_up(loop: LoopThread) 
 
 def test_replies_that_nobody_reads_keep_their_places_until_others_need_them(loop: LoopThread) -> None:
     async def scenario() -> None:
-        turns, read = Turns(1, 3), asyncio.Event()
+        turns, read = ComputeTurns(1, 3), asyncio.Event()
         greedy, other = Owner.alone("greedy"), Owner.alone("other")
 
         async def call(caller: Owner) -> None:
@@ -496,7 +496,7 @@ def test_an_answer_that_waits_for_the_upload_is_refused_at_once_if_others_need_i
 
 def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: LoopThread) -> None:
     async def scenario() -> None:
-        turns, go, caller = Turns(1, 10), asyncio.Event(), Owner.alone("a reader")
+        turns, go, caller = ComputeTurns(1, 10), asyncio.Event(), Owner.alone("a reader")
 
         async def call() -> None:
             with turns.place(caller):
@@ -519,7 +519,7 @@ def test_a_turn_does_not_go_to_a_call_that_was_ended_at_the_same_moment(loop: Lo
 @settings(deadline=None)
 def test_no_turn_is_lost_whatever_is_cancelled(loop: LoopThread, steps: list[str], at_once: int) -> None:
     async def scenario() -> None:
-        turns, running = Turns(at_once, 100), 0
+        turns, running = ComputeTurns(at_once, 100), 0
         callers = [Owner.alone(name) for name in "ab"]
         gates: list[tuple[asyncio.Task[None], asyncio.Event]] = []
 
