@@ -289,8 +289,3 @@ class NodeSettings(RoleSettings):
     def asks_router(self) -> bool:
         """Whether to ask the router to forward this node's port."""
         return self.upnp and self.reachability != "private" and not (self.announce_host or self.announce_port)
-
-    @property
-    def lifetime_s(self) -> float:
-        """The lifetime of announcements, in seconds."""
-        return 3 * self.announce_every_s

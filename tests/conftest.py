@@ -143,7 +143,6 @@ def long_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     from dht.records import MAX_LIFETIME_S
 
     monkeypatch.setattr("dht.upkeep.lifetime_s", lambda period_s: min(30 * period_s, MAX_LIFETIME_S))
-    monkeypatch.setattr("expert_server.settings.NodeSettings.lifetime_s", 15.0)
 
 
 @pytest.fixture

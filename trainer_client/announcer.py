@@ -7,6 +7,7 @@ import math
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from dht import upkeep
 from dht.announcements import MAX_LATENCIES, Latency
 from dht.invites import Invite
 from dht.swarm import Swarm
@@ -97,6 +98,7 @@ class TrainerAnnouncer:
         """
         self._registry = swarm.registry
         self._settings = settings
+        self._lifetime_s = upkeep.lifetime_s(settings.announce_every_s)
         self._steps = settings.steps if takes_steps else 0
         self._dispatcher = dispatcher
         self._started_at = clock.now()
@@ -136,7 +138,7 @@ class TrainerAnnouncer:
                 set_dense(record, self._averaging)
             self._has_announced = True
             try:
-                await self._registry.publish_trainer(record, self._settings.lifetime_s)
+                await self._registry.publish_trainer(record, self._lifetime_s)
             except UnreachableError as error:
                 logger.debug("could not announce this trainer: %s", error)
             with contextlib.suppress(TimeoutError):
@@ -162,7 +164,7 @@ class TrainerAnnouncer:
             left.left = True
             with contextlib.suppress(UnreachableError, TimeoutError):
                 async with asyncio.timeout(_WITHDRAW_S):
-                    await self._registry.publish_trainer(left, self._settings.lifetime_s)
+                    await self._registry.publish_trainer(left, self._lifetime_s)
         await closing
 
 

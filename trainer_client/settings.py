@@ -312,8 +312,8 @@ class TrainerSettings(RoleSettings):
         ge=0.5,
         le=120,
         allow_inf_nan=False,
-        description="seconds between announcements of this trainer's progress, each of which is valid for three times "
-        "as long",
+        description="seconds between announcements of this trainer's progress; others forget a trainer whose next "
+        "announcement is late by two periods, or by a minute if that is shorter",
     )
     deny: Denied = ()
     denylist: DenylistPath = None
@@ -407,11 +407,6 @@ class TrainerSettings(RoleSettings):
             return self.validate_every > 0 and step % self.validate_every == 0
         every = max(_LEAST_STEPS_BETWEEN, -(-self.steps // (_VALIDATIONS + 1)))
         return step % every == 0 or (step in _EARLY_VALIDATIONS and step <= every / 2)
-
-    @property
-    def lifetime_s(self) -> float:
-        """How long an announcement is valid."""
-        return 3 * self.announce_every_s
 
 
 class Sampling(RoleSettings):

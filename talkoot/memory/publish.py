@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
+from dht import upkeep
 from dht.announcements import Activity, ReplicaState
 from dht.library import WANTED_REPLICAS, LibraryEntry, MemoryRegistry, with_entry
 from dht.memory import MemoryManifest
@@ -74,6 +75,7 @@ class Publication:
         self._store = store
         self._publisher = publisher
         self._settings = settings
+        self._lifetime_s = upkeep.lifetime_s(settings.announce_every_s)
         self._host = host
         self._metrics = MemoryMetrics(swarm.metrics)
         self._servicer = MemoryServicer(
@@ -217,8 +219,8 @@ class Publication:
         with contextlib.suppress(UnreachableError, TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
                 gone = dict.fromkeys(self.manifest.by_region, (ReplicaState.WITHDRAWN, ()))
-                await self.swarm.registry.leave(self._settings.lifetime_s)
-                await self.memories.announce(self.entry.memory, gone, self._settings.lifetime_s)
+                await self.swarm.registry.leave(self._lifetime_s)
+                await self.memories.announce(self.entry.memory, gone, self._lifetime_s)
         if self.swarm.host.server is not None:
             await self.swarm.host.server.stop(0.0)
         await self._servicer.close()
@@ -248,7 +250,7 @@ class Publication:
             region: (ReplicaState.LEAVING, [shard.root for shard in shards])
             for region, shards in self.manifest.by_region.items()
         }
-        await self.memories.announce(self.entry.memory, regions, self._settings.lifetime_s)
+        await self.memories.announce(self.entry.memory, regions, self._lifetime_s)
 
     async def _publish_record(self) -> None:
         """Says how to call this peer. It is not listed as a node, because it leaves once others host the memory."""
@@ -267,7 +269,7 @@ class Publication:
             memory_shards=len(self.manifest.shards),
             memory_bytes=self.entry.total_bytes,
         )
-        await self.swarm.registry.publish_node(record, self._settings.lifetime_s, is_listed=False)
+        await self.swarm.registry.publish_node(record, self._lifetime_s, is_listed=False)
 
 
 def run_publish(
