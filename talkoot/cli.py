@@ -719,7 +719,7 @@ def remove() -> None:
 
 @service.command("status", cls=PlainCommand)
 def service_status() -> None:
-    """Say whether the service runs. Exit status 1 when it does not."""
+    """Say whether the service runs. The exit status is 1 if it does not, and 2 if none is installed."""
     with command() as (terminal, _):
         from talkoot.node.service import run_status
 

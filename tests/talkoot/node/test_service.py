@@ -318,6 +318,15 @@ def test_status_says_what_systemd_says(machine: Machine, capsys: pytest.CaptureF
     assert "last result: exit-code" in capsys.readouterr().out
 
 
+def test_exit_status_says_whether_the_service_runs(machine: Machine) -> None:
+    asked = partial(run_here, "service", "status")
+    assert asked().returncode == 2
+    machine.install()
+    for state, status in (("active", 0), ("failed", 1)):
+        (machine.folder / "says").write_text(f"ActiveState={state}\nSubState=any\nMainPID=0\n")
+        assert asked().returncode == status
+
+
 def test_unit_of_another_maker_is_left_alone(machine: Machine) -> None:
     machine.unit_file.parent.mkdir(parents=True)
     machine.unit_file.write_text("[Service]\nExecStart=/bin/true\n")
