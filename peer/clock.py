@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from peer.bounded import BoundedDict
+from peer.formatting import age_in_words
 from peer.platform.machine import seconds_since_boot
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -90,10 +91,13 @@ class SwarmClock:
         side = "ahead of" if error_s > 0 else "behind"
         asked = len(self._others)
         theirs = "that of the peer asked" if asked == 1 else f"those of most of the {asked} peers asked"
-        return f"this machine's clock is {abs(error_s):.0f} s {side} {theirs}: set it right. Until then, " + (
-            "others notice that much later when this machine goes offline"
-            if self.ahead_s
-            else "this machine and others take each other's records for outdated, so it may see no nodes"
+        return (
+            f"this machine's clock is {age_in_words(abs(error_s))} {side} {theirs}: set it right. Until then, "
+            + (
+                "others notice that much later when this machine goes offline"
+                if self.ahead_s
+                else "this machine and others take each other's records for outdated, so it may see no nodes"
+            )
         )
 
     @property
@@ -106,7 +110,9 @@ class SwarmClock:
         """Adopts the clock's new setting if most peers agree with it, or after a while if there are no peers."""
         if self._set_at is None:
             self._set_at = steady
-            logger.warning("this machine's clock was set by %+.0f s", offset - self._offset)
+            by_s = offset - self._offset
+            way = "forward" if by_s > 0 else "back"
+            logger.warning("this machine's clock was set %s by %s", way, age_in_words(abs(by_s)))
         others = list(self._others.values())
         siding = sum(abs(other - offset) < abs(other - self._offset) for other in others)
         if siding > len(others) / 2 or (not others and steady > self._set_at + _ALONE_S):

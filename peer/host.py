@@ -387,9 +387,9 @@ class Host:
 
     def _doubts(self, replies: Sequence[BootstrapReply]) -> Iterator[str]:
         """Problems that others report about this peer. They may be wrong or lie, so this peer starts anyway."""
-        if clock.CLOCK.warning:
+        if clock.CLOCK.warning:  # others take this peer's contact for outdated, and don't dial it
             yield clock.CLOCK.warning
-        if self.server is not None and replies and not any(reply.reaches_us for reply in replies):
+        elif self.server is not None and replies and not any(reply.reaches_us for reply in replies):
             yield (
                 f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its port to the "
                 "others, or pass the address by which they reach this machine as --host"

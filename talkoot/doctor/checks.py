@@ -38,7 +38,7 @@ from expert_server.settings import NodeSettings
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.clock import CLOCK
 from peer.errors import PortError, SettingsError, UnreachableError, UserError
-from peer.formatting import bytes_in_words, counted, is_loopback
+from peer.formatting import age_in_words, bytes_in_words, counted, is_loopback
 from peer.identity import PeerID
 from peer.platform import machine
 from peer.platform.processes import usable_cores
@@ -347,10 +347,11 @@ def judge_clock(links: Sequence[Link], nobody: str) -> Finding:
     if off_s > _CLOCK_OFF_S:
         verdict = Verdict.PROBLEM if off_s > _CLOCK_BROKEN_S else Verdict.WEAK
     way = "behind" if offset_s > 0 else "ahead of"
+    off = age_in_words(abs(offset_s)) if verdict is Verdict.PROBLEM else f"{abs(offset_s):.2f} s"
     return Finding(
         name="clock",
         verdict=verdict,
-        says=f"{abs(offset_s):.2f} s {way} that of {counted(len(links), 'peer')}, give or take {give_or_take_s:.2f} s",
+        says=f"{off} {way} that of {counted(len(links), 'peer')}, give or take {give_or_take_s:.2f} s",
         fix="set the clock, for example with `timedatectl set-ntp true`: records are only valid for correct clocks",
         values={"clock_offset_s": offset_s, "give_or_take_s": give_or_take_s},
     )

@@ -24,7 +24,7 @@ from peer.wire import dht_pb2
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 HOUR_S = 3600.0
-STEPS = ("+3600", "-3600")
+STEPS = {"+3600": "forward", "-3600": "back"}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_node_starts_whatever_two_of_three_peers_say(
         invite = await node.swarm.invite()
 
         async def lie(request: Any, context: Any) -> Any:
-            return dht_pb2.PingResponse(peer=liar.dht.info, dht_time=time.time() + HOUR_S, available=False)
+            return dht_pb2.PingResponse(peer=liar.dht.info, dht_time=time.time() + lead_s, available=False)
 
         async with contextlib.AsyncExitStack() as stack:
             addresses = list(invite.bootstrap)
@@ -52,16 +52,19 @@ def test_a_node_starts_whatever_two_of_three_peers_say(
                 await liar.answer(ping=lie)
                 addresses += liar.swarm.host.bootstrap_addresses()
             # The honest peer is not among those that a restarting node happens to ask.
-            for asked in (addresses, addresses[len(invite.bootstrap) :]):
+            liars = addresses[len(invite.bootstrap) :]
+            for asked, lead_s in ((addresses, HOUR_S), (liars, HOUR_S), (liars, 0.0)):
                 caplog.clear()
                 swarm = await join_swarm(
                     village.identities[1], Invite(invite.keys, tuple(asked)), NetworkConfig(LOCAL)
                 )
                 stack.push_async_callback(swarm.stop)
                 assert swarm.manifest == MANIFEST
-                assert "clock is 3600 s behind those of most of the" in caplog.text
+                is_wrong, is_unreached = lead_s > 0, lead_s == 0
+                assert ("clock is 60 min behind those of most of the" in caplog.text) == is_wrong
+                # with a wrong clock, others do not try
+                assert ("none of the 2 peers asked can reach this one" in caplog.text) == is_unreached
                 await swarm.stop()
-        assert "none of the 2 peers asked can reach this one" in caplog.text
 
     play(scenario)
 
@@ -97,7 +100,7 @@ def test_a_node_survives_when_its_machines_clock_is_set(
         node.until(lambda: node.status().experts == 4, "its experts")
         loop.run(scenario(node.invite, manifest), 120)
         log = "\n".join(node.log_lines)
-        assert all(f"clock was set by {step} s" in log for step in STEPS)
+        assert all(f"clock was set {way} by 60 min" in log for way in STEPS.values())
         assert node.alive
 
 
@@ -136,7 +139,7 @@ def test_a_node_whose_clock_is_minutes_fast_sees_the_hosts_and_begins_no_expert_
             fast.until(lambda: fast.status().experts, "an expert")
             fast.until(lambda: loop.run(counts_of(node.invite, manifest), 120), "its announcement")
             assert all(loop.run(counts_of(node.invite, manifest), 120)), "it did not begin anew"
-            assert "clock is 120 s ahead of that of the peer asked" in "\n".join(fast.log_lines)
+            assert "clock is 2 min ahead of that of the peer asked" in "\n".join(fast.log_lines)
 
 
 def set_clock(set_by: Path, offset: str) -> None:

@@ -51,7 +51,7 @@ def test_a_wrong_clock_that_is_set_right_is_followed_at_once_where_peers_agree()
     machine.clock = SwarmClock(lambda: machine.right + machine.set_by, lambda: machine.passed)
     machine.asked(0.0, 0.2, -0.1)
     assert machine.clock.now() == pytest.approx(machine.right - HOUR_S)
-    assert "clock is 3600 s behind those of most of the 3 peers asked: set it right" in machine.clock.warning
+    assert "clock is 60 min behind those of most of the 3 peers asked: set it right" in machine.clock.warning
     machine.set_by = 0.0
     assert machine.clock.now() == pytest.approx(machine.right)
     assert not machine.clock.warning

@@ -81,6 +81,10 @@ def test_clock_that_is_far_off_is_a_problem(offset_s: float, verdict: Verdict) -
     assert "timedatectl" in found.fix
 
 
+def test_a_clock_that_is_hours_off_is_told_in_hours() -> None:
+    assert "3 h behind that of 1 peer" in judge_clock([link(10_834.0)], "").says
+
+
 def test_clock_may_be_off_by_half_the_round_trip() -> None:
     assert judge_clock([link(3.5, trip_s=6.0)], "").verdict is Verdict.OK
 
