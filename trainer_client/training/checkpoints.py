@@ -31,7 +31,7 @@ from peer.checkpoints import (
     read_checkpoint,
 )
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
-from peer.files import StateFolder
+from peer.files import StateFolder, require_folder
 from peer.formatting import counted
 from trainer_client.averaging.dense_part import require_bounded, shared_buffers
 from trainer_client.data.corpus import Corpus, encode_corpus, require_length
@@ -278,10 +278,12 @@ def prepare_run(
 
     Raises UserError.
     """
+    require_folder(state)
+    # before the state folder is made: if there is no run to resume, its path may be mistyped
+    folder = checkpoint_folder(settings.checkpoint, state, swarm_id, newest=resume)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: pass its folder instead")
     with closing(StateFolder(state)):
-        folder = checkpoint_folder(settings.checkpoint, state, swarm_id, newest=resume)
-        if folder.is_file():
-            raise CheckpointError(f"{folder} is a file: pass its folder instead")
         if not resume and settings.checkpoint is None and (steps := _steps_of_runs(folder.parent)):
             newest = next(iter(steps))
             logger.info(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from run_samples import MANIFEST, SWARM
+from run_samples import MANIFEST, SWARM, make_settings, start
 from torch import Tensor, nn
 
 from peer.checkpoints import CheckpointHeader, encode_checkpoint
@@ -287,3 +287,9 @@ def test_without_any_run_the_way_on_is_said(tmp_path: Path) -> None:
         match=r"no checkpoint of this swarm in .*: train first \(`talkoot train` without --resume\), or",
     ):
         newest_run_folder(tmp_path / "runs")
+
+
+def test_without_a_run_to_resume_no_state_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint of this swarm"):
+        start(tmp_path / "mistyped", make_settings(), resume=True)
+    assert not (tmp_path / "mistyped").exists()
