@@ -110,8 +110,6 @@ class Membership:
         now: Callable[[], float] = clock.now,
         rng: random.Random | None = None,
     ) -> None:
-        self.rejoined: int = 0
-        """How often this peer had to rejoin."""
         self._host = host
         self._registry = registry
         self._peer_store = peer_store
@@ -194,7 +192,6 @@ class Membership:
         joined = await self._host.join(self._peer_store.addresses())
         if joined:
             self._lonely = 0
-            self.rejoined += 1
             self._in_vain += announced
             if self._in_vain < _LONELY_ROUNDS:
                 raise UnreachableError(

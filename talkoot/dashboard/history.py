@@ -80,8 +80,6 @@ class History:
         self, path: Path, most_series: int = MAX_SERIES, most_expert_series: int = 2 * MAX_EXPERTS
     ) -> None:
         """Opens the file, or sets it aside if it is broken. Raises StartError if it can't be written."""
-        self.set_aside: Path | None = None
-        """The new path of a broken file."""
         self._path = path
         self._most = {False: most_series, True: most_expert_series}
         self._ids: dict[tuple[str, str], int] = {}
@@ -234,7 +232,6 @@ class History:
         for companion in ("-wal", "-shm"):
             Path(f"{self._path}{companion}").unlink(missing_ok=True)
         self._ids.clear()
-        self.set_aside = aside
         logger.warning(
             "the history %s is broken (%s). It was moved to %s, and a new one was started",
             self._path,
