@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import stat
 import sys
@@ -38,6 +39,8 @@ LOG_FILE_BYTES = 5_000_000
 _WIDE = 10_000
 _ONLY_IN_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY}
 """Errors of a folder in which no new file can be made, or of a file that is mounted by itself."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters that could control a terminal, or change the order in which others are shown (UAX #9)."""
 _LINES_WAITING = 1000
 """The most log lines that wait for the end of a text; older ones are left out."""
 _LINES, _LINE_EVERY_S = 50, 3.0
@@ -119,13 +122,14 @@ class Terminal:
 
     @contextmanager
     def text(self) -> Iterator[Callable[[str], None]]:
-        """Yields a function that writes pieces of a text to standard output at once. Log lines follow the text, because
-        they would break into its last line, on a terminal or in a file that gets both.
+        """Yields a function that writes pieces of a text to standard output at once. Control characters become U+FFFD:
+        experts influence the text. Log lines follow the text, because they would break into its last line, on a
+        terminal or in a file that gets both.
         """
         self._waiting = deque(maxlen=_LINES_WAITING)
 
         def write(piece: str) -> None:
-            self.out.file.write(piece)
+            self.out.file.write(_CONTROL.sub("\ufffd", piece))
             self.out.file.flush()
 
         try:

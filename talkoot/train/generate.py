@@ -1,7 +1,6 @@
 """`talkoot generate`: continues a prompt, or answers it, with a trained model and its swarm."""
 
 import logging
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -26,8 +25,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _LONGEST_PROMPT = 2**24
 """The most bytes to read from standard input."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that could control a terminal: experts influence the text."""
 
 
 def run_generate(
@@ -49,7 +46,7 @@ def run_generate(
         pieces = _text(terminal, trained, text, sampling, read)
         with terminal.text() as write:
             for piece in pieces:
-                write(_CONTROL.sub("\ufffd", piece))
+                write(piece)
         for source in dict.fromkeys(map(citation, read)):
             terminal.err.print(escaped(f"read: {source}"))
         if rows := int(total(run.client.dispatcher.metrics.unanswered_rows)):

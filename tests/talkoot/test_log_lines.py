@@ -47,6 +47,15 @@ def test_controls_are_escaped_in_lines_and_in_tracebacks(tmp_path: Path) -> None
     assert [line.split()[2] for line in rest if not line.startswith("  ")] == ["error:"]
 
 
+@pytest.mark.parametrize(
+    "control", ["\x00", "\r", "\x1b", "\x7f", "\x9b", "\u2029", "\u202a", "\u202e", "\u2066", "\u2069"]
+)
+def test_a_models_text_cannot_control_the_terminal(control: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal(LogFormat.TEXT).text() as write:
+        write(f"Ämne:\t{control}[2J 👩‍🚀\n")
+    assert capsys.readouterr().out == "Ämne:\t\ufffd[2J 👩‍🚀\n\n"
+
+
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     """A terminal that shows the log, as a command's does."""
