@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections import Counter
@@ -71,6 +72,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["async
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level=logging.ERROR,  # strangers can trigger its warnings as often as they like
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -31,8 +31,6 @@ _KEEP_S = 5.0
 
 def run_dashboard(terminal: Terminal, join: str | None, settings: DashboardSettings) -> None:
     """Watches until a signal arrives, which is not an error. Raises UserError if it can't start."""
-    # strangers can trigger its warnings as often as they like
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     invite = invite_of(join)
     listener = listen(settings.host, settings.port)
     folder = StateFolder(settings.state or platformdirs.user_state_path("talkoot") / "dashboard")

@@ -48,8 +48,6 @@ def run_serve(
         raise SettingsError(
             "pass --join INVITE to use a swarm's experts, or --model DIR with a folder of `talkoot export`"
         )
-    # strangers can trigger its warnings as often as they like
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     read_keys(settings.api_key_file)  # before anything that takes time
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)

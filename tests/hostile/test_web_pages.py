@@ -1,6 +1,9 @@
-"""Pages of other sites, open in the browser of somebody who runs the dashboard or serves a model, over real sockets."""
+"""Pages of other sites, open in the browser of somebody who runs the dashboard or serves a model, and malformed
+requests, over real sockets.
+"""
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
@@ -52,3 +55,21 @@ def test_no_other_sites_form_is_taken() -> None:
 )
 def test_programs_own_pages_and_links_are_answered(headers: dict[str, str]) -> None:
     assert status("127.0.0.1", headers) == 200
+
+
+@pytest.mark.parametrize(
+    "head", ["no request", "GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: a"]
+)
+def test_malformed_requests_write_nothing_to_the_log(head: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="uvicorn.error")
+
+    async def scenario() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        async with serving(answer, listener):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(f"{head}\r\n\r\n".encode())
+            assert (await reader.readline()).startswith(b"HTTP/1.1 ")
+            writer.close()
+
+    asyncio.run(scenario())
+    assert caplog.text == ""
