@@ -15,9 +15,10 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
@@ -218,7 +219,9 @@ class FolderWriter:
             there = {name for name in places if name.startswith("experts.")}
             first = next(iter(self._expert))
             missing = [str(uid) for uid in self._manifest.uids() if expert_prefix(uid) + first not in there]
-            self._write_json(INDEX, {"metadata": {"total_size": self._size(places)}, "weight_map": places})
+            digests = {name: _digest(self.partial / name) for name in sorted(set(places.values()))}
+            index = {"metadata": {"total_size": self._size(places)}, "weight_map": places, "sha256": digests}
+            self._write_json(INDEX, index)
             self._write_json(CONFIG, self._config(missing))
             self._write_json("generation_config.json", _generation_config(self._manifest.model.context))
             self._write_text(TOKENIZER, tokenizer_json(self._tokenizer))
@@ -419,9 +422,10 @@ class ModelFolder:
         tokenizer: Tokenizer,
         live: frozenset[UID],
         places: Mapping[str, Path],
+        digests: Mapping[Path, str],
         memory: FolderMemory | None = None,
     ) -> None:
-        """See `open`. `places`: the file of each tensor."""
+        """See `open`. `places`: the file of each tensor. `digests`: the SHA-256 of files, where it is known."""
         self.path = path
         self.manifest = manifest
         self.routing = routing
@@ -431,11 +435,13 @@ class ModelFolder:
         self.memory = memory
         """How the model reads a memory; None: it reads none."""
         self._places = places
+        self._unchecked = dict(digests)
+        """The SHA-256 of each file from which nothing was read yet."""
         self._files: dict[Path, Any] = {}
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Checks names, shapes and dtypes of all tensors. Their numbers are checked when they are read.
+        """Checks names, shapes and dtypes of all tensors. Their numbers and files are checked when they are read.
 
         Raises UserError if the folder is incomplete, or this software can't use it.
         """
@@ -474,13 +480,13 @@ class ModelFolder:
                 f"{path} has a tokenizer of {len(tokenizer.token_bytes)} tokens, but a model of {config.vocab_size}"
             )
         _require_routing(path, config.routing, manifest)
-        places = _places_in(path)
+        places, digests = _places_in(path)
         if (there := manifest.model.layers * manifest.experts.count - len(missing)) > len(places):
             raise ModelError(
                 f"{path} lacks experts: it has {len(places)} tensors, and should have {there} experts"
             )
         live = frozenset(manifest.uids()) - missing
-        folder = cls(path, manifest, config.routing, tokenizer, live, places, config.memory)
+        folder = cls(path, manifest, config.routing, tokenizer, live, places, digests, config.memory)
         folder._check_forms()
         return folder
 
@@ -515,7 +521,7 @@ class ModelFolder:
         require_free_memory(size, f"reading the model in {self.path}", ModelError)
 
     def dense(self) -> dict[str, Tensor]:
-        """The state of a `LanguageModel`, float32. Raises ModelError if a number is not finite."""
+        """The state of a `LanguageModel`, float32. Raises ModelError if a file is damaged or a number is not finite."""
         tensors = {name: self._tensor(name) for name in self._dense_forms}
         try:
             require_bounded({name: tensor for name, tensor in tensors.items() if ".balance." in name})
@@ -524,7 +530,9 @@ class ModelFolder:
         return tensors
 
     def expert(self, uid: UID) -> dict[str, Tensor]:
-        """The tensors of a live expert's block, float32. Raises ModelError if a number is not finite."""
+        """The tensors of a live expert's block, float32. Raises ModelError if a file is damaged or a number is not
+        finite.
+        """
         assert uid in self.live, f"expert {uid} is missing"
         return {name: self._tensor(expert_prefix(uid) + name) for name in self._expert_forms}
 
@@ -544,10 +552,20 @@ class ModelFolder:
 
     def _tensor(self, name: str) -> Tensor:
         with _refusing(self._places[name]):
+            self._check_file(self._places[name])
             tensor: Tensor = self._file(name).get_tensor(name).float().contiguous()
         if not is_finite(tensor):
             raise ModelError(f"{name} in {self._places[name]} has numbers that are not finite")
         return tensor
+
+    def _check_file(self, path: Path) -> None:
+        """Compares the file with its SHA-256, once. Raises OSError and ModelError."""
+        digest = self._unchecked.pop(path, None)
+        if digest is not None and digest != _digest(path):
+            raise ModelError(
+                f"{path} is damaged: its SHA-256 is not the one in {INDEX}. Copy the folder again; if you changed the "
+                f'weights on purpose, remove "sha256" from {INDEX}'
+            )
 
     def _file(self, name: str) -> Any:
         path = self._places[name]
@@ -577,13 +595,17 @@ def _tokenizer_of(path: Path) -> Tokenizer:
         raise ModelError(f"{path / TOKENIZER}: {printable(str(error))}") from error
 
 
-def _places_in(path: Path) -> dict[str, Path]:
-    """The file of each tensor: from the index, or all in one file. Raises ModelError."""
+def _places_in(path: Path) -> tuple[dict[str, Path], dict[Path, str]]:
+    """The file of each tensor: from the index, or all in one file; and the SHA-256 of files that the index gives.
+    Raises ModelError.
+    """
     single = path / "model.safetensors"
     if not (path / INDEX).exists() and single.exists():
-        return _names_in([single])
+        return _names_in([single]), {}
     try:
-        weight_map: dict[str, str] = json.loads(read_file(path, INDEX))["weight_map"]
+        index = json.loads(read_file(path, INDEX))
+        weight_map: dict[str, str] = index["weight_map"]
+        digests = {path / name: str(digest) for name, digest in index.get("sha256", {}).items()}
         names = {name for name in weight_map.values() if _WEIGHTS.fullmatch(name)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path / INDEX} is not an index: {printable(repr(error))}") from error
@@ -593,7 +615,7 @@ def _places_in(path: Path) -> dict[str, Path]:
     for name, file_name in weight_map.items():
         if places.get(name) != path / file_name:
             raise ModelError(f"{path / INDEX} has {printable(name)} in {file_name}, where it is not")
-    return places
+    return places, digests
 
 
 def _names_in(files: Iterable[Path]) -> dict[str, Path]:
@@ -631,7 +653,13 @@ def read_file(folder: Path, name: str) -> bytes:
     return data
 
 
-def _opened(path: Path) -> BinaryIO:
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises OSError and ModelError."""
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _opened(path: Path) -> BufferedReader:
     """Raises OSError, and ModelError if the path leads out of the folder or is not a file."""
     if path.is_symlink():
         raise ModelError(f"{path} is a link: copy the folder with the files themselves (cp -rL)")

@@ -110,6 +110,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config that is nested": (lambda f: (f / CONFIG).write_text('{"a":' * 2**17), "not the configuration of a Talkoot"),
     "index that is nested": (lambda f: (f / INDEX).write_text('{"weight_map":' + "[" * 2**20), "not an index"),
     "index of lists": (lambda f: change_json(f / INDEX, weight_map={"x": [[]] * 2**20}), "not an index"),
+    "checksums that are a list": (lambda f: change_json(f / INDEX, sha256=[]), "not an index"),
     "index that is a number": (lambda f: (f / INDEX).write_text("7"), "not an index"),
     "header of 2^63 bytes": (
         lambda f: weights(f).write_bytes((2**63).to_bytes(8, "little") + b"{}"),

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dht.manifest import Manifest
 from dht.uid import UID
 from expert_server.experts.format import block_tensors
 from peer.layers import seeded
-from talkoot.model.folder import FolderRouting, FolderWriter
+from talkoot.model.folder import INDEX, FolderRouting, FolderWriter
 from talkoot.model.reading import QUESTIONS, FolderMemory
 from talkoot.train.local import LocalSwarm
 from trainer_client.data.tokenizer import ByteTokenizer, Tokenizer
@@ -85,6 +87,12 @@ class RandomModel:
                 if uid.layer == layer and uid not in self.missing
             ),
         )
+
+
+def change_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Replaces one file of a folder, as its owner may: the index has no SHA-256 of it any more."""
+    save_file(tensors, path)
+    change_json(path.parent / INDEX, sha256={})
 
 
 def change_json(path: Path, **values: Any) -> None:

@@ -1,5 +1,6 @@
 """The standard model folder: what was written can be read again, and nothing else is accepted."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from expert_fakes import make_manifest
-from model_folders import RandomModel, change_json, reads
+from model_folders import RandomModel, change_json, change_weights, reads
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -211,7 +212,7 @@ def _with(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], Non
     def changed(folder: Path) -> None:
         tensors = load_file(path := _first_weights(folder))
         change(tensors)
-        save_file(tensors, path)
+        change_weights(path, tensors)
 
     return changed
 
@@ -269,6 +270,25 @@ def test_a_broken_folder_is_refused_with_the_reason(case: str, folder: Path) -> 
     break_it(folder)
     with pytest.raises(UserError, match=reason):
         open_model(folder)
+
+
+def test_one_flipped_bit_of_the_weights_is_noticed(folder: Path) -> None:
+    path = folder / "model-00002-of-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1  # of the mantissa: the number stays plausible
+    path.write_bytes(data)
+    with pytest.raises(
+        ModelError, match=r"model-00002-of-00003\.safetensors is damaged: .* Copy the folder again"
+    ):
+        open_model(folder)
+    change_json(folder / INDEX, sha256={})  # changed on purpose
+    assert open_model(folder)
+
+
+def test_index_has_the_checksum_of_each_file_of_weights(written: Path) -> None:
+    digests = json.loads((written / INDEX).read_text())["sha256"]
+    files = written.glob("*.safetensors")
+    assert digests == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_of_a_stopped_export_the_way_on_is_said(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from commands import run_here
 from expert_fakes import make_manifest
-from model_folders import RandomModel, change_json
+from model_folders import RandomModel, change_json, change_weights
 from node_process import started
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from training_swarm import talkoot
 
 from dht.invites import Invite
@@ -161,7 +161,7 @@ def test_parameters_larger_than_first_ones_are_taken_by_other_nodes(tmp_path: Pa
     folder = RandomModel(MANIFEST).write(tmp_path / "model")
     path = folder / "model-00002-of-00003.safetensors"
     tensors = {name: 20 * tensor for name, tensor in load_file(path).items()}
-    save_file(tensors, path)
+    change_weights(path, tensors)
     model, tokenizer = as_started(imported(folder, tmp_path))
     assert loss_of(model, tokenizer) == pytest.approx(loss_of(open_model(folder).model, tokenizer), rel=1e-6)
 
