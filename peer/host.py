@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry
 
 from peer import clock
 from peer.errors import DaemonError, StartError, UnreachableError
-from peer.formatting import counted
 from peer.identity import VALID_FROM, Identity, PeerID
 from peer.kademlia.bootstrap import BootstrapReply, join_through
 from peer.kademlia.contacts import ContactBook
@@ -390,9 +389,11 @@ class Host:
         if clock.CLOCK.warning:  # others take this peer's contact for outdated, and don't dial it
             yield clock.CLOCK.warning
         elif self.server is not None and replies and not any(reply.reaches_us for reply in replies):
+            asked = len(replies)
+            said = "the peer asked can't" if asked == 1 else f"none of the {asked} peers asked can"
             yield (
-                f"none of the {counted(len(replies), 'peer')} asked can reach this one: open its port to the "
-                "others, or pass the address by which they reach this machine as --host"
+                f"{said} reach this one: open its port to the others, or pass the address by which they reach this "
+                "machine as --host"
             )
 
     def _own_endpoint(self) -> Endpoint | None:
