@@ -118,7 +118,10 @@ class Denylist:
     def __init__(self, path: Path | None = None, denied: Collection[str] = ()) -> None:
         """`path`: the file, which need not exist yet. Raises SettingsError if one of `denied` is not a PeerID."""
         self._path = path
-        self._always = frozenset(map(parse_denied, denied))
+        try:
+            self._always = frozenset(map(parse_denied, denied))
+        except SettingsError as error:
+            raise SettingsError(f"deny: {error}") from None
         self._from_file: frozenset[PeerID] = frozenset()
         self._stamp: tuple[int, int] | None = None
         self.reread()

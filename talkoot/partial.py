@@ -59,7 +59,7 @@ def require_new(path: Path) -> None:
     with naming_failures(path):
         is_empty_folder = path.name and path.is_dir() and not any(path.iterdir())
         if path.is_symlink() or (path.exists() and not is_empty_folder):
-            raise SettingsError(f"{path} exists: pass the path of a new folder")
+            raise SettingsError(f"{path} exists: pass the path of a new or empty folder")
 
 
 def check_new(path: Path, option: str) -> None:

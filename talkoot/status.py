@@ -276,7 +276,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
             node.activity.name.lower() + (", unsteady" if node.unsteady else ""),
             ", ".join(node.addresses) or "-",
             "?" if node.reachability is Reachability.UNKNOWN else node.reachability.name.lower(),
-            f"{node.expert_count}/{node.expert_capacity}",
+            str(node.expert_count) + (f"/{node.expert_capacity}" if node.expert_capacity else ""),
             f"{node.contributed_updates:,}",
             f"{node.contributed_rows:,}",
             _signed(node, reading.credit.get(node.peer_id)),

@@ -373,5 +373,5 @@ def test_the_denylist_is_read_again_when_it_changes(tmp_path: Path, alice: Ident
     path.unlink()
     assert denylist.reread()
     assert alice.peer_id not in denylist
-    with pytest.raises(SettingsError, match="not a PeerID"):
+    with pytest.raises(SettingsError, match=r"^deny: 'Qm' is not a PeerID"):
         Denylist(None, ["Qm"])

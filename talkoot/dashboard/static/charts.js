@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { byId, choice } from "./dom.js";
 import * as format from "./format.js";
 import { serverNow } from "./head.js";
-import { Plot } from "./plot.js";
+import { Plot, baseNames } from "./plot.js";
 import { Section } from "./section.js";
 
 const POINTS = 300;
@@ -19,8 +19,8 @@ const RANGES = [
 const perSecond = (value) => (Number.isFinite(value) ? `${format.bytes(value)}/s` : format.UNKNOWN);
 
 const CHARTS = [
-  { metric: "loss", title: "Loss", unit: true, write: format.loss },
-  { metric: "bits_per_byte", title: "Bits per byte", write: format.loss },
+  { metric: "loss", title: "Loss", unit: true, write: format.loss, ofTrainers: true },
+  { metric: "bits_per_byte", title: "Bits per byte", write: format.loss, ofTrainers: true },
   { metric: "tokens_per_s", title: "Tokens per second", write: format.compact, fromZero: true, present: true },
   { metric: "live_experts", title: "Live experts", write: format.count, fromZero: true, present: true, whole: true },
   { metric: "live_nodes", title: "Live nodes", write: format.count, fromZero: true, present: true, whole: true },
@@ -64,7 +64,8 @@ async function load(plots) {
   );
   const firsts = answers.flatMap(({ series }) => series.map(({ points }) => points[0]?.[0] ?? until));
   const start = Math.min(Math.max(since, Math.min(...firsts)), until - SHORTEST_S);
-  plots.forEach(({ plot, unit }, i) =>
-    plot.show(answers[i].series, unit ? answers[i].unit : "", start, until),
+  const trainers = baseNames(answers.flatMap(({ series }, i) => (plots[i].ofTrainers ? series : [])));
+  plots.forEach(({ plot, unit, ofTrainers }, i) =>
+    plot.show(answers[i].series, unit ? answers[i].unit : "", start, until, ofTrainers ? trainers : undefined),
   );
 }

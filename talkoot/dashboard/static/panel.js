@@ -113,7 +113,7 @@ function showNode(node) {
       ["Seen", shown(node.seen_at, (t) => `${format.duration(serverNow() - t)} ago`)],
       ["Up", shown(node.up_s, format.duration)],
       ["Since", shown(node.started_at || null, format.moment)],
-      ["Experts", `${format.count(node.experts)} of at most ${format.count(node.capacity)}`],
+      ["Experts", format.count(node.experts) + (node.capacity ? ` of at most ${format.count(node.capacity)}` : "")],
       ["Speed", shown(node.rows_per_s, (rate) => `${format.rate(rate)} rows/s`)],
       ["Latency", shown(node.latency_ms, format.milliseconds, "no trainer has measured it")],
       [

@@ -12,11 +12,19 @@ const LATE_S = 90; // trainers announce their figures every 10 s, and a history 
 const VALIDATION = " validation";
 const WHOLE = Array.from({ length: 30 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // between ticks
 
+const baseName = ({ name }) => name.replace(VALIDATION, "");
+
+/** The names of all series, without validations. */
+export function baseNames(series) {
+  return [...new Set(series.map(baseName))];
+}
+
 export class Plot {
   #options;
   #chart = null;
   #drawn = "";
   #series = [];
+  #names = [];
   #data = [[]];
   #range = [0, 1];
   #hidden = new Set();
@@ -58,9 +66,13 @@ export class Plot {
     new ResizeObserver(() => this.#resize()).observe(this.#canvas);
   }
 
-  /** series: [{name, label, points: [[t, value or null], …]}], times in unix seconds. */
-  show(series, unit, since, until) {
+  /**
+   * series: [{name, label, points: [[t, value or null], …]}], times in unix seconds. names: of these and of the series
+   * in other plots where the same name should have the same colour.
+   */
+  show(series, unit, since, until, names = baseNames(series)) {
     this.#series = series.map((line) => ({ ...line, points: line.points.slice(-MOST_POINTS) }));
+    this.#names = names;
     const tables = this.#series.map(({ points }) => [
       points.map(([t]) => t),
       points.map(([, value]) => value),
@@ -87,10 +99,10 @@ export class Plot {
   }
 
   #draw() {
-    const names = JSON.stringify(this.#series.map(({ name, label }) => [name, label]));
-    if (names !== this.#drawn) {
+    const lines = JSON.stringify(this.#series.map(({ name, label }, i) => [name, label, this.#colourOf(i)]));
+    if (lines !== this.#drawn) {
       this.destroy();
-      this.#drawn = names;
+      this.#drawn = lines;
       this.#makeLegend();
       if (this.#series.length) this.#chart = new uPlot(this.#uplotOptions(), this.#data, this.#canvas);
     } else {
@@ -155,8 +167,7 @@ export class Plot {
 
   /** A trainer's validation has the colour of that trainer's loss, dashed. */
   #colourOf(i) {
-    const names = [...new Set(this.#series.map(({ name }) => name.replace(VALIDATION, "")))];
-    return LINES[names.indexOf(this.#series[i].name.replace(VALIDATION, "")) % LINES.length];
+    return LINES[this.#names.indexOf(baseName(this.#series[i])) % LINES.length];
   }
 
   #makeLegend() {

@@ -69,7 +69,8 @@ const NODE_COLUMNS = [
     id: "experts",
     name: "Experts",
     numeric: true,
-    cell: ({ experts, capacity }) => [format.count(experts), el("small", {}, ` / ${format.count(capacity)}`)],
+    cell: ({ experts, capacity }) =>
+      capacity ? [format.count(experts), el("small", {}, ` / ${format.count(capacity)}`)] : format.count(experts),
   },
   figure("rows_per_s", "Rows/s", format.rate, 3),
   figure("latency_ms", "Latency", format.milliseconds, 3),

@@ -222,6 +222,46 @@ def test_a_small_loss_of_experts_looks_small_in_its_tile(browser: Browser, tmp_p
     asked.history.close()
 
 
+def test_a_trainer_has_the_same_colour_in_all_charts(browser: Browser, tmp_path: Path) -> None:
+    """Also in one where others before it are missing."""
+    asked = Asked(tmp_path, HEALTHY)
+    for age in (8, 23):
+        losses = [Sample("loss", name, 2) for name in ("a", "b", "b validation", "c")]
+        asked.history.add(
+            [*losses, Sample("bits_per_byte", "c", 1), Sample("bits_per_byte", "b", 1)], NOW - age
+        )
+
+    def colours(title: str) -> dict[str, str]:
+        entries = seen.page.locator(".chart", has_text=title).locator(".legend li")
+        return dict(
+            entries.evaluate_all(
+                "all => all.map((li) => [li.querySelector('bdi').textContent, "
+                "li.querySelector('.dash').style.borderColor])"
+            )
+        )
+
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.until(lambda: seen.page.locator(".legend-value").count() >= 6)
+        loss, bits = colours("Loss"), colours("Bits per byte")
+        assert len({loss["a"], loss["b"], loss["c"]}) == 3
+        assert loss["b validation"] == loss["b"]
+        assert bits == {"b": loss["b"], "c": loss["c"]}
+    asked.history.close()
+
+
+def test_a_node_that_offers_no_room_has_no_capacity(browser: Browser, tmp_path: Path) -> None:
+    """It pauses or leaves, and what it said last may still count experts."""
+    asked = Asked(
+        tmp_path,
+        picture_of([node(1, expert_count=3, expert_capacity=4), node(2, expert_count=16, expert_capacity=0)]),
+    )
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.until("document.querySelectorAll('#nodes-table tbody tr').length === 2")
+        experts = seen.page.locator("#nodes-table tbody td:nth-child(3)").all_inner_texts()
+        assert sorted(experts) == ["16", "3 / 4"]
+    asked.history.close()
+
+
 def test_a_chart_shows_no_old_speed_as_the_present_one(browser: Browser, tmp_path: Path) -> None:
     asked = Asked(tmp_path, HEALTHY)
     for age in (600, 615):

@@ -208,7 +208,7 @@ def test_on_a_full_disk_it_stops_fetching_before_it_leaves(
 def test_a_folder_that_exists_is_left_alone(founder: Founder, state: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     ended = talkoot(*export(founder, tmp_path, "--resume", "--state", state))
-    ended.is_one_clear_line("exists", "a new folder")
+    ended.is_one_clear_line("exists", "a new or empty folder")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_it_joins(tmp_path: Path)
 
 def test_the_current_folder_is_no_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match=r"^\. exists: pass the path of a new folder$"):
+    with pytest.raises(SettingsError, match=r"^\. exists: pass the path of a new or empty folder$"):
         ExportPlan(Path()).check()
 
 
