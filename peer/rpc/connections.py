@@ -23,6 +23,7 @@ from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from peer.bounded import BoundedDict
 from peer.errors import PortError
 from peer.identity import PeerID
 from peer.loop import TaskSet
@@ -50,6 +51,10 @@ _FIRST_BYTES_S, _PROOF_S = 5.0, 20.0
 """
 _STARTS_PER_S, _STARTS_AT_ONCE = 100.0, 200.0
 """TLS handshakes of all callers together. Each takes less than a millisecond."""
+_NEAR_STARTS_PER_S, _NEAR_STARTS_AT_ONCE, _MOST_NEAR_WAITING = 20.0, 40.0, 100
+"""The same of all callers in one neighbourhood, and how many of them may wait. On each new connection, 128 calls may
+begin before one is refused.
+"""
 _SWEEP_S = 1.0
 _RECOUNT_S = 0.05
 _BUFFER_BYTES = 2**20
@@ -228,6 +233,7 @@ class Connections:
         self._table = ConnectionTable(most_connections())
         self._by_name: dict[str, Connection] = {}
         self._expected: dict[bytes, Expected] = {}
+        self._near_starts = BoundedDict[str, FairTurns](1024)
         self._starts = FairTurns(_STARTS_PER_S, _STARTS_AT_ONCE, same=1)
         self.server: ServerSocket = ServerSocket()
         """Where gRPC must listen."""
@@ -348,7 +354,11 @@ class Connections:
 
     async def _wait_for_turn(self, outside: "_Outside") -> None:
         caller = outside.connection
-        if not await self._starts.turn(caller.origin, caller.peer):
+        near = self._near_starts.get(caller.origin) or FairTurns(
+            _NEAR_STARTS_PER_S, _NEAR_STARTS_AT_ONCE, near=_MOST_NEAR_WAITING
+        )
+        self._near_starts[caller.origin] = near
+        if not (await near.turn("", caller.peer) and await self._starts.turn(caller.origin, caller.peer)):
             self._table.remove(caller)
             self._close(caller, "crowded")
         elif outside.is_open:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -95,6 +96,40 @@ def test_connections_that_were_closed_leave_the_line_for_handshakes(
                 await until(lambda: all(each.has_spoken for each in connections._table.all()))
             await until(lambda: len(connections._starts._line) <= 8, 20.0)
             assert total(connections.closed, reason="crowded") > 80
+            for writer in held:
+                writer.close()
+
+    loop.run(scenario(), 60)
+
+
+def test_new_connections_of_one_neighbourhood_wait_for_each_other_but_others_do_not(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.connections._NEAR_STARTS_AT_ONCE", 4.0)
+    monkeypatch.setattr("peer.rpc.connections._NEAR_STARTS_PER_S", 2.0)
+
+    async def scenario() -> None:
+        served = await serve(numbered_identities(1)[0])
+        connections, held = served.server.connections, []
+
+        async def begin(source: str) -> None:
+            _, writer = await asyncio.open_connection(LOCAL, served.endpoint.port, local_addr=(source, 0))
+            writer.write(b"\x16")
+            held.append(writer)
+
+        def begun(source: str) -> int:
+            return sum(each.origin == source for each in connections._by_name.values())
+
+        async with closing(served):
+            began = time.monotonic()
+            for _ in range(8):
+                await begin("127.66.0.1")
+            await until(lambda: begun("127.66.0.1") >= 4)
+            await begin("127.66.0.2")
+            await until(lambda: begun("127.66.0.2") == 1)
+            assert begun("127.66.0.1") <= 5 + 2 * (time.monotonic() - began)
+            await until(lambda: begun("127.66.0.1") == 8)
+            assert time.monotonic() - began > 1.0, "the last ones waited"
             for writer in held:
                 writer.close()
 
