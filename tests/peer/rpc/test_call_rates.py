@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -46,13 +48,18 @@ class Callers:
                     self.call(origin, caller)
 
 
+@asynccontextmanager
+async def calling(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callers]:
+    served = await serve(numbered_identities(1)[0])
+    async with closing(served):
+        yield Callers(served.server.gate, monkeypatch)
+
+
 def test_many_keys_in_one_neighbourhood_call_as_often_as_two_callers(
     loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        served = await serve(numbered_identities(1)[0])
-        async with closing(served):
-            callers = Callers(served.server.gate, monkeypatch)
+        async with calling(monkeypatch) as callers:
             flood = {f"key {number}": ("there", 450) for number in range(8)}
             callers.call_for(10, {**flood, "neighbour": ("there", 20), "honest": ("here", 450)})
             of_flood = sum(callers.admitted[caller] for caller in flood)
@@ -68,9 +75,7 @@ def test_neighbours_that_call_a_little_too_often_keep_their_connections(
     loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        served = await serve(numbered_identities(1)[0])
-        async with closing(served):
-            callers = Callers(served.server.gate, monkeypatch)
+        async with calling(monkeypatch) as callers:
             callers.call_for(20, {f"pc {number}": ("home", 60) for number in range(20)})
             assert 0.9 * 1000 * 20 <= callers.admitted.total() < 1200 * 20
             assert min(callers.admitted.values()) > 0.9 * 50 * 20
