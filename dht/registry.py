@@ -210,7 +210,7 @@ class Registry:
     def stored_founder_record(self, key: str) -> FounderRecord | None:
         """The founder's record under that key which this peer itself stores."""
         value, _ = self.stored(key).get(self.keys.author.to_bytes(), (None, 0.0))
-        return None if value is None else self.read_founder_record(key, value)
+        return self.read_founder_record(key, value)
 
     async def ask_one(self, key: str) -> bool:
         """See `Lookups.ask_one`."""
@@ -227,10 +227,12 @@ class Registry:
 
     def read_founder_record(self, key: str, value: object) -> FounderRecord | None:
         """The founder's record for that key, from any value; None if it is not that record, or has expired."""
+        if not isinstance(value, bytes):
+            return None  # most often, there is no record
         author = self.keys.author
         message: Message = "manifest" if key == self.keys.manifest else "revocations"
         payload = self.guard.read(message, author, lambda: open_record(value, key, author, self.now()))
-        return FounderRecord(value, payload) if isinstance(value, bytes) and payload is not None else None
+        return None if payload is None else FounderRecord(value, payload)
 
     def later(self, key: str, expires_at: float) -> float:
         """The expiry of this peer's next record under the key. It is later than that of the last one, because holders

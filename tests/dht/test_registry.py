@@ -1,6 +1,7 @@
 """What peers announce, and what other peers then see: three real hosts."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
@@ -420,6 +421,20 @@ def test_the_directory_of_another_peer_has_consistent_tables(swarm: Swarm) -> No
         assert view.live_experts() == 3, "an old view does not change"
 
     swarm.run(scenario())
+
+
+def test_that_the_founder_has_written_no_record_is_nobodys_fault(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def scenario() -> None:
+        reader = swarm.registry(2)
+        assert await reader.find_founder_record(reader.keys.revocations) is None
+        assert reader.stored_founder_record(reader.keys.revocations) is None
+
+    swarm.run(scenario())
+    assert "left out" not in caplog.text
 
 
 def test_a_manifest_is_found_and_outlives_a_republication(swarm: Swarm) -> None:
