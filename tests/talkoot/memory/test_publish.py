@@ -33,7 +33,7 @@ from dht.announcements import NodeInfo, ReplicaState
 from dht.invites import Invite
 from dht.library import WANTED_REPLICAS, MemoryRegistry, RegionHost
 from dht.manifest import Manifest
-from dht.memory import Part
+from dht.memory import MemoryID, Part
 from dht.records import SwarmKeys
 from dht.swarm import Swarm, found_swarm, join_swarm
 from expert_server.memory.following import PublisherFollower
@@ -407,6 +407,16 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
             publisher = by(invite)
             (store.folder / UNPUBLISHED).touch()
             published = publishing(publisher, store)
+            reading = MemoryRegistry(founder.registry)
+            memory = MemoryID.of(store.manifest.name, publisher.signer.peer_id)
+
+            async def are_all_offered() -> bool:
+                regions = await reading.region_hosts(memory, store.manifest.by_region)
+                offered = {root for found in regions.values() for host in found for root in host.shards}
+                return offered == {shard.root[:8] for shard in store.manifest.shards}
+
+            assert len(store.manifest.by_region) > 1
+            await eventually(are_all_offered)
             await taken(hosts[0])
             assert not was_never_published(store.folder)
             await asyncio.sleep(0)
@@ -423,7 +433,6 @@ def test_a_memory_is_published_until_two_others_have_it_and_then_revoked_from_th
             revoked = asyncio.create_task(
                 _revoke(Terminal(LogFormat.JSON), publisher, store, found, SETTINGS, HOST)
             )
-            reading = MemoryRegistry(founder.registry)
 
             async def second() -> bool:
                 libraries = await reading.libraries()
