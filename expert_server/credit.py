@@ -36,7 +36,8 @@ from peer.identity import PeerID
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns, RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
-from peer.rpc.sessions import Sessions, near_of
+from peer.rpc.connections import origin_of
+from peer.rpc.sessions import Sessions
 from peer.wire import credit_pb2, credit_pb2_grpc, session_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -298,7 +299,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
             async with abort_on_error(context):
                 rights = session_pb2.RIGHT_FORWARD, session_pb2.RIGHT_MEMORY
                 caller = self._sessions.require(context, *rights).caller
-                kept = self._take(request, caller, near_of(context.peer()))
+                kept = self._take(request, caller, origin_of(context.peer()))
                 outcome = "kept" if kept else "old"
                 return credit_pb2.GiveReply(kept=kept)
         finally:
@@ -310,7 +311,7 @@ class CreditServicer(credit_pb2_grpc.CreditServiceServicer):
             context, _MAX_CALL_S, "too many callers are asking for receipts: try again later"
         ):
             require_same_swarm(self._book.swarm_id, request.protocol_version, request.swarm_id)
-            if not await self._lists.turn(near_of(context.peer()), context.peer()):
+            if not await self._lists.turn(origin_of(context.peer()), context.peer()):
                 raise ExpertError(
                     StatusCode.RESOURCE_EXHAUSTED,
                     "too many callers are asking for receipts: try again later",

@@ -26,7 +26,7 @@ from peer.relays.circuits import BEAT_S, CIRCUITS_TO_PEER, read_peer
 from peer.relays.client import Call, RelayClient, breaking
 from peer.rpc.channels import Contact, KnownPeer
 from peer.rpc.connections import NAME_BYTES
-from peer.transport.addresses import Multiaddress
+from peer.transport.addresses import Multiaddress, RemoteEnd
 from peer.transport.pipes import Exit, aborting
 from peer.wire import relay_pb2
 
@@ -206,7 +206,7 @@ class Reservations:
             with counting(self._circuits, relay.peer_id):
                 pipe = await self._client.connect(relay, circuit)
                 with aborting(pipe):
-                    here = await open_exit(caller, relay.peer_id)
+                    here = await open_exit(caller, RemoteEnd.through(relay.peer_id).neighbourhood)
                     self.offers.labels("accepted").inc()
                     await self._client.carry(here, pipe)
         except (UnreachableError, OSError) as error:

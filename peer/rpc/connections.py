@@ -72,12 +72,11 @@ class Connection:
     """A caller's connection."""
 
     peer: str
-    """The caller's address as gRPC names it, or, through a tunnel, its PeerID, which libp2p has proved.
-
-    Through a relay it is the PeerID that the relay claims, after `relay …/`.
+    """The caller's address as gRPC names it. Through a tunnel or a relay, its neighbourhood and its PeerID, which
+    libp2p has proved or which the relay claims.
     """
     origin: str
-    """The neighbourhood of the caller's address; through a tunnel, its PeerID; through a relay, the relay."""
+    """The caller's neighbourhood."""
     close: Callable[[], None]
     began_at: float
     has_spoken: bool = False
@@ -259,16 +258,17 @@ class Connections:
         self._sweep()
         return bound
 
-    async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
-        """A connection to the server for a peer whose tunnel ends here. Raises OSError.
-
-        `relay`: the relay that says who the caller is, and may lie. All its callers count as one neighbourhood.
+    async def open_for(self, caller: PeerID, origin: str) -> Pipe:
+        """A connection to the server for a peer that comes from this neighbourhood, through a tunnel or a relay. Raises
+        OSError.
         """
+        peer = f"{origin}/{caller}"
+        if not await self._has_turn(origin, peer):
+            self.closed.labels("crowded").inc()
+            raise ConnectionRefusedError(f"too many callers of {origin} wait for a connection")
         made, name = await self.server.dial()
         reader, writer = await streams_of(made)
-        now = time.monotonic()
-        peer = f"tunnel of {caller}" if relay is None else f"relay {relay}/{caller}"
-        connection = Connection(peer, origin_of(peer), writer.transport.abort, now, has_spoken=True)
+        connection = Connection(peer, origin, writer.transport.abort, time.monotonic(), has_spoken=True)
         self._by_name[name] = connection
         self.add(connection)
         self._tasks.spawn(self._wait_for_end(writer, connection, name), "wait for the end of a tunnel")
@@ -354,15 +354,19 @@ class Connections:
 
     async def _wait_for_turn(self, outside: "_Outside") -> None:
         caller = outside.connection
-        near = self._near_starts.get(caller.origin) or FairTurns(
-            _NEAR_STARTS_PER_S, _NEAR_STARTS_AT_ONCE, near=_MOST_NEAR_WAITING
-        )
-        self._near_starts[caller.origin] = near
-        if not (await near.turn("", caller.peer) and await self._starts.turn(caller.origin, caller.peer)):
+        if not await self._has_turn(caller.origin, caller.peer):
             self._table.remove(caller)
             self._close(caller, "crowded")
         elif outside.is_open:
             self._tasks.spawn(self._connect(outside), "connect a caller with the server")
+
+    async def _has_turn(self, origin: str, peer: str) -> bool:
+        """Waits for a caller's turn. False if too many others wait."""
+        near = self._near_starts.get(origin) or FairTurns(
+            _NEAR_STARTS_PER_S, _NEAR_STARTS_AT_ONCE, near=_MOST_NEAR_WAITING
+        )
+        self._near_starts[origin] = near
+        return await near.turn("", peer) and await self._starts.turn(origin, peer)
 
     async def _connect(self, outside: "_Outside") -> None:
         caller = outside.connection
@@ -565,12 +569,8 @@ def _most_descriptors() -> int:
 
 def origin_of(peer: str) -> str:
     """The neighbourhood of a caller, from its name in gRPC or from `open_for`."""
-    if peer.startswith("tunnel of "):
-        return peer
-    if peer.startswith("relay "):
-        return peer.partition("/")[0]
     address = address_of(peer)
-    return "somewhere" if address is None else neighbourhood(address)
+    return neighbourhood(address) if address is not None else peer.rpartition("/")[0] or "somewhere"
 
 
 def _peer_name(transport: asyncio.BaseTransport) -> str:

@@ -59,9 +59,9 @@ class RpcServer:
         await self.services.start()
         return await self.connections.listen(host, port)
 
-    async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
-        """A connection for a peer whose tunnel ends here, or that this relay brings. Raises OSError."""
-        return await self.connections.open_for(caller, relay)
+    async def open_for(self, caller: PeerID, origin: str) -> Pipe:
+        """See `Connections.open_for`."""
+        return await self.connections.open_for(caller, origin)
 
     async def stop(self, grace_s: float | None) -> None:
         """Ends calls that are still in progress after the grace period. Stopping twice is harmless."""

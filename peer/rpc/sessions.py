@@ -32,7 +32,6 @@ from peer.metrics import start_at_zero
 from peer.rates import FairTurns
 from peer.rpc.calls import abort_on_error, make_stub, require_same_swarm, while_open
 from peer.rpc.connections import origin_of
-from peer.transport.endpoints import address_of
 from peer.wire import admission_pb2, session_pb2, session_pb2_grpc
 
 Right: TypeAlias = "session_pb2.Right"
@@ -53,8 +52,6 @@ _CHECKS_PER_S = 200.0
 a badge.
 """
 _CHECKS_AT_ONCE = 32
-_TUNNELS = "tunnels"
-"""The neighbourhood of all callers that come through tunnels."""
 _RENEW_AT = 0.8
 """The share of a session's lifetime after which a new one is opened."""
 _LEAST_LIFETIME_S, _MOST_LIFETIME_S = 10.0, 86400.0
@@ -358,7 +355,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.OpenReply:
         async with abort_on_error(context):
             self._sessions.check(request)
-            near = near_of(context.peer())
+            near = origin_of(context.peer())
             with self._sessions.counting_refusals():
                 if not await self._checks.turn(near, context.peer()):
                     raise ExpertError(StatusCode.RESOURCE_EXHAUSTED, "too many open sessions now", 1.0)
@@ -469,11 +466,6 @@ class SessionClient:
         del self._opening[server]
         if not task.cancelled():
             task.exception()  # those who wait get the error; perhaps nobody waits any more
-
-
-def near_of(peer: str) -> str:
-    """The neighbourhood of a caller that opens a session. Each relay is one, and so are all tunnels together."""
-    return origin_of(peer) if peer.startswith("relay ") or address_of(peer) else _TUNNELS
 
 
 def session_named(context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:

@@ -13,6 +13,7 @@ import itertools
 import re
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 import base58
@@ -20,7 +21,7 @@ import psutil
 
 from peer.errors import AddressError, PortError
 from peer.identity import PeerID, is_peer_id
-from peer.transport.endpoints import AddressScope, Endpoint, bounded, parse_port
+from peer.transport.endpoints import AddressScope, Endpoint, bounded, ip_address, neighbourhood, parse_port
 
 _PEER = r"Qm[1-9A-HJ-NP-Za-km-z]{44}"
 _TEXT = re.compile(rf"/(ip4|ip6|dns[46]?)/([^/]+)/tcp/([0-9]+)/p2p/({_PEER})(?:/p2p-circuit/p2p/({_PEER}))?")
@@ -34,6 +35,7 @@ _DIALLED = (
 )
 _BYTES = re.compile(_DIALLED + rb"(?:\xa2\x02\xa5\x03\x22(\x12\x20.{32}))?")
 _BYTES_OF_CIRCUIT = re.compile(_DIALLED + _CIRCUIT)
+_BYTES_OF_IP = re.compile(rb"(?s)\x04(.{4})|\x29(.{16})")
 
 
 class Multiaddress(str):
@@ -173,9 +175,25 @@ def multiaddress(endpoint: Endpoint) -> str:
     return f"/{_kind_of(endpoint)}/{endpoint.host}/tcp/{endpoint.port}"
 
 
-def is_circuit(data: bytes) -> bool:
-    """Whether p2pd's bytes for the other end of a connection lead through a relay. False for an unknown kind."""
-    return _BYTES_OF_CIRCUIT.match(data) is not None
+@dataclass(frozen=True)
+class RemoteEnd:
+    """The other end of a connection, as far as it says who may be the same person."""
+
+    neighbourhood: str
+    is_relayed: bool
+
+    @classmethod
+    def through(cls, relay: PeerID) -> Self:
+        """All peers that come through one relay are one neighbourhood."""
+        return cls(f"relay {relay}", True)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Decodes p2pd's bytes. Ends of unknown kinds are one neighbourhood."""
+        if (circuit := _BYTES_OF_CIRCUIT.match(data)) is not None:
+            return cls.through(PeerID(circuit[6]))
+        ip = _BYTES_OF_IP.match(data)
+        return cls("somewhere" if ip is None else neighbourhood(ip_address(ip[1] or ip[2])), False)
 
 
 def _kind_of(endpoint: Endpoint) -> str:

@@ -68,8 +68,10 @@ def scope_of(address: IpAddress) -> AddressScope:
     return AddressScope.PRIVATE
 
 
-def ip_address(text: str) -> IpAddress:
-    """Parses an IP address, including an IPv4 address written as IPv6, such as ::ffff:127.0.0.1. Raises ValueError."""
+def ip_address(text: str | bytes) -> IpAddress:
+    """Parses an IP address, also a packed one, and an IPv4 address written as IPv6, such as ::ffff:127.0.0.1. Raises
+    ValueError.
+    """
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv4Address):
         return address

@@ -31,7 +31,7 @@ from peer.loop import cancel_all
 from peer.platform.p2pd import REINSTALL
 from peer.platform.processes import die_with_parent
 from peer.platform.sockets import private_socket_folder
-from peer.transport.addresses import Multiaddress, is_circuit, known_bytes, multiaddress
+from peer.transport.addresses import Multiaddress, RemoteEnd, known_bytes, multiaddress
 from peer.transport.dialling import Dialling
 from peer.transport.p2pd_setup import START_DEADLINE_S, Libp2pConfig
 from peer.transport.pipes import Pipe
@@ -146,8 +146,8 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         """Passes other peers' streams of this protocol to the handler from now on."""
 
         async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            caller, is_relayed = PeerID(info.peer_id.to_bytes()), is_circuit(info.addr.to_bytes())
-            await handler(caller, is_relayed, (reader, writer))
+            caller, end = PeerID(info.peer_id.to_bytes()), RemoteEnd.decode(info.addr.to_bytes())
+            await handler(caller, end, (reader, writer))
 
         try:
             async with asyncio.timeout(_STOP_DEADLINE_S):

@@ -16,9 +16,9 @@ from peer.platform.sockets import SocketFolder, bind_within, remove_socket, serv
 from peer.transport.addresses import Multiaddress
 
 Pipe: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-Exit: TypeAlias = Callable[[PeerID, PeerID | None], Awaitable[Pipe]]
-"""Connects a caller to a gRPC server of this peer. The caller comes through this peer's tunnel or, if a relay is given,
-through that relay, which says who the caller is. Raises OSError.
+Exit: TypeAlias = Callable[[PeerID, str], Awaitable[Pipe]]
+"""Connects a caller to a gRPC server of this peer. The caller comes from this neighbourhood, through a tunnel or a
+relay. Raises OSError.
 """
 CHUNK_BYTES = 256 * 2**10
 _FLUSH_S = 5.0

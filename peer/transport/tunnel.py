@@ -22,7 +22,7 @@ from peer.identity import PeerID
 from peer.loop import TaskSet
 from peer.metrics import start_at_zero
 from peer.rates import TokenBuckets
-from peer.transport.addresses import Multiaddress
+from peer.transport.addresses import Multiaddress, RemoteEnd
 from peer.transport.pipes import Exit, Listeners, Pipe, SocketStream, aborting, copy_both_ways
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -31,10 +31,8 @@ PROTOCOL = "/talkoot/grpc/1"
 OPEN_DEADLINE_S = 15.0
 """Time to open a stream: dialling, perhaps through a relay, and agreeing on the protocol."""
 
-StreamHandler: TypeAlias = Callable[[PeerID, bool, Pipe], Awaitable[None]]
-"""Takes a stream that another peer opened. Its arguments are that peer, whether the stream comes through a relay, and
-the stream.
-"""
+StreamHandler: TypeAlias = Callable[[PeerID, RemoteEnd, Pipe], Awaitable[None]]
+"""Takes a stream that another peer opened. Its arguments are that peer, where the stream comes from, and the stream."""
 OpenStream: TypeAlias = Callable[[PeerID, Sequence[Multiaddress], str, float], Awaitable[Pipe]]
 """Takes a peer, its addresses, the protocol and a deadline in seconds. Raises UnreachableError."""
 
@@ -87,8 +85,7 @@ class Tunnels:
         self._listeners = Listeners(limits.streams, self._forward)
         self._exit: Exit | None = None
         self._room = FairBudget(limits.streams)
-        """Limits streams that others opened. When there are too many, the peer with the most gives one up.
-        """
+        """Limits streams that others opened. Neighbourhoods, and then the peers in each, have fair shares."""
         self._opening = TokenBuckets[PeerID](limits.opened_per_s, limits.streams_of_peer)
         self._tasks = TaskSet()
         self.streams.set_function(lambda: len(self._tasks))
@@ -123,28 +120,28 @@ class Tunnels:
         self._listeners.close()
         await self._tasks.aclose()
 
-    async def _accept(self, caller: PeerID, is_relayed: bool, pipe: Pipe) -> None:
+    async def _accept(self, caller: PeerID, end: RemoteEnd, pipe: Pipe) -> None:
         """Handles a stream that another peer opened."""
         now, task = time.monotonic(), asyncio.current_task()
         assert task is not None
-        exit_, room = self._exit, None
+        exit_, room, owner = self._exit, None, Owner(end.neighbourhood, caller)
 
         def give_up() -> None:
             task.cancel()
 
-        is_modest = self._room.held(Owner.alone(caller)) < self._limits.streams_of_peer
+        is_modest = self._room.held(owner) < self._limits.streams_of_peer
         if exit_ is not None and is_modest and not self._opening.wait_s(caller, now):
             with contextlib.suppress(ExpertError):
-                room = self._room.reserve(Owner.alone(caller), 1, give_up)
+                room = self._room.reserve(owner, 1, give_up)
         if exit_ is None or room is None:
             self.opened.labels("refused").inc()
             pipe[1].close()
             return
         self._opening.take(caller, 1, now)
-        self.last_relayed = is_relayed
-        self.opened.labels("relayed" if self.last_relayed else "punched").inc()
+        self.last_relayed = end.is_relayed
+        self.opened.labels("relayed" if end.is_relayed else "punched").inc()
         try:
-            await self._connect_pipes(pipe, exit_(caller, None))
+            await self._connect_pipes(pipe, exit_(caller, end.neighbourhood))
         finally:
             room.release()
 

@@ -37,7 +37,7 @@ def test_a_stranger_that_holds_streams_takes_no_memory_of_p2pd(loop: LoopThread)
         tunnels = Tunnels(victim.open_stream)
         opened = asyncio.Event()
 
-        async def open_exit(caller: PeerID, relay: PeerID | None) -> Pipe:
+        async def open_exit(caller: PeerID, origin: str) -> Pipe:
             opened.set()
             await asyncio.Event().wait()  # a server that takes nothing
             raise AssertionError

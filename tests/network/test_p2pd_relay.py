@@ -29,10 +29,11 @@ from peer.transport.p2pd_setup import Libp2pConfig
 key, listen, kind, *given = sys.argv[1:]
 SIZE = 2**20
 
-async def echo(caller, is_relayed, pipe):
+async def echo(caller, end, pipe):
     reader, writer = pipe
     received = len(await reader.readexactly(SIZE))
-    writer.write(f"{received} bytes, relayed: {is_relayed}\\n".encode())
+    writer.write(f"{received} bytes from {end.neighbourhood}\\n".encode())
+    await reader.read(1)  # the caller ends the stream: otherwise, what it has not read may be lost
     writer.close()
 
 async def main():
@@ -47,6 +48,7 @@ async def main():
             reader, writer = await libp2p.open_stream(address.peer_id, [address], "/test/echo/1", 60.0)
             writer.write(bytes(SIZE))
             print((await reader.readline()).decode(), end="", flush=True)
+            writer.close()
             return
         while not (found := await libp2p.addresses()) or (relays and not found[0].is_relayed):
             await asyncio.sleep(0.1)
@@ -74,12 +76,15 @@ def peer(machine: Machine, folder: Path, kind: str, *given: str) -> Iterator[IO[
         process.stdout.close()
 
 
-def test_a_peer_behind_a_router_is_reached_through_a_relay(tmp_path: Path) -> None:
-    """None of the three p2pds runs a DHT that would know where another is."""
+def test_a_peer_behind_a_router_is_reached_through_a_relay_and_others_directly(tmp_path: Path) -> None:
+    """None of the p2pds runs a DHT that would know where another is."""
     with internet() as net, ExitStack() as stack:
-        relay = stack.enter_context(peer(net.public(), tmp_path, "public")).readline().strip()
+        public, visitor = net.public(), net.public()
+        relay = stack.enter_context(peer(public, tmp_path, "public")).readline().strip()
+        caller = stack.enter_context(peer(visitor, tmp_path, "caller", relay))
+        assert caller.readline() == f"1048576 bytes from {visitor.address}\n"
         home = stack.enter_context(peer(net.home(), tmp_path, "home", relay)).readline().strip()
         assert home.startswith(relay)
         assert "/p2p-circuit/" in home
         caller = stack.enter_context(peer(net.home(), tmp_path, "caller", home))
-        assert caller.readline() == "1048576 bytes, relayed: True\n"
+        assert caller.readline() == f"1048576 bytes from relay {relay.rpartition('/')[2]}\n"

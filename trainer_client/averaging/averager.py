@@ -166,9 +166,9 @@ class Averaging:
         self.addresses = tuple(await resolved([served]))
         self._unsubscribe = self.part.subscribe(partial(_wake, asyncio.get_running_loop(), self._stepped))
 
-    async def open_for(self, caller: PeerID, relay: PeerID | None = None) -> Pipe:
-        """A connection for a trainer that comes through this one's tunnel, or through this relay. Raises OSError."""
-        return await self._server.open_for(caller, relay)
+    async def open_for(self, caller: PeerID, origin: str) -> Pipe:
+        """See `Connections.open_for`."""
+        return await self._server.open_for(caller, origin)
 
     def keep_meeting(self, tasks: TaskSet) -> None:
         """Searches for other trainers and averages with them, until `tasks` are closed."""

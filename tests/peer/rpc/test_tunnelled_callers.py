@@ -1,5 +1,6 @@
-"""Callers that come through tunnels are counted separately: what one of them uses up does not affect the others."""
+"""Callers that come through tunnels are counted by the lines from which they come, like all others."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -21,11 +22,13 @@ from peer.wire import session_pb2, session_pb2_grpc
 
 
 @contextlib.asynccontextmanager
-async def channel_of(caller: Identity, server: RpcServer, identity: Identity) -> AsyncIterator[Any]:
+async def channel_of(
+    caller: Identity, server: RpcServer, identity: Identity, line: str = "192.0.2.1"
+) -> AsyncIterator[Any]:
     """A channel to the server that looks like a tunnel of this caller, whose identity libp2p has verified."""
 
     async def open_stream(*arguments: Any) -> Pipe:
-        return await server.open_for(caller.peer_id)
+        return await server.open_for(caller.peer_id, line)
 
     tunnels, pool = Tunnels(open_stream), ChannelPool()
     try:
@@ -98,10 +101,73 @@ def test_a_statement_waits_for_its_turn_under_the_name_that_its_connection_prove
                 forged.signature = b"forged"
                 with pytest.raises(grpc.aio.AioRpcError):
                     await stub.Open(forged, timeout=60)
-            assert len(sources) == 1
-            assert str(stranger.peer_id) in sources[0]
+            # those before are of the connection
+            assert str(stranger.peer_id) in sources[-1]
+            assert len(set(sources)) == 1
         finally:
             await client.close()
+            await server.stop(0)
+
+    loop.run(scenario(), 60)
+
+
+def test_callers_share_with_those_on_their_line_however_they_come(loop: LoopThread) -> None:
+    identity, *callers = numbered_identities(4)
+
+    async def scenario() -> None:
+        opened = Sessions("sauna", identity.peer_id)
+        server = RpcServer(opened, 8)
+        credentials = server_credentials(identity, identity.make_certificate())
+        port = await server.start(credentials, "127.0.0.1", 0)
+
+        async def group_of(caller: Identity, channel: Any) -> str:
+            client = SessionClient(caller, "sauna", [session_pb2.RIGHT_FORWARD])
+            try:
+                ((_, named),) = await client.metadata(identity.peer_id, channel, 20.0)
+                return opened.find(named, session_pb2.RIGHT_FORWARD).group
+            finally:
+                await client.close()
+
+        pool = ChannelPool()
+        try:
+            certificate = certificate_pem(identity.make_certificate(), identity.peer_id)
+            directly = await group_of(callers[0], await pool.get(f"127.0.0.1:{port}", certificate))
+            groups = []
+            for caller, line in zip(callers[1:], ("127.0.0.1", "192.0.2.1"), strict=True):
+                async with channel_of(caller, server, identity, line) as channel:
+                    groups.append(await group_of(caller, channel))
+            assert [directly, *groups] == ["127.0.0.1", "127.0.0.1", "192.0.2.1"]
+        finally:
+            await pool.close()
+            await server.stop(0)
+
+    loop.run(scenario(), 60)
+
+
+def test_tunnels_of_one_line_wait_for_each_other_but_others_do_not(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.rpc.connections._NEAR_STARTS_AT_ONCE", 4.0)
+    monkeypatch.setattr("peer.rpc.connections._NEAR_STARTS_PER_S", 2.0)
+    monkeypatch.setattr("peer.rpc.connections._MOST_NEAR_WAITING", 3)
+    identity, *callers = numbered_identities(10)
+
+    async def scenario() -> None:
+        server = RpcServer(Sessions("sauna", identity.peer_id), 8)
+        await server.start(server_credentials(identity, identity.make_certificate()), "127.0.0.1", 0)
+        try:
+            opening = [
+                asyncio.create_task(server.open_for(caller.peer_id, "192.0.2.1")) for caller in callers
+            ]
+            await asyncio.wait(opening, timeout=0.2)
+            assert sum(task.done() for task in opening) == 6, "five are open, three wait, and one is refused"
+            async with asyncio.timeout(20):
+                await server.open_for(callers[0].peer_id, "192.0.2.2")
+                assert not all(task.done() for task in opening)
+                outcomes = await asyncio.gather(*opening, return_exceptions=True)
+            assert sum(isinstance(outcome, ConnectionRefusedError) for outcome in outcomes) == 1
+            assert total(server.connections.closed, reason="crowded") == 1
+        finally:
             await server.stop(0)
 
     loop.run(scenario(), 60)

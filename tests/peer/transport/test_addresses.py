@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peer.errors import AddressError
 from peer.identity import PeerID
 from peer.rpc.connections import origin_of
-from peer.transport.addresses import Multiaddress, is_circuit, known, known_bytes, multiaddress
+from peer.transport.addresses import Multiaddress, RemoteEnd, known, known_bytes, multiaddress
 from peer.transport.endpoints import AddressScope, Endpoint, near, scope_of
 
 PEER = PeerID(b"\x12\x20" + bytes(range(32)))
@@ -59,12 +59,25 @@ def test_a_multiaddress_has_one_spelling_and_p2pd_and_hivemind_read_the_same(tex
     assert Multiaddress.decode(address.to_bytes()) == address
     assert Multiaddress.decode(address.to_bytes(without_peer=True), address.peer_id) == address
     assert str(Multiaddr(address.to_bytes())) == str(Multiaddr(text))
-    assert is_circuit(address.to_bytes()) == address.is_relayed == ("p2p-circuit" in text)
+    assert address.is_relayed == ("p2p-circuit" in text)
     assert text.split("/p2p/")[1].removesuffix("/p2p-circuit") == address.dialled.to_base58()
     assert text.endswith(address.peer_id.to_base58())
     assert copy.deepcopy(address).endpoint == address.endpoint
     if not address.is_relayed:
         assert Multiaddress.of(address.endpoint, address.peer_id).endpoint == address.endpoint
+
+
+@given(multiaddresses)
+def test_p2pd_says_from_which_neighbourhood_a_stream_comes(text: str) -> None:
+    address = Multiaddress(text)
+    end = RemoteEnd.decode(address.to_bytes(without_peer=True))
+    assert end.is_relayed is address.is_relayed
+    if address.is_relayed:
+        assert end.neighbourhood == f"relay {address.dialled}"
+    else:
+        assert end.neighbourhood == origin_of(
+            f"ipv{4 if '.' in address.endpoint.host else 6}:{address.endpoint}"
+        )
 
 
 @given(endpoints)
@@ -98,7 +111,7 @@ def test_no_bytes_raise_anything_but_the_parsers_own_error(data: bytes) -> None:
         pass
     else:
         assert address.to_bytes() == data
-    is_circuit(data)
+    RemoteEnd.decode(data)
 
 
 @pytest.mark.parametrize(

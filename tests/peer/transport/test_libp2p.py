@@ -28,7 +28,7 @@ from peer.platform import p2pd as p2pd_here
 from peer.platform.processes import die_with_parent
 from peer.platform.sockets import _is_unbound
 from peer.transport import libp2p, p2pd
-from peer.transport.addresses import Multiaddress
+from peer.transport.addresses import Multiaddress, RemoteEnd
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.libp2p import Libp2p
@@ -151,7 +151,7 @@ def child(peer: Libp2p) -> psutil.Process:
     return psutil.Process(peer._daemon._child.pid)
 
 
-async def echo(caller: PeerID, is_relayed: bool, pipe: Pipe) -> None:
+async def echo(caller: PeerID, end: RemoteEnd, pipe: Pipe) -> None:
     reader, writer = pipe
     writer.write(caller.to_bytes() + await reader.read(100))
     writer.close()

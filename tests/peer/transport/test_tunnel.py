@@ -21,7 +21,7 @@ from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import SERVER_OPTIONS, ChannelPool, KnownPeer
 from peer.rpc.server import server_credentials
-from peer.transport.addresses import Multiaddress
+from peer.transport.addresses import Multiaddress, RemoteEnd
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.transport.libp2p import Libp2p
@@ -292,7 +292,7 @@ def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
         async def open_stream(*arguments: Any) -> Any:
             raise UnreachableError("not asked")
 
-        async def open_exit(caller: PeerID, relay: PeerID | None) -> Any:
+        async def open_exit(caller: PeerID, origin: str) -> Any:
             raise OSError("it ends at once")
 
         tunnels = Tunnels(open_stream, TunnelLimits(streams_of_peer=4, opened_per_s=0.001))
@@ -302,7 +302,7 @@ def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
             here, there = socket.socketpair()
             with there:
                 pipe = await asyncio.open_unix_connection(sock=here)
-                await tunnels._accept(caller.peer_id, False, pipe)
+                await tunnels._accept(caller.peer_id, RemoteEnd("192.0.2.1", False), pipe)
 
         for _ in range(9):
             await accept(identities[0])
@@ -314,42 +314,63 @@ def test_a_peer_that_opens_stream_after_stream_is_refused_and_others_are_not(
     loop.run(scenario(), 60)
 
 
-def test_strangers_that_hold_all_streams_leave_a_newcomer_its_share(loop: LoopThread) -> None:
+@asynccontextmanager
+async def holding(
+    limit: int, of_peer: int
+) -> AsyncIterator[Callable[..., Awaitable[list[asyncio.Task[None]]]]]:
+    """A function that opens streams, which last until they make room for others."""
+    ended = asyncio.Event()
+
+    async def open_stream(*arguments: Any) -> Any:
+        raise UnreachableError("not asked")
+
+    async def open_exit(caller: PeerID, origin: str) -> Any:
+        await ended.wait()
+        raise OSError("it has ended")
+
+    tunnels = Tunnels(open_stream, TunnelLimits(streams_of_peer=of_peer))
+    tunnels.set_exit(open_exit, limit)
+
+    async def accept(caller: Identity, line: str) -> None:
+        here, there = socket.socketpair()
+        with there:
+            pipe = await asyncio.open_unix_connection(sock=here)
+            await tunnels._accept(caller.peer_id, RemoteEnd(line, False), pipe)
+
+    async def streams(caller: Identity, line: str, number: int) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(accept(caller, line)) for _ in range(number)]
+        opened = total(tunnels.opened)
+        await until(lambda: total(tunnels.opened) == opened + number)
+        return tasks
+
+    yield streams
+    assert total(tunnels.opened, way="refused") == 0
+    ended.set()
+    await tunnels.close()
+
+
+@pytest.mark.parametrize("line", ["192.0.2.2", "192.0.2.1"])
+def test_strangers_that_hold_all_streams_leave_a_newcomer_its_share(loop: LoopThread, line: str) -> None:
+    """Whether the newcomers are on the strangers' line or not."""
+
     async def scenario() -> None:
-        ended = asyncio.Event()
+        async with holding(6, 3) as streams:
+            *strangers, first, second = numbered_identities(4)
+            hostile = [await streams(each, "192.0.2.1", 3) for each in strangers]
+            honest = [*await streams(first, line, 1), *await streams(second, line, 1)]
+            await until(lambda: all(sum(task.done() for task in own) == 1 for own in hostile))
+            assert not any(task.done() for task in honest)
 
-        async def open_stream(*arguments: Any) -> Any:
-            raise UnreachableError("not asked")
+    loop.run(scenario(), 60)
 
-        async def open_exit(caller: PeerID, relay: PeerID | None) -> Any:
-            await ended.wait()
-            raise OSError("it has ended")
 
-        tunnels = Tunnels(open_stream, TunnelLimits(streams_of_peer=3))
-        tunnels.set_exit(open_exit, 6)
-        strangers, newcomers = numbered_identities(4)[:2], numbered_identities(4)[2:]
-
-        async def accept(caller: Identity) -> None:
-            here, there = socket.socketpair()
-            with there:
-                pipe = await asyncio.open_unix_connection(sock=here)
-                await tunnels._accept(caller.peer_id, False, pipe)
-
-        async def streams(callers: list[Identity], number: int) -> list[asyncio.Task[None]]:
-            tasks = [asyncio.create_task(accept(caller)) for caller in callers for _ in range(number)]
-            opened = total(tunnels.opened)
-            await until(lambda: total(tunnels.opened) == opened + len(tasks))
-            return tasks
-
-        hostile = await streams(strangers, 3)
-        assert total(tunnels.streams) == 6, "all there are"
-        honest = await streams(newcomers, 1)
-        assert total(tunnels.opened, way="refused") == 0
-        await until(lambda: sum(task.done() for task in hostile) == 2)
-        assert not any(task.done() for task in honest)
-        assert [sum(not task.done() for task in hostile[n : n + 3]) for n in (0, 3)] == [2, 2]
-        ended.set()
-        await asyncio.gather(*hostile, *honest, return_exceptions=True)
-        await tunnels.close()
+def test_many_keys_on_one_line_hold_as_many_streams_as_one_newcomer(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        async with holding(6, 3) as streams:
+            *strangers, newcomer = numbered_identities(7)
+            hostile = [task for each in strangers for task in await streams(each, "192.0.2.1", 1)]
+            honest = await streams(newcomer, "192.0.2.2", 3)
+            await until(lambda: sum(task.done() for task in hostile) == 3)
+            assert not any(task.done() for task in honest)
 
     loop.run(scenario(), 60)

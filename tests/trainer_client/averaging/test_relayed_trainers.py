@@ -70,7 +70,7 @@ def test_dense_parts_are_averaged_through_a_tunnel(play: Play, tmp_path: Path) -
             peer_id: PeerID, addresses: Sequence[str], protocol: str, deadline_s: float
         ) -> Pipe:
             asked.append((peer_id, addresses))
-            pipe: Pipe = await hidden.open_for(square.identities[1].peer_id)
+            pipe: Pipe = await hidden.open_for(square.identities[1].peer_id, "192.0.2.1")
             return pipe
 
         tunnels = Tunnels(open_stream)
