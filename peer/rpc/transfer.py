@@ -302,7 +302,7 @@ class TransferSlots:
         with interruptible(_CUT_OFF) as interrupt:
             if len(self._taken) >= self._most:
                 self._cut_one_off(owner)
-            enough_at = self._clock() + _FAIR_S + size / _FAIR_BYTES_PER_S
+            enough_at = self._clock() + fair_time_s(size)
             slot = object()
             self._taken[slot] = owner, enough_at, interrupt
             try:
@@ -340,6 +340,11 @@ class TransferSlots:
             if now > enough_at and may_make_way(owner)
         )
         return next(owned if greedy is not None else slow, None)
+
+
+def fair_time_s(size: int) -> float:
+    """How long a transfer of this many bytes may take while others wait."""
+    return _FAIR_S + size / _FAIR_BYTES_PER_S
 
 
 async def receive(

@@ -23,6 +23,7 @@ from dht.registry import Registry
 from dht.relays import RelayKeeper
 from peer import PROTOCOL_VERSION
 from peer.averaging import drawn_stale_last, is_behind, max_plausible_updates
+from peer.budget import interruptible
 from peer.clipping import Tensors
 from peer.errors import ExpertError, StateError, TransferError, UnreachableError
 from peer.formatting import printable
@@ -48,6 +49,8 @@ from trainer_client.averaging.dense_part import (
     SharedParameters,
 )
 from trainer_client.averaging.exchange import (
+    CUT_OFF,
+    OWN,
     AveragingMetrics,
     DenseExchange,
     DenseServicer,
@@ -196,15 +199,20 @@ class Averaging:
         """Exchanges dense parts with the partner, and waits until this trainer's own has been merged. Raises
         ExpertError if one of the two is already averaging, TransferError or StateError; then nothing changes.
         """
-        self.exchange.begin()
-        try:
-            mine = await self.exchange.snapshot()
-            incoming = await self._swap(partner, mine)
-            theirs = await self.exchange.check(mine.part, incoming, partner.peer_id)
-            assert incoming.header is not None, "it is whole"
-            return await self.exchange.merge(mine, theirs, incoming.header.met_update_count, partner.peer_id)
-        finally:
-            self.exchange.end()
+        exchange = self.exchange
+        with interruptible(CUT_OFF) as interrupt:
+            holder = exchange.place.take(OWN, interrupt, time.monotonic())
+            try:
+                mine = await exchange.snapshot()
+                incoming = await self._swap(partner, mine)
+                theirs = await exchange.check(mine.part, incoming, partner.peer_id)
+                holder.interrupt = None
+                assert incoming.header is not None, "it is whole"
+                return await exchange.merge(mine, theirs, incoming.header.met_update_count, partner.peer_id)
+            finally:
+                exchange.end(holder)
+                if holder.is_cut_off:
+                    self._note_failure(partner.peer_id, TransferError(CUT_OFF))
 
     async def take_whole(self) -> int | None:
         """Adopts another trainer's dense part, if this one has taken far fewer steps than most of the trained ones. Of
@@ -321,7 +329,7 @@ class Averaging:
             last = min(exchange.ended_at_step, ended_at_step + self._schedule.every)
             is_due = self.part.steps >= last + after and now >= self._rested_at
             partner = choose_partner(self.partners, exchange.avoided(), self._rng)
-            if not is_due or exchange.is_running or partner is None:
+            if not is_due or partner is None or not exchange.place.is_free_for(OWN, now):
                 continue
             after = self._steps_to_next()
             try:

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
 import grpc
@@ -17,16 +17,17 @@ from prometheus_client import CollectorRegistry, Counter
 
 from peer.averaging import AveragingHistory, Meeting, last_meeting, partner_weight
 from peer.bounded import BoundedDict
+from peer.budget import interruptible
 from peer.clipping import believed_updates
 from peer.errors import ExpertError, OutOfReachError, StateError, WireError
 from peer.identity import PeerID
 from peer.loop import TaskSet, cancel_all
 from peer.metrics import start_at_zero
 from peer.parsing import ParseGuard
-from peer.rates import RateLimit
+from peer.rates import RateLimit, RecentUse
 from peer.rpc.calls import abort_on_error, require_same_swarm
-from peer.rpc.sessions import Sessions
-from peer.rpc.transfer import SnapshotCache, SnapshotReceiver, TransferPace, TransferSlots, send
+from peer.rpc.sessions import Session, Sessions
+from peer.rpc.transfer import SnapshotCache, SnapshotReceiver, TransferPace, TransferSlots, fair_time_s, send
 from peer.wire import dense_pb2, dense_pb2_grpc, session_pb2, state_pb2
 from trainer_client.averaging.dense_part import (
     MAX_AGE,
@@ -52,6 +53,13 @@ _BACKOFF_S, _LONGEST_BACKOFF_S = 10.0, 900.0
 _MAX_TAKERS = 4
 _CALLERS = 1024
 """How many callers' last exchanges are remembered."""
+_WASTE_HALF_S = 300.0
+"""Time that an exchange spent in vain counts half after this long."""
+OWN = ""
+"""The group of the exchanges that this trainer begins."""
+CUT_OFF = (
+    "another trainer's exchange took the place of this one, which was slow, or others before it were in vain"
+)
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
 ExchangeContext = grpc.aio.ServicerContext[dense_pb2.ExchangeRequest, state_pb2.FetchReply]
@@ -103,6 +111,67 @@ class Snapshot:
         )
 
 
+@dataclass(eq=False)
+class Holder:
+    """The exchange in progress."""
+
+    group: str
+    """The group of the caller (see `Session.group`), or `OWN`."""
+    began_at: float
+    interrupt: Callable[[], None] | None
+    """Breaks it off. None: it only waits for the end of a step."""
+    is_cut_off: bool = False
+
+
+class ExchangePlace:
+    """The place of the one exchange that may be in progress. Pure: `now` is an argument.
+
+    An exchange makes way for another if its group's exchanges have lately wasted more time than those of the other's
+    group. So strangers who hold the place with ever new keys, and never get to an average, keep nobody else from it for
+    long. A slow exchange also makes way if the other's group has wasted as little.
+    """
+
+    def __init__(self, size: int) -> None:
+        """`size`: bytes that an exchange sends, and receives."""
+        self._fair_s = fair_time_s(size)
+        self._holder: Holder | None = None
+        self._wasted = RecentUse[str](_WASTE_HALF_S, _CALLERS)
+
+    @property
+    def is_taken(self) -> bool:
+        return self._holder is not None
+
+    def wasted_s(self, group: str, now: float) -> int:
+        """Seconds of exchanges that came to nothing lately."""
+        return round(self._wasted.of(group, now))
+
+    def is_free_for(self, group: str, now: float) -> bool:
+        """Whether `take` succeeds."""
+        holder = self._holder
+        if holder is None or holder.interrupt is None:
+            return holder is None
+        more = self.wasted_s(holder.group, now) - self.wasted_s(group, now)
+        return more > 0 or (more == 0 and now > holder.began_at + self._fair_s)
+
+    def take(self, group: str, interrupt: Callable[[], None], now: float) -> Holder:
+        """Raises ExpertError (RESOURCE_EXHAUSTED) while there is another exchange that need not make way."""
+        if not self.is_free_for(group, now):
+            raise ExpertError(
+                StatusCode.RESOURCE_EXHAUSTED, "this trainer is averaging with another one: try again soon"
+            )
+        if self._holder is not None and self._holder.interrupt is not None:
+            self._holder.is_cut_off = True
+            self._holder.interrupt()
+        self._holder = Holder(group, now, interrupt)
+        return self._holder
+
+    def leave(self, holder: Holder, now: float, *, in_vain: bool) -> None:
+        if in_vain:
+            self._wasted.add(holder.group, max(1.0, now - holder.began_at), now)
+        if self._holder is holder:
+            self._holder = None
+
+
 class DenseExchange:
     """What a trainer needs for its exchanges, one at a time. Call its methods on the loop's thread."""
 
@@ -123,7 +192,7 @@ class DenseExchange:
         """Trainers whose dense parts could not be used, or that kept this one waiting: they may not call either."""
         self.ended_at_step: int = 0
         """This trainer's step count at the end of the last exchange that it began, or that changed its dense part."""
-        self.is_running = False
+        self.place: ExchangePlace = ExchangePlace(form.max_bytes)
         self._broke_off = False
         """Whether the last exchange that another trainer began broke off."""
         self._fresh_until = 0.0
@@ -141,29 +210,31 @@ class DenseExchange:
         """Gives up snapshots that are being made."""
         await self._copying.aclose()
 
-    def begin(self) -> None:
-        """Raises ExpertError (RESOURCE_EXHAUSTED) while another exchange is in progress."""
-        if self.is_running:
-            raise ExpertError(
-                StatusCode.RESOURCE_EXHAUSTED, "this trainer is averaging with another one: try again soon"
-            )
-        self.is_running = True
+    @property
+    def is_running(self) -> bool:
+        return self.place.is_taken
 
-    def end(self) -> None:
-        self.is_running = self._broke_off = False
+    def end(self, holder: Holder) -> None:
+        """Ends an exchange that this trainer began, or that changed its dense part."""
+        self.place.leave(holder, time.monotonic(), in_vain=False)
+        self._broke_off = False
         self.ended_at_step = self.part.steps
 
-    def break_off(self) -> None:
+    def break_off(self, holder: Holder) -> None:
         """Ends an exchange that another trainer began and that failed. This trainer's own next exchange is not
         postponed: otherwise strangers who begin one exchange after another, each with a new key, would keep it from
-        all. But other trainers have to wait for a moment, because each exchange costs a copy of the dense part.
+        all. But callers of that group have to wait for a moment, because each exchange costs a copy of the dense part.
         """
-        self.is_running, self._broke_off = False, True
+        self.place.leave(holder, time.monotonic(), in_vain=True)
+        self._broke_off = True
 
-    @property
-    def is_resting(self) -> bool:
-        """Whether other trainers have to wait, because an exchange broke off a moment ago."""
-        return self._broke_off and (self._snapshot is not None or time.monotonic() < self._fresh_until)
+    def is_resting(self, group: str) -> bool:
+        """Whether callers of that group have to wait, because an exchange of theirs, and the last one, broke off a
+        moment ago.
+        """
+        now = time.monotonic()
+        is_fresh = self._snapshot is not None or now < self._fresh_until
+        return self._broke_off and is_fresh and self.place.wasted_s(group, now) > 0
 
     async def snapshot(self) -> Snapshot:
         """A snapshot of the present dense part. One is made at a time, even if those who asked for others have left."""
@@ -292,23 +363,33 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
         await self._merging.aclose()
 
     async def _answer(self, requests: Requests, context: ExchangeContext) -> None:
-        caller = self._sessions.require(context, session_pb2.RIGHT_AVERAGE).caller
+        session = self._sessions.require(context, session_pb2.RIGHT_AVERAGE)
         request = await anext(requests, None)
         if request is None or request.WhichOneof("part") != "offer":
             raise WireError("an exchange begins with an offer")
-        offer = request.offer
-        self._check(caller, offer)
-        exchange, merging = self._exchange, False
-        exchange.begin()
+        self._check(session, request.offer)
+        with interruptible(CUT_OFF) as interrupt:
+            holder = self._exchange.place.take(session.group, interrupt, time.monotonic())
+            await self._exchange_with(session.caller, holder, request.offer, requests, context)
+
+    async def _exchange_with(
+        self,
+        caller: PeerID,
+        holder: Holder,
+        offer: dense_pb2.DenseOffer,
+        requests: Requests,
+        context: ExchangeContext,
+    ) -> None:
+        exchange = self._exchange
         try:
             incoming = exchange.receiver()
             incoming.begin(offer.header)
             mine = await exchange.snapshot()
             await self._swap(mine, incoming, caller, requests, context)
             theirs = await exchange.check(mine.part, incoming, caller)
-            merge = self._merge(mine, theirs, offer.header.met_update_count, caller)
+            holder.interrupt = None
+            merge = self._merge(holder, mine, theirs, offer.header.met_update_count, caller)
             self._merging.spawn(merge, "merge a dense part")
-            merging = True
         except OutOfReachError as error:
             exchange.refuse(caller, error)  # this trainer may still be within the caller's reach
         except StateError as error:
@@ -320,8 +401,8 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             )  # meanwhile this trainer could have averaged with others
             raise
         finally:
-            if not merging:
-                exchange.break_off()
+            if holder.interrupt is not None:
+                exchange.break_off(holder)
 
     async def _swap(
         self,
@@ -341,12 +422,14 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
         finally:
             await cancel_all([sending])
 
-    async def _merge(self, mine: Snapshot, theirs: PeerDensePart, met: int, caller: PeerID) -> None:
+    async def _merge(
+        self, holder: Holder, mine: Snapshot, theirs: PeerDensePart, met: int, caller: PeerID
+    ) -> None:
         try:
             await self._exchange.merge(mine, theirs, met, caller)
             self._next_at_step[caller] = self._exchange.part.steps + self._least_steps
         finally:
-            self._exchange.end()
+            self._exchange.end(holder)
 
     async def _give(self, request: dense_pb2.TakeRequest, context: TakeContext) -> None:
         session = self._sessions.require(context, session_pb2.RIGHT_AVERAGE, session_pb2.RIGHT_EXPORT)
@@ -365,9 +448,9 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
         count = self._exchange.metrics.bytes.labels("sent").inc
         await send(context, snapshot.header(to), snapshot.data, offset, RateLimit(None), count)
 
-    def _check(self, caller: PeerID, offer: dense_pb2.DenseOffer) -> None:
+    def _check(self, session: Session, offer: dense_pb2.DenseOffer) -> None:
         """Raises ExpertError."""
-        exchange = self._exchange
+        exchange, caller = self._exchange, session.caller
         require_same_swarm(exchange.form.swarm_id, offer.protocol_version, offer.swarm_id)
         self._require_same_form(offer.fingerprint)
         if caller == self._me:
@@ -376,7 +459,7 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             raise ExpertError(
                 StatusCode.PERMISSION_DENIED, "your dense part could not be used: try again later"
             )
-        if exchange.is_resting:
+        if exchange.is_resting(session.group):
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED, "another exchange has just broken off: try again soon"
             )

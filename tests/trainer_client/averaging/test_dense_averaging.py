@@ -16,6 +16,7 @@ from peer.errors import ExpertError, StateError, TransferError
 from peer.metrics import total
 from trainer_client.averaging.averager import Averaging
 from trainer_client.averaging.dense_part import DenseMerge, PeerDensePart, SharedParameters
+from trainer_client.averaging.exchange import OWN
 
 __all__ = ["identities", "play"]
 
@@ -100,14 +101,11 @@ def test_one_meeting_at_a_time(play: Play) -> None:
     async def scenario(square: Square) -> None:
         one = await square.trainer(make_model(), 10)
         other = await square.trainer(make_model(), 10)
-        one.exchange.begin()
-        with pytest.raises(ExpertError, match="is averaging with another"):
-            await other.average_with(square.info(one))
-        one.exchange.end()
-        other.exchange.begin()
-        with pytest.raises(ExpertError, match="is averaging with another"):
-            await other.average_with(square.info(one))
-        other.exchange.end()
+        for busy in (one, other):
+            holder = busy.exchange.place.take(OWN, pytest.fail, time.monotonic())
+            with pytest.raises(ExpertError, match="is averaging with another"):
+                await other.average_with(square.info(one))
+            busy.exchange.end(holder)
         await square.stepping(other.average_with(square.info(one)), one.part, other.part)
 
     play(scenario)

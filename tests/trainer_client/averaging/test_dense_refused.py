@@ -230,7 +230,7 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
         call.cancel()
         await square.until(lambda: not one.exchange.is_running, one.part)
         one.exchange.refused.succeeded(dying.peer_id)
-        await square.until(lambda: not one.exchange.is_resting)
+        await square.until(lambda: not one.exchange.is_resting("127.0.0.1"))
         assert all(torch.equal(tensor, before[name]) for name, tensor in one.part.read().tensors.items())
         await square.stepping(dying.average_with(square.info(one)), one.part, dying.part)
 
@@ -277,7 +277,7 @@ def test_who_begins_exchanges_and_breaks_them_off_does_not_put_off_those_of_othe
             await call.write(dense_pb2.ExchangeRequest(offer=offer))
             assert (await call.read()).WhichOneof("part") == "header"
             call.cancel()
-            await square.until(lambda: not (one.exchange.is_running or one.exchange.is_resting))
+            await square.until(lambda: not (one.exchange.is_running or one.exchange.is_resting("127.0.0.1")))
             assert stranger.peer_id in one.exchange.avoided()
         assert one.exchange.ended_at_step == 0
 
