@@ -80,9 +80,9 @@ class OpenedModel:
     """Answers questions, with `model` as its generator; None: the model has not learned to."""
 
 
-def open_model(path: Path) -> OpenedModel:
+def open_model(path: str | Path) -> OpenedModel:
     """Reads the whole folder into memory. Raises UserError if it is incomplete, or memory does not suffice."""
-    folder = ModelFolder.open(path)
+    folder = ModelFolder.open(Path(path))
     manifest, tokenizer = folder.manifest, folder.tokenizer
     folder.require_memory(folder.nbytes)
     experts = OpenedExperts(manifest, {uid: _block(folder, uid) for uid in sorted(folder.live)})

@@ -78,7 +78,7 @@ def test_folder_has_one_file_of_weights_for_each_layer_and_the_code_of_this_rele
 
 
 def test_opened_model_predicts_what_the_swarm_does(model: RandomModel, written: Path) -> None:
-    opened = open_model(written)
+    opened = open_model(str(written))  # as in docs/export.md
     tokens = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(opened.model(tokens), model.model(tokens), rtol=1e-5, atol=1e-5)
