@@ -11,6 +11,7 @@ import math
 import os
 import sqlite3
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ EXPERT_TIERS = (Tier(15, 1800), Tier(900, 2 * 86400))
 """Coarser, because there are many experts."""
 _EXPERT = "expert_"
 """The prefix of the names of experts' metrics."""
+_BREAKS = Tier(0, TIERS[-1].kept_s)
+"""Times at which a figure was no longer known: no line is drawn across them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Sample:
     metric: str
     name: str
     value: float
+    """NaN if there is none at present: it interrupts the line, if there is one."""
 
 
 class History:
@@ -83,14 +87,16 @@ class History:
         self._path = path
         self._most = {False: most_series, True: most_expert_series}
         self._ids: dict[tuple[str, str], int] = {}
+        self._interrupted: set[tuple[str, str]] = set()
         self._pruned_at = -math.inf
         self._connection = self._opened()
 
     def close(self) -> None:
         self._connection.close()
 
-    def add(self, samples: Iterable[Sample], now: float) -> None:
+    def add(self, samples: Sequence[Sample], now: float) -> None:
         """Adds figures to their steps."""
+        unknown = {(sample.metric, sample.name) for sample in samples if math.isnan(sample.value)}
         rows = [
             (self._series(sample), tier.step_s, int(now // tier.step_s) * tier.step_s, float(sample.value))
             for sample in samples
@@ -107,6 +113,11 @@ class History:
                 "update series set seen_at = ? where id = ?",
                 [(now, series) for series in {r[0] for r in rows}],
             )
+            connection.executemany(
+                "insert or ignore into samples select id, ?, ?, 0, 0 from series where metric = ? and name = ?",
+                [(_BREAKS.step_s, int(now), *key) for key in unknown - self._interrupted],
+            )
+        self._interrupted = unknown
         if now >= self._pruned_at + 60:
             self._prune(now)
 
@@ -127,7 +138,10 @@ class History:
                 "order by seen_at desc, name limit :most",
                 {"metric": metric, "only": only, "most": most_series},
             ).fetchall()
-            return [(name, list(_with_gaps(self._points(series, spans)))) for series, name in found]
+            return [
+                (name, list(_with_gaps(self._points(series, spans), self._breaks(series, since))))
+                for series, name in found
+            ]
 
     def keep(self, name: str, value: Any) -> None:
         """Stores a JSON value under a name, and replaces the previous one."""
@@ -160,6 +174,14 @@ class History:
                 },
             )
 
+    def _breaks(self, series: int, since: float) -> list[float]:
+        """Oldest first."""
+        found = self._connection.execute(
+            "select at from samples where series = ? and step = ? and at >= ? order by at",
+            (series, _BREAKS.step_s, since),
+        )
+        return [float(at) for (at,) in found]
+
     def _series(self, sample: Sample) -> int:
         key = sample.metric, sample.name
         if key not in self._ids:
@@ -180,7 +202,7 @@ class History:
         self._pruned_at = now
         self._ids.clear()
         with self._transaction() as connection:
-            for tier in {tier.step_s: tier for tier in (*EXPERT_TIERS, *TIERS)}.values():
+            for tier in {tier.step_s: tier for tier in (*EXPERT_TIERS, *TIERS, _BREAKS)}.values():
                 connection.execute(
                     "delete from samples where step = ? and (at < ? or at > ?)",
                     (tier.step_s, now - tier.kept_s, now + 86400),
@@ -370,11 +392,13 @@ def _spans(tiers: Sequence[Tier], since: float, now: float, most_points: int) ->
     return spans[::-1]
 
 
-def _with_gaps(points: Iterable[tuple[float, float, int]]) -> Iterator[Point]:
-    """Adds a point without a value in each long gap, so that no line is drawn across it."""
+def _with_gaps(points: Iterable[tuple[float, float, int]], breaks: Sequence[float]) -> Iterator[Point]:
+    """Adds a point without a value in each long gap and at each break, so that no line is drawn across it."""
     last: tuple[float, int] | None = None
     for at, value, step in points:
-        if last is not None and at - last[0] > _GAP_STEPS * max(step, last[1]):
-            yield last[0] + last[1], None
+        if last is not None:
+            is_long = at - last[0] > _GAP_STEPS * max(step, last[1])
+            if is_long or bisect_left(breaks, last[0]) < bisect_left(breaks, at):
+                yield last[0] + min(last[1], (at - last[0]) / 2), None
         yield float(at), value
         last = at, step

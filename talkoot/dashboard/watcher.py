@@ -346,7 +346,9 @@ class Watcher:
 
 
 def samples_of(picture: Picture) -> Iterator[Sample]:
-    """The figures that have a history. An unknown figure leaves a gap."""
+    """The figures that have a history. An unknown figure leaves a gap, and so does the end of a run, because the
+    trainer's next run is another line.
+    """
     figures = picture.figures
     yield Sample("live_experts", "live experts", figures["experts"]["live"])
     yield Sample("live_nodes", "live nodes", figures["nodes"]["live"])
@@ -368,15 +370,17 @@ def samples_of(picture: Picture) -> Iterator[Sample]:
         yield Sample("memory_replicas", f"fewest, {row['memory']}", row["replicas_min"])
         yield Sample("memory_replicas", f"mean, {row['memory']}", row["replicas_mean"])
     for row in picture.trainers:
+        is_live = row["state"] in {"training", "own loop"}
         has_just_ended = row["state"] in {"finished", "stopped"} and row["seen_at"] == picture.read_at
-        if row["state"] in {"training", "own loop"} or has_just_ended:
-            for metric, name, value in (
-                ("loss", row["short"], row["loss"]),
-                ("loss", f"{row['short']} validation", row["validation_loss"]),
-                ("bits_per_byte", row["short"], row["bits_per_byte"]),
-            ):
-                if value is not None:
-                    yield Sample(metric, name, value)
+        for metric, name, value in (
+            ("loss", row["short"], row["loss"]),
+            ("loss", f"{row['short']} validation", row["validation_loss"]),
+            ("bits_per_byte", row["short"], row["bits_per_byte"]),
+        ):
+            if value is not None and (is_live or has_just_ended):
+                yield Sample(metric, name, value)
+            if value is None or not is_live:
+                yield Sample(metric, name, math.nan)
 
 
 def expert_samples_of(picture: Picture) -> Iterator[Sample]:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -534,13 +535,22 @@ def test_a_run_that_ended_in_order_is_finished_and_keeps_its_result() -> None:
     assert (figures["trainers"], figures["validation_loss"], figures["bits_per_byte"]) == (0, 1.5, 2.0)
 
 
-def test_the_history_has_the_last_figures_of_a_run_once() -> None:
+def losses_in_the_history(picture: Picture) -> list[float | None]:
+    """None: an interruption."""
+    losses = [sample.value for sample in samples_of(picture) if sample.metric == "loss"]
+    return [None if math.isnan(loss) else loss for loss in losses]
+
+
+def test_the_history_has_the_last_figures_of_a_run_once_and_then_interrupts_its_lines() -> None:
     picture = picture_of([node(0)], ended=[trainer(0, validation_loss=1.5)])
-    assert tuple(s.value for s in sorted(samples_of(picture), key=lambda s: s.name) if s.metric == "loss")[
-        ::-1
-    ] == (1.5, 2.5)
+    assert losses_in_the_history(picture) == [2.5, None, 1.5, None]
     later = replace(picture, read_at=NOW + 2)
-    assert not [sample for sample in samples_of(later) if sample.metric == "loss"]
+    assert losses_in_the_history(later) == [None, None]
+
+
+def test_a_run_that_knows_no_loss_yet_interrupts_the_line_of_the_last_one() -> None:
+    first, second = trainer(0, loss=None, validation_loss=None), trainer(1, loss=2.0, validation_loss=1.9)
+    assert losses_in_the_history(picture_of([node(0)], [first, second])) == [None, None, 2.0, 1.9]
 
 
 def test_validation_loss_is_that_of_live_trainers_while_there_is_one() -> None:

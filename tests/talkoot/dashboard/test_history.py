@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import sqlite3
 from pathlib import Path
 
@@ -62,6 +63,26 @@ def test_a_gap_is_a_point_without_a_value(tmp_path: Path) -> None:
     ((_, points),) = history.read("loss", NOW - 10, NOW + 301, 1000, 8)
     history.close()
     assert [value for _, value in points] == [1.0, None, 2.0]
+
+
+@pytest.mark.parametrize(("shown_s", "apart"), [(900, 10), (86400, 300)])
+def test_a_figure_that_is_unknown_for_a_moment_leaves_a_gap(
+    tmp_path: Path, shown_s: float, apart: float
+) -> None:
+    history = opened(tmp_path)
+    history.add([Sample("loss", "never known", math.nan)], NOW - 1)
+    for number, loss in enumerate([2.0, 1.0, math.nan, math.nan, 6.0, 5.0]):
+        history.add([Sample("loss", "a", loss), Sample("loss", "b", 3.0)], NOW + number * apart)
+    history.add([Sample("loss", "a", math.nan)], NOW + 5 * apart)
+    history.add([Sample("loss", "a", 7.0)], NOW + 6 * apart)
+    now = NOW + 6 * apart + 1
+    found = dict(history.read("loss", now - shown_s, now, 300, 8))
+    history.close()
+    assert [value for _, value in found["a"]] == [2.0, 1.0, None, 6.0, 5.0, None, 7.0]
+    assert [value for _, value in found["b"]] == [3.0] * 6
+    times = [at for at, _ in found["a"]]
+    assert times == sorted(set(times))
+    assert found.keys() == {"a", "b"}
 
 
 def test_old_times_are_read_from_coarser_steps(tmp_path: Path) -> None:
