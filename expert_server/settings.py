@@ -59,7 +59,8 @@ class NodeSettings(RoleSettings):
         default=None,
         min_length=1,
         max_length=253,
-        description="IP address to listen on and to announce; unset: this machine's first",
+        description="IP address to listen on and to announce; unset: this machine's first, or 127.0.0.1 if the invite "
+        "has no other",
     )
     name: PeerName | None = Field(
         default=None, description="what the swarm's dashboards call this node; unset: no name"

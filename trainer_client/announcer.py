@@ -15,7 +15,7 @@ from peer import PROTOCOL_VERSION, SOFTWARE_VERSION, clock
 from peer.errors import UnreachableError
 from peer.metrics import MetricsServer, total
 from peer.transport.addresses import default_listen_address
-from peer.transport.endpoints import AddressScope, near
+from peer.transport.endpoints import near
 from peer.wire import records_pb2
 from trainer_client.averaging.averager import Averaging
 from trainer_client.dispatch.calls import DispatchMetrics
@@ -108,7 +108,7 @@ class TrainerAnnouncer:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._metrics = MetricsServer(swarm.metrics, settings.metrics_host, settings.metrics_port, near)
-        self._offered = self._metrics.offered(reached_at(invite))
+        self._offered = self._metrics.offered(default_listen_address(invite.bootstrap))
 
     def note_step(self, step: int, loss: float, tokens_per_s: float | None) -> None:
         """Called after each step, on any thread. The first step is announced at once."""
@@ -227,9 +227,3 @@ def set_dense(record: records_pb2.TrainerRecord, averaging: Averaging) -> None:
 
 def _latency(quantiles: Latency | None) -> records_pb2.Latency | None:
     return None if quantiles is None else records_pb2.Latency(p50_s=quantiles.p50_s, p99_s=quantiles.p99_s)
-
-
-def reached_at(invite: Invite) -> str:
-    """The address where a trainer listens and others in the swarm reach it: loopback if the whole swarm is on it."""
-    is_local = all(address.endpoint.scope is AddressScope.LOOPBACK for address in invite.bootstrap)
-    return "127.0.0.1" if is_local else default_listen_address()

@@ -36,7 +36,8 @@ from peer.metrics import total
 from peer.rpc.channels import WAYS, ChannelPool
 from peer.rpc.sessions import SessionClient
 from peer.settings import DENYLIST
-from trainer_client.announcer import TrainerAnnouncer, reached_at
+from peer.transport.addresses import default_listen_address
+from trainer_client.announcer import TrainerAnnouncer
 from trainer_client.averaging.averager import MAX_CALLS, Averaging, AveragingSchedule
 from trainer_client.averaging.dense_part import DenseForm, SharedParameters
 from trainer_client.averaging.exchange import AveragingMetrics, DenseExchange
@@ -134,6 +135,7 @@ class SwarmClient:
         the number of steps is not known. Raises UserError if joining fails.
         """
         self._invite = invite
+        self._listens_at = default_listen_address(invite.bootstrap)
         self._settings = settings
         self._stage = stage
         self._through = through
@@ -483,7 +485,7 @@ class SwarmClient:
         swarm = await join_swarm(
             Identity.load_or_create(self._folder.path / "identity.key"),
             self._invite,
-            NetworkConfig(reached_at(self._invite), serves_dht=False, p2pd=settings.p2pd == "auto"),
+            NetworkConfig(self._listens_at, serves_dht=False, p2pd=settings.p2pd == "auto"),
             state=self._folder.path,
             roles=tuple(dict.fromkeys((Role.TRAINER, role))),
             exports=self._exports,
@@ -527,7 +529,7 @@ class SwarmClient:
     async def _average(self, exchange: DenseExchange) -> Averaging:
         joined, settings = self._joined, self._settings
         swarm = joined.swarm
-        host = settings.average_host or reached_at(self._invite)
+        host = settings.average_host or self._listens_at
         # a peer has one tunnel, which leads to the first of them
         relays = None
         if is_hidden(host) and not joined.averagings:

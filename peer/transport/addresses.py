@@ -12,7 +12,7 @@ import ipaddress
 import itertools
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -120,8 +120,12 @@ class Multiaddress(str):
         )
 
 
-def default_listen_address() -> str:
-    """The first IPv4 address of a network interface that is up, or loopback if there is none."""
+def default_listen_address(swarm: Collection[Multiaddress] = ()) -> str:
+    """The first IPv4 address of a network interface that is up. Loopback if there is none, or if all addresses of the
+    swarm that this machine knows are there: then the whole swarm is on this machine.
+    """
+    if swarm and all(address.endpoint.scope is AddressScope.LOOPBACK for address in swarm):
+        return "127.0.0.1"
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     for name, addresses in sorted(psutil.net_if_addrs().items()):
         for address in addresses:

@@ -149,7 +149,8 @@ def show(terminal: Terminal, report: Report, *, cached: bool) -> None:
 
 
 def _check(terminal: Terminal, source: Manifest | Invite, settings: NodeSettings, path: Path) -> Report:
-    check = Check(source, settings, listen_address(settings), path)
+    swarm = () if isinstance(source, Manifest) else source.bootstrap
+    check = Check(source, settings, listen_address(settings, swarm), path)
     with (
         terminal.stages("making ready") as stage,
         asyncio.Runner(loop_factory=new_loop) as runner,

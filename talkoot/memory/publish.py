@@ -278,11 +278,11 @@ def run_publish(
     """Returns once each shard has two replicas on other peers. Raises UserError, and Stopped if it was
     stopped before.
     """
-    host = listen_address(settings)
     with (
         publisher_of(join, state) as publisher,
         asyncio.Runner(loop_factory=new_loop) as runner,
     ):
+        host = listen_address(settings, publisher.invite.bootstrap)
         with terminal.stages("reading the memory") as stage:
             store = open_memory(folder, stage if terminal.live else lambda text: None)
         manifest = store.manifest

@@ -52,7 +52,6 @@ def run_revoke(
     """Returns once all hosts have deleted the passages. `only_show`: revokes nothing. Without `join`, a memory that was
     never published is only changed in its folder. Raises UserError and Stopped.
     """
-    host = listen_address(settings)
     with terminal.stages("reading the memory") as stage:
         store = open_memory(folder, stage if terminal.live else lambda text: None)
         found = selection.find(store)
@@ -66,6 +65,7 @@ def run_revoke(
         publisher_of(join, state) as publisher,
         asyncio.Runner(loop_factory=new_loop) as runner,
     ):
+        host = listen_address(settings, publisher.invite.bootstrap)
         runner.run(run_until_stopped(_revoke(terminal, publisher, store, found, settings, host)))
 
 

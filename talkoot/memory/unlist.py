@@ -18,8 +18,8 @@ def run_unlist(
     terminal: Terminal, name: str, join: str | None, state: Path | None, settings: NodeSettings
 ) -> None:
     """Raises UserError."""
-    host = listen_address(settings)
     with publisher_of(join, state) as publisher, asyncio.Runner(loop_factory=new_loop) as runner:
+        host = listen_address(settings, publisher.invite.bootstrap)
         runner.run(run_until_stopped(_unlist(terminal, publisher, name, settings, host)))
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -100,7 +100,7 @@ def run_node(terminal: Terminal, origin: Origin, settings: NodeSettings, invite_
     if isinstance(source, Manifest):
         within_memory(settings, source)  # fails before it is published
         require_no_other_swarm(node_folder(settings.state), source.name)
-    host = listen_address(settings)
+    host = listen_address(settings, () if isinstance(source, Manifest) else source.bootstrap)
     lower_priority(settings.niceness)
     folder = StateFolder(node_folder(settings.state))
     try:
@@ -358,9 +358,11 @@ def network_config(settings: NodeSettings, host: str) -> NetworkConfig:
     )
 
 
-def listen_address(settings: NodeSettings) -> str:
-    """The IP address that a node listens on and announces. Raises SettingsError."""
-    host = settings.host or default_listen_address()
+def listen_address(settings: NodeSettings, swarm: Collection[Multiaddress]) -> str:
+    """The IP address that a node listens on and announces. `swarm`: known addresses of the swarm that it joins. Raises
+    SettingsError.
+    """
+    host = settings.host or default_listen_address(swarm)
     try:
         address = ip_address(host)
         Endpoint.of(host, 1)

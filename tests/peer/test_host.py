@@ -391,3 +391,9 @@ def test_a_p2pd_that_does_not_start_at_first_is_tried_again(
 
 def test_the_default_address_is_of_this_machine() -> None:
     require_free_port(default_listen_address(), 0)
+
+
+def test_a_peer_of_a_swarm_on_loopback_listens_there_too(identities: list[Identity]) -> None:
+    here, elsewhere = tcp_address(31337, identities[0]), tcp_address(31337, identities[1], "192.0.2.7")
+    assert default_listen_address([here]) == "127.0.0.1"
+    assert default_listen_address([here, elsewhere]) == default_listen_address()
