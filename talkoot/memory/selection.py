@@ -25,6 +25,10 @@ FEWEST_DIGITS = 16
 """The fewest digits of a hash that name a passage."""
 _AROUND, _EXCERPT_CHARACTERS = 50, 200
 """How many characters before and after a phrase are shown, and how many of a passage at most."""
+_REVOKED = (
+    "or it was revoked before. If the command was stopped then, run `talkoot memory publish` with this folder, so that "
+    "all hosts delete it"
+)
 _MOST_BETWEEN = 100
 """The most blanks between two passages of a text that are read as one."""
 _UNSEEN = "\u00ad"
@@ -237,9 +241,9 @@ class Selection:
         hashes = [selected.leaf.hex() for selected in found.values()]
         for wanted in sorted(self.leaves):
             if not any(each.startswith(wanted) for each in hashes):
-                raise LibraryError(f"{store.folder} has no passage {wanted}, or it was revoked before")
+                raise LibraryError(f"{store.folder} has no passage {wanted}, {_REVOKED}")
         if not found:
-            raise LibraryError(f"no passage of {store.folder} contains that text, or it was revoked before")
+            raise LibraryError(f"no passage of {store.folder} contains that text, {_REVOKED}")
         if len(found) + len(store.manifest.revoked) > MAX_REVOKED:
             raise LibraryError(
                 f"the memory would have {len(found) + len(store.manifest.revoked):,} revoked passages, more than "

@@ -55,7 +55,7 @@ def test_a_passage_is_not_revoked_twice(tmp_path: Path) -> None:
     MEMORY.revoking((MEMORY.roots[0], 0)).write(tmp_path)
     store = open_memory(tmp_path, lambda text: None)
     assert store.manifest.passages == 79
-    with pytest.raises(LibraryError, match="or it was revoked before"):
+    with pytest.raises(LibraryError, match=r"or it was revoked before.*run `talkoot memory publish`"):
         Selection.parse([leaf.hex()], None).find(store)
 
 
