@@ -26,7 +26,10 @@ function hear(swarm) {
   connection.lostAt = 0;
   showSwarm(swarm);
   showLayers(swarm.layers);
-  if (isNew) sections.forEach((section) => section.invalidate());
+  if (isNew) {
+    sections.forEach((section) => section.invalidate());
+    dispatchEvent(new Event("reading"));
+  }
   tick();
 }
 

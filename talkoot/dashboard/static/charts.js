@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { byId, choice } from "./dom.js";
 import * as format from "./format.js";
-import { serverNow } from "./head.js";
+import { reading, serverNow } from "./head.js";
 import { Plot, baseNames } from "./plot.js";
 import { Section } from "./section.js";
 
@@ -22,8 +22,8 @@ const CHARTS = [
   { metric: "loss", title: "Loss", unit: true, write: format.loss, ofTrainers: true },
   { metric: "bits_per_byte", title: "Bits per byte", write: format.loss, ofTrainers: true },
   { metric: "tokens_per_s", title: "Tokens per second", write: format.compact, fromZero: true, present: true },
-  { metric: "live_experts", title: "Live experts", write: format.count, fromZero: true, present: true, whole: true },
-  { metric: "live_nodes", title: "Live nodes", write: format.count, fromZero: true, present: true, whole: true },
+  { metric: "live_experts", title: "Live experts", write: format.count, fromZero: true, present: true, whole: true, now: ({ experts }) => experts.live },
+  { metric: "live_nodes", title: "Live nodes", write: format.count, fromZero: true, present: true, whole: true, now: ({ nodes }) => nodes.live },
   { metric: "latency_ms", title: "Latency", write: format.milliseconds, fromZero: true, present: true },
   { metric: "failures", title: "Failures by cause", unit: true, write: format.compact, fromZero: true, present: true },
   { metric: "bytes_per_s", title: "Bandwidth", write: perSecond, fromZero: true, present: true },
@@ -40,6 +40,12 @@ export function makeCharts() {
     if (ofMemories) Object.assign(plot.element, { hidden: true }).dataset.withMemories = "";
   }
   const section = new Section(byId("charts"), () => load(plots), rest);
+  let shown = "";
+  addEventListener("reading", () => {
+    const counts = String(plots.map(({ now }) => now?.(reading.swarm)));
+    if (counts !== shown) section.reload(); // tiles show it at once
+    shown = counts;
+  });
   byId("ranges").append(
     choice("Time shown", RANGES, range, (chosen) => {
       range = chosen;
@@ -62,6 +68,10 @@ async function load(plots) {
   const answers = await Promise.all(
     plots.map(({ metric }) => get("history", { metric, since, points: POINTS })),
   );
+  plots.forEach(({ now }, i) => {
+    const { swarm } = reading; // points are means, also of what is counted: the last one is what tiles say
+    if (now && swarm.read_at) answers[i].series[0]?.points.push([swarm.read_at, now(swarm)]);
+  });
   const firsts = answers.flatMap(({ series }) => series.map(({ points }) => points[0]?.[0] ?? until));
   const start = Math.min(Math.max(since, Math.min(...firsts)), until - SHORTEST_S);
   const trainers = baseNames(answers.flatMap(({ series }, i) => (plots[i].ofTrainers ? series : [])));

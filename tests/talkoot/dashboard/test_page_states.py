@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,14 +268,37 @@ def test_a_chart_shows_no_old_speed_as_the_present_one(browser: Browser, tmp_pat
     for age in (600, 615):
         asked.history.add([Sample("tokens_per_s", "all trainers", 700), Sample("loss", "c", 2)], NOW - age)
     for age in (8, 23):
-        asked.history.add([Sample("live_experts", "live experts", 24)], NOW - age)
-
-    def legend(title: str) -> str:
-        return seen.page.locator(".chart", has_text=title).locator(".legend-value").first.inner_text()
-
+        asked.history.add([Sample("live_experts", "live experts", 32)], NOW - age)
     with served(asked.app) as address, visit(browser, address) as seen:
         seen.until(lambda: seen.page.locator(".legend-value").count() >= 3)
-        assert (legend("Tokens per second"), legend("Live experts"), legend("Loss")) == ("–", "24", "2.000")
+        shown = [legend(seen, title) for title in ("Tokens per second", "Live experts", "Loss")]
+        assert shown == ["–", "32", "2.000"]
+    asked.history.close()
+
+
+def legend(seen: Visit, title: str) -> str:
+    return seen.page.locator(".chart", has_text=title).locator(".legend-value").first.inner_text()
+
+
+def test_charts_end_with_the_counts_of_the_tiles_as_soon_as_these_change(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """Not with the mean of a step in which a node died."""
+    asked = Asked(tmp_path, HEALTHY)
+    for age in (7, 8):
+        asked.history.add(
+            [Sample("live_experts", "live experts", 8 * age), Sample("live_nodes", "live nodes", age)],
+            NOW - age,
+        )
+    with served(asked.app) as address, visit(browser, address) as seen:
+        seen.until(lambda: legend(seen, "Live experts") == "32")
+        assert legend(seen, "Live nodes") == "2"
+        seen.until("document.querySelector('#charts .problem').hidden")
+        few = [replica(uid, 1) for uid in UIDS[:16]]
+        asked.watcher.picture = replace(picture_of([node(1)], replicas=few, gone=[node(2)]), read_at=NOW + 1)
+        asked.watcher.tell()
+        seen.until(lambda: seen.text("#tile-experts .figure") == "16", 20)
+        seen.until(lambda: (legend(seen, "Live experts"), legend(seen, "Live nodes")) == ("16", "1"), 8)
     asked.history.close()
 
 
