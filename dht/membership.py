@@ -137,6 +137,8 @@ class Membership:
         if await self._is_cut_off(announced):
             await self._join_again(announced)
             return
+        if self._lonely or self._in_vain:
+            logger.info("other peers see this one again")
         self._lonely = self._in_vain = 0
         await self._meet()
         if self._is_time_to_dial():
@@ -194,10 +196,10 @@ class Membership:
             self._lonely = 0
             self._in_vain += announced
             if self._in_vain < _LONELY_ROUNDS:
-                raise UnreachableError(
-                    "no other peer returned what this one announced: rejoining through "
-                    f"{counted(len(joined), 'known peer')}"
+                why = (
+                    "no other peer returned what this one announced" if announced else "no DHT peer was left"
                 )
+                raise UnreachableError(f"{why}: rejoining through {counted(len(joined), 'known peer')}")
             if self._in_vain == _LONELY_ROUNDS:
                 logger.warning(
                     "others answer, but none returns what this peer announced: it continues, and rejoins every %.0f s",

@@ -260,7 +260,8 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=7 * 86400,
         allow_inf_nan=False,
-        description="longest wait for `min_experts`, in seconds; then training starts if any expert is live",
+        description="longest wait for `min_experts`, in seconds; then training starts if any expert is live. Also the "
+        "longest pause while none is live",
     )
     min_experts: float = Field(
         default=0.75,

@@ -180,7 +180,11 @@ def test_a_remembered_peer_is_dialled_now_and_then_even_when_all_looks_well(play
     play(scenario)
 
 
-def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_again(play: Play) -> None:
+def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_again(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scenario(village: Village) -> None:
         first = await village.found(experts=2, spare=0)
         second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
@@ -195,7 +199,10 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
             await swarm.membership.check(announced=True)
         assert not swarm.host.dht.backoff.holds_back(first.swarm.host.peer_id, now())
         await second._publish_record()
-        await swarm.membership.check(announced=True)
+        assert "see this one again" not in caplog.text
+        for _ in range(2):
+            await swarm.membership.check(announced=True)
+        assert caplog.text.count("other peers see this one again") == 1
 
     play(scenario)
 
@@ -275,7 +282,9 @@ def test_the_last_peer_does_not_warn_if_the_others_said_goodbye(
     play(scenario)
 
 
-def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(play: Play) -> None:
+def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario(village: Village) -> None:
         node = await village.found(experts=8)
         trainer = await village.observe(1, await node.swarm.invite())
@@ -296,6 +305,8 @@ def test_a_trainer_that_forgot_everybody_in_an_outage_finds_them_again(play: Pla
             await eventually(lambda: sees_all(trainer))
         finally:
             await end(keeping)
+        assert "no DHT peer was left: rejoining through 1 known peer" in caplog.text
+        assert "announced" not in caplog.text
 
     play(scenario)
 
