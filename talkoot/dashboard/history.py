@@ -65,6 +65,8 @@ _EXPERT = "expert_"
 """The prefix of the names of experts' metrics."""
 _BREAKS = Tier(0, TIERS[-1].kept_s)
 """Times at which a figure was no longer known: no line is drawn across them."""
+_MOST_BREAKS = 64
+"""The most that are kept of one series, the newest ones. A trainer could report figures and none in turns."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,12 @@ class History:
                     "delete from samples where step = ? and (at < ? or at > ?)",
                     (tier.step_s, now - tier.kept_s, now + 86400),
                 )
+            connection.execute(
+                "delete from samples where step = :step and (series, at) in (select series, at from ("
+                "select series, at, row_number() over (partition by series order by at desc) as number "
+                "from samples where step = :step) where number > :most)",
+                {"step": _BREAKS.step_s, "most": _MOST_BREAKS},
+            )
             for experts, most in self._most.items():
                 connection.execute(
                     "delete from series where id in (select id from series where "

@@ -118,6 +118,16 @@ def test_the_file_is_bounded_however_long_it_runs(tmp_path: Path) -> None:
     assert 0 < rows_in(tmp_path) <= most
 
 
+def test_a_trainer_that_reports_a_loss_and_none_in_turns_takes_little_room(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    for number in range(400):
+        history.add([Sample("loss", "a", math.nan if number % 2 else 1.0)], NOW + 40 * number)
+    breaks = history._breaks(history._series(Sample("loss", "a", 0.0)), NOW)
+    history.close()
+    assert 64 <= len(breaks) <= 66
+    assert breaks[-1] == NOW + 40 * 399
+
+
 def test_experts_do_not_push_out_the_swarms_figures(tmp_path: Path) -> None:
     history = opened(tmp_path, series=4, expert_series=10)
     history.add([Sample("loss", "a", 1.0)], NOW)
