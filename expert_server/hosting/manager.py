@@ -509,7 +509,7 @@ class HostingManager:
             await self._replicas.release(gone, self._vacant_looks.keys() | gains.keys())
             room += len(gone)
             logger.info(
-                "gave up %s that others host too, for %s that nobody hosts",
+                "gave up %s that others host too, for %s that nobody hosts or others had started anew",
                 counted(len(gone), "expert"),
                 counted(lacking, "other"),
             )

@@ -271,7 +271,8 @@ class LocalReplicas:
 
     async def are_given(self, uid: UID, others: Sequence[Replica], enough: int) -> bool:
         """Whether `enough` of the other hosts can give a good state of an expert in service, no older than this node's
-        own. Call it before the expert is given up, because anybody can announce a replica. False if this node leaves.
+        own. Call it before the expert is given up, because anybody can announce a replica. Hosts that announce an older
+        one are not asked. False if this node leaves.
         """
         return not self._leaving and await self._unless_leaving(self._are_given(uid, others, enough), False)
 
@@ -285,9 +286,10 @@ class LocalReplicas:
                     f"it has only {checkpoint.update_count} updates, but the one here has {expert.update_count}"
                 )
 
-        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in others})
-        able = [nodes[replica.peer_id] for replica in others if replica.peer_id in nodes]
-        for node in self._rng.sample(able, len(able)):
+        count = expert.update_count
+        asked = {other.peer_id for other in others if not is_behind(other.update_count, count)}
+        nodes = await self._swarm.registry.nodes(asked) if len(asked) >= enough else {}
+        for node in self._rng.sample([*nodes.values()], len(nodes)):
             try:
                 fetched = await self.states.fetch(node, uid)
                 await self.runtime.run(partial(check, fetched.checkpoint))

@@ -5,6 +5,7 @@ replicas.
 import asyncio
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -427,6 +428,23 @@ def test_a_node_leaves_while_an_expert_of_others_is_fetched_to_prove_it(play: Pl
         leaver.replicas.leave()
         assert not await asyncio.wait_for(proving, DEADLINE_S)
         assert not await leaver.replicas.are_given(uid, [other], 1)
+
+    play(scenario)
+
+
+def test_a_host_that_announces_an_older_state_is_not_asked_to_prove_that_it_has_one(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        host = await village.found(experts=8, **LEAVES)
+        joiner, uid = await village.join(1, await host.swarm.invite(), experts=0, spare=1), UIDS[0]
+        assert await joiner.replicas.take([uid], MAX_UPDATE_COUNT, enough=2) == [uid]
+        replicas = (await host.swarm.experts.replicas([uid]))[uid]
+        (other,) = serving_elsewhere(replicas, host.swarm.host.peer_id)
+        assert await host.replicas.are_given(uid, [other], 1)
+        fetches = total(host.replicas.states.metrics.fetches)
+        await train(host, {uid: 3})
+        assert not await host.replicas.are_given(uid, [other], 1)
+        assert total(host.replicas.states.metrics.fetches) == fetches
+        assert not await host.replicas.are_given(uid, [replace(other, update_count=3)], 1), "it lies"
 
     play(scenario)
 
