@@ -37,6 +37,13 @@ class Pair:
         """The passage's text for the encoder, as for a memory's passages."""
         return f"{self.title}\n{self.text}"
 
+    @property
+    def subject(self) -> str:
+        """What all passages that may answer the question have in common: the title, or the text if there is none. In
+        lower case.
+        """
+        return (self.title or self.text).lower()
+
 
 def read_pairs(file: Path) -> list[Pair]:
     """The pairs in a file of JSON lines. Raises DataError, which names the line of anything that is not a pair."""
@@ -51,10 +58,10 @@ def read_pairs(file: Path) -> list[Pair]:
 
 
 def split_by_title(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to learn from, and those for validation. No title has pairs in both."""
+    """The pairs to learn from, and those for validation. No title has pairs in both, and no text without a title."""
     sides: tuple[list[Pair], list[Pair]] = ([], [])
     for pair in pairs:
-        sides[zlib.crc32(pair.title.lower().encode()) % _VALIDATED == 0].append(pair)
+        sides[zlib.crc32(pair.subject.encode()) % _VALIDATED == 0].append(pair)
     return sides
 
 
@@ -66,9 +73,9 @@ def hard_negatives(
 ) -> list[str | None]:
     """For each pair, the best passage by BM25 that does not answer; None if there is none.
 
-    A passage with the answer's title, or with a phrase of one of the answers, counts as one that may answer. `titles`
-    and `texts`: of the passages; the texts include their titles. `watch` is called with the number of pairs done. Needs
-    bm25s.
+    A passage with the answer's title or text, or with a phrase of one of the answers, counts as one that may answer.
+    `titles` and `texts`: of the passages; the texts include their titles. `watch` is called with the number of pairs
+    done. Needs bm25s.
     """
     import bm25s
 
@@ -91,7 +98,7 @@ def hard_negatives(
                 for number, weight in zip(numbers.tolist(), weights.tolist(), strict=True)
                 if weight > 0
                 and lowered[number] != pair.title.lower()
-                and not any(_spaced(answer) in searched[number] for answer in pair.answers)
+                and not any(_spaced(each) in searched[number] for each in (pair.text, *pair.answers))
             )
             number = next(wrong, None)
             negatives.append(None if number is None else texts[number])

@@ -218,14 +218,14 @@ def _validate(
     rng = random.Random(seed)  # noqa: S311  # keeps no secret
     asked = rng.sample(pairs, min(_MOST_VALIDATED, len(pairs)))
     texts = dict.fromkeys(pair.passage for pair in asked)
-    titles = {pair.title.lower() for pair in asked}
+    subjects = {pair.subject for pair in asked}
     for passage in rng.sample(some, min(_BESIDE, len(some))):
         texts[text_of(passage)] = None
     passages = list(texts)
-    by_title = defaultdict[str, list[int]](list)
-    for at, text in enumerate(passages):
-        title = text.partition("\n")[0].lower()
-        if title in titles:
-            by_title[title].append(at)
-    answers = [np.array(by_title[pair.title.lower()]) for pair in asked]
+    by_subject = defaultdict[str, list[int]](list)
+    for at, whole in enumerate(passages):
+        title, _, text = whole.lower().partition("\n")
+        for subject in subjects & {title, text}:
+            by_subject[subject].append(at)
+    answers = [np.array(by_subject[pair.subject]) for pair in asked]
     return tune(encoder, [pair.question for pair in asked], passages, answers)

@@ -69,6 +69,18 @@ def test_a_twentieth_of_the_titles_is_for_validation() -> None:
     assert 120 < len(validated) < 280
 
 
+def test_of_pairs_without_titles_too_a_twentieth_of_the_texts_is_for_validation() -> None:
+    _, validated = split_by_title([Pair("q", "", f"text {n // 2}") for n in range(4000)])
+    assert 120 < len(validated) < 280
+    assert len({pair.text for pair in validated}) == len(validated) / 2
+
+
+def test_the_passage_of_a_pair_without_a_title_is_no_negative_of_it() -> None:
+    texts = ["notes\nThe stove, of oak.", "notes\nAn oak stove stands here."]
+    pairs = [Pair("oak stove", "", text) for text in ("the stove of oak", "an oak stove stands here")]
+    assert hard_negatives(pairs, ["notes", "notes"], texts) == [texts[1], texts[0]]
+
+
 WORDS = ("oak", "elm", "yew", "fir", "ash")
 
 

@@ -57,6 +57,21 @@ def test_questions_find_passages_that_share_no_word_with_them(
     assert report.bytes == plan.out.stat().st_size
 
 
+def test_of_a_pair_without_a_title_only_passages_with_its_text_count_as_found(tmp_path: Path) -> None:
+    """Here nothing can be found: questions have nothing to do with their passages."""
+    rng = np.random.default_rng(0)
+    texts = [{"text": " ".join(f"p{n}" for n in rng.integers(0, 200, 12))} for _ in range(600)]
+    pairs = [each | {"question": " ".join(f"q{n}" for n in rng.integers(0, 200, 3))} for each in texts]
+    write_lines(tmp_path / "texts.jsonl", *texts)
+    write_lines(tmp_path / "pairs.jsonl", *pairs)
+    report = train_encoder(
+        TrainEncoderPlan(tmp_path / "pairs.jsonl", (str(tmp_path / "texts.jsonl"),), tmp_path / "encoder")
+    )
+    assert report.validation is not None
+    assert report.pairs + report.validation.questions == 600
+    assert report.validation.by_vectors < 0.5
+
+
 def test_a_folder_that_takes_no_file_is_named_before_anything_is_read(tmp_path: Path) -> None:
     plan = TrainEncoderPlan(tmp_path / "no-pairs", (), Path("/proc/encoder"))
     with pytest.raises(StartError, match=r"can't write /proc/encoder: .*; pass another --out FILE"):
