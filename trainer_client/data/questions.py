@@ -129,11 +129,13 @@ class QuestionBatches:
         return [self.train[place] for place in places_B.tolist()]
 
     def validation_batches(self, batch_size: int, count: int) -> list[list[Question]]:
-        """At most `count` batches, spread evenly over the questions for validation, without repeating any."""
+        """At most `count` batches, spread evenly over the questions for validation, without repeating any. Their sizes
+        differ by at most one, because all batches count alike.
+        """
         wanted = min(batch_size * count, len(self.validation))
-        places = np.linspace(0, len(self.validation) - 1, wanted).astype(int).tolist()
-        parts = [places[at : at + batch_size] for at in range(0, wanted, batch_size)]
-        return [[self.validation[place] for place in part] for part in parts]
+        places = np.linspace(0, len(self.validation) - 1, wanted).astype(int)
+        parts = np.array_split(places, -(-wanted // batch_size))
+        return [[self.validation[place] for place in part.tolist()] for part in parts]
 
     def bytes_per_token(self, batches: Sequence[Sequence[Question]], first: int = 1) -> float:
         """The mean over the answers' tokens. An encoder-decoder's end token counts as zero bytes."""

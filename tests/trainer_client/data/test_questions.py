@@ -78,6 +78,8 @@ def test_each_question_comes_once_in_an_epoch_and_none_is_validated_too(
     drawn = [each for step in range(steps) for each in batches.batch(step, size)][: batches.sequences]
     assert sorted(drawn, key=repr) == sorted(batches.train, key=repr)
     assert batches.batch(steps, size) == batches.batch(steps, size)
+    sizes = [len(batch) for batch in batches.validation_batches(size, 3)]
+    assert max(sizes) <= min(size, min(sizes) + 1)
     validated = [each for batch in batches.validation_batches(size, 3) for each in batch]
     assert len(set(validated)) == len(validated) == min(3 * size, count - batches.sequences)
     assert not set(validated) & set(drawn)
