@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from dht.manifest import Manifest, ModelSpec
 from peer.errors import SettingsError
@@ -136,7 +137,7 @@ class LanguageModel(MixtureModel):
 
     def begin(self, avoided: frozenset[PeerID] = frozenset()) -> "SequenceState":
         """The state of a sequence before anything has been computed. `avoided`: as in `HeldSequence`."""
-        return SequenceState([each for each in self.local if isinstance(each, LocalPart)], avoided)
+        return SequenceState(self._parts, avoided)
 
     @torch.no_grad()
     def extend(
@@ -158,8 +159,7 @@ class LanguageModel(MixtureModel):
             [token for each in tokens for token in each], device=self.embedding.weight.device
         )
         x_RD = self.embedding(new_R)
-        parts = [local for local in self.local if isinstance(local, LocalPart)]
-        for layer, (local, mixture) in enumerate(zip(parts, self._remote(), strict=True)):
+        for layer, (local, mixture) in enumerate(zip(self._parts, self._remote(), strict=True)):
             x_RD = local.extend(x_RD, segments, caches_of(layer, states))
             if self.retrieval is not None:
                 x_RD = self.retrieval.extend(layer, x_RD, segments, [state.read for state in states])
@@ -169,6 +169,10 @@ class LanguageModel(MixtureModel):
         last_S = torch.from_numpy(segments.lengths.cumsum() - 1)
         logits_SV: Tensor = self.head(self.norm(x_RD[last_S]))
         return logits_SV.float()
+
+    @property
+    def _parts(self) -> list["LocalPart"]:
+        return [each for each in self.local if isinstance(each, LocalPart)]
 
     def _read(self, state: "SequenceState", neighbours_UNL: Tensor) -> None:
         """Reads the neighbours of the chunks that end next. Of earlier chunks, only the last one's are still needed."""
@@ -190,22 +194,23 @@ class LanguageModel(MixtureModel):
     def log_likelihood(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
         """log p(y_i | x, y_<i) of each target's tokens, when the target follows its source: float32 [N, L].
 
-        0 after the end of a target that is shorter than the longest.
+        0 after the end of a target that is shorter than the longest. Sequences of all lengths are packed: padding would
+        be sent to experts, and count in their load.
         """
-        longest = max(len(s) + len(t) for s, t in zip(sources, targets, strict=True))
-        tokens_NT = torch.zeros(len(sources), longest, dtype=torch.int64)
-        rows, places, wanted, columns = list[int](), list[int](), list[int](), list[int]()
-        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            tokens_NT[row, : len(source) + len(target)] = torch.tensor([*source, *target])
-            rows += [row] * len(target)
-            places += range(len(source) - 1, len(source) + len(target) - 1)
+        read, places, wanted = list[int](), list[int](), list[int]()
+        for source, target in zip(sources, targets, strict=True):
+            places += range(len(read) + len(source) - 1, len(read) + len(source) + len(target) - 1)
+            read += [*source, *target][:-1]
             wanted += target
-            columns += range(len(target))
-        states_NTD = self.states(tokens_NT[:, :-1])
-        logits_RV = self.head(self.norm(states_NTD[rows, places])).float()
+        lengths = [len(s) + len(t) - 1 for s, t in zip(sources, targets, strict=True)]
+        assert max(lengths) <= self.context, f"at most {self.context} tokens in a sequence"
+        segments = Segments.after(np.zeros(len(lengths), np.int64), np.array(lengths))
+        x_RD = self.embedding(torch.tensor(read, device=self.embedding.weight.device))
+        for local, mixture in zip(self._parts, self.mixtures, strict=True):
+            x_RD = mixture(local.packed(x_RD, segments), segments)
+        logits_RV = self.head(self.norm(x_RD[places])).float()
         values_R = logits_RV.log_softmax(-1)[range(len(wanted)), wanted]
-        values_NL: Tensor = values_R.new_zeros(len(sources), max(map(len, targets)))
-        return values_NL.index_put((torch.tensor(rows), torch.tensor(columns)), values_R)
+        return pad_sequence(list(torch.split(values_R, list(map(len, targets)))), batch_first=True)
 
 
 def require_no_encoder(manifest: Manifest) -> None:

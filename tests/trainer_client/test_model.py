@@ -1,7 +1,9 @@
 """The language model, with mixtures that are computed in this process."""
 
 import math
+from collections.abc import Coroutine
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -10,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dht.beam_search import Selection
+from dht.directory import LiveExperts
 from dht.manifest import Manifest
 from peer.errors import SettingsError
+from talkoot.train.local import LocalSwarm
+from trainer_client.dispatch.batches import ForwardPass, RoutedRows
 from trainer_client.model import LanguageModel, require_memory
 from trainer_client.retrieval.attention import RetrievalSpec
+from trainer_client.settings import TrainerSettings
 
 
 class DenseMixture(nn.Module):
@@ -87,6 +94,34 @@ def test_the_loss_leaves_the_tokens_of_the_routing_prefix_out() -> None:
     predicted = model(tokens[:, :-1]).log_softmax(dim=-1)
     chosen = [predicted[b, t, tokens[b, t + 1]] for b in range(2) for t in range(2, 8)]
     torch.testing.assert_close(model.loss(tokens), -torch.stack(chosen).mean())
+
+
+@pytest.mark.parametrize("prefix", [0, 4])
+def test_likelihoods_are_those_of_each_sequence_alone_and_no_padding_is_sent(
+    prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_manifest()
+    routing = manifest.routing.model_copy(update={"prefix": prefix})
+    swarm = LocalSwarm(manifest.model_copy(update={"routing": routing}), TrainerSettings())
+    send, sent = swarm.dispatcher.send, list[int]()
+
+    def counting(
+        rows: RoutedRows, selection: Selection, live: LiveExperts
+    ) -> Coroutine[Any, Any, ForwardPass]:
+        sent.append(len(rows.inputs))
+        return send(rows, selection, live)
+
+    monkeypatch.setattr(swarm.dispatcher, "send", counting)
+    model = LanguageModel(swarm.manifest, swarm.mixture).eval()
+    sources, targets = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12]], [[13, 14], [15], [16, 17, 18]]
+    with torch.no_grad():
+        together = model.log_likelihood(sources, targets)
+        assert sent == [2 + 8 + 5] * 2
+        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            logits = model(torch.tensor([[*source, *target[:-1]]]))[0, len(source) - 1 :]
+            expected = logits.log_softmax(-1)[range(len(target)), target].tolist()
+            padded = expected + [0.0] * (3 - len(target))
+            assert together[row].tolist() == pytest.approx(padded, abs=1e-5)
 
 
 def test_the_first_loss_is_near_that_of_guessing() -> None:
