@@ -517,7 +517,8 @@ class TalkootForCausalLM(PreTrainedModel, GenerationMixin):
 
         `attention_mask` [B, S] is 0 for padding, which may precede a text, or follow it if nothing is cached. Positions
         are derived from it. `cache` (`past_key_values` in older releases): of the S - T earlier tokens. Labels of
-        tokens that decide the routing of their sequence are left out of the loss.
+        padding, of a text's first token, and of tokens that decide the routing of their sequence are left out of the
+        loss.
         """
         x_BTD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         sequences, new = x_BTD.shape[:2]
@@ -539,8 +540,8 @@ class TalkootForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.head(self.norm(x_BTD[:, kept]))
         loss = None
         if labels is not None:
-            undecided = ~rows.real_BT | (rows.positions_BT < self.config.prefix)
-            labels = labels.masked_fill(undecided, -100)
+            unscored = ~rows.real_BT | (rows.positions_BT < max(1, self.config.prefix))
+            labels = labels.masked_fill(unscored, -100)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **others)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
         return output.to_tuple() if return_dict is False else output

@@ -59,7 +59,7 @@ def check_cached(model: Any, tokens: Tensor, logits: Tensor, least: int) -> None
 
 
 def check_padded(model: Any, tokens: Tensor, logits: Tensor, least: int) -> None:
-    """Checks that a shorter text gives the same logits in a batch with a longer one."""
+    """Checks that a shorter text gives the same logits in a batch with a longer one, and the same loss."""
     short, length = least + 3, tokens.shape[1]
     mask = torch.ones_like(tokens)
     mask[0, : length - short] = 0
@@ -68,6 +68,8 @@ def check_padded(model: Any, tokens: Tensor, logits: Tensor, least: int) -> None
     padded[0, : length - short] = 7
     close(model(padded, attention_mask=mask).logits[0, length - short :], logits[0, :short])
     close(model(padded, attention_mask=mask).logits[1:], logits[1:])
+    loss = model(padded[:1], attention_mask=mask[:1], labels=padded[:1]).loss
+    close(loss, model(tokens[:1, :short], labels=tokens[:1, :short]).loss)
     inputs = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 2, "pad_token_id": 0}
     head, mask_of_head = padded[:, :-2], mask[:, :-2]
     both = model.generate(head, **inputs | {"attention_mask": mask_of_head})
