@@ -32,10 +32,13 @@ class Chunk:
 
 
 class Runs:
-    """All runs of eight words of a text. A shorter text is a single run."""
+    """All runs of eight words of a chunk, without its first and last word, which may be cut. A shorter one is a single
+    run.
+    """
 
     def __init__(self, text: str) -> None:
         words = words_of(text)
+        words = words[1:-1] or words
         self._length = min(_RUN, len(words))
         self._runs = _runs(words, self._length)
 

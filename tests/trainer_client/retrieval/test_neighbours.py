@@ -19,6 +19,7 @@ def numbered(first: int, count: int) -> str:
 
 def naive_overlap(text: str, other: str) -> float:
     words, others = text.split(), other.split()
+    words = words[1:-1] if len(words) > 2 else words
     length = min(8, len(words))
     runs = {" ".join(words[at : at + length]) for at in range(len(words) - length + 1)} - {""}
     padded = f" {' '.join(others)} "
@@ -26,19 +27,27 @@ def naive_overlap(text: str, other: str) -> float:
 
 
 @given(WORDS, WORDS)
-def test_overlap_is_the_share_of_runs_of_eight_words(text: list[str], other: list[str]) -> None:
+def test_overlap_is_the_share_of_runs_of_eight_whole_words(text: list[str], other: list[str]) -> None:
     words, others = " ".join(text), " ".join(other)
     assert Runs(words).overlap(others) == naive_overlap(words, others)
 
 
 def test_a_passage_that_holds_the_target_is_left_out_by_how_much_of_it_there_is() -> None:
-    chunk = Chunk(numbered(0, 20), numbered(20, 17))
+    chunk = Chunk(numbered(0, 19), numbered(19, 19))
     quarter = passage(numbered(20, 17)[: len(numbered(20, 9))] + " " + numbered(900, 20), "quarter")
     whole, other = passage(numbered(10, 60), "whole"), passage(numbered(500, 60), "other")
     assert Runs(chunk.target).overlap(quarter.text) == 0.2
     for most, expected in ((0.0, ["other"]), (0.2, ["quarter", "other"]), (1.0, ["whole", "quarter"])):
         found = chosen(chunk, [whole, quarter, other], 2, (), most)
         assert [each.title for each in found] == expected
+
+
+def test_a_chunk_that_begins_and_ends_within_words_is_found_in_its_document() -> None:
+    page, other = passage(numbered(1000, 60), "page"), passage(numbered(2000, 60), "other")
+    for length in (20, 40, 60, 80):
+        chunk = Chunk(page.text[8 : 8 + length], page.text[8 + length : 8 + 2 * length])
+        assert own_documents([chunk], [[page, other]]) == {document_of(page)}
+        assert chosen(chunk, [page, other], 2, (), 0.5) == [other]
 
 
 def test_all_passages_of_the_documents_that_hold_a_text_are_its_own() -> None:
