@@ -87,6 +87,9 @@ class BytePairTokenizer:
             raise DataError("this tokenizer adds tokens that are not in its vocabulary")
         by_id = sorted(vocabulary, key=vocabulary.__getitem__)
         self.token_bytes: list[bytes] = [bytes(stands_for[letter] for letter in token) for token in by_id]
+        # marks that it adds to each text, such as <|begin_of_text|>, stand for none of the text's bytes
+        for mark in self._library.get_added_tokens_decoder().keys() & set(self._library.encode("").ids):
+            self.token_bytes[mark] = b""
         self._json = json
 
     @classmethod

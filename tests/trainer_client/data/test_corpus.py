@@ -66,6 +66,25 @@ def test_a_tokenizer_is_saved_whole(tokenizer: Tokenizer) -> None:
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
 
 
+def test_a_mark_that_a_tokenizer_adds_to_each_text_stands_for_none_of_its_bytes() -> None:
+    marking = json.loads(PAIRS.to_json())
+    mark, number = "<|begin|>", len(PAIRS.token_bytes)
+    marking["added_tokens"] = [
+        {"id": number, "content": mark, "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ]
+    marking["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": mark, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {mark: {"id": mark, "ids": [number], "tokens": [mark]}},
+    }
+    tokenizer = BytePairTokenizer(json.dumps(marking))
+    tokens = tokenizer.encode(TEXT, TEXT).tolist()
+    assert tokens == 2 * [number, *PAIRS.encode(TEXT).tolist()]
+    assert b"".join(tokenizer.token_bytes[token] for token in tokens) == 2 * TEXT.encode()
+
+
 @pytest.mark.parametrize("text", ["", "nonsense", "{}", json.dumps({"model": {"type": "BPE"}})])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tokenizer.json"
