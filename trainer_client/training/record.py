@@ -202,8 +202,10 @@ def perplexity(loss: float) -> float:
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """The bits per byte of a loss in nats per token: the size to which the model would compress a byte of text."""
-    return loss / math.log(2) / bytes_per_token
+    """The bits per byte of a loss in nats per token: the size to which the model would compress a byte of text.
+    Infinite if the tokens stand for no text, as in empty answers.
+    """
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
 
 
 def longest_stall(intervals_s: Sequence[float]) -> float:

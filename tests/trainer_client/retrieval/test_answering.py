@@ -1,6 +1,7 @@
 """Models that answer from passages: what they learn, what they find with it, and which answers they give."""
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ from dht.manifest import Manifest
 from dht.memory import Passage
 from peer.errors import DataError, SettingsError, UnreachableError, UserError
 from talkoot.train.local import LocalSwarm
-from trainer_client.data.questions import Question
+from trainer_client.data.questions import Question, QuestionBatches
 from trainer_client.data.tokenizer import ByteTokenizer
 from trainer_client.data.tokenizer import Tokens as Encoded
 from trainer_client.decoding import MOST_ROWS, make_decoder
@@ -41,7 +42,9 @@ from trainer_client.retrieval.answering import (
     check_encoder,
     make_rag_model,
 )
+from trainer_client.retrieval.lookup import NeighbourLoader
 from trainer_client.retrieval.rag import Tokens
+from trainer_client.training.loop import Training
 
 generators = pytest.mark.parametrize("manifest", [MANIFEST, PAIRS], ids=["decoder", "encoder-decoder"])
 
@@ -74,6 +77,23 @@ def test_generator_and_query_encoder_learn_and_answers_name_their_sources(
             assert [source.share for source in best.sources] == sorted(
                 (source.share for source in best.sources), reverse=True
             )
+
+
+@generators
+def test_a_model_learns_from_questions_without_answers(manifest: Manifest) -> None:
+    """Of an encoder-decoder's empty answer, nothing is text."""
+    chosen = settings(steps=1)
+    model = model_of(chosen, manifest)
+    questions = [Question(f"what is {name}?") for name in ("kiuas", "vihta")]
+    batches = QuestionBatches(questions, 0, 0.5, model.reader.target, TOKENIZER.token_bytes)
+    loader = NeighbourLoader(
+        PassageLookup(SHELF, model.questions, 2), lambda number: batches.batch(number, 5)
+    )
+    summary = Training(model, batches, chosen, None, loader).run(lambda progress: None, threading.Event())
+    assert summary.validation_loss_last is not None
+    assert summary.bits_per_byte == (
+        math.inf if manifest is PAIRS else pytest.approx(summary.validation_loss_last / math.log(2))
+    )
 
 
 @generators
