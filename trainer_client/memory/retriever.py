@@ -623,7 +623,8 @@ def ranked_by_words(
 ) -> tuple[Hit, ...]:
     """The hits ranked by similarity and by the words that they share with the text, where rare words count most.
 
-    The bonus for words is at most `weight`: see `shared_words`.
+    A hit of the mean length that has each word once gets a bonus of `weight`; no hit gets 2.2 times that: see
+    `shared_words`.
     """
     shares = shared_words(text, [f"{hit.passage.title} {hit.passage.text}" for hit in hits], rarity)
     scored = [
@@ -635,7 +636,8 @@ def ranked_by_words(
 def shared_words(
     text: str, passages: Sequence[str], rarity: Callable[[Iterable[str]], list[float]]
 ) -> list[float]:
-    """The share of the text's words that each passage has, where rare words count most.
+    """The share of the text's words that each passage has, where rare words count most. Words that a passage repeats
+    count more, so it may be above 1.
 
     It is BM25, divided by the sum of the words' rarities. The mean length of these passages stands for that of all.
     """
