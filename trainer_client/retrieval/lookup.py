@@ -125,6 +125,7 @@ class NeighbourLookup:
         self._tokenizer = tokenizer
         self._most_overlap = most_overlap
         self._cache = cache
+        self._wanted = spec.neighbours + _SPARE
         self._tokens = BoundedDict[str, Tensor](_KEPT)
         self._words = BoundedDict[str, list[str]](_KEPT)
         self._lock = threading.Lock()
@@ -165,7 +166,9 @@ class NeighbourLookup:
         """Candidates for each chunk, the nearest first; empty if nobody answers."""
         texts = [chunk.text[-MOST_CHARACTERS:] for chunk in chunks]
         memory, revision = str(self._memory.id), self._memory.revision
-        known = {} if self._cache is None else self._cache.get(memory, revision, texts)
+        kept = {} if self._cache is None else self._cache.get(memory, revision, texts)
+        # fewer were looked up when the model read fewer passages of a chunk
+        known = {text: found for text, found in kept.items() if len(found) >= self._wanted}
         cached = sum(text in known for text in texts)
         new = [text for text in dict.fromkeys(texts) if text not in known]
         for at in range(0, len(new), MAX_QUERIES):
@@ -175,7 +178,7 @@ class NeighbourLookup:
 
     def _search(self, texts: Sequence[str], revision: int) -> dict[str, list[Passage]]:
         try:
-            results = self._memory.search(texts, self.spec.neighbours + _SPARE, _CELLS, by_words=False)
+            results = self._memory.search(texts, self._wanted, _CELLS, by_words=False)
         except TalkootError as error:  # the memory's hosts are not there: the model goes on without
             self.counts.note_failed(self._memory.id, error)
             return {}

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ class Echo:
         return tuple(Hit(each, 1.0, 1.0, self.id, b"", HOST, vector_D) for each in passages)
 
 
-def lookup(memory: Echo, cache: NeighbourCache | None = None) -> NeighbourLookup:
-    return NeighbourLookup(memory, ByteTokenizer(), SPEC, most_overlap=0.5, cache=cache)
+def lookup(memory: Echo, cache: NeighbourCache | None = None, spec: RetrievalSpec = SPEC) -> NeighbourLookup:
+    return NeighbourLookup(memory, ByteTokenizer(), spec, most_overlap=0.5, cache=cache)
 
 
 def tokens(text: str) -> Tensor:
@@ -83,6 +84,16 @@ def test_a_chunk_is_looked_up_once_for_each_revision(tmp_path: Path) -> None:
         memory.revision = revision
         lookup(memory, cache).learned(tokens("aaaa bbbcccc ddde"))
     assert memory.asked == ["aaaa bbb", "cccc ddd"] * 2
+    cache.close()
+
+
+def test_a_chunk_is_looked_up_again_if_more_passages_of_it_are_read(tmp_path: Path) -> None:
+    memory, cache = Echo(), NeighbourCache(tmp_path / "found")
+    more = replace(SPEC, neighbours=20)
+    for spec in (SPEC, more, more, SPEC):
+        (found,) = lookup(memory, cache, spec).written([list(b"aaaa bbb")])
+        assert len(found.passages) == spec.neighbours
+    assert memory.asked == ["aaaa bbb"] * 2
     cache.close()
 
 
