@@ -121,6 +121,8 @@ class Holder:
     interrupt: Callable[[], None] | None
     """Breaks it off. None: it only waits for the end of a step."""
     is_cut_off: bool = False
+    is_blameless: bool = False
+    """Whether it was cut off before it was slow, only because earlier exchanges of its group were in vain."""
 
 
 class ExchangePlace:
@@ -128,7 +130,9 @@ class ExchangePlace:
 
     An exchange makes way for another if its group's exchanges have lately wasted more time than those of the other's
     group. So strangers who hold the place with ever new keys, and never get to an average, keep nobody else from it for
-    long. A slow exchange also makes way if the other's group has wasted as little.
+    long. A slow exchange also makes way if the other's group has wasted as little. One that is cut off before
+    it is slow has wasted nothing: otherwise, once an honest trainer's exchange has failed, a stranger could cut off all
+    that follow.
     """
 
     def __init__(self, size: int) -> None:
@@ -151,7 +155,7 @@ class ExchangePlace:
         if holder is None or holder.interrupt is None:
             return holder is None
         more = self.wasted_s(holder.group, now) - self.wasted_s(group, now)
-        return more > 0 or (more == 0 and now > holder.began_at + self._fair_s)
+        return more > 0 or (more == 0 and self._is_slow(holder, now))
 
     def take(self, group: str, interrupt: Callable[[], None], now: float) -> Holder:
         """Raises ExpertError (RESOURCE_EXHAUSTED) while there is another exchange that need not make way."""
@@ -161,15 +165,19 @@ class ExchangePlace:
             )
         if self._holder is not None and self._holder.interrupt is not None:
             self._holder.is_cut_off = True
+            self._holder.is_blameless = not self._is_slow(self._holder, now)
             self._holder.interrupt()
         self._holder = Holder(group, now, interrupt)
         return self._holder
 
     def leave(self, holder: Holder, now: float, *, in_vain: bool) -> None:
-        if in_vain:
+        if in_vain and not holder.is_blameless:
             self._wasted.add(holder.group, max(1.0, now - holder.began_at), now)
         if self._holder is holder:
             self._holder = None
+
+    def _is_slow(self, holder: Holder, now: float) -> bool:
+        return now > holder.began_at + self._fair_s
 
 
 class DenseExchange:
@@ -396,9 +404,8 @@ class DenseServicer(dense_pb2_grpc.DenseServiceServicer):
             exchange.refuse(caller, error)
             raise WireError(str(error)) from error
         except (TimeoutError, asyncio.CancelledError):
-            exchange.refused.failed(
-                caller, time.monotonic()
-            )  # meanwhile this trainer could have averaged with others
+            if not holder.is_blameless:  # meanwhile this trainer could have averaged with others
+                exchange.refused.failed(caller, time.monotonic())
             raise
         finally:
             if holder.interrupt is not None:

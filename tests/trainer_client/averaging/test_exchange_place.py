@@ -84,6 +84,21 @@ def test_a_slow_exchange_does_not_make_way_for_those_who_waste_time() -> None:
     assert visits.take("there"), "it was long ago"
 
 
+def test_an_exchange_that_is_cut_off_before_it_is_slow_has_wasted_nothing() -> None:
+    """A stranger comes for a moment whenever it may cut off a trainer of which an exchange has failed."""
+    visits, cut_off = Visits(), 0
+    visits.waste("here", 4.0)
+    for _ in range(20):
+        honest = visits.take("here")
+        assert honest is not None
+        visits.now += 2.0
+        if stranger := visits.take("there"):
+            cut_off += 1
+            visits.place.leave(stranger, visits.now, in_vain=True)
+        visits.place.leave(honest, visits.now, in_vain=honest.is_cut_off)
+    assert cut_off == 4, "each costs the stranger a second"
+
+
 def test_an_exchange_whose_transfer_has_ended_makes_way_for_nobody() -> None:
     visits = Visits()
     visits.waste("here", 1.0)
@@ -191,6 +206,8 @@ def test_strangers_with_ever_new_keys_keep_no_trainer_elsewhere_from_averaging(
         async with trickling(one, 2) as holder:
             await square.stepping(other.average_with(square.info(one)), one.part, other.part)
             assert holder.is_cut_off
+            stranger = numbered_identity(52).peer_id
+            assert stranger not in one.exchange.refused.open_at(time.monotonic()), "it was not slow"
 
     play(scenario)
 
