@@ -7,7 +7,7 @@ how fast counts grow. Everything is pure: times are arguments.
 import math
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -39,6 +39,8 @@ MAX_CAUGHT = 16
 MAX_GONE = 1000
 """The most peers that are still listed after they have gone."""
 GONE_KEPT_S = 86400.0
+_FINAL = {"left", "finished", "stopped"}
+"""States of peers that have left in an orderly way."""
 STARVING_SHARE = 0.1
 """An expert with less than this share of the mean expert's rows is starving."""
 MAX_CELLS = 65536
@@ -258,23 +260,28 @@ class Picture:
         """The picture as JSON. Its parts are not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def with_earlier(self, rows: Sequence[Json]) -> "Picture":
-        """Adds nodes that an earlier run of the dashboard saw, but this one did not."""
-        here = {row["peer_id"] for row in self.nodes}
-        room = max(0, MAX_GONE - self.figures["nodes"]["gone"])
-        gone = [
-            row
-            | {"state": row["state"] if row["state"] == "left" else "gone", "unsteady": False}
-            | dict.fromkeys(("rows_per_s", "latency_ms", "memory_queries_per_s"))
-            for row in rows
-            if row["peer_id"] not in here and self.read_at - row["seen_at"] < GONE_KEPT_S
-        ][:room]
-        if not gone:
+    def with_earlier(self, nodes: Sequence[Json], trainers: Sequence[Json]) -> "Picture":
+        """Adds nodes and trainers that an earlier run of the dashboard saw, but this one did not."""
+        counts = self.figures["nodes"]
+        off = {"unsteady": False} | dict.fromkeys(("rows_per_s", "latency_ms", "memory_queries_per_s"))
+        gone = [row | off for row in self._gone(nodes, self.nodes)][: max(0, MAX_GONE - counts["gone"])]
+        ended = [row | {"tokens_per_s": None} for row in self._gone(trainers, self.trainers)][:MAX_GONE]
+        if not (gone or ended):
             return self
-        nodes = self.figures["nodes"]
         lost = sum(row["state"] == "gone" for row in gone)
-        figures = self.figures | {"nodes": nodes | {"gone": nodes["gone"] + lost}}
-        return replace(self, figures=figures, nodes=[*self.nodes, *gone])
+        figures = self.figures | {"nodes": counts | {"gone": counts["gone"] + lost}}
+        if figures["validation_loss"] is None:
+            measured = [row for row in ended if row["validation_loss"] is not None]
+            best = min(measured, key=lambda row: float(row["validation_loss"]), default={})
+            figures |= {key: best.get(key) for key in ("validation_loss", "bits_per_byte")}
+        all_nodes, all_trainers = [*self.nodes, *gone], [*self.trainers, *ended]
+        return replace(self, figures=figures, nodes=all_nodes, trainers=all_trainers)
+
+    def _gone(self, earlier: Sequence[Json], present: Sequence[Json]) -> Iterator[Json]:
+        here = {row["peer_id"] for row in present}
+        for row in earlier:
+            if row["peer_id"] not in here and self.read_at - row["seen_at"] < GONE_KEPT_S:
+                yield row | {"state": row["state"] if row["state"] in _FINAL else "gone"}
 
     @classmethod
     def from_json(cls, values: Json) -> "Picture":

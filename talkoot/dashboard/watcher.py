@@ -35,6 +35,7 @@ from talkoot.dashboard.picture import (
     CallRateMeter,
     Census,
     HostChecks,
+    Json,
     Picture,
     paint,
 )
@@ -132,7 +133,9 @@ class Watcher:
         self._nodes: Census[NodeInfo] = Census(MAX_NODES)
         self._trainers: Census[TrainerInfo] = Census(MAX_TRAINERS)
         self._call_rates = CallRateMeter()
-        self._earlier = [] if kept is None else kept.nodes
+        self._earlier: tuple[list[Json], list[Json]] = (
+            ([], []) if kept is None else (kept.nodes, kept.trainers)
+        )
         self._surveys: tuple[Survey, ...] = ()
         self.credit: Mapping[PeerID, Credit] = {}
         """The work that trainers have signed, for nodes whose receipts were read."""
@@ -312,7 +315,7 @@ class Watcher:
                 credit,
                 checks,
             )
-            return picture.with_earlier(self._earlier)
+            return picture.with_earlier(*self._earlier)
 
         # of 20,000 nodes, it takes most of a second
         self.picture = await asyncio.to_thread(painted)

@@ -83,7 +83,7 @@ def test_nodes_that_are_unsteady_are_counted_and_found_as_long_as_they_are_there
     assert api.swarm(state_of(picture))["nodes"] == {"live": 3, "gone": 1, "unsteady": 2}
     rows = api.nodes(picture, {"sort": "unsteady", "order": "desc"})["nodes"]
     assert [row["unsteady"] for row in rows] == [True, True, False, False]
-    restarted = picture_of([node(0)]).with_earlier(picture.nodes)
+    restarted = picture_of([node(0)]).with_earlier(picture.nodes, [])
     assert not any(row["unsteady"] for row in restarted.nodes if row["state"] == "gone")
 
 
@@ -349,7 +349,7 @@ def test_a_node_that_left_in_order_has_not_gone() -> None:
         "volunteer 0": "serving", "volunteer 1": "left", "volunteer 2": "gone",
     }  # fmt: skip
     assert (rows["volunteer 1"]["rows_per_s"], rows["volunteer 1"]["hours"]) == (None, 1.0)
-    restarted = picture_of([node(0)]).with_earlier(picture.nodes)
+    restarted = picture_of([node(0)]).with_earlier(picture.nodes, [])
     assert {row["name"]: row["state"] for row in restarted.nodes}["volunteer 1"] == "left"
     assert restarted.figures["nodes"]["gone"] == 1
 
@@ -608,12 +608,30 @@ def test_a_trainers_lines_are_labelled_with_its_name_and_its_key() -> None:
 
 
 def test_nodes_of_an_earlier_run_are_listed_as_gone() -> None:
-    now_there = picture_of([node(1)], now=NOW + 100).with_earlier(_SMALL.nodes)
+    now_there = picture_of([node(1)], now=NOW + 100).with_earlier(_SMALL.nodes, [])
     assert {row["name"]: row["state"] for row in now_there.nodes} == {
         "volunteer 1": "serving", "volunteer 0": "gone",
     }  # fmt: skip
     assert now_there.figures["nodes"] == {"live": 1, "gone": 1, "unsteady": 0}
-    assert len(picture_of([node(1)], now=NOW + 90_000).with_earlier(_SMALL.nodes).nodes) == 1
+    assert len(picture_of([node(1)], now=NOW + 90_000).with_earlier(_SMALL.nodes, []).nodes) == 1
+
+
+def test_trainers_of_an_earlier_run_are_listed_with_their_results() -> None:
+    finished = trainer(0, step=100, validation_loss=1.5, bits_per_byte=2.0)
+    ended = [finished, trainer(1, step=60, validation_loss=1.9)]
+    earlier = picture_of([node(0)], [trainer(2), trainer(3)], ended=ended)
+    restarted = picture_of([node(0)], [trainer(3, validation_loss=None)], now=NOW + 100)
+    now_there = restarted.with_earlier(earlier.nodes, earlier.trainers)
+    assert {row["name"]: row["state"] for row in now_there.trainers} == {
+        "trainer 0": "finished", "trainer 1": "stopped", "trainer 2": "gone", "trainer 3": "training",
+    }  # fmt: skip
+    figures = api.swarm(state_of(now_there))
+    assert (figures["trainers"], figures["validation_loss"], figures["bits_per_byte"]) == (1, 1.5, 2.0)
+    live = picture_of([node(0)], [trainer(3, validation_loss=2.5)], now=NOW + 100)
+    assert live.with_earlier([], earlier.trainers).figures["validation_loss"] == 2.5
+    assert not [sample for sample in samples_of(now_there) if sample.name == "trainer 0" and sample.value > 0]
+    much_later = picture_of([node(0)], now=NOW + 90_000)
+    assert not much_later.with_earlier(earlier.nodes, earlier.trainers).trainers
 
 
 # Size

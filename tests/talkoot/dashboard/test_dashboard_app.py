@@ -453,5 +453,5 @@ def test_live_nodes_and_trainers_are_found_by_role(asked: Asked) -> None:
 
 def test_a_node_that_has_gone_is_scraped_no_more() -> None:
     picture = picture_of([node(0, metrics_address="127.0.0.1:1")])
-    gone = picture_of([], now=NOW + 100).with_earlier(picture.nodes)
+    gone = picture_of([], now=NOW + 100).with_earlier(picture.nodes, [])
     assert targets(gone, LOCAL) == []
