@@ -58,7 +58,7 @@ _WASTE_HALF_S = 300.0
 OWN = ""
 """The group of the exchanges that this trainer begins."""
 CUT_OFF = (
-    "another trainer's exchange took the place of this one, which was slow, or others before it were in vain"
+    "another exchange took the place of this one, which was slow, or followed others that came to nothing"
 )
 
 Requests = AsyncIterator[dense_pb2.ExchangeRequest]
@@ -217,10 +217,6 @@ class DenseExchange:
     async def close(self) -> None:
         """Gives up snapshots that are being made."""
         await self._copying.aclose()
-
-    @property
-    def is_running(self) -> bool:
-        return self.place.is_taken
 
     def end(self, holder: Holder) -> None:
         """Ends an exchange that this trainer began, or that changed its dense part."""

@@ -623,8 +623,8 @@ def ranked_by_words(
 ) -> tuple[Hit, ...]:
     """The hits ranked by similarity and by the words that they share with the text, where rare words count most.
 
-    A hit of the mean length that has each word once gets a bonus of `weight`; no hit gets 2.2 times that: see
-    `shared_words`.
+    A hit of the mean length that has each word once gets a bonus of `weight`. A bonus is always less than 2.2 times
+    that: see `shared_words`.
     """
     shares = shared_words(text, [f"{hit.passage.title} {hit.passage.text}" for hit in hits], rarity)
     scored = [

@@ -10,34 +10,28 @@ import grpc
 import pytest
 from callers import numbered_identities
 from grpc import StatusCode
+from relayed import LOCAL, SWARM, Served, closing, serve
 
-from peer.identity import Identity, certificate_pem
+from peer.identity import Identity
 from peer.loop import LoopThread
 from peer.metrics import total
 from peer.rpc.channels import ChannelPool
-from peer.rpc.server import RpcServer, server_credentials
-from peer.rpc.sessions import SessionClient, Sessions
+from peer.rpc.sessions import SessionClient
 from peer.transport.pipes import Pipe
 from peer.transport.tunnel import Tunnels
 from peer.wire import session_pb2, session_pb2_grpc
 
 
 @contextlib.asynccontextmanager
-async def channel_of(
-    caller: Identity, server: RpcServer, identity: Identity, line: str = "192.0.2.1"
-) -> AsyncIterator[Any]:
+async def channel_of(caller: Identity, served: Served, line: str = "192.0.2.1") -> AsyncIterator[Any]:
     """A channel to the server that looks like a tunnel of this caller, whose identity libp2p has verified."""
 
     async def open_stream(*arguments: Any) -> Pipe:
-        return await server.open_for(caller.peer_id, line)
+        return await served.server.open_for(caller.peer_id, line)
 
     tunnels, pool = Tunnels(open_stream), ChannelPool()
-    try:
-        certificate = certificate_pem(identity.make_certificate(), identity.peer_id)
-        yield await pool.get(await tunnels.open_to(identity.peer_id, ()), certificate)
-    finally:
-        await pool.close()
-        await tunnels.close()
+    async with closing(tunnels, pool):
+        yield await pool.get(await tunnels.open_to(served.peer_id, ()), served.pem)
 
 
 async def flood(channel: Any, requests: Sequence[session_pb2.OpenRequest]) -> int:
@@ -58,21 +52,17 @@ def test_a_stranger_in_a_tunnel_that_calls_too_often_keeps_no_newcomer_in_anothe
     identity, stranger, newcomer = numbered_identities(3)
 
     async def scenario() -> None:
-        server = RpcServer(Sessions("sauna", identity.peer_id), 8)
-        await server.start(server_credentials(identity, identity.make_certificate()), "127.0.0.1", 0)
-        sessions = SessionClient(newcomer, "sauna", [session_pb2.RIGHT_FORWARD])
-        try:
-            async with (
-                channel_of(stranger, server, identity) as hostile,
-                channel_of(newcomer, server, identity) as honest,
-            ):
-                request = session_pb2.OpenRequest(statement=b"made up")
-                assert await flood(hostile, 80 * [request]) > 5, "the attack was no attack"
-                assert await sessions.metadata(identity.peer_id, honest, 20.0)
-                assert total(server.connections.closed, reason="abused") >= 1
-        finally:
-            await sessions.close()
-            await server.stop(0)
+        served = await serve(identity)
+        sessions = SessionClient(newcomer, SWARM, [session_pb2.RIGHT_FORWARD])
+        async with (
+            closing(served, sessions),
+            channel_of(stranger, served) as hostile,
+            channel_of(newcomer, served) as honest,
+        ):
+            request = session_pb2.OpenRequest(statement=b"made up")
+            assert await flood(hostile, 80 * [request]) > 5, "the attack was no attack"
+            assert await sessions.metadata(identity.peer_id, honest, 20.0)
+            assert total(served.server.connections.closed, reason="abused") >= 1
 
     loop.run(scenario(), 60)
 
@@ -84,30 +74,24 @@ def test_a_statement_waits_for_its_turn_under_the_name_that_its_connection_prove
     identity, stranger, newcomer = numbered_identities(3)
 
     async def scenario() -> None:
-        server = RpcServer(Sessions("sauna", identity.peer_id), 8)
-        sources = []
+        served, sources = await serve(identity), []
 
         async def turn(_: Any, near: str, source: str) -> bool:
             sources.append(source)
             return True
 
         monkeypatch.setattr("peer.rates.FairTurns.turn", turn)
-        await server.start(server_credentials(identity, identity.make_certificate()), "127.0.0.1", 0)
-        client = SessionClient(newcomer, "sauna", [session_pb2.RIGHT_FORWARD])
-        try:
-            async with channel_of(stranger, server, identity) as hostile:
-                stub = session_pb2_grpc.SessionServiceStub(hostile)
-                given = await stub.Challenge(session_pb2.ChallengeRequest(), timeout=60)
-                forged = client.statement(identity.peer_id, given.challenge)
-                forged.signature = b"forged"
-                with pytest.raises(grpc.aio.AioRpcError):
-                    await stub.Open(forged, timeout=60)
-            # those before are of the connection
-            assert str(stranger.peer_id) in sources[-1]
-            assert len(set(sources)) == 1
-        finally:
-            await client.close()
-            await server.stop(0)
+        client = SessionClient(newcomer, SWARM, [session_pb2.RIGHT_FORWARD])
+        async with closing(served, client), channel_of(stranger, served) as hostile:
+            stub = session_pb2_grpc.SessionServiceStub(hostile)
+            given = await stub.Challenge(session_pb2.ChallengeRequest(), timeout=60)
+            of_connection = len(sources)
+            forged = client.statement(identity.peer_id, given.challenge)
+            forged.signature = b"forged"
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Open(forged, timeout=60)
+        assert len(sources) == of_connection + 1
+        assert all(str(stranger.peer_id) in source for source in sources)
 
     loop.run(scenario(), 60)
 
@@ -116,31 +100,20 @@ def test_callers_share_with_those_on_their_line_however_they_come(loop: LoopThre
     identity, *callers = numbered_identities(4)
 
     async def scenario() -> None:
-        opened = Sessions("sauna", identity.peer_id)
-        server = RpcServer(opened, 8)
-        credentials = server_credentials(identity, identity.make_certificate())
-        port = await server.start(credentials, "127.0.0.1", 0)
+        served, pool = await serve(identity), ChannelPool()
 
         async def group_of(caller: Identity, channel: Any) -> str:
-            client = SessionClient(caller, "sauna", [session_pb2.RIGHT_FORWARD])
-            try:
+            client = SessionClient(caller, SWARM, [session_pb2.RIGHT_FORWARD])
+            async with closing(client):
                 ((_, named),) = await client.metadata(identity.peer_id, channel, 20.0)
-                return opened.find(named, session_pb2.RIGHT_FORWARD).group
-            finally:
-                await client.close()
+                return served.sessions.find(named, session_pb2.RIGHT_FORWARD).group
 
-        pool = ChannelPool()
-        try:
-            certificate = certificate_pem(identity.make_certificate(), identity.peer_id)
-            directly = await group_of(callers[0], await pool.get(f"127.0.0.1:{port}", certificate))
-            groups = []
-            for caller, line in zip(callers[1:], ("127.0.0.1", "192.0.2.1"), strict=True):
-                async with channel_of(caller, server, identity, line) as channel:
+        async with closing(served, pool):
+            groups = [await group_of(callers[0], await pool.get(served.endpoint, served.pem))]
+            for caller, line in zip(callers[1:], (LOCAL, "192.0.2.1"), strict=True):
+                async with channel_of(caller, served, line) as channel:
                     groups.append(await group_of(caller, channel))
-            assert [directly, *groups] == ["127.0.0.1", "127.0.0.1", "192.0.2.1"]
-        finally:
-            await pool.close()
-            await server.stop(0)
+            assert groups == [LOCAL, LOCAL, "192.0.2.1"]
 
     loop.run(scenario(), 60)
 
@@ -154,24 +127,20 @@ def test_tunnels_of_one_line_wait_for_each_other_but_others_do_not(
     identity, *callers = numbered_identities(10)
 
     async def scenario() -> None:
-        server = RpcServer(Sessions("sauna", identity.peer_id), 8)
-        await server.start(server_credentials(identity, identity.make_certificate()), "127.0.0.1", 0)
-        try:
-            opening = [
-                asyncio.create_task(server.open_for(caller.peer_id, "192.0.2.1")) for caller in callers
-            ]
+        served = await serve(identity)
+        open_for = served.server.open_for
+        async with closing(served):
+            opening = [asyncio.create_task(open_for(caller.peer_id, "192.0.2.1")) for caller in callers]
             began = time.monotonic()
             async with asyncio.timeout(20):
                 while sum(task.done() for task in opening) < 6:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-                await server.open_for(callers[0].peer_id, "192.0.2.2")
+                await open_for(callers[0].peer_id, "192.0.2.2")
                 waited = sum(task.done() for task in opening) - 6
                 assert waited <= time.monotonic() - began, "five are open, three wait, and one is refused"
                 outcomes = await asyncio.gather(*opening, return_exceptions=True)
             assert time.monotonic() - began > 2.5, "the last one waited"
             assert sum(isinstance(outcome, ConnectionRefusedError) for outcome in outcomes) == 1
-            assert total(server.connections.closed, reason="crowded") == 1
-        finally:
-            await server.stop(0)
+            assert total(served.server.connections.closed, reason="crowded") == 1
 
     loop.run(scenario(), 60)
