@@ -9,7 +9,7 @@ from typing import Any
 from peer import PROTOCOL_VERSION, SOFTWARE_VERSION
 from peer.identity import PeerID
 from talkoot.credit import Credit
-from talkoot.dashboard.picture import MAX_CELLS, Json, Picture
+from talkoot.dashboard.picture import ENDED, MAX_CELLS, Json, Picture
 
 MAX_PER_PAGE = 200
 MAX_UIDS = 1000
@@ -36,8 +36,6 @@ RANKED = (
     "By what trainers have signed: each of the founder's tokens is one vote, however much its holders sign."
 )
 SIGNED_KEYS = ("signed_pairs", "signed_updates", "signed_queries", "signed_trainers", "signed_share")
-_ENDED = ("finished", "stopped", "gone")
-"""States of trainers that are no longer there."""
 _MEMORY_FIGURES = ("count", "shards", "served", "below_two", "queries_per_s")
 
 UNITS = {
@@ -231,8 +229,8 @@ def trainers(picture: Picture | None, query: Mapping[str, str]) -> Json:
     ordered = sorted(
         found,
         key=lambda row: (
-            row["state"] in _ENDED,
-            -row["seen_at"] if row["state"] in _ENDED else 0,
+            row["state"] in ENDED,
+            -row["seen_at"] if row["state"] in ENDED else 0,
             row["peer_id"],
         ),
     )

@@ -28,7 +28,7 @@ from peer.transport.dialling import nearest_scope
 from peer.transport.endpoints import AddressScope, Endpoint
 from talkoot.dashboard import api
 from talkoot.dashboard.history import HistoryStore
-from talkoot.dashboard.picture import Json, Picture
+from talkoot.dashboard.picture import ENDED, Json, Picture
 from talkoot.dashboard.watcher import Watcher
 from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself, near
 
@@ -300,7 +300,7 @@ def targets(picture: Picture | None, bootstrap: Iterable[Multiaddress]) -> list[
                 row["metrics_address"]
                 for row in rows
                 if row["metrics_address"]
-                and row["state"] not in {"gone", "left", "finished", "stopped"}
+                and row["state"] not in ENDED
                 and _scope(row["metrics_address"]) >= nearest
             }
         )

@@ -39,8 +39,8 @@ MAX_CAUGHT = 16
 MAX_GONE = 1000
 """The most peers that are still listed after they have gone."""
 GONE_KEPT_S = 86400.0
-_FINAL = {"left", "finished", "stopped"}
-"""States of peers that have left in an orderly way."""
+ENDED = frozenset({"left", "finished", "stopped", "gone"})
+"""States of peers that are no longer there. Those that are gone left without notice."""
 STARVING_SHARE = 0.1
 """An expert with less than this share of the mean expert's rows is starving."""
 MAX_CELLS = 65536
@@ -281,7 +281,7 @@ class Picture:
         here = {row["peer_id"] for row in present}
         for row in earlier:
             if row["peer_id"] not in here and self.read_at - row["seen_at"] < GONE_KEPT_S:
-                yield row | {"state": row["state"] if row["state"] in _FINAL else "gone"}
+                yield row | {"state": row["state"] if row["state"] in ENDED else "gone"}
 
     @classmethod
     def from_json(cls, values: Json) -> "Picture":
