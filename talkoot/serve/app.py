@@ -209,7 +209,8 @@ def _prompt(given: str | Sequence[int], served: ServedModel) -> Sequence[int]:
     if isinstance(given, str):
         size = len(given.encode())
         # such a long text is not worth encoding
-        tokens = [] if size > context * served.longest_token else served.tokenizer.encode(given).tolist()
+        too_long = size > context * served.longest_token
+        tokens = [] if too_long else served.tokenizer.encode_prompt(given).tolist()
         count = len(tokens) if tokens or not size else size // served.longest_token
     else:
         tokens, count = given, len(given)

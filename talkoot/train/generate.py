@@ -73,7 +73,7 @@ def _text(
         tokens = special.encode(marked(prompt or "\n", run.settings.objective), run.tokenizer)
         token_bytes = special.written(token_bytes)
     else:
-        tokens = run.tokenizer.encode(prompt or "\n").tolist()
+        tokens = run.tokenizer.encode_prompt(prompt or "\n").tolist()
     context = trained.model.context
     if len(tokens) > context:
         logger.warning(

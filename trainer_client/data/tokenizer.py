@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         """The tokens of the texts, one text after another."""
         ...
 
+    def encode_prompt(self, prompt: str) -> Tokens:
+        """The tokens of a text that goes on, without a mark that ends it."""
+        ...
+
     def to_json(self) -> str:
         """JSON from which `load_tokenizer` restores the tokenizer."""
         ...
@@ -49,6 +53,9 @@ class ByteTokenizer:
 
     def encode(self, *texts: str) -> Tokens:
         return np.frombuffer("".join(texts).encode(), dtype=np.uint8)
+
+    def encode_prompt(self, prompt: str) -> Tokens:
+        return self.encode(prompt)
 
     def to_json(self) -> str:
         return ""
@@ -90,6 +97,10 @@ class BytePairTokenizer:
         # marks that it adds to each text, such as <|begin_of_text|>, stand for none of the text's bytes
         for mark in self._library.get_added_tokens_decoder().keys() & set(self._library.encode("").ids):
             self.token_bytes[mark] = b""
+        text = self._library.encode("a", add_special_tokens=False).ids
+        marked = self._library.encode("a").ids
+        ends = (marked[: len(marked) - count][-len(text) :] == text for count in range(len(marked)))
+        self._end_marks = next((count for count, is_end in enumerate(ends) if is_end), 0)
         self._json = json
 
     @classmethod
@@ -116,6 +127,10 @@ class BytePairTokenizer:
         """Encodes the texts in parallel, on all cores."""
         encoded = self._library.encode_batch_fast(list(texts))
         return np.fromiter(chain.from_iterable(each.ids for each in encoded), dtype=np.uint16)
+
+    def encode_prompt(self, prompt: str) -> Tokens:
+        tokens = self.encode(prompt)
+        return tokens[: len(tokens) - self._end_marks]
 
     def to_json(self) -> str:
         return self._json

@@ -66,23 +66,42 @@ def test_a_tokenizer_is_saved_whole(tokenizer: Tokenizer) -> None:
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
 
 
-def test_a_mark_that_a_tokenizer_adds_to_each_text_stands_for_none_of_its_bytes() -> None:
-    marking = json.loads(PAIRS.to_json())
-    mark, number = "<|begin|>", len(PAIRS.token_bytes)
-    marking["added_tokens"] = [
-        {"id": number, "content": mark, "special": True}
+MARK, MARK_ID = "<|mark|>", len(PAIRS.token_bytes)
+
+
+def marking(before: int, after: int) -> Tokenizer:
+    """A tokenizer that adds so many marks before each text, and after it."""
+    json_form = json.loads(PAIRS.to_json())
+    json_form["added_tokens"] = [
+        {"id": MARK_ID, "content": MARK, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ]
-    marking["post_processor"] = {
+    mark, text = {"SpecialToken": {"id": MARK, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    json_form["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": mark, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {mark: {"id": mark, "ids": [number], "tokens": [mark]}},
+        "single": [*before * [mark], text, *after * [mark]],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {MARK: {"id": MARK, "ids": [MARK_ID], "tokens": [MARK]}},
     }
-    tokenizer = BytePairTokenizer(json.dumps(marking))
+    return BytePairTokenizer(json.dumps(json_form))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 1), (2, 2)])
+def test_a_mark_that_a_tokenizer_adds_to_each_text_stands_for_none_of_its_bytes(
+    before: int, after: int
+) -> None:
+    tokenizer = marking(before, after)
     tokens = tokenizer.encode(TEXT, TEXT).tolist()
-    assert tokens == 2 * [number, *PAIRS.encode(TEXT).tolist()]
+    assert tokens == 2 * [*before * [MARK_ID], *PAIRS.encode(TEXT).tolist(), *after * [MARK_ID]]
     assert b"".join(tokenizer.token_bytes[token] for token in tokens) == 2 * TEXT.encode()
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "Sauna on a", f"a {MARK}"])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (0, 1), (2, 2)])
+def test_a_prompt_is_not_ended(prompt: str, before: int, after: int) -> None:
+    whole = marking(before, after).encode(prompt).tolist()
+    begun = marking(before, after).encode_prompt(prompt).tolist()
+    assert begun + after * [MARK_ID] == whole
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "{}", json.dumps({"model": {"type": "BPE"}})])
