@@ -136,6 +136,7 @@ class ReplicaAveraging:
         """Experts that are being averaged. Each is averaged with one replica at a time."""
         self._own_fetches, self._hinted_fetches = TransferSlots(_AT_ONCE), TransferSlots(_AT_ONCE)
         """Slots for the states that this node fetches for averages which it starts, and for those of others."""
+        self._adoptions = TransferSlots(_AT_ONCE)
         self._state_bytes = largest_state_bytes(swarm.manifest)
 
     def accept_hint(self, hint: FetchHint) -> int:
@@ -157,7 +158,7 @@ class ReplicaAveraging:
         try:
             async with asyncio.TaskGroup() as group:
                 # more than have slots to fetch: others average, or look whose turn it is
-                for step in _AT_ONCE * [self._follow_adoptions, self._follow_averages, self._follow_averages]:
+                for step in 2 * _AT_ONCE * [self._follow_adoptions, self._follow_averages]:
                     group.create_task(keep_running("follow others' hints", step, self._restarts))
                 if self._every_s:
                     average = self._average_now_and_then
@@ -286,6 +287,10 @@ class ReplicaAveraging:
             node, state_pb2.ASK_REASON_AVERAGE, [uid], base.sha256, base_sha256=fetched.sha256
         )
         return given if accepted else None
+
+    async def _follow_adoption(self, hint: FetchHint) -> None:
+        with self._adoptions.taken(hint.owner, self._state_bytes):
+            await self._adopt(hint.peer_id, hint.uids)
 
     async def _follow_average(self, hint: FetchHint) -> None:
         """The other node's part of `meet`, with the same two snapshots. Does nothing if this replica was averaged in
@@ -429,23 +434,22 @@ class ReplicaAveraging:
 
     async def _follow_adoptions(self) -> None:
         while True:
-            hint = self._hints.pop(False)
-            if hint is None:
-                self._hinted[False].clear()
-                await self._hinted[False].wait()
-            else:
-                await self._attempt(self._adopt(hint.peer_id, hint.uids))
+            hint = await self._next_hint(False, self._adoptions)
+            await self._attempt(self._follow_adoption(hint))
 
     async def _follow_averages(self) -> None:
         while True:
-            hint = self._hints.pop(True, self._hinted_fetches.has_room_for)
-            if hint is None:
-                self._hinted[True].clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_S):
-                        await self._hinted[True].wait()
-            else:
-                await self._attempt(self._follow_average(hint))
+            hint = await self._next_hint(True, self._hinted_fetches)
+            await self._attempt(self._follow_average(hint))
+
+    async def _next_hint(self, is_average: bool, slots: TransferSlots) -> FetchHint:
+        """The next hint of this kind, by a peer that gets one of these slots."""
+        while (hint := self._hints.pop(is_average, slots.has_room_for)) is None:
+            self._hinted[is_average].clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._hinted[is_average].wait()
+        return hint
 
     async def _attempt(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Returns the result, or None if the work failed."""

@@ -220,9 +220,26 @@ class LocalReplicas:
         try:
             return await self._unless_leaving(self._claim_and_serve(wanted, usual, enough, seen), [])
         finally:
-            self._taking.difference_update(wanted)
-            for uid in wanted:
-                self._built.pop(uid, None)
+            try:
+                if not self._leaving:  # a node that leaves withdraws all of them at once
+                    await self._withdraw_claims(wanted)
+            finally:
+                self._taking.difference_update(wanted)
+                for uid in wanted:
+                    self._built.pop(uid, None)
+
+    async def _withdraw_claims(self, uids: Collection[UID]) -> None:
+        """Withdraws the claims of a take that was cut off or failed, except those of experts that are served."""
+        claims = [uid for uid in uids if uid in self._claimed_at and uid not in self.experts]
+        if not claims:
+            return
+        try:
+            with contextlib.suppress(UnreachableError, TimeoutError):  # they are not renewed, and expire
+                async with asyncio.timeout(_WITHDRAW_S):
+                    await self.withdraw(claims)
+        finally:
+            for uid in claims:
+                self._claimed_at.pop(uid, None)
 
     async def _unless_leaving(self, work: Coroutine[Any, Any, T], otherwise: T) -> T:
         """The result of the work, or `otherwise` if the node leaves first."""

@@ -15,6 +15,7 @@ from state_peers import Scenario, Street, playing
 from stranger import Stranger
 
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.uid import UID
 from expert_server.state.servicer import FetchHint
 from peer.errors import TransferError
 from peer.identity import Identity
@@ -154,5 +155,67 @@ def test_a_node_averages_with_others_while_a_replica_trickles(
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
+
+    play(scenario)
+
+
+def test_a_node_adopts_experts_of_others_while_those_of_a_stranger_trickle(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stranger offers four experts, and asks the node to adopt each of them as soon as it has begun with another.
+    Nothing is left of the adoption that makes way, and the node still leaves in order.
+    """
+    monkeypatch.setattr("peer.rpc.transfer.GRACE_S", 1000.0)
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=0, spare=8)
+        leaver = await village.join(1, await node.swarm.invite(), experts=4)
+        good = {*leaver.runtime.experts}
+        offered = [uid for uid in UIDS if uid not in good]
+        async with Stranger.joined(await node.swarm.invite()) as stranger:
+            asked = 0
+
+            async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+                nonlocal asked
+                asked += 1
+                async for reply in trickle():
+                    yield reply.SerializeToString()
+
+            await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
+            await stranger.publish_node()
+            theirs = [ReplicaAnnouncement(uid, ReplicaState.LEAVING, 9) for uid in offered]
+            await stranger.swarm.experts.announce(theirs, 300.0)
+            running = asyncio.create_task(node.averaging.run())
+            await asyncio.sleep(0)
+            for number, uid in enumerate(offered, 1):
+                node.averaging.accept_hint(FetchHint(stranger.peer_id, (uid,), group="elsewhere"))
+
+                async def is_asked_again(number: int = number) -> bool:
+                    return asked >= number
+
+                await eventually(is_asked_again)
+            await leaver.replicas.offer(good)
+            leaver_id = leaver.swarm.host.peer_id
+            assert node.averaging.accept_hint(FetchHint(leaver_id, tuple(good), group="home")) == len(good)
+
+            async def has_adopted() -> bool:
+                return node.runtime.experts.keys() >= good
+
+            await eventually(has_adopted)
+            assert len(good) == len(offered) == 4
+
+            def claimed() -> set[UID]:
+                return {*node.replicas.held} - good
+
+            async def is_withdrawn() -> bool:
+                found = await leaver.swarm.experts.replicas(offered)
+                claims = {uid for uid, hosts in found.items() for r in hosts if r.peer_id != stranger.peer_id}
+                return len(claimed()) == 3 and claims == claimed()
+
+            await eventually(is_withdrawn)
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            assert not claimed()
 
     play(scenario)
