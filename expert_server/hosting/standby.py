@@ -5,7 +5,7 @@ from here.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter
@@ -34,8 +34,8 @@ MAX_STANDBYS = 32
 """The most copies in all, and the most that are made in one round. If there are as many, each new one replaces the copy
 of an expert that has several hosts by now.
 """
-_FETCHES = 3
-"""Copies that are fetched at the same time, so that a slow one does not hold up the others."""
+_HOSTS_AT_ONCE = 3
+"""Hosts from which copies are fetched at the same time, one from each, so that a slow host does not hold up others."""
 _MOVED = 1.01
 """A copy is renewed when its host's update count has grown by this factor."""
 _OLD_ROUNDS = 6
@@ -103,8 +103,15 @@ class StandbyCopies:
         most = {uid: max(plausible, saved.get(uid, 0)) for uid in wanted}
         room = self._limit - len(found.keys() - {*self._replicas.held}) + len(self._needless(found))
         some = self._stalest(wanted, saved, most, room)
-        nodes = await self._swarm.registry.nodes({replica.peer_id for replica in some}) if some else {}
-        await side_by_side((self._copy(r, nodes, most[r.uid]) for r in some), _FETCHES)
+        of_host: dict[PeerID, list[Replica]] = {}
+        for replica in some:
+            of_host.setdefault(replica.peer_id, []).append(replica)
+        nodes = await self._swarm.registry.nodes(of_host) if some else {}
+        until = self._clock() + self._every_s
+        copies = (
+            self._copy_from(nodes[each], of_host[each], most, until) for each in of_host if each in nodes
+        )
+        await side_by_side(copies, _HOSTS_AT_ONCE)
 
     def _stalest(
         self, wanted: Mapping[UID, Replica], saved: Mapping[UID, int], most: Mapping[UID, int], room: int
@@ -124,13 +131,25 @@ class StandbyCopies:
         new = [replica.uid for replica in stale if replica.uid not in saved][: max(room, 0)]
         return [r for r in stale if r.uid in saved or r.uid in new][: self._limit]
 
-    async def _copy(self, replica: Replica, nodes: Mapping[PeerID, NodeInfo], most: int) -> None:
-        """Copies one state from its host, if that is among `nodes`. At most `most` updates are believed."""
-        uid, host = replica.uid, replica.peer_id
-        if host not in nodes or self._replicas.leaving or self._replicas.states.is_withholding(host):
-            return
+    async def _copy_from(
+        self, node: NodeInfo, replicas: Iterable[Replica], most: Mapping[UID, int], until: float
+    ) -> None:
+        """Copies these states of one host. `until`: when it is too late to begin with another: a slow host must not
+        delay the next round.
+        """
+        for replica in replicas:
+            if (
+                self._clock() > until
+                or self._replicas.leaving
+                or self._replicas.states.is_withholding(node.peer_id)
+            ):
+                return
+            await self._copy(node, replica.uid, most[replica.uid])
+
+    async def _copy(self, node: NodeInfo, uid: UID, most: int) -> None:
+        """Copies one state. At most `most` updates are believed."""
         try:
-            checkpoint = await self._fetch(nodes[host], uid, most)
+            checkpoint = await self._fetch(node, uid, most)
             if not await self._keep(uid, checkpoint):
                 return
             self.copied.inc()

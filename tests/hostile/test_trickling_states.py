@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from callers import numbered_identities
 from checkpoint_samples import AN_UID
-from real_swarm import UIDS, Play, Village, eventually, train
+from real_swarm import UIDS, Play, Village, end, eventually, train
 from real_swarm import playing as playing_village
 from state_peers import Scenario, Street, playing
 from stranger import Stranger
@@ -217,5 +217,49 @@ def test_a_node_adopts_experts_of_others_while_those_of_a_stranger_trickle(
             with contextlib.suppress(asyncio.CancelledError):
                 await running
             assert not claimed()
+
+    play(scenario)
+
+
+def test_a_node_copies_experts_of_others_while_those_of_a_stranger_trickle(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stranger claims that each of its experts has by far the most updates."""
+    monkeypatch.setattr("peer.rpc.transfer.GRACE_S", 1000.0)
+
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        honest = await village.join(1, await keeper.swarm.invite(), experts=4)
+        good = {*honest.runtime.experts}
+        await train(honest, dict.fromkeys(good, 3))
+        await honest.hosting.announce()
+        async with Stranger.joined(await keeper.swarm.invite()) as stranger:
+            asked = 0
+
+            async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+                nonlocal asked
+                asked += 1
+                async for reply in trickle():
+                    yield reply.SerializeToString()
+
+            await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
+            await stranger.publish_node()
+            theirs = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 20) for uid in UIDS if uid not in good]
+            await stranger.swarm.experts.announce(theirs, 300.0)
+            me = keeper.swarm.host.peer_id
+            # so that it is this node that copies whatever has one host
+            monkeypatch.setattr(
+                "expert_server.hosting.placement.preference", lambda _, peer: bytes([peer == me])
+            )
+            await keeper.hosting.look()
+            copying = asyncio.create_task(keeper._standby.copy())
+
+            async def has_copied() -> bool:
+                return total(keeper._standby.copied) == len(good)
+
+            await eventually(has_copied)
+            assert asked == 1 < len(theirs) == 4
+            assert not copying.done()
+            await end(copying)
 
     play(scenario)

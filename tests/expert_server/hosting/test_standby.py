@@ -434,6 +434,27 @@ def test_a_pause_ends_the_copying_that_is_under_way(play: Play, monkeypatch: pyt
     play(scenario)
 
 
+def test_a_slow_host_does_not_delay_the_next_round(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(village: Village) -> None:
+        keeper = await village.found(experts=0, spare=8)
+        host = await village.join(1, await keeper.swarm.invite(), experts=8)
+        await train(host, dict.fromkeys(UIDS, 1))
+        await host.hosting.announce()
+        now, fetch = 0.0, keeper.replicas.states.fetch
+
+        async def fetch_slowly(node: NodeInfo, uid: UID) -> Fetched:
+            nonlocal now
+            now += 200
+            return await fetch(node, uid)
+
+        monkeypatch.setattr(keeper.replicas.states, "fetch", fetch_slowly)
+        standby = limited(keeper, 8, lambda: now)
+        assert await copied(keeper, standby) == 2, "the third would begin after the 300 s from round to round"
+        assert await copied(keeper, standby) == 4
+
+    play(scenario)
+
+
 def test_what_a_node_hosts_since_its_last_look_it_does_not_copy(play: Play) -> None:
     async def scenario(village: Village) -> None:
         host = await village.found(experts=8)
