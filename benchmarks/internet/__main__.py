@@ -4,8 +4,8 @@
 
 days    volunteers come and go as in published measurements: what is served and lost, and what upkeep costs
 events  a tenth dies, a flash crowd, a partition, founder and bootstraps gone, a fifth restarts: each in its own swarm
-train   a trainer for every ten nodes of a swarm at rest: throughput against the most that is possible; also with one
-        that trains 100 times as much as the others
+train   a swarm at rest with at most 256 experts, so with many replicas: its upkeep; then, with a trainer for every ten
+        nodes, throughput against the most that is possible; also with one that trains 100 times as much as the others
 
 Placement, claims, announcements, membership and averaging partners are the product's own code, in virtual time. Links,
 computing and the DHT below look-ups are modelled ([Scale](docs/scale.md)). All figures depend only on the seed, except

@@ -16,6 +16,7 @@ from benchmarks.internet.scenario import (
     LOOK_EVERY_S,
     START_S,
     Look,
+    UpkeepMeter,
     VolunteerSwarm,
     plan_for,
     plan_to_train,
@@ -49,10 +50,12 @@ class Timing:
     """How long the swarm is watched afterwards, in announcement periods."""
     parted_s: float = 3600.0
     trained_s: float = 20.0
+    metered_s: float = 300.0
+    """How long upkeep is measured in a swarm that is trained, before that."""
 
 
 FULL = Timing()
-QUICK = Timing(settle_s=120.0, aftermath_periods=8.0, parted_s=300.0, trained_s=8.0)
+QUICK = Timing(settle_s=120.0, aftermath_periods=8.0, parted_s=300.0, trained_s=8.0, metered_s=60.0)
 
 
 @dataclass
@@ -232,11 +235,14 @@ def play(name: str, nodes: int, seed: int, timing: Timing = FULL) -> Figures:
 
 
 def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
-    """Measures training with a trainer for every ten nodes of a swarm at rest, and how one that trains 100 times as
-    much affects the others.
+    """Measures a swarm at rest that has many replicas of each expert: its upkeep, training with a trainer for every ten
+    nodes, and how one that trains 100 times as much affects the others.
     """
     with simulated(seed) as world:
         volunteers = set_stage(world, nodes, timing, plan=plan_to_train(nodes)).volunteers
+        meter = UpkeepMeter(world)
+        volunteers.run(timing.metered_s)
+        upkeep = meter.read()
         numbers = {id(node): number for number, node in enumerate(volunteers.nodes)}
         hosts = {uid: [numbers[id(node)] for node in some] for uid, some in volunteers.swarm.hosts().items()}
         placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
@@ -252,7 +258,11 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
         last, up_bps=HEAVY * last.up_bps, down_bps=HEAVY * last.down_bps, rows_per_s=HEAVY * last.rows_per_s
     )
     heavy = training.play(placed, trainers, replace(window, heavy=HEAVY), seed)
+    replicas = [len(some) for some in hosts.values()]
     return asdict(figures) | {
+        "experts": volunteers.experts,
+        "upkeep": upkeep,
+        "replicas": {"fewest": min(replicas), "most": max(replicas), "p10": quantile(replicas, 0.1)},
         "others_with_heavy": heavy.others_tokens_per_s / max(1e-9, figures.others_tokens_per_s)
     }
 

@@ -28,15 +28,8 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[Verdict]:
 
 def _days(nodes: int, found: Mapping[str, Any]) -> Iterator[Verdict]:
     of = f"{nodes:,} volunteers, {found['hours']:g} h"
-    upkeep, machine = found["upkeep"], found["machine"]
-    mean, most = upkeep["mean_kbit_per_s"], upkeep["most_kbit_per_s"]
-    yield _at_most(f"{of}: upkeep of a node, kbit/s both ways", MOST_UPKEEP_KBIT, mean)
-    yield Verdict(
-        "… of the most loaded, kbit/s; times the mean",
-        f"{MOST_LOADED_KBIT}; {MOST_LOADED_TIMES}",
-        f"{most:.0f}; {most / mean:.1f}",
-        most <= MOST_LOADED_KBIT and most <= MOST_LOADED_TIMES * mean,
-    )
+    machine = found["machine"]
+    yield from _upkeep(of, found["upkeep"])
     yield Verdict(
         "… share of experts served: at any moment, at the worst one",
         f"{LEAST_SERVED}",
@@ -58,6 +51,17 @@ def _days(nodes: int, found: Mapping[str, Any]) -> Iterator[Verdict]:
         f"{MOST_MEMORY_GIB}" if nodes == LARGEST_NODES else "",
         f"{gib:.1f}",
         gib <= MOST_MEMORY_GIB if nodes == LARGEST_NODES else None,
+    )
+
+
+def _upkeep(of: str, upkeep: Mapping[str, float]) -> Iterator[Verdict]:
+    mean, most = upkeep["mean_kbit_per_s"], upkeep["most_kbit_per_s"]
+    yield _at_most(f"{of}: upkeep of a node, kbit/s both ways", MOST_UPKEEP_KBIT, mean)
+    yield Verdict(
+        "… of the most loaded, kbit/s; times the mean",
+        f"{MOST_LOADED_KBIT}; {MOST_LOADED_TIMES}",
+        f"{most:.0f}; {most / mean:.1f}",
+        most <= MOST_LOADED_KBIT and most <= MOST_LOADED_TIMES * mean,
     )
 
 
@@ -114,7 +118,13 @@ def _bad_release(of: str, found: Mapping[str, Any]) -> Iterator[Verdict]:
 
 
 def _training(nodes: int, found: Mapping[str, Any]) -> Iterator[Verdict]:
-    is_judged = nodes == JUDGED_NODES
+    is_judged, replicas = nodes == JUDGED_NODES, found["replicas"]
+    yield from _upkeep(f"{nodes:,} nodes, {found['experts']} experts", found["upkeep"])
+    yield Verdict(
+        "… replicas of an expert: fewest, of nine tenths at least, most",
+        "",
+        f"{replicas['fewest']}, {replicas['p10']:.0f}, {replicas['most']}",
+    )
     placed, free = found["of_placed"], found["of_free"]
     yield Verdict(
         f"{found['trainers']:,} trainers with {nodes:,} nodes: tokens/s",
