@@ -35,6 +35,7 @@ from expert_server.reachability import ReachabilityMonitor
 from expert_server.resources import (
     batch_rows_of,
     call_memory_of,
+    compute_threads_of,
     disk_shortage,
     kept_bytes_of,
     most_bytes,
@@ -252,11 +253,12 @@ class Node:
         except UserError:
             await swarm.stop()
             raise
+        device_types = {device.torch_device.type for device in devices}
         runtime = Runtime(
             {},
             max_queued_rows=settings.max_queued_rows,
-            max_batch_rows=batch_rows_of(device.torch_device.type for device in devices),
-            threads=threads_of(settings),
+            max_batch_rows=batch_rows_of(device_types),
+            threads=compute_threads_of(settings, device_types),
             metrics=swarm.metrics,
         )
         logger.info("computes on %s", ", ".join(map(str, devices)))

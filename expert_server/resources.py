@@ -33,6 +33,13 @@ def threads_of(settings: NodeSettings) -> int:
     return min(settings.threads or usable_cores(), usable_cores())
 
 
+def compute_threads_of(settings: NodeSettings, device_types: Iterable[str]) -> int:
+    """The number of threads that compute experts. Only one uses a Mac's GPU: when two do at the same time, torch ends
+    the process (https://github.com/pytorch/pytorch/issues/197805).
+    """
+    return 1 if "mps" in device_types else threads_of(settings)
+
+
 def kept_bytes_of(settings: NodeSettings, free_bytes: int) -> int:
     """Memory for kept forward passes. `free_bytes`: free memory of the devices that compute."""
     if settings.max_kept_bytes is not None:

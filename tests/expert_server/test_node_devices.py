@@ -11,6 +11,7 @@ from real_swarm import LOCAL, MANIFEST, Play, Village, node_settings, playing
 
 from dht.swarm import found_swarm
 from expert_server import node as node_module
+from expert_server import resources
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import expert_bytes
 from expert_server.node import Node
@@ -67,5 +68,16 @@ def test_a_node_without_its_device_does_not_start_and_leaves_the_swarm(
             await Node.start(node_settings(device="cuda:99"), swarm, host=LOCAL, state=village.state(swarm))
         with pytest.raises(OSError, match="refused"):
             await asyncio.open_connection(LOCAL, swarm.host.port)
+
+    play(scenario)
+
+
+def test_one_thread_computes_on_a_macs_gpu(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "open_devices", lambda device, precision: [ComputeDevice("mps")])
+    monkeypatch.setattr(resources, "usable_cores", lambda: 4)
+
+    async def scenario(village: Village) -> None:
+        node = await village.found(experts=0, spare=0, threads=4)
+        assert node.runtime._threads == 1
 
     play(scenario)
