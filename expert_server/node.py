@@ -54,7 +54,7 @@ from expert_server.state.transfer import CHANNELS, SnapshotTaker, StateClient
 from expert_server.status import Contribution, ContributionAccount, NodeRecordBuilder, NodeState, NodeStatus
 from expert_server.swarm_news import SwarmNews
 from peer import clock
-from peer.errors import UnreachableError, UserError
+from peer.errors import StartError, UnreachableError, UserError
 from peer.formatting import endpoint
 from peer.kademlia.node import Spending
 from peer.loop import LoopLag, Restarts, RetryingRounds, cancel_all, keep_running, tolerating
@@ -106,6 +106,7 @@ class Node:
         self.metrics_address: str = ""
         self._settings = settings
         self._timing = timing
+        self._gpus = [device for device in devices if device.torch_device.type != "cpu"]
         self._host = ""
         self._stopping = self._drained = False
         self._metrics: MetricsServer | None = None
@@ -347,7 +348,8 @@ class Node:
     async def run(self) -> None:
         """Announces, adopts, replicates, averages and saves experts, and pauses when it should.
 
-        It ends only by raising a group with an InviteError, once this node's token has expired or is revoked.
+        It ends only by raising a group with an InviteError, once this node's token has expired or is revoked, or with a
+        StartError, once a GPU has failed.
         """
         every_s = self._settings.checkpoint_every_s
         tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
@@ -370,6 +372,8 @@ class Node:
             for name, run in tasks.items():
                 group.create_task(keep_running(name, run, self.restarts), name=name)
             group.create_task(self._access.until_over(), name="end with the token")
+            watch = keep_running("watch the GPUs", self._watch_gpus, self.restarts, fatal=StartError)
+            group.create_task(watch, name="watch the GPUs")
 
     async def _stay_announced(self) -> None:
         await self.period.repeat(self._announce)
@@ -466,6 +470,13 @@ class Node:
             await asyncio.sleep(self._timing.look_every_s)
             await self._rounds.run("pauses", self._pauses.look)
             self._note_work()
+
+    async def _watch_gpus(self) -> None:
+        """Raises StartError once one has failed: this process could only answer with errors from then on."""
+        while True:
+            await asyncio.sleep(self._timing.look_every_s)
+            for gpu in self._gpus:
+                await self.runtime.run(gpu.require_working)
 
     async def pause(self, reason: str = "by its owner", for_s: float | None = None) -> None:
         """Gives up the experts and stays in the swarm, until `resume` or for `for_s` seconds.

@@ -37,7 +37,7 @@ def find() -> Found:
         return Found(tuple(map(torch.cuda.get_device_capability, gpus)), torch.backends.mps.is_available())
     except RuntimeError as error:
         raise StartError(
-            f"can't use the CUDA GPUs here: {error}; --device cpu computes without them"
+            f"can't use the CUDA GPUs here: {first_line(error)}; --device cpu computes without them"
         ) from error
 
 
@@ -148,6 +148,25 @@ class ComputeDevice:
         if self._copies is not None:
             self._copies.synchronize()
 
+    def require_working(self) -> None:
+        """Raises StartError if it can't compute: torch may lack kernels for a GPU that it finds, and once a GPU has
+        failed, all later calls of the same process fail. Memory that other programs take is no failure.
+        """
+        try:
+            torch.ones(1, device=self.torch_device).add_(1).item()
+        except torch.OutOfMemoryError:
+            return
+        except RuntimeError as error:
+            raise StartError(
+                f"{self.torch_device} does not compute: {first_line(error)}; if starting again does not help, "
+                "choose others with --device"
+            ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the advice to programmers that torch adds to CUDA's errors."""
+    return str(error).partition("\n")[0]
+
 
 def roomiest(devices: Sequence[ComputeDevice], hosted: Mapping[ComputeDevice, int]) -> ComputeDevice:
     """The device for the next expert, so that devices host experts in proportion to their free memory."""
@@ -163,12 +182,15 @@ def check_devices(device: str, precision: PrecisionSetting) -> dict[str, Precisi
 def open_devices(device: str, precision: PrecisionSetting) -> list[ComputeDevice]:
     """Opens the devices of a node's settings. tf32 sets torch's switch for it, which affects the whole process.
 
-    Raises SettingsError if a setting does not suit this machine, and StartError if a device does not answer.
+    Raises SettingsError if a setting does not suit this machine, and StartError if a device does not compute.
     """
     chosen = check_devices(device, precision)
     if precision == "tf32":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    return [ComputeDevice(name, its_precision, _free_bytes(name)) for name, its_precision in chosen.items()]
+    opened = [ComputeDevice(name, its_precision, _free_bytes(name)) for name, its_precision in chosen.items()]
+    for each in opened:
+        each.require_working()
+    return opened
 
 
 def _free_bytes(name: str) -> int:
@@ -177,5 +199,5 @@ def _free_bytes(name: str) -> int:
     try:
         free_bytes, _ = torch.cuda.mem_get_info(name)
     except RuntimeError as error:
-        raise StartError(f"can't use {name}: {error}; choose others with --device") from error
+        raise StartError(f"can't use {name}: {first_line(error)}; choose others with --device") from error
     return max(1, free_bytes)

@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from prometheus_client import CollectorRegistry, Counter
 
 from dht.manifest import Manifest
 from dht.uid import UID
+from expert_server.experts.devices import first_line
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import AVERAGED, OWN_SOURCES, Checkpoint, StateForm, from_bytes, to_bytes
 from expert_server.serving.runtime import Runtime
@@ -371,7 +373,7 @@ class Checkpoints:
 
         One by one. A failed save is tried again next time.
         """
-        failures: list[tuple[UID, StateError | OSError]] = []
+        failures: list[tuple[UID, Exception]] = []
         for expert in list(self._runtime.experts.values() if experts is None else experts):
             try:
                 if self._is_changed(expert):
@@ -380,7 +382,7 @@ class Checkpoints:
                     await self._recover(expert)
             except ExpertError:
                 return  # the runtime has stopped
-            except (StateError, OSError) as error:
+            except (StateError, OSError, torch.AcceleratorError) as error:  # the last: its GPU has failed
                 failures.append((expert.uid, error))
         if failures:
             self.failed.inc(len(failures))
@@ -389,7 +391,7 @@ class Checkpoints:
                 "could not save %s, such as %s: %s; earlier checkpoints of them, if any, stay",
                 counted(len(failures), "expert"),
                 uid,
-                reason.strerror if isinstance(reason, OSError) and reason.strerror else reason,
+                reason.strerror if isinstance(reason, OSError) and reason.strerror else first_line(reason),
             )
 
     async def _save(self, expert: Expert) -> None:

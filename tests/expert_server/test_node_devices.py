@@ -1,5 +1,5 @@
 """A node on several devices, all of which are the CPU here: experts are spread over them and serve, and none is
-refused.
+refused. Other devices stand in for GPUs that fail.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from expert_server import node as node_module
 from expert_server import resources
 from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import expert_bytes
-from expert_server.node import Node
-from peer.errors import SettingsError
+from expert_server.node import Node, NodeTiming
+from peer.errors import SettingsError, StartError
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -68,6 +68,20 @@ def test_a_node_without_its_device_does_not_start_and_leaves_the_swarm(
             await Node.start(node_settings(device="cuda:99"), swarm, host=LOCAL, state=village.state(swarm))
         with pytest.raises(OSError, match="refused"):
             await asyncio.open_connection(LOCAL, swarm.host.port)
+
+    play(scenario)
+
+
+def test_a_node_ends_once_a_gpu_has_failed(play: Play) -> None:
+    async def scenario(village: Village) -> None:
+        node = await village.found(timing=NodeTiming(claim_wait_s=0.1, look_every_s=0.05))
+        node._gpus.append(ComputeDevice("meta"))  # has no numbers, so it can't compute any
+        async with asyncio.timeout(60):
+            with pytest.raises(ExceptionGroup) as caught:
+                await node.run()
+        (error,) = caught.value.exceptions
+        assert isinstance(error, StartError)
+        assert "meta does not compute" in str(error)
 
     play(scenario)
 

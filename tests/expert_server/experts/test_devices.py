@@ -149,6 +149,27 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_a_way_out(monkeypatch: pyt
         check_devices("auto", "auto")
 
 
+def test_a_device_that_does_not_compute_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError(
+            "CUDA error: no kernel image is available\nSearch for `cudaErrorNoKernel"
+        )
+
+    monkeypatch.setattr(torch, "ones", launch)
+    with pytest.raises(
+        StartError, match=r"^cpu does not compute: CUDA error: no kernel image is available; if"
+    ):
+        open_devices("cpu", "fp32")
+
+
+def test_a_device_whose_memory_others_take_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "ones", allocate)
+    ComputeDevice().require_working()
+
+
 def test_settings_refuse_an_unknown_precision(tmp_path: Path) -> None:
     config = tmp_path / "node.toml"
     config.write_text('precision = "fp8"\n')
@@ -170,10 +191,14 @@ def test_rows_come_back_as_they_were_sent(name: str) -> None:
 
 
 @needs_cuda
-def test_tf32_is_switched_on_for_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    open_devices("cuda", "tf32")
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+def test_tf32_is_switched_on_for_matrices() -> None:
+    matrices = torch.backends.cuda.matmul
+    before, matrices.fp32_precision = matrices.fp32_precision, "ieee"
+    try:
+        open_devices("cuda", "tf32")
+        assert matrices.fp32_precision == "tf32"
+    finally:
+        matrices.fp32_precision = before
 
 
 def test_works_are_merged_up_to_what_a_device_gains_by() -> None:

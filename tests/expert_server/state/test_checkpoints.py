@@ -361,6 +361,24 @@ def test_an_expert_that_is_not_finite_never_takes_the_place_of_a_good_checkpoint
     assert "is not finite" in warnings_in(caplog)[0]
 
 
+def test_experts_are_saved_although_the_gpu_of_another_has_failed(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise torch.AcceleratorError(
+            "CUDA error: an illegal memory access\nSearch for `cudaErrorIllegalAddress'"
+        )
+
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        lost = make_expert(1, OTHER_UID)
+        monkeypatch.setattr(lost, "checkpoint", fail)
+        await checkpoints.save_changed([lost, expert])
+        assert (total(checkpoints.saved), total(checkpoints.failed)) == (2, 1)
+
+    play(scenario)
+    assert f"such as {OTHER_UID}: CUDA error: an illegal memory access; earlier" in warnings_in(caplog)[0]
+
+
 def test_the_last_save_is_bounded_in_time(
     play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
