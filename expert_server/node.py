@@ -505,6 +505,8 @@ class Node:
         self._servicer.forward_cache.clear()
         self._servicer.sequences.clear()
         await asyncio.to_thread(return_freed_memory)
+        for gpu in self._gpus:
+            await self.runtime.run(gpu.return_freed_memory)
         with contextlib.suppress(UnreachableError):
             await self._publish_record()
 

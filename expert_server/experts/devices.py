@@ -162,6 +162,11 @@ class ComputeDevice:
                 "choose others with --device"
             ) from error
 
+    def return_freed_memory(self) -> None:
+        """Returns a GPU's memory, which torch keeps after tensors are freed, to other programs."""
+        if self.torch_device.type != "cpu":
+            torch.get_device_module(self.torch_device).empty_cache()
+
 
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice to programmers that torch adds to CUDA's errors."""

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from real_swarm import LOCAL, MANIFEST, Play, Village, node_settings, playing
 
 from dht.swarm import found_swarm
@@ -82,6 +83,19 @@ def test_a_node_ends_once_a_gpu_has_failed(play: Play) -> None:
         (error,) = caught.value.exceptions
         assert isinstance(error, StartError)
         assert "meta does not compute" in str(error)
+
+    play(scenario)
+
+
+def test_a_paused_node_returns_the_memory_of_its_gpus(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts_then: list[int] = []
+
+    async def scenario(village: Village) -> None:
+        node = await village.found()
+        monkeypatch.setattr(torch.mps, "empty_cache", lambda: experts_then.append(len(node.runtime.experts)))
+        node._gpus.append(ComputeDevice("mps"))
+        await node.pause()
+        assert experts_then == [0]
 
     play(scenario)
 

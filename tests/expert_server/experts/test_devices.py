@@ -170,6 +170,14 @@ def test_a_device_whose_memory_others_take_is_no_failure(monkeypatch: pytest.Mon
     ComputeDevice().require_working()
 
 
+def test_memory_that_torch_keeps_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("mps"))
+    for name in ("cpu", "mps"):
+        ComputeDevice(name).return_freed_memory()
+    assert calls == ["mps"]
+
+
 def test_settings_refuse_an_unknown_precision(tmp_path: Path) -> None:
     config = tmp_path / "node.toml"
     config.write_text('precision = "fp8"\n')
