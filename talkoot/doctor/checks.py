@@ -29,7 +29,7 @@ from dht.announcements import NodeInfo
 from dht.manifest import Manifest
 from dht.swarm import Swarm
 from dht.uid import UID
-from expert_server.experts.devices import check_devices
+from expert_server.experts.devices import ComputeDevice, open_devices
 from expert_server.experts.expert import Expert, expert_bytes, experts_by_default
 from expert_server.experts.graphs import Rows
 from expert_server.probe import DialledBack, Link, call_dial_back, call_probe
@@ -151,11 +151,13 @@ def check_software() -> Finding:
 def check_device(settings: NodeSettings) -> Finding:
     """The devices that experts would run on. Blocks: finding GPUs takes time."""
     try:
-        devices = check_devices(settings.device, settings.precision)
+        devices = open_devices(settings.device, settings.precision)
     except UserError as error:
         return Finding(name="device", verdict=Verdict.PROBLEM, says="it can't be used", fix=str(error))
-    says = ", ".join(f"{name} in {precision}" for name, precision in devices.items())
-    return Finding(name="device", verdict=Verdict.OK, says=says, values={"devices": ",".join(devices)})
+    names = ",".join(str(device.torch_device) for device in devices)
+    return Finding(
+        name="device", verdict=Verdict.OK, says=", ".join(map(str, devices)), values={"devices": names}
+    )
 
 
 def check_ports(settings: NodeSettings, host: str, here: NodeHere = NO_NODE) -> Finding:
@@ -200,13 +202,14 @@ def check_clock_keeping() -> Finding:
 
 def check_speed(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO_NODE) -> Finding:
     """Trains one expert of the manifest for a moment. Blocks, so don't call it on an event loop."""
-    if expert_bytes(manifest) > psutil.virtual_memory().available:
+    device = _devices(settings)[0]
+    if expert_bytes(manifest) > device.memory_bytes:
         return Finding(name="speed", verdict=Verdict.SKIPPED, says="not one expert fits into memory")
     cores = usable_cores()
     threads = min(settings.threads or cores, cores)
-    rows_per_s = _rows_per_s(manifest, threads)
+    rows_per_s = _rows_per_s(manifest, threads, device)
     kind, width = manifest.experts.kind, manifest.width
-    says = f"{rows_per_s:,.0f} rows/s, forward and backward, through a {kind} expert of width {width}"
+    says = f"{rows_per_s:,.0f} rows/s, forward and backward, through a {kind} expert of width {width} on {device}"
     if here.runs:
         says += ", beside the node that runs here"
     slow = rows_per_s < _SLOW_ROWS_PER_S
@@ -226,7 +229,8 @@ def check_speed(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO_
 
 def check_memory(settings: NodeSettings, manifest: Manifest, here: NodeHere = NO_NODE) -> Finding:
     """How many experts fit into memory. What a running node takes counts as free."""
-    free, each = psutil.virtual_memory().available + here.memory_bytes, expert_bytes(manifest)
+    free = sum(device.memory_bytes for device in _devices(settings)) + here.memory_bytes
+    each = expert_bytes(manifest)
     values = {"free_bytes": free, "expert_bytes": each, "experts_that_fit": free // each}
     free_in_words = f"{bytes_in_words(free)} free{' or used by the node that runs here' if here.runs else ''}"
     name, says = "memory", f"{free_in_words}; an expert takes {bytes_in_words(each)}"
@@ -463,9 +467,17 @@ def _version(name: str) -> str:
         return "(not installed)"
 
 
-def _rows_per_s(manifest: Manifest, threads: int) -> float:
+def _devices(settings: NodeSettings) -> Sequence[ComputeDevice]:
+    """The devices that experts would run on: the CPU if one of them can't be used, which `check_device` reports."""
+    try:
+        return open_devices(settings.device, settings.precision)
+    except UserError:
+        return open_devices("cpu", "fp32")
+
+
+def _rows_per_s(manifest: Manifest, threads: int, device: ComputeDevice) -> float:
     torch.set_num_threads(threads)
-    expert = Expert(UID(0, (0,) * len(manifest.experts.grid)), manifest)
+    expert = Expert(UID(0, (0,) * len(manifest.experts.grid)), manifest, device)
     length = min(manifest.model.context, _ROWS)
     segments = max(1, _ROWS // length)
     rows, width = segments * length, manifest.width

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import grpc
 import psutil
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from dht.announcements import NodeInfo
 from dht.manifest import Manifest
+from expert_server.experts.devices import ComputeDevice
 from expert_server.experts.expert import expert_bytes
 from expert_server.probe import DialledBack, Link, ProbeServicer
 from expert_server.resources import require_room
@@ -318,6 +320,19 @@ def test_memory_says_how_many_experts_fit(monkeypatch: pytest.MonkeyPatch) -> No
     require_room(none, SMALL, each - 1)
     found = check_memory(none, SMALL)
     assert (found.verdict, found.values["experts"]) == (Verdict.OK, 0)
+
+
+def test_speed_and_memory_are_those_of_the_device_that_a_node_would_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = [ComputeDevice("cpu", "bf16", each * expert_bytes(SMALL)) for each in (7, 3)]
+    autocast = mock.Mock(wraps=opened[0].autocast)
+    monkeypatch.setattr(opened[0], "autocast", autocast)
+    monkeypatch.setattr(checks, "open_devices", lambda device, precision: opened)
+    monkeypatch.setattr(checks, "_MEASURE_S", 0.01)
+    assert check_speed(NodeSettings(threads=1), SMALL).says.endswith(" on cpu in bf16")
+    assert autocast.called
+    assert check_memory(NodeSettings(), SMALL).values["experts_that_fit"] == 10
 
 
 def test_cores_are_counted() -> None:
