@@ -159,8 +159,8 @@ class Expert:
             return True
         self._step_is_due = False
         self._changes += 1
-        self._leave_version()
         try:
+            self._leave_version()
             self.optimizer.step()
         finally:
             self.optimizer.zero_grad()
@@ -398,15 +398,19 @@ class Expert:
 
     def _leave_version(self) -> None:
         """Call it before a step. If enough graphs need the parameters, the step takes place on a copy of them."""
-        version, self._version = self._version, None
+        version = self._version
         if version is None:
             return
         if version.generation != self.generation or version.rows < _ROWS_WORTH_A_COPY:
             version.overwrite()
-            return
-        for parameter in self._parameters:
-            parameter.data = parameter.data.clone()
-        version.stash()
+        else:
+            copies = [
+                parameter.data.clone() for parameter in self._parameters
+            ]  # all or, for want of memory, none
+            for parameter, copied in zip(self._parameters, copies, strict=True):
+                parameter.data = copied
+            version.stash()
+        self._version = None
 
     def export_state(self) -> State:
         """Copies the block's parameters and persistent buffers, the optimizer's moments of each parameter, and the

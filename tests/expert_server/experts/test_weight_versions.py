@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -19,11 +20,13 @@ from expert_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expert_server.experts import expert as expert_module
 from expert_server.experts import graphs as graphs_module
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import ForwardGraph, Rows
+from expert_server.experts.guard import StepOutcome
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +125,37 @@ def test_older_parameters_are_counted_and_gone_with_their_last_graph() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+class LittleMemory(TorchDispatchMode):
+    """A device with room for one more copy."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._copies = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        if function is torch.ops.aten.clone.default:
+            self._copies += 1
+            if self._copies > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(*given, **(named or {}))
+
+
+def test_parameters_that_only_fit_in_part_are_not_copied() -> None:
+    expert, plain = Expert(AN_UID, make_manifest()), Expert(AN_UID, make_manifest())
+    graph = forward(expert, 0)
+    _, outcome = expert.backward([part(1, None)], may_defer=True)
+    assert outcome is StepOutcome.TAKEN
+    with LittleMemory(), pytest.raises(torch.OutOfMemoryError):
+        expert.settle()
+    torch.testing.assert_close(parameters_of(expert), parameters_of(plain), atol=0, rtol=0)
+    for one in (expert, plain):
+        one.backward([part(2, None)])
+    torch.testing.assert_close(parameters_of(expert), parameters_of(plain))
+    (gradient,), _ = expert.backward([part(0, graph)])
+    (expected,), _ = Expert(AN_UID, make_manifest()).backward([part(0, None)])
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_a_backward_pass_that_fails_leaves_no_gradients_behind(monkeypatch: pytest.MonkeyPatch) -> None:
