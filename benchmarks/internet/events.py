@@ -263,7 +263,7 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
         "experts": volunteers.experts,
         "upkeep": upkeep,
         "replicas": {"fewest": min(replicas), "most": max(replicas), "p10": quantile(replicas, 0.1)},
-        "others_with_heavy": heavy.others_tokens_per_s / max(1e-9, figures.others_tokens_per_s)
+        "others_with_heavy": heavy.others_tokens_per_s / max(1e-9, figures.others_tokens_per_s),
     }
 
 

@@ -404,9 +404,8 @@ class Expert:
         if version.generation != self.generation or version.rows < _ROWS_WORTH_A_COPY:
             version.overwrite()
         else:
-            copies = [
-                parameter.data.clone() for parameter in self._parameters
-            ]  # all or, for want of memory, none
+            # all of them or, for want of memory, none
+            copies = [parameter.data.clone() for parameter in self._parameters]
             for parameter, copied in zip(self._parameters, copies, strict=True):
                 parameter.data = copied
             version.stash()
