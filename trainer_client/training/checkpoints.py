@@ -365,7 +365,6 @@ class CheckpointSaver:
         tensors = self._training.export_state() if step > self._tried_step else None
         if tensors is None:
             return
-        self._tried_step = step
         start = self._start
         header = Header(
             swarm_id=start.swarm_id,
@@ -378,7 +377,9 @@ class CheckpointSaver:
             settings=start.settings.saved(self._seed),
             encoder=self._encoder,
         )
-        if start.writer.save(header, tensors):
+        is_saved = start.writer.save(header, tensors)
+        self._tried_step = step  # not before: if a signal interrupts it, it is saved at the end
+        if is_saved:
             self.saved_step = step
             logger.info("checkpoint of step %d in %s", step, self.folder)
 

@@ -22,13 +22,19 @@ from run_samples import (
 )
 from torch import nn
 
+from peer.checkpoints import RotatingFiles
 from peer.errors import CheckpointError, StartError, StateError, UserError
 from peer.files import StateFolder
 from peer.optimizer import Optimizer
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName
-from trainer_client.training.checkpoints import CheckpointWriter, checkpoint_folder, load_checkpoint
+from trainer_client.training.checkpoints import (
+    CheckpointSaver,
+    CheckpointWriter,
+    checkpoint_folder,
+    load_checkpoint,
+)
 from trainer_client.training.loop import Training
 
 
@@ -301,6 +307,31 @@ def test_a_step_broken_off_before_its_end_leaves_the_one_before(tmp_path: Path) 
     assert state is not None
     assert training.step == 3
     assert state["optimizer.head.weight.step"].item() == 3
+
+
+def test_a_checkpoint_that_a_signal_interrupts_is_saved_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(BaseException):
+        pass
+
+    write = RotatingFiles.write
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.setattr(RotatingFiles, "write", write)
+        raise Stopped
+
+    settings = make_settings(data=str(write_text(tmp_path)), checkpoint_every=3)
+    began = start(tmp_path, settings)
+    training = Training(
+        LanguageModel(MANIFEST, lambda layer: nn.Identity()), Dataset(began.corpus.tokens, 16), settings
+    )
+    saver = CheckpointSaver(began, training, MANIFEST, 0)
+    monkeypatch.setattr(RotatingFiles, "write", interrupted)
+    with pytest.raises(Stopped):
+        training.run(lambda progress: saver.save_if_due(), threading.Event())
+    saver.save()
+    assert saver.saved_step == load_checkpoint(saver.folder, SWARM).header.step == 3
 
 
 def test_a_step_broken_off_within_the_optimizer_is_not_saved(
