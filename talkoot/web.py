@@ -18,14 +18,12 @@ from peer.formatting import endpoint, host_in, is_loopback
 from peer.rpc.connections import most_connections
 from peer.transport import endpoints
 
-SEND_DEADLINE_S = 15.0
-"""A stream is closed if its reader takes nothing for this long."""
 _MAX_CONNECTIONS = 1000
 """The most connections, if there are descriptors for so many."""
 _PATIENCE_S, _LOOK_EVERY_S = 20.0, 5.0
 """How long a connection may last without a complete request, or with an answer that the client does not read."""
 _LEAST_TAKEN = 2**16
-"""An answer counts as stalled if its unsent bytes change by less than about this number in that time."""
+"""An answer counts as stalled if its client takes less than about this many bytes in that time."""
 _PARSED_AT_ONCE = 2**12
 """How many bytes of requests are parsed in one turn of the loop. A body in chunks of one byte takes a microsecond a
 byte.
@@ -94,8 +92,8 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator["async
 
 
 def ends_by_itself(scope: Scope) -> None:
-    """Marks the answer to this request as one that may take long. The application itself ends it if the client does not
-    read it.
+    """Marks the answer to this request as one that may take long. Its connection lasts as long as the client takes what
+    is sent.
     """
     scope.setdefault("state", {})[_ENDS_BY_ITSELF] = True
 
@@ -110,6 +108,8 @@ class Connection(H11Protocol):
         self.near: str = near(self.client)
         """The neighbourhood of the client."""
         self.since: float = self.loop.time()
+        self._resumed = 0
+        """How often the client has taken so much that more could be sent."""
         self._unparsed = b""
         self._parsing: asyncio.Handle | None = None
         """Parses the next part soon."""
@@ -133,6 +133,10 @@ class Connection(H11Protocol):
             self._parsing = self.loop.call_soon(self._parse)
         elif not self.flow.read_paused:
             self.transport.resume_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._resumed += 1
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -170,10 +174,13 @@ class Connection(H11Protocol):
         if self not in self.connections:  # a closed transport still holds data that was not taken
             return
         now, cycle, answering = self.loop.time(), self.cycle, self.is_answering
-        doing = cycle, answering, self.transport.get_write_buffer_size() // _LEAST_TAKEN
+        unsent = self.transport.get_write_buffer_size() // _LEAST_TAKEN
+        doing = cycle, answering, unsent, self._resumed
+        may_last = answering and cycle.scope["state"].get(_ENDS_BY_ITSELF)
+        waits_for_client = self.flow.write_paused or self.transport.is_closing()
         if doing != before:
             since = now
-        elif now - since > _PATIENCE_S and not (answering and cycle.scope["state"].get(_ENDS_BY_ITSELF)):
+        elif now - since > _PATIENCE_S and (waits_for_client or not may_last):
             self.transport.abort()
             return
         self.loop.call_later(_LOOK_EVERY_S, self._look, doing, since)

@@ -30,7 +30,7 @@ from talkoot.dashboard import api
 from talkoot.dashboard.history import HistoryStore
 from talkoot.dashboard.picture import ENDED, Json, Picture
 from talkoot.dashboard.watcher import Watcher
-from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself, near
+from talkoot.web import BrowserProtection, disconnected, ends_by_itself, near
 
 T = TypeVar("T")
 RequestHandler: TypeAlias = Callable[[Request], Awaitable[Response]]
@@ -273,11 +273,7 @@ class EventStream:
         while True:
             values = json.dumps(api.swarm(self._watcher.state()), allow_nan=False)
             event = f"event: swarm\ndata: {values}\n\n".encode()
-            try:
-                async with asyncio.timeout(SEND_DEADLINE_S):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            except TimeoutError:
-                return
+            await send({"type": "http.response.body", "body": event, "more_body": True})
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_NEWS_AT_LEAST_EVERY_S):
                     await self._watcher.news()

@@ -29,7 +29,7 @@ from talkoot.serve.api import Json, RequestError
 from talkoot.serve.engine import Engine, EngineError, Job, Piece, Stream
 from talkoot.serve.model import ServedModel
 from talkoot.serve.settings import ServeSettings
-from talkoot.web import SEND_DEADLINE_S, BrowserProtection, disconnected, ends_by_itself
+from talkoot.web import BrowserProtection, disconnected, ends_by_itself
 
 STATIC = Path(__file__).parent / "static"
 MAX_BODY = 2**20
@@ -309,22 +309,18 @@ async def _send_whole(reply: api.Reply, stream: Stream, send: Send) -> str:
 async def _send_chunks(reply: api.Reply, stream: Stream, send: Send) -> str:
     async def write(*events: bytes, more: bool = True) -> None:
         body = b"".join(b"data: %s\n\n" % event for event in events)
-        async with asyncio.timeout(SEND_DEADLINE_S):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await write(*map(_to_json, reply.first()))
     try:
-        await write(*map(_to_json, reply.first()))
-        try:
-            async for piece in stream:
-                await write(*map(_to_json, reply.chunks(piece)))
-        except EngineError as error:
-            await write(_to_json(api.error_json(503, str(error))), more=False)
-            return "failed"
-        await write(b"[DONE]", more=False)
-    except TimeoutError:
-        return "left"
+        async for piece in stream:
+            await write(*map(_to_json, reply.chunks(piece)))
+    except EngineError as error:
+        await write(_to_json(api.error_json(503, str(error))), more=False)
+        return "failed"
+    await write(b"[DONE]", more=False)
     return "answered"
 
 

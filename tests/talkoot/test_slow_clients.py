@@ -20,10 +20,16 @@ Wrote = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with more than sockets can hold, or with a stream that ends by itself."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    if scope["path"] == "/events":
+    """Answers with more than sockets can hold, or with a stream that ends by itself: /events sends little, and /flood
+    as much as it can.
+    """
+    if scope["path"] != "/":
         web.ends_by_itself(scope)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while scope["path"] == "/flood":
+        await send({"type": "http.response.body", "body": bytes(2**14), "more_body": True})
+        await asyncio.sleep(0)
+    if scope["path"] == "/events":
         await send({"type": "http.response.body", "body": b"x", "more_body": True})
         await asyncio.sleep(300)
     await send({"type": "http.response.body", "body": bytes(ANSWER_BYTES)})
@@ -44,16 +50,34 @@ async def taking_nothing(writer: asyncio.StreamWriter) -> None:
     writer.write(GET + b"\r\n")
 
 
+async def taking_nothing_of_a_stream(writer: asyncio.StreamWriter) -> None:
+    writer.write(GET.replace(b"/ ", b"/flood ") + b"\r\n")
+
+
+async def asking_for_a_stream_behind_an_answer(writer: asyncio.StreamWriter) -> None:
+    writer.write(GET + b"\r\n" + GET.replace(b"/ ", b"/events ") + b"\r\n")
+
+
 async def until(condition: Callable[[], bool], limit_s: float) -> None:
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110  # uvicorn's connections set no event
             await asyncio.sleep(0.01)
 
 
+async def read_slowly(reader: asyncio.StreamReader) -> None:
+    while await reader.read(2**20):  # noqa: ASYNC110  # it waits for no event, but is slow
+        await asyncio.sleep(0.05)
+
+
 def is_let_go(
-    wrote: Wrote, monkeypatch: pytest.MonkeyPatch, keep_alive_s: int = 5, within_s: float = 60.0
+    wrote: Wrote,
+    monkeypatch: pytest.MonkeyPatch,
+    keep_alive_s: int = 5,
+    within_s: float = 60.0,
+    *,
+    reads: bool = False,
 ) -> bool:
-    """Whether the server closes the connection in time if nobody reads from it."""
+    """Whether the server closes the connection in time if nobody reads from it, or, if the client `reads`, slowly."""
     monkeypatch.setattr(web, "_PATIENCE_S", 0.4)
     monkeypatch.setattr(web, "_LOOK_EVERY_S", 0.1)
 
@@ -69,8 +93,9 @@ def is_let_go(
         )
         running = web._Server(config)
         serving = asyncio.create_task(running.serve([listener]))
-        _, writer = await asyncio.open_connection(*listener.getsockname())
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
         writing = asyncio.ensure_future(wrote(writer))
+        reading = asyncio.ensure_future(read_slowly(reader) if reads else asyncio.sleep(0))
         connections = running.server_state.connections
         try:
             await until(lambda: bool(connections), 60.0)
@@ -79,15 +104,25 @@ def is_let_go(
             return False
         finally:
             writing.cancel()
+            reading.cancel()
             running.should_exit = running.force_exit = True
             writer.transport.abort()
-            await asyncio.gather(writing, serving, return_exceptions=True)
+            await asyncio.gather(writing, reading, serving, return_exceptions=True)
         return True
 
     return asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("wrote", [silent, trickling, taking_nothing])
+@pytest.mark.parametrize(
+    "wrote",
+    [
+        silent,
+        trickling,
+        taking_nothing,
+        taking_nothing_of_a_stream,
+        asking_for_a_stream_behind_an_answer,
+    ],
+)
 def test_a_client_that_neither_asks_nor_takes_is_let_go(
     wrote: Wrote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +140,10 @@ def test_a_stream_that_ends_by_itself_stays_open(monkeypatch: pytest.MonkeyPatch
         writer.write(GET.replace(b"/ ", b"/events ") + b"\r\n")
 
     assert not is_let_go(listening, monkeypatch, within_s=2.0)
+
+
+def test_a_stream_that_its_client_reads_slowly_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_let_go(taking_nothing_of_a_stream, monkeypatch, within_s=3.0, reads=True)
 
 
 def test_silent_connections_of_one_client_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
