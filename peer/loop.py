@@ -81,6 +81,8 @@ class LoopThread:
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = new_loop()
         self._end: asyncio.Future[None] = self.loop.create_future()
+        self._is_ending = False
+        self._submitting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="talkoot-loop", daemon=True)
         self._thread.start()
 
@@ -98,8 +100,12 @@ class LoopThread:
             raise
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Starts the coroutine on the loop."""
-        return asyncio.run_coroutine_threadsafe(_traced(coroutine), self.loop)
+        """Starts the coroutine on the loop. Raises RuntimeError once the loop is closing: nothing would ever end it."""
+        with self._submitting:
+            if self._is_ending:
+                coroutine.close()
+                raise RuntimeError("the event loop is closed")
+            return asyncio.run_coroutine_threadsafe(_traced(coroutine), self.loop)
 
     def close(self) -> None:
         """Cancels what still runs, waits for it, and ends the thread. Closing twice is harmless."""
@@ -117,6 +123,9 @@ class LoopThread:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self._run_until(self._end)
+        with self._submitting:
+            self._is_ending = True
+        self._run_until(self.loop.create_task(asyncio.sleep(0)))  # starts what was submitted before
         # tasks that were cancelled before this clean up first: another cancel would cut that short
         if ending := [task for task in asyncio.all_tasks(self.loop) if task.cancelling()]:
             self._run_until(self.loop.create_task(asyncio.wait(ending, timeout=_CLEAN_UP_S)))

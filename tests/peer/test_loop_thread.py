@@ -125,6 +125,29 @@ def test_a_timeout_names_the_line_that_waited(loop: LoopThread, inside_s: float,
     assert "in wait_in_vain" in "".join(traceback.format_exception(caught.value))
 
 
+def test_nobody_waits_for_ever_for_what_is_submitted_while_it_closes(thread: LoopThread) -> None:
+    """For example a training step on another thread, which calls its next layer."""
+    let_go, is_cancelled = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.to_thread(let_go.wait)
+        finally:
+            is_cancelled.set()
+
+    thread.submit(work())
+    closing = threading.Thread(target=thread.close)
+    thread.run(asyncio.sleep(0), 60)
+    closing.start()
+    try:
+        assert is_cancelled.wait(60)
+        with pytest.raises(RuntimeError, match="the event loop is closed"):
+            thread.run(asyncio.sleep(60), 5)
+    finally:
+        let_go.set()
+        closing.join()
+
+
 def test_what_was_cancelled_before_it_closes_cleans_up_whole(thread: LoopThread) -> None:
     """For example a join, with its p2pd and the folder of its sockets."""
     begun, said = threading.Event(), []
