@@ -69,7 +69,7 @@ _INDEX = -1
 _FOLLOW_EVERY_S = 30.0
 """The pause between two looks for a newer revision."""
 _USED_S = 300.0
-"""For how long after a search both continue."""
+"""For how long after a search the hosts are read again."""
 _CELLS = 4096
 """The hosts of this many cells are kept: those needed last."""
 _HOSTS_OF_CELL = 64
@@ -396,24 +396,28 @@ class MemoryDirectory:
         self._empty.clear()
 
     async def keep_fresh(self) -> None:
-        """Refreshes all this for ever, as long as somebody searches. If the DHT does not answer, what is known
-        stays.
+        """Refreshes all this for ever: the hosts as long as somebody searches. It follows new revisions even if nobody
+        does, because a trainer that has all passages on its disk must learn which are revoked. If the DHT does not
+        answer, what is known stays.
         """
         period = UpkeepPeriod(_REFRESH_EVERY_S, lambda: self._spending.bytes)
         with self._spending.counted():
             async with asyncio.TaskGroup() as group:
-                group.create_task(period.repeat(partial(self._while_used, self.refresh)))
+                group.create_task(period.repeat(self._refresh_while_used))
                 group.create_task(self._keep_following())
 
     async def _keep_following(self) -> None:
         while True:
             await asyncio.sleep(_FOLLOW_EVERY_S)
-            await self._while_used(self.follow)
+            await self._try(self.follow)
 
-    async def _while_used(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    async def _refresh_while_used(self) -> None:
         if loop_time() - self._used_at > _USED_S:
             self._forget()
-            return
+        else:
+            await self._try(self.refresh)
+
+    async def _try(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         try:
             await work()
         except UnreachableError as error:

@@ -54,6 +54,37 @@ def test_a_publisher_of_ever_new_revisions_fills_no_searchers_line() -> None:
     assert 3 * MAX_MANIFEST_BYTES <= fetched <= 3 * MAX_MANIFEST_BYTES + 16 * 2**10 * 3600
 
 
+def test_a_new_revision_is_followed_although_nobody_searches() -> None:
+    """A trainer that has found all passages of its text takes them from its disk, but must not read revoked ones."""
+    manifest, publisher = SampleMemory.make().manifest, make_peer_id(1)
+    entry = LibraryEntry.of(manifest, Part(bytes(32), 100), publisher)
+    revision, opened = 1, SimpleNamespace(entry=entry, manifest=manifest)
+
+    async def libraries() -> Any:
+        return {publisher: (replace(entry, revision=revision),)}
+
+    async def fetch(listed: LibraryEntry, before: Any) -> Any:
+        return SimpleNamespace(entry=listed, manifest=replace(manifest, revision=listed.revision))
+
+    async def region_hosts(*_: Any, **__: Any) -> Any:
+        return {}
+
+    async def scenario() -> int:
+        nonlocal revision
+        memories = SimpleNamespace(libraries=libraries, region_hosts=region_hosts)
+        parts = SimpleNamespace(open=fetch)
+        directory = MemoryDirectory(*cast(Any, (memories, None, parts, opened)))
+        keeping = asyncio.create_task(directory.keep_fresh())
+        await asyncio.sleep(3600.0)
+        revision = 2
+        await asyncio.sleep(60.0)
+        keeping.cancel()
+        return directory.manifest.revision
+
+    with virtual_time() as runner:
+        assert runner.run(scenario()) == 2
+
+
 def directory_of(
     grid: tuple[int, ...],
     by_cell: Mapping[Cell, Sequence[ShardInfo]],
