@@ -327,8 +327,8 @@ class HistoryStore:
                 raise
             except HistoryLostError:
                 self.failures.inc()  # the history has logged it
-            except sqlite3.Error as error:
-                self.failures.inc()
+            except (sqlite3.Error, StartError, OSError) as error:
+                self.failures.inc()  # the last two: a broken file can't be replaced
                 if time.monotonic() >= self._say_at:
                     self._say_at = time.monotonic() + _SAY_EVERY_S
                     logger.warning("the history can't be used: %s", error)

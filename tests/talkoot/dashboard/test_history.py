@@ -1,8 +1,10 @@
 """The history is bounded and survives a restart; a broken file is set aside with a warning."""
 
 import asyncio
+import errno
 import logging
 import math
+import os
 import sqlite3
 from pathlib import Path
 
@@ -173,14 +175,19 @@ def test_a_broken_file_is_set_aside_and_said_aloud(
     assert "moved to" in caplog.text
 
 
-def test_a_file_that_breaks_while_it_is_used_is_set_aside(tmp_path: Path) -> None:
-    history = opened(tmp_path)
+def broken_in_use(folder: Path) -> History:
+    history = opened(folder)
     history.keep("picture", "x" * 8_000_000)  # more than SQLite keeps in memory
     history.close()
-    history = opened(tmp_path)
-    with (tmp_path / "history.sqlite").open("r+b") as file:
+    history = opened(folder)
+    with (folder / "history.sqlite").open("r+b") as file:
         file.seek(40_960)
         file.write(b"\xff" * 6_000_000)
+    return history
+
+
+def test_a_file_that_breaks_while_it_is_used_is_set_aside(tmp_path: Path) -> None:
+    history = broken_in_use(tmp_path)
 
     async def use() -> float:
         store = HistoryStore(history)
@@ -243,6 +250,26 @@ def test_a_full_disk_is_said_once_and_not_each_time(
 
     assert asyncio.run(use()) == 5
     assert caplog.text.count("the history can't be used: database or disk is full") == 1
+
+
+@pytest.mark.parametrize("failing", ["os.replace", "talkoot.dashboard.history._open"])
+def test_a_file_that_breaks_while_nothing_can_be_written_ends_no_dashboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    def read_only(*anything: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    async def use() -> float:
+        store = HistoryStore(broken_in_use(tmp_path))
+        monkeypatch.setattr(failing, read_only)
+        assert await store.kept_picture() is None
+        await store.add([Sample("loss", "a", 2.0)], NOW)
+        assert await store.read("loss", NOW - 1, NOW + 1, 300, 8) == []
+        await store.close()
+        return total(store.failures)
+
+    assert asyncio.run(use()) == 3
+    assert caplog.text.count("the history can't be used") == 1
 
 
 @pytest.mark.parametrize(
