@@ -1,6 +1,7 @@
 """`talkoot status`: lists the nodes, trainers and experts of a swarm, from their records in the DHT."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,9 +93,11 @@ class SwarmReader:
         *,
         list_every_s: float = 0.0,
         most_nodes: int = 65536,
-        now: Callable[[], float] = clock.now,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`list_every_s`: how often it lists all nodes. Each reading finds those that host experts."""
+        """`list_every_s`: how often it lists all nodes. Each reading finds those that host experts. `now`: a clock that
+        nobody sets.
+        """
         self._swarm = swarm
         self._directory = Directory(swarm.experts, swarm.manifest, refresh_every_s=1.0)
         self._list_every_s = list_every_s

@@ -120,7 +120,7 @@ class History:
                 [(_BREAKS.step_s, int(now), *key) for key in unknown - self._interrupted],
             )
         self._interrupted = unknown
-        if now >= self._pruned_at + 60:
+        if not 0 <= now - self._pruned_at < 60:  # also if the clock was set back
             self._prune(now)
 
     def read(

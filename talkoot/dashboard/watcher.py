@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -188,7 +189,7 @@ class Watcher:
     async def keep(self) -> None:
         """Saves the picture for the next run."""
         if self.picture is not None:
-            self._kept_at = self._now()
+            self._kept_at = time.monotonic()
             await self._store.keep_picture(self.picture)
 
     def _expose(self, metrics: CollectorRegistry | None) -> None:
@@ -323,13 +324,13 @@ class Watcher:
         self.tell()
 
     async def _remember(self, picture: Picture, now: float) -> None:
-        samples = list(samples_of(picture))
+        steady, samples = time.monotonic(), list(samples_of(picture))
         few = picture.figures["experts"]["total"] <= MAX_EXPERTS
-        if few and now >= self._experts_at + self._intervals.experts_every_s:
-            self._experts_at = now
+        if few and steady >= self._experts_at + self._intervals.experts_every_s:
+            self._experts_at = steady
             samples += expert_samples_of(picture)
         await self._store.add(samples, now)
-        if now >= self._kept_at + _KEEP_EVERY_S:
+        if steady >= self._kept_at + _KEEP_EVERY_S:
             await self.keep()
 
     def _failed(self, error: Exception) -> None:

@@ -74,16 +74,20 @@ class FakeRegistry:
         return {peer_id: trainer(0) for peer_id in peers}
 
 
-def reader_of(registry: FakeRegistry, clock: list[float]) -> SwarmReader:
+def swarm_of(registry: FakeRegistry, clock: list[float]) -> Swarm:
     found: Any = registry
-    swarm = SimpleNamespace(
+    swarm: Any = SimpleNamespace(
         registry=registry,
         experts=registry,
         manifest=MODEL,
         manifest_record=ManifestRecord(found, manifest_record(registry.expires_at), now=lambda: clock[0]),
         keys=SimpleNamespace(swarm_id="sauna-x"),
     )
-    return SwarmReader(cast(Swarm, swarm), list_every_s=30.0, now=lambda: clock[0])
+    return cast(Swarm, swarm)
+
+
+def reader_of(registry: FakeRegistry, clock: list[float]) -> SwarmReader:
+    return SwarmReader(swarm_of(registry, clock), list_every_s=30.0, now=lambda: clock[0])
 
 
 def test_nodes_that_host_nothing_are_read_too() -> None:
@@ -112,6 +116,15 @@ def test_thousands_of_dead_entries_are_looked_up_once_in_a_while() -> None:
     assert registry.lists == 4
     clock[0] = NOW + 1000
     assert asyncio.run(read(1)) >= 4999
+
+
+def test_nodes_are_listed_again_although_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = FakeRegistry([node(0)], [peer(0)])
+    reader = SwarmReader(swarm_of(registry, [NOW]))
+    asyncio.run(reader.read())
+    monkeypatch.setattr(clock.CLOCK, "_offset", clock.CLOCK._offset - 3600)
+    asyncio.run(reader.read())
+    assert registry.lists == 2
 
 
 def test_a_manifest_that_expires_within_a_week_is_told_until_its_founder_signs_it_anew() -> None:

@@ -150,11 +150,13 @@ def test_the_newest_series_are_read(tmp_path: Path) -> None:
     assert [name for name, _ in found] == [f"t{number}" for number in range(11, 3, -1)]
 
 
-def test_what_a_wrong_clock_put_far_ahead_is_forgotten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_a_wrong_clock_put_far_ahead_is_forgotten(tmp_path: Path, restarts: bool) -> None:
     history = opened(tmp_path)
     history.add([Sample("loss", "a", 1.0)], NOW + 10 * 365 * 86400)
-    history.close()
-    history = opened(tmp_path)
+    if restarts:
+        history.close()
+        history = opened(tmp_path)
     history.add([Sample("loss", "b", 2.0)], NOW)
     assert [name for name, _ in history.read("loss", NOW - 100, NOW + 1, 300, 8)] == ["b"]
     history.close()

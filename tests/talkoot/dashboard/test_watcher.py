@@ -33,6 +33,7 @@ from dht.announcements import MAX_LATENCIES
 from dht.directory import View
 from dht.invites import Invite
 from dht.swarm import Swarm
+from dht.uid import UID
 from peer.errors import SwarmError, UnreachableError
 from peer.metrics import total
 from peer.wire import admission_pb2
@@ -166,6 +167,21 @@ def test_many_nodes_and_trainers_do_not_hold_the_loop(tmp_path: Path) -> None:
     assert watcher.picture is not None
     assert len(watcher.picture.nodes) == len(nodes)
     assert watcher.picture.memories[0]["caught"] == [peer(0).to_base58()]
+
+
+def test_what_is_seen_is_saved_although_the_clock_was_set_back(tmp_path: Path) -> None:
+    asked, picture = Asked(tmp_path, None), picture_of([node(0)], replicas=[replica(UID(0, (0, 0)), 0)])
+    watcher, hour_ago = asked.watcher, NOW - 3600
+    watcher._intervals = replace(watcher._intervals, experts_every_s=0.0)
+
+    async def remember() -> None:
+        await watcher._remember(picture, NOW)
+        await watcher._remember(picture, hour_ago)
+
+    asyncio.run(remember())
+    found = asked.history.read("expert_replicas", hour_ago - 60, hour_ago, 300, 8)
+    assert [at for at, value in found[0][1] if value is not None][:1] == [pytest.approx(hour_ago, abs=15)]
+    asked.history.close()
 
 
 @pytest.mark.parametrize(("cells", "least_s", "most_s"), [(1, 15.0, 16.0), (400, 30.0, 60.0)])
