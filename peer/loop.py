@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from peer.errors import TalkootError, UnreachableError
-from peer.metrics import SECONDS, total
+from peer.metrics import SECONDS
 from peer.platform.loop import new_event_loop, result_of
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class Restarts:
     def __init__(
         self, metrics: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._count = Counter(
+        self.count: Counter = Counter(
             "talkoot_task_restarts",
             "Times that a task failed unexpectedly, and was started again or went on.",
             registry=metrics,
@@ -244,12 +244,8 @@ class Restarts:
 
     def note(self, name: str) -> None:
         """`name`: what the task does, such as `announce`. It is one of a few names; no peer may choose it."""
-        self._count.inc()
+        self.count.inc()
         self._lately.setdefault(name, deque(maxlen=_TOO_OFTEN)).append(self._clock())
-
-    @property
-    def total(self) -> int:
-        return int(total(self._count))
 
     @property
     def unsteady(self) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from prometheus_client import CollectorRegistry, Counter
 from peer.errors import DaemonError, PortError, UnreachableError, UserError
 from peer.identity import Identity, PeerID
 from peer.loop import is_cancelled, keep_running
-from peer.metrics import total
 from peer.platform.p2pd import REINSTALL, why_unavailable
 from peer.platform.processes import raise_descriptor_limit
 from peer.platform.sockets import sweep_socket_folders
@@ -65,7 +64,7 @@ class Libp2p:
         self.config: Libp2pConfig = config
         self._identity = identity
         self._dialling = dialling
-        self._restarts = Counter(
+        self.restarts: Counter = Counter(
             "talkoot_p2pd_restarts",
             "Times that the libp2p daemon died and was started again.",
             registry=metrics,
@@ -113,11 +112,6 @@ class Libp2p:
     def alive(self) -> bool:
         """Whether p2pd runs. False while it is being started or restarted."""
         return self._ready
-
-    @property
-    def restarts(self) -> int:
-        """How often p2pd has died and been started again."""
-        return int(total(self._restarts))
 
     async def addresses(self) -> list[Multiaddress]:
         """Multiaddresses by which others open streams to this peer: its own if it is public, else those of its relays.
@@ -236,7 +230,7 @@ class Libp2p:
                 self._problem = str(error)
             else:
                 self._problem = ""
-                self._restarts.inc()
+                self.restarts.inc()
                 logger.warning("the libp2p daemon runs again")
 
 

@@ -60,12 +60,10 @@ class Streams:
 
     def __init__(self, metrics: CollectorRegistry | None = None, most: int = MAX_STREAMS) -> None:
         self._budget = FairBudget(most)
-        gauge = Gauge("talkoot_dashboard_streams", "Pages that are kept up to date now.", registry=metrics)
-        gauge.set_function(lambda: self._budget.used)
-
-    @property
-    def open(self) -> int:
-        return self._budget.used
+        self.open: Gauge = Gauge(
+            "talkoot_dashboard_streams", "Pages that are kept up to date now.", registry=metrics
+        )
+        self.open.set_function(lambda: self._budget.used)
 
     def add(self, near: str, end: Callable[[], None]) -> Reservation:
         """Adds a stream of a client in this neighbourhood. `end`: ends it if others need its place. Raises ExpertError

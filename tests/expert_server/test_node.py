@@ -42,6 +42,7 @@ from peer.errors import DaemonError, UnreachableError
 from peer.host import NetworkConfig
 from peer.identity import Identity
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.rpc.channels import ChannelPool
 from peer.wire import expert_pb2, expert_pb2_grpc
 
@@ -378,7 +379,7 @@ def test_a_mistake_in_one_task_does_not_end_the_node(
         running = await village.run(node)
 
         async def went_on() -> bool:
-            return node.restarts.total >= 2 and node.state is NodeState.SERVING
+            return total(node.restarts.count) >= 2 and node.state is NodeState.SERVING
 
         await eventually(went_on)
         assert not running.done()

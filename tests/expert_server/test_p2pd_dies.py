@@ -13,6 +13,7 @@ from dht.swarm import found_swarm
 from expert_server.status import NodeState
 from peer.host import NetworkConfig
 from peer.loop import LoopThread
+from peer.metrics import total
 from peer.transport import libp2p
 from peer.transport.libp2p import Libp2p
 
@@ -57,4 +58,4 @@ async def is_down(peer: Libp2p) -> bool:
 
 
 async def is_back(peer: Libp2p, restarts: int) -> bool:
-    return peer.alive and peer.restarts == restarts
+    return peer.alive and total(peer.restarts) == restarts

@@ -124,7 +124,7 @@ async def until(is_so: Callable[[], bool], within_s: float = 60.0) -> None:
 
 
 async def until_restarted(peer: Peer) -> None:
-    await until(lambda: peer.libp2p.restarts == 1)
+    await until(lambda: total(peer.libp2p.restarts) == 1)
 
 
 def run(loop: LoopThread, test: Callable[[ChannelPool], Awaitable[None]], tunnels: Tunnels) -> None:

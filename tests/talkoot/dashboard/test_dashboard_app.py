@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from simulated_readings import NOW, Answer, Asked, manifest, memory, node, peer, picture_of, replica, trainer
 
 from peer.formatting import is_loopback
+from peer.metrics import total
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
 from talkoot.dashboard import api
@@ -370,7 +371,7 @@ def test_a_page_is_told_of_each_reading(asked: Asked) -> None:
 
     got = asyncio.run(watch())
     assert [event["name"] for event in got] == ["sauna"] * 3
-    assert asked.streams.open == 0
+    assert total(asked.streams.open) == 0
 
 
 def test_a_client_with_many_pages_leaves_others_their_share(tmp_path: Path) -> None:
@@ -381,14 +382,14 @@ def test_a_client_with_many_pages_leaves_others_their_share(tmp_path: Path) -> N
         await asyncio.sleep(0)  # all begin
         others = [asyncio.create_task(stream(asked, 10_000, client="192.0.2.1")) for _ in range(2)]
         await asyncio.wait(greedy[2:])
-        assert asked.streams.open == 4
+        assert total(asked.streams.open) == 4
         assert not any(task.done() for task in greedy[:2] + others)
         for task in greedy[:2] + others:
             task.cancel()
         await asyncio.gather(*greedy, *others, return_exceptions=True)
 
     asyncio.run(watch())
-    assert asked.streams.open == 0
+    assert total(asked.streams.open) == 0
     asked.history.close()
 
 
@@ -398,7 +399,7 @@ def test_pages_beyond_the_bound_are_refused(tmp_path: Path) -> None:
     async def watch() -> Answer:
         watching = [asyncio.create_task(stream(asked, 10_000)) for _ in range(2)]
         await asyncio.sleep(0)  # both begin
-        assert asked.streams.open == 2
+        assert total(asked.streams.open) == 2
         answer = await asked.ask("/events", "localhost")
         for task in watching:
             task.cancel()
@@ -409,7 +410,7 @@ def test_pages_beyond_the_bound_are_refused(tmp_path: Path) -> None:
     answer = asyncio.run(watch())
     assert (answer.status, answer.headers["retry-after"]) == (503, "30")
     check_described("/events", answer)
-    assert asked.streams.open == 0
+    assert total(asked.streams.open) == 0
     asked.history.close()
 
 
