@@ -177,12 +177,6 @@ class BoundedStorage:
         """The keys in the store. Some may have expired."""
         return list(self._order)
 
-    def clear(self) -> None:
-        self._stored.clear()
-        self._order.clear()
-        self.bytes = 0
-        self._report()
-
     def _set(self, key: int, entries: Entries) -> None:
         """The entries must not be empty."""
         expiries = [entry.expires_at for entry in entries.values()]

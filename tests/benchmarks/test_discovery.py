@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dht_peers import forget_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,7 +83,7 @@ def test_a_swarm_put_in_place_is_like_one_that_joined_and_announced() -> None:
             keys = [key_id_of(swarm.keys.node(peer.peer_id)) for peer in swarm.peers]
             really = holders(swarm, keys)
             for peer in swarm.peers:
-                peer.dht.storage.clear()
+                forget_all(peer.dht.storage)
             await swarm.announce_all(LIFETIME_S, in_place=True)
             placed = holders(swarm, keys)
             assert all(len(some) == 5 for some in placed)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from callers import numbered_identity
+from dht_peers import forget_all
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -489,7 +490,7 @@ def test_no_memory_goes_back_to_an_older_revision(loop: LoopThread) -> None:
             assert await reading.libraries() == {FOUNDER.peer_id: (entry(revision=5),)}
             # An old record that is sent again once the holders have lost the newer one.
             for host in hosts:
-                host.dht.storage.clear()
+                forget_all(host.dht.storage)
             assert await store_raw(hosts[2], KEYS.library, FOUNDER.peer_id.to_bytes(), old, new - 5)
             assert await reading.libraries() == {FOUNDER.peer_id: (entry(revision=5),)}
             # A record that was signed later, by mistake.
@@ -533,7 +534,7 @@ def test_what_was_read_is_known_in_a_later_run(loop: LoopThread) -> None:
             reading = MemoryRegistry(second)
             await reading.libraries()
             for host in hosts:
-                host.dht.storage.clear()
+                forget_all(host.dht.storage)
             assert await store_raw(hosts[2], KEYS.library, FOUNDER.peer_id.to_bytes(), old, new - 5)
             assert await MemoryRegistry(second).libraries() == {FOUNDER.peer_id: (entry("bible"),)}
             later = MemoryRegistry(second)
@@ -555,7 +556,7 @@ def test_a_library_outlives_its_holders_and_its_publisher_renews_it(loop: LoopTh
             await MemoryRegistry(founder).publish_library([entry()])
             await keeping.libraries()
             for host in hosts:
-                host.dht.storage.clear()
+                forget_all(host.dht.storage)
             await keeping.keep_libraries()
             assert await MemoryRegistry(third).libraries() == {FOUNDER.peer_id: (entry(),)}
 

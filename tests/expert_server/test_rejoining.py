@@ -13,6 +13,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 from callers import numbered_identities
+from dht_peers import forget_all
 from real_swarm import (
     LOCAL,
     MANIFEST,
@@ -190,7 +191,7 @@ def test_a_peer_sees_through_others_that_its_announcement_is_gone_and_joins_agai
         second = await village.join(1, await first.swarm.invite(), experts=2, spare=0)
         swarm = second.swarm
         assert await swarm.registry.is_seen_by_others()
-        first.swarm.host.dht.storage.clear()
+        forget_all(first.swarm.host.dht.storage)
         now = asyncio.get_running_loop().time
         swarm.host.dht.backoff.failed(first.swarm.host.peer_id, now())  # as after a call
         assert await swarm.registry.nodes([swarm.host.peer_id]), "its own store answers"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from callers import numbered_identities
+from dht_peers import forget_all
 from real_swarm import LOCAL, MANIFEST, UIDS, Play, Village, playing
 from stranger import DHTHandler, Stranger, digest, identities_near, packed
 
@@ -68,7 +69,7 @@ def test_a_crowd_of_made_up_peers_beside_an_expert_does_not_hide_it(play: Play) 
 
 async def sees(watcher: Swarm, host: Swarm) -> bool:
     """Whether a look finds the expert's host, without any earlier look."""
-    watcher.host.dht.storage.clear()
+    forget_all(watcher.host.dht.storage)
     watcher.registry.lookups = Lookups(watcher.host.dht)
     found = await watcher.experts.replicas([HIDDEN])
     return host.host.peer_id in {replica.peer_id for replica in found[HIDDEN]}

@@ -11,6 +11,7 @@ from peer.kademlia.bootstrap import BootstrapReply, join_through
 from peer.kademlia.contacts import ContactBook
 from peer.kademlia.node import KademliaNode
 from peer.kademlia.server import DHTServer
+from peer.kademlia.storage import BoundedStorage
 from peer.kademlia.transport import GrpcTransport
 from peer.kademlia.validation import Validator
 from peer.rpc.server import RpcServer, server_credentials
@@ -111,3 +112,9 @@ async def running(peer: DHTPeer) -> AsyncIterator[DHTPeer]:
         yield peer
     finally:
         await peer.close()
+
+
+def forget_all(storage: BoundedStorage) -> None:
+    """Empties it, as a restart does."""
+    while storage.keys():
+        storage._remove(0)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from dht_peers import forget_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -282,7 +283,7 @@ def test_liars_that_take_their_time_do_not_delay_a_frugal_look_up_one_after_the_
         for liar in holders[:5]:
             await liar.dht.transport.serve("find", partial(answer_late, liar.dht.info))
         for _ in range(6):  # late answers make the reader patient
-            reader.dht.storage.clear()
+            forget_all(reader.dht.storage)
             began = loop.time()
             found = (await reader.lookups.find([key], FRUGAL))[key]
             assert found.entries
@@ -320,7 +321,7 @@ def test_holders_that_give_some_entries_say_how_many_they_have_and_one_alone_is_
         await write(swarm, 600)
         for peer in swarm.peers:  # writers keep what they wrote, and may be near
             if len(peer.dht.storage.get(key)) < WRITERS:
-                peer.dht.storage.clear()
+                forget_all(peer.dht.storage)
         liar = min(swarm.peers, key=lambda peer: peer.dht.node_id ^ key)
 
         async def answer(sender: PeerID, data: bytes) -> bytes:
@@ -543,13 +544,13 @@ def test_the_first_answer_proves_that_a_record_is_held() -> None:
         assert peer.lookups.near(key) == near, "it starts from all of them the next time"
         others = sorted(swarm.peers[1:], key=lambda other: other.dht.node_id ^ key)
         first = others[0].dht.storage
-        first.clear()
+        forget_all(first)
         first.put(key, {b"a stranger's": Entry(b"something", peer.registry.now() + 60)})
         is_seen, calls = await look()
         assert is_seen
         assert calls > 1, "what others write under the same key proves nothing"
         for each in swarm.peers:  # also the peer itself, which would hand it over to one that it meets
-            each.dht.storage.clear()
+            forget_all(each.dht.storage)
         is_seen, calls = await look()
         assert not is_seen
         assert calls >= DEFAULT_LIMITS.front + DEFAULT_LIMITS.doubt - 1, "all near ones have said so"
