@@ -378,7 +378,6 @@ class SessionClient:
         admission: Admission | None = None,
     ) -> None:
         """`admission`: provides this peer's badge."""
-        self.opened: int = 0
         self._identity = identity
         self._swarm_id = swarm_id
         self._rights = rights
@@ -442,7 +441,6 @@ class SessionClient:
         # NaN counts as the least
         lifetime_s = min(max(_LEAST_LIFETIME_S, reply.lifetime_s), _MOST_LIFETIME_S)
         self._known[server] = metadata, time.monotonic() + _RENEW_AT * lifetime_s
-        self.opened += 1
         return metadata
 
     def statement(self, server: PeerID, challenge: bytes) -> session_pb2.OpenRequest:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import grpc
 import mutations
@@ -148,9 +149,10 @@ async def a_stage() -> AsyncIterator[Stage]:
 async def open_session(stage: Stage) -> None:
     """However long a session is said to last, one is enough for many calls."""
     sessions = a_caller(KEYS.swarm_id)
-    for _ in range(3):
-        await sessions.metadata(SERVER.peer_id, await stage.channel(), LONG)
-    assert sessions.opened == 1
+    with patch.object(sessions, "_open", wraps=sessions._open) as opened:
+        for _ in range(3):
+            await sessions.metadata(SERVER.peer_id, await stage.channel(), LONG)
+    assert opened.call_count == 1
 
 
 _REQUESTS = [

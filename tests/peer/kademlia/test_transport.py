@@ -21,6 +21,7 @@ from peer.kademlia.lookups import Item, Lookups
 from peer.kademlia.node import CALL_DEADLINE_S
 from peer.kademlia.routing import key_id_of
 from peer.kademlia.validation import MAX_MESSAGE_BYTES, EntryChecker
+from peer.metrics import total
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import SessionServicer
 from peer.transport.addresses import Multiaddress
@@ -393,7 +394,7 @@ def test_many_calls_at_once_share_one_session_and_connection() -> None:
                 *(other.transport.call(one.peer_id, "ping", request, DEADLINE_S) for request in requests)
             )
             assert answers == requests
-            assert other.transport._sessions.opened == 1
+            assert total(one.sessions.events, event="opened") == 1
             assert len(other.transport._pool._channels) == 1
 
     play(scenario)

@@ -2,6 +2,8 @@
 happens.
 """
 
+from unittest.mock import patch
+
 import grpc
 import pytest
 from callers import a_caller
@@ -29,15 +31,16 @@ def test_a_session_that_has_ended_is_opened_again_and_the_call_repeated(
             sessions = a_caller("kept-swarm")
             caller = GrpcCaller(channels, "kept-swarm", HIDDEN, sessions=sessions)
             sessions._known[node.peer_id] = STALE, float("inf")
-            if direction == "forward":
-                answers = await ask(caller, node, "forward", request(UIDS[0]))
-            else:
-                answers = await ask(caller, node, "backward", request(UIDS[0], rows(2)))
-            assert answers.answered == UIDS[:1]
-            assert sessions.opened == 1
-            assert runtime.experts[UIDS[0]].update_count == (direction == "backward")
-            await ask(caller, node, "forward", request(UIDS[0]))
-            assert sessions.opened == 1
+            with patch.object(sessions, "_open", wraps=sessions._open) as opened:
+                if direction == "forward":
+                    answers = await ask(caller, node, "forward", request(UIDS[0]))
+                else:
+                    answers = await ask(caller, node, "backward", request(UIDS[0], rows(2)))
+                assert answers.answered == UIDS[:1]
+                assert opened.call_count == 1
+                assert runtime.experts[UIDS[0]].update_count == (direction == "backward")
+                await ask(caller, node, "forward", request(UIDS[0]))
+                assert opened.call_count == 1
         await channels.close()
 
     loop.run(scenario(), 120)
