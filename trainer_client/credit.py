@@ -101,11 +101,6 @@ class CreditAccounts:
         self.all_pairs = min(self.all_pairs + pairs, MOST)
         self._has_changed = True
 
-    def work_of(self, node: PeerID) -> Work:
-        """All work of the node so far."""
-        account = self._accounts.get(node)
-        return Work() if account is None else account.work
-
     def due(self, before: float) -> Iterable[tuple[NodeInfo, _Account]]:
         """Nodes with saved but unsigned work that have had no receipt since that time, the longest ago first."""
         found = [
