@@ -138,12 +138,8 @@ class ExchangePlace:
     def __init__(self, size: int) -> None:
         """`size`: bytes that an exchange sends, and receives."""
         self._fair_s = fair_time_s(size)
-        self._holder: Holder | None = None
+        self.holder: Holder | None = None
         self._wasted = RecentUse[str](_WASTE_HALF_S, _CALLERS)
-
-    @property
-    def is_taken(self) -> bool:
-        return self._holder is not None
 
     def wasted_s(self, group: str, now: float) -> int:
         """Seconds of exchanges that came to nothing lately."""
@@ -151,7 +147,7 @@ class ExchangePlace:
 
     def is_free_for(self, group: str, now: float) -> bool:
         """Whether `take` succeeds."""
-        holder = self._holder
+        holder = self.holder
         if holder is None or holder.interrupt is None:
             return holder is None
         more = self.wasted_s(holder.group, now) - self.wasted_s(group, now)
@@ -163,18 +159,18 @@ class ExchangePlace:
             raise ExpertError(
                 StatusCode.RESOURCE_EXHAUSTED, "this trainer is averaging with another one: try again soon"
             )
-        if self._holder is not None and self._holder.interrupt is not None:
-            self._holder.is_cut_off = True
-            self._holder.is_blameless = not self._is_slow(self._holder, now)
-            self._holder.interrupt()
-        self._holder = Holder(group, now, interrupt)
-        return self._holder
+        if self.holder is not None and self.holder.interrupt is not None:
+            self.holder.is_cut_off = True
+            self.holder.is_blameless = not self._is_slow(self.holder, now)
+            self.holder.interrupt()
+        self.holder = Holder(group, now, interrupt)
+        return self.holder
 
     def leave(self, holder: Holder, now: float, *, in_vain: bool) -> None:
         if in_vain and not holder.is_blameless:
             self._wasted.add(holder.group, max(1.0, now - holder.began_at), now)
-        if self._holder is holder:
-            self._holder = None
+        if self.holder is holder:
+            self.holder = None
 
     def _is_slow(self, holder: Holder, now: float) -> bool:
         return now > holder.began_at + self._fair_s

@@ -59,14 +59,14 @@ def test_a_hostile_dense_part_is_refused_whoever_calls(
         assert ended(victim, "refused") == 1
         avoided = victim.exchange.avoided()
         assert choose_partner([square.info(villain)], avoided, random.Random(0)) is None
-        await square.until(lambda: not villain.exchange.place.is_taken, villain.part)
+        await square.until(lambda: villain.exchange.place.holder is None, villain.part)
         with pytest.raises(TransferError, match="PERMISSION_DENIED"):
             await villain.average_with(square.info(victim))
         victim.exchange.refused.succeeded(villain.peer_id)
         with pytest.raises(TransferError, match="INVALID_ARGUMENT"):
             await villain.average_with(square.info(victim))
         assert ended(victim, "refused") == 2
-        assert not victim.exchange.place.is_taken
+        assert victim.exchange.place.holder is None
         take_step(victim.part)
         assert all(torch.equal(tensor, before[name]) for name, tensor in victim.part.read().tensors.items())
 
@@ -109,7 +109,7 @@ def test_bytes_that_are_no_dense_part_are_refused_whoever_calls(
         assert await victim.take_whole() is None
         with pytest.raises(StateError):
             await square.stepping(victim.average_with(square.info(villain)), victim.part)
-        await square.until(lambda: not villain.exchange.place.is_taken, villain.part)
+        await square.until(lambda: villain.exchange.place.holder is None, villain.part)
         victim.exchange.refused.succeeded(villain.peer_id)
         with pytest.raises(TransferError, match="INVALID_ARGUMENT"):
             await villain.average_with(square.info(victim))
@@ -175,7 +175,7 @@ def test_what_is_no_dense_part_is_refused(
         victim = await square.trainer(make_model(), 10)
         with pytest.raises(StateError, match=reason):
             await victim.average_with(info)
-        assert not victim.exchange.place.is_taken
+        assert victim.exchange.place.holder is None
 
     play(scenario)
 
@@ -192,7 +192,7 @@ def test_a_trainer_that_answers_with_no_messages_is_refused(
             with pytest.raises(StateError, match="must begin with its header"):
                 await victim.average_with(square.info(liar))
             assert await victim.take_whole() is None
-        assert not victim.exchange.place.is_taken
+        assert victim.exchange.place.holder is None
 
     play(scenario)
     assert not [record for record in caplog.records if record.exc_info]
@@ -204,7 +204,7 @@ def test_who_hangs_is_waited_for_so_long_and_no_longer(play: Play) -> None:
         victim = await square.trainer(make_model(), 10, deadline_s=1.0)
         with pytest.raises(TransferError):
             await victim.average_with(info)
-        assert not victim.exchange.place.is_taken
+        assert victim.exchange.place.holder is None
 
     play(scenario)
 
@@ -226,9 +226,9 @@ def test_a_caller_that_dies_in_the_middle_costs_nothing(play: Play) -> None:
         await call.write(dense_pb2.ExchangeRequest(offer=offer))
         await call.write(dense_pb2.ExchangeRequest(chunk=snapshot.data[:100]))
         assert (await call.read()).header.update_count == 10
-        assert one.exchange.place.is_taken
+        assert one.exchange.place.holder is not None
         call.cancel()
-        await square.until(lambda: not one.exchange.place.is_taken, one.part)
+        await square.until(lambda: one.exchange.place.holder is None, one.part)
         one.exchange.refused.succeeded(dying.peer_id)
         await square.until(lambda: not one.exchange.is_resting("127.0.0.1"))
         assert all(torch.equal(tensor, before[name]) for name, tensor in one.part.read().tensors.items())
@@ -254,7 +254,7 @@ def test_a_caller_that_stalls_is_let_go_and_left_alone(play: Play, monkeypatch: 
         await call.write(dense_pb2.ExchangeRequest(offer=offer))
         with pytest.raises(grpc.aio.AioRpcError, match="it stalled, or came slower"):
             await read_all(call)
-        assert not one.exchange.place.is_taken
+        assert one.exchange.place.holder is None
         assert slow.peer_id in one.exchange.avoided()
 
     play(scenario)
@@ -278,7 +278,7 @@ def test_who_begins_exchanges_and_breaks_them_off_does_not_put_off_those_of_othe
             assert (await call.read()).WhichOneof("part") == "header"
             call.cancel()
             await square.until(
-                lambda: not (one.exchange.place.is_taken or one.exchange.is_resting("127.0.0.1"))
+                lambda: one.exchange.place.holder is None and not one.exchange.is_resting("127.0.0.1")
             )
             assert stranger.peer_id in one.exchange.avoided()
         assert one.exchange.ended_at_step == 0
@@ -349,7 +349,7 @@ def test_others_calls_are_checked_before_they_cost_anything(play: Play) -> None:
         )
         assert await refused(stub, session, None) is StatusCode.INVALID_ARGUMENT
         assert await refused(stub, (), None) is StatusCode.UNAUTHENTICATED
-        assert not one.exchange.place.is_taken
+        assert one.exchange.place.holder is None
 
     play(scenario)
 

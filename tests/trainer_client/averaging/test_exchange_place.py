@@ -144,7 +144,7 @@ def test_the_place_has_one_holder(visits_of: list[tuple[str, float, bool]]) -> N
         visits.now += seconds
         if leaves and holder is not None:
             visits.place.leave(holder, visits.now, in_vain=holder.group != OWN)
-            assert not visits.place.is_taken
+            assert visits.place.holder is None
             holder = None
 
 
@@ -179,7 +179,7 @@ async def trickling(one: Averaging, number: int) -> AsyncIterator[Holder]:
 
         writing = asyncio.create_task(trickle())
         try:
-            holder = one.exchange.place._holder
+            holder = one.exchange.place.holder
             assert holder is not None
             yield holder
         finally:
@@ -202,7 +202,9 @@ def test_strangers_with_ever_new_keys_keep_no_trainer_elsewhere_from_averaging(
         async with trickling(one, 1):
             with pytest.raises(ExpertError, match="is averaging with another"):
                 await other.average_with(square.info(one))
-        await square.until(lambda: not (one.exchange.place.is_taken or one.exchange.is_resting("192.0.2.1")))
+        await square.until(
+            lambda: one.exchange.place.holder is None and not one.exchange.is_resting("192.0.2.1")
+        )
         async with trickling(one, 2) as holder:
             await square.stepping(other.average_with(square.info(one)), one.part, other.part)
             assert holder.is_cut_off
@@ -218,7 +220,7 @@ def test_after_an_exchange_broke_off_only_those_on_its_line_wait(play: Play) -> 
         other = await square.trainer(trained(make_model(), 2), 10)
         async with trickling(one, 1):
             pass
-        await square.until(lambda: not one.exchange.place.is_taken)
+        await square.until(lambda: one.exchange.place.holder is None)
         one.exchange._fresh_until = time.monotonic() + 60
         with pytest.raises(grpc.aio.AioRpcError, match="has just broken off"):
             async with trickling(one, 2):
@@ -234,7 +236,7 @@ def test_an_exchange_keeps_its_place_until_both_have_merged(play: Play) -> None:
         await square.stepping(other.average_with(square.info(one)), other.part)
         with pytest.raises(ExpertError, match="is averaging with another"):
             await third.average_with(square.info(one))
-        await square.until(lambda: not one.exchange.place.is_taken, one.part)
+        await square.until(lambda: one.exchange.place.holder is None, one.part)
         assert len(one.part.take_merges()) == 1
         assert one.exchange.place.wasted_s("127.0.0.1", time.monotonic()) == 0
 
