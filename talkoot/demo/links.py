@@ -1,4 +1,4 @@
-"""Emulated network links: a TCP proxy with a rate, delay, jitter, packet loss, resets and cuts.
+"""Emulated network links: a TCP proxy with a rate, delay, jitter, packet loss and cuts.
 
 It carries any TCP traffic, such as gRPC and libp2p: start a `Proxy` for each port of a peer, and announce the proxy's
 address. The rate counts TCP's payload without headers. TCP's slow start is not emulated. As with TCP, a lost packet
@@ -59,8 +59,6 @@ class Link:
     """The largest random delay added in each direction, uniformly distributed."""
     loss: float = 0.0
     """Share of packets that are lost, below 1."""
-    resets_per_min: float = 0.0
-    """How often each connection is reset, on average."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -137,7 +135,6 @@ class Wire:
         self.back: Direction = Direction(link)
         self.connections = 0
         """Connections opened since the start."""
-        self.resets = 0
         self._seed = seed
         self._whole = asyncio.Event()
         self._whole.set()
@@ -171,7 +168,7 @@ class Proxy:
     """Listens, and carries each connection over a wire to the target. Create it with `start`; close it when done."""
 
     def __init__(
-        self, wire: Wire, listener: socket.socket, target: tuple[str, int], wire_from: WireFrom | None = None
+        self, wire: Wire, listener: socket.socket, target: tuple[str, int], wire_from: WireFrom | None
     ) -> None:
         self.wire = wire
         self._target = target
@@ -223,18 +220,16 @@ class Proxy:
 
     async def _carry_over(self, wire: Wire, client: socket.socket) -> None:
         there, back = wire.next_chances()
-        lives_s = there.expovariate(wire.link.resets_per_min / 60) if wire.link.resets_per_min else None
         with contextlib.closing(_socket(wire.link, self._target[0])) as server:
             # otherwise a second small message waits until the first is acknowledged
             for side in (client, server):
                 side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
-                async with asyncio.timeout(lives_s), asyncio.TaskGroup() as group:
+                async with asyncio.TaskGroup() as group:
                     await self._connect(wire, server)
                     _Pipe(wire, wire.there, client, server, there).run(group)
                     _Pipe(wire, wire.back, server, client, back).run(group)
-            except* OSError as errors:  # includes TimeoutError: the connection's time is over
-                wire.resets += errors.subgroup(TimeoutError) is not None
+            except* OSError:
                 for side in (client, server):
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 

@@ -237,19 +237,6 @@ def test_each_connection_takes_the_wire_of_who_opened_it() -> None:
     run(scenario())
 
 
-def test_connections_are_reset_as_often_as_it_says() -> None:
-    async def scenario() -> None:
-        async with echo_behind(Link(resets_per_min=6000.0)) as echo:
-            for _ in range(10):
-                async with echo.connection() as (read, write):
-                    write.write(b"x")
-                    with pytest.raises(ConnectionResetError):
-                        await read.readexactly(2)
-            assert echo.wire.resets == echo.wire.connections == 10
-
-    run(scenario())
-
-
 def test_nobody_listening_behind_it_is_a_reset() -> None:
     async def scenario() -> None:
         async with echo_behind(Link()) as echo:
