@@ -135,7 +135,7 @@ class WholeParameters:
         scale = Scale.of(dict(first.named_parameters()))
 
         async def fetch(node: NodeInfo) -> Checkpoint:
-            fetched = (await self._states.fetch_parameters(node, uid)).checkpoint
+            fetched = (await self._states.fetch(node, uid, parameters=True)).checkpoint
             checkpoint = Checkpoint(fetched.state, cap(fetched.update_count))
             await asyncio.to_thread(self._require_plausible, uid, checkpoint, scale)
             return checkpoint

@@ -394,7 +394,6 @@ class StateClient:
         max_transfer_s: float = MAX_TRANSFER_S,
         metrics: CollectorRegistry | None = None,
         guard: ParseGuard | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sessions`: show other nodes who fetches. `down`: limits the download of states. `channels`: to other nodes,
         used only here. `max_transfer_s`: the longest time for one state, over all attempts. `guard`: for parsing
@@ -405,13 +404,12 @@ class StateClient:
         self._swarm_id = swarm_id
         self._form = StateForm.of(manifest)
         self._guard = guard or ParseGuard()
-        self._clock = clock
         self._withholding = Withholding()
         self._service = SnapshotClient(
             state_pb2_grpc.StateServiceStub,
             channels or ChannelPool(CHANNELS),
             sessions,
-            partial(SnapshotReceiver, self._form.max_bytes, self._count_received),
+            partial(SnapshotReceiver, self._form.max_bytes, self.metrics.bytes.labels("received").inc),
             open_s=_ASK_S,
             limit_s=max_transfer_s,
         )
@@ -421,23 +419,17 @@ class StateClient:
 
     def is_withholding(self, peer_id: PeerID) -> bool:
         """Whether the peer kept this node waiting for a state lately, and gave none. If so, ask others first."""
-        return self._withholding.includes(peer_id, self._clock())
+        return self._withholding.includes(peer_id, time.monotonic())
 
-    async def fetch(self, node: NodeInfo, uid: UID, sha256: bytes = b"") -> Fetched:
-        """The expert's state at that node: now, or in the snapshot with this checksum.
+    async def fetch(
+        self, node: NodeInfo, uid: UID, sha256: bytes = b"", *, parameters: bool = False
+    ) -> Fetched:
+        """The expert's state at that node: now, or in the snapshot with this checksum. `parameters`: without the
+        optimizer's state.
 
         Raises TransferError if it did not arrive, and StateError if it is not that expert's whole state. The expert
         itself has to check names, shapes and numbers.
         """
-        return await self._fetch(node, uid, sha256=sha256)
-
-    async def fetch_parameters(self, node: NodeInfo, uid: UID) -> Fetched:
-        """The expert's parameters at that node, without the optimizer's state. Raises as `fetch` does."""
-        return await self._fetch(node, uid, parameters=True)
-
-    async def _fetch(
-        self, node: NodeInfo, uid: UID, sha256: bytes = b"", parameters: bool = False
-    ) -> Fetched:
         request = state_pb2.FetchRequest(
             protocol_version=PROTOCOL_VERSION,
             swarm_id=self._swarm_id,
@@ -445,7 +437,7 @@ class StateClient:
             sha256=sha256,
             parameters=parameters,
         )
-        what, began, outcome = f"expert {uid} of {node.peer_id}", self._clock(), "failed"
+        what, began, outcome = f"expert {uid} of {node.peer_id}", time.monotonic(), "failed"
         try:
             incoming = await self._service.download(node, "Fetch", request, what, self._down)
             fetched = await asyncio.to_thread(self._open, incoming, uid, node.peer_id, parameters)
@@ -456,9 +448,9 @@ class StateClient:
         finally:  # also if it is broken off, because others wait
             self.metrics.fetches.labels(outcome).inc()
             if outcome == "fetched":
-                self._withholding.gave(node.peer_id, self._clock())
+                self._withholding.gave(node.peer_id, time.monotonic())
             else:
-                self._withholding.failed(node.peer_id, began, self._clock())
+                self._withholding.failed(node.peer_id, began, time.monotonic())
         return fetched
 
     async def ask(
@@ -489,9 +481,6 @@ class StateClient:
             logger.debug("%s did not answer a request to fetch states: %s", node.peer_id, error)
             return 0
         return min(int(reply.accepted), len(uids))
-
-    def _count_received(self, size: int) -> None:
-        self.metrics.bytes.labels("received").inc(size)
 
     def _open(self, incoming: SnapshotReceiver, uid: UID, peer_id: PeerID, parameters: bool) -> Fetched:
         header, data = incoming.whole()

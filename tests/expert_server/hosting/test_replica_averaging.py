@@ -450,7 +450,7 @@ def test_a_partner_that_freezes_for_a_while_does_not_make_averages_rare(
             now += 100 if uid == AN_UID else 1
             return await fetch(node, uid, sha256)
 
-        first.replicas.states.fetch = fetch_slowly  # type: ignore[method-assign]
+        monkeypatch.setattr(first.replicas.states, "fetch", fetch_slowly)
         monkeypatch.setattr(first.averaging, "_clock", lambda: now)
         averaging = asyncio.create_task(first.averaging._average_now_and_then())
 

@@ -168,7 +168,7 @@ def test_an_export_gets_the_present_parameters_without_moments(play: Callable[[S
     async def scenario(street: Street) -> None:
         expert = make_expert(3)
         await street.host(expert)
-        checkpoint = (await street.client.fetch_parameters(street.node, AN_UID)).checkpoint
+        checkpoint = (await street.client.fetch(street.node, AN_UID, parameters=True)).checkpoint
         assert checkpoint.update_count == 3
         now = expert.export_state()
         assert checkpoint.state.keys() == StateForm.of(MANIFEST).block.keys()
