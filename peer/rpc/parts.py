@@ -17,7 +17,7 @@ from peer.loop import cancel_all
 from peer.rates import RateLimit
 from peer.rpc.channels import ChannelPool, Contact
 from peer.rpc.sessions import SessionClient
-from peer.rpc.transfer import SnapshotClient, SnapshotReceiver
+from peer.rpc.transfer import SnapshotClient, SnapshotReceiver, fair_time_s
 from peer.wire import memory_pb2, memory_pb2_grpc
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -27,8 +27,6 @@ T = TypeVar("T")
 _OPEN_S = 5.0
 _LIMIT_S = 600.0
 """The longest time that one part may take from one peer."""
-_FAIR_BYTES_PER_S, _FAIR_S = 125_000, 10.0
-"""If a peer is slower than this rate, plus this delay, the next peer is asked in parallel."""
 _AT_ONCE = 2
 """How many peers are downloaded from in parallel for one part. The earlier one ends when a third is asked."""
 _MOST_PEERS = 8
@@ -108,7 +106,7 @@ class PartClient:
         peer that gave another file. Raises TransferError if no peer gives the part.
         """
         reason = "nobody is known to have it"
-        patience_s = _FAIR_S + max_bytes / _FAIR_BYTES_PER_S
+        patience_s = fair_time_s(max_bytes)
         left = sorted(peers, key=lambda peer: peer.peer_id in self._failed)[:_MOST_PEERS]
         fetching: dict[asyncio.Task[T], PeerID] = {}
         try:

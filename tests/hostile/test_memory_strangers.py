@@ -96,7 +96,7 @@ class Trickler(memory_pb2_grpc.MemoryServiceServicer):
 def test_peers_whose_parts_trickle_hold_up_nobody(
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peer.rpc.parts._FAIR_S", 0.2)
+    monkeypatch.setattr("peer.rpc.transfer._FAIR_S", 0.2)
 
     async def scenario(library: Library) -> None:
         tricklers = [Trickler() for _ in range(3)]
