@@ -46,7 +46,7 @@ def build_codebook(
     if len(rows) > _SAMPLE:
         rows = np.sort(rng.choice(rows, _SAMPLE, replace=False))
     sample_ND = _units(vectors_ND[rows])
-    centroids_CD = _fitted(sample_ND, prod(grid), _ROUNDS, rng, watch)
+    centroids_CD = _fitted(sample_ND, prod(grid), rng, watch)
     return Codebook(_as_tree(centroids_CD, grid, rng).astype(np.float16))
 
 
@@ -84,7 +84,7 @@ def _units(vectors: Vectors) -> Floats:
 
 
 def _fitted(
-    sample_ND: Floats, count: int, rounds: int, rng: np.random.Generator, watch: Callable[[int, int], None]
+    sample_ND: Floats, count: int, rng: np.random.Generator, watch: Callable[[int, int], None]
 ) -> Floats:
     """Centroids by Lloyd's algorithm, as unit vectors. If there are fewer vectors than centroids, the remaining
     centroids are random.
@@ -95,7 +95,7 @@ def _fitted(
         return random_CD
     chosen = rng.permutation(len(sample_ND))[:count]
     centroids_CD = np.concatenate([sample_ND[chosen], random_CD[len(chosen) :]])
-    for done in range(rounds):
+    for done in range(_ROUNDS):
         nearest_N, scores_N = _nearest(sample_ND, centroids_CD)
         members = csr_matrix(
             (np.ones(len(nearest_N), np.float32), (nearest_N, np.arange(len(nearest_N)))),
@@ -107,7 +107,7 @@ def _fitted(
         sums_CD[empty] = sample_ND[np.argsort(scores_N, kind="stable")[: len(empty)]]
         length_C1 = np.linalg.norm(sums_CD, axis=1, keepdims=True)
         centroids_CD = np.where(length_C1 > 1e-6, sums_CD / np.maximum(length_C1, 1e-6), centroids_CD)
-        watch(done + 1, rounds)
+        watch(done + 1, _ROUNDS)
     return centroids_CD
 
 
@@ -126,7 +126,7 @@ def _as_tree(centroids_CD: Floats, grid: tuple[int, ...], rng: np.random.Generat
     branches, *below = grid
     if not below:
         return centroids_CD
-    heads = _fitted(centroids_CD, branches, _ROUNDS, rng, lambda done, rounds: None)
+    heads = _fitted(centroids_CD, branches, rng, lambda done, rounds: None)
     places = np.repeat(heads, prod(below), axis=0)
     _, place_C = linear_sum_assignment(-(centroids_CD @ places.T).astype(np.float64))
     ordered_CD = centroids_CD[np.argsort(place_C)]

@@ -127,7 +127,7 @@ class StaticEncoder:
     ) -> None:
         """`words`: without duplicates, as `words_of` returns them. A word's vector is its row times its scale.
 
-        `rarities`: as `rarity` returns them.
+        `rarities_V`: as `rarity` returns them.
         """
         self.words: tuple[str, ...] = tuple(words)
         self.dimensions: int = vectors_VD.shape[1]
