@@ -318,7 +318,7 @@ class PrefixIndex:
         """Marks the expert as hosted by nobody, whatever its prefix says, until the prefix is read again."""
         self.alive[-1][expert] = False
 
-    def tables(self, passed_over: Booleans | None = None) -> list[Booleans]:
+    def tables(self, passed_over: Booleans | None) -> list[Booleans]:
         """`alive` without the experts in `passed_over` (a bool array of the grid's shape), and without prefixes that
         lead to no expert.
         """

@@ -75,7 +75,7 @@ class View:
         """The expert's replicas that can be called now."""
         return self.able(self.replicas.get(uid, ()), avoided)
 
-    def able(self, replicas: Iterable[Replica], avoided: frozenset[PeerID] = NOBODY) -> list[Replica]:
+    def able(self, replicas: Iterable[Replica], avoided: frozenset[PeerID]) -> list[Replica]:
         """The replicas that can be called now."""
         return [
             replica

@@ -44,7 +44,6 @@ class ManifestRecord:
         newest: FounderRecord,
         file: "RecordFile | None" = None,
         now: Callable[[], float] = clock.now,
-        rng: random.Random | None = None,
     ) -> None:
         """`file`: where the newest record is saved."""
         self.newest = newest
@@ -53,7 +52,7 @@ class ManifestRecord:
         self._file = file or RecordFile(None)
         self._file.save(newest.data)
         self._looked_at = 0.0
-        self._rng = rng or random.SystemRandom()
+        self._rng = random.SystemRandom()
 
     @property
     def expires_at(self) -> float:

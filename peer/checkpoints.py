@@ -125,13 +125,13 @@ def decode_checkpoint(
     return header, _tensors(data, places)
 
 
-def read_checkpoint(path: Path, most: int | None = None) -> bytes:
+def read_checkpoint(path: Path, most: int) -> bytes:
     """A file's content. Raises StateError if it can't be read, or has more than `most` bytes."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
             raise StateError("it can't be read: it is not a file")
-        if most is not None and about.st_size > most:
+        if about.st_size > most:
             raise StateError(
                 f"it has {bytes_in_words(about.st_size)}; at most {bytes_in_words(most)} can be read"
             )

@@ -7,7 +7,7 @@ Activation: TypeAlias = Literal["gelu", "swiglu", "geglu"]
 OptimizerName: TypeAlias = Literal["adamw", "adam", "sgd"]
 
 
-def check_heads(hidden: int, heads: int, head_size: int | None = None, name: str = "hidden") -> None:
+def check_heads(hidden: int, heads: int, head_size: int | None, name: str = "hidden") -> None:
     """Raises ValueError if a head has an odd number of columns: rotary positions turn pairs of them."""
     if head_size is None and hidden % (2 * heads):
         raise ValueError(

@@ -112,17 +112,17 @@ class Host:
         identity: Identity,
         config: NetworkConfig,
         *,
-        swarm_id: str = "",
-        admission: Admission | None = None,
-        validator: Validator | None = None,
-        metrics: CollectorRegistry | None = None,
-        dialling: Dialling | None = None,
-        guard: ParseGuard | None = None,
+        swarm_id: str,
+        admission: Admission | None,
+        validator: Validator | None,
+        metrics: CollectorRegistry | None,
+        dialling: Dialling,
+        guard: ParseGuard | None,
     ) -> None:
         self.identity = identity
         self.peer_id: PeerID = identity.peer_id
         self.config = config
-        self.dialling: Dialling = dialling or Dialling(AddressScope.LOOPBACK)
+        self.dialling: Dialling = dialling
         """Which of the addresses that other peers write may be dialled. For everything that this process dials."""
         self.restarts: Restarts = Restarts(metrics)
         """Restarts failed tasks of this process."""

@@ -176,7 +176,7 @@ class _Output:
     """Standard output or standard error, as a file for rich. Once nobody reads it, it drops what is written."""
 
     def __init__(
-        self, stream: TextIO, note_unread: Callable[["_Output"], None], *, only_informs: bool = False
+        self, stream: TextIO, note_unread: Callable[["_Output"], None], *, only_informs: bool
     ) -> None:
         """`note_unread` is called when it turns out that nobody reads it. `only_informs`: on other errors, such as a
         full disk, text is missing from it, but the command continues. Otherwise, they raise StartError.

@@ -114,7 +114,7 @@ class LanguageModel(MixtureModel):
         logits_BTV: Tensor = self.head(self.norm(self.states(tokens_BT, neighbours_BUNL)))
         return logits_BTV
 
-    def states(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None = None) -> Tensor:
+    def states(self, tokens_BT: Tensor, neighbours_BUNL: Tensor | None) -> Tensor:
         """The input of `norm` and `head`: [B, T, D]. Arguments as in `forward`."""
         assert tokens_BT.shape[1] <= self.context, f"at most {self.context} tokens in a sequence"
         x_BTD = self.embedding(tokens_BT)

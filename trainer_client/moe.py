@@ -17,7 +17,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
@@ -85,10 +85,10 @@ class Routed:
 class RoutedSequence:
     """What one mixture keeps of a sequence's rows, to compute the next ones without them."""
 
+    held: HeldSequence
+    """What the experts keep of it, unless they compute each row by itself."""
     scores: tuple[Tensor, ...] = ()
     """If the whole sequence is routed as one: one [G_d] of each score table, or empty before its first rows."""
-    held: HeldSequence = field(default_factory=HeldSequence)
-    """What the experts keep of it, unless they compute each row by itself."""
 
 
 class RemoteMixtureOfExperts(nn.Module):

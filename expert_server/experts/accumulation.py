@@ -26,7 +26,7 @@ class AccumulatedGradients:
         self,
         gradients: list[Tensor | None],
         rows: int,
-        sizes: tuple[float, float] = (0.0, 0.0),
+        sizes: tuple[float, float],
         callers: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """`gradients`: one for each parameter, or None if it has none. `sizes`, `callers`: see the attributes."""

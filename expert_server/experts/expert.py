@@ -302,8 +302,8 @@ class Expert:
         of_inputs: Tensor,
         of_parameters: ParameterGradients,
         *,
-        callers: Mapping[str, int] = _UNKNOWN,
-        withhold: bool = False,
+        callers: Mapping[str, int],
+        withhold: bool,
     ) -> tuple[Tensor, StepOutcome]:
         """Like `backward`, for gradients that were computed together with other experts'. May defer the step."""
         assert not self._step_is_due, "the gradients are of parameters that are about to change"

@@ -99,7 +99,7 @@ class ReplicaAveraging:
         replicas: LocalReplicas,
         snapshots: SnapshotTaker,
         adopt: Adopt,
-        seen: Callable[[], Mapping[UID, Collection[Replica]]] = dict,
+        seen: Callable[[], Mapping[UID, Collection[Replica]]],
         clock: Callable[[], float] = time.monotonic,
         metrics: CollectorRegistry | None = None,
         restarts: Restarts | None = None,

@@ -65,10 +65,6 @@ class WorkItem:
         graph = self.rows.graph
         return graph.version if isinstance(graph, SharedGraph) and graph.version.is_whole else None
 
-    @property
-    def owner(self) -> Owner:
-        return Owner(self.group, self.caller)
-
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -259,7 +255,7 @@ class BatchQueue:
         self._measured_rows = _RATE_MEMORY * self._measured_rows + rows
         self._measured_s = _RATE_MEMORY * self._measured_s + seconds
 
-    def retry_after_s(self, caller: str | None = None) -> float:
+    def retry_after_s(self, caller: str | None) -> float:
         """Estimates from the measured rate how long the waiting work of one caller, or of all, will take."""
         if not self._measured_rows:
             return _RETRY_UNMEASURED_S

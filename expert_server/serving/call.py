@@ -93,7 +93,7 @@ class CallTensors:
         header: expert_pb2.CallHeader,
         assignment: Assignment,
         inputs: Tensor,
-        gradients: Tensor | None = None,
+        gradients: Tensor | None,
         cached: CachedForward | None = None,
     ) -> None:
         """`gradients` [R, D]: in backward, those of the answers. `cached`: the forward call that was kept."""

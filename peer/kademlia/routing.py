@@ -143,7 +143,7 @@ class RoutingTable:
         self._asked.add(oldest)
         return PeerID(bucket.nodes[oldest])
 
-    def has_room(self, node: int, near: str = "") -> bool:
+    def has_room(self, node: int, near: str) -> bool:
         """Whether there is room for the node in its bucket, or among the bucket's spare nodes.
 
         `near`: its neighbourhood.

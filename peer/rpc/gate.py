@@ -175,8 +175,8 @@ class CallGate(grpc.aio.ServerInterceptor):
         sessions: Sessions,
         connections: Connections,
         most_calls: int,
-        metrics: CollectorRegistry | None = None,
-        restarts: Restarts | None = None,
+        metrics: CollectorRegistry | None,
+        restarts: Restarts | None,
     ) -> None:
         """`most_calls`: in sessions, at the same time, without those of the DHT and of relays.
 

@@ -301,10 +301,10 @@ def paint(
     nodes: Census[NodeInfo],
     trainers: Census[TrainerInfo],
     rates: CallRates,
-    warning: str = "",
-    memories: Sequence[Survey] = (),
-    credit: Mapping[PeerID, Credit] = MappingProxyType({}),
-    checks: Mapping[MemoryID, HostChecks] = MappingProxyType({}),
+    warning: str,
+    memories: Sequence[Survey],
+    credit: Mapping[PeerID, Credit],
+    checks: Mapping[MemoryID, HostChecks],
 ) -> Picture:
     """The picture of the last reading. `credit`: the work that trainers have signed, for nodes whose receipts were
     read. `checks`: the results of checking the hosts of memories.

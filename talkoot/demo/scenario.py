@@ -67,9 +67,9 @@ class DemoPlan:
     steps: int
     kill: bool
     data: Path | None
-    link: Link | None = None
+    link: Link | None
     """The link that is emulated in front of every node."""
-    p2pd: bool = True
+    p2pd: bool
     """Whether nodes and the trainer start p2pd."""
 
     @property

@@ -423,7 +423,7 @@ class ModelFolder:
         live: frozenset[UID],
         places: Mapping[str, Path],
         digests: Mapping[Path, str],
-        memory: FolderMemory | None = None,
+        memory: FolderMemory | None,
     ) -> None:
         """See `open`. `places`: the file of each tensor. `digests`: the SHA-256 of files, where it is known."""
         self.path = path

@@ -74,9 +74,9 @@ class OpenedModel:
     tokenizer: Tokenizer
     manifest: Manifest
     experts: OpenedExperts
-    memory: FolderMemory | None = None
+    memory: FolderMemory | None
     """How it reads a memory; None: it reads none."""
-    answering: RagModel | None = None
+    answering: RagModel | None
     """Answers questions, with `model` as its generator; None: the model has not learned to."""
 
 

@@ -60,7 +60,7 @@ class ScoredToken:
     logprob: float
     offset: int
     """How many characters of the answer were complete before it."""
-    alternatives: tuple[tuple[int, float], ...] = ()
+    alternatives: tuple[tuple[int, float], ...]
     """The likeliest tokens with their log probabilities, the likeliest first."""
 
 

@@ -257,7 +257,7 @@ class RunStart:
     tokenizer: Tokenizer
     corpus: Corpus
     """Empty if the model learns from questions."""
-    questions: Sequence[Question] = ()
+    questions: Sequence[Question]
 
     def restore(self, training: Training) -> None:
         """Restores the checkpoint, if there is one. Raises CheckpointError if it is of another model."""

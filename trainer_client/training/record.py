@@ -114,8 +114,8 @@ class TrainingRecord:
         loss: float,
         interval_s: float,
         spread: LoadSpread | None,
-        staleness: int = 0,
-        in_flight: int = 1,
+        staleness: int,
+        in_flight: int,
     ) -> None:
         """Raises UserError if too many steps in a row were skipped."""
         self.history.losses.append(loss if math.isfinite(loss) else math.nan)
@@ -134,7 +134,7 @@ class TrainingRecord:
                 f"{self.steps}: train with a smaller learning_rate or more warmup_steps"
             )
 
-    def add_validation(self, loss: float, unanswered_rows: int = 0) -> None:
+    def add_validation(self, loss: float, unanswered_rows: int) -> None:
         """A validation after the steps so far."""
         self._unanswered_rows = unanswered_rows
         self.history.validated.append(self.steps)
