@@ -105,11 +105,10 @@ class ControlReply(BaseModel):
 class ControlServer:
     """Listens from the time when a node begins to join until it has left. A context manager, on the node's loop."""
 
-    def __init__(self, state: Path, *, stop: Callable[[], None] | None = None) -> None:
-        """This process must hold the lock on `state`. `stop` asks the process to stop in an orderly way."""
+    def __init__(self, state: Path) -> None:
+        """This process must hold the lock on `state`."""
         self._state = state
         self._listener = ControlListener(state)
-        self._stop = stop or _ask_to_end
         self._node: ControllableNode | None = None
         self._make_invite: Callable[[], Awaitable[object]] | None = None
         self._clients, self._commands = TaskSet(), TaskSet()
@@ -182,7 +181,7 @@ class ControlServer:
     async def _run(self, request: ControlRequest) -> ControlStatus:
         if request.command == "stop":
             logger.info("asked to stop")
-            self._stop()
+            signal.raise_signal(signal.SIGTERM)  # as `kill` does
         elif request.command != "status":
             if self._node is None or self._make_invite is None:
                 raise UserError("it is still joining its swarm: try again when it is serving")
@@ -297,8 +296,3 @@ def _parse(line: bytes) -> ControlRequest:
             "with the same version of Talkoot"
         )
     return ControlRequest.model_validate_json(line)
-
-
-def _ask_to_end() -> None:
-    """Stops the node in an orderly way, as `kill` does."""
-    signal.raise_signal(signal.SIGTERM)

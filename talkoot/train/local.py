@@ -7,7 +7,6 @@ Shapes: R rows, K experts for each row, W width of the experts.
 """
 
 import itertools
-import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,14 +50,11 @@ class LocalSwarm:
 
     own_seed = _OWN_SEED
 
-    def __init__(self, manifest: Manifest, settings: TrainerSettings, nodes: int | None = None) -> None:
-        """`nodes`: how many nodes to assume, for `nodes_per_token`; None: as many as experts.
-
-        Raises UserError if the settings or the experts' kind do not fit.
-        """
+    def __init__(self, manifest: Manifest, settings: TrainerSettings) -> None:
+        """Raises UserError if the settings or the experts' kind do not fit."""
         self.manifest = manifest
         self.settings: TrainerSettings = settings.in_swarm(manifest)
-        self.dispatcher: LocalExperts = LocalExperts(manifest, nodes)
+        self.dispatcher: LocalExperts = LocalExperts(manifest)
         self.routing: Routing = Routing.of(self.settings, manifest, _OWN_SEED)
 
     def mixture(
@@ -111,16 +107,13 @@ class LocalForward(ForwardPass):
 class LocalExperts:
     """All experts of a manifest, as the layer sees them. Several threads may use it; one at a time computes."""
 
-    def __init__(self, manifest: Manifest, nodes: int | None = None) -> None:
-        """`nodes`: the number of assumed nodes. The experts are distributed over them evenly at random."""
+    def __init__(self, manifest: Manifest) -> None:
         grid = manifest.experts.grid
         self.metrics: DispatchMetrics = DispatchMetrics()
         self.experts: dict[UID, Expert] = {uid: Expert(uid, manifest) for uid in manifest.uids()}
         self._view = View(manifest, {}, {}, 0.0)
-        uids = manifest.uids()
-        drawn = random.Random(_OWN_SEED).sample(range(len(uids)), len(uids))  # noqa: S311  # keeps no secret
-        peers = [PeerID(_NO_KEY + number.to_bytes(32, "big")) for number in range(nodes or len(uids))]
-        self._hosts = {uid: peers[number % len(peers)] for uid, number in zip(uids, drawn, strict=True)}
+        self._hosts = {uid: PeerID(_NO_KEY + n.to_bytes(32, "big")) for n, uid in enumerate(self.experts)}
+        """A made-up node for each expert, for `nodes_per_token`."""
         self._tables = tuple(np.ones(grid[: d + 1], dtype=bool) for d in range(len(grid)))
         self._lock = threading.Lock()
         self._codec = codec_of(manifest.wire.codec)

@@ -3,6 +3,7 @@
 import json
 import re
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +58,8 @@ def as_started(values: dict[str, Any]) -> tuple[LanguageModel, Tokenizer]:
     keys = SwarmKeys(manifest.name, Identity.load_or_create(state / "identity.key").peer_id)
     checkpoint = load_checkpoint(Path(values["checkpoint"]), keys.swarm_id)
     checkpoint.check_manifest(manifest)
-    swarm = LocalSwarm(manifest, TrainerSettings().resumed(checkpoint.header.settings), nodes=1)
+    swarm = LocalSwarm(manifest, TrainerSettings().resumed(checkpoint.header.settings))
+    swarm.routing = replace(swarm.routing, nodes_per_token=None)  # as in a folder
     store = CheckpointStore(state / "checkpoints", keys.swarm_id, manifest, 1)
     for uid, expert in swarm.dispatcher.experts.items():
         saved = store.load_newest(uid)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call, patch
 
 import pytest
 
@@ -70,19 +72,19 @@ class Running:
 
     def __init__(self, loop: LoopThread, state: Path) -> None:
         self.loop, self.state, self.node = loop, state, FakeNode()
-        self.stops = 0
-        self.server = ControlServer(state, stop=self._stop)
-
-    def _stop(self) -> None:
-        self.stops += 1
+        self.server = ControlServer(state)
+        self.signals = Mock()
+        self._patch = patch("talkoot.node.control.signal.raise_signal", self.signals)
 
     def start(self, *, serving: bool = True) -> None:
+        self._patch.start()
         self.loop.run(self.server.__aenter__(), DEADLINE_S)
         if serving:
             self.server.attach(self.node, self.node.invite)
 
     def close(self) -> None:
         self.loop.run(self.server.__aexit__(), DEADLINE_S)
+        self._patch.stop()
 
     def ask(self, *arguments: Any, **options: Any) -> control.ControlStatus:
         with ControlClient(self.state) as client:
@@ -162,7 +164,7 @@ def test_client_knows_the_process_by_the_kernel(running: Running) -> None:
 
 def test_stop_is_passed_on(running: Running) -> None:
     running.ask("stop")
-    assert running.stops == 1
+    assert running.signals.mock_calls == [call(signal.SIGTERM)]
     assert running.node.told == []
 
 
@@ -194,7 +196,7 @@ def test_joining_node_can_be_stopped_but_not_paused(loop: LoopThread, tmp_path: 
         assert joining.ask("stop").state == "joining"
     finally:
         joining.close()
-    assert joining.stops == 1
+    assert joining.signals.mock_calls == [call(signal.SIGTERM)]
 
 
 def test_two_clients_at_once_are_both_served(running: Running, loop: LoopThread) -> None:
@@ -251,19 +253,19 @@ def test_client_that_is_killed_leaves_no_trace(running: Running, loop: LoopThrea
 )
 def test_garbage_is_refused_in_words(running: Running, sent: bytes) -> None:
     assert answer_to(running.state, sent)["error"].startswith("no request: ")
-    assert (running.node.told, running.stops) == ([], 0)
+    assert (running.node.told, running.signals.mock_calls) == ([], [])
 
 
 def test_another_version_is_told_which_one_is_spoken(running: Running) -> None:
     answer = answer_to(running.state, b'{"version": 1, "command": "stop", "gently": true}\n')
     assert "control version 1, but the node speaks 2" in answer["error"]
-    assert running.stops == 0
+    assert not running.signals.mock_calls
 
 
 def test_line_without_an_end_is_refused(running: Running) -> None:
     answer = answer_to(running.state, b'{"version": 2, "command": "stop", ' + b" " * 2 * MAX_LINE_BYTES)
     assert f"at most {MAX_LINE_BYTES} bytes" in answer["error"]
-    assert running.stops == 0
+    assert not running.signals.mock_calls
 
 
 def test_client_that_says_nothing_is_sent_away(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
