@@ -132,29 +132,25 @@ class Denylist:
     def __len__(self) -> int:
         return len(self._always | self._from_file)
 
-    def reread(self) -> bool:
-        """Reads the file if it has changed, and returns whether it has. If it can't be read, the list stays as it
-        is.
-        """
+    def reread(self) -> None:
+        """Reads the file if it has changed. If it can't be read, the list stays as it is."""
         if self._path is None:
-            return False
+            return
         try:
             status = self._path.stat()
             stamp = status.st_mtime_ns, status.st_size
             if stamp == self._stamp:
-                return False
+                return
             with self._path.open(encoding="utf-8", errors="replace") as file:
                 lines = file.read(_LONGEST_FILE).splitlines()
         except FileNotFoundError:
-            changed = self._stamp is not None
             self._from_file, self._stamp = frozenset(), None
-            return changed
+            return
         except OSError as error:
             logger.warning("can't read the denylist %s: %s", self._path, error.strerror)
-            return False
+            return
         self._stamp = stamp
         self._from_file = frozenset(self._parsed(lines))
-        return True
 
     def _parsed(self, lines: Iterable[str]) -> Iterable[PeerID]:
         count = 0

@@ -365,13 +365,14 @@ def test_the_denylist_is_read_again_when_it_changes(tmp_path: Path, alice: Ident
     path = tmp_path / "denylist"
     denylist = Denylist(path, [bob.peer_id.to_base58()])
     assert (alice.peer_id in denylist, bob.peer_id in denylist) == (False, True)
-    assert not denylist.reread()
+    denylist.reread()
+    assert len(denylist) == 1
     path.write_text(f"# a heading\n\nnonsense\n{alice.peer_id.to_base58()}  # sends noise\n")
-    assert denylist.reread()
+    denylist.reread()
     assert alice.peer_id in denylist
     assert len(denylist) == 2
     path.unlink()
-    assert denylist.reread()
+    denylist.reread()
     assert alice.peer_id not in denylist
     with pytest.raises(SettingsError, match=r"^deny: 'Qm' is not a PeerID"):
         Denylist(None, ["Qm"])
