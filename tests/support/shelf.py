@@ -58,7 +58,7 @@ class Shelf:
     def encode(self, texts: Sequence[str]) -> Vectors:
         return self._encoder.encode(texts)
 
-    def search(self, texts: Sequence[str], k: int, cells: int, *, turn: Turn | None) -> list[SearchResult]:
+    def search(self, texts: Sequence[str], k: int, *, turn: Turn | None) -> list[SearchResult]:
         if not self.is_there:
             raise UnreachableError("nobody is there")
         vectors_QD = self.encode(texts) if turn is None else turn(self.encode(texts))

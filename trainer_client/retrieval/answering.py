@@ -46,7 +46,6 @@ from trainer_client.settings import Marginal, TrainerSettings
 BEAM = 4
 LONGEST_ANSWER = 64
 """The longest answer, in tokens."""
-_CELLS = 8
 _SHARPNESS = 12.0
 """The initial sharpness of the softmax over passages, whose scores are cosines."""
 _SHOWN = 3
@@ -64,9 +63,7 @@ class AskedMemory(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Vectors: ...
 
-    def search(
-        self, texts: Sequence[str], k: int, cells: int, *, turn: Turn | None
-    ) -> list[SearchResult]: ...
+    def search(self, texts: Sequence[str], k: int, *, turn: Turn | None) -> list[SearchResult]: ...
 
 
 @dataclass(frozen=True)
@@ -278,7 +275,7 @@ class PassageLookup:
 
     def search(self, texts: Sequence[str]) -> tuple[Found, list[SearchResult]]:
         """Raises UserError if the question is too long, or the DHT does not answer."""
-        results = self._memory.search(texts, self._passages, _CELLS, turn=self._questions.turn)
+        results = self._memory.search(texts, self._passages, turn=self._questions.turn)
         return Found.of(self._memory.encode(texts), [result.hits for result in results]), results
 
     def learned(self, questions: Sequence[Question]) -> Found:

@@ -27,7 +27,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _SPARE = 8
 """How many more passages than needed are looked up for each chunk, because some may be left out."""
-_CELLS = 8
 _KEPT = 2048
 """How many passages' tokens and words are remembered."""
 _WARN_EVERY_S = 60.0
@@ -42,7 +41,7 @@ class Searched(Protocol):
     @property
     def revision(self) -> int: ...
 
-    def search(self, texts: Sequence[str], k: int, cells: int, *, by_words: bool) -> list[SearchResult]: ...
+    def search(self, texts: Sequence[str], k: int, *, by_words: bool) -> list[SearchResult]: ...
 
 
 @dataclass
@@ -178,7 +177,7 @@ class NeighbourLookup:
 
     def _search(self, texts: Sequence[str], revision: int) -> dict[str, list[Passage]]:
         try:
-            results = self._memory.search(texts, self._wanted, _CELLS, by_words=False)
+            results = self._memory.search(texts, self._wanted, by_words=False)
         except TalkootError as error:  # the memory's hosts are not there: the model goes on without
             self.counts.note_failed(self._memory.id, error)
             return {}

@@ -177,8 +177,8 @@ def test_a_turned_question_finds_other_passages() -> None:
     questions = QueryEncoder(DIMENSIONS)
     with torch.no_grad():
         questions.change.weight.copy_(-2 * torch.eye(DIMENSIONS))
-    (plain,) = SHELF.search([QUESTIONS[0].text], 1, 8, turn=None)
-    (turned,) = SHELF.search([QUESTIONS[0].text], 1, 8, turn=questions.turn)
+    (plain,) = SHELF.search([QUESTIONS[0].text], 1, turn=None)
+    (turned,) = SHELF.search([QUESTIONS[0].text], 1, turn=questions.turn)
     assert plain.hits[0].passage.title == "kiuas"
     assert turned.hits[0].passage.title != "kiuas"
 

@@ -37,7 +37,7 @@ class Echo:
         self.may_answer = threading.Event()
         self.may_answer.set()
 
-    def search(self, texts: Sequence[str], k: int, cells: int, *, by_words: bool) -> list[SearchResult]:
+    def search(self, texts: Sequence[str], k: int, *, by_words: bool) -> list[SearchResult]:
         assert self.may_answer.wait(LIMIT_S)
         assert not by_words
         if not self.is_there:
