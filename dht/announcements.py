@@ -21,6 +21,7 @@ from peer.errors import RecordError
 from peer.formatting import printable
 from peer.identity import PeerID, certificate_pem, is_peer_id
 from peer.transport.addresses import Multiaddress, known
+from peer.transport.contacts import MAX_ADDRESSES
 from peer.transport.endpoints import AddressScope, Endpoint
 from peer.wire import records_pb2
 
@@ -38,7 +39,6 @@ _LATEST = 2.0**40
 _MAX_COUNT = 2**53
 """Above this, doubles, and so JSON numbers, are not exact."""
 _MAX_VERSION_CHARACTERS = 32
-_MAX_ADDRESSES = 8
 _MAX_CLAIMS = 65536
 """How many claims are remembered: those seen last."""
 
@@ -423,11 +423,11 @@ def metrics_endpoint(text: str) -> str:
 
 
 def _endpoints(texts: Iterable[str]) -> tuple[Endpoint, ...]:
-    return tuple(e for e in known(Endpoint, texts, _MAX_ADDRESSES) if _is_numeric(e))
+    return tuple(e for e in known(Endpoint, texts, MAX_ADDRESSES) if _is_numeric(e))
 
 
 def _own(peer_id: PeerID, texts: Iterable[str]) -> tuple[Multiaddress, ...]:
-    addresses = known(Multiaddress, texts, _MAX_ADDRESSES)
+    addresses = known(Multiaddress, texts, MAX_ADDRESSES)
     return tuple(a for a in addresses if a.peer_id == peer_id and _is_numeric(a.endpoint))
 
 
