@@ -339,8 +339,6 @@ class CallEnded:
 
     batch: NodeBatch
     peer_id: PeerID
-    error: ExpertError | None
-    """Why it failed as a whole."""
     lost: bool = False
     """Whether it broke off or reached its deadline, so that the node's missing replies are unknown."""
 

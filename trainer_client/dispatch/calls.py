@@ -39,7 +39,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 _NOT_THE_PEERS_FAULT = {StatusCode.NOT_FOUND, StatusCode.INTERNAL, StatusCode.INVALID_ARGUMENT}
 
 _LOST = {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
-_CLOSED = ExpertError(StatusCode.CANCELLED, "the trainer ended the call")
 _PROVEN_S = 30.0
 """A peer that answered within this time is very probably still there."""
 _LATE = 0.9
@@ -188,7 +187,7 @@ class CallTracker:
         """
         progress = CallProgress()
         if self._closed:
-            sink.put_nowait(CallEnded(call.batch, call.node.peer_id, _CLOSED))
+            sink.put_nowait(CallEnded(call.batch, call.node.peer_id))
         else:
             self._tasks.spawn(self._make(call, progress, sink), "call a node")
         return progress
@@ -207,18 +206,15 @@ class CallTracker:
         began = self.now()
         if call.keep:
             call = replace(call, updates=[self._updates[uid] for uid in call.batch.uids])
-        failure: ExpertError | None = _CLOSED
+        lost = False
         try:
-            did_well = await self._receive(call, began, progress, sink)
-            failure = None
-            if did_well:
+            if await self._receive(call, began, progress, sink):
                 took_s = self.now() - began
                 self.breakers.succeeded(peer_id, call.direction)
                 call_times.add(took_s)
                 self.metrics.call_seconds.labels(call.direction).observe(took_s)
         except ExpertError as error:
-            # its traceback would keep this frame in memory, and so the call's rows
-            failure = error.with_traceback(None)
+            lost = error.status in _LOST
             lost_quickly = error.status is StatusCode.UNAVAILABLE and self.now() - began < call.deadline_s / 2
             self._note_failure(peer_id, error, call.direction, lost_quickly)
             if error.status is StatusCode.DEADLINE_EXCEEDED:
@@ -226,16 +222,14 @@ class CallTracker:
                 call_times.add_unfinished(took_s)
                 if took_s > _LATE * call.deadline_s:  # otherwise it did not respond to health checks
                     self.latencies.note_node(peer_id, took_s, self.now())
-            if error.status in _LOST and self.is_silent(call.node):
+            if lost and self.is_silent(call.node):
                 self._gone(peer_id)
         except Exception:
             # a bug in reading answers: the peer that triggered it is left alone, and training continues
             logger.exception("could not read the answers of node %s", peer_id)
-            failure = ExpertError(StatusCode.DATA_LOSS, "its answers can't be read")
-            self._note_failure(peer_id, failure)
+            self._note_failure(peer_id, ExpertError(StatusCode.DATA_LOSS, "its answers can't be read"))
         finally:
-            lost = failure is not None and failure.status in _LOST
-            sink.put_nowait(CallEnded(call.batch, peer_id, failure, lost))
+            sink.put_nowait(CallEnded(call.batch, peer_id, lost))
 
     async def _receive(self, call: NodeCall, began: float, progress: CallProgress, sink: Replies) -> bool:
         """Passes the replies on. Returns whether all are successes. Raises ExpertError."""

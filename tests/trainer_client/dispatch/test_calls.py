@@ -24,8 +24,8 @@ class FailingCaller:
         yield
 
 
-async def fail(rows: np.ndarray[Any, Any]) -> ExpertError | None:
-    """Calls a node, and returns the error that the call ends with."""
+async def fail(rows: np.ndarray[Any, Any]) -> CallEnded:
+    """Calls a node, and returns the end of the call."""
     caller: Any = FailingCaller()
     node: Any = SimpleNamespace(peer_id=make_peer_id(1))
     tracker, replies = CallTracker(caller, CircuitBreakers()), Replies()
@@ -34,14 +34,14 @@ async def fail(rows: np.ndarray[Any, Any]) -> ExpertError | None:
     ended = await asyncio.wait_for(replies.get(), 60)
     await tracker.close()
     assert isinstance(ended, CallEnded)
-    return ended.error
+    return ended
 
 
 def test_the_rows_of_a_failed_call_are_freed_without_the_garbage_collector() -> None:
     rows = np.ones((8, 4), np.float32)
     left = weakref.ref(rows)
     with without_collector():
-        error = asyncio.run(fail(rows))
-        assert error is not None
-        del rows, error
+        ended = asyncio.run(fail(rows))
+        assert ended.lost
+        del rows
         assert left() is None
