@@ -285,8 +285,12 @@ class TransferSlots:
     had enough time at a fair rate. A transfer that loses its slot may resume later.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, most: int, clock: Callable[[], float] = time.monotonic, *, can_resume: bool = True
+    ) -> None:
+        """`can_resume`: if not, no transfer loses its slot before it has had enough time, however many its peer has."""
         self._most = most
+        self._can_resume = can_resume
         self._clock = clock
         self._taken: dict[object, tuple[Owner, float, Callable[[], None]]] = {}
         """For each slot, its owner, the time after which it has had its share, and what cuts it off; the oldest slot
@@ -332,7 +336,7 @@ class TransferSlots:
             is_near = owner.group == newcomer.group
             return count[owner] >= own if is_near else of_group[owner.group] >= own_group
 
-        greedy = Displacement(count, newcomer, 1).richest()
+        greedy = Displacement(count, newcomer, 1).richest() if self._can_resume else None
         owned = (slot for slot, (owner, _, _) in self._taken.items() if owner == greedy)
         slow = (
             slot

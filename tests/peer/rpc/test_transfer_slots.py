@@ -21,9 +21,9 @@ ENOUGH_S = 20.0
 class Hall:
     """Transfers that last until they are ended."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, can_resume: bool = True) -> None:
         self.now = 0.0
-        self.slots = TransferSlots(most, lambda: self.now)
+        self.slots = TransferSlots(most, lambda: self.now, can_resume=can_resume)
         self.transfers: list[tuple[Owner, asyncio.Task[None]]] = []
 
     async def come(self, owner: Owner) -> "asyncio.Task[None]":
@@ -82,6 +82,20 @@ def test_a_newcomer_waits_no_longer_than_a_fair_transfer_takes(loop: LoopThread)
         assert (first.done(), second.done(), third.done()) == (True, False, False)
         with pytest.raises(ExpertError, match="others wait"):
             await first
+        await hall.end()
+
+    loop.run(scenario(), 60)
+
+
+def test_what_cannot_resume_keeps_its_slot_until_it_has_had_enough_time(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        hall = Hall(2, can_resume=False)
+        first, second = [await hall.come(PEERS[0]) for _ in range(2)]
+        assert not hall.slots.has_room_for(PEERS[1])
+        hall.now = ENOUGH_S
+        await hall.come(PEERS[1])
+        assert (first.done(), second.done()) == (True, False)
+        assert hall.going_on() == {PEERS[0]: 1, PEERS[1]: 1}
         await hall.end()
 
     loop.run(scenario(), 60)
