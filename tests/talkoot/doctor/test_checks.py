@@ -245,7 +245,10 @@ def test_peers_measure_the_way_and_dial_back(play: Play) -> None:
         found = await swarm.ask()
         assert {finding.verdict for finding in found.values()} == {Verdict.OK}, found
         assert abs(float(found["clock"].values["clock_offset_s"])) < 1
-        other = await swarm.ask("127.0.0.2")  # ours too, but calls go out from 127.0.0.1
+        with socket.socket() as silent:  # no other test may listen there
+            silent.bind((LOCAL, 0))
+            port = silent.getsockname()[1]
+            other = await swarm.ask("127.0.0.2", port)  # ours too, but calls go out from 127.0.0.1
         assert other["reachability"].verdict is Verdict.WEAK
         assert "can't connect to 127.0.0.1" in other["reachability"].says
 
