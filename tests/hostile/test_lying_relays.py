@@ -78,6 +78,12 @@ class Rude:
                 await call.write(relay_pb2.ReserveRequest())
         return call
 
+    async def reserved(self) -> Any:
+        """A reservation that the relay has confirmed, so that others may dial."""
+        call = await self.reserve()
+        assert not (await call.read()).circuit
+        return call
+
     async def dial(self, peer_id: bytes) -> Any:
         call = self.stub.Dial(relay_pb2.DialRequest(peer_id=peer_id), metadata=self.metadata)
         self.calls.append(call)
@@ -165,7 +171,7 @@ def test_a_connection_with_a_name_that_nobody_expects_is_closed(
         relay = await serve(keys[RELAY], FAST_MBIT)
         target, caller, stranger = (Rude(relay, keys[n]) for n in (HIDDEN, CALLER, OTHER))
         async with closing(relay, target, caller, stranger):
-            _, here, there = await connect(await target.reserve(), target, caller)
+            _, here, there = await connect(await target.reserved(), target, caller)
             # only now: on a busy machine, a second may be too short for the others
             monkeypatch.setattr("peer.rpc.connections._FIRST_BYTES_S", 1.0)
             assert await is_closed(await stranger.connect(data))
@@ -182,7 +188,7 @@ def test_a_connection_with_a_name_that_nobody_expects_is_closed(
 def test_a_name_may_arrive_in_pieces_and_with_what_follows_it(loop: LoopThread, keys: list[Identity]) -> None:
     async def scenario() -> None:
         async with relayed(keys) as (relay, target, caller):
-            reservation = await target.reserve()
+            reservation = await target.reserved()
             dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             begin, payload = MARK + (await offered(reservation)).circuit, os.urandom(1_000_000)
             there = await target.connect(begin[:1], begin[1:20], begin[20:] + b"early")
@@ -206,7 +212,7 @@ def test_a_caller_that_does_not_open_its_end_gives_up_its_place(
 
     async def scenario() -> None:
         async with relayed(keys) as (relay, target, caller):
-            reservation = await target.reserve()
+            reservation = await target.reserved()
             dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             accepted = await target.connect(MARK + (await offered(reservation)).circuit)
             reply = await dialled.read()
@@ -240,7 +246,7 @@ def test_a_circuits_call_holds_no_large_request(loop: LoopThread, keys: list[Ide
 
     async def scenario() -> None:
         async with relayed(keys) as (relay, target, caller):
-            await (await target.reserve()).read()
+            await target.reserved()
             dial.MergeFromString(unknown)
             assert (
                 await status_of(caller.stub.Dial(dial, metadata=caller.metadata))
@@ -267,7 +273,7 @@ def test_a_flood_of_reservations_from_one_neighbourhood_keeps_nobody_out(
             await asyncio.gather(*(call.read() for call in held))
             assert len(relay.relaying._reservations) == 4
             assert await status_of(await more.reserve()) is StatusCode.RESOURCE_EXHAUSTED
-            assert not (await (await newcomer.reserve()).read()).circuit
+            await newcomer.reserved()
             await until(lambda: len(relay.relaying._reservations) == 4)
             assert newcomer.identity.peer_id in relay.relaying._reservations
             assert total(relay.relaying.refused, reason="displaced") == 1
@@ -287,7 +293,7 @@ def test_one_neighbourhood_gets_few_reservations_though_there_is_room(
         other = Rude(relay, keys[4], "198.51.100.1")
         async with closing(relay, other, *crowd):
             for each in (*crowd[:2], other):
-                assert not (await (await each.reserve()).read()).circuit
+                await each.reserved()
             assert await status_of(await crowd[2].reserve()) is StatusCode.RESOURCE_EXHAUSTED
             assert relay.relaying._reservations.keys() == {keys[n].peer_id for n in (1, 2, 4)}
             assert total(relay.relaying.refused, reason="crowded") == 1
@@ -306,7 +312,7 @@ def test_circuits_that_fill_a_relay_make_room_for_a_newcomer(
         target, crowd = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
         newcomer = Rude(relay, keys[OTHER], "198.51.100.1")
         async with closing(relay, target, crowd, newcomer):
-            reservation = await target.reserve()
+            reservation = await target.reserved()
             dialled = []
             for who in (*4 * [crowd], newcomer):
                 dialled.append((await connect(reservation, target, who))[0])
@@ -333,8 +339,7 @@ def test_nobody_loses_a_circuit_for_a_caller_that_gets_none(
         targets = [Rude(relay, key) for key in keys[3:]]
         async with closing(relay, honest, stranger, *targets):
             for target in targets:
-                reservation = await target.reserve()
-                await reservation.read()
+                reservation = await target.reserved()
                 await connect(reservation, target, stranger if target is targets[-1] else honest)
             again = await stranger.dial(targets[-1].identity.peer_id.to_bytes())
             assert await status_of(again) is StatusCode.RESOURCE_EXHAUSTED
@@ -402,7 +407,7 @@ def test_a_circuit_that_floods_leaves_another_its_share(loop: LoopThread, keys: 
                 while data := await end[0].read(2**16):
                     received[number] += len(data)
 
-            reservation = await target.reserve()
+            reservation = await target.reserved()
             tasks = []
             for number, who in enumerate((flooding, modest)):
                 _, here, there = await connect(reservation, target, who)
@@ -438,7 +443,7 @@ def test_many_circuits_of_one_neighbourhood_leave_another_its_share(
         target = Rude(relay, keys[HIDDEN])
         many, modest = Rude(relay, keys[CALLER], "192.0.2.1"), Rude(relay, keys[OTHER], "198.51.100.1")
         async with closing(relay, target, many, modest), asyncio.TaskGroup() as tasks:
-            reservation = await target.reserve()
+            reservation = await target.reserved()
             carrying = []
             for name, who in (*12 * [("many", many)], ("modest", modest)):
                 _, here, there = await connect(reservation, target, who)
@@ -461,7 +466,7 @@ def test_a_stalled_circuit_holds_the_sender_back_and_costs_no_memory(
         target, caller = Rude(relay, keys[HIDDEN]), Rude(relay, keys[CALLER])
         piece = os.urandom(2**16)
         async with closing(relay, target, caller):
-            _, here, there = await connect(await target.reserve(), target, caller)
+            _, here, there = await connect(await target.reserved(), target, caller)
             sent = 0
             there[0]._transport.pause_reading()  # type: ignore[attr-defined]  # it never reads
             with contextlib.suppress(TimeoutError):
@@ -489,8 +494,7 @@ def test_nobody_is_dialled_for_a_peer_that_is_not_here_or_does_not_accept(
         async with relayed(keys) as (relay, target, caller):
             absent = await caller.dial(keys[OTHER].peer_id.to_bytes())
             assert await status_of(absent) is StatusCode.NOT_FOUND
-            reservation = await target.reserve()
-            await reservation.read()
+            reservation = await target.reserved()
             silent = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             assert await status_of(silent) is StatusCode.UNAVAILABLE
             assert await is_closed(await target.connect(MARK + (await offered(reservation)).circuit))
@@ -505,7 +509,7 @@ def test_each_end_of_a_circuit_is_opened_only_once(loop: LoopThread, keys: list[
         relay = await serve(keys[RELAY], FAST_MBIT)
         target, caller, thief = (Rude(relay, keys[n]) for n in (HIDDEN, CALLER, OTHER))
         async with closing(relay, target, caller, thief):
-            reservation = await target.reserve()
+            reservation = await target.reserved()
             dialled = await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             theirs = MARK + (await offered(reservation)).circuit
             accepted = await target.connect(theirs)
@@ -528,8 +532,7 @@ def test_one_caller_has_few_circuits_and_dials_seldom(
 
     async def scenario() -> None:
         async with relayed(keys) as (relay, target, caller):
-            reservation = await target.reserve()
-            await reservation.read()
+            await target.reserved()
             calls = [await caller.dial(keys[HIDDEN].peer_id.to_bytes()) for _ in range(40)]
             await until(lambda: sum(call.done() for call in calls) == 32)
             refused = (
@@ -553,9 +556,8 @@ def test_dials_that_flood_one_peer_leave_another_its_callers(
         relay = await serve(keys[RELAY], FAST_MBIT)
         flooded, other, caller = (Rude(relay, keys[number]) for number in (HIDDEN, OTHER, CALLER))
         async with closing(relay, flooded, other, caller):
-            await (await flooded.reserve()).read()
-            reservation = await other.reserve()
-            await reservation.read()
+            await flooded.reserved()
+            reservation = await other.reserved()
             for _ in range(8):
                 await caller.dial(keys[HIDDEN].peer_id.to_bytes())
             await until(lambda: total(relay.relaying.refused, reason="hasty"))
