@@ -372,8 +372,9 @@ class Node:
             for name, run in tasks.items():
                 group.create_task(keep_running(name, run, self.restarts), name=name)
             group.create_task(self._access.until_over(), name="end with the token")
-            watch = keep_running("watch the GPUs", self._watch_gpus, self.restarts, fatal=StartError)
-            group.create_task(watch, name="watch the GPUs")
+            if self._gpus:
+                watch = keep_running("watch the GPUs", self._watch_gpus, self.restarts, fatal=StartError)
+                group.create_task(watch, name="watch the GPUs")
 
     async def _stay_announced(self) -> None:
         await self.period.repeat(self._announce)

@@ -136,9 +136,8 @@ class ReplicaAveraging:
         """Experts that are being averaged. Each is averaged with one replica at a time."""
         self._own_fetches, self._hinted_fetches = TransferSlots(_AT_ONCE), TransferSlots(_AT_ONCE)
         """Slots for the states that this node fetches for averages which it starts, and for those of others."""
-        self._adoptions = TransferSlots(
-            _AT_ONCE, can_resume=False
-        )  # whoever leaves may have asked nobody else
+        # a node that leaves may have asked nobody else
+        self._adoptions = TransferSlots(_AT_ONCE, can_resume=False)
         self._state_bytes = largest_state_bytes(swarm.manifest)
 
     def accept_hint(self, hint: FetchHint) -> int:

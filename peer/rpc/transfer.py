@@ -282,13 +282,13 @@ class TransferSlots:
 
     If all slots are taken, the peer with the most, in the group with the most, gives one to a newcomer. If no group or
     peer has more slots than the newcomer's would then have, the newcomer gets the oldest slot, once that transfer has
-    had enough time at a fair rate. A transfer that loses its slot may resume later.
+    had enough time at a fair rate. A transfer that loses its slot may resume later, unless `can_resume` says otherwise.
     """
 
     def __init__(
         self, most: int, clock: Callable[[], float] = time.monotonic, *, can_resume: bool = True
     ) -> None:
-        """`can_resume`: if not, no transfer loses its slot before it has had enough time, however many its peer has."""
+        """`can_resume`: if not, no transfer makes way before it has had enough time, however many its peer has."""
         self._most = most
         self._can_resume = can_resume
         self._clock = clock

@@ -15,6 +15,7 @@ from state_peers import Scenario, Street, playing
 from stranger import Stranger
 
 from dht.announcements import ReplicaAnnouncement, ReplicaState
+from dht.invites import Invite
 from dht.uid import UID
 from expert_server.state.servicer import FetchHint
 from peer.errors import TransferError
@@ -40,6 +41,22 @@ class Trickler(state_pb2_grpc.StateServiceServicer):
     async def Fetch(self, request: Any, context: Any) -> AsyncIterator[state_pb2.FetchReply]:
         async for reply in trickle():
             yield reply
+
+
+@contextlib.asynccontextmanager
+async def trickling(invite: Invite) -> AsyncIterator[tuple[Stranger, list[Any]]]:
+    """A stranger that says it is a node, whose states trickle, and the calls for them so far."""
+    calls: list[Any] = []
+
+    async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        calls.append(context)
+        async for reply in trickle():
+            yield reply.SerializeToString()
+
+    async with Stranger.joined(invite) as stranger:
+        await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
+        await stranger.publish_node()
+        yield stranger, calls
 
 
 @pytest.fixture
@@ -74,16 +91,7 @@ def test_a_node_takes_other_experts_while_some_trickle(play: Play, monkeypatch: 
     async def scenario(village: Village) -> None:
         honest = await village.found(experts=6, spare=0, replicas=2)
         await village.run(honest)
-        async with Stranger.joined(await honest.swarm.invite()) as stranger:
-            asked = asyncio.Event()
-
-            async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-                asked.set()
-                async for reply in trickle():
-                    yield reply.SerializeToString()
-
-            await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
-            await stranger.publish_node()
+        async with trickling(await honest.swarm.invite()) as (stranger, asked):
             theirs = [
                 ReplicaAnnouncement(uid, ReplicaState.SERVING, 9)
                 for uid in UIDS
@@ -98,7 +106,11 @@ def test_a_node_takes_other_experts_while_some_trickle(play: Play, monkeypatch: 
 
             await eventually(has_the_others)
             assert len(theirs) == 2
-            await asyncio.wait_for(asked.wait(), 60)
+
+            async def is_asked() -> bool:
+                return bool(asked)
+
+            await eventually(is_asked)
 
     play(scenario)
 
@@ -117,17 +129,7 @@ def test_a_node_averages_with_others_while_a_replica_trickles(
         honest = await village.join(1, await node.swarm.invite(), experts=8, replicas=2, average_every_s=60.0)
         await honest.hosting.replicate()
         (node_info,) = (await honest.swarm.registry.nodes([node.swarm.host.peer_id])).values()
-        async with Stranger.joined(await node.swarm.invite()) as stranger:
-            asked = 0
-
-            async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-                nonlocal asked
-                asked += 1
-                async for reply in trickle():
-                    yield reply.SerializeToString()
-
-            await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
-            await stranger.publish_node()
+        async with trickling(await node.swarm.invite()) as (stranger, asked):
             theirs = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 9) for uid in UIDS]
             await stranger.swarm.experts.announce(theirs, 300.0)
             await node.hosting.look()
@@ -139,7 +141,7 @@ def test_a_node_averages_with_others_while_a_replica_trickles(
                         base = (await node.averaging._snapshots.take(uid)).sha256
                         hint = FetchHint(stranger.peer_id, (uid,), bytes(32), base, group="elsewhere")
                         node.averaging.accept_hint(hint)
-                return asked >= 4
+                return len(asked) >= 4
 
             await eventually(is_occupied)
             before = total(node.averaging.averagings)
@@ -172,17 +174,7 @@ def test_a_node_adopts_experts_of_others_while_those_of_a_stranger_trickle(
         leaver = await village.join(1, await node.swarm.invite(), experts=4)
         good = {*leaver.runtime.experts}
         offered = [uid for uid in UIDS if uid not in good]
-        async with Stranger.joined(await node.swarm.invite()) as stranger:
-            asked = 0
-
-            async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-                nonlocal asked
-                asked += 1
-                async for reply in trickle():
-                    yield reply.SerializeToString()
-
-            await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
-            await stranger.publish_node()
+        async with trickling(await node.swarm.invite()) as (stranger, asked):
             theirs = [ReplicaAnnouncement(uid, ReplicaState.LEAVING, 9) for uid in offered]
             await stranger.swarm.experts.announce(theirs, 300.0)
             running = asyncio.create_task(node.averaging.run())
@@ -191,7 +183,7 @@ def test_a_node_adopts_experts_of_others_while_those_of_a_stranger_trickle(
                 node.averaging.accept_hint(FetchHint(stranger.peer_id, (uid,), group="elsewhere"))
 
                 async def is_asked_again(number: int = number) -> bool:
-                    return asked >= number
+                    return len(asked) >= number
 
                 await eventually(is_asked_again)
             await leaver.replicas.offer(good)
@@ -233,17 +225,7 @@ def test_a_node_copies_experts_of_others_while_those_of_a_stranger_trickle(
         good = {*honest.runtime.experts}
         await train(honest, dict.fromkeys(good, 3))
         await honest.hosting.announce()
-        async with Stranger.joined(await keeper.swarm.invite()) as stranger:
-            asked = 0
-
-            async def fetch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-                nonlocal asked
-                asked += 1
-                async for reply in trickle():
-                    yield reply.SerializeToString()
-
-            await stranger.serve({"talkoot.v1.StateService/Fetch": fetch})
-            await stranger.publish_node()
+        async with trickling(await keeper.swarm.invite()) as (stranger, asked):
             theirs = [ReplicaAnnouncement(uid, ReplicaState.SERVING, 20) for uid in UIDS if uid not in good]
             await stranger.swarm.experts.announce(theirs, 300.0)
             me = keeper.swarm.host.peer_id
@@ -258,7 +240,7 @@ def test_a_node_copies_experts_of_others_while_those_of_a_stranger_trickle(
                 return total(keeper._standby.copied) == len(good)
 
             await eventually(has_copied)
-            assert asked == 1 < len(theirs) == 4
+            assert len(asked) == 1 < len(theirs) == 4
             assert not copying.done()
             await end(copying)
 
