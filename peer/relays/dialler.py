@@ -25,7 +25,7 @@ _CIRCUITS = 256
 """The most open circuits."""
 _TRIED = 4
 """How many relays of one peer are tried."""
-_HEAD_START_S = 1.0
+HEAD_START_S = 1.0
 """How long one relay is tried alone before the next is tried in parallel."""
 _DIAL_S = 15.0
 _ANSWER_S = 10.0
@@ -95,7 +95,7 @@ class RelayDialler:
         found = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DIAL_S):
-                found = await first_success(dials, _HEAD_START_S, drop=Circuit.close)
+                found = await first_success(dials, HEAD_START_S, drop=Circuit.close)
         if found is None:
             raise UnreachableError(f"no relay opens a circuit to {peer_id}")
         return found

@@ -7,10 +7,14 @@ neighbourhood. TLS between the two ends runs inside the circuit: a relay can end
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import Counter as Multiset
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import grpc
@@ -46,11 +50,68 @@ _STEADY_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 """Pauses before a failed relay is tried again. They double until the relay has kept a reservation for a while."""
 _REMEMBERED = 1024
+_SLOW_S, _ANSWERS = 1.0, 3
+"""A relay is slow if each of so many answers in a row took longer than this. Its line or its limit is then overloaded.
+"""
+_SEARCH_S, _LONGEST_SEARCH_S = 60.0, 960.0
+"""How long a relay must have been slow before another is looked for, and the longest pause between two searches. The
+pause doubles with each search that finds none.
+"""
+_SETTLED_S = 300.0
+"""How long this peer keeps its relays after it has replaced a slow one, so that others can learn of the change."""
 _CIRCUITS_OF_RELAY = CIRCUITS_TO_PEER + 16
 """A relay that ends circuits to make room for others may announce these before this peer sees the end."""
 _REPLIES_PER_S, _REPLIES_AT_ONCE = 10.0, 64
 _ABUSE_S = 8.0
 """A relay is given up once it exceeds its rate by this many seconds' worth."""
+
+
+class Answers:
+    """How long a relay takes to answer. Pure: times are arguments, in seconds of a monotonic clock."""
+
+    def __init__(self) -> None:
+        self._asked = deque[float](maxlen=_ANSWERS)
+        self._took = deque[float](maxlen=_ANSWERS)
+
+    def ask(self, now: float) -> None:
+        self._asked.append(now)
+
+    def answer(self, now: float) -> None:
+        if self._asked:  # otherwise the relay answers what nobody has asked
+            self._took.append(now - self._asked.popleft())
+
+    @property
+    def fastest_s(self) -> float:
+        """How long the fastest of the last answers took; 0 while there are not enough of them."""
+        return min(self._took) if len(self._took) == _ANSWERS else 0.0
+
+
+class SlowRelays:
+    """Decides when to look for a faster relay. Pure: `now` is an argument."""
+
+    def __init__(self, jitter: Callable[[], float]) -> None:
+        """`jitter`: draws the share of a pause after which a search may begin. The peers of an overloaded relay should
+        not all leave it at once.
+        """
+        self._searches = Backoff[PeerID](_SEARCH_S, _LONGEST_SEARCH_S, _REMEMBERED, jitter)
+        self._settled_at = -math.inf
+
+    def should_replace(self, relay: PeerID, fastest_s: float, now: float) -> bool:
+        """Call it now and then for each relay. `fastest_s`: how long the fastest of its last answers took."""
+        if fastest_s <= _SLOW_S:
+            self._searches.succeeded(relay)
+            return False
+        if not self._searches.pause_s(relay):
+            self._searches.failed(relay, now)
+        return now >= self._settled_at and not self._searches.holds_back(relay, now)
+
+    def searched(self, relay: PeerID, has_found: bool, now: float) -> None:
+        """Call it after a search for a faster relay than this one."""
+        if has_found:
+            self._searches.succeeded(relay)
+            self._settled_at = now + _SETTLED_S
+        else:
+            self._searches.failed(relay, now)
 
 
 class Reservations:
@@ -77,11 +138,10 @@ class Reservations:
         """The addresses of reservations, by relay."""
         self._busy: dict[PeerID, Contact] = {}
         """Relays that are being tried or hold a reservation."""
-        rng = random.SystemRandom()
-        self._pauses = Backoff[PeerID](
-            _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REMEMBERED, lambda: rng.uniform(0.5, 1.0)
-        )
+        jitter = partial(random.SystemRandom().uniform, 0.5, 1.0)
+        self._pauses = Backoff[PeerID](_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REMEMBERED, jitter)
         """Relays that have failed."""
+        self._slow = SlowRelays(jitter)
         self._circuits: Multiset[PeerID] = Multiset()
         """Open circuits by relay."""
         self._keeping = TaskSet(restarts)
@@ -112,30 +172,41 @@ class Reservations:
         await self._accepting.aclose()
 
     async def _keep(self, candidates: Candidates) -> None:
+        faster: Contact | None = None
         while True:
-            try:
-                contact = self._choose(await candidates())
-            except UnreachableError as error:
-                logger.debug("no relays were found: %s", error)
-                contact = None
+            is_free = faster is not None and faster.peer_id not in self._busy
+            contact, faster = faster if is_free else await self._find(candidates), None
             if contact is None:
                 await asyncio.sleep(_LOOK_S)
                 continue
             began = time.monotonic()
-            self._busy[contact.peer_id] = contact
             try:
-                await self._hold(contact)
+                with self._using(contact):
+                    faster = await self._hold(contact, candidates)
             except UnreachableError as error:
                 self.refusal = str(error)
                 logger.debug("no reservation: %s", error)
             except OSError as error:
                 self.refusal = f"relay {contact.peer_id} has gone: {error or 'it is silent'}"
                 logger.debug("a reservation ended: %s", self.refusal)
-            finally:
-                del self._busy[contact.peer_id]
             if time.monotonic() - began > _STEADY_S:
                 self._pauses.succeeded(contact.peer_id)
             self._pauses.failed(contact.peer_id, time.monotonic())
+
+    async def _find(self, candidates: Candidates) -> Contact | None:
+        try:
+            return self._choose(await candidates())
+        except UnreachableError as error:
+            logger.debug("no relays were found: %s", error)
+            return None
+
+    @contextmanager
+    def _using(self, contact: Contact) -> Iterator[None]:
+        self._busy[contact.peer_id] = contact
+        try:
+            yield
+        finally:
+            del self._busy[contact.peer_id]
 
     def _choose(self, contacts: Sequence[Contact]) -> Contact | None:
         """The best candidate, if possible on a machine where this peer has no other relay."""
@@ -151,18 +222,51 @@ class Reservations:
         ]
         return min(free, key=lambda c: any(address.ip in machines for address in c.addresses), default=None)
 
-    async def _hold(self, contact: Contact) -> None:
-        """Holds a reservation until it ends. Raises UnreachableError or OSError."""
+    async def _hold(self, contact: Contact, candidates: Candidates) -> Contact | None:
+        """Holds a reservation until it ends. Returns another relay if that answers faster. Raises UnreachableError or
+        OSError.
+        """
         relay, call = await self._reserve(contact)
+        answers = Answers()
         try:
             self._held[relay.peer_id] = Multiaddress.of(
                 relay.addresses[0], self._client.peer_id, relay.peer_id
             )
             self.refusal = ""
-            await first_of(_say_there(call), self._read_replies(relay, call))
+            return await first_of(
+                _say_there(call, answers),
+                self._read_replies(relay, call, answers),
+                self._find_faster(relay.peer_id, answers, candidates),
+            )
         finally:
             call.cancel()
             self._held.pop(relay.peer_id, None)
+
+    async def _find_faster(self, relay: PeerID, answers: Answers, candidates: Candidates) -> Contact:
+        """Waits until this relay has been slow for a while and another answers faster. Returns that one."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if not self._slow.should_replace(relay, answers.fastest_s, time.monotonic()):
+                continue
+            found = await self._find(candidates)
+            is_faster = found is not None and await self._reserves_within(answers.fastest_s, found)
+            self._slow.searched(relay, is_faster, time.monotonic())
+            if found is not None and is_faster:
+                logger.info("relay %s is slow: changing to %s", relay, found.peer_id)
+                return found
+
+    async def _reserves_within(self, seconds: float, contact: Contact) -> bool:
+        """Whether a reservation there takes no longer, although that needs several answers."""
+        try:
+            with self._using(contact):
+                async with asyncio.timeout(seconds):
+                    _, call = await self._reserve(contact)
+                call.cancel()
+                return True
+        except (UnreachableError, TimeoutError) as error:
+            logger.debug("relay %s is not faster: %s", contact.peer_id, error)
+            self._pauses.failed(contact.peer_id, time.monotonic())
+            return False
 
     async def _reserve(self, contact: Contact) -> tuple[KnownPeer, Call]:
         """Makes a reservation at the first of the relay's endpoints that answers. Raises UnreachableError."""
@@ -175,7 +279,7 @@ class Reservations:
                 failure = error
         raise failure
 
-    async def _read_replies(self, relay: KnownPeer, call: Call) -> None:
+    async def _read_replies(self, relay: KnownPeer, call: Call, answers: Answers) -> None:
         """Reads the relay's replies until they end. Raises OSError if the relay is silent, or brings too many calls."""
         bucket = TokenBucket(_REPLIES_PER_S, _REPLIES_AT_ONCE, time.monotonic())
         while True:
@@ -188,6 +292,7 @@ class Reservations:
             if wait_s > _ABUSE_S:
                 raise ConnectionError("it announces too many callers")
             if not reply.circuit:
+                answers.answer(time.monotonic())
                 continue
             if wait_s or self._exit is None or self._circuits[relay.peer_id] >= _CIRCUITS_OF_RELAY:
                 self.offers.labels("refused").inc()
@@ -213,8 +318,9 @@ class Reservations:
             logger.debug("a circuit of relay %s ended: %s", relay.peer_id, error)
 
 
-async def _say_there(call: Call) -> None:
+async def _say_there(call: Call, answers: Answers) -> None:
     while True:
         await asyncio.sleep(BEAT_S)
+        answers.ask(time.monotonic())
         with breaking():
             await call.write(relay_pb2.ReserveRequest())

@@ -136,6 +136,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         await anext(requests, None)
         session = self._require(context)
         with interruptible(_DISPLACED) as interrupt, self._reserving(session, interrupt) as reservation:
+            await self._take(session.owner, _LEAST_BYTES)
             await context.write(relay_pb2.ReserveReply())
             await first_of(
                 self._read_requests(requests, session, reservation), _write_all(reservation.replies, context)
@@ -242,12 +243,17 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         session: Session,
         reservation: _Reservation,
     ) -> None:
-        """Answers each request, so that the peer knows that its relay is still there."""
+        """Answers each request, so that the peer knows that its relay is still there. Like the first reply, an answer
+        waits its turn as the bytes of circuits do, so that the peer learns how busy this relay is.
+        """
         bucket = TokenBucket(_REQUESTS_PER_S, _REQUESTS_AT_ONCE, time.monotonic())
         async for _ in requests:
-            if bucket.take(1, time.monotonic()) or reservation.replies.full():
-                self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "you say too often that you are there")
+            is_hasty = bucket.take(1, time.monotonic()) > 0
             self._require_admitted(session)
+            if not is_hasty:
+                await self._take(session.owner, _LEAST_BYTES)
+            if is_hasty or reservation.replies.full():
+                self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "you say too often that you are there")
             reservation.replies.put_nowait(relay_pb2.ReserveReply())
 
     async def _offer(self, theirs: Expected, session: Session, reservation: _Reservation) -> Pipe:

@@ -53,9 +53,10 @@ class RelayServiceServicer:
 
     def Reserve(self, request_iterator, context):
         """Keeps a reservation as long as the call lasts. The first reply says that it holds; each further one brings a caller.
-        The peer sends a request every few seconds, to show that it is there, and the relay answers with an empty reply.
-        Refused with RESOURCE_EXHAUSTED when the relay has
-        no room, and with PERMISSION_DENIED when its owner relays for nobody.
+        The peer sends a request every few seconds, to show that it is there, and the relay answers with an empty reply. Like
+        the first reply, this one waits its turn among the bytes of circuits: it is late if the relay is overloaded.
+        Refused with RESOURCE_EXHAUSTED when the relay has no room, and with PERMISSION_DENIED when its owner relays for
+        nobody.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -336,7 +336,7 @@ def test_a_mistake_on_the_way_to_one_relay_is_logged_and_the_next_is_tried(
 def test_of_two_relays_the_one_that_answers_opens_the_circuit(
     loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peer.relays.dialler._HEAD_START_S", 0.1)
+    monkeypatch.setattr("peer.relays.dialler.HEAD_START_S", 0.1)
 
     async def scenario() -> None:
         relay = await serve(keys[RELAY], FAST_MBIT)
