@@ -5,6 +5,7 @@ In an `InternetSwarm`, nodes join, leave, sleep and die.
 
 import asyncio
 import contextlib
+import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,13 +47,21 @@ from peer.errors import TransferError, UnreachableError
 from peer.identity import PeerID
 from peer.loop import RetryingRounds
 from peer.parsing import ParseGuard
-from peer.relays.reservations import WANTED
+from peer.relays.circuits import BEAT_S
+from peer.relays.dialler import HEAD_START_S
+from peer.relays.reservations import WANTED, SlowRelays
 from peer.transport.addresses import Multiaddress
 from peer.wire import state_pb2
 
 _ASK_S = 5.0
 _CHECKPOINT_EVERY_S = 60.0
 _ACQUAINTANCES, _KNOWN_FOR_S = 20, 60.0
+_BUFFER_S = 2.0
+"""How long a small message waits at most in the queue of a home router whose line is full: assumed."""
+_IN_A_ROW_S = 3 * BEAT_S
+"""A relay is slow after three slow answers."""
+_TRIPS_TO_RESERVE = 5
+"""Round trips of a new connection, a session and a reservation."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,7 @@ class SimulatedNode:
         self.relays: list[Peer] = []
         """The relays that the node has chosen, if others cannot reach it directly."""
         self._relay_keeper = RelayKeeper(member, 0, rng, world.time)
+        self._slow_relays = SlowRelays(partial(rng.uniform, 0.5, 1.0))
         self._tasks: set[asyncio.Task[Any]] = set()
         self._activity = Activity.SERVING
 
@@ -320,16 +330,38 @@ class SimulatedNode:
 
     async def _keep_relays(self) -> None:
         """Keeps relays as `RelayKeeper` and `Reservations` do, and lets `RelayKeeper` choose them."""
-        if not self.peer.link.nat or len(self.living_relays) >= WANTED:
+        if not self.peer.link.nat:
             return
+        now = self.swarm.world.time()
         self.relays = self.living_relays
-        for node in await self._relay_keeper._candidates():
-            relay = self.swarm.world.by_id.get(node.peer_id)
-            if relay is None or relay in self.relays or not self.swarm.world.reachable(self.peer, relay):
-                continue
-            self.relays.append(relay)
-            if len(self.relays) >= WANTED:
-                break
+        slow = [
+            relay
+            for relay in self.relays
+            if self._slow_relays.should_replace(relay.peer_id, self.answer_s(relay, _IN_A_ROW_S), now)
+        ]
+        if not slow and len(self.relays) >= WANTED:
+            return
+        candidates = await self._relay_keeper._candidates()
+        found = [self.swarm.world.by_id.get(node.peer_id) for node in candidates]
+        free = [
+            relay
+            for relay in found
+            if relay is not None and relay not in self.relays and self.swarm.world.reachable(self.peer, relay)
+        ]
+        while free and len(self.relays) < WANTED:
+            self.relays.append(free.pop(0))
+        for relay in slow[:1]:
+            trial_s = _TRIPS_TO_RESERVE * self.answer_s(free[0]) if free else math.inf
+            is_faster = trial_s <= self.answer_s(relay, _IN_A_ROW_S)
+            self._slow_relays.searched(relay.peer_id, is_faster, now)
+            if is_faster:
+                self.relays[self.relays.index(relay)] = free[0]
+
+    def answer_s(self, relay: Peer, later_s: float = 0.0) -> float:
+        """How long a relay takes to answer now, or some seconds later if nothing is added to its link."""
+        now = self.swarm.world.time()
+        waits_s = min(_BUFFER_S, self.peer.busy_s(now)) + min(_BUFFER_S, relay.busy_s(now + later_s))
+        return self.swarm.world.rtt_s(self.peer, relay) + waits_s
 
     async def _stay_member(self) -> None:
         await self.membership.check(announced=True)
@@ -431,11 +463,16 @@ class InternetSwarm:
 
     async def transfer(self, sender: SimulatedNode, receiver: SimulatedNode) -> bool:
         """Transfers an expert's state, which `receiver` fetches. Returns whether it arrived."""
-        relays = sender.living_relays[:1] if sender.peer.link.nat else ()
+        relays = sender.living_relays if sender.peer.link.nat else []
+        if len(relays) > 1:
+            # the receiver dials the second relay a second later, and takes the one that answers first
+            first_s, second_s = map(receiver.answer_s, relays[:2])
+            if HEAD_START_S + second_s < first_s:
+                relays.reverse()
         if sender.peer.link.nat and not relays:
             await asyncio.sleep(_ASK_S)
             return False
-        return await self.world.transfer(sender.peer, receiver.peer, self.plan.state_bytes, relays=relays)
+        return await self.world.transfer(sender.peer, receiver.peer, self.plan.state_bytes, relays=relays[:1])
 
     def settings(self, experts: int) -> NodeSettings:
         """The settings of a node that hosts this many."""

@@ -92,6 +92,10 @@ class Peer:
         self.awake: asyncio.Event | None = None
         """An event that wakes the peer; None: it is not asleep."""
 
+    def busy_s(self, now: float) -> float:
+        """How long what is under way still occupies the link, in the direction where that takes longer."""
+        return max(0.0, self.up_free - now, self.down_free - now)
+
     def occupy(self, way: str, seconds: float, now: float) -> float:
         """Occupies the link in direction `way`, "up" or "down", for `seconds` after what is under way. Returns when
         that ends.

@@ -75,6 +75,32 @@ def test_two_runs_of_a_seed_are_alike() -> None:
     assert run(1) == run(1) != run(2)
 
 
+def test_a_node_leaves_a_relay_whose_line_is_overloaded() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 12, 6)
+        hidden = next(node for node in swarm.nodes.values() if len(node.relays) == 2)
+        kept = hidden.relays[1]
+        hidden.relays[0].occupy("up", 3600.0, world.time())
+        overloaded = hidden.relays[0]
+        until(world, lambda: overloaded not in hidden.relays, 300)
+        assert len(hidden.relays) == 2
+        assert kept in hidden.relays
+        kept.occupy("up", 3600.0, world.time())
+        world.run(200)
+        assert kept in hidden.relays, "others must first learn of the change"
+
+
+def test_callers_take_the_second_relay_if_the_first_is_overloaded() -> None:
+    with simulated(1) as world:
+        swarm = grown(world, 12, 6)
+        hidden = next(node for node in swarm.nodes.values() if len(node.relays) == 2)
+        caller = next(node for node in swarm.nodes.values() if not node.peer.link.nat)
+        hidden.relays[0].occupy("up", 3600.0, world.time())
+        before = world.accounts.up["relayed"][hidden.relays[1].number]
+        assert world.loop.run_until_complete(swarm.transfer(hidden, caller))
+        assert world.accounts.up["relayed"][hidden.relays[1].number] > before
+
+
 def test_records_that_were_renewed_are_forgotten() -> None:
     with simulated(1) as world:
         swarm = grown(world, 12, 6)
