@@ -44,6 +44,8 @@ _TURNS_PER_S, _TURNS_AT_ONCE = 8.0, 32
 """How many turns the callers of one peer get, per second and in a burst."""
 _REQUESTS_PER_S, _REQUESTS_AT_ONCE = 0.5, 8
 """How many requests a peer with a reservation may send to show that it is still there."""
+_LONGEST_TURN_S = 3.0
+"""The longest time for which a reply waits its turn. A peer counts a relay as slow after one second."""
 _OFFERS = 64
 """The most callers that a peer has not been told of yet."""
 _CHUNK_BYTES = 64 * 2**10
@@ -136,7 +138,7 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         await anext(requests, None)
         session = self._require(context)
         with interruptible(_DISPLACED) as interrupt, self._reserving(session, interrupt) as reservation:
-            await self._take(session.owner, _LEAST_BYTES)
+            await self._wait_turn(session)
             await context.write(relay_pb2.ReserveReply())
             await first_of(
                 self._read_requests(requests, session, reservation), _write_all(reservation.replies, context)
@@ -243,15 +245,13 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         session: Session,
         reservation: _Reservation,
     ) -> None:
-        """Answers each request, so that the peer knows that its relay is still there. Like the first reply, an answer
-        waits its turn as the bytes of circuits do, so that the peer learns how busy this relay is.
-        """
+        """Answers each request, so that the peer knows that its relay is still there."""
         bucket = TokenBucket(_REQUESTS_PER_S, _REQUESTS_AT_ONCE, time.monotonic())
         async for _ in requests:
             is_hasty = bucket.take(1, time.monotonic()) > 0
             self._require_admitted(session)
             if not is_hasty:
-                await self._take(session.owner, _LEAST_BYTES)
+                await self._wait_turn(session)
             if is_hasty or reservation.replies.full():
                 self._refuse("hasty", StatusCode.RESOURCE_EXHAUSTED, "you say too often that you are there")
             reservation.replies.put_nowait(relay_pb2.ReserveReply())
@@ -299,6 +299,14 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
         async with self._turn.held_by(owner):
             await self._rate.take(max(size, _LEAST_BYTES))
             await self._upload.take(size)
+
+    async def _wait_turn(self, session: Session) -> None:
+        """Waits as long as a piece of a circuit would, so that this peer learns how busy the relay is. No longer than
+        is needed for that: if it is the only relay, slow is better than none.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST_TURN_S):
+                await self._take(session.owner, _LEAST_BYTES)
 
     def _require_admitted(self, session: Session) -> None:
         if not self._sessions.still_admits(session):

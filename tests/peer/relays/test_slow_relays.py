@@ -168,3 +168,20 @@ def test_a_slow_relay_is_kept_if_the_other_one_does_not_answer(
                 assert relays_of(hidden) == {relay.peer_id}
 
     loop.run(scenario(), 60)
+
+
+def test_an_overloaded_relay_still_gives_reservations(
+    loop: LoopThread, keys: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.relays.service._LONGEST_TURN_S", 0.5)
+
+    async def scenario() -> None:
+        relay = await serve(keys[RELAY], SLOW_MBIT / 10)
+        hidden = await hide(keys[HIDDEN], [relay])
+        async with closing(relay, hidden), overloaded(keys[CALLER], relay, hidden):
+            await asyncio.sleep(2.0)  # a piece of the payload has its turn, and takes twenty seconds
+            async with asyncio.timeout(8.0):
+                other = await hide(keys[4], [relay])
+            await other.close()
+
+    loop.run(scenario(), 60)
