@@ -142,6 +142,8 @@ class Reservations:
         self._pauses = Backoff[PeerID](_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _REMEMBERED, jitter)
         """Relays that have failed."""
         self._slow = SlowRelays(jitter)
+        self._searching = asyncio.Lock()
+        """Held during a search for a faster relay, so that this peer never leaves all its relays at once."""
         self._circuits: Multiset[PeerID] = Multiset()
         """Open circuits by relay."""
         self._keeping = TaskSet(restarts)
@@ -246,11 +248,12 @@ class Reservations:
         """Waits until this relay has been slow for a while and another answers faster. Returns that one."""
         while True:
             await asyncio.sleep(BEAT_S)
-            if not self._slow.should_replace(relay, answers.fastest_s, time.monotonic()):
-                continue
-            found = await self._find(candidates)
-            is_faster = found is not None and await self._reserves_within(answers.fastest_s, found)
-            self._slow.searched(relay, is_faster, time.monotonic())
+            async with self._searching:
+                if not self._slow.should_replace(relay, answers.fastest_s, time.monotonic()):
+                    continue
+                found = await self._find(candidates)
+                is_faster = found is not None and await self._reserves_within(answers.fastest_s, found)
+                self._slow.searched(relay, is_faster, time.monotonic())
             if found is not None and is_faster:
                 logger.info("relay %s is slow: changing to %s", relay, found.peer_id)
                 return found

@@ -5,6 +5,8 @@ import contextlib
 import itertools
 import socket
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -29,7 +31,7 @@ from relayed import (
 from peer.identity import Identity, PeerID
 from peer.loop import LoopThread, cancel_all
 from peer.metrics import total
-from peer.relays.reservations import Answers, SlowRelays
+from peer.relays.reservations import Answers, Reservations, SlowRelays
 from peer.rpc.channels import KnownPeer
 from peer.transport.endpoints import Endpoint
 
@@ -98,6 +100,35 @@ def test_after_a_change_all_relays_are_kept_for_a_while() -> None:
     slow.searched(_ID, True, 60.0)
     assert not slow.should_replace(other, 2.0, 359.0)
     assert slow.should_replace(other, 2.0, 360.0)
+
+
+def test_a_peer_never_leaves_both_relays_at_once(
+    monkeypatch: pytest.MonkeyPatch, keys: list[Identity]
+) -> None:
+    monkeypatch.setattr("peer.relays.reservations.BEAT_S", 0.01)
+    monkeypatch.setattr("peer.relays.reservations._SEARCH_S", 0.05)
+    relays = [KnownPeer(key.peer_id, (Endpoint("192.0.2.1:1"),), b"") for key in keys]
+
+    async def reserve(relay: KnownPeer) -> Any:
+        await asyncio.sleep(0.05)
+        return SimpleNamespace(cancel=lambda: None)
+
+    async def candidates() -> list[KnownPeer]:
+        return relays[2:]
+
+    async def scenario() -> None:
+        client: Any = SimpleNamespace(peer_id=keys[HIDDEN].peer_id, reserve=reserve)
+        reservations, slow = Reservations(client), Answers()
+        for now in range(3):
+            slow.ask(now)
+            slow.answer(now + 2.0)
+        searches = [reservations._find_faster(relay.peer_id, slow, candidates) for relay in relays[:2]]
+        tasks = [asyncio.create_task(search) for search in searches]
+        await asyncio.wait(tasks, timeout=1.0)
+        assert [task.done() for task in tasks].count(True) == 1
+        await cancel_all(tasks)
+
+    asyncio.run(scenario())
 
 
 @pytest.fixture
