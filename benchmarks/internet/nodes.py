@@ -49,7 +49,7 @@ from peer.loop import RetryingRounds
 from peer.parsing import ParseGuard
 from peer.relays.circuits import BEAT_S
 from peer.relays.dialler import HEAD_START_S
-from peer.relays.reservations import WANTED, SlowRelays
+from peer.relays.reservations import ANSWERS, WANTED, SlowRelays
 from peer.transport.addresses import Multiaddress
 from peer.wire import state_pb2
 
@@ -58,8 +58,8 @@ _CHECKPOINT_EVERY_S = 60.0
 _ACQUAINTANCES, _KNOWN_FOR_S = 20, 60.0
 _BUFFER_S = 2.0
 """How long a small message waits at most in the queue of a home router whose line is full: assumed."""
-_IN_A_ROW_S = 3 * BEAT_S
-"""A relay is slow after three slow answers."""
+_IN_A_ROW_S = ANSWERS * BEAT_S
+"""A relay is slow after several slow answers in a row."""
 _TRIPS_TO_RESERVE = 5
 """Round trips of a new connection, a session and a reservation."""
 

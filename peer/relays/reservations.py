@@ -50,8 +50,9 @@ _STEADY_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 """Pauses before a failed relay is tried again. They double until the relay has kept a reservation for a while."""
 _REMEMBERED = 1024
-_SLOW_S, _ANSWERS = 1.0, 3
-"""A relay is slow if each of so many answers in a row took longer than this. Its line or its limit is then overloaded.
+_SLOW_S, ANSWERS = 1.0, 3
+"""A relay is slow if each of so many answers in a row took longer than this. Then more passes through it than its line,
+or the limit that its owner set, can carry.
 """
 _SEARCH_S, _LONGEST_SEARCH_S = 60.0, 960.0
 """How long a relay must have been slow before another is looked for, and the longest pause between two searches. The
@@ -70,8 +71,8 @@ class Answers:
     """How long a relay takes to answer. Pure: times are arguments, in seconds of a monotonic clock."""
 
     def __init__(self) -> None:
-        self._asked = deque[float](maxlen=_ANSWERS)
-        self._took = deque[float](maxlen=_ANSWERS)
+        self._asked = deque[float](maxlen=ANSWERS)
+        self._took = deque[float](maxlen=ANSWERS)
 
     def ask(self, now: float) -> None:
         self._asked.append(now)
@@ -83,7 +84,7 @@ class Answers:
     @property
     def fastest_s(self) -> float:
         """How long the fastest of the last answers took; 0 while there are not enough of them."""
-        return min(self._took) if len(self._took) == _ANSWERS else 0.0
+        return min(self._took) if len(self._took) == ANSWERS else 0.0
 
 
 class SlowRelays:
@@ -94,7 +95,7 @@ class SlowRelays:
         not all leave it at once.
         """
         self._searches = Backoff[PeerID](_SEARCH_S, _LONGEST_SEARCH_S, _REMEMBERED, jitter)
-        self._settled_at = -math.inf
+        self._kept_until = -math.inf
 
     def should_replace(self, relay: PeerID, fastest_s: float, now: float) -> bool:
         """Call it now and then for each relay. `fastest_s`: how long the fastest of its last answers took."""
@@ -103,13 +104,13 @@ class SlowRelays:
             return False
         if not self._searches.pause_s(relay):
             self._searches.failed(relay, now)
-        return now >= self._settled_at and not self._searches.holds_back(relay, now)
+        return now >= self._kept_until and not self._searches.holds_back(relay, now)
 
     def searched(self, relay: PeerID, has_found: bool, now: float) -> None:
         """Call it after a search for a faster relay than this one."""
         if has_found:
             self._searches.succeeded(relay)
-            self._settled_at = now + _SETTLED_S
+            self._kept_until = now + _SETTLED_S
         else:
             self._searches.failed(relay, now)
 
@@ -251,12 +252,13 @@ class Reservations:
             async with self._searching:
                 if not self._slow.should_replace(relay, answers.fastest_s, time.monotonic()):
                     continue
-                found = await self._find(candidates)
-                is_faster = found is not None and await self._reserves_within(answers.fastest_s, found)
-                self._slow.searched(relay, is_faster, time.monotonic())
-            if found is not None and is_faster:
-                logger.info("relay %s is slow: changing to %s", relay, found.peer_id)
-                return found
+                faster = await self._find(candidates)
+                if faster is not None and not await self._reserves_within(answers.fastest_s, faster):
+                    faster = None
+                self._slow.searched(relay, faster is not None, time.monotonic())
+            if faster is not None:
+                logger.info("relay %s is slow: changing to %s", relay, faster.peer_id)
+                return faster
 
     async def _reserves_within(self, seconds: float, contact: Contact) -> bool:
         """Whether a reservation there takes no longer, although that needs several answers."""
