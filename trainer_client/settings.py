@@ -239,7 +239,8 @@ class TrainerSettings(RoleSettings):
         ge=0,
         le=600,
         allow_inf_nan=False,
-        description="seconds to wait for more answers once every token has k_min",
+        description="seconds to wait for more answers once every token has k_min; for gradients, longer if the first "
+        "ones took longer",
     )
     k_min: int = Field(
         default=2,

@@ -364,7 +364,7 @@ class ModelCaller:
         """Makes a call. Experts answer a share of their inputs; hostile nodes answer values that are far too large."""
         calls, batch = self._calls, call.batch
         number, now = self._numbers[call.node.peer_id], asyncio.get_running_loop().time()
-        slots = batch.asked if call.counts is None else call.counts
+        slots = call.slots
         counts = [len(batch.rows), int(slots.sum()), len(batch.uids)]
         sent = Sent(np.array([number]), *(np.array([count]) for count in counts))
         forward = call.direction == "forward"

@@ -266,6 +266,11 @@ class NodeCall:
     updates: Sequence[int] = ()
     """With `keep`: how many updates of each expert of the batch this trainer has got so far, from any node."""
 
+    @property
+    def slots(self) -> Booleans:
+        """[n, K], the slots whose experts are asked; in backward, only those whose answers count."""
+        return self.batch.asked if self.counts is None else self.counts
+
     def in_full(self) -> "NodeCall":
         """A backward call with everything that a node needs if it has kept nothing.
 

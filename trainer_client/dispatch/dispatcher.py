@@ -26,6 +26,7 @@ from trainer_client.dispatch.batches import (
     CallEnded,
     ExpertCaller,
     ForwardPass,
+    NodeBatch,
     NodeCall,
     RoutedRows,
     SentBatch,
@@ -171,33 +172,44 @@ class Dispatcher:
         """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Returns the gradient of the inputs
         [R, W], and that of the experts' logits [R, K], which comes from their shares in the answers.
 
-        A node that does not answer within the deadline contributes nothing.
+        Waits as in the forward pass: once each row has `k_min` gradients, or all that can still come, the rest has the
+        grace time, or as long as these took if that is longer. A node that takes longer contributes nothing here, but
+        still trains its experts.
         """
         deadline_s = self._policy.deadline_s(self.latencies.calls["backward"])
-        ends = self._calls.now() + deadline_s
+        began = self._calls.now()
+        deadline = ends = began + deadline_s
         inputs, products = np.zeros_like(forward.rows.inputs), np.zeros_like(forward.shares)
         came, recomputed = np.zeros_like(forward.answered), np.zeros(len(inputs), dtype=np.bool_)
+        pending = np.zeros_like(came)  # slots whose product may still come
         replies: Replies = asyncio.Queue()
-        waiting: dict[PeerID, int] = {}  # for each peer, calls that have not ended
+        waiting: dict[NodeBatch, NodeCall] = {}
         kept = set()
         for call in self._backward_calls(forward, gradients, deadline_s):
             self._calls.start(call, replies)
-            waiting[call.node.peer_id] = waiting.get(call.node.peer_id, 0) + 1
+            waiting[call.batch] = call
+            pending[call.batch.rows] |= call.slots
             if call.kept is not None:
                 kept.add(call.batch)
-        while any(waiting.values()) and (left := ends - self._calls.now()) > 0:
+        has_enough = False
+        while waiting and (left := ends - self._calls.now()) > 0:
             for reply in await next_replies(replies, left):
                 if isinstance(reply, CallEnded):
-                    waiting[reply.peer_id] -= 1
+                    pending[reply.batch.rows] &= ~waiting.pop(reply.batch).slots
                 elif isinstance(reply, AnsweredRows) and reply.products is not None:
                     rows = reply.batch.rows[reply.places]
                     inputs[rows] += reply.tensor
                     products[rows] = np.where(reply.answered, reply.products, products[rows])
                     came[rows] |= reply.answered
+                    pending[rows] &= ~reply.answered
                     recomputed[rows] |= reply.batch not in kept
-        for peer_id, missing in waiting.items():
-            if missing:  # the deadline was reached: the next layer must not wait for this peer again
-                self._calls.breakers.failed(peer_id, self._calls.now(), "backward")
+            lacks = (came.sum(axis=1) < self._policy.k_min) & pending.any(axis=1)
+            if not has_enough and not lacks.any():
+                has_enough, now = True, self._calls.now()
+                ends = min(deadline, now + max(self._policy.grace_s, now - began))
+        if self._calls.now() >= deadline:
+            for call in waiting.values():  # the next layer must not wait for these peers again
+                self._calls.breakers.failed(call.node.peer_id, self._calls.now(), "backward")
         logits = np.zeros_like(products)
         error = rounding_error(inputs.shape[1], codec_of(self._directory.view.manifest.wire.codec))
         for sent in forward.answers:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from dispatch_swarm import (
     DEADLINE,
+    GRACE,
     LATE,
     LENGTH,
     answered_by_all_rows,
@@ -80,16 +81,17 @@ def test_gradient_is_the_sum_over_the_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "ends_at"),
+    ("behaviour", "ends_at", "contributes"),
     [
-        (fails(), 0.0),
-        (fails(StatusCode.INTERNAL, after_s=1.0), 1.0),
-        (SILENT, DEADLINE),
-        (LATE, LATE.after_s),
+        (fails(), 0.0, False),
+        (fails(StatusCode.INTERNAL, after_s=0.5), 0.5, False),
+        (SILENT, GRACE, False),
+        (LATE, GRACE, False),
+        (Behaviour(after_s=0.9 * GRACE), 0.9 * GRACE, True),
     ],
 )
-def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_contributes_all(
-    behaviour: Behaviour, ends_at: float
+def test_expert_contributes_to_the_gradient_if_it_answers_within_the_grace_time(
+    behaviour: Behaviour, ends_at: float, contributes: bool
 ) -> None:
     async def scenario() -> None:
         swarm = make_swarm(5)
@@ -98,7 +100,7 @@ def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_
         swarm.behaviours[uid(1)] = behaviour
         gradients = random_gradients(result)
         total, _ = await dispatcher.send_back(result, gradients)
-        without = () if behaviour is LATE else (1,)
+        without = () if contributes else (1,)
         np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, without), atol=1e-5)
         assert now() == ends_at
         assert late_gradients(dispatcher) == len(without)
@@ -106,17 +108,63 @@ def test_expert_that_fails_in_backward_contributes_nothing_and_one_that_is_slow_
     run(scenario())
 
 
-def test_backward_waits_for_a_frozen_peer_only_once() -> None:
+@pytest.mark.parametrize(
+    ("k_min", "others_s", "after_s", "ends_at", "contributes"),
+    [
+        (2, 3.0, 5.9, 5.9, True),  # experts that need 3 s give the last one 3 s more
+        (2, 3.0, 6.1, 6.0, False),
+        (2, 6.0, 9.9, 9.9, True),
+        (2, 6.0, 10.1, DEADLINE, False),
+        (3, 0.0, 9.9, 9.9, True),  # without it, no row has enough
+        (3, 0.0, 10.1, DEADLINE, False),
+    ],
+)
+def test_backward_waits_for_the_rest_as_long_again_as_it_took_until_each_row_had_enough(
+    k_min: int, others_s: float, after_s: float, ends_at: float, contributes: bool
+) -> None:
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        dispatcher = make_dispatcher(swarm, k_min=k_min)
+        result = await forward_once(dispatcher, 5)
+        swarm.behaviours |= {uid(number): Behaviour(after_s=others_s) for number in (0, 2)}
+        swarm.behaviours[uid(1)] = Behaviour(after_s=after_s)
+        gradients = random_gradients(result)
+        total, _ = await dispatcher.send_back(result, gradients)
+        assert now() == pytest.approx(ends_at)
+        without = () if contributes else (1,)
+        np.testing.assert_allclose(total, gradients_of(swarm, result, gradients, without), atol=1e-5)
+
+    run(scenario())
+
+
+def test_expert_that_answers_after_the_grace_time_has_trained_and_is_not_avoided() -> None:
     async def scenario() -> None:
         swarm = make_swarm(5)
         dispatcher = make_dispatcher(swarm)
-        layers = [await forward_once(dispatcher, 5) for _ in range(3)]
+        result = await forward_once(dispatcher, 5)
+        swarm.behaviours[uid(1)] = LATE
+        await dispatcher.send_back(result, random_gradients(result))
+        assert dispatcher.open_breakers() == 0
+        await settle()
+        assert dispatcher.open_breakers() == 0
+        assert swarm.rows_sent("backward", uid(1)) == 8
+
+    run(scenario())
+
+
+def test_backward_passes_wait_for_a_frozen_peer_until_its_first_call_fails() -> None:
+    """So no longer than the deadline, and the grace time of the pass that is under way then."""
+
+    async def scenario() -> None:
+        swarm = make_swarm(5)
+        dispatcher = make_dispatcher(swarm)
+        layers = [await forward_once(dispatcher, 5) for _ in range(20)]
         swarm.behaviours[make_peer_id(1)] = SILENT
         for result in layers:
             await dispatcher.send_back(result, random_gradients(result))
-        assert now() == DEADLINE
-        assert late_gradients(dispatcher) == 3
-        assert swarm.rows_sent("backward", uid(1)) == 8
+        assert now() == DEADLINE + GRACE
+        assert late_gradients(dispatcher) == 20
+        assert swarm.rows_sent("backward", uid(1)) == 8 * (DEADLINE / GRACE + 1)
 
     run(scenario())
 
