@@ -82,7 +82,7 @@ class _Pass:
     """A pass that is under way. Each group may be called twice: the places from G on are those of the second calls."""
 
     __slots__ = (
-        "answered", "began", "called_at", "ends", "enough_at", "forward", "is_over", "last_at", "left", "nodes",
+        "answered", "began", "called_at", "ends", "forward", "grace_ends", "is_over", "last_at", "left", "nodes",
         "recorded", "sent_to", "step", "times",
     )  # fmt: skip
 
@@ -103,7 +103,8 @@ class _Pass:
         self.answered = nodes < 0
         self.left = int((nodes >= 0).sum())
         self.last_at = began
-        self.enough_at: float | None = None
+        self.grace_ends: float | None = None
+        """Until when the rest has time; None: until every row has enough answers."""
         self.is_over = False
         """Nobody waits for the pass any more. Answers that still arrive only show how slow a node is."""
         self.times: list[Numbers] = []
@@ -218,7 +219,7 @@ class DrawnTrainers:
         took_s = pacing.end(step.number, at)
         if play.counts.is_on:
             play.counts.tokens[step.trainer] += play.window.tokens
-            play.counts.step_s.append(took_s)
+            play.counts.step_s[step.trainer].append(took_s)
         while pacing.lacks > 0:
             self._begin_step(step.trainer, at)
 
@@ -292,7 +293,7 @@ class DrawnTrainers:
         found.times.append(at - found.began)
         if not found.left:
             self._end(owner, found, found.last_at)
-        elif found.enough_at is None and found.left <= max(2, len(found.answered) // 8):
+        elif found.grace_ends is None and found.left <= max(2, len(found.answered) // 8):
             self._see_if_enough(owner, found)
 
     def _forget_if_answered(self, owner: int, found: _Pass) -> None:
@@ -300,28 +301,30 @@ class DrawnTrainers:
             del self._owners[owner]
 
     def _see_if_enough(self, owner: int, found: _Pass) -> None:
-        """Notes whether every row has as many answers as the wait policy asks for."""
+        """Notes until when the rest has time, if every row has as many answers as the wait policy asks for."""
         recorded = found.recorded
         asked = (found.sent_to >= 0)[recorded.group_of] & (recorded.group_of >= 0)
         got = (found.answered[recorded.group_of] & asked).sum(axis=1)
         if (got >= np.minimum(self._play.policy.k_min, asked.sum(axis=1))).all():
-            found.enough_at = found.last_at
-            self._look_at(owner, found.last_at + self._play.policy.grace_s)
+            grace_s = self._play.policy.grace_s
+            if not found.forward:
+                grace_s = max(grace_s, found.last_at - found.began)
+            found.grace_ends = found.last_at + grace_s
+            self._look_at(owner, found.grace_ends)
 
     def _look(self, owner: int, found: _Pass, now: float) -> None:
-        play, policy = self._play, self._play.policy
-        slot_s = play.window.slot_s
+        slot_s = self._play.window.slot_s
         if found.is_over:
             if now >= found.ends - slot_s:
                 late = found.nodes >= 0
                 trainer, took_s = found.step.trainer - self._first, now - found.called_at[late]
                 self._known.note(trainer, found.nodes[late], took_s, now)
                 del self._owners[owner]
-        elif found.enough_at is not None and now >= found.enough_at + policy.grace_s - slot_s:
-            self._end(owner, found, found.enough_at + policy.grace_s)
+        elif found.grace_ends is not None and now >= found.grace_ends - slot_s:
+            self._end(owner, found, found.grace_ends)
         elif now >= found.ends - slot_s:
             self._end(owner, found, found.ends)
-        elif found.forward and found.enough_at is None:
+        elif found.forward and found.grace_ends is None:
             self._hedge(owner, found, now)
 
     def _hedge(self, owner: int, found: _Pass, now: float) -> None:

@@ -34,6 +34,8 @@ RESTARTED_SHARE, RESTARTED_WITHIN_S, RESTART_TAKES_S = 0.2, 300.0, 20.0
 DAY_S = 86_400.0
 TRAINED_BY, HEAVY = 10, 100.0
 """The number of nodes for each trainer, and how many times as much as the others the heavy trainer trains."""
+PROBING = 10
+"""Every tenth trainer measures how long a lone step takes."""
 BOOTSTRAPS = 3
 """The number of bootstrap nodes: the founder's own node and the others that invites name."""
 
@@ -249,9 +251,11 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
         trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
     # All trainers begin at about the same time. It takes three steps until they are no longer in step.
     window = Window(timing.trained_s, 1.5 * timing.trained_s)
+    # How many steps in flight a trainer needs depends on how long a lone step takes while all others train. The
+    # controller finds it out in minutes. Here, a play with fewer steps in flight measures it.
     alone = training.play(placed, trainers[: window.real], replace(window, in_flight=1), seed)
-    # Without this figure, trainers find only half of the right number of steps in flight within 20 s.
-    window = replace(window, alone_s=alone.step_s or None)
+    probed = replace(window, overhead_s=alone.overhead_s, probing=PROBING)
+    window = replace(window, overhead_s=training.play(placed, trainers, probed, seed).overhead_s)
     figures = training.play(placed, trainers, window, seed)
     last = trainers[-1]
     trainers[-1] = replace(

@@ -166,7 +166,7 @@ class RealTrainer:
         took_s = self.pacing.end(number, loop.time())
         if play.counts.is_on:
             play.counts.tokens[self._number] += window.tokens
-            play.counts.step_s.append(took_s)
+            play.counts.step_s[self._number].append(took_s)
 
     async def _compute(self, work: float) -> None:
         calls = self._play.calls

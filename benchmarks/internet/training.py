@@ -43,6 +43,8 @@ class TrainingFigures:
     """bit/s that the lines of all living nodes carry together, in the slower direction."""
     step_s: float
     """The median time of a step; 0 if none ended."""
+    overhead_s: float
+    """The median time of a lone step less what it takes on the trainer's own machine and line; 0 if none ended."""
     answered_rows: float
     """The share of real trainers' rows that any expert answered."""
     answered_slots: float
@@ -121,7 +123,8 @@ class _Play(SharedWindow):
             row_bytes=self.calls.row_bytes,
             rows_per_s=sum(machine.rows_per_s for machine in machines),
             bit_per_s=sum(min(machine.up_bps, machine.down_bps) for machine in machines),
-            step_s=quantile(counts.step_s, 0.5),
+            step_s=quantile([seconds for some in counts.step_s for seconds in some], 0.5),
+            overhead_s=self._overhead_s(),
             answered_rows=counts.answered_rows / max(1, counts.rows),
             answered_slots=counts.answered_slots / max(1, counts.sent_slots),
             experts_per_token=counts.sent_slots / max(1, counts.rows),
@@ -131,6 +134,15 @@ class _Play(SharedWindow):
             if len(counts.tokens) > 1
             else 0.0,
         )
+
+    def _overhead_s(self) -> float:
+        carried, machines = self._bytes_per_token(), self.machines[self.nodes :]
+        rest = [
+            quantile(some, 0.5) - self.own_s(machines[number], carried)
+            for number, some in enumerate(self.counts.step_s)
+            if some and self.in_flight(number) == 1
+        ]
+        return max(0.0, quantile(rest, 0.5))
 
     def _rows_per_token(self) -> float:
         return self.counts.sent_rows / max(1, self.counts.rows)

@@ -61,11 +61,13 @@ class Window:
     """Tokens of a sequence. A step has `sequences` sequences."""
     in_flight: int | None = None
     """Steps in flight; None: as many as the product's controller chooses."""
-    alone_s: float | None = None
-    """How long a step takes when it is alone in flight. If given, trainers have as many steps in flight as the
-    controller would settle on for that time and for their machines and lines: a window is too short for the
+    overhead_s: float | None = None
+    """How long a trainer's only step in flight takes, less `own_s`. If given, trainers have as many steps in flight as
+    the controller would settle on for that time and for their machines and lines: a window is too short for the
     controller's search.
     """
+    probing: int | None = None
+    """Every so manyth trainer has one step in flight, as while the controller measures how long a lone step takes."""
     dense_rows: float = 6.0
     """What the trainer's own part of the model costs for each token, in rows of an expert: assumed, for the default
     model.
@@ -229,7 +231,7 @@ class Counts:
     def __init__(self, trainers: int) -> None:
         self.is_on = False
         self.tokens = np.zeros(trainers)
-        self.step_s: list[float] = []
+        self.step_s: list[list[float]] = [[] for _ in range(trainers)]
         self.rows = self.answered_rows = self.answered_slots = 0
         self.sent_rows = self.sent_slots = 0
 
@@ -258,19 +260,26 @@ class SharedWindow:
         """How many steps a trainer has in flight; None if the product's controller decides."""
         window = self.window
         heavy = window.heavy if number == len(self.counts.tokens) - 1 else 1.0
+        if self.is_probing(number):
+            return 1
         if window.in_flight is not None:
             return round(heavy * window.in_flight)
-        if window.alone_s is None:
+        if window.overhead_s is None:
             return None
         nodes = self.routing.nodes_per_token or self.routing.k
         carried = 2 * self.swarm.manifest.model.layers * nodes * self.calls.row_bytes
-        limit = self.limit(self.machines[self.nodes + number], carried) / heavy
+        machine = self.machines[self.nodes + number]
+        limit = self.limit(machine, carried) / heavy
         serving = float(
             self.calls.rates[list({n for hosts in self.swarm.hosts.values() for n in hosts})].sum()
         )
         share = serving / self.routing.k / self.swarm.manifest.model.layers / len(self.counts.tokens)
-        busy = min(limit, share) / window.tokens * window.alone_s
+        alone_s = window.overhead_s + self.own_s(machine, carried)
+        busy = min(limit, share) / window.tokens * alone_s
         return round(heavy * min(MAX_IN_FLIGHT, max(2, round(busy + 2 * math.sqrt(busy)))))
+
+    def is_probing(self, number: int) -> bool:
+        return self.window.probing is not None and number % self.window.probing == 0
 
     def limit(self, machine: Machine, carried: float) -> float:
         """Tokens a second that a trainer's own machine and line allow. `carried`: bytes of each token in each
@@ -278,3 +287,8 @@ class SharedWindow:
         """
         line = min(machine.up_bps, machine.down_bps) / 8 / carried
         return min(machine.rows_per_s / self.window.dense_rows, line)
+
+    def own_s(self, machine: Machine, carried: float) -> float:
+        """How long a step takes on a trainer's own machine and line if nothing else takes time."""
+        line_s = carried * 8 / machine.up_bps + carried * 8 / machine.down_bps
+        return self.window.tokens * (line_s + self.window.dense_rows / machine.rows_per_s)

@@ -109,3 +109,16 @@ def test_a_lone_call_takes_what_lines_and_processors_take() -> None:
     rtt_s = 0.02 + 0.2
     links_s = 8 * there[0] / 2e6 + 8 * back[0] / 1e6
     assert took_s == pytest.approx(rtt_s + links_s + 90 / 3 / 100, abs=0.021)
+
+
+def test_lone_steps_are_measured_while_the_others_train_and_decide_how_many_are_in_flight() -> None:
+    swarm, window = make_swarm([Machine()] * 8), replace(WINDOW, real=1, in_flight=6)
+    alone = train(swarm, 1, replace(window, in_flight=1)).overhead_s
+    among = train(swarm, 4, replace(window, probing=4)).overhead_s
+    assert 0 < alone < among
+    assert train(swarm, 4, window).overhead_s == 0, "no trainer has a lone step"
+    few, more = (
+        train(swarm, 4, replace(window, in_flight=None, overhead_s=lone_s)).in_flight
+        for lone_s in (0.0, 30.0)
+    )
+    assert 2 <= few < more
