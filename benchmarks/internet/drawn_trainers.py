@@ -104,7 +104,7 @@ class _Pass:
         self.left = int((nodes >= 0).sum())
         self.last_at = began
         self.grace_ends: float | None = None
-        """Until when the rest has time; None: until every row has enough answers."""
+        """When the pass stops waiting for other answers; None while a row has too few."""
         self.is_over = False
         """Nobody waits for the pass any more. Answers that still arrive only show how slow a node is."""
         self.times: list[Numbers] = []
@@ -301,14 +301,13 @@ class DrawnTrainers:
             del self._owners[owner]
 
     def _see_if_enough(self, owner: int, found: _Pass) -> None:
-        """Notes until when the rest has time, if every row has as many answers as the wait policy asks for."""
+        """Begins the grace time if every row has as many answers as the wait policy asks for."""
         recorded = found.recorded
         asked = (found.sent_to >= 0)[recorded.group_of] & (recorded.group_of >= 0)
         got = (found.answered[recorded.group_of] & asked).sum(axis=1)
         if (got >= np.minimum(self._play.policy.k_min, asked.sum(axis=1))).all():
-            grace_s = self._play.policy.grace_s
-            if not found.forward:
-                grace_s = max(grace_s, found.last_at - found.began)
+            policy, took_s = self._play.policy, found.last_at - found.began
+            grace_s = policy.grace_s if found.forward else policy.backward_grace_s(took_s)
             found.grace_ends = found.last_at + grace_s
             self._look_at(owner, found.grace_ends)
 

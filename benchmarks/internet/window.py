@@ -67,7 +67,7 @@ class Window:
     controller's search.
     """
     probing: int | None = None
-    """Every so manyth trainer has one step in flight, as while the controller measures how long a lone step takes."""
+    """One trainer in this many has one step in flight, as while the controller measures how long a lone step takes."""
     dense_rows: float = 6.0
     """What the trainer's own part of the model costs for each token, in rows of an expert: assumed, for the default
     model.
@@ -260,7 +260,7 @@ class SharedWindow:
         """How many steps a trainer has in flight; None if the product's controller decides."""
         window = self.window
         heavy = window.heavy if number == len(self.counts.tokens) - 1 else 1.0
-        if self.is_probing(number):
+        if window.probing is not None and number % window.probing == 0:
             return 1
         if window.in_flight is not None:
             return round(heavy * window.in_flight)
@@ -270,16 +270,16 @@ class SharedWindow:
         carried = 2 * self.swarm.manifest.model.layers * nodes * self.calls.row_bytes
         machine = self.machines[self.nodes + number]
         limit = self.limit(machine, carried) / heavy
-        serving = float(
-            self.calls.rates[list({n for hosts in self.swarm.hosts.values() for n in hosts})].sum()
-        )
-        share = serving / self.routing.k / self.swarm.manifest.model.layers / len(self.counts.tokens)
         alone_s = window.overhead_s + self.own_s(machine, carried)
-        busy = min(limit, share) / window.tokens * alone_s
+        busy = min(limit, self._share) / window.tokens * alone_s
         return round(heavy * min(MAX_IN_FLIGHT, max(2, round(busy + 2 * math.sqrt(busy)))))
 
-    def is_probing(self, number: int) -> bool:
-        return self.window.probing is not None and number % self.window.probing == 0
+    @cached_property
+    def _share(self) -> float:
+        """Each trainer's even share of the tokens per second that all hosts can compute."""
+        hosts = {number for some in self.swarm.hosts.values() for number in some}
+        rows_per_s = float(self.calls.rates[list(hosts)].sum())
+        return rows_per_s / self.routing.k / self.swarm.manifest.model.layers / len(self.counts.tokens)
 
     def limit(self, machine: Machine, carried: float) -> float:
         """Tokens a second that a trainer's own machine and line allow. `carried`: bytes of each token in each

@@ -172,9 +172,8 @@ class Dispatcher:
         """Sends the `gradients` [R, K, W] of the updates to the nodes that answered. Returns the gradient of the inputs
         [R, W], and that of the experts' logits [R, K], which comes from their shares in the answers.
 
-        Waits as in the forward pass: once each row has `k_min` gradients, or all that can still come, the rest has the
-        grace time, or as long as these took if that is longer. A node that takes longer contributes nothing here, but
-        still trains its experts.
+        Once each row has `k_min` gradients, or all that can still come, the others get the grace time of backward
+        passes. A node that takes longer contributes nothing here, but still trains its experts.
         """
         deadline_s = self._policy.deadline_s(self.latencies.calls["backward"])
         began = self._calls.now()
@@ -203,10 +202,11 @@ class Dispatcher:
                     came[rows] |= reply.answered
                     pending[rows] &= ~reply.answered
                     recomputed[rows] |= reply.batch not in kept
-            lacks = (came.sum(axis=1) < self._policy.k_min) & pending.any(axis=1)
-            if not has_enough and not lacks.any():
-                has_enough, now = True, self._calls.now()
-                ends = min(deadline, now + max(self._policy.grace_s, now - began))
+            if not has_enough:
+                lacks = (came.sum(axis=1) < self._policy.k_min) & pending.any(axis=1)
+                if has_enough := not lacks.any():
+                    now = self._calls.now()
+                    ends = min(deadline, now + self._policy.backward_grace_s(now - began))
         if self._calls.now() >= deadline:
             for call in waiting.values():  # the next layer must not wait for these peers again
                 self._calls.breakers.failed(call.node.peer_id, self._calls.now(), "backward")

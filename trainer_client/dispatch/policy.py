@@ -341,7 +341,7 @@ class WaitPolicy:
     call_deadline_s: float
     """The longest duration of a call."""
     grace_s: float
-    """How long to wait for the rest once every row has `k_min` answers."""
+    """How long to wait for the rest once every row has `k_min` answers. See also `backward_grace_s`."""
     k_min: int
     """Experts are chosen again for a row with fewer answers."""
     least_deadline_s: float = 3.0
@@ -357,6 +357,12 @@ class WaitPolicy:
         if usual is None:
             return self.call_deadline_s
         return min(self.call_deadline_s, max(self.least_deadline_s, _DEADLINE_FACTOR * usual))
+
+    def backward_grace_s(self, took_s: float) -> float:
+        """How long a backward pass waits for the other gradients after it took `took_s` until every row had enough. A
+        late gradient can't be asked for elsewhere, so on a slow line it gets more than the grace time.
+        """
+        return max(self.grace_s, took_s)
 
     def hedge_after_s(self, call_times: CallTimes) -> float:
         """After how long a forward call is slow, so that another replica is also asked: the 95th percentile of recent
