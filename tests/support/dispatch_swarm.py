@@ -19,6 +19,7 @@ from expert_fakes import (
 from dht.announcements import NodeInfo
 from dht.uid import UID
 from peer.codec import Floats
+from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.batches import ForwardPass, NodeCall, shares
 from trainer_client.dispatch.dispatcher import Dispatcher
 from trainer_client.dispatch.health import Responds
@@ -43,6 +44,7 @@ def make_dispatcher(
     most_hedged: float = 0.1,
     responds: Responds | None = None,
     is_silent: Callable[[NodeInfo], bool] = lambda node: False,
+    credit: CreditAccounts | None = None,
 ) -> Dispatcher:
     """Call it inside the loop, whose clock the dispatcher uses."""
     return Dispatcher(
@@ -53,6 +55,7 @@ def make_dispatcher(
         clock=asyncio.get_running_loop().time,
         responds=responds,
         is_silent=is_silent,
+        credit=credit,
     )
 
 

@@ -281,9 +281,6 @@ class CallTracker:
             raise ExpertError(
                 StatusCode.DATA_LOSS, f"the answer for {call.batch.uids[0]} and others is {fault}"
             )
-        # the code that waits for forward answers counts those that it uses
-        if call.direction == "backward":
-            self.credit.note(call.node, pairs=int(reply.answered.sum()))
         return True
 
     def _note_guard(self, peer_id: PeerID, reply: ExpertReply) -> None:

@@ -218,7 +218,9 @@ class Dispatcher:
             brought = _Products.of(forward, sent, gradients, came[rows], products[rows])
             fits = brought.fit(forward.rows.inputs[rows], ~recomputed[rows], error)
             logits[rows] += np.where(fits[:, None], brought.logit_gradients(), np.float32(0))
-            if not fits.all():
+            if fits.all():
+                self._calls.credit.note(sent.node, pairs=int(brought.came.sum()))
+            else:
                 self._calls.note_wrong(sent.node.peer_id, "products that do not fit the answers")
         return inputs, logits
 

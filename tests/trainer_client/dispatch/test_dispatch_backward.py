@@ -35,6 +35,7 @@ from grpc import StatusCode
 
 from peer import metrics
 from peer.codec import Floats
+from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.batches import ForwardPass
 from trainer_client.dispatch.dispatcher import Dispatcher
 
@@ -148,6 +149,21 @@ def test_expert_that_answers_after_the_grace_time_has_trained_and_is_not_avoided
         await settle()
         assert dispatcher.open_breakers() == 0
         assert swarm.rows_sent("backward", uid(1)) == 8
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("after_s", "experts"), [(0.9 * GRACE, 3), (1.1 * GRACE, 2)])
+def test_credit_is_for_gradients_that_came_in_time(after_s: float, experts: int) -> None:
+    async def scenario() -> None:
+        swarm, credit = make_swarm(5), CreditAccounts()
+        dispatcher = make_dispatcher(swarm, credit=credit)
+        result = await forward_once(dispatcher, 5)
+        assert credit.all_pairs == 8 * 3
+        swarm.behaviours[uid(1)] = Behaviour(after_s=after_s)
+        await dispatcher.send_back(result, random_gradients(result))
+        await settle()
+        assert credit.all_pairs == 8 * 3 + 8 * experts
 
     run(scenario())
 

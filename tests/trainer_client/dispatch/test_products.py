@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peer.codec import CodecName, Floats, codec_of, decode_scalars, encode_scalars
 from peer.encoding import decode, encode, rounding_error
 from peer.metrics import total
+from trainer_client.credit import CreditAccounts
 from trainer_client.dispatch.batches import AnsweredRows, CallReply, Kept, NodeCall
 from trainer_client.dispatch.policy import are_bounded, products_fit
 
@@ -184,6 +185,21 @@ def test_a_node_whose_products_do_not_fit_its_answers_is_banned_and_teaches_the_
         assert not logits[:, [0, 2]].any(), "peer 0 has experts 0 and 2"
         np.testing.assert_array_equal(logits[:, [1, 3]], honest_logits[:, [1, 3]])
         assert (wrong, banned) == (1, 1)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("lie", "experts"), [(honest, 4), (one_more, 2)])
+def test_gradients_with_products_that_do_not_fit_bring_no_credit(
+    lie: Callable[[Floats], Floats], experts: int
+) -> None:
+    async def scenario() -> None:
+        credit = CreditAccounts()
+        dispatcher = make_dispatcher(LyingSwarm(lie), credit=credit)
+        result = await send_to_best(dispatcher, random_rows(8), ranked(8, 4), 4, LENGTH, keep=True)
+        assert credit.all_pairs == 8 * 4
+        await dispatcher.send_back(result, random_gradients(result))
+        assert credit.all_pairs == 8 * 4 + 8 * experts
 
     run(scenario())
 
