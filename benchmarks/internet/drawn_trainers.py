@@ -67,7 +67,7 @@ class KnownTimes:
         fit = np.where(few[:, None], others | known & (seconds <= _SLOWER * least_s), fit)
         queued = np.where(fit, self._announced.queued[hosts], _MOST_QUEUED)
         fit &= queued <= queued.min(axis=1, keepdims=True) + _BUSIER_ROWS
-        place = np.where(fit, queued + rng.random(hosts.shape), np.inf).argmin(axis=1)
+        place = np.where(fit, rng.random(hosts.shape), np.inf).argmin(axis=1)
         return np.where(fit.any(axis=1), np.take_along_axis(hosts, place[:, None], axis=1)[:, 0], -1)
 
     def _usual_s(self, trainer: int, now: float) -> float:
