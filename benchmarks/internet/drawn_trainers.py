@@ -73,7 +73,7 @@ class KnownTimes:
     def _usual_s(self, trainer: int, now: float) -> float:
         if now >= self._usual_at[trainer] + _USUAL_EVERY_S:
             lately = self._seconds[trainer][self._at[trainer] > now - _TIMES_HOLD_S]
-            self._usual[trainer] = np.median(lately) if len(lately) else 0.0
+            self._usual[trainer] = np.quantile(lately, 0.5, method="lower") if len(lately) else 0.0
             self._usual_at[trainer] = now
         return float(self._usual[trainer])
 

@@ -1,6 +1,8 @@
 """Training on a small placed swarm: the calls, the trainers, and the figures."""
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,11 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks.internet.calls import Calls, Costs, Sent
+from benchmarks.internet.drawn_trainers import KnownTimes
 from benchmarks.internet.training import TrainingFigures, play
-from benchmarks.internet.window import PlacedSwarm, Window
+from benchmarks.internet.window import Announced, PlacedSwarm, Window
 from benchmarks.simulated_p2p import VirtualLoop
+from dht.directory import NOBODY
 from dht.manifest import Manifest
 from dht.uid import UID
+from trainer_client.dispatch.replicas import choose_replicas
 
 WINDOW = Window(seconds=4.0, warm_up_s=1.0, sequences=2, length=32, in_flight=2)
 
@@ -109,6 +114,33 @@ def test_a_lone_call_takes_what_lines_and_processors_take() -> None:
     rtt_s = 0.02 + 0.2
     links_s = 8 * there[0] / 2e6 + 8 * back[0] / 1e6
     assert took_s == pytest.approx(rtt_s + links_s + 90 / 3 / 100, abs=0.021)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_trainers_choose_replicas_as_often_as_real_ones_do(seed: int) -> None:
+    draw, times = random.Random(seed), 2000
+    swarm = make_swarm([Machine()] * 8, replicas=draw.randint(1, 8))
+    uid = swarm.manifest.uids()[0]
+    hosts = swarm.hosts[uid]
+    rng = np.random.default_rng(seed)
+    announced = Announced(swarm, Calls(swarm.machines, 8, 100, rng), WINDOW, rng)
+    announced.queued[:] = [draw.choice([0, 0, 0, 900, 5000]) for _ in range(8)]
+    called = draw.sample(range(8), draw.randint(0, 8))
+    took_s = [draw.choice([0.1, 0.11, 0.12, 0.14, 0.3]) for _ in called]
+
+    known = KnownTimes(1, 8, announced, rng)
+    known.note(0, np.array(called, np.int64), np.array(took_s), 1.0)
+    drawn = Counter(known.choose(0, np.tile(hosts, (times, 1)), 2.0).tolist())
+
+    names = swarm.peer_ids
+    seconds = {names[node]: time_s for node, time_s in zip(called, took_s, strict=True)}
+    real = Counter(
+        names.index(choose_replicas([uid], announced.view(), draw, NOBODY, seconds)[uid])
+        for _ in range(times)
+    )
+    assert drawn.keys() == real.keys()
+    for node, count in real.items():
+        assert drawn[node] == pytest.approx(count, abs=0.06 * times)
 
 
 def test_lone_steps_are_measured_while_the_others_train_and_decide_how_many_are_in_flight() -> None:
