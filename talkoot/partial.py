@@ -33,14 +33,18 @@ class PartialFolder:
             _require_own(self.partial)
             self._lock = _locked(self.partial)
 
-    def finish(self) -> None:
-        """Moves the folder to its place. Raises OSError."""
+    def finish(self, *own: str) -> None:
+        """Moves the folder to its place, and then removes the lock and the writer's `own` files from it: a writer that
+        is killed before leaves what the next one continues with. Raises OSError.
+        """
         if not CAN_UNLINK_OPEN_FILES:
             self.close()
-        (self.partial / LOCK).unlink()
         sync_folder(self.partial)
         os.replace(self.partial, self.path)
-        sync_folder(self.path.parent)
+        for name in (*own, LOCK):
+            (self.path / name).unlink()
+        for folder in (self.path, self.path.parent):
+            sync_folder(folder)
         self.close()
 
     def close(self) -> None:

@@ -229,8 +229,7 @@ class FolderWriter:
             for name in PYTHON_FILES:
                 self._write_text(name, python_file(name))
             self._write_text(CARD, card)
-            (self.partial / _SOURCE).unlink()
-            self._folder.finish()
+            self._folder.finish(_SOURCE)
 
     def _keep_what_fits(self) -> None:
         """Removes the files of an earlier writer, unless it wrote the same model."""
