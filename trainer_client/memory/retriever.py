@@ -192,10 +192,11 @@ class Retriever:
         self._rng = rng or random.SystemRandom()
         self._checked_share = checked_share
         self._kept = BoundedDict[Place, Proven](_KEPT)
-        self._checks = TaskSet()
+        self._searches, self._checks = TaskSet(), TaskSet()
 
     async def close(self) -> None:
-        """Ends checks in progress."""
+        """Ends searches and checks in progress."""
+        await self._searches.aclose()
         await self._checks.aclose()
 
     async def checked(self) -> None:
@@ -222,13 +223,14 @@ class Retriever:
         check_query(texts, k, cells)
         results: list[SearchResult] = []
         wanted = min(_CANDIDATES * k, MOST_WANTED) if by_words else k
-        for at in range(0, len(texts), MAX_QUERIES):
-            some = texts[at : at + MAX_QUERIES]
-            vectors_QD, scores_QC = await asyncio.to_thread(self.directory.encode, some, turn)
-            found = await self.search_vectors(vectors_QD, scores_QC, wanted, cells, deadline_s)
-            if by_words:
-                found = await asyncio.to_thread(self._by_words, some, found, k)
-            results += found
+        with self._searches.including_current():
+            for at in range(0, len(texts), MAX_QUERIES):
+                some = texts[at : at + MAX_QUERIES]
+                vectors_QD, scores_QC = await asyncio.to_thread(self.directory.encode, some, turn)
+                found = await self.search_vectors(vectors_QD, scores_QC, wanted, cells, deadline_s)
+                if by_words:
+                    found = await asyncio.to_thread(self._by_words, some, found, k)
+                results += found
         return results
 
     async def search_vectors(

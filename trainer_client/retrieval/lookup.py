@@ -292,8 +292,8 @@ class NeighbourLoader(Generic[Batch, Read]):
         return [self._lookup.learned(batch) for batch in batches]
 
     def close(self) -> None:
-        """Waits for the look-ups in progress, each of which has a deadline."""
-        self._workers.shutdown(cancel_futures=True)
+        """Abandons the look-ups in progress. Each ends with the search that it awaits."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def _look_up(self, number: int) -> Read:
         return self._lookup.learned(self._batch(number))

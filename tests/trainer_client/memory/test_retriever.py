@@ -427,6 +427,21 @@ def test_when_all_hosts_stall_a_search_ends_in_time_with_nothing() -> None:
         assert runner.get_loop().time() <= 10.0
 
 
+def test_closing_ends_a_search() -> None:
+    """Otherwise a trainer that leaves would warn of hosts that it no longer calls."""
+
+    async def close() -> None:
+        retriever = retriever_of(swarm_of(MEMORIES[0], "stalls", "stalls"))
+        searching = asyncio.create_task(retriever.search(["1"], K, CELLS))
+        async with asyncio.timeout(60):
+            while not total(retriever.calls.metrics.queries):  # noqa: ASYNC110  # a count sets no event
+                await asyncio.sleep(0.01)
+            await retriever.close()
+        assert searching.cancelled()
+
+    asyncio.run(close())
+
+
 def test_a_query_without_a_known_word_finds_nothing_and_asks_nobody() -> None:
     memory = MEMORIES[0]
     swarm = swarm_of(memory, None)

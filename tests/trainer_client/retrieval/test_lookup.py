@@ -1,6 +1,7 @@
 """Neighbours of batches: looked up ahead, without giving anything away, and left out if no host answers."""
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,3 +155,18 @@ def test_neighbours_that_come_too_late_are_left_out() -> None:
     finally:
         memory.may_answer.set()
         loader.close()
+
+
+def test_closing_waits_for_no_host() -> None:
+    memory = Echo()
+    memory.may_answer.clear()
+    loader = NeighbourLoader(lookup(memory), lambda number: tokens("aaaa bbbc"), ahead=5, patience_s=0.05)
+    try:
+        loader.training(0, tokens("aaaa bbbc"))
+        began = time.monotonic()
+        loader.close()
+        assert time.monotonic() - began < LIMIT_S / 4
+    finally:
+        memory.may_answer.set()
+    wait_until(lambda: not any(t.name.startswith("neighbours") for t in threading.enumerate()), "its threads")
+    assert len(memory.asked) <= 2  # what two threads had begun
