@@ -334,6 +334,18 @@ async def cancel_all(tasks: Collection["asyncio.Task[Any]"]) -> None:
     await asyncio.sleep(0)
 
 
+async def to_thread_whole(function: Callable[..., T], *arguments: Any) -> T:
+    """`asyncio.to_thread`, but if it is cancelled, it first waits for the function's end. For writes: a thread can't be
+    cancelled, and the next write must not begin before it has ended.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
 async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) -> None:
     """Runs the works in order, at most `most` at a time, so that one that waits for a slow peer does not hold up the
     others.

@@ -25,6 +25,7 @@ from peer.errors import ExpertError, UnreachableError
 from peer.files import read_state_file, write_state_file
 from peer.formatting import printable
 from peer.identity import Identity, PeerID
+from peer.loop import to_thread_whole
 from peer.metrics import start_at_zero
 from peer.rpc.calls import make_stub, while_open
 from peer.rpc.channels import ChannelPool
@@ -132,11 +133,14 @@ class CreditAccounts:
         if self._path is not None and self._has_changed:
             nodes = {peer_id.to_base58(): astuple(work) for peer_id, work in works.items()}
             data = _Saved(all_pairs=self.all_pairs, nodes=nodes).model_dump_json().encode()
-            self._has_changed = False
-            if not await asyncio.to_thread(
-                write_state_file, self._path, data, "nothing new is signed for nodes until that works"
-            ):
-                self._has_changed = True
+            self._has_changed, is_saved = False, False
+            try:
+                is_saved = await to_thread_whole(
+                    write_state_file, self._path, data, "nothing new is signed for nodes until that works"
+                )
+            finally:  # also if it is cancelled
+                self._has_changed |= not is_saved
+            if not is_saved:
                 return
         for peer_id, account in self._accounts.items():
             account.saved = works.get(peer_id, account.saved)

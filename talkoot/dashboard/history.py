@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter
 
 from peer.errors import StartError
+from peer.loop import to_thread_whole
 from talkoot.dashboard.picture import Picture
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -318,13 +319,8 @@ class HistoryStore:
 
     async def _run(self, call: Callable[[], T], otherwise: T) -> T:
         async with self._lock:
-            # the thread can't be cancelled, and the next call must not begin before it has ended
-            running = asyncio.ensure_future(asyncio.to_thread(call))
             try:
-                return await asyncio.shield(running)
-            except asyncio.CancelledError:
-                await asyncio.wait([running])
-                raise
+                return await to_thread_whole(call)
             except HistoryLostError:
                 self.failures.inc()  # the history has logged it
             except (sqlite3.Error, StartError, OSError) as error:

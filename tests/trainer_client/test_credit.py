@@ -1,6 +1,7 @@
 """A trainer signs for what nodes have done: all of it, once a period, across all its runs."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,38 @@ def test_what_could_not_be_saved_is_not_signed(loop: LoopThread, tmp_path: Path)
         await accounts.save()
         assert not list(accounts.due(1e9))
         folder.unlink()
+        await accounts.save()
+        assert [account.saved.pairs for _, account in accounts.due(1e9)] == [10]
+
+    loop.run(scenario(), 120)
+
+
+def test_what_a_cancelled_save_may_not_have_written_is_saved_before_it_is_signed(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that leaves cancels the task that saves, and then signs for the rest."""
+    writing, may_end = threading.Event(), threading.Event()
+
+    def write(*_: object) -> bool:
+        writing.set()
+        assert may_end.wait(60)
+        return False
+
+    async def scenario() -> None:
+        accounts = CreditAccounts(tmp_path / "sauna.json")
+        accounts.note(make_node(peer(1)), pairs=10)
+        with monkeypatch.context() as patch:
+            patch.setattr(credit, "write_state_file", write)
+            saving = asyncio.create_task(accounts.save())
+            assert await asyncio.to_thread(writing.wait, 60)
+            saving.cancel()
+            await asyncio.sleep(0)
+            assert not saving.done()  # two writes at once could leave the older one
+            may_end.set()
+            await asyncio.wait([saving])
+            assert saving.cancelled()
+            await accounts.save()
+            assert not list(accounts.due(1e9))
         await accounts.save()
         assert [account.saved.pairs for _, account in accounts.due(1e9)] == [10]
 
