@@ -261,6 +261,9 @@ class _Run:
         self._counts: RetrievalCounts | None = None
         encoder: str | None = None
         with ExitStack() as self._exits:
+            # the folder of a new run does not exist yet, and is inside the state folder, which the client has locked
+            if start.writer.folder.exists():
+                self._exits.enter_context(start.writer.locked())
             if dataset is None:
                 self._training, encoder = self._learn_questions(start, seed)
                 meanings = [f"answers questions that it finds passages for by the encoder {encoder}"]

@@ -7,10 +7,11 @@ of experts.
 import hashlib
 import logging
 import math
+import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from peer.checkpoints import (
 from peer.errors import CheckpointError, DataError, SettingsError, StateError
 from peer.files import StateFolder, require_folder
 from peer.formatting import counted
+from peer.platform.files import lock, open_plainly
 from trainer_client.averaging.dense_part import require_bounded, shared_buffers
 from trainer_client.data.corpus import Corpus, encode_corpus, require_length
 from trainer_client.data.questions import Question, digest_of, read_questions
@@ -112,6 +114,10 @@ def manifest_sha256(manifest: Manifest) -> str:
     return hashlib.sha256(manifest.to_json()).hexdigest()
 
 
+_LOCK = "lock"
+"""The file that a trainer locks in its run's folder."""
+
+
 class CheckpointWriter:
     """Writes the checkpoints of one run to its folder, and keeps the newest."""
 
@@ -120,19 +126,44 @@ class CheckpointWriter:
         self._files = RotatingFiles(folder, keep)
 
     def open(self, resumes: bool) -> None:
-        """Creates the folder. Raises CheckpointError if that fails, or if there are checkpoints of another run."""
+        """Creates the folder. Raises CheckpointError if that fails, if another trainer uses it, or if there are
+        checkpoints of another run.
+        """
+        with self.locked():
+            self._files.sweep()
+            if not resumes and (numbers := self._files.numbers()):
+                raise CheckpointError(
+                    f"{self.folder} has a checkpoint of step {numbers[0]}: pass --resume to continue from it, or "
+                    "another --checkpoint"
+                )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other trainers out of the folder while inside: each would remove the other's checkpoints. Raises
+        CheckpointError as `open` does.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise CheckpointError(
                 f"can't make the folder {self.folder}: {error.strerror}; pass another --checkpoint"
             ) from error
-        self._files.sweep()
-        if not resumes and (numbers := self._files.numbers()):
+        try:
+            file = os.fdopen(open_plainly(self.folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+        except OSError as error:
             raise CheckpointError(
-                f"{self.folder} has a checkpoint of step {numbers[0]}: pass --resume to continue from it, or another "
-                "--checkpoint"
-            )
+                f"can't write in {self.folder}: {error.strerror}; pass another --checkpoint"
+            ) from error
+        with file:
+            try:
+                lock(file.fileno())
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"another trainer saves its run in {self.folder}: stop it, or pass another --checkpoint"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                logger.debug("can't lock %s: %s", self.folder, error)
+            yield
 
     def save(self, header: Header, tensors: dict[str, Tensor]) -> bool:
         """Returns True once it is safely on disk. A failure is logged, and an earlier checkpoint stays."""

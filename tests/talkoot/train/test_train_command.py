@@ -23,7 +23,7 @@ from dht.invites import Invite
 from dht.manifest import AdmissionSpec
 from expert_server.status import NodeState
 from peer import checkpoints
-from peer.errors import RevokedInviteError
+from peer.errors import CheckpointError, RevokedInviteError
 from peer.loop import LoopThread
 from peer.transport.addresses import Multiaddress
 from peer.transport.endpoints import Endpoint
@@ -33,7 +33,9 @@ from trainer_client.client import SwarmClient
 from trainer_client.inference import Evaluation, evaluations
 from trainer_client.model import LanguageModel, SequenceState
 from trainer_client.settings import PRESETS
-from trainer_client.training.checkpoints import checkpoint_folder, load_checkpoint
+from trainer_client.training.checkpoints import CheckpointWriter, checkpoint_folder, load_checkpoint
+from trainer_client.training.loop import Training
+from trainer_client.training.record import Summary
 
 SHORT = TEXT[: len(TEXT) // 6]
 """A short text, since it is evaluated again and again, one window at a time."""
@@ -143,6 +145,22 @@ def test_a_run_is_saved_resumed_evaluated_and_speaks(
     assert said.status == 0, said.err
     assert said.out.endswith("\n")
     assert said.out.strip()
+
+
+def test_no_other_trainer_can_save_in_the_folder_of_a_run_while_it_trains(
+    founder: Founder, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, run = CheckpointWriter(tmp_path / "mine", 1), Training.run
+
+    def run_beside(training: Training, *arguments: Any, **options: Any) -> Summary:
+        with pytest.raises(CheckpointError, match="another trainer saves its run"):
+            other.open(resumes=True)
+        return run(training, *arguments, **options)
+
+    monkeypatch.setattr(Training, "run", run_beside)
+    options = ("--data", text, "--steps", 1, "--checkpoint", other.folder)
+    assert talkoot(*train(founder, tmp_path / "state", *options)).status == 0
+    other.open(resumes=True)
 
 
 def test_a_trainer_has_the_settings_that_go_with_the_swarms_preset(founder: Founder, trained: Path) -> None:

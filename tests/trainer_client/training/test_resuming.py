@@ -1,5 +1,6 @@
 """A run that was stopped continues exactly as if it had not been."""
 
+import errno
 import logging
 import os
 import threading
@@ -29,6 +30,7 @@ from peer.optimizer import Optimizer
 from trainer_client.data.corpus import Dataset
 from trainer_client.model import LanguageModel
 from trainer_client.settings import RouterName
+from trainer_client.training import checkpoints
 from trainer_client.training.checkpoints import (
     CheckpointSaver,
     CheckpointWriter,
@@ -242,6 +244,27 @@ def test_a_new_run_leaves_the_checkpoints_of_another_alone(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="mine has a checkpoint of step 4: pass --resume"):
         start(tmp_path / "state", settings)
     assert train_dense(start(tmp_path / "state", settings, resume=True)).summary.steps == 10
+
+
+def test_a_folder_where_another_trainer_saves_is_refused(tmp_path: Path) -> None:
+    """Each would remove the other's checkpoints."""
+    settings = make_settings(data=str(write_text(tmp_path)), checkpoint=tmp_path / "mine")
+    first = start(tmp_path / "one", settings)
+    with (
+        first.writer.locked(),
+        pytest.raises(CheckpointError, match=r"another trainer saves its run in .*mine: stop it, or pass"),
+    ):
+        start(tmp_path / "two", settings)
+    start(tmp_path / "two", settings)
+
+
+def test_a_folder_on_a_disk_without_locks_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(checkpoints, "lock", no_locks)
+    settings = make_settings(data=str(write_text(tmp_path)), checkpoint=tmp_path / "mine")
+    assert train_dense(start(tmp_path / "state", settings), 4).summary.steps == 4
 
 
 @pytest.mark.parametrize("checkpoint", [None, "absent"])
