@@ -50,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The settings with which the models of dht/presets.py were measured (docs/recipe.md)."""
 
+MAX_STEPS = 10**7
 _VALIDATIONS, _LEAST_STEPS_BETWEEN = 10, 10
 """The default number of validations between the first and the last, and the default fewest steps between two."""
 _CHUNK, _SMALLEST_CHUNK = 64, 4
@@ -111,7 +112,7 @@ class TrainerSettings(RoleSettings):
         default=4096, ge=257, le=65536, description="tokens that bpe learns, including the 256 bytes"
     )
     steps: int = Field(
-        default=200, ge=1, le=10**7, description="training steps in all, including those before a resume"
+        default=200, ge=1, le=MAX_STEPS, description="training steps in all, including those before a resume"
     )
     batch_size: int = Field(default=8, ge=1, le=65536, description="sequences in a batch")
     accumulate: int = Field(default=1, ge=1, le=65536, description="batches in a step")

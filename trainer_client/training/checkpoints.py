@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -45,7 +45,7 @@ from trainer_client.data.tokenizer import (
     load_tokenizer,
     read_tokenizer,
 )
-from trainer_client.settings import TrainerSettings
+from trainer_client.settings import MAX_STEPS, TrainerSettings
 from trainer_client.training.loop import Training
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -75,6 +75,11 @@ class Header(CheckpointHeader):
     """The result of `TrainerSettings.saved`."""
     encoder: str | None = None
     """For a model that answers questions: the SHA-256, in hexadecimal, of the memory's encoder."""
+    # not strict, because JSON has lists only
+    unfinished: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=MAX_STEPS)], ...], Field(max_length=1024, strict=False)
+    ] = ()
+    """The numbers of steps that were in flight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,7 +301,8 @@ class RunStart:
             return
         header = self.checkpoint.header
         try:
-            training.import_state(self.checkpoint.tensors, header.step if header.age is None else header.age)
+            age = header.step if header.age is None else header.age
+            training.import_state(self.checkpoint.tensors, age, header.unfinished)
         except StateError as error:
             raise CheckpointError(f"the checkpoint of step {header.step} does not fit: {error}") from error
         logger.info("resuming after step %d", header.step)
@@ -407,6 +413,7 @@ class CheckpointSaver:
             data_sha256=start.corpus.sha256,
             settings=start.settings.saved(self._seed),
             encoder=self._encoder,
+            unfinished=self._training.unfinished,
         )
         is_saved = start.writer.save(header, tensors)
         self._tried_step = step  # not before: if a signal interrupts it, it is saved at the end

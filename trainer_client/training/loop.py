@@ -5,10 +5,11 @@ import statistics
 import threading
 import time
 from array import array
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +32,8 @@ from trainer_client.training.record import History, Progress, Summary, TrainingR
 class _Step:
     """A step. If its loss is not finite, it was skipped; otherwise its gradients were applied."""
 
+    number: int
+    """It says which batches the step learns from, from 0."""
     loss: float
     spread: LoadSpread | None
     staleness: int = 0
@@ -82,6 +85,8 @@ class Training:
         self.history: History = History()
         self.part: SharedParameters = SharedParameters(model)
         """The model's parameters and biases, which are averaged with other trainers'."""
+        self.unfinished: tuple[int, ...] = ()
+        """The numbers of steps in flight. If training stops now, it continues with them."""
         self._model = model
         self._dataset = dataset
         self._settings = settings
@@ -132,6 +137,7 @@ class Training:
             while self.step < settings.steps and not stop.is_set():
                 step = next(steps)
                 ended = clock()
+                self.unfinished = tuple(number for number in self.unfinished if number != step.number)
                 record.add_step(step.loss, ended - last_end, step.spread, step.staleness, step.in_flight)
                 self._is_whole = True
                 last_end = ended
@@ -159,8 +165,8 @@ class Training:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         return tensors | _history_tensors(self.history)
 
-    def import_state(self, tensors: Mapping[str, Tensor], age: int) -> None:
-        """Restores what `export_state` returned. `age`: the age of `part` at that time.
+    def import_state(self, tensors: Mapping[str, Tensor], age: int, unfinished: Sequence[int] = ()) -> None:
+        """Restores what `export_state` returned. `age`: the age of `part` at that time. `unfinished`: the same.
 
         Raises StateError if it is of another model; then nothing has changed.
         """
@@ -184,12 +190,18 @@ class Training:
             }
         )
         self.history = history
+        self.unfinished = tuple(unfinished)
+
+    def _numbers(self) -> Iterator[int]:
+        """The numbers of the steps to take, so that the run takes each once."""
+        after = self.step + len(self.unfinished)
+        return chain(self.unfinished, range(after, self._settings.steps))
 
     def _one_by_one(self, check: Callable[[], None]) -> Generator[_Step, None, None]:
-        while True:
-            computed = self._compute(self.step, self._model)
+        for number in self._numbers():
+            computed = self._compute(number, self._model)
             check()
-            yield _Step(self._apply(self._model, computed.loss), computed.spread)
+            yield replace(computed, loss=self._apply(self._model, computed.loss))
 
     def _in_flight(self, check: Callable[[], None]) -> Generator[_Step, None, None]:
         """Yields steps in the order in which they end. If the generator is closed, running steps are lost."""
@@ -198,20 +210,20 @@ class Training:
         limit = MAX_IN_FLIGHT if settings.in_flight == "auto" else settings.in_flight
         enough = InFlightController(limit) if settings.in_flight == "auto" else None
         steps: InFlight[MixtureModel, _Step] = InFlight(self._model, make_copy, limit)
-        begun = self.step
+        numbers = self._numbers()
         try:
             while True:
                 wanted = limit if enough is None else min(enough.count, staleness_limit(self.step))
-                while len(steps) < wanted and begun < settings.steps:
-                    steps.begin(partial(self._compute, begun))
-                    begun += 1
+                for number in islice(numbers, max(0, wanted - len(steps))):
+                    steps.begin(partial(self._compute, number))
+                    self.unfinished = tuple(dict.fromkeys((*self.unfinished, number)))
                 in_flight, finished = len(steps), steps.next()
                 check()
                 loss = self._apply(finished.copy, finished.result.loss)
                 steps.release(finished, updated=math.isfinite(loss))
                 if enough is not None:
                     enough.note(finished.seconds, finished.ended_at, finished.alone)
-                yield _Step(loss, finished.result.spread, finished.staleness, in_flight)
+                yield replace(finished.result, loss=loss, staleness=finished.staleness, in_flight=in_flight)
         finally:
             steps.close()
 
@@ -226,8 +238,8 @@ class Training:
             read = () if self._reads is None else (self._reads.training(batch, learned),)
             losses.append(self._add_gradients(model, learned, *read))
             if not math.isfinite(losses[-1]):
-                return _Step(losses[-1], model.load_spread())
-        return _Step(statistics.fmean(losses), model.load_spread())
+                return _Step(number, losses[-1], model.load_spread())
+        return _Step(number, statistics.fmean(losses), model.load_spread())
 
     def _apply(self, computed: MixtureModel, loss: float) -> float:
         """Takes the optimizer's step with the gradients of `computed`, and returns the loss: NaN if the gradient is not

@@ -21,7 +21,7 @@ from run_samples import (
     train_on,
     write_text,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from peer.checkpoints import RotatingFiles
 from peer.errors import CheckpointError, StartError, StateError, UserError
@@ -80,6 +80,42 @@ def test_five_steps_and_five_resumed_are_ten_straight(
     for figure in ("steps", "loss_first", "loss_last", "validation_loss_first", "validation_loss_last"):
         assert getattr(second.summary, figure) == getattr(whole.summary, figure)
     assert second.summary.resumed_at == 5
+
+
+def test_a_resumed_run_with_steps_in_flight_takes_every_batch_once(tmp_path: Path) -> None:
+    text, begun, may_end = str(write_text(tmp_path)), list[int](), threading.Event()
+
+    class Noted(Dataset):
+        def batch(self, step: int, batch_size: int) -> Tensor:
+            begun.append(step)
+            assert step != 3 or may_end.wait(60)
+            return super().batch(step, batch_size)
+
+    def train(resume: bool, stop_after: int) -> list[int]:
+        began, stop = start(tmp_path, make_settings(data=text, in_flight=3), resume), threading.Event()
+
+        def make_model() -> LanguageModel:
+            return LanguageModel(MANIFEST, lambda layer: nn.Identity())
+
+        training = Training(make_model(), Noted(began.corpus.tokens, 16), began.settings, make_model)
+        began.restore(training)
+        saver = CheckpointSaver(began, training, MANIFEST, 0)
+        training.run(lambda progress: stop.set() if progress.step == stop_after else None, stop)
+        saver.save()
+        taken = list(begun)
+        begun.clear()
+        return taken
+
+    try:
+        first = train(resume=False, stop_after=6)
+        folder = checkpoint_folder(None, tmp_path, SWARM, newest=True)
+        unfinished = load_checkpoint(folder, SWARM).header.unfinished
+        assert 3 in unfinished
+    finally:
+        may_end.set()
+    second = train(resume=True, stop_after=10)
+    assert sorted([step for step in first if step not in unfinished] + second) == list(range(10))
+    assert set(second[: len(unfinished)]) == set(unfinished)
 
 
 def test_a_resume_needs_nothing_said_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
