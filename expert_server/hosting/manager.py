@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter as Multiset
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import chain, cycle, groupby
 from typing import Any, TypeAlias
 
@@ -79,7 +80,7 @@ _FIRST_PAUSE_S, _PAUSE_GROWTH, _LONGEST_PAUSE_S = 0.2, 1.25, 2.0
 first one, by which factor they grow, and the longest. Each check reads tens of KB in a large swarm.
 """
 _ASKS = 3
-"""How many times a node that refuses is asked: strangers may keep it busy."""
+"""How many times a node that refuses, or fails to adopt, is asked: strangers may keep it busy."""
 _TRIES = 3
 """How many times it tries to read more nodes than the first ones."""
 _HEIRS, _MOST_HEIRS = 64, 512
@@ -90,6 +91,16 @@ all.
 
 AverageLast: TypeAlias = Callable[[Mapping[UID, Sequence[Replica]], set[PeerID]], Coroutine[Any, Any, None]]
 """Averages experts that are given up with others' replicas of them, and records which peers do not answer."""
+
+
+@dataclass
+class _Asked:
+    """An expert that a node was asked to adopt."""
+
+    heir: PeerID
+    until: float
+    """Until when the node may take to answer, or to claim the expert."""
+    has_claimed: bool = False
 
 
 class Handover:
@@ -123,8 +134,7 @@ class Handover:
         self._reading = asyncio.Lock()
         self._silent: set[PeerID] = set()
         """Hosts that are announced and did not answer. They may have died, and do not count."""
-        self._asked: dict[UID, tuple[PeerID, float]] = {}
-        """For each expert, the node that was asked to adopt it, and until when it may take to answer or to claim it."""
+        self._asked: dict[UID, _Asked] = {}
         self._refusals: Multiset[PeerID] = Multiset()
 
     async def run(self) -> None:
@@ -254,7 +264,7 @@ class Handover:
     def _ask(self, uids: Collection[UID], asking: TaskSet) -> None:
         """Asks all chosen nodes at once. Experts that they refuse are left for the next time, or for other nodes."""
         for heir, share in self._shares(uids):
-            self._asked.update(dict.fromkeys(share, (heir, self._clock() + _ANSWER_WITHIN_S)))
+            self._asked |= {uid: _Asked(heir, self._clock() + _ANSWER_WITHIN_S) for uid in share}
             self._rooms[heir] -= len(share)
             asking.spawn(self._ask_one(heir, share), "ask an heir")
 
@@ -273,22 +283,35 @@ class Handover:
         with tolerating("ask an heir"):  # the others are asked all the same
             accepted = await self._replicas.states.ask(self._nodes[heir], state_pb2.ASK_REASON_ADOPT, share)
         for uid in share[:accepted]:
-            self._asked[uid] = heir, self._clock() + _CLAIM_WITHIN_S
+            self._asked[uid] = _Asked(heir, self._clock() + _CLAIM_WITHIN_S)
         for uid in share[accepted:]:
-            if self._asked.get(uid, (None,))[0] == heir:
+            if uid in self._asked and self._asked[uid].heir == heir:
                 del self._asked[uid]
-        self._refusals[heir] += accepted < len(share)
-        is_full = self._refusals[heir] >= _ASKS
-        self._rooms[heir] = 0 if is_full else self._rooms[heir] + len(share) - accepted
+        if accepted < len(share):
+            self._note_refused(heir, len(share) - accepted)
+
+    def _note_refused(self, heir: PeerID, count: int) -> None:
+        """Notes that this node still has the room for so many experts, which it did not adopt."""
+        self._refusals[heir] += 1
+        self._rooms[heir] = 0 if self._refusals[heir] >= _ASKS else self._rooms[heir] + count
 
     def _pass_over(self, replicas: Mapping[UID, Collection[Replica]]) -> None:
-        """Skips nodes that have not answered, or did not claim what they accepted."""
+        """Skips nodes that have not answered, or did not claim what they accepted. Those that claimed it and then gave
+        it up are asked again: their adoption failed.
+        """
+        failed = Multiset[PeerID]()
         for uid in replicas.keys() & self._asked.keys():
-            heir, until = self._asked[uid]
-            claimed = any(replica.peer_id == heir for replica in replicas[uid])
-            if not claimed and self._clock() > until:
+            asked = self._asked[uid]
+            if any(replica.peer_id == asked.heir for replica in replicas[uid]):
+                asked.has_claimed = True
+            elif self._clock() > asked.until:
                 del self._asked[uid]
-                self._rooms[heir] = 0
+                if asked.has_claimed:
+                    failed[asked.heir] += 1
+                else:
+                    self._rooms[asked.heir] = 0
+        for heir, count in failed.items():
+            self._note_refused(heir, count)
 
 
 class HostingManager:

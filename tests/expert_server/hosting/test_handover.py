@@ -22,7 +22,7 @@ from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.experts.graphs import Rows
-from expert_server.hosting.manager import _HEIRS, _MOST_HEIRS
+from expert_server.hosting.manager import _HEIRS, _MOST_HEIRS, Handover
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.node import Node
 from expert_server.serving.batching import WorkItem
@@ -389,6 +389,39 @@ def test_an_heir_that_does_not_answer_holds_up_no_other_and_one_that_failed_late
         monkeypatch.setattr(leaver.swarm.host, "has_failed", failed.__contains__)
         assert await asyncio.wait_for(leaver.hosting.release(600), DEADLINE_S) == 0
         assert set(heir.runtime.experts) == set(UIDS)
+
+    play(scenario)
+
+
+def test_an_heir_whose_adoption_failed_is_asked_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the only node with room. It claims the experts, and their states then break off."""
+    monkeypatch.setattr("expert_server.hosting.manager._CLAIM_WITHIN_S", 0.5)
+
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=8)
+        for node in (leaver, heir):
+            await village.run(node)
+        fetch, pass_over, claims_seen = heir.replicas.states.fetch, Handover._pass_over, asyncio.Event()
+
+        def note_claims(handover: Handover, replicas: Mapping[UID, Collection[Replica]]) -> None:
+            pass_over(handover, replicas)
+            if all(hosts_besides(leaver, hosts) for hosts in replicas.values()):
+                claims_seen.set()
+
+        async def fetch_unless_first(node: NodeInfo, uid: UID, *args: Any, **options: Any) -> Any:
+            if not claims_seen.is_set():
+                await asyncio.wait_for(claims_seen.wait(), DEADLINE_S)
+                raise TransferError("it broke off", answered=True)
+            return await fetch(node, uid, *args, **options)
+
+        monkeypatch.setattr(Handover, "_pass_over", note_claims)
+        monkeypatch.setattr(heir.replicas.states, "fetch", fetch_unless_first)
+        assert await asyncio.wait_for(leaver.hosting.release(600), DEADLINE_S) == 0
+        assert set(heir.runtime.experts) == set(UIDS)
+
+    def hosts_besides(leaver: Node, hosts: Collection[Replica]) -> list[Replica]:
+        return [replica for replica in hosts if replica.peer_id != leaver.swarm.host.peer_id]
 
     play(scenario)
 
