@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import shutil
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -13,7 +14,7 @@ from dht.library import MOST_CONTACTS, MemoryRegistry
 from dht.memory import MemoryID, Place
 from dht.upkeep import LONGEST_LIFETIME_S, UpkeepPeriod
 from expert_server.memory.placement import ShardKey
-from expert_server.memory.store import MemoryStore
+from expert_server.memory.store import GONE, MemoryStore
 from peer.errors import TransferError, UnreachableError, WireError
 from peer.files import PlainFile, write_atomically
 
@@ -234,13 +235,17 @@ class HostedMemories:
         )
 
     def _found(self) -> dict[MemoryID, tuple[MemoryStore, list[bytes]]]:
-        """What is on disk of each memory, with the roots of its shards."""
+        """What is on disk of each memory, with the roots of its shards. Removes what a killed process left."""
         found = {}
         for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
             if path.name == _LIBRARIES:
                 continue
             try:
+                if path.match(f".*{GONE}"):
+                    shutil.rmtree(path)
+                    continue
                 memory, store = MemoryID.parse(path.name), MemoryStore.open(path)
+                store.sweep()
                 found[memory] = store, store.roots()
             except (WireError, OSError) as error:
                 logger.warning("%s is not used: %s", path, error)

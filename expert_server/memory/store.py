@@ -8,6 +8,7 @@ the shards, named by their roots. Everything read from it is verified: the owner
 import hashlib
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Mapping
@@ -25,6 +26,10 @@ from peer.rpc.parts import check_sha256
 logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFEST, PARTS, SHARDS = "manifest", "parts", "shards"
+GONE = ".gone"
+"""The end of the name of a folder that is being removed."""
+_SHARD = re.compile("[0-9a-f]{64}")
+"""The name of a shard's file."""
 
 
 class MemoryStore:
@@ -84,6 +89,15 @@ class MemoryStore:
         """The shards of the manifest that are on disk."""
         names = set(os.listdir(self.folder / SHARDS))
         return [shard.root for shard in self.manifest.shards if shard.root.hex() in names]
+
+    def sweep(self) -> None:
+        """Removes what a killed process left: half-written files, and shards that a revision no longer has. Raises
+        OSError.
+        """
+        kept = {root.hex() for root in self.manifest.by_root}
+        stale = (path for path in (self.folder / SHARDS).iterdir() if path.name not in kept)
+        for path in (*self.folder.rglob(".*.new"), *(path for path in stale if _SHARD.fullmatch(path.name))):
+            path.unlink()
 
     def load(self, root: bytes) -> None:
         """Serves a shard that is on disk, without its revoked passages. If the file is not that shard, raises WireError
@@ -217,7 +231,12 @@ class MemoryStore:
         """Removes the whole folder. Raises OSError."""
         self._shards.clear()
         self._sizes.clear()
-        shutil.rmtree(self.folder)
+        # renamed first, so that the rest can be told from a memory if this process is killed
+        gone = self.folder.with_name(f".{self.folder.name}{GONE}")
+        with suppress(FileNotFoundError):
+            shutil.rmtree(gone)
+        self.folder.rename(gone)
+        shutil.rmtree(gone)
 
     def _set_manifest(self, data: bytes) -> None:
         self.manifest: MemoryManifest = MemoryManifest.parse(data)

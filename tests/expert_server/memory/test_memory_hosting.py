@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from expert_server.memory.placement import ShardKey
 from expert_server.memory.store import MemoryStore
 from expert_server.node import Node
 from peer.errors import TransferError, UnreachableError
-from peer.files import PlainFile
+from peer.files import PlainFile, write_atomically
 from peer.identity import Identity, PeerID
 from peer.kademlia.lookups import Item
 from peer.loop import LoopThread
@@ -772,6 +773,48 @@ def test_hosts_that_keep_a_look_waiting_end_it_after_a_while(
         monkeypatch.setattr("expert_server.memory.hosting._BEGIN_WITHIN_S", 60.0)
         await node.memories.look()
         assert len(began) == 1 + len(MEMORY.roots), "the next look goes on"
+
+    play(scenario)
+
+
+def test_what_a_kill_left_of_memories_is_removed_at_the_next_start(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise revoked shards would stay on disk, and files that count towards no limit."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    async def scenario(village: Village) -> None:
+        kept, gone = folder(village, 0, MEMORY), folder(village, 0, SECOND)
+        MEMORY.write(kept)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", killed)  # while a shard is written
+            with pytest.raises(KeyboardInterrupt):
+                write_atomically(kept / "shards" / MEMORY.roots[0].hex(), b"half of a shard")
+        later = replace(MEMORY.manifest, revision=2, shards=MEMORY.manifest.shards[:3]).serialize()
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryStore, "drop", killed)  # while a revision is followed
+            with pytest.raises(KeyboardInterrupt):
+                MemoryStore.open(kept).follow(later)
+        store, remove_tree = SECOND.write(gone), shutil.rmtree
+
+        def remove_half(path: Path) -> None:
+            remove_tree(path / "shards")
+            (path / "manifest").unlink()
+            killed()
+
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", remove_half)  # while a memory is removed
+            with pytest.raises(KeyboardInterrupt):
+                store.remove()
+        assert len(list((kept / "shards").iterdir())) == 5
+        assert any(kept.parent.rglob(f"parts/{SECOND.manifest.encoder.sha256.hex()}"))
+        founder = await village.found(**HOST)
+        assert set((kept / "shards").iterdir()) == {kept / "shards" / root.hex() for root in MEMORY.roots[:3]}
+        assert list(kept.parent.iterdir()) == [kept]
+        await village.run(founder)
+        await until(lambda: founder.memories.hosted.shards == 3)
 
     play(scenario)
 
