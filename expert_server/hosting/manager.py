@@ -9,8 +9,9 @@ import time
 from collections import Counter as Multiset
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, cycle, groupby
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter
 
@@ -45,6 +46,8 @@ from peer.loop import Step, TaskSet, cancel_all, first_of, side_by_side, tolerat
 from peer.wire import state_pb2
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _CLAIM_ROUNDS = 5
 """How many times a starting node looks for experts, as long as others may still lose their claims."""
@@ -141,7 +144,7 @@ class Handover:
         """Returns when others serve all of the experts, or nobody is left to ask. Experts that others serve are
         withdrawn.
 
-        Raises UnreachableError if the DHT does not answer.
+        Raises UnreachableError if the DHT does not answer at first. Later, it is asked again.
         """
         replicas = await self._swarm.experts.replicas(self.alone)
         self.has_looked = True
@@ -193,8 +196,8 @@ class Handover:
         """
         if not uids:
             return
-        await self._replicas.offer(uids)
-        replicas = await self._swarm.experts.replicas(uids)
+        await self._insist(partial(self._replicas.offer, uids))
+        replicas = await self._insist(partial(self._swarm.experts.replicas, uids))
         served = {uid for uid, hosts in replicas.items() if self._serving(hosts)}
         self.alone = (self.alone | uids) - served
         await side_by_side((self._withdraw(served), self._give_away(uids - served)), 2)
@@ -206,6 +209,15 @@ class Handover:
         self.alone.update(orphans)
         return orphans
 
+    async def _insist(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Repeats a call until the DHT answers. It has answered before, and while other nodes adopt experts, a failure
+        must not end that.
+        """
+        while True:
+            with contextlib.suppress(UnreachableError):
+                return await call()
+            await asyncio.sleep(_FIRST_PAUSE_S)
+
     async def _withdraw(self, uids: Collection[UID]) -> None:
         with contextlib.suppress(UnreachableError):  # they are withdrawn again at the end
             await self._replicas.withdraw(uids)
@@ -214,7 +226,9 @@ class Handover:
         """Returns when other nodes serve these experts, or nobody is left to ask."""
         if not uids:
             return
-        await asyncio.gather(self._replicas.offer(uids), self._read_rooms())
+        await asyncio.gather(
+            self._insist(partial(self._replicas.offer, uids)), self._insist(self._read_rooms)
+        )
         pause_s = _FIRST_PAUSE_S
         async with contextlib.aclosing(TaskSet()) as asking:
             while uids:

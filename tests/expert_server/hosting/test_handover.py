@@ -393,6 +393,32 @@ def test_an_heir_that_does_not_answer_holds_up_no_other_and_one_that_failed_late
     play(scenario)
 
 
+def test_a_dht_that_fails_once_while_experts_are_left_to_others_ends_no_adoption(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        invite = await leaver.swarm.invite()
+        other = await village.join(1, invite, experts=0, spare=2)
+        assert len(await other.replicas.take(UIDS[:2], MAX_UPDATE_COUNT, enough=2)) == 2
+        heir = await village.join(2, invite, experts=0, spare=6)
+        for node in (other, heir):
+            await village.run(node)
+        look, failures = leaver.swarm.experts.replicas, count()
+
+        async def fails_once(uids: Collection[UID], **options: Any) -> Mapping[UID, Sequence[Replica]]:
+            if set(uids) == set(UIDS[:2]) and next(failures) == 0:
+                raise UnreachableError("no DHT peer answered")
+            return await look(uids, **options)
+
+        monkeypatch.setattr(leaver.swarm.experts, "replicas", fails_once)
+        assert await leaver.hosting.release(600, leaver.averaging.average_last) == 0
+        assert next(failures) > 0
+        assert set(heir.runtime.experts) == set(UIDS[2:])
+
+    play(scenario)
+
+
 def test_an_heir_whose_adoption_failed_is_asked_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the only node with room. It claims the experts, and their states then break off."""
     monkeypatch.setattr("expert_server.hosting.manager._CLAIM_WITHIN_S", 0.5)
