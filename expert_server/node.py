@@ -140,7 +140,9 @@ class Node:
         self._standby = StandbyCopies(
             settings, swarm, self.replicas, lambda: self.hosting.seen, metrics=metrics
         )
-        self._pauses = PauseController(settings, self._take_experts, self._give_up_experts, clock.now)
+        self._pauses = PauseController(
+            settings, self._take_experts, self._give_up_experts, clock.now, timing.look_every_s
+        )
         memory_metrics = MemoryMetrics(metrics)
         self.memories: MemoryHosting = MemoryHosting(
             state / "memory",

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from expert_server.settings import NodeSettings
+from peer.loop import first_of
 from peer.platform.machine import on_battery, processor_times
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -200,9 +201,16 @@ class PauseController:
     """
 
     def __init__(
-        self, settings: NodeSettings, take: Step, release: Step, now: Callable[[], float] = time.time
+        self,
+        settings: NodeSettings,
+        take: Step,
+        release: Step,
+        now: Callable[[], float] = time.time,
+        look_every_s: float = LOOK_EVERY_S,
     ) -> None:
-        """`take` and `release`: start and stop hosting experts."""
+        """`take` and `release`: start and stop hosting experts. `look_every_s`: how often it looks by itself during
+        `take`.
+        """
         self.hosts = False
         """Whether the node hosts experts, or would host some if they needed a host."""
         self.taking = False
@@ -212,6 +220,7 @@ class PauseController:
         self._settings = settings
         self._take, self._release = take, release
         self._now = now
+        self._look_every_s = look_every_s
         self._machine = Machine(settings)
         self._reasons: dict[PauseCause, str] = {}
         self._owner = OwnerOverride()
@@ -228,12 +237,16 @@ class PauseController:
 
     async def look(self) -> None:
         """Looks at the clock and the machine, and pauses or resumes accordingly. Raises what `take` raises."""
+        if not self.taking:  # otherwise `_watch` looks
+            await self._find_reasons()
+        await self._settle()
+
+    async def _find_reasons(self) -> None:
         state = MachineState()
         if self._settings.only_when_idle or self._settings.not_on_battery:
             state = await asyncio.to_thread(self._machine.look)
         when = datetime.fromtimestamp(self._now())  # local time, by the system's clock
         self._reasons = reasons_to_pause(self._settings, when, state)
-        await self._settle()
 
     async def pause(self, reason: str, for_s: float | None = None) -> None:
         """Returns when the experts are given up."""
@@ -266,9 +279,7 @@ class PauseController:
 
     async def _settle(self) -> None:
         """Starts or stops hosting, until it matches the reasons to pause, which may change meanwhile."""
-        self.why = self._owner.judge(self._reasons, self._now())
-        if self.why:
-            self._cancel_taking()
+        self._judge()
         async with self._changing:
             if self._releasing is not None:
                 await self._give_up()
@@ -285,7 +296,7 @@ class PauseController:
         try:
             async with asyncio.timeout(None) as running:
                 self._running = running
-                await self._take()
+                await first_of(self._take(), self._watch())
         except TimeoutError:
             if not (is_cancelled := running.expired()):
                 raise
@@ -294,6 +305,18 @@ class PauseController:
         if is_cancelled and not self._ended:
             # even if it may resume already: it must not stay with half of the experts
             await self._give_up()
+
+    async def _watch(self) -> None:
+        """Looks for reasons to pause while experts are taken, which may last long. They end it."""
+        while True:
+            await asyncio.sleep(self._look_every_s)
+            await self._find_reasons()
+            self._judge()
+
+    def _judge(self) -> None:
+        self.why = self._owner.judge(self._reasons, self._now())
+        if self.why:
+            self._cancel_taking()
 
     async def _give_up(self) -> None:
         """Releases the experts in a separate task, which the next caller waits for as well.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from callers import InSession, numbered_identities, opened
 from grpc import StatusCode
-from real_swarm import LOCAL, MANIFEST, Play, Village, eventually, hosts_of, playing, serving
+from real_swarm import DEADLINE_S, LOCAL, MANIFEST, Play, Village, eventually, hosts_of, playing, serving
 
 from dht.announcements import NodeInfo
 from dht.swarm import Swarm, found_swarm, join_swarm
@@ -220,6 +220,39 @@ def test_a_node_pauses_on_battery_and_goes_on_when_plugged_in(
         await node.pause("by its owner", for_s=0.5)
         battery.power_plugged = True
         await eventually(serves)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_node_pauses_on_battery_though_it_is_still_taking_experts(
+    play: Play, monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    """Taking them may last long on a slow line."""
+    battery = SimpleNamespace(power_plugged=starts)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery)
+
+    async def scenario(village: Village) -> None:
+        founder = await found_swarm(village.identities[0], MANIFEST, NetworkConfig(LOCAL))
+        village.stack.push_async_callback(founder.stop)
+        swarm = await join_swarm(village.identities[1], await founder.invite(), NetworkConfig(LOCAL))
+        timing = NodeTiming(claim_wait_s=600, look_every_s=0.05)
+        starting = asyncio.create_task(village.start(swarm, {"experts": 4, "not_on_battery": True}, timing))
+        if not starts:
+            await village.run(await starting)
+            battery.power_plugged = True
+
+        async def claims() -> bool:
+            return bool(await hosts_of(swarm))
+
+        await eventually(claims)
+        battery.power_plugged = False
+        node = await asyncio.wait_for(starting, DEADLINE_S)
+
+        async def paused() -> bool:
+            return node.status().state is NodeState.PAUSED and not await hosts_of(swarm)
+
+        await eventually(paused)
 
     play(scenario)
 
