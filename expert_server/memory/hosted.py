@@ -56,6 +56,8 @@ class HostedMemories:
         self._changed = changed
         self._announced: dict[MemoryID, dict[int, object]] = {}
         """The announced regions, each with a mark of its last announcement."""
+        self._failed_at: dict[MemoryID, float] = {}
+        """When the last announcement of a memory failed."""
         self._announcing = asyncio.Lock()
         """Held while announcements are made, which takes a while if there are many. Otherwise what was true before
         might overwrite what is true now.
@@ -133,9 +135,19 @@ class HostedMemories:
         self.served.update({str(memory): store for memory, store in self.stores.items()})
 
     async def announce_all(self) -> None:
-        """Renews the announcements of all regions. Raises UnreachableError."""
-        for memory in {*self.stores, *self._announced}:
-            await self.announce(memory)
+        """Renews the announcements of all regions. Raises UnreachableError at the first memory for which that fails.
+        The next time, this memory comes last: strangers may sit around one of its keys, or it may be too large for the
+        line.
+        """
+        memories = {*self.stores, *self._announced}
+        self._failed_at = {memory: at for memory, at in self._failed_at.items() if memory in memories}
+        for memory in sorted(memories, key=lambda each: self._failed_at.get(each, 0.0)):
+            try:
+                await self.announce(memory)
+            except UnreachableError:
+                self._failed_at[memory] = time.monotonic()
+                raise
+            self._failed_at.pop(memory, None)
 
     async def announce(self, memory: MemoryID, only: Collection[int] | None = None) -> None:
         """Announces which shards of a memory this node hosts. `only`: the regions that have changed; None: all. Raises

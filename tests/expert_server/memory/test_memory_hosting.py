@@ -528,6 +528,37 @@ def test_a_region_whose_last_withdrawal_nobody_took_is_withdrawn_again(
     play(scenario)
 
 
+def test_a_memory_whose_announcements_nobody_takes_keeps_no_other_from_being_announced(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, because strangers sit around one of its keys, or because it is too large for the line."""
+
+    async def scenario(village: Village) -> None:
+        founder = await publishing(village, MEMORY, SECOND)
+        hosted, memories = founder.memories.hosted, {memory_id(village, each) for each in (MEMORY, SECOND)}
+        await hosted.verify()
+        stored, refused = set[MemoryID](), set[MemoryID]()
+
+        async def announcements(memory: MemoryID, *how: Any) -> list[Any]:
+            return [memory]
+
+        async def store(items: list[Any]) -> None:
+            if refused.issuperset(items):
+                raise UnreachableError("no DHT peer accepted our records")
+            stored.update(items)
+
+        monkeypatch.setattr(hosted, "_memories", SimpleNamespace(announcements=announcements, store=store))
+        for memory in memories:
+            stored.clear()
+            refused = {memory}
+            for _ in range(2):  # as often as a node tries in each period
+                with pytest.raises(UnreachableError):
+                    await hosted.announce_all()
+            assert stored == memories - refused
+
+    play(scenario)
+
+
 def test_in_few_of_its_regions_a_host_says_how_to_call_it(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
