@@ -277,12 +277,14 @@ class LocalReplicas:
         await self.announce(uids)
 
     async def withdraw(self, uids: Collection[UID]) -> None:
-        """Withdraws the announcements. If it raises UnreachableError, the experts are announced as before."""
+        """Withdraws the announcements. If it raises UnreachableError or is cancelled, the experts are announced as
+        before.
+        """
         # removed first, so that no concurrent announcement follows the withdrawal
         claimed_at = {uid: self._claimed_at.pop(uid) for uid in uids if uid in self._claimed_at}
         try:
             await self._swarm.experts.withdraw(uids, self._period.lifetime_s)
-        except UnreachableError:
+        except (UnreachableError, asyncio.CancelledError):
             self._claimed_at |= claimed_at
             raise
 

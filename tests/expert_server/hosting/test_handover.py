@@ -560,6 +560,33 @@ def test_a_hurried_node_waits_for_nobody(play: Play) -> None:
     play(scenario)
 
 
+def test_a_node_hurried_while_it_withdraws_experts_withdraws_them_all_the_same(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(village: Village) -> None:
+        leaver = await village.found(experts=8, **LEAVES)
+        heir = await village.join(1, await leaver.swarm.invite(), experts=0, spare=8)
+        for node in (leaver, heir):
+            await village.run(node)
+        withdraw, withdrawing = leaver.swarm.experts.withdraw, asyncio.Event()
+
+        async def withdraw_unless_first(*arguments: Any) -> None:
+            if not withdrawing.is_set():
+                withdrawing.set()
+                await asyncio.Event().wait()
+            await withdraw(*arguments)
+
+        monkeypatch.setattr(leaver.swarm.experts, "withdraw", withdraw_unless_first)
+        releasing = asyncio.create_task(leaver.hosting.release(600))
+        await asyncio.wait_for(withdrawing.wait(), DEADLINE_S)
+        leaver.hosting.hurry()
+        await releasing
+        replicas = await heir.swarm.experts.replicas(UIDS)
+        assert leaver.swarm.host.peer_id not in {r.peer_id for hosts in replicas.values() for r in hosts}
+
+    play(scenario)
+
+
 def test_a_node_hurried_before_it_has_looked_does_not_claim_that_nobody_else_serves_its_experts(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
