@@ -33,6 +33,7 @@ from peer.errors import ExpertError, RecordError, WireError
 from peer.files import read_state_file, write_state_file
 from peer.formatting import counted
 from peer.identity import PeerID
+from peer.loop import to_thread_whole
 from peer.metrics import start_at_zero
 from peer.rates import FairTurns, RateLimit, TokenBuckets
 from peer.rpc.calls import abort_on_error, require_same_swarm
@@ -254,12 +255,15 @@ class ReceiptFile:
 
     async def save(self) -> None:
         """Writes the file if there are changes."""
-        if self._book.has_changed:
-            data, self._book.has_changed = self._book.serialize(), False
-            if not await asyncio.to_thread(
+        if not self._book.has_changed:
+            return
+        data, self._book.has_changed, is_saved = self._book.serialize(), False, False
+        try:
+            is_saved = await to_thread_whole(
                 write_state_file, self._path, data, "after a restart, the newest receipts are missing"
-            ):
-                self._book.has_changed = True
+            )
+        finally:  # also if it is cancelled
+            self._book.has_changed |= not is_saved
 
     async def save_every(self, seconds: float) -> None:
         """Saves until cancelled."""

@@ -1,6 +1,8 @@
 """Which receipts a node keeps: the newest of each trainer, within bounds, and across restarts."""
 
+import asyncio
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from receipts import histories, peer, receipt
 
 from dht.receipts import PAGE, Receipt, SignedWork, SignerOf, Work, sign_receipt, total_of
+from expert_server import credit
 from expert_server.credit import SLACK, ReceiptBook, ReceiptFile
 from peer.errors import ExpertError, RecordError
 from peer.loop import LoopThread
@@ -265,3 +268,34 @@ def test_a_disk_that_cannot_be_written_is_a_warning(
     loop.run(ReceiptFile(tmp_path / "file" / "receipts", kept).save(), 120)
     assert "could not write" in caplog.text
     assert kept.has_changed
+
+
+def test_receipts_that_a_cancelled_save_may_not_have_written_are_saved_by_the_next_one(
+    loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that leaves cancels the task that saves, and then saves once more."""
+    path, writing, may_end = tmp_path / "receipts", threading.Event(), threading.Event()
+    kept = book(1)
+    kept.take(receipt(1, Work(pairs=1)))
+
+    def write(*_: object) -> bool:
+        writing.set()
+        assert may_end.wait(60)
+        return False
+
+    async def scenario() -> None:
+        file = ReceiptFile(path, kept)
+        with monkeypatch.context() as patch:
+            patch.setattr(credit, "write_state_file", write)
+            saving = asyncio.create_task(file.save())
+            assert await asyncio.to_thread(writing.wait, 60)
+            saving.cancel()
+            await asyncio.sleep(0)
+            assert not saving.done()  # two writes at once could leave the older one
+            may_end.set()
+            await asyncio.wait([saving])
+            assert saving.cancelled()
+        await file.save()
+
+    loop.run(scenario(), 120)
+    assert path.read_bytes() == kept.serialize()
