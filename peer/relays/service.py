@@ -257,8 +257,11 @@ class RelayServicer(relay_pb2_grpc.RelayServiceServicer):
             reservation.replies.put_nowait(relay_pb2.ReserveReply())
 
     async def _offer(self, theirs: Expected, session: Session, reservation: _Reservation) -> Pipe:
-        """Tells the peer who calls, and waits until it accepts."""
-        if not await reservation.turns.turn(session.near, session.name) or reservation.replies.full():
+        """Tells the peer who calls, and waits until it accepts. If this relay is busy, the caller's other dials win."""
+        is_admitted = await reservation.turns.turn(session.near, session.name)
+        if is_admitted:
+            await self._wait_turn(session)
+        if not is_admitted or reservation.replies.full():
             self._refuse(
                 "hasty", StatusCode.RESOURCE_EXHAUSTED, "too many callers are dialling that peer", 1.0
             )

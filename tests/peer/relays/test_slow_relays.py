@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,9 +150,9 @@ def relays_of(hidden: Hidden) -> set[PeerID]:
 
 
 @contextlib.asynccontextmanager
-async def overloaded(key: Identity, relay: Served, hidden: Hidden) -> AsyncIterator[None]:
+async def overloaded(key: Identity, relay: Served, contact: KnownPeer) -> AsyncIterator[None]:
     """A caller with this key sends a peer more than the relay may carry."""
-    caller, contact = Caller(key), hidden.contact
+    caller = Caller(key)
 
     async def ask() -> None:
         while True:  # the server ends calls whose messages take too long
@@ -171,7 +172,7 @@ def test_an_overloaded_relay_is_replaced_by_a_faster_one(loop: LoopThread, keys:
     async def scenario() -> None:
         slow, fast = await serve(keys[RELAY], SLOW_MBIT), await serve(keys[OTHER], FAST_MBIT)
         hidden, caller = await hide(keys[HIDDEN], [slow]), Caller(keys[CALLER])
-        async with closing(slow, fast, hidden, caller), overloaded(keys[4], slow, hidden):
+        async with closing(slow, fast, hidden, caller), overloaded(keys[4], slow, hidden.contact):
             await asyncio.sleep(5.0)
             assert relays_of(hidden) == {slow.peer_id}, "there is no other"
             hidden.relays.append(fast.as_relay)
@@ -193,7 +194,7 @@ def test_a_slow_relay_is_kept_if_the_other_one_does_not_answer(
         with socket.create_server(("127.0.0.1", 0)) as silent:
             endpoint = Endpoint.of("127.0.0.1", silent.getsockname()[1])
             other = KnownPeer(keys[OTHER].peer_id, (endpoint,), relay.pem)
-            async with closing(relay, hidden), overloaded(keys[CALLER], relay, hidden):
+            async with closing(relay, hidden), overloaded(keys[CALLER], relay, hidden.contact):
                 hidden.relays.append(other)
                 await until(lambda: hidden.reservations._pauses.pause_s(other.peer_id))
                 assert relays_of(hidden) == {relay.peer_id}
@@ -209,10 +210,30 @@ def test_an_overloaded_relay_still_gives_reservations(
     async def scenario() -> None:
         relay = await serve(keys[RELAY], SLOW_MBIT / 10)
         hidden = await hide(keys[HIDDEN], [relay])
-        async with closing(relay, hidden), overloaded(keys[CALLER], relay, hidden):
+        async with closing(relay, hidden), overloaded(keys[CALLER], relay, hidden.contact):
             await asyncio.sleep(2.0)  # a piece of the payload has its turn, and takes twenty seconds
             async with asyncio.timeout(8.0):
                 other = await hide(keys[4], [relay])
             await other.close()
+
+    loop.run(scenario(), 60)
+
+
+def test_a_caller_takes_the_other_relay_if_the_first_is_overloaded(
+    loop: LoopThread, keys: list[Identity]
+) -> None:
+    async def scenario() -> None:
+        slow, fast = await serve(keys[RELAY], SLOW_MBIT / 10), await serve(keys[OTHER], FAST_MBIT)
+        hidden, caller = await hide(keys[HIDDEN], [slow, fast], reservations=2), Caller(keys[CALLER])
+        addresses = sorted(hidden.reservations.addresses, key=lambda each: each.dialled != slow.peer_id)
+        through_slow = replace(hidden.contact, relay_addresses=addresses[:1])
+        async with closing(slow, fast, hidden, caller), overloaded(keys[4], slow, through_slow):
+            await asyncio.sleep(2.0)  # a piece of the payload has its turn, and takes twenty seconds
+            chosen = []
+            for some in (addresses, addresses[:1]):
+                circuit = await caller.dialler.dial(hidden.served.peer_id, some)
+                chosen.append(circuit.relay)
+                circuit.close()
+            assert chosen == [fast.peer_id, slow.peer_id], "a slow relay is better than none"
 
     loop.run(scenario(), 60)
