@@ -62,7 +62,6 @@ from peer.metrics import MetricsServer, total
 from peer.platform.processes import return_freed_memory
 from peer.rates import Bandwidth, download_limit
 from peer.rpc.sessions import Sessions
-from peer.transport.dialling import resolved
 from peer.transport.endpoints import near
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -413,7 +412,7 @@ class Node:
             self.status(),
             Activity.LEAVING if self._stopping else activity,
             clock.now(),
-            addresses=await resolved(self.reachability.addresses),
+            addresses=await self.swarm.host.look_up(self.reachability.addresses),
             metrics_address="" if self._metrics is None else self._metrics.offered(self._host),
             reachability=self.reachability.status.kind,
             tunnel_addresses=self.reachability.tunnel_addresses,

@@ -12,6 +12,7 @@ from typing import Self
 from prometheus_client import CollectorRegistry
 
 from peer import clock
+from peer.bounded import BoundedDict
 from peer.errors import DaemonError, StartError, UnreachableError
 from peer.identity import VALID_FROM, Identity, PeerID
 from peer.kademlia.bootstrap import BootstrapReply, join_through
@@ -56,6 +57,8 @@ _OTHERWISE = (
     "swarm's founder for a new invite"
 )
 """What helps if nobody answers at the addresses in an invite. Its token, if there is one, stays valid."""
+_LOOKED_UP = 16
+"""The most endpoints of which it is remembered where they led."""
 _P2PD_PAUSES_S = (5.0, 30.0, 120.0, 600.0)
 """Pauses between attempts to start p2pd for the first time. The last one is used for all later attempts."""
 
@@ -176,6 +179,8 @@ class Host:
         self._starting: asyncio.Task[None] | None = None
         """The task that starts p2pd, finished or not; None: there is no p2pd."""
         self._announced: tuple[Endpoint, ...] = ()
+        self._led_to = BoundedDict[Endpoint, list[Endpoint]](_LOOKED_UP)
+        """Where the owner's endpoints led when they were looked up last."""
         self._tasks = TaskSet(self.restarts)
 
     @classmethod
@@ -263,7 +268,17 @@ class Host:
     async def announce_at(self, endpoints: Iterable[Endpoint]) -> None:
         """Announces that others reach the server there, the best address first. Host names are looked up."""
         self._announced = tuple(endpoints)
-        self._own.set(await resolved(self._announced))
+        self._own.set(await self.look_up(self._announced))
+
+    async def look_up(self, endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+        """The owner's endpoints, with the IP addresses to which host names lead. A name that can't be looked up now
+        leads where it led last: otherwise nobody could call this peer while a name server is down.
+        """
+        found: list[Endpoint] = []
+        for endpoint in endpoints:
+            led = self._led_to[endpoint] = await resolved([endpoint]) or self._led_to.get(endpoint, [])
+            found += led
+        return list(dict.fromkeys(found))
 
     def serve_dht(self, serves: bool) -> None:
         """Makes this peer a node of the DHT, or only a client, for example while nobody can reach its server."""

@@ -29,7 +29,6 @@ from peer.loop import RetryingRounds, TaskSet, new_loop, tolerating
 from peer.metrics import total
 from peer.rates import RateLimit
 from peer.rpc.parts import PartClient
-from peer.transport.dialling import resolved
 from peer.wire import memory_pb2_grpc, records_pb2, session_pb2
 from talkoot.memory.build import note_published
 from talkoot.memory.inspection import open_memory
@@ -255,7 +254,7 @@ class Publication:
     async def _publish_record(self) -> None:
         """Says how to call this peer. It is not listed as a node, because it leaves once others host the memory."""
         record = records_pb2.NodeRecord(
-            addresses=await resolved(self._reachability.addresses),
+            addresses=await self.swarm.host.look_up(self._reachability.addresses),
             certificate=self.swarm.host.certificate,
             protocol_version=PROTOCOL_VERSION,
             software_version=SOFTWARE_VERSION,

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,29 @@ def test_others_hear_where_a_host_is_announced(
             contact = first.contacts.get(host.peer_id)
             assert contact is not None
             assert contact.addresses[0] == elsewhere
+        finally:
+            await host.stop()
+
+    loop.run(scenario(), 120)
+
+
+def test_a_name_that_no_server_knows_for_a_while_leads_where_it_led(
+    loop: LoopThread, identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        host = await Host.start(identities[1], NetworkConfig(LOCAL))
+        try:
+            name, number = Endpoint.of("localhost", host.port), Endpoint.of("127.0.0.9", host.port)
+            led = await host.look_up([name])
+            assert led
+
+            async def fails(endpoints: Iterable[Endpoint]) -> list[Endpoint]:
+                return [endpoint for endpoint in endpoints if endpoint.ip is not None]
+
+            monkeypatch.setattr("peer.host.resolved", fails)
+            assert await host.look_up([number, name]) == [number, *led]
+            await host.announce_at([name])
+            assert host._transport.own_contact() is not None, "or nobody would be told where it is"
         finally:
             await host.stop()
 
