@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -108,15 +109,20 @@ class Membership:
         *,
         dial_every_s: float = _DIAL_EVERY_S,
         now: Callable[[], float] = clock.now,
+        steady: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
+        """`now`: Unix time in seconds. `steady`: a clock for pauses, which must not become hours when the machine's
+        clock is set back.
+        """
         self._host = host
         self._registry = registry
         self._peer_store = peer_store
         self._dial_every_s = dial_every_s
         self._now = now
+        self._steady = steady
         self._rng = rng or random.SystemRandom()
-        self._dialled_at = now()
+        self._dialled_at = steady()
         self._lonely = 0
         """Consecutive rounds in which nobody answered."""
         self._in_vain = 0
@@ -159,8 +165,8 @@ class Membership:
             return
         is_renewed = -math.inf < self._duplicate_until < found.expires_at
         self._duplicate_until = max(self._duplicate_until, found.expires_at)
-        if is_renewed and self._now() >= self._warned_at + _WARN_AGAIN_S:
-            self._warned_at = self._now()
+        if is_renewed and self._steady() >= self._warned_at + _WARN_AGAIN_S:
+            self._warned_at = self._steady()
             logger.warning(
                 "another node runs with this node's identity%s, and each hides the other from the swarm: stop one of "
                 "them; for a second node, begin with an empty --state",
@@ -240,15 +246,16 @@ class Membership:
         return False
 
     def _is_time_to_dial(self) -> bool:
-        if self._now() < self._dialled_at + self._dial_every_s:
+        if self._steady() < self._dialled_at + self._dial_every_s:
             return False
-        self._dialled_at = self._now()
+        self._dialled_at = self._steady()
         return True
 
     async def _meet(self) -> None:
         """Records the addresses of some DHT peers that were not met recently."""
         now = self._now()
-        due = [p for p in self._host.peers() if self._peer_store.met_at(p) < now - _MEET_AGAIN_S]
+        # one that was met later than now was met before the clock was set back
+        due = [p for p in self._host.peers() if not now - _MEET_AGAIN_S <= self._peer_store.met_at(p) <= now]
         for peer in self._rng.sample(due, min(_MEETINGS, len(due))):
             # anybody can list a victim's address, and recorded addresses are dialled and passed on in invites
             self._peer_store.add(self._host.reached_at(peer), now)

@@ -219,7 +219,9 @@ class SimulatedNode:
             swarm.guard,
         )
         self.registry = registry
-        self.membership = Membership(member.host, registry, member.peer_store, now=now, rng=rng)
+        self.membership = Membership(
+            member.host, registry, member.peer_store, now=now, steady=world.time, rng=rng
+        )
         self.runtime = CountingRuntime(plan.updates_per_s, world.time)
         self.checkpoints = CountedCheckpoints(disk)
         self.states = CountedStates(self)

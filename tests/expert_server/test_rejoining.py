@@ -368,7 +368,7 @@ def test_only_a_record_that_is_renewed_is_a_duplicates(
         host = await Host.start(identity, NetworkConfig(LOCAL), swarm_id="sauna", validator=RecordValidator())
         try:
             registry = Registry(host.dht, SwarmKeys("sauna", identity.peer_id), identity)
-            membership = Membership(host, registry, PeerStore(None), now=lambda: now[0])
+            membership = Membership(host, registry, PeerStore(None), steady=lambda: now[0])
 
             async def warnings_of(expires_at: float) -> int:
                 record = NodeInfo(peer_id=identity.peer_id, expires_at=expires_at)
