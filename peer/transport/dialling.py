@@ -6,7 +6,9 @@ not a peer: however many records name it, each peer dials it only a few times a 
 """
 
 import asyncio
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 
@@ -150,14 +152,35 @@ async def _resolve(address: Address) -> Iterable[Address]:
     endpoint = address if isinstance(address, Endpoint) else address.endpoint
     if endpoint.ip is not None:
         return (address,)
-    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(_RESOLVE_S):
-            found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-    except OSError:  # includes TimeoutError
+            found = await _look_up(endpoint.host)
+    except TimeoutError:
         return ()
-    hosts = (f"[{place[0]}]" if ":" in str(place[0]) else place[0] for *_, place in found)
+    hosts = (f"[{host}]" if ":" in host else host for host in found)
     return [address.at(each) for each in known(Endpoint, (f"{host}:{endpoint.port}" for host in hosts), 16)]
+
+
+async def _look_up(name: str) -> list[str]:
+    """The IP addresses to which a host name leads. The loop's own `getaddrinfo` can't be cancelled: a process that is
+    stopped would wait until the name servers have been given up, which takes 10 to 30 seconds.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[str]] = loop.create_future()
+
+    def look() -> None:
+        found: list[str] = []
+        with contextlib.suppress(OSError):
+            found = [str(place[0]) for *_, place in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, found)
+
+    def settle(found: list[str]) -> None:
+        if not answer.done():
+            answer.set_result(found)
+
+    threading.Thread(target=look, name="look up a host name", daemon=True).start()
+    return await answer
 
 
 def _machine(endpoint: Endpoint) -> str | None:

@@ -3,6 +3,8 @@ harms somebody.
 """
 
 import asyncio
+import socket
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -161,3 +163,25 @@ def test_names_of_the_owner_become_the_addresses_to_which_they_lead() -> None:
     assert {address.peer_id for address in found} == {peer(0), peer(1)}
     assert all(address.endpoint.ip is not None and address.endpoint.port == 80 for address in found)
     assert set(asyncio.run(resolved([Endpoint("localhost:9")]))) <= {"127.0.0.1:9", "[::1]:9"}
+
+
+def test_a_silent_name_server_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def look_up(*_: object, **__: object) -> None:
+        answered.wait()
+        raise socket.gaierror(socket.EAI_AGAIN, "no name server answers")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("peer.transport.dialling._RESOLVE_S", 0.1)
+    found: list[list[Endpoint]] = []
+    running = threading.Thread(
+        target=lambda: found.append(asyncio.run(resolved([Endpoint("slow.invalid:80")])))
+    )
+    running.start()
+    running.join(20.0)
+    has_ended = not running.is_alive()
+    answered.set()
+    running.join()
+    assert has_ended
+    assert found == [[]]
