@@ -661,7 +661,12 @@ class _Run:
     def _send(self) -> None:
         for node in list(self._queue):
             while node in self._queue and self._may_call(node):
-                keys = [key for key in self._queue.pop(node) if key in self._unfinished]
+                keys = []
+                for key in self._queue.pop(node):
+                    if key in self._unfinished:
+                        keys.append(key)
+                    else:
+                        self.found[key].search.not_asked(node)
                 if len(keys) > MAX_FIND_KEYS:
                     self._queue[node] = keys[MAX_FIND_KEYS:]
                 if keys:

@@ -302,6 +302,13 @@ class IterativeSearch:
         if self._remove(node):
             self._charge(node, 0)
 
+    def not_asked(self, node: int) -> None:
+        """Records that a node was not asked after all, because the search had ended. It may continue later."""
+        if node not in self._answered:
+            self._asked.discard(node)
+            self._awaited.discard(node)
+            self._charge(node, 0)
+
     def nearest(self) -> list[int]:
         """The nodes that have answered: the nearest of each neighbourhood, nearest first, and then the others."""
         return [node for node, _ in self._live()]
@@ -321,13 +328,13 @@ class IterativeSearch:
         return taken, [node for node in nearest if node not in taken]
 
     def _remove(self, node: int) -> bool:
+        self._awaited.discard(node)
         entry = (node ^ self.key, node)
         place = bisect.bisect_left(self._nearest, entry)
         if node in self._answered or self._nearest[place : place + 1] != [entry]:
             return False
         del self._nearest[place]
         self._failed.add(node)
-        self._awaited.discard(node)
         return True
 
     def _try_again(self) -> None:

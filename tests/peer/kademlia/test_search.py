@@ -474,3 +474,13 @@ def test_a_peer_that_knows_nobody_or_only_the_dead_is_finished(known: list[int])
     assert search.finished
     assert asked == 3 * len(known)
     assert search.nearest() == []
+
+
+def test_a_node_that_was_not_asked_after_all_is_asked_later() -> None:
+    search = IterativeSearch(0, range(1, 5))
+    first, *others = search.ask()
+    search.not_asked(first)
+    for node in others:
+        search.answered(node, [], has_value=False)
+    assert not search.finished
+    assert search.ask() == [first], "otherwise the search would wait for it for ever"
