@@ -206,7 +206,7 @@ class RegionMap:
     def note(self, prefix: Prefix, pieces: Collection[int], region: Region) -> None:
         """Records what this peer has just read, with these pieces of the index."""
         now = self._now()
-        while self._just_read and next(iter(self._just_read.values()))[0] <= now - _JUST_READ_S:
+        while self._just_read and not _is_moment_ago(next(iter(self._just_read.values()))[0], now):
             self._just_read.popitem(last=False)  # a region may be large
         self._just_read[prefix] = now, frozenset(pieces), region
         if region.hosts or region.active:
@@ -292,7 +292,7 @@ class RegionMap:
     def recent(self, prefix: Prefix, pieces: Collection[int]) -> Region | None:
         """The region as it was read a moment ago, if at least these pieces of its index were read; else None."""
         read_at, read, region = self._just_read.get(prefix, (0.0, frozenset[int](), None))
-        return region if read_at > self._now() - _JUST_READ_S and read.issuperset(pieces) else None
+        return region if _is_moment_ago(read_at, self._now()) and read.issuperset(pieces) else None
 
     def forget_recent(self) -> None:
         """Forgets the regions that were read a moment ago, which may be large. What was learnt from them stays."""
@@ -415,6 +415,11 @@ class RegionMap:
                 entry = prefix_of(home, depth + 1)
                 if known := self._may_be_left.get(entry):
                     self._may_be_left[entry] = 0, known[1]
+
+
+def _is_moment_ago(read_at: float, now: float) -> bool:
+    """Not if it was later than now, before the clock was set back: it would be a moment ago for hours."""
+    return 0 <= now - read_at < _JUST_READ_S
 
 
 def _counts_below(uids: Collection[UID]) -> Mapping[Prefix, int]:

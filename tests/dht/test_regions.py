@@ -298,6 +298,17 @@ def test_many_experts_of_one_node_are_announced_in_several_records() -> None:
     assert all(len(coordinate) == 1 for _, coordinate in homes)
 
 
+def test_what_was_read_before_the_clock_was_set_back_is_read_again() -> None:
+    clock = Clock()
+    regions = RegionMap(clock.now, random.Random(1))
+    regions.note((0, ()), [0], NOBODY)
+    assert regions.recent((0, ()), [0]) is NOBODY
+    clock.time -= 3600
+    assert regions.recent((0, ()), [0]) is None
+    regions.note((1, ()), [0], NOBODY)
+    assert len(regions._just_read) == 1, "what nobody uses again is not kept"
+
+
 def test_a_prefix_that_has_split_and_is_empty_is_passed_over_for_a_while() -> None:
     clock, uid = Clock(), UID(0, (2, 3))
     regions = RegionMap(clock.now, random.Random(1))
