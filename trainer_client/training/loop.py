@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -195,7 +195,7 @@ class Training:
     def _numbers(self) -> Iterator[int]:
         """The numbers of the steps to take, so that the run takes each once."""
         after = self.step + len(self.unfinished)
-        return chain(self.unfinished, range(after, self._settings.steps))
+        return islice(chain(self.unfinished, count(after)), self._settings.steps - self.step)
 
     def _one_by_one(self, check: Callable[[], None]) -> Generator[_Step, None, None]:
         for number in self._numbers():

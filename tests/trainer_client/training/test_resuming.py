@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,40 +83,51 @@ def test_five_steps_and_five_resumed_are_ten_straight(
     assert second.summary.resumed_at == 5
 
 
-def test_a_resumed_run_with_steps_in_flight_takes_every_batch_once(tmp_path: Path) -> None:
-    text, begun, may_end = str(write_text(tmp_path)), list[int](), threading.Event()
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_resumed_run_takes_every_batch_once_and_first_those_that_were_in_flight(
+    tmp_path: Path, in_flight: int
+) -> None:
+    text, may_end = str(write_text(tmp_path)), threading.Event()
 
-    class Noted(Dataset):
-        def batch(self, step: int, batch_size: int) -> Tensor:
-            begun.append(step)
-            assert step != 3 or may_end.wait(60)
-            return super().batch(step, batch_size)
+    def train(resume: bool, stop_after: int = 10, **given: Any) -> tuple[list[int], list[int]]:
+        """Returns the steps that were begun, and their batches, to which steps in flight may still add theirs."""
+        begun, batches = list[int](), list[int]()
 
-    def train(resume: bool, stop_after: int) -> list[int]:
-        began, stop = start(tmp_path, make_settings(data=text, in_flight=3), resume), threading.Event()
+        class NotedSteps(Training):
+            def _numbers(self) -> Iterator[int]:
+                for number in super()._numbers():
+                    begun.append(number)
+                    yield number
+
+        class NotedBatches(Dataset):
+            def batch(self, step: int, batch_size: int) -> Tensor:
+                batches.append(step)
+                assert step != 3 or may_end.wait(60)
+                return super().batch(step, batch_size)
 
         def make_model() -> LanguageModel:
             return LanguageModel(MANIFEST, lambda layer: nn.Identity())
 
-        training = Training(make_model(), Noted(began.corpus.tokens, 16), began.settings, make_model)
+        began, stop = start(tmp_path, make_settings(data=text, **given), resume), threading.Event()
+        training = NotedSteps(make_model(), NotedBatches(began.corpus.tokens, 16), began.settings, make_model)
         began.restore(training)
         saver = CheckpointSaver(began, training, MANIFEST, 0)
         training.run(lambda progress: stop.set() if progress.step == stop_after else None, stop)
         saver.save()
-        taken = list(begun)
-        begun.clear()
-        return taken
+        return begun, batches
 
     try:
-        first = train(resume=False, stop_after=6)
+        _, first = train(resume=False, stop_after=6, in_flight=3)
         folder = checkpoint_folder(None, tmp_path, SWARM, newest=True)
         unfinished = load_checkpoint(folder, SWARM).header.unfinished
         assert 3 in unfinished
     finally:
         may_end.set()
-    second = train(resume=True, stop_after=10)
-    assert sorted([step for step in first if step not in unfinished] + second) == list(range(10))
-    assert set(second[: len(unfinished)]) == set(unfinished)
+    shorter, second = train(resume=True, steps=7, in_flight=in_flight)
+    assert shorter == [*unfinished[:1]], "it begins only steps that it takes"
+    rest, third = train(resume=True, steps=10, in_flight=in_flight)
+    assert rest == [*unfinished[1:], *range(6 + len(unfinished), 10)]
+    assert sorted([step for step in first if step not in unfinished] + second + third) == list(range(10))
 
 
 def test_a_resume_needs_nothing_said_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
