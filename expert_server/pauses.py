@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from expert_server.settings import NodeSettings
-from peer.loop import first_of
+from peer.loop import first_of, tolerating
 from peer.platform.machine import on_battery, processor_times
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -310,7 +310,8 @@ class PauseController:
         """Looks for reasons to pause while experts are taken, which may last long. They end it."""
         while True:
             await asyncio.sleep(self._look_every_s)
-            await self._find_reasons()
+            with tolerating("look for reasons to pause"):
+                await self._find_reasons()
             self._judge()
 
     def _judge(self) -> None:

@@ -22,6 +22,8 @@ from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.graphs import Rows
 from expert_server.node import Node, NodeTiming
+from expert_server.pauses import Machine, MachineState, PauseController
+from expert_server.settings import NodeSettings
 from expert_server.status import NodeState
 from peer import PROTOCOL_VERSION
 from peer.errors import UnreachableError
@@ -255,6 +257,30 @@ def test_a_node_pauses_on_battery_though_it_is_still_taking_experts(
         await eventually(paused)
 
     play(scenario)
+
+
+def test_a_look_at_the_machine_that_fails_does_not_end_the_taking_of_experts(
+    loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = list[Machine]()
+
+    def look(machine: Machine) -> MachineState:
+        looks.append(machine)
+        if len(looks) == 2:
+            raise psutil.AccessDenied
+        return MachineState()
+
+    async def take() -> None:
+        while len(looks) < 3:  # noqa: ASYNC110  # a thread adds to it
+            await asyncio.sleep(0.01)
+
+    async def release() -> None:
+        raise AssertionError("there is no reason to pause")
+
+    monkeypatch.setattr(Machine, "look", look)
+    pauses = PauseController(NodeSettings(not_on_battery=True), take, release, look_every_s=0.01)
+    loop.run(pauses.look(), DEADLINE_S)
+    assert pauses.hosts
 
 
 def test_outside_its_hours_a_node_starts_paused_and_its_owner_wins(play: Play) -> None:
