@@ -25,7 +25,7 @@ from torch import Tensor
 
 from peer.codec import joined
 from peer.errors import StateError
-from peer.files import write_atomically
+from peer.files import sweep, write_atomically
 from peer.formatting import bytes_in_words, counted, printable
 from peer.platform.files import sync_folder
 
@@ -50,7 +50,6 @@ _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _ALIGNMENT = 8
 _MAX_DIMENSIONS, _MAX_NUMBERS, _MAX_NAME = 8, 2**48, 500
 _FILE_NAME = re.compile(r"(0|[1-9][0-9]{0,17})\.safetensors")
-_TEMPORARY = ".*.new"
 
 Form: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
@@ -331,9 +330,7 @@ class RotatingFiles:
 
     def sweep(self) -> None:
         """Removes the temporary files of writers that were killed."""
-        for path in self.folder.glob(_TEMPORARY):
-            with suppress(OSError):
-                path.unlink()
+        sweep(self.folder)
 
     def _make_folder(self) -> None:
         missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.is_dir()]

@@ -167,6 +167,13 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Removes the temporary files that killed writers left in a folder, as far as it can."""
+    for path in folder.glob(".*.new"):
+        with suppress(OSError):
+            path.unlink()
+
+
 def read_state_file(path: Path, most_bytes: int, parse: Callable[[bytes], T], lost: str) -> T | None:
     """The result of `parse`, which raises ValueError or RecordError. None if the file is missing or broken.
 

@@ -16,7 +16,7 @@ from dht.upkeep import LONGEST_LIFETIME_S, UpkeepPeriod
 from expert_server.memory.placement import ShardKey
 from expert_server.memory.store import GONE, MemoryStore
 from peer.errors import TransferError, UnreachableError, WireError
-from peer.files import PlainFile, write_atomically
+from peer.files import PlainFile, sweep, write_atomically
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -249,6 +249,7 @@ class HostedMemories:
     def _found(self) -> dict[MemoryID, tuple[MemoryStore, list[bytes]]]:
         """What is on disk of each memory, with the roots of its shards. Removes what a killed process left."""
         found = {}
+        sweep(self._folder)
         for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
             if path.name == _LIBRARIES:
                 continue

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from dht.memory import MAX_MANIFEST_BYTES, MemoryManifest, Part, ShardInfo, by_root
 from expert_server.memory.shard import Shard, most_bytes
 from peer.errors import WireError
-from peer.files import PlainFile, write_atomically
+from peer.files import PlainFile, sweep, write_atomically
 from peer.platform.files import sync_folder
 from peer.rpc.parts import check_sha256
 
@@ -91,13 +91,18 @@ class MemoryStore:
         return [shard.root for shard in self.manifest.shards if shard.root.hex() in names]
 
     def sweep(self) -> None:
-        """Removes what a killed process left: half-written files, and shards that a revision no longer has. Raises
-        OSError.
+        """Removes what a killed process left: half-written files, and shards that a revision no longer has. What can't
+        be removed stays. Raises OSError if there is no folder of shards.
         """
+        for folder in (self.folder, self.folder / PARTS, self.folder / SHARDS):
+            sweep(folder)
         kept = {root.hex() for root in self.manifest.by_root}
-        stale = (path for path in (self.folder / SHARDS).iterdir() if path.name not in kept)
-        for path in (*self.folder.rglob(".*.new"), *(path for path in stale if _SHARD.fullmatch(path.name))):
-            path.unlink()
+        for path in (self.folder / SHARDS).iterdir():
+            if _SHARD.fullmatch(path.name) and path.name not in kept:
+                try:
+                    path.unlink()
+                except OSError as error:
+                    logger.warning("an old shard could not be removed: %s", error)
 
     def load(self, root: bytes) -> None:
         """Serves a shard that is on disk, without its revoked passages. If the file is not that shard, raises WireError

@@ -823,6 +823,8 @@ def test_what_a_kill_left_of_memories_is_removed_at_the_next_start(
             patch.setattr("os.replace", killed)  # while a shard is written
             with pytest.raises(KeyboardInterrupt):
                 write_atomically(kept / "shards" / MEMORY.roots[0].hex(), b"half of a shard")
+            with pytest.raises(KeyboardInterrupt):
+                write_atomically(kept.parent / "libraries", b"half of the lists")
         later = replace(MEMORY.manifest, revision=2, shards=MEMORY.manifest.shards[:3]).serialize()
         with monkeypatch.context() as patch:
             patch.setattr(MemoryStore, "drop", killed)  # while a revision is followed
@@ -848,6 +850,31 @@ def test_what_a_kill_left_of_memories_is_removed_at_the_next_start(
         await until(lambda: founder.memories.hosted.shards == 3)
 
     play(scenario)
+
+
+def test_a_memory_is_served_though_what_a_kill_left_of_it_can_not_be_removed_yet(
+    play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For example, because another program reads it on Windows."""
+    unlink, left = Path.unlink, {64 * "0", f".{64 * '0'}.new"}
+
+    def unlink_unless_read(path: Path, missing_ok: bool = False) -> None:
+        if path.name in left:
+            raise PermissionError(errno.EACCES, "another program reads it", str(path))
+        unlink(path, missing_ok)
+
+    async def scenario(village: Village) -> None:
+        kept = folder(village, 0, MEMORY)
+        MEMORY.write(kept)
+        for name in left:
+            (kept / "shards" / name).write_bytes(b"revoked")
+        monkeypatch.setattr(Path, "unlink", unlink_unless_read)
+        founder = await village.found(**HOST)
+        await founder.memories.hosted.verify()
+        assert founder.memories.hosted.shards == len(MEMORY.roots)
+
+    play(scenario)
+    assert "another program reads it" in caplog.text
 
 
 def test_folders_that_are_no_memory_are_left_alone(play: Play, caplog: pytest.LogCaptureFixture) -> None:
