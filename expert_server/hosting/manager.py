@@ -144,7 +144,8 @@ class Handover:
         """Returns when others serve all of the experts, or nobody is left to ask. Experts that others serve are
         withdrawn.
 
-        Raises UnreachableError if the DHT does not answer at first. Later, it is asked again.
+        Raises UnreachableError if the DHT does not answer at first. Later, it is asked until it answers, so limit the
+        time.
         """
         replicas = await self._swarm.experts.replicas(self.alone)
         self.has_looked = True

@@ -166,7 +166,8 @@ class Training:
         return tensors | _history_tensors(self.history)
 
     def import_state(self, tensors: Mapping[str, Tensor], age: int, unfinished: Sequence[int] = ()) -> None:
-        """Restores what `export_state` returned. `age`: the age of `part` at that time. `unfinished`: the same.
+        """Restores what `export_state` returned. `age`: the age of `part` at that time. `unfinished`: the numbers of
+        the steps that were in flight.
 
         Raises StateError if it is of another model; then nothing has changed.
         """
