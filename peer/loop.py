@@ -421,11 +421,16 @@ async def first_success(
                     found = task.result()
         return found
     finally:
-        for task in running:
-            task.cancel()
-        for late in await asyncio.gather(*running, return_exceptions=True):
-            if late is not None and not isinstance(late, BaseException):
-                drop(late)
+        try:
+            await cancel_all(running)
+        except asyncio.CancelledError:  # while others end: nobody gets what was found
+            if found is not None:
+                drop(found)
+            raise
+        finally:
+            for task in running:
+                if not task.cancelled() and task.exception() is None and (late := task.result()) is not None:
+                    drop(late)
 
 
 async def first_of(*works: Coroutine[Any, Any, T]) -> T:

@@ -155,3 +155,28 @@ def test_results_of_a_search_that_is_given_up_are_dropped(loop: LoopThread) -> N
         assert set(dropped) == {1, 2}
 
     loop.run(scenario(), 60)
+
+
+def test_a_result_is_dropped_if_the_search_is_given_up_while_other_works_still_end(loop: LoopThread) -> None:
+    async def scenario() -> None:
+        dropped, is_ending, may_end = list[str | None](), asyncio.Event(), asyncio.Event()
+
+        async def work(name: str) -> str | None:
+            if name == "slow to end":
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    is_ending.set()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await may_end.wait()
+            return name
+
+        names = ("slow to end", "first")
+        search = asyncio.create_task(first_success(map(work, names), 0.0, drop=dropped.append))
+        await is_ending.wait()
+        search.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await search
+        assert dropped == ["first"]
+
+    loop.run(scenario(), 60)
