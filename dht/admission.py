@@ -141,7 +141,7 @@ class Denylist:
             stamp = status.st_mtime_ns, status.st_size
             if stamp == self._stamp:
                 return
-            with self._path.open(encoding="utf-8", errors="replace") as file:
+            with self._path.open(encoding="utf-8-sig", errors="replace") as file:
                 lines = file.read(_LONGEST_FILE).splitlines()
         except FileNotFoundError:
             self._from_file, self._stamp = frozenset(), None

@@ -146,7 +146,7 @@ class RoleSettings(BaseModel):
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises SettingsError, which names the file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"there is no file {path}: pass the path of an existing file") from None
     except OSError as error:

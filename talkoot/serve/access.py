@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import hmac
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ def read_keys(path: Path | None) -> ApiKeys:
     try:
         with path.open("rb") as file:
             data = file.read(_LONGEST_FILE + 1)
-        keys = [line.strip() for line in data.decode("ascii").splitlines() if line.strip()]
+        text = data.removeprefix(BOM_UTF8).decode("ascii")
+        keys = [line.strip() for line in text.splitlines() if line.strip()]
     except OSError as error:
         raise DataError(
             f"can't read {path}: {error.strerror}; pass a file with one key on each line"

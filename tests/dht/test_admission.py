@@ -361,6 +361,14 @@ def test_the_list_knows_what_was_made_and_what_is_revoked(tmp_path: Path) -> Non
         ledger.read()
 
 
+def test_the_mark_that_windows_puts_before_a_text_spares_nobody(tmp_path: Path, alice: Identity) -> None:
+    path = tmp_path / "denylist"
+    path.write_text(f"{alice.peer_id}\r\n", encoding="utf-8-sig")
+    denylist = Denylist(path)
+    denylist.reread()
+    assert alice.peer_id in denylist
+
+
 def test_the_denylist_is_read_again_when_it_changes(tmp_path: Path, alice: Identity, bob: Identity) -> None:
     path = tmp_path / "denylist"
     denylist = Denylist(path, [bob.peer_id.to_base58()])

@@ -111,6 +111,11 @@ def test_a_file_that_is_no_toml_is_named(config: Path, data: bytes, said: str) -
         SaunaSettings.load(config)
 
 
+def test_the_mark_that_windows_puts_before_a_text_does_no_harm(config: Path) -> None:
+    config.write_text("heat = 60\n", encoding="utf-8-sig")
+    assert SaunaSettings.load(config).heat == 60
+
+
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"can't read /\S+: Is a directory$"):
         SaunaSettings.load(tmp_path)

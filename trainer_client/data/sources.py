@@ -195,10 +195,13 @@ def _in_pieces(text: str) -> Iterator[str]:
 
 
 def _read_plain(path: Path) -> Iterator[str]:
-    """Pieces that end with white space if possible, so that no token is cut."""
+    """Pieces that end with white space if possible, so that no token is cut. A byte-order mark is left out."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     kept, position = "", 0
     with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            position = file.tell()
+        file.seek(position)
         while data := file.read(PIECE_BYTES):
             if (at := data.find(0)) >= 0:
                 raise DataError(f"{path} is not text: byte {position + at} is 0; give a text file")

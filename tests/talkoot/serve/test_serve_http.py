@@ -339,6 +339,12 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, text: str | None) -> Non
         read_keys(tmp_path / "keys")
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_a_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sauna-1\r\nsauna-2\r\n", encoding="utf-8-sig")
+    keys = read_keys(tmp_path / "keys")
+    assert keys.client({"headers": [(b"authorization", b"Bearer sauna-1")]}) == "key 0"
+
+
 def test_without_experts_it_says_so(loop: LoopThread, model: ServedModel, http: httpx.Client) -> None:
     with served(loop, without_experts(model)) as address:
         assert http.get(f"{address}healthz").status_code == 503

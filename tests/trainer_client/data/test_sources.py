@@ -45,6 +45,17 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
     assert text_of(write_bytes(tmp_path / "any.md", b"\t sauna\r\n\xc3\xa4\n\n")) == "\t sauna\r\nä\n\n"
 
 
+@pytest.mark.parametrize("size", [1, 3, 2**16])
+def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(sources, "PIECE_BYTES", size)
+    marked = write_bytes(tmp_path / "a.txt", "\ufeffsauna \ufeffstove".encode())
+    only = write_bytes(tmp_path / "b.txt", "\ufeff".encode())
+    lines = write_bytes(tmp_path / "c.jsonl", '\ufeff{"text": "towel"}\r\n'.encode())
+    assert text_of(marked, only, lines) == "sauna \ufeffstove\ntowel"
+
+
 def test_a_file_of_one_line_without_an_end_is_text(tmp_path: Path) -> None:
     assert text_of(write_bytes(tmp_path / "one.txt", b"one line")) == "one line"
 
