@@ -5,6 +5,8 @@ Progress is a bar, log lines or JSON lines. The logs are JSON lines, TensorBoard
 
 import logging
 import math
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from peer.errors import SettingsError, StartError
+from peer.files import kind_of
 from peer.formatting import counted
 from peer.settings import require_extra
 from talkoot.terminal import StepBar, Terminal, check_writable, to_json, write_whole
@@ -209,10 +212,23 @@ def _appended(path: Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise StartError(f"can't write {path}: {error.strerror}; pass another --log FILE") from error
     try:
+        with suppress(OSError):
+            if _is_cut_off(path):
+                file.write("\n")
         yield file
     finally:
         with suppress(OSError):  # closing tries again to write what could not be written
             file.close()
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether the file's last line has no end, because the disk was full or the machine stopped."""
+    if kind_of(path) != stat.S_IFREG:
+        return False
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() not in (b"", b"\n")
 
 
 class _JsonLines:

@@ -63,6 +63,18 @@ def test_each_step_is_a_line_of_json_and_a_resumed_run_adds_to_them(tmp_path: Pa
     assert lines[0]["time"] > 1e9
 
 
+def test_a_resumed_run_begins_a_new_line_after_one_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"ste')
+    for step in (2, 3):
+        with logs_written(path, None) as writers:
+            for write in writers:
+                write(VALUES | {"step": step})
+    whole, cut_off, *lines = path.read_text().splitlines()
+    assert (whole, cut_off) == ('{"step": 1}', '{"ste')
+    assert [json.loads(line)["step"] for line in lines] == [2, 3]
+
+
 def test_lines_are_there_while_training_goes_on(tmp_path: Path) -> None:
     with logs_written(tmp_path / "log", None) as (write,):
         write(VALUES)
