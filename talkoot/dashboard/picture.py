@@ -114,6 +114,7 @@ class Census(Generic[T]):
                 if info.started_at:  # otherwise the record says only that it has left
                     seen.info = info
         for seen in self.seen.values():
+            seen.seen_at = min(seen.seen_at, now)  # it was later if the clock was set back meanwhile
             grant = seen.info.grant
             # others no longer accept its records, so it can't say that it leaves
             if grant is not None and not seen.left and (grant.serial in revoked or grant.expires_at <= now):
@@ -165,8 +166,10 @@ class CallRateMeter:
             before = self._counted.get(peer_id)
             if before is None or before.trainer.started_at != seen.info.started_at:
                 self._counted[peer_id] = _Counted(seen.info, seen.seen_at)
-            elif seen.seen_at > before.at:
-                rates = _rates(before.trainer, seen.info, seen.seen_at - before.at)
+            elif seen.info is not before.trainer:
+                seconds, rates = seen.seen_at - before.at, before.rates
+                if seconds > 0:  # unless the clock was set back
+                    rates = _rates(before.trainer, seen.info, seconds)
                 self._counted[peer_id] = _Counted(seen.info, seen.seen_at, rates)
         return _together([counted.rates for counted in self._counted.values() if counted.rates is not None])
 

@@ -79,6 +79,16 @@ def test_a_node_that_says_it_leaves_is_not_there_at_once_and_may_come_back() -> 
     assert (seen.seen[peer(1)].gone, seen.seen[peer(1)].left) == (True, False)
 
 
+def test_a_node_that_dies_has_gone_although_the_clock_was_set_back() -> None:
+    seen = census()
+    seen.note({peer(1): node(1)}, NOW + 3600)
+    for now in (NOW, NOW + 16):
+        seen.note({peer(1): node(1)}, now)
+    assert not seen.live()
+    seen.note({}, NOW + 3600)
+    assert seen.seen[peer(1)].seen_at == NOW
+
+
 def test_one_reading_that_misses_a_record_takes_nobody_away() -> None:
     seen = census()
     seen.note({peer(1): node(1)}, NOW)
@@ -137,6 +147,15 @@ def test_pace_stays_until_the_next_record_and_ends_with_the_trainer() -> None:
     later = replace(first, calls=30, expires_at=NOW + 40)
     assert rates_of((NOW, [first]), (NOW + 10, [later]), (NOW + 12, [later])).calls_per_s == 2.0
     assert rates_of((NOW, [first]), (NOW + 10, [later]), (NOW + 60, [])) == CallRates()
+
+
+def test_pace_goes_on_after_the_clock_was_set_back() -> None:
+    first = trainer(1, calls=0)
+    records = [replace(first, calls=10 * n, expires_at=NOW + 40 + n) for n in range(4)]
+    times = NOW + 3600, NOW + 3610, NOW, NOW + 20
+    moments = [(now, [record]) for now, record in zip(times, records, strict=True)]
+    assert rates_of(*moments[:3]).calls_per_s == 1.0, "as before"
+    assert rates_of(*moments).calls_per_s == 0.5
 
 
 def test_a_trainer_that_started_again_is_counted_anew() -> None:
