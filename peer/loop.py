@@ -346,6 +346,23 @@ async def to_thread_whole(function: Callable[..., T], *arguments: Any) -> T:
         raise
 
 
+async def to_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """`asyncio.to_thread`, but if it is cancelled, neither the loop's end nor that of the process waits for the
+    function. For what may take long, and leaves nothing half-done.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        result.set_running_or_notify_cancel()
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:  # noqa: BLE001  # raised where the result is awaited
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="talkoot-dropped", daemon=True).start()
+    return await asyncio.wrap_future(result)
+
+
 async def side_by_side(works: Iterable[Coroutine[Any, Any, None]], most: int) -> None:
     """Runs the works in order, at most `most` at a time, so that one that waits for a slow peer does not hold up the
     others.

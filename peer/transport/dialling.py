@@ -6,9 +6,7 @@ not a peer: however many records name it, each peer dials it only a few times a 
 """
 
 import asyncio
-import contextlib
 import socket
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 
@@ -16,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from peer.bounded import BoundedDict
 from peer.identity import PeerID
+from peer.loop import to_daemon_thread
 from peer.metrics import start_at_zero
 from peer.rates import TokenBuckets
 from peer.transport.addresses import Address, known
@@ -165,22 +164,14 @@ async def _look_up(name: str) -> list[str]:
     """The IP addresses to which a host name leads. The loop's own `getaddrinfo` can't be cancelled: a process that is
     stopped would wait until the name servers have been given up, which takes 10 to 30 seconds.
     """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[list[str]] = loop.create_future()
 
-    def look() -> None:
-        found: list[str] = []
-        with contextlib.suppress(OSError):
-            found = [str(place[0]) for *_, place in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-            loop.call_soon_threadsafe(settle, found)
+    def look() -> list[str]:
+        try:
+            return [str(place[0]) for *_, place in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+        except OSError:
+            return []
 
-    def settle(found: list[str]) -> None:
-        if not answer.done():
-            answer.set_result(found)
-
-    threading.Thread(target=look, name="look up a host name", daemon=True).start()
-    return await answer
+    return await to_daemon_thread(look)
 
 
 def _machine(endpoint: Endpoint) -> str | None:

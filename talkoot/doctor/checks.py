@@ -12,6 +12,7 @@ import random
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -501,18 +502,13 @@ def _train(expert: Expert, *tensors: torch.Tensor) -> None:
 
 def _write_speed(folder: Path) -> float:
     """Bytes per second that reach the disk, with fsync."""
-    path = folder / ".check"
     data = os.urandom(_DISK_TEST_BYTES)
-    try:
-        began = time.perf_counter()
-        path.unlink(missing_ok=True)
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    began = time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:  # which is gone even if this process is killed
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
         return len(data) / max(time.perf_counter() - began, 1e-6)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _skipped(name: str, why: str) -> Finding:

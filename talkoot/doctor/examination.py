@@ -23,7 +23,7 @@ from peer.files import StateFolder, write_atomically
 from peer.formatting import age_in_words
 from peer.host import NetworkConfig
 from peer.identity import Identity, PeerID
-from peer.loop import new_loop
+from peer.loop import new_loop, to_daemon_thread
 from peer.platform.p2pd import is_offered, why_unavailable
 from peer.transport.dialling import Dialling
 from peer.transport.endpoints import AddressScope
@@ -203,7 +203,7 @@ class Check:
     async def _check(self, identity: Identity, stage: Stage) -> Report:
         self._findings += [
             check_software(),
-            await asyncio.to_thread(check_device, self._settings),
+            await to_daemon_thread(check_device, self._settings),
             check_ports(self._settings, self._host, self._here),
         ]
         await self._check_p2pd(identity, stage)
@@ -295,7 +295,7 @@ class Check:
         self._findings.append(check_traffic(manifest, line))
         stage("training one expert for a moment")
         try:
-            self._findings.append(await asyncio.to_thread(check_speed, self._settings, manifest, self._here))
+            self._findings.append(await to_daemon_thread(check_speed, self._settings, manifest, self._here))
             memory = check_memory(self._settings, manifest, self._here)
         except UserError as error:
             self._note("experts", Verdict.PROBLEM, "they can't be built here", fix=str(error))
@@ -303,7 +303,7 @@ class Check:
         self._findings += [memory, check_cores(self._here)]
         stage("writing to the state folder")
         experts = int(memory.values.get("experts", 1))
-        disk = await asyncio.to_thread(check_disk, self._state, self._settings, manifest, experts)
+        disk = await to_daemon_thread(check_disk, self._state, self._settings, manifest, experts)
         self._findings.append(disk)
 
     def _note(self, name: str, verdict: Verdict, says: str, fix: str = "", **values: float) -> None:

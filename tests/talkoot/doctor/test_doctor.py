@@ -293,3 +293,38 @@ def test_shell_completes_commands_and_options() -> None:
             timeout=240,
         )
         assert ended.stdout.split() == [completed], ended.stderr
+
+
+STOPPED_AMID = """
+import signal, sys, time
+
+from talkoot.cli import main
+from talkoot.doctor import examination
+
+def slow(*arguments):
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(600)
+
+examination.{check} = slow
+sys.argv = ["talkoot", "doctor", "--state", {state!r}, "--p2pd", "off"]
+main()
+"""
+
+
+@pytest.mark.parametrize("check", ["check_device", "check_speed", "check_disk"])
+def test_ctrl_c_does_not_wait_for_a_slow_machine(tmp_path: Path, check: str) -> None:
+    script = STOPPED_AMID.format(check=check, state=str(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=60)
+    assert (ended.returncode, b"Traceback" in ended.stderr) == (130, False)
+
+
+def test_a_check_of_the_disk_that_is_killed_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(descriptor: int) -> None:
+        left.extend(tmp_path.iterdir())
+
+    left: list[Path] = []
+    monkeypatch.setattr(os, "fsync", look)
+    checks.check_disk(tmp_path, NodeSettings(), SMALL, experts=1)
+    assert not left
