@@ -39,7 +39,7 @@ from peer.identity import PeerID
 from peer.kademlia.lookups import FRUGAL
 from peer.kademlia.node import Spending
 from peer.kademlia.search import DEFAULT_LIMITS, SearchLimits
-from peer.loop import TimeSlices
+from peer.loop import TimeSlices, cancel_all
 from peer.platform.files import open_plainly
 from peer.rates import Backoff
 from peer.rpc.parts import PartClient, check_sha256
@@ -190,7 +190,11 @@ class MemoryParts:
             return Opened(entry, manifest, filled_C, await codebook, None)
         parse_encoder = partial(load_encoder, manifest.encoder_kind, dimensions=manifest.dimensions)
         encoder = self._part(entry, "encoder", manifest.encoder, parse_encoder)
-        return Opened(entry, manifest, filled_C, *await asyncio.gather(codebook, encoder))
+        both = asyncio.create_task(codebook), asyncio.create_task(encoder)
+        try:
+            return Opened(entry, manifest, filled_C, *await asyncio.gather(*both))
+        finally:
+            await cancel_all(both)
 
     async def _some_nodes(self, entry: LibraryEntry) -> list[NodeInfo]:
         """Some hosts in random order, so that readers don't all fetch from the same one."""

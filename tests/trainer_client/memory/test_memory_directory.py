@@ -1,11 +1,13 @@
 """What a searcher knows of a memory's hosts, and what it fetches to follow its publisher."""
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,8 +24,9 @@ from dht.announcements import ReplicaState
 from dht.library import LibraryEntry, MemoryRegistry, RegionHost
 from dht.memory import MAX_MANIFEST_BYTES, Cell, Part, ShardInfo
 from dht.uid import coordinate_of, number_of
+from peer.errors import TransferError
 from peer.identity import PeerID
-from trainer_client.memory.directory import MemoryDirectory
+from trainer_client.memory.directory import MemoryDirectory, MemoryParts, PartCache
 
 
 def test_a_publisher_of_ever_new_revisions_fills_no_searchers_line() -> None:
@@ -517,3 +520,37 @@ def test_of_many_strangers_few_node_records_are_read_again() -> None:
 
     with virtual_time() as runner:
         runner.run(scenario())
+
+
+def test_if_one_part_of_a_memory_can_not_be_had_the_other_is_no_longer_fetched(tmp_path: Path) -> None:
+    sample, publisher = SampleMemory.make(), make_peer_id(1)
+    manifest = sample.manifest.serialize()
+    listed = Part(hashlib.sha256(manifest).digest(), len(manifest))
+    entry = LibraryEntry.of(sample.manifest, listed, publisher)
+    fetching, is_fetching = set[bytes](), asyncio.Event()
+
+    async def some_nodes(*_: Any) -> Any:
+        return {}
+
+    async def fetch_any(nodes: Any, memory: str, name: bytes, size: int, check: Any) -> bytes:
+        if name == listed.sha256:
+            return manifest
+        fetching.add(name)
+        try:
+            if name == sample.manifest.encoder.sha256:
+                is_fetching.set()
+                await asyncio.Event().wait()
+            await is_fetching.wait()
+            raise TransferError("nobody has it")
+        finally:
+            fetching.remove(name)
+
+    async def scenario() -> None:
+        memories: Any = SimpleNamespace(some_nodes=some_nodes)
+        client: Any = SimpleNamespace(fetch_any=fetch_any)
+        parts = MemoryParts(entry.memory, memories, client, PartCache(tmp_path))
+        with pytest.raises(TransferError, match="nobody has it"):
+            await parts.open(entry)
+        assert not fetching
+
+    asyncio.run(scenario())
