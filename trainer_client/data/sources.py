@@ -199,9 +199,8 @@ def _read_plain(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     kept, position = "", 0
     with path.open("rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
-            position = file.tell()
-        file.seek(position)
+        if file.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+            position = len(file.read(len(codecs.BOM_UTF8)))
         while data := file.read(PIECE_BYTES):
             if (at := data.find(0)) >= 0:
                 raise DataError(f"{path} is not text: byte {position + at} is 0; give a text file")
