@@ -359,7 +359,7 @@ async def to_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
         except BaseException as error:  # noqa: BLE001  # raised where the result is awaited
             result.set_exception(error)
 
-    threading.Thread(target=run, name="talkoot-dropped", daemon=True).start()
+    threading.Thread(target=run, name="talkoot-daemon", daemon=True).start()
     return await asyncio.wrap_future(result)
 
 

@@ -1,14 +1,13 @@
 """Which receipts a node keeps: the newest of each trainer, within bounds, and across restarts."""
 
-import asyncio
 import contextlib
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from callers import numbered_identity
+from cancelled_saves import cancel_while_it_writes
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
@@ -274,27 +273,12 @@ def test_receipts_that_a_cancelled_save_may_not_have_written_are_saved_by_the_ne
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node that leaves cancels the task that saves, and then saves once more."""
-    path, writing, may_end = tmp_path / "receipts", threading.Event(), threading.Event()
-    kept = book(1)
+    path, kept = tmp_path / "receipts", book(1)
     kept.take(receipt(1, Work(pairs=1)))
-
-    def write(*_: object) -> bool:
-        writing.set()
-        assert may_end.wait(60)
-        return False
 
     async def scenario() -> None:
         file = ReceiptFile(path, kept)
-        with monkeypatch.context() as patch:
-            patch.setattr(credit, "write_state_file", write)
-            saving = asyncio.create_task(file.save())
-            assert await asyncio.to_thread(writing.wait, 60)
-            saving.cancel()
-            await asyncio.sleep(0)
-            assert not saving.done()  # two writes at once could leave the older one
-            may_end.set()
-            await asyncio.wait([saving])
-            assert saving.cancelled()
+        await cancel_while_it_writes(file.save, credit, monkeypatch)
         await file.save()
 
     loop.run(scenario(), 120)

@@ -1,12 +1,12 @@
 """A trainer signs for what nodes have done: all of it, once a period, across all its runs."""
 
 import asyncio
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from callers import numbered_identity
+from cancelled_saves import cancel_while_it_writes
 from credit_node import NODE, SERVED, SWARM, CreditNode, credit_node
 from expert_fakes import make_node
 from hypothesis import given
@@ -174,26 +174,13 @@ def test_what_a_cancelled_save_may_not_have_written_is_saved_before_it_is_signed
     loop: LoopThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer that leaves cancels the task that saves, and then signs for the rest."""
-    writing, may_end = threading.Event(), threading.Event()
-
-    def write(*_: object) -> bool:
-        writing.set()
-        assert may_end.wait(60)
-        return False
 
     async def scenario() -> None:
         accounts = CreditAccounts(tmp_path / "sauna.json")
         accounts.note(make_node(peer(1)), pairs=10)
+        await cancel_while_it_writes(accounts.save, credit, monkeypatch)
         with monkeypatch.context() as patch:
-            patch.setattr(credit, "write_state_file", write)
-            saving = asyncio.create_task(accounts.save())
-            assert await asyncio.to_thread(writing.wait, 60)
-            saving.cancel()
-            await asyncio.sleep(0)
-            assert not saving.done()  # two writes at once could leave the older one
-            may_end.set()
-            await asyncio.wait([saving])
-            assert saving.cancelled()
+            patch.setattr(credit, "write_state_file", lambda *_: False)
             await accounts.save()
             assert not list(accounts.due(1e9))
         await accounts.save()
