@@ -171,7 +171,7 @@ def test_nodes_are_drawn_from_the_lists_and_from_those_that_a_peer_knows(
     monkeypatch.setattr("peer.kademlia.lookups.Lookups.estimated_nodes", estimated)
 
     async def scenario() -> None:
-        simulated = await SimulatedSwarm.start(world, 60, 5, Link(), seed=1)
+        simulated = await SimulatedSwarm.start(world, 60, 5, Link(), seed=1, in_place=True)
         ids = [peer.peer_id for peer in simulated.peers]
         known, registry = ids[1:11], simulated.peers[0].registry
         for peers in ((), known, [ids[0], *known]):

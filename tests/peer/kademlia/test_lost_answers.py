@@ -62,7 +62,7 @@ class LossyNode:
         return {key ^ self._rng.getrandbits(150): self._new_peer() for _ in range(BUCKET_SIZE)}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [2, 6, 8, 11])  # with these, look-ups once did not end
 def test_a_look_up_ends_although_most_answers_are_lost(seed: int) -> None:
     rng = random.Random(seed)
     node: Any = LossyNode(rng)

@@ -207,7 +207,7 @@ def test_memories_are_surveyed_less_often_if_that_takes_many_bytes(
 
             monkeypatch.setattr(watcher_module, "survey", survey)
             memories: Any = SimpleNamespace(libraries=libraries)
-            async with asyncio.timeout(300):
+            async with asyncio.timeout(150):
                 await watched(tmp_path, None)._survey_memories(memories)
 
         with pytest.raises(TimeoutError):
