@@ -44,6 +44,8 @@ class CachedForward:
     """Graphs by expert. The cache adds and evicts them."""
     is_complete: bool = False
     """Whether the call has been answered. Until then, no backward call may use it."""
+    is_claimed: bool = False
+    """Whether a backward call has named it. No other backward call may use it."""
 
     @property
     def bytes(self) -> int:
@@ -112,15 +114,21 @@ class ForwardCache:
         forward.is_complete = True
         return self._cached.get(key) is forward
 
-    def take(self, key: CacheKey) -> CachedForward | None:
-        """Removes and returns a call, if it is complete."""
+    def find(self, key: CacheKey) -> CachedForward | None:
+        """A call that is complete and not claimed. The backward call that claims it takes it only once its payload is
+        here: until then, its graphs count, and may be evicted.
+        """
         forward = self._cached.get(key)
-        if forward is not None and forward.is_complete:
+        self._keep_to_budget()
+        return forward if forward is not None and forward.is_complete and not forward.is_claimed else None
+
+    def take(self, key: CacheKey, forward: CachedForward) -> None:
+        """Removes a claimed call. It keeps the graphs that were not evicted."""
+        if self._cached.get(key) is forward:
             graphs = dict(forward.graphs)
             self._remove(key)
-            forward.graphs = graphs
+            forward.graphs |= graphs
         self._keep_to_budget()
-        return forward if forward is not None and forward.is_complete else None
 
     def discard(self, key: CacheKey, forward: CachedForward) -> None:
         """Removes a call that failed, unless another has taken its place."""

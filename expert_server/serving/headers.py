@@ -96,7 +96,7 @@ class HeaderParser:
         caller: str,
         reserve: Callable[[int], object],
     ) -> ParsedHeader:
-        """Takes the forward call that the header names out of the cache.
+        """Claims the forward call that the header names. Take it out of the cache once the payload has arrived.
 
         `reserve` is called with the bytes of memory that the call needs, and raises ExpertError if there is no room.
         Raises WireError or ExpertError.
@@ -142,7 +142,7 @@ class HeaderParser:
         if not rows:
             raise WireError("a kept forward call must have rows")
         self._require_size(rows)
-        cached = self._cache.take((caller, header.kept_request_id))
+        cached = self._cache.find((caller, header.kept_request_id))
         if cached is None:
             return ParsedHeader(rows, None)
         assignment = cached.assignment
@@ -150,6 +150,7 @@ class HeaderParser:
             raise WireError(f"the kept forward call has {counted(len(assignment), 'row')}, not {rows}")
         counts = rows, len(assignment.rows), len(assignment.lengths), len(assignment.uids)
         reserve(CallSize(*counts, header.width, direction).bytes)
+        cached.is_claimed = True
         return ParsedHeader(rows, assignment, cached)
 
     def _counted(self, header: expert_pb2.CallHeader) -> tuple[int, int]:

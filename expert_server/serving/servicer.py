@@ -213,8 +213,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 header = await stream.header(memory.grow)
                 parsed = self._parser.parse(header, direction, caller, memory.grow)
                 call = Call(header, parsed, direction, stream, replies, caller, session.group)
-                self._admit(direction, call, session)
-                tensors = await call.receive()
+                try:
+                    self._admit(direction, call, session)
+                    tensors = await call.receive()
+                finally:
+                    if parsed.cached is not None:
+                        self.forward_cache.take((caller, header.kept_request_id), parsed.cached)
                 self._note_received(direction, call, session)
                 try:
                     await call.answer(tensors, self._runtime, self.forward_cache, self.sequences, times)

@@ -63,32 +63,68 @@ def put(store: ForwardCache, key: tuple[str, bytes], *graphs: Graph) -> bool:
     return store.complete(key, forward)
 
 
+def taken(store: ForwardCache, key: tuple[str, bytes]) -> CachedForward | None:
+    """The call as a backward call takes it."""
+    forward = store.find(key)
+    if forward is not None:
+        forward.is_claimed = True
+        store.take(key, forward)
+    return forward
+
+
 def graphs_of(store: ForwardCache, *keys: tuple[str, bytes]) -> list[list[int] | None]:
     """Takes the calls. Returns for which experts each has graphs; None if the call is gone."""
-    taken = [store.take(key) for key in keys]
-    return [None if forward is None else list(forward.graphs) for forward in taken]
+    found = [taken(store, key) for key in keys]
+    return [None if forward is None else list(forward.graphs) for forward in found]
 
 
 def test_a_forward_is_handed_over_once() -> None:
     store, forward = ForwardCache(10_000), a_forward()
     assert store.put(key(1), "QmA", forward, 0.0)
-    assert store.take(key(1)) is forward
-    assert store.take(key(1)) is None
+    assert taken(store, key(1)) is forward
+    assert taken(store, key(1)) is None
     assert (len(store), store.bytes) == (0, 0)
+
+
+def test_a_claimed_call_counts_and_may_lose_its_graphs_until_it_is_taken() -> None:
+    store = ForwardCache(2 * BARE + 150)
+    assert put(store, key(1), a_graph(100))
+    claimed = store.find(key(1))
+    assert claimed is not None
+    claimed.is_claimed = True
+    assert store.find(key(1)) is None
+    assert store.bytes == BARE + 100
+    assert put(store, key(2), a_graph(100))
+    assert store.bytes == 2 * BARE + 100
+    store.take(key(1), claimed)
+    assert (len(store), store.bytes) == (1, BARE + 100)
+    assert claimed.graphs == {}
+    assert graphs_of(store, key(2)) == [[0]]
+
+
+def test_a_repeated_call_stays_if_its_first_was_claimed() -> None:
+    store = ForwardCache(10_000)
+    put(store, key(1))
+    claimed = store.find(key(1))
+    assert claimed is not None
+    claimed.is_claimed = True
+    put(store, key(1), a_graph())
+    store.take(key(1), claimed)
+    assert graphs_of(store, key(1)) == [[0]]
 
 
 def test_another_caller_cannot_take_it() -> None:
     store = ForwardCache(10_000)
     store.put(key(1), "QmA", a_forward(), 0.0)
-    assert store.take(key(2)) is None
-    assert store.take(key(1, "QmB")) is None
-    assert store.take(key(1)) is not None
+    assert taken(store, key(2)) is None
+    assert taken(store, key(1, "QmB")) is None
+    assert taken(store, key(1)) is not None
 
 
 def test_a_call_under_way_is_not_handed_over_and_one_that_failed_is_forgotten() -> None:
     store, forward = ForwardCache(10_000), a_forward(is_complete=False)
     store.put(key(1), "QmA", forward, 0.0)
-    assert store.take(key(1)) is None
+    assert taken(store, key(1)) is None
     assert len(store) == 1
     store.discard(key(1), a_forward())
     assert len(store) == 1
@@ -105,7 +141,7 @@ def test_a_repeated_call_takes_the_place_of_the_first_which_adds_nothing_to_it()
     assert store.bytes == BARE
     assert not store.complete(key(1), first)
     assert store.complete(key(1), second)
-    assert store.take(key(1)) is second
+    assert taken(store, key(1)) is second
 
 
 def test_when_full_the_oldest_graph_goes_first_and_its_call_stays() -> None:
@@ -122,11 +158,11 @@ def test_what_several_experts_share_counts_once_and_until_none_of_them_has_it() 
         assert put(store, key(index), SharedGraph(shared, index, None))
     assert store.bytes == 3 * BARE + 100
     for index in range(2):
-        store.take(key(index))
+        taken(store, key(index))
     assert store.bytes == BARE + 100
     shared.take()
     assert store.bytes == BARE
-    store.take(key(2))
+    taken(store, key(2))
     assert store.bytes == 0
 
 
@@ -148,8 +184,8 @@ def test_what_nobody_came_for_expires() -> None:
     store = ForwardCache(10_000)
     store.put(key(1), "QmA", a_forward(expires_at=10.0), 0.0)
     store.put(key(2), "QmA", a_forward(expires_at=20.0), 10.0)
-    assert store.take(key(1)) is None
-    assert store.take(key(2)) is not None
+    assert taken(store, key(1)) is None
+    assert taken(store, key(2)) is not None
 
 
 def test_a_stranger_that_fills_it_evicts_only_its_own_calls() -> None:
@@ -185,9 +221,9 @@ def test_older_parameters_count_once_however_many_graphs_hold_them() -> None:
         put(store, key(number), a_graph(version=version))
     version.stash()
     assert store.bytes == 1000 + 2 * (BARE + 100)
-    store.take(key(0))
+    taken(store, key(0))
     assert store.bytes == 1000 + BARE + 100
-    store.take(key(1))
+    taken(store, key(1))
     assert store.bytes == 0
 
 
@@ -196,7 +232,7 @@ def test_graphs_go_when_steps_of_their_experts_brought_them_over_the_budget() ->
     for number, version in enumerate(versions):
         put(store, key(number), a_graph(version=version))
         version.stash()
-    store.take(key(2))
+    taken(store, key(2))
     assert store.bytes == 1000 + 2 * BARE + 100
     assert graphs_of(store, key(0), key(1)) == [[], [0]]
 
@@ -244,12 +280,12 @@ def test_the_budget_holds_and_bytes_are_those_of_what_is_kept(
         if puts:
             put(store, key(number), *(a_graph(size, versions[version]) for size, version in graphs))
         else:
-            store.take(key(number))
+            taken(store, key(number))
         assert store.bytes <= budget
     own = [
         forward.bytes + sum(graph.bytes for graph in forward.graphs.values())
         for number in range(6)
-        if (forward := store.take(key(number)))
+        if (forward := taken(store, key(number)))
     ]
     assert store.bytes == 0
     assert sum(own) <= budget
@@ -273,7 +309,7 @@ def test_any_thread_may_ask_for_the_bytes() -> None:
         asking = thread.submit(ask)
         try:
             for turn in range(1000):
-                store.take(key(turn % 200))
+                taken(store, key(turn % 200))
                 put(store, key(turn % 200), a_graph(version=versions[turn % 200]))
         finally:
             enough.set()

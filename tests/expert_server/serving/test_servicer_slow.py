@@ -1,6 +1,7 @@
 """Calls that are slow, repeated or given up, over real TLS."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tls_expert_server import (
     answers,
     both_directions,
     check_it_goes_on,
+    chunked,
     exchange,
     header_of,
     make,
@@ -38,6 +40,7 @@ from tls_expert_server import (
 )
 
 from expert_server.experts.expert import Expert
+from expert_server.experts.graphs import ForwardGraph
 from expert_server.serving.batching import Direction
 from expert_server.serving.call import OPEN_CALL_BYTES
 from expert_server.serving.forward_cache import SeenRequests
@@ -168,6 +171,57 @@ def test_graphs_of_a_caller_that_reads_no_answer_are_the_caches_and_count_there(
         assert edge.cache.bytes == 0 or all(kept.is_complete for kept in edge.cache._cached.values())
 
     run(scenario, max_kept_bytes=2**28)
+
+
+def test_graphs_stay_in_the_budget_of_kept_calls_while_payloads_of_backward_calls_stall(run: Runner) -> None:
+    rows, most = 512, 2**20
+
+    async def stalled_after_forward(edge: Edge, seed: int) -> Any:
+        call = Call(lengths=[1] * rows, positions=[0] * rows, seed=seed).keeping()
+        assert answers(call, await make(edge, call)).is_kept
+        stream = edge.stub.Backward(timeout=60)
+        await stream.write(header_of(call.kept(seed + 9)))
+        await wait_until(lambda: all(kept.is_claimed for kept in edge.cache._cached.values()))
+        return stream
+
+    async def scenario(edge: Edge) -> None:
+        # each forward call takes more than a third of the memory
+        streams = [await stalled_after_forward(edge, seed) for seed in range(4)]
+        gc.collect()
+        graphs = [each for each in gc.get_objects() if isinstance(each, ForwardGraph)]
+        assert most / 3 < sum(graph.bytes for graph in graphs) <= edge.cache.bytes <= most
+        for seed, stream in enumerate(streams):  # those without a graph are computed again
+            call = Call(lengths=[1] * rows, positions=[0] * rows, seed=seed).kept(seed + 9)
+            for request in chunked(call.payload):
+                await stream.write(request)
+            await stream.done_writing()
+            replies = [reply async for reply in stream]
+            assert sum(len(reply.chunk) for reply in replies) == len(call.payload)
+        assert edge.updates() == 4
+        await wait_until(lambda: (len(edge.cache), edge.cache.bytes, edge.memory.used) == (0, 0, 0))
+
+    run(scenario, max_kept_bytes=most)
+
+
+@pytest.mark.parametrize("way", ["cancelled", "malformed"])
+def test_a_kept_call_is_dropped_if_its_backward_call_fails(run: Runner, way: str) -> None:
+    call = Call().keeping()
+
+    async def scenario(edge: Edge) -> None:
+        assert answers(call, await make(edge, call)).is_kept
+        stream = edge.stub.Backward(timeout=60)
+        await stream.write(header_of(call.kept()))
+        await wait_until(lambda: all(kept.is_claimed for kept in edge.cache._cached.values()))
+        refused(await make(edge, call.kept(seed=2)), StatusCode.FAILED_PRECONDITION, "send its inputs")
+        assert len(edge.cache) == 1
+        if way == "cancelled":
+            stream.cancel()
+        else:
+            await stream.done_writing()
+        await wait_until(lambda: (len(edge.cache), edge.cache.bytes, edge.memory.used) == (0, 0, 0))
+        assert edge.updates() == 0
+
+    run(scenario, max_kept_bytes=2**20)
 
 
 def test_an_expired_kept_call_is_dropped_though_nobody_calls_any_more(
