@@ -546,6 +546,9 @@ class Expert:
         self.own_moves.lose_start()
         if source:
             self.update_count, self.refuted = self._own_count, source
+        if self.update_count and not self.optimizer.state:
+            # it returned to its initial parameters; a state that counts updates has moments
+            self.optimizer.replace_state({p: self.optimizer.no_moments(p) for p in self._parameters})
         return False
 
     def _prepare_step(self, callers: Mapping[str, int], norm: Tensor | None = None) -> StepOutcome:

@@ -107,6 +107,18 @@ def test_an_expert_that_turns_bad_before_its_first_update_goes_back_to_its_first
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_state_after_a_return_to_the_first_one_is_whole(name: Name) -> None:
+    expert, other = make_expert(name), make_expert(name, seed=4)
+    train(expert, 3)
+    poison(expert, lambda parameter: parameter * torch.nan)
+    with pytest.raises(ExpertError, match="not finite"):
+        train(expert, 1)
+    assert (expert.guard.rollbacks, expert.update_count) == (1, 3)
+    other.import_state(expert.export_state(), expert.update_count)
+    assert train(expert, 5) == train(other, 5)
+
+
 def test_callers_cannot_cause_a_rollback_with_numbers_that_overflow() -> None:
     expert = make_expert()
     for _ in range(3 * CHECK_EVERY_UPDATES):
