@@ -280,6 +280,7 @@ class SnapshotTaker:
                 checkpoint, generation = await self._runtime.run(
                     lambda: (expert.checkpoint(), expert.generation)
                 )
+                met = self._met(uid)  # an average may have changed the expert before it was copied
                 data, sha256 = await asyncio.to_thread(_encode, checkpoint, self._swarm_id, uid)
                 now = self._clock()
                 expires_at = now + self._snapshots.lifetime_s

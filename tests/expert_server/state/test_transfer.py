@@ -1,6 +1,7 @@
 """States of experts are transferred over real sockets, whole and at the permitted rate."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 
@@ -9,10 +10,15 @@ import pytest
 from checkpoint_samples import AN_UID, MANIFEST, OTHER_UID, assert_same, make_expert, step
 from grpc import StatusCode
 from state_peers import CHUNK, SWARM, Scenario, Street, packed, playing, read_all
+from tls_expert_server import wait_until
 
+from dht.uid import UID
+from expert_server.experts.format import AVERAGED
+from expert_server.serving.runtime import Runtime
 from expert_server.state.servicer import FetchHint
-from expert_server.state.transfer import largest_state_bytes
+from expert_server.state.transfer import SnapshotTaker, largest_state_bytes
 from peer import PROTOCOL_VERSION
+from peer.averaging import AveragingHistory, Meeting
 from peer.errors import TransferError
 from peer.identity import Identity
 from peer.loop import LoopThread
@@ -74,6 +80,35 @@ def test_a_snapshot_can_be_fetched_though_the_expert_goes_on(play: Callable[[Sce
             await street.client.fetch(street.node, AN_UID, first.sha256)
 
     play(scenario)
+
+
+def test_a_snapshot_names_the_meetings_of_the_state_that_it_has(loop: LoopThread, identity: Identity) -> None:
+    """An average that is computed between the request for a snapshot and its copy is in both or in neither."""
+
+    async def scenario() -> None:
+        expert, met, released = make_expert(3), AveragingHistory[UID](), threading.Event()
+        runtime = Runtime({AN_UID: expert}, max_queued_rows=9, max_batch_rows=9, threads=1)
+        await runtime.start()
+        taker, state = SnapshotTaker(runtime, SWARM, met.of), expert.export_state()
+
+        async def average() -> None:
+            await runtime.run(lambda: expert.import_state(state, 5, AVERAGED))
+            met.record(AN_UID, identity.peer_id, 5, 4)
+
+        try:
+            works = [asyncio.create_task(each) for each in (runtime.run(released.wait), average())]
+            await asyncio.sleep(0)
+            taking = asyncio.create_task(taker.take(AN_UID))
+            await wait_until(lambda: len(runtime._tasks) == 2)
+            released.set()
+            await asyncio.gather(*works)
+            snapshot = await taking
+            assert (snapshot.update_count, snapshot.met) == (5, {identity.peer_id: Meeting(5, 4)})
+        finally:
+            released.set()
+            await runtime.stop()
+
+    loop.run(scenario(), 120)
 
 
 def test_what_is_not_hosted_is_not_found(play: Callable[[Scenario], None]) -> None:
