@@ -352,7 +352,6 @@ class ReplicaAveraging:
         expert.reports.note_averaged()
         mine = believed_updates(base.update_count, believed, share, belief)
         history.record(base.uid, peer_id, mine, believed)
-        self._replicas.checkpoints.note_replaced(base.uid)
         self.averagings.inc()
         logger.debug("averaged %s with %s: %.2f of it, %.2f believed", base.uid, peer_id, share, belief)
 

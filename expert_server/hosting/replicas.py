@@ -539,5 +539,4 @@ class LocalReplicas:
             return False
         expert.reports.start_over()
         self.history.record(expert.uid, taken.peer_id, taken.update_count, taken.update_count)
-        self.checkpoints.note_replaced(expert.uid)
         return True

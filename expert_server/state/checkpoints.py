@@ -274,9 +274,9 @@ class Checkpoints:
         )
         self._store = store
         self._runtime = runtime
-        self._on_disk: dict[UID, tuple[Entry, int]] = {}
-        """For each expert, the checkpoint it was last saved as or restored from, and the accumulated rows at
-        that time.
+        self._on_disk: dict[UID, tuple[Entry, int, object]] = {}
+        """For each expert, the checkpoint it was last saved as or restored from, and the accumulated rows and the
+        generation at that time.
         """
         self._refuted = BoundedDict[tuple[UID, str], None](_REFUTED)
         """The sources whose states turned bad."""
@@ -313,11 +313,11 @@ class Checkpoints:
         while checkpoint := await asyncio.to_thread(self._store.load_newest, uid, left):
             entry = Entry(checkpoint.update_count, checkpoint.source)
             try:
-                await self._runtime.run(partial(expert.import_state, checkpoint.state, *entry))
+                generation = await self._runtime.run(partial(_import, expert, checkpoint))
             except StateError as error:
                 self._store.pass_over(uid, entry, error)
             else:
-                self._on_disk[uid] = entry, checkpoint.accumulated_rows
+                self._on_disk[uid] = entry, checkpoint.accumulated_rows, generation
                 with suppress(OSError):
                     await asyncio.to_thread(self._store.take_back, uid)
                 return True
@@ -351,7 +351,7 @@ class Checkpoints:
             await asyncio.to_thread(self._store.drop, uid)
         except OSError as error:
             logger.warning("could not remove the copy of expert %s: %s", uid, error.strerror or error)
-        self.note_replaced(uid)  # if it was restored at the same moment, it is saved anew
+        self._on_disk.pop(uid, None)  # if it was restored at the same moment, it is saved anew
 
     async def give_up(self, uids: Collection[UID], needed: Collection[UID]) -> None:
         """Call it when experts were given up, and saved, because others proved to have them. `needed`: experts whose
@@ -369,7 +369,7 @@ class Checkpoints:
             await self.save_changed()
 
     async def save_changed(self, experts: Collection[Expert] | None = None) -> None:
-        """Saves the experts that took updates since they were last saved: of `experts`, or of all in service.
+        """Saves the experts that have changed since they were last saved: of `experts`, or of all in service.
 
         One by one. A failed save is tried again next time.
         """
@@ -396,16 +396,20 @@ class Checkpoints:
 
     async def _save(self, expert: Expert) -> None:
         """Raises ExpertError, StateError or OSError."""
-        checkpoint = await self._runtime.run(expert.checkpoint)
+        checkpoint, generation = await self._runtime.run(lambda: (expert.checkpoint(), expert.generation))
         await asyncio.to_thread(self._store.save, expert.uid, checkpoint)
         self.saved.inc()
         entry = Entry(checkpoint.update_count, checkpoint.source)
-        self._on_disk[expert.uid] = entry, checkpoint.accumulated_rows
+        self._on_disk[expert.uid] = entry, checkpoint.accumulated_rows, generation
 
     async def save_all_within(self, seconds: float, experts: Collection[Expert]) -> None:
-        """Saves what has changed, or as much of it as there is time for."""
+        """Saves what has changed, or as much of it as there is time for. Waits for a batch of theirs that is being
+        computed, so that its updates are saved too.
+        """
         try:
             async with asyncio.timeout(seconds):
+                with suppress(ExpertError):  # the runtime has stopped
+                    await self._runtime.run(lambda: None)
                 await self.save_changed(experts)
         except TimeoutError:
             left = sum(map(self._is_changed, experts))
@@ -413,12 +417,16 @@ class Checkpoints:
                 "no time to save %s; earlier checkpoints of them, if any, stay", counted(left, "expert")
             )
 
-    def note_replaced(self, uid: UID) -> None:
-        """Records that the expert's state was replaced and must be saved, even if its update count is the same."""
-        self._on_disk.pop(uid, None)
-
     def _is_changed(self, expert: Expert) -> bool:
-        """Initial parameters follow from the manifest, and are never saved."""
+        """Whether it took updates since it was last saved, or its state was replaced or rolled back, even to one with
+        the same update count. Initial parameters follow from the manifest, and are never saved.
+        """
         rows = expert.accumulated_rows
-        now = Entry(expert.update_count, expert.source), rows
+        now = Entry(expert.update_count, expert.source), rows, expert.generation
         return bool(expert.update_count or rows) and now != self._on_disk.get(expert.uid)
+
+
+def _import(expert: Expert, checkpoint: Checkpoint) -> object:
+    """Returns the expert's generation with this state. Raises StateError."""
+    expert.import_state(checkpoint.state, checkpoint.update_count, checkpoint.source)
+    return expert.generation

@@ -1,5 +1,6 @@
 """Checkpoints on disk: what was saved can be loaded, even if a writer is killed or the disk is full."""
 
+import asyncio
 import errno
 import itertools
 import json
@@ -23,7 +24,9 @@ from checkpoint_samples import (
     MANIFEST,
     OTHER_UID,
     SWARM,
+    WEIGHT,
     assert_same,
+    changed,
     filled_with,
     make_expert,
     make_store,
@@ -38,8 +41,10 @@ from dht.manifest import ExpertSpec
 from dht.uid import UID
 from expert_server.experts.expert import Expert
 from expert_server.experts.format import AVERAGED
+from expert_server.experts.graphs import Rows
 from expert_server.serving.runtime import Runtime
 from expert_server.state.checkpoints import Checkpoints, CheckpointStore
+from peer.errors import ExpertError
 from peer.loop import LoopThread
 from peer.metrics import total
 
@@ -305,6 +310,55 @@ def test_an_expert_is_saved_again_only_when_it_has_changed(play: Play, tmp_path:
     play(scenario)
 
 
+def test_a_state_that_is_replaced_while_the_last_one_is_written_is_saved_too(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path)
+
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        begun, released, save_now = threading.Event(), threading.Event(), CheckpointStore.save
+
+        def save_later(*arguments: Any) -> None:
+            begun.set()
+            assert released.wait(60)
+            save_now(*arguments)
+
+        state = expert.export_state()
+        expert.import_state(state, 2, AVERAGED)
+        monkeypatch.setattr(CheckpointStore, "save", save_later)
+        saving = asyncio.create_task(checkpoints.save_changed())
+        await asyncio.to_thread(begun.wait, 60)
+        expert.import_state(changed(WEIGHT, lambda weight: 1.01 * weight)(state), 2, AVERAGED)
+        released.set()
+        await saving
+        await checkpoints.save_changed()
+        checkpoint = store.load_newest(AN_UID)
+        assert checkpoint is not None
+        assert_same(checkpoint.state, expert.export_state())
+
+    play(scenario)
+
+
+def test_a_rollback_that_changes_no_update_count_replaces_the_checkpoint_of_the_bad_state(
+    play: Play, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        with torch.no_grad():
+            next(expert.block.parameters()).mul_(1e6)
+        await checkpoints.save_changed()
+        with pytest.raises(ExpertError, match="are not finite"):
+            expert.forward(Rows(torch.full((1, 8), torch.nan), torch.tensor([1]), torch.tensor([0])))
+        assert (expert.guard.rollbacks, expert.update_count) == (1, 2)
+        await checkpoints.save_changed()
+        checkpoint = store.load_newest(AN_UID)
+        assert checkpoint is not None
+        assert_same(checkpoint.state, expert.export_state())
+
+    play(scenario)
+
+
 def full_disk(*arguments: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -377,6 +431,27 @@ def test_experts_are_saved_although_the_gpu_of_another_has_failed(
 
     play(scenario)
     assert f"such as {OTHER_UID}: CUDA error: an illegal memory access; earlier" in warnings_in(caplog)[0]
+
+
+def test_the_last_save_includes_the_update_that_is_being_computed(play: Play, tmp_path: Path) -> None:
+    async def scenario(checkpoints: Checkpoints, expert: Expert) -> None:
+        await checkpoints.save_changed()
+        begun, released = threading.Event(), threading.Event()
+
+        def work() -> None:
+            begun.set()
+            assert released.wait(60)
+            step(expert)
+
+        working = asyncio.create_task(checkpoints._runtime.run(work))
+        await asyncio.to_thread(begun.wait, 60)
+        saving = asyncio.create_task(checkpoints.save_all_within(60, [expert]))
+        await asyncio.wait([saving], timeout=0.1)
+        released.set()
+        await asyncio.gather(working, saving)
+        assert update_counts(make_store(tmp_path), AN_UID) == [3, 2]
+
+    play(scenario)
 
 
 def test_the_last_save_is_bounded_in_time(
