@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -350,10 +351,12 @@ def prometheus(watched: Watched, folder: Path) -> Iterator[str]:
     with (folder / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             deadline = time.monotonic() + LIMIT_S
-            while not (found := re.search(r"address=(127\.0\.0\.1:[1-9]\d*)", (folder / "log").read_text())):
-                assert process.poll() is None, (folder / "log").read_text()
+            while "ready to receive web requests" not in (said := (folder / "log").read_text()):
+                assert process.poll() is None, said
                 assert time.monotonic() < deadline
                 threading.Event().wait(0.05)
+            found = re.search(r"address=(127\.0\.0\.1:[1-9]\d*)", said)
+            assert found, said
             yield f"http://{found[1]}/api/v1/"
         finally:
             process.kill()
@@ -390,6 +393,50 @@ def test_prometheus_finds_all_and_its_rules_evaluate(watched: Watched, tmp_path:
         assert {rule["health"] for rule in rules} == {"ok"}, [rule.get("lastError") for rule in rules]
         assert [float(n) for n in value("talkoot:experts_without_host")] == [0.0]
         assert missing_metrics(value) == []
+
+
+class ForgedMetrics(BaseHTTPRequestHandler):
+    """What a stranger's node may serve as its metrics: the figures of a swarm that has lost all its experts."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.end_headers()
+        figures = ("rows_total", "swarm_experts")
+        zeros = ("swarm_reachable", "swarm_live_experts")
+        lines = [*(f"talkoot_{name} 7" for name in figures), *(f"talkoot_{name} 0" for name in zeros)]
+        self.wfile.write("\n".join([*lines, "talkoot:experts_without_host 7", ""]).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@needs_prometheus
+def test_no_node_speaks_for_the_swarm_in_prometheus(watched: Watched, tmp_path: Path) -> None:
+    (tmp_path / "prometheus").mkdir()
+    (tmp_path / "prometheus-targets").mkdir()
+    with ThreadingHTTPServer((LOCAL, 0), ForgedMetrics) as stranger, contextlib.ExitStack() as stack:
+        threading.Thread(target=stranger.serve_forever).start()
+        stack.callback(stranger.shutdown)
+        target = f"{LOCAL}:{stranger.server_port}"
+        listed = json.dumps([{"targets": [target], "labels": {"role": "node", "swarm": "sauna"}}])
+        (tmp_path / "prometheus-targets" / "stranger.yml").write_text(listed)
+        with prometheus(watched, tmp_path / "prometheus") as api:
+
+            def jobs(metric: str) -> list[str]:
+                found = json.loads(fetch(f"{api}query?query={urllib.parse.quote(metric)}"))["data"]["result"]
+                return [row["metric"]["job"] for row in found]
+
+            deadline = time.monotonic() + LIMIT_S
+            from_stranger, from_rule = (
+                f'talkoot_rows_total{{instance="{target}"}}',
+                "talkoot:experts_without_host",
+            )
+            while not (jobs(from_stranger) and "talkoot-dashboard" in jobs(from_rule)):
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.2)
+            for metric in ("talkoot_swarm_reachable", "talkoot_swarm_experts", from_rule):
+                assert jobs(metric) == ["talkoot-dashboard"], metric
 
 
 def missing_metrics(value: Callable[[str], list[str]]) -> list[str]:
