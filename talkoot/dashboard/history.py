@@ -30,7 +30,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Point = tuple[float, float | None]
 MAX_SERIES = 256
-"""The most series that are kept, the newest ones."""
+"""The most series that are kept: figures of the whole swarm, and the newest of trainers and memories."""
 MAX_EXPERTS = 1024
 """A swarm with more experts than this has no history of each expert."""
 _FORM = 1
@@ -216,10 +216,13 @@ class History:
                 "from samples where step = :step) where number > :most)",
                 {"step": _BREAKS.step_s, "most": _MOST_BREAKS},
             )
+            # there may be any number of trainers and memories, so the figures of the whole swarm go first
             for experts, most in self._most.items():
                 connection.execute(
                     "delete from series where id in (select id from series where "
-                    "(substr(metric, 1, 7) = 'expert_') = ? order by seen_at desc limit -1 offset ?)",
+                    "(substr(metric, 1, 7) = 'expert_') = ? "
+                    "order by metric in ('loss', 'bits_per_byte', 'memory_replicas'), seen_at desc "
+                    "limit -1 offset ?)",
                     (experts, most),
                 )
             connection.execute("delete from samples where series not in (select id from series)")

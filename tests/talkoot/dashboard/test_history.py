@@ -141,6 +141,19 @@ def test_experts_do_not_push_out_the_swarms_figures(tmp_path: Path) -> None:
     assert rows_in(tmp_path) == len(TIERS) + 10 * len(EXPERT_TIERS)
 
 
+def test_many_trainers_push_out_no_figure_of_the_swarm_that_begins_later(tmp_path: Path) -> None:
+    history = opened(tmp_path, series=8)
+    losses = [Sample("loss", f"trainer {number}", 2.0) for number in range(20)]
+    history.add(losses, NOW)
+    for second in range(0, 300, 5):
+        history.add([*losses, Sample("latency_ms", "forward p50", 5.0)], NOW + second)
+    history.add([], NOW + 300)
+    ((_, points),) = history.read("latency_ms", NOW, NOW + 300, 300, 8)
+    kept = history.read("loss", NOW, NOW + 300, 300, 20)
+    history.close()
+    assert (len(points), len(kept)) == (60, 7)
+
+
 def test_the_newest_series_are_read(tmp_path: Path) -> None:
     history = opened(tmp_path)
     for number in range(12):
