@@ -311,12 +311,16 @@ async def _send_chunks(reply: api.Reply, stream: Stream, send: Send) -> str:
         body = b"".join(b"data: %s\n\n" % event for event in events)
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
+    def events(piece: Piece) -> list[bytes]:
+        return [_to_json(chunk) for chunk in reply.chunks(piece)]
+
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await write(*map(_to_json, reply.first()))
     try:
         async for piece in stream:
-            await write(*map(_to_json, reply.chunks(piece)))
+            # of a client that reads slowly, several megabytes may have accumulated
+            await write(*(await asyncio.to_thread(events, piece) if piece.scored else events(piece)))
     except EngineError as error:
         await write(_to_json(api.error_json(503, str(error))), more=False)
         return "failed"

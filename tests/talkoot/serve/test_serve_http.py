@@ -214,22 +214,32 @@ def test_a_stream_has_no_line_ends_but_its_own(
     assert len("".join(texts)) == ASKED["max_tokens"]
 
 
+@pytest.mark.parametrize(("streams", "written_by"), [(False, "whole"), (True, "chunks")])
 def test_an_answer_is_written_on_another_thread(
-    loop: LoopThread, http: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch
+    loop: LoopThread,
+    http: httpx.Client,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    streams: bool,
+    written_by: str,
 ) -> None:
-    """With 20 log probabilities for each of 4,096 tokens, it takes most of a second."""
-    whole = api.CompletionReply.whole
+    """With 20 log probabilities for each of 4,096 tokens, it takes most of a second, at once or as the chunk that has
+    accumulated for a client that reads slowly.
+    """
+    write = getattr(api.CompletionReply, written_by)
     threads: list[threading.Thread] = []
 
-    def noted(reply: api.CompletionReply, piece: Piece) -> api.Json:
-        threads.append(threading.current_thread())
-        return whole(reply, piece)
+    def noted(reply: api.CompletionReply, piece: Piece) -> Any:
+        if piece.scored:
+            threads.append(threading.current_thread())
+        return write(reply, piece)
 
     async def current_thread() -> threading.Thread:
         return threading.current_thread()
 
-    monkeypatch.setattr(api.CompletionReply, "whole", noted)
-    assert http.post(f"{address}v1/completions", json=ASKED).status_code == 200
+    monkeypatch.setattr(api.CompletionReply, written_by, noted)
+    asked = ASKED | {"logprobs": 20, "stream": streams}
+    assert http.post(f"{address}v1/completions", json=asked).status_code == 200
     assert threads
     assert loop.run(current_thread(), LIMIT_S) not in threads
 
