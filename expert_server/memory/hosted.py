@@ -113,21 +113,29 @@ class HostedMemories:
         for memory, roots in list(self.unverified.items()):
             store = self.stores.get(memory)
             while roots and store is not None:
-                root = roots.pop()
                 async with self._writing:
-                    if root not in store.manifest.by_root or self.stores.get(memory) is not store:
-                        continue
-                    try:
-                        await asyncio.to_thread(store.load, root)
-                    except (WireError, OSError) as error:
-                        with suppress(OSError):
-                            await asyncio.to_thread(store.drop, root)
-                        logger.warning(
-                            "shard %s on disk is not used, and will be fetched again: %s",
-                            ShardKey(memory, root),
-                            error,
-                        )
+                    root = roots[-1]
+                    if root in store.manifest.by_root and self.stores.get(memory) is store:
+                        await self._load(memory, store, root)
+                    roots.pop()  # only now: if this is cut off, the shard is verified the next time
             self.unverified.pop(memory, None)
+
+    async def _load(self, memory: MemoryID, store: MemoryStore, root: bytes) -> None:
+        """Serves a shard that is on disk. If the file is not that shard, it is removed."""
+        try:
+            await asyncio.to_thread(store.load, root)
+        except WireError as error:
+            with suppress(OSError):
+                await asyncio.to_thread(store.drop, root)
+            logger.warning(
+                "shard %s on disk is not used, and will be fetched again: %s", ShardKey(memory, root), error
+            )
+        except (
+            OSError
+        ) as error:  # perhaps only for want of space or descriptors, and no other host may have it
+            logger.warning(
+                "shard %s on disk can't be used before the next start: %s", ShardKey(memory, root), error
+            )
 
     def resume(self) -> None:
         """Serves what is hosted."""
