@@ -130,9 +130,8 @@ class HostedMemories:
             logger.warning(
                 "shard %s on disk is not used, and will be fetched again: %s", ShardKey(memory, root), error
             )
-        except (
-            OSError
-        ) as error:  # perhaps only for want of space or descriptors, and no other host may have it
+        except OSError as error:
+            # Perhaps it is only for want of space or descriptors. No other host may have the shard.
             logger.warning(
                 "shard %s on disk can't be used before the next start: %s", ShardKey(memory, root), error
             )
