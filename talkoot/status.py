@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dht.announcements import NodeInfo, Reachability, Replica, TrainerInfo
+from dht.announcements import NodeInfo, PeerInfo, Reachability, Replica, TrainerInfo
 from dht.directory import Directory, View
 from dht.manifest import Manifest
 from dht.swarm import Swarm
@@ -286,7 +286,7 @@ def _nodes_table(reading: SwarmReading) -> FittingTable:
             _shown(node.rows_per_s, ".0f"),
             str(node.memory_shards),
             f"{node.software_version}/{node.protocol_version}",
-            age_in_words(reading.view.read_at - node.started_at),
+            _up(node, reading.view.read_at),
             f"{node.expires_at - reading.view.read_at:.0f} s",
         )
     return table
@@ -326,7 +326,7 @@ def _trainers_table(reading: SwarmReading) -> FittingTable:
             "-" if trainer.left else _shown(trainer.tokens_per_s, ".0f"),
             ", ".join(f"{count} {cause}" for cause, count in sorted(trainer.failures.items())) or "none",
             f"{trainer.software_version}/{trainer.protocol_version}",
-            age_in_words(reading.view.read_at - trainer.started_at),
+            _up(trainer, reading.view.read_at),
         )
     return table
 
@@ -336,6 +336,16 @@ def trainer_state(trainer: TrainerInfo, left: bool) -> str:
     if left:
         return "finished" if trainer.step >= trainer.steps else "stopped"
     return "own loop" if trainer.is_own_loop else "training"
+
+
+def up_s(peer: PeerInfo, now: float) -> float | None:
+    """For how long a peer has run; None if it does not say when it started. 0 if its clock is ahead."""
+    return max(0.0, now - peer.started_at) if peer.started_at else None
+
+
+def _up(peer: PeerInfo, now: float) -> str:
+    seconds = up_s(peer, now)
+    return "?" if seconds is None else age_in_words(seconds)
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -384,7 +394,7 @@ def _node_dict(node: NodeInfo, read_at: float) -> dict[str, Any]:
         "contributed_hours": round(node.contributed_s / 3600, 1),
         "protocol_version": node.protocol_version,
         "software_version": node.software_version,
-        "up_s": read_at - node.started_at,
+        "up_s": up_s(node, read_at),
         "expires_in_s": node.expires_at - read_at,
     }
 
@@ -402,7 +412,7 @@ def _trainer_dict(trainer: TrainerInfo, read_at: float) -> dict[str, Any]:
         "tokens_per_s": None if trainer.left else trainer.tokens_per_s,
         "failures": dict(trainer.failures),
         "software_version": trainer.software_version,
-        "up_s": read_at - trainer.started_at,
+        "up_s": up_s(trainer, read_at),
         "expires_in_s": trainer.expires_at - read_at,
     }
 

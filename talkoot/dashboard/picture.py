@@ -24,7 +24,7 @@ from peer.bounded import BoundedDict
 from peer.identity import PeerID
 from talkoot.credit import Credit, signed_figures
 from talkoot.memory.replication import Survey
-from talkoot.status import trainer_state
+from talkoot.status import trainer_state, up_s
 from trainer_client.memory.audits import Audit
 
 SILENCE_FACTOR = 1.5
@@ -477,7 +477,7 @@ def _node_row(seen: Seen[NodeInfo], read_at: float, latency_ms: float | None) ->
         "software_version": node.software_version,
         "protocol_version": node.protocol_version,
         "reach": _reach(node),
-        "up_s": _up_s(seen, read_at, node.started_at),
+        "up_s": _up_s(seen, read_at),
         "started_at": node.started_at,
         "seen_at": seen.seen_at,
         "updates": max(node.contributed_updates, node.updates),
@@ -520,7 +520,7 @@ def _trainer_row(seen: Seen[TrainerInfo], read_at: float) -> Json:
         **_quantiles("forward", trainer.forward),
         **_quantiles("backward", trainer.backward),
         "failures": dict(trainer.failures),
-        "up_s": _up_s(seen, read_at, trainer.started_at),
+        "up_s": _up_s(seen, read_at),
         "seen_at": seen.seen_at,
         "software_version": trainer.software_version,
         "protocol_version": trainer.protocol_version,
@@ -566,9 +566,9 @@ def _quantiles(direction: str, latency: Latency | None) -> Mapping[str, float | 
     }
 
 
-def _up_s(seen: Seen[Any], read_at: float, started_at: float) -> float:
-    """0 if the start is not known, or is in the future because of a wrong clock."""
-    return max(0.0, (seen.seen_at if seen.gone else read_at) - started_at) if started_at else 0.0
+def _up_s(seen: Seen[Any], read_at: float) -> float | None:
+    """As for `up_s`; of a peer that has gone, until it was last seen."""
+    return up_s(seen.info, seen.seen_at if seen.gone else read_at)
 
 
 def _ms(seconds: float) -> float:

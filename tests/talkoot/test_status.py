@@ -290,6 +290,23 @@ def test_status_shows_what_is_unknown_in_one_way() -> None:
     assert "?" in shown
 
 
+@pytest.mark.parametrize(
+    ("started_at", "seconds", "shown"),
+    [(0.0, None, "?"), (NOW + 9999, 0.0, "0 s"), (NOW - 7200, 7200.0, "2 h")],
+)
+def test_status_does_not_guess_when_a_peer_started(
+    started_at: float, seconds: float | None, shown: str
+) -> None:
+    """A record need not say it, and a clock may be ahead."""
+    of_node, of_trainer = node(0, started_at=started_at), trainer(5, started_at=started_at)
+    read = reading(nodes={of_node.peer_id: of_node}, trainers={of_trainer.peer_id: of_trainer})
+    lines = status_text(read).splitlines()
+    for rows, who in (("nodes", of_node), ("trainers", of_trainer)):
+        (line,) = [line for line in lines if who.peer_id.short in line]
+        assert [row["up_s"] for row in read.to_dict()[rows]] == [seconds]
+        assert shown in [cell.strip() for cell in line.split("│")]
+
+
 def test_status_for_programs_has_trainers() -> None:
     shown = json.loads(json.dumps(reading(trainers={peer(5): trainer(5)}).to_dict()))
     assert shown["trainers"][0]["name"] == "trainer 5"

@@ -211,6 +211,11 @@ def test_a_clock_set_back_makes_no_age_negative() -> None:
     assert (picture.nodes[0]["up_s"], picture.trainers[0]["up_s"]) == (0.0, 0.0)
 
 
+def test_an_unknown_start_is_null_and_not_zero() -> None:
+    picture = picture_of([node(0, started_at=0.0)], [trainer(0, started_at=0.0)])
+    assert (picture.nodes[0]["up_s"], picture.trainers[0]["up_s"]) == (None, None)
+
+
 # Nodes
 
 
