@@ -243,8 +243,11 @@ def _nested(body: bytes) -> int:
 def _refusal(error: ValidationError) -> RequestError:
     if error.error_count() > _MOST_MISTAKES:  # each mistake takes a kilobyte
         return RequestError(400, f"the body is wrong in {error.error_count()} places", "invalid_value")
-    # of several alternatives, the one that matched furthest
-    problem = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+    # of several alternatives, the one that matched furthest: first those of the right type
+    problem = max(
+        error.errors(include_url=False, include_input=False),
+        key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])),
+    )
     if problem["type"] == "json_invalid":
         return RequestError(400, f"the body is not JSON: {problem['ctx']['error']}", "invalid_json")
     parameter = str(problem["loc"][0]) if problem["loc"] else None

@@ -140,6 +140,24 @@ def test_what_is_no_request_is_refused(http: httpx.Client, address: str, body: b
 
 
 @pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt: List should have at most 1 item after validation, not 2"),
+        ({"prompt": [[1], [2]]}, "prompt: List should have at most 1 item after validation, not 2"),
+        ({"prompt": []}, "prompt: List should have at least 1 item after validation, not 0"),
+        ({"prompt": [1, "a"]}, "prompt: Input should be a valid integer"),
+        ({"prompt": [1, -1]}, "prompt: Input should be greater than or equal to 0"),
+        ({"prompt": 5}, "prompt: Input should be a valid string"),
+        ({"stop": list("abcde")}, "stop: List should have at most 4 items after validation, not 5"),
+    ],
+)
+def test_a_refusal_is_about_the_alternative_that_was_meant(
+    http: httpx.Client, address: str, wrong: dict[str, Any], said: str
+) -> None:
+    assert refused(http.post(f"{address}v1/completions", json=ASKED | wrong), 400, "invalid_value") == said
+
+
+@pytest.mark.parametrize(
     "messages",
     [
         [], "hello", [{}], [{"role": "tool", "content": "x"}], [{"role": "user"}],
