@@ -99,6 +99,10 @@ def import_model(folder: ModelFolder, plan: ImportPlan, stage: Callable[[str], N
         node_folder(plan.node_state),
         TrainerSettings.load(state=plan.trainer_state).state_folder,
     )
+    if node.resolve() == trainer.resolve():
+        raise SettingsError(
+            f"{node} can't be both: pass two folders, one as --state and one as --trainer-state"
+        )
     # before the lock, since stopping a node that runs there would not help
     require_no_other_swarm(node, manifest.name)
     with closing(StateFolder(node)), closing(StateFolder(trainer, "--trainer-state")):

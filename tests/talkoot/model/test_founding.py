@@ -209,6 +209,18 @@ def test_an_error_about_a_state_folder_names_its_option(tmp_path: Path) -> None:
         imported(folder, tmp_path)
 
 
+def test_one_folder_for_the_node_and_the_trainer_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """The lock's error would name another process, which does not exist."""
+    folder = RandomModel(MANIFEST).write(tmp_path / "model")
+    both = tmp_path / "both"
+    plan = ImportPlan(
+        folder, tmp_path / "swarm.toml", node_state=both, trainer_state=tmp_path / "x" / ".." / "both"
+    )
+    with pytest.raises(UserError, match="one as --state and one as --trainer-state"):
+        import_model(ModelFolder.open(folder), plan, lambda text: None)
+    assert not both.exists()
+
+
 def test_the_manifests_folder_is_made_and_if_it_cannot_be_written_nothing_begins(tmp_path: Path) -> None:
     folder = RandomModel(MANIFEST).write(tmp_path / "model")
     (tmp_path / "file").write_text("in the way")
