@@ -15,6 +15,7 @@ that has metrics:
 import errno
 import ipaddress
 import logging
+import selectors
 import socket
 import threading
 import time
@@ -49,6 +50,8 @@ _MOST_SCRAPES = 16
 """Scrapes at the same time. Neighbourhoods share them fairly; connections beyond that are closed."""
 _LONGEST_SCRAPE_S = 10.0
 """How long a scrape may take in all, however its client trickles."""
+_LOOK_EVERY_S = 0.5
+"""How often scrapes that last too long are looked for."""
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -114,7 +117,7 @@ class MetricsServer:
         self._server.set_app(_for_loopback_alone(answer) if is_loopback(host) else answer)
         self._host, self._port = host, int(self._server.server_port)
         self.address: str = f"http://{endpoint(host, self._port)}/metrics"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="serve metrics", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve, name="serve metrics", daemon=True)
         self._thread.start()
 
     def offered(self, reached_at: str | None) -> str:
@@ -131,9 +134,9 @@ class MetricsServer:
         return endpoint(str(address), self._port)
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.end()
         self._thread.join()
+        self._server.server_close()
 
 
 class _Handler(WSGIRequestHandler):
@@ -144,13 +147,40 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingWSGIServer):
+    timeout = 0.0
+    """`handle_request` is called once a connection is there."""
+    request_queue_size = 128
+    """With the default of 5, clients that connect at the same time may wait for seconds until they try again."""
+
     def __init__(self, host: str, port: int, near: Callable[[str], str]) -> None:
         self._near = near
         self._lock = threading.Lock()
         self._scrapes: dict[socket.socket, tuple[Owner, float]] = {}
         """The connections that are answered, the oldest first: their neighbourhoods, and when they must end."""
         self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self._waker, self._woken = socket.socketpair()
         super().__init__((str(address[0]), int(address[1])), _Handler)
+
+    def serve(self) -> None:
+        """Answers scrapes until `end`. Unlike `serve_forever`, it then ends at once, and not at its next look."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select(_LOOK_EVERY_S)}
+                if self._woken in ready:
+                    return
+                if ready:
+                    self.handle_request()
+                self._end_long_scrapes()
+
+    def end(self) -> None:
+        self._waker.close()
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._waker.close()
+        self._woken.close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         owner = Owner.alone(self._near(client_address[0]))
@@ -171,9 +201,7 @@ class _Server(ThreadingWSGIServer):
             with self._lock:
                 self._scrapes.pop(request, None)
 
-    def service_actions(self) -> None:
-        """Called twice a second."""
-        super().service_actions()
+    def _end_long_scrapes(self) -> None:
         with self._lock:
             now = time.monotonic()
             for request in [each for each, (_, ends_at) in self._scrapes.items() if ends_at < now]:

@@ -114,6 +114,17 @@ def test_a_scrape_that_breaks_off_prints_nothing(capfd: pytest.CaptureFixture[st
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_server_closes_at_once_though_it_seldom_looks_for_long_scrapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("peer.metrics._LOOK_EVERY_S", 3600.0)
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0)
+    assert asked(server, "localhost") == 200
+    server.close()
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        asked(server, "localhost")
+
+
 @pytest.fixture
 def trickled() -> Iterator[tuple[MetricsServer, list[socket.socket]]]:
     """A server, and more clients at one address than it serves at a time. Each has sent half of a request."""
