@@ -266,8 +266,10 @@ def test_a_node_leaves_when_its_token_expires_and_not_only_when_it_is_refused(
 
 
 def test_who_has_no_token_is_told_and_what_it_announces_is_not_seen(
-    play: Play,
+    play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("expert_server.node._FIRST_RECORD_PAUSES_S", (0.01, 0.01))
+
     async def scenario(village: Village) -> None:
         founder = await village.found(manifest=BY_TOKEN, experts=2, spare=0)
         await village.run(founder)

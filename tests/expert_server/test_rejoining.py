@@ -317,8 +317,10 @@ async def sees_all(swarm: Swarm) -> bool:
 
 
 def test_two_nodes_with_one_identity_warn_their_owners(
-    play: Play, caplog: pytest.LogCaptureFixture, long_lives: None
+    play: Play, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, long_lives: None
 ) -> None:
+    monkeypatch.setattr("dht.membership._ROUNDS_APART", 1)
+
     async def scenario(village: Village) -> None:
         first = await village.found(announce_every_s=0.5)
         invite = await first.swarm.invite()

@@ -4,8 +4,10 @@ replicas.
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from dht.swarm import Swarm
 from dht.uid import UID
 from expert_server.experts.format import State
 from expert_server.experts.graphs import Rows
-from expert_server.hosting.manager import _HEIRS, _MOST_HEIRS, Handover
+from expert_server.hosting.manager import _CLAIM_WITHIN_S, _HEIRS, _MOST_HEIRS, Handover
 from expert_server.hosting.placement import serving_elsewhere
 from expert_server.node import Node
 from expert_server.serving.batching import WorkItem
@@ -136,8 +138,14 @@ def test_if_the_first_nodes_that_it_reads_do_not_take_all_a_leaving_node_reads_m
     play: Play, monkeypatch: pytest.MonkeyPatch, spare: int, accepts: int
 ) -> None:
     """A large swarm has too many nodes to read all of them."""
+    later_s = 0.0
+    monkeypatch.setattr(
+        "expert_server.hosting.manager.Handover",
+        partial(Handover, clock=lambda: time.monotonic() + later_s),
+    )
 
     async def scenario(village: Village) -> None:
+        nonlocal later_s
         leaver = await village.found(experts=8, **LEAVES)
         invite = await leaver.swarm.invite()
         first = await village.join(1, invite, experts=0, spare=spare)
@@ -163,6 +171,7 @@ def test_if_the_first_nodes_that_it_reads_do_not_take_all_a_leaving_node_reads_m
         async with asyncio.timeout(8):
             while len(second.runtime.experts) < 8 - accepts:  # noqa: ASYNC110  # nothing says when it adopts one
                 await asyncio.sleep(0.05)
+        later_s = _CLAIM_WITHIN_S
         assert await leaving == 0
         assert read == [_HEIRS, _MOST_HEIRS]
         assert len(second.runtime.experts) == 8
@@ -401,6 +410,7 @@ def test_a_dht_that_fails_once_while_experts_are_left_to_others_ends_no_adoption
         invite = await leaver.swarm.invite()
         other = await village.join(1, invite, experts=0, spare=2)
         assert len(await other.replicas.take(UIDS[:2], MAX_UPDATE_COUNT, enough=2)) == 2
+        await other._publish_record()  # it has no room any more
         heir = await village.join(2, invite, experts=0, spare=6)
         for node in (other, heir):
             await village.run(node)
@@ -514,8 +524,8 @@ def test_what_is_being_taken_stays_claimed_though_a_renewal_failed(
     monkeypatch.setattr("expert_server.hosting.replicas._ANNOUNCE_EVERY_S", 0.01)
 
     async def scenario(village: Village) -> None:
-        host = await village.found(experts=8, **LEAVES)
-        joiner, uid = await village.join(1, await host.swarm.invite(), experts=0, spare=1), UIDS[0]
+        host, uid = await village.found(experts=8, **LEAVES), UIDS[0]
+        joiner = await village.join(1, await host.swarm.invite(), experts=0, spare=1, announce_every_s=0.5)
         states, experts = joiner.replicas.states, joiner.swarm.experts
         fetch, announce, times, renewed = states.fetch, experts.announce, count(), asyncio.Event()
 
@@ -613,6 +623,7 @@ def test_a_leaving_node_looks_less_and_less_often_whether_its_experts_are_served
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expert_server.hosting.manager._ANSWER_WITHIN_S", 600.0)
+    monkeypatch.setattr("expert_server.hosting.manager._FIRST_PAUSE_S", 0.05)
 
     async def scenario(village: Village) -> None:
         leaver = await village.found(experts=8, **LEAVES)
@@ -626,8 +637,8 @@ def test_a_leaving_node_looks_less_and_less_often_whether_its_experts_are_served
             return await look(uids, **options)
 
         monkeypatch.setattr(leaver.swarm.experts, "replicas", counted)
-        await leaver.hosting.release(4.0)
-        assert 2 < looks < 12, "at five a second, it would be 20"
+        await leaver.hosting.release(1.0)
+        assert 2 < looks < 12, "at twenty a second, it would be 20"
 
     play(scenario)
 
