@@ -107,7 +107,7 @@ def test_many_keys_of_one_line_get_the_turns_of_one_caller(
         try:
             calls = [
                 loop.run_in_executor(
-                    threads, exchange_now, caller, "forward", Call(seed=number).requests, True, 60.0
+                    threads, exchange_now, caller, "forward", Call(seed=number).requests, True, 60.0, []
                 )
                 for caller in (*keys, honest)
                 for number in range(CALLS)

@@ -168,6 +168,7 @@ def test_a_node_adopts_experts_of_others_while_those_of_a_stranger_trickle(
     Nothing is left of the adoption that makes way, and the node still leaves in order.
     """
     monkeypatch.setattr("peer.rpc.transfer.GRACE_S", 1000.0)
+    monkeypatch.setattr("peer.rpc.transfer._FAIR_S", 0.5)
 
     async def scenario(village: Village) -> None:
         node = await village.found(experts=0, spare=8)

@@ -354,9 +354,15 @@ async def exchange(
     """Sends the requests, and reads until the server ends the call.
 
     It uses grpc's blocking client: the asyncio client reports INTERNAL if the server ends a call while the client still
-    sends.
+    sends. If it is cancelled, so is the call.
     """
-    return await asyncio.to_thread(exchange_now, edge, direction, requests, ends, timeout_s)
+    calls: list[Any] = []
+    try:
+        return await asyncio.to_thread(exchange_now, edge, direction, requests, ends, timeout_s, calls)
+    except asyncio.CancelledError:
+        for call in calls:
+            call.cancel()
+        raise
 
 
 def exchange_now(
@@ -365,7 +371,9 @@ def exchange_now(
     requests: Sequence[expert_pb2.CallRequest],
     ends: bool,
     timeout_s: float | None,
+    calls: list[Any],
 ) -> Outcome:
+    """`calls`: gets the call once it has begun."""
     begin = time.monotonic()
     over = threading.Event()
 
@@ -378,6 +386,7 @@ def exchange_now(
     with open_blocking_channel(edge.address, edge.pem) as channel:
         stub = edge.stub_on(channel)
         stream = (stub.Forward if direction == "forward" else stub.Backward)(sent(), timeout=timeout_s)
+        calls.append(stream)
         try:
             for reply in stream:
                 replies.append(reply)

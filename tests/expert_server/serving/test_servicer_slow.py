@@ -45,7 +45,7 @@ from expert_server.serving.batching import Direction
 from expert_server.serving.call import OPEN_CALL_BYTES
 from expert_server.serving.forward_cache import SeenRequests
 from peer.codec import CHUNK_BYTES
-from peer.loop import LoopThread
+from peer.loop import LoopThread, cancel_all
 from peer.metrics import total
 from peer.wire import expert_pb2
 
@@ -101,14 +101,13 @@ def test_a_payload_that_stalls_is_given_up_long_before_the_longest_call(
 def test_a_call_takes_memory_back_from_the_caller_with_the_most(run: Runner) -> None:
     async def scenario(edge: Edge) -> None:
         stalled = [
-            asyncio.create_task(exchange(edge, "forward", Call().requests[:1], ends=False, timeout_s=4.5))
-            for _ in range(3)
+            asyncio.create_task(exchange(edge, "forward", Call().requests[:1], ends=False)) for _ in range(3)
         ]
         await wait_until(lambda: edge.memory.used > 3 * OPEN_CALL_BYTES)
         assert (await make(edge.as_another(), Call())).code is StatusCode.OK
         (done,), others = await asyncio.wait(stalled, return_when=asyncio.FIRST_COMPLETED)
         refused(done.result(), StatusCode.RESOURCE_EXHAUSTED, "others need the memory")
-        await asyncio.wait(others)
+        await cancel_all(others)
         await wait_until(lambda: edge.memory.used == 0)
         await check_it_goes_on(edge)
 
@@ -126,11 +125,11 @@ def test_fields_that_nobody_knows_count_as_memory_of_their_call(run: Runner, pla
         first.MergeFromString(unknown)
 
     async def scenario(edge: Edge) -> None:
-        stalled = asyncio.create_task(exchange(edge, "forward", [first], ends=False, timeout_s=4.5))
+        stalled = asyncio.create_task(exchange(edge, "forward", [first], ends=False))
         await wait_until(lambda: edge.memory.used > OPEN_CALL_BYTES + size)
         stalled.cancel()
         await wait_until(lambda: edge.memory.used == 0)
-        outcome = await exchange(edge.as_another(), "forward", [first] * 2, ends=False, timeout_s=4.5)
+        outcome = await exchange(edge.as_another(), "forward", [first] * 2, ends=False)
         refused(outcome, StatusCode.INVALID_ARGUMENT, "chunks of 1")
         await check_it_goes_on(edge)
 
