@@ -119,8 +119,9 @@ def _start(processes: _Processes, folder: Path) -> LiveSwarm:
     small = ("--batch-size", "4", "--validation-batches", "1", "--threads", "1", "--seed", "0")
     processes.start("trainer", "train", *joining, "--steps", "1000000", *small)
     listening = ("--host", HOST, "--port", "0")
-    often = {"TALKOOT_DASHBOARD_REFRESH_S": 0.5, "TALKOOT_DASHBOARD_LIST_EVERY_S": 1}
-    dashboard = processes.start("dashboard", "dashboard", *joining, *listening, **often)
+    dashboard = processes.start(
+        "dashboard", "dashboard", *joining, *listening, TALKOOT_DASHBOARD_REFRESH_S=0.5
+    )
     processes.until(lambda: _address(processes) is not None, "the dashboard's address")
     address = _address(processes)
     assert address is not None
