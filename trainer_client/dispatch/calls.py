@@ -233,8 +233,8 @@ class CallTracker:
 
     async def _receive(self, call: NodeCall, began: float, progress: CallProgress, sink: Replies) -> bool:
         """Passes the replies on. Returns whether all are successes. Raises ExpertError."""
-        peer_id, half = call.node.peer_id, (len(call.batch.rows) + 1) // 2
-        did_well, heard, answered = True, False, 0
+        peer_id = call.node.peer_id
+        did_well, heard, answered = True, False, False
         async with self._watching(call), aclosing(self._caller.call(call)) as replies:
             async for reply in replies:
                 if not heard:
@@ -244,13 +244,11 @@ class CallTracker:
                 if isinstance(reply, Kept):
                     progress.kept = reply.request_id
                     continue
-                if isinstance(reply, AnsweredRows):
-                    # not at the first message: a slow node could send one early and look quick
-                    before, answered = answered, answered + len(reply.places)
-                    if before < half <= answered:
-                        self.latencies.note_node(peer_id, self.now() - began, self.now())
+                answered |= isinstance(reply, AnsweredRows)
                 did_well &= self._note(call, reply)
                 sink.put_nowait(reply)
+        if answered:  # not before the last row: a node could send some early to look quick
+            self.latencies.note_node(peer_id, self.now() - began, self.now())
         return did_well
 
     def _watching(self, call: NodeCall) -> AbstractAsyncContextManager[None]:

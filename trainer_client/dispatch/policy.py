@@ -172,13 +172,13 @@ class Latencies:
     def __init__(self) -> None:
         self.calls: dict[Direction, CallTimes] = {"forward": CallTimes(), "backward": CallTimes()}
         self.nodes: BoundedDict[PeerID, float] = BoundedDict[PeerID, float](_NODES)
-        """A moving mean of the seconds until each node has answered half of a call's rows. The node that answered last
+        """A moving mean of the seconds until each node has answered all rows of a call. The node that answered last
         comes last.
         """
         self._answered_at = BoundedDict[PeerID, float](_NODES)
 
     def note_node(self, peer_id: PeerID, seconds: float, now: float) -> None:
-        """Adds the time until a node has answered half of a call's rows."""
+        """Adds the time until a node has answered all rows of a call."""
         mean = self.nodes.get(peer_id, seconds)
         self.nodes[peer_id] = mean + _WEIGHT * (seconds - mean)
         self._answered_at[peer_id] = now

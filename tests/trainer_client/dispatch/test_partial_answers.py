@@ -1,0 +1,122 @@
+"""A node that answers only a part of each call, or a part of it late, gets few calls if others host its experts.
+
+Time is virtual.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+from dispatch_swarm import LENGTH, make_dispatcher, random_gradients, run
+from expert_fakes import (
+    FakeDirectory,
+    FakeSwarm,
+    make_manifest,
+    make_node,
+    make_peer_id,
+    make_replica,
+    now,
+    random_rows,
+    send_to_best,
+)
+
+from dht.directory import View
+from peer.codec import Booleans
+from trainer_client.dispatch.batches import AnsweredRows, CallReply, NodeCall
+
+EXPERTS, ROWS, SECONDS = 8, 8, 30.0
+HOSTS = [make_peer_id(number) for number in range(4)]
+LIAR = HOSTS[0]
+HONEST_S, PAUSE_S = 0.1, 0.3
+USUAL_STEPS = SECONDS / (PAUSE_S + 2 * HONEST_S)
+
+Replies: TypeAlias = AsyncGenerator[CallReply, None]
+Lie: TypeAlias = Callable[[NodeCall, list[CallReply]], Replies]
+"""What the liar answers to a call, given the right replies."""
+
+
+class Hosts(FakeSwarm):
+    """Four hosts of all experts. Honest ones answer after 0.1 s."""
+
+    def __init__(self, lie: Lie) -> None:
+        super().__init__(make_manifest((EXPERTS,)), len(HOSTS))
+        self._lie = lie
+
+    async def call(self, call: NodeCall) -> Replies:
+        if call.node.peer_id == LIAR:
+            async for reply in self._lie(call, [reply async for reply in super().call(call)]):
+                yield reply
+            return
+        await asyncio.sleep(HONEST_S)
+        async for reply in super().call(call):
+            yield reply
+
+
+@dataclass
+class Outcome:
+    steps: int
+    share: float
+    """The liar's share of the rows."""
+    lost: float
+    """The share of the forward answers that were lost."""
+
+
+async def train(lie: Lie) -> Outcome:
+    swarm, rng = Hosts(lie), np.random.default_rng(0)
+    replicas = {uid: tuple(make_replica(uid, host) for host in HOSTS) for uid in swarm.manifest.uids()}
+    view = View(swarm.manifest, replicas, {host: make_node(host) for host in HOSTS}, 1.0)
+    dispatcher = make_dispatcher(swarm, directory=FakeDirectory(view))
+    steps, answered = 0, []
+    while now() < SECONDS:
+        scores = [rng.standard_normal((ROWS, EXPERTS), dtype=np.float32)]
+        result = await send_to_best(dispatcher, random_rows(ROWS), scores, 3, LENGTH)
+        await dispatcher.send_back(result, random_gradients(result))
+        answered.append(result.answered.mean())
+        steps += 1
+        await asyncio.sleep(PAUSE_S)
+    await dispatcher.close()
+    sent = [(call.peer_id, int(call.made.slots.sum())) for call in swarm.calls]
+    share = sum(rows for peer_id, rows in sent if peer_id == LIAR) / sum(rows for _, rows in sent)
+    return Outcome(steps, share, 1 - float(np.mean(answered)))
+
+
+def some_rows(reply: AnsweredRows, which: Booleans) -> Iterator[AnsweredRows]:
+    """These rows of an answer, if there are any."""
+    products = None if reply.products is None else reply.products[which]
+    places, answered, tensor = reply.places[which], reply.answered[which], reply.tensor[which]
+    if len(places):
+        yield replace(reply, places=places, answered=answered, tensor=tensor, products=products)
+
+
+def half_late(late_s: float) -> Lie:
+    """The first half of each call's rows at once, and the others late."""
+
+    async def lie(call: NodeCall, replies: list[CallReply]) -> Replies:
+        rows, late = len(call.batch.rows), list[AnsweredRows]()
+        for reply in replies:
+            if isinstance(reply, AnsweredRows):
+                late += some_rows(reply, 2 * reply.places >= rows)
+                for early in some_rows(reply, 2 * reply.places < rows):
+                    yield early
+            else:
+                yield reply
+        await asyncio.sleep(late_s)
+        for reply in late:
+            yield reply
+
+    return lie
+
+
+@pytest.mark.parametrize("late_s", [0.7, 3.0])
+def test_a_node_whose_last_rows_are_always_late_does_not_look_quick(late_s: float) -> None:
+    """In both directions. The first time is within the grace time, so each pass waits for it."""
+
+    async def scenario() -> None:
+        outcome = await train(half_late(late_s))
+        assert 0 < outcome.share < 0.05
+        assert outcome.steps > 0.7 * USUAL_STEPS
+
+    run(scenario())
