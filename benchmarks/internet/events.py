@@ -52,12 +52,23 @@ class Timing:
     """How long the swarm is watched afterwards, in announcement periods."""
     parted_s: float = 3600.0
     trained_s: float = 20.0
+    trained_before_s: float = 45.0
+    """How long trainers train before that is measured. Until then, they learn which replicas are quick, of up to 68 of
+    each expert among 10,000 nodes.
+    """
     metered_s: float = 300.0
     """How long upkeep is measured in a swarm that is trained, before that."""
 
 
 FULL = Timing()
-QUICK = Timing(settle_s=120.0, aftermath_periods=8.0, parted_s=300.0, trained_s=8.0, metered_s=60.0)
+QUICK = Timing(
+    settle_s=120.0,
+    aftermath_periods=8.0,
+    parted_s=300.0,
+    trained_s=8.0,
+    trained_before_s=12.0,
+    metered_s=60.0,
+)
 
 
 @dataclass
@@ -249,8 +260,7 @@ def train(nodes: int, seed: int, timing: Timing = FULL) -> Figures:
         hosts = {uid: [numbers[id(node)] for node in some] for uid, some in volunteers.swarm.hosts().items()}
         placed = PlacedSwarm(volunteers.swarm.plan.manifest, volunteers.volunteers, hosts)
         trainers = draw_population(world.rng("trainers"), max(3, nodes // TRAINED_BY))
-    # All trainers begin at about the same time. It takes three steps until they are no longer in step.
-    window = Window(timing.trained_s, 1.5 * timing.trained_s)
+    window = Window(timing.trained_s, timing.trained_before_s)
     # How many steps in flight a trainer needs depends on how long a lone step takes while all others train. The
     # controller finds it out in minutes. Here, a play with fewer steps in flight measures it.
     alone = training.play(placed, trainers[: window.real], replace(window, in_flight=1), seed)
