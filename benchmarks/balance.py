@@ -85,10 +85,13 @@ class CountingExperts(LocalExperts):
         super().__init__(manifest)
         self.rows: Integers = np.zeros((manifest.model.layers, *manifest.experts.grid), np.int64)
         """[layers, *grid]"""
+        # Trainers are threads, and `np.add.at` releases the interpreter's lock.
+        self._counting = threading.Lock()
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
         if rows.keep:
-            np.add.at(self.rows[rows.layer], tuple(selection.coordinates[selection.valid].T), 1)
+            with self._counting:
+                np.add.at(self.rows[rows.layer], tuple(selection.coordinates[selection.valid].T), 1)
         return await super().send(rows, selection, live)
 
 
