@@ -2,19 +2,24 @@
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter as Counts
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import numpy as np
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dht.announcements import NodeInfo
+from dht.directory import View
 from dht.uid import UID
 from peer.bounded import BoundedDict
+from peer.codec import Booleans, Integers
 from peer.errors import ExpertError
 from peer.formatting import printable
 from peer.identity import PeerID
@@ -32,6 +37,7 @@ from trainer_client.dispatch.batches import (
 )
 from trainer_client.dispatch.health import HealthChecks
 from trainer_client.dispatch.policy import AnswerScreening, CircuitBreakers, Latencies
+from trainer_client.dispatch.replicas import NOT_ASKED, choose_replicas
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -43,8 +49,12 @@ _PROVEN_S = 30.0
 """A peer that answered within this time is very probably still there."""
 _LATE = 0.9
 """A call that ends after this share of its deadline was waited for until then."""
-_HEARD = 4096
-"""For how many peers it is remembered when they answered last."""
+_UNANSWERED_S = 30.0
+"""After a replica did not answer all its rows, others are preferred to it for this long. That is also the longest time
+that a busy node asks for.
+"""
+_HEARD = _UNANSWERED = 4096
+"""For how many peers it is remembered when they answered last, and how many replicas are known that did not."""
 
 Reply: TypeAlias = AnsweredRows | ExpertReply | CallEnded
 Replies: TypeAlias = asyncio.Queue[Reply]
@@ -165,6 +175,8 @@ class CallTracker:
         """When each peer answered last, the latest at the end."""
         self.refusals: BoundedDict[PeerID, str] = BoundedDict[PeerID, str](_HEARD)
         """What peers said that refused this trainer for want of permission, and have not answered since."""
+        self._unanswered_at = BoundedDict[tuple[UID, PeerID], float](_UNANSWERED)
+        """When each replica last failed to answer some of its rows, the latest at the end."""
         self._screening = AnswerScreening()
         self._updates = Counts[UID]()
         """How many updates of each expert were made for this trainer."""
@@ -180,6 +192,22 @@ class CallTracker:
         """The peers that answered recently."""
         since = self.now() - _PROVEN_S
         return frozenset(peer_id for peer_id, heard_at in self._heard_at.items() if heard_at > since)
+
+    def replicas(
+        self,
+        uids: Iterable[UID],
+        view: View,
+        rng: random.Random,
+        avoided: frozenset[PeerID],
+        asked: Mapping[UID, Collection[PeerID]] = NOT_ASKED,
+    ) -> dict[UID, PeerID]:
+        """The replica of each expert to call, as `choose_replicas` chooses them by how earlier calls went."""
+        now, failed = self.now(), defaultdict[UID, list[PeerID]](list)
+        while self._unanswered_at and next(iter(self._unanswered_at.values())) <= now - _UNANSWERED_S:
+            self._unanswered_at.popitem(last=False)
+        for uid, peer_id in self._unanswered_at:
+            failed[uid].append(peer_id)
+        return choose_replicas(uids, view, rng, avoided, self.latencies.nodes_lately(now), asked, failed)
 
     def start(self, call: NodeCall, sink: Replies) -> CallProgress:
         """Starts a call that puts its replies into `sink`, and finally a CallEnded, even if nobody reads them
@@ -206,9 +234,9 @@ class CallTracker:
         began = self.now()
         if call.keep:
             call = replace(call, updates=[self._updates[uid] for uid in call.batch.uids])
-        lost = False
+        lost, due = False, call.slots.copy()
         try:
-            if await self._receive(call, began, progress, sink):
+            if await self._receive(call, began, progress, sink, due):
                 took_s = self.now() - began
                 self.breakers.succeeded(peer_id, call.direction)
                 call_times.add(took_s)
@@ -229,10 +257,16 @@ class CallTracker:
             logger.exception("could not read the answers of node %s", peer_id)
             self._note_failure(peer_id, ExpertError(StatusCode.DATA_LOSS, "its answers can't be read"))
         finally:
+            if not lost:
+                self._note_unanswered(call, due)
             sink.put_nowait(CallEnded(call.batch, peer_id, lost))
 
-    async def _receive(self, call: NodeCall, began: float, progress: CallProgress, sink: Replies) -> bool:
-        """Passes the replies on. Returns whether all are successes. Raises ExpertError."""
+    async def _receive(
+        self, call: NodeCall, began: float, progress: CallProgress, sink: Replies, due: Booleans
+    ) -> bool:
+        """Passes the replies on. Returns whether all are successes. `due` [n, K]: the slots that the node should
+        answer; those that it answers are cleared. Raises ExpertError.
+        """
         peer_id = call.node.peer_id
         did_well, heard, answered = True, False, False
         async with self._watching(call), aclosing(self._caller.call(call)) as replies:
@@ -244,12 +278,21 @@ class CallTracker:
                 if isinstance(reply, Kept):
                     progress.kept = reply.request_id
                     continue
-                answered |= isinstance(reply, AnsweredRows)
+                if isinstance(reply, AnsweredRows):
+                    answered = True
+                    due[_places_in(call, reply)] &= ~reply.answered
+                elif call.held is not None and reply.has_forgotten:
+                    due[reply.batch.experts == reply.batch.uids.index(reply.uid)] = False
                 did_well &= self._note(call, reply)
                 sink.put_nowait(reply)
         if answered:  # not before the last row: a node could send some early to look quick
             self.latencies.note_node(peer_id, self.now() - began, self.now())
         return did_well
+
+    def _note_unanswered(self, call: NodeCall, due: Booleans) -> None:
+        """`due` [n, K]: the slots that the node should have answered, and did not."""
+        for uid in call.batch.experts_in(due):
+            self._unanswered_at[uid, call.node.peer_id] = self.now()
 
     def _watching(self, call: NodeCall) -> AbstractAsyncContextManager[None]:
         if self._health is None:
@@ -307,6 +350,11 @@ class CallTracker:
         elif error.status not in _NOT_THE_PEERS_FAULT:
             self.breakers.failed(peer_id, now, kind, quickly=lost_quickly)
         logger.debug("node %s: %s: %s", peer_id, error.status.name, error)
+
+
+def _places_in(call: NodeCall, reply: AnsweredRows) -> Integers:
+    """The indices of the answered rows in the call's batch. In backward, the reply may refer to a part of it."""
+    return np.searchsorted(call.batch.rows, reply.batch.rows[reply.places])
 
 
 async def next_replies(replies: Replies, timeout_s: float) -> list[Reply]:

@@ -41,7 +41,6 @@ from trainer_client.dispatch.policy import (
     are_bounded,
     products_fit,
 )
-from trainer_client.dispatch.replicas import choose_replicas
 from trainer_client.dispatch.sequences import go_on, note_held
 from trainer_client.dispatch.spot_checks import Checking, SpotChecks
 
@@ -133,9 +132,7 @@ class Dispatcher:
                 await self._directory.search(layer, scores, k, self._calls.avoided(), bias)
         live = self._directory.live(layer, self._calls.avoided())
         uids = [uid for uid in live.view.replicas if uid.layer == layer]
-        hosts = choose_replicas(
-            uids, live.view, self._rng, live.avoided, self.latencies.nodes_lately(self._calls.now())
-        )
+        hosts = self._calls.replicas(uids, live.view, self._rng, live.avoided)
         return replace(live, hosts=hosts)
 
     async def send(self, rows: RoutedRows, selection: Selection, live: LiveExperts) -> ForwardPass:
@@ -163,9 +160,7 @@ class Dispatcher:
     def _with_others(self, live: LiveExperts, avoided: frozenset[PeerID]) -> LiveExperts:
         """The same experts, with other hosts in place of avoided ones where possible."""
         uids = [uid for uid, peer_id in live.hosts.items() if peer_id in avoided]
-        others = choose_replicas(
-            uids, live.view, self._rng, live.avoided | avoided, self.latencies.nodes_lately(self._calls.now())
-        )
+        others = self._calls.replicas(uids, live.view, self._rng, live.avoided | avoided)
         return replace(live, hosts={**live.hosts, **others})
 
     async def send_back(self, forward: ForwardPass, gradients: Floats) -> tuple[Floats, Floats]:

@@ -35,7 +35,6 @@ from trainer_client.dispatch.batches import (
 )
 from trainer_client.dispatch.calls import CallTracker, Replies, Reply, next_replies
 from trainer_client.dispatch.policy import WaitPolicy
-from trainer_client.dispatch.replicas import choose_replicas
 from trainer_client.dispatch.sequences import new_numbers
 from trainer_client.dispatch.spot_checks import SpotChecks
 
@@ -205,8 +204,7 @@ class ForwardRun:
             and peer_id not in live.avoided
         }
         others = [uid for uid in batch.uids if uid not in replicas]
-        times = self._calls.latencies.nodes_lately(self._calls.now())
-        replicas |= choose_replicas(others, live.view, self._rng, live.avoided, times)
+        replicas |= self._calls.replicas(others, live.view, self._rng, live.avoided)
         for peer_id, part in _by_peer(batch, replicas).items():
             self._call(live.view.nodes[peer_id], part)
 
@@ -335,8 +333,8 @@ class ForwardRun:
 
     def _other_replicas(self, batch: NodeBatch) -> dict[UID, PeerID]:
         """Replicas of the batch's experts on peers that were not asked for them in this pass."""
-        avoided, times = self._calls.avoided(), self._calls.latencies.nodes_lately(self._calls.now())
-        return choose_replicas(batch.uids, self._directory.view, self._rng, avoided, times, self._asked)
+        view, avoided = self._directory.view, self._calls.avoided()
+        return self._calls.replicas(batch.uids, view, self._rng, avoided, self._asked)
 
     def _hedge(self) -> None:
         """Also asks another replica of each slow expert, if the policy allows it. The first answer counts."""

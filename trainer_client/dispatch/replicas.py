@@ -32,7 +32,7 @@ of them can be called, all replicas are compared.
 """
 _BUSIER_ROWS = 1024
 """A peer is skipped if it has this many more rows queued than the least busy one."""
-_NOT_ASKED: Mapping[UID, Collection[PeerID]] = MappingProxyType({})
+NOT_ASKED: Mapping[UID, Collection[PeerID]] = MappingProxyType({})
 
 
 def choose_replicas(
@@ -41,10 +41,12 @@ def choose_replicas(
     rng: random.Random,
     avoided: frozenset[PeerID] = NOBODY,
     times_s: Mapping[PeerID, float] = MappingProxyType({}),
-    asked: Mapping[UID, Collection[PeerID]] = _NOT_ASKED,
+    asked: Mapping[UID, Collection[PeerID]] = NOT_ASKED,
+    failed: Mapping[UID, Collection[PeerID]] = NOT_ASKED,
 ) -> dict[UID, PeerID]:
     """One replica of each expert that has a live one. `times_s`: how long recent calls to these peers took. `asked`:
-    for each expert, peers that are not asked again.
+    for each expert, peers that are not asked again. `failed`: for each expert, peers that are only asked if it has no
+    others.
 
     Of an expert with many replicas, only some random ones are considered, so that the work does not grow with the
     swarm.
@@ -57,7 +59,10 @@ def choose_replicas(
     With one order for all experts, rows go to few peers. Each replica still gets its part of the calls: one that is
     seldom trained falls behind the others, until they are too far apart to be averaged.
     """
-    hosts = {uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), rng, times_s) for uid in uids}
+    hosts = {
+        uid: _hosts(view, uid, avoided.union(asked.get(uid, ())), failed.get(uid, ()), rng, times_s)
+        for uid in uids
+    }
     usual_s = median_low(times_s.values()) if times_s else 0.0
     peers = list(dict.fromkeys(replica.peer_id for some in hosts.values() for replica in some))
     place = {peer_id: number for number, peer_id in enumerate(rng.sample(peers, len(peers)))}
@@ -90,15 +95,23 @@ def choose_replicas(
 
 
 def _hosts(
-    view: View, uid: UID, avoided: frozenset[PeerID], rng: random.Random, times_s: Mapping[PeerID, float]
+    view: View,
+    uid: UID,
+    avoided: frozenset[PeerID],
+    failed: Collection[PeerID],
+    rng: random.Random,
+    times_s: Mapping[PeerID, float],
 ) -> list[Replica]:
-    """The replicas to compare."""
+    """The replicas to compare. `failed`: peers that are only asked if there are no others."""
     replicas = view.replicas.get(uid, ())
-    if len(replicas) > _MANY:
-        compared = [*view.at(uid, times_s), *rng.sample(replicas, _COMPARED_OF_MANY)]
-        if some := view.able({replica.peer_id: replica for replica in compared}.values(), avoided):
+    for outside in (avoided.union(failed), avoided) if failed else (avoided,):
+        if len(replicas) > _MANY:
+            compared = [*view.at(uid, times_s), *rng.sample(replicas, _COMPARED_OF_MANY)]
+            if some := view.able({replica.peer_id: replica for replica in compared}.values(), outside):
+                return some
+        if some := view.hosts(uid, outside):
             return some
-    return view.hosts(uid, avoided)
+    return []
 
 
 def _fit(

@@ -106,6 +106,24 @@ def test_a_stranger_that_has_every_expert_and_is_the_quickest_carries_twice_its_
     assert Counter(choose_replicas(hosts, busy, random.Random(0)).values())[stranger] <= 13
 
 
+@pytest.mark.parametrize("replicas", [2, 10, 40])
+def test_replicas_that_failed_are_called_only_if_an_expert_has_no_others(replicas: int) -> None:
+    uid, peers = UIDS[0], [make_peer_id(number) for number in range(replicas)]
+    hosts = tuple(make_replica(uid, peer) for peer in peers)
+    view = View(make_manifest((64,)), {uid: hosts}, {peer: make_node(peer) for peer in peers}, 1.0)
+
+    def called(failed: list[PeerID]) -> set[PeerID]:
+        seconds = {peers[0]: 0.1}
+        return {
+            choose_replicas([uid], view, random.Random(seed), times_s=seconds, failed={uid: failed})[uid]
+            for seed in range(50)
+        }
+
+    assert called(peers[:-1]) == {peers[-1]}
+    assert peers[0] not in called(peers[: replicas // 2])
+    assert peers[0] in called(peers)
+
+
 def test_of_two_replicas_the_much_faster_is_called_or_else_each_half_of_the_time() -> None:
     uid, (first, second, *_) = UIDS[0], PEERS
     view, rng = make_view({uid: [first, second]}, {first: 9, second: 1}), random.Random(1)
