@@ -309,7 +309,6 @@ class CallTracker:
             self._note_guard(peer_id, reply)
             if reply.error is None:
                 is_update = call.direction == "backward" and not reply.skipped_update
-                self.credit.note(call.node, updates=int(is_update))
                 self._updates[reply.uid] += is_update
                 return True
             if call.held is not None and reply.has_forgotten:

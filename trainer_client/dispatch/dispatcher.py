@@ -16,6 +16,7 @@ import numpy as np
 from dht.announcements import NodeInfo
 from dht.beam_search import Selection
 from dht.directory import Directory, LiveExperts
+from dht.uid import UID
 from peer.codec import Booleans, Floats, codec_of
 from peer.encoding import rounding_error
 from peer.errors import UnreachableError
@@ -25,6 +26,7 @@ from trainer_client.dispatch.batches import (
     AnsweredRows,
     CallEnded,
     ExpertCaller,
+    ExpertReply,
     ForwardPass,
     NodeBatch,
     NodeCall,
@@ -176,6 +178,7 @@ class Dispatcher:
         inputs, products = np.zeros_like(forward.rows.inputs), np.zeros_like(forward.shares)
         came, recomputed = np.zeros_like(forward.answered), np.zeros(len(inputs), dtype=np.bool_)
         pending = np.zeros_like(came)  # slots whose product may still come
+        updated = set[UID]()  # experts that took a step in time
         replies: Replies = asyncio.Queue()
         waiting: dict[NodeBatch, NodeCall] = {}
         kept = set()
@@ -190,6 +193,8 @@ class Dispatcher:
             for reply in await next_replies(replies, left):
                 if isinstance(reply, CallEnded):
                     pending[reply.batch.rows] &= ~waiting.pop(reply.batch).slots
+                elif isinstance(reply, ExpertReply) and reply.error is None and not reply.skipped_update:
+                    updated.add(reply.uid)
                 elif isinstance(reply, AnsweredRows) and reply.products is not None:
                     rows = reply.batch.rows[reply.places]
                     inputs[rows] += reply.tensor
@@ -214,7 +219,8 @@ class Dispatcher:
             fits = brought.fit(forward.rows.inputs[rows], ~recomputed[rows], error)
             logits[rows] += np.where(fits[:, None], brought.logit_gradients(), np.float32(0))
             if fits.all():
-                self._calls.credit.note(sent.node, pairs=int(brought.came.sum()))
+                updates = len(updated.intersection(sent.batch.experts_in(brought.came)))
+                self._calls.credit.note(sent.node, pairs=int(brought.came.sum()), updates=updates)
             else:
                 self._calls.note_wrong(sent.node.peer_id, "products that do not fit the answers")
         return inputs, logits

@@ -1,6 +1,7 @@
 """Gradients are sent to the experts whose answers count, and the results are summed. Time is virtual."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from expert_fakes import (
     ExpertWork,
     FakeSwarm,
     fails,
+    make_manifest,
     make_peer_id,
     now,
     random_rows,
@@ -33,10 +35,11 @@ from expert_fakes import (
 )
 from grpc import StatusCode
 
+from dht.receipts import Work
 from peer import metrics
 from peer.codec import Floats
 from trainer_client.credit import CreditAccounts
-from trainer_client.dispatch.batches import ForwardPass
+from trainer_client.dispatch.batches import CallReply, ExpertReply, ForwardPass, NodeCall
 from trainer_client.dispatch.dispatcher import Dispatcher
 
 
@@ -164,6 +167,35 @@ def test_credit_is_for_gradients_that_came_in_time(after_s: float, experts: int)
         await dispatcher.send_back(result, random_gradients(result))
         await settle()
         assert credit.all_pairs == 8 * 3 + 8 * experts
+
+    run(scenario())
+
+
+class Boasting(FakeSwarm):
+    """Peer 1 reports at once that its experts took a step, and gives gradients after the grace time, if at all."""
+
+    async def call(self, call: NodeCall) -> AsyncGenerator[CallReply, None]:
+        boasts = call.direction == "backward" and call.node.peer_id == make_peer_id(1)
+        if boasts:
+            for expert in call.batch.uids:
+                yield ExpertReply(call.batch, expert)
+            await asyncio.sleep(3 * GRACE)
+        async for reply in super().call(call):
+            if not (boasts and isinstance(reply, ExpertReply)):
+                yield reply
+
+
+def test_credit_is_for_steps_whose_gradients_came_in_time() -> None:
+    async def scenario() -> None:
+        swarm, credit = Boasting(make_manifest((3,))), CreditAccounts()
+        dispatcher = make_dispatcher(swarm, credit=credit)
+        result = await forward_once(dispatcher, 3)
+        await dispatcher.send_back(result, random_gradients(result))
+        await settle()
+        await credit.save()
+        work = {node.peer_id: account.work for node, account in credit.due(now())}
+        assert work[make_peer_id(0)] == Work(pairs=2 * 8, updates=1)
+        assert work[make_peer_id(1)] == Work(pairs=8)
 
     run(scenario())
 
