@@ -94,6 +94,16 @@ def choose_replicas(
     return {uid: chosen[uid] for uid in hosts if uid in chosen}
 
 
+def has_quicker_host(
+    uid: UID, peer_id: PeerID, view: View, avoided: frozenset[PeerID], times_s: Mapping[PeerID, float]
+) -> bool:
+    """Whether the expert has another host, so much quicker that `choose_replicas` skips this peer."""
+    known = [times_s[host.peer_id] for host in view.hosts(uid, avoided) if host.peer_id in times_s]
+    if peer_id not in times_s or not known:
+        return False
+    return times_s[peer_id] > _SLOWER * max(min(known), median_low(times_s.values()))
+
+
 def _hosts(
     view: View,
     uid: UID,

@@ -1,7 +1,8 @@
 """Sequences whose rows experts keep: the first rows are sent like any others, and then one row at a time.
 
 Further rows go only to the replicas that hold the earlier ones. If one of these does not answer, or no longer holds
-them, the sequence can't be continued: the caller has to send its rows again from the first.
+them, the sequence can't be continued: the caller has to send its rows again from the first. Nor is it continued at a
+replica that was slow if another host is much quicker.
 
 Shapes: R rows, each of another sequence, K slots of each row, s segments of one batch.
 """
@@ -31,6 +32,7 @@ from trainer_client.dispatch.batches import (
 )
 from trainer_client.dispatch.calls import CallTracker, Replies, next_replies
 from trainer_client.dispatch.policy import WaitPolicy
+from trainer_client.dispatch.replicas import has_quicker_host
 
 
 def new_numbers(count: int) -> list[int]:
@@ -75,8 +77,10 @@ async def go_on(
     result.coordinates[:] = selection.coordinates
     whole = NodeBatch.of(rows.layer, selection.coordinates, selection.valid, rows.grid, rows.segments)
     peers, at = _replicas(whole, rows.held, live, calls.avoided())
-    deadline_s = policy.deadline_s(calls.latencies.calls["forward"])
-    ends, replies = calls.now() + deadline_s, Replies()
+    call_times = calls.latencies.calls["forward"]
+    deadline_s, slow_s = policy.deadline_s(call_times), policy.hedge_after_s(call_times)
+    began, replies = calls.now(), Replies()
+    ends = began + deadline_s
     sent: dict[NodeBatch, SentBatch] = {}
     for number, peer_id in enumerate(peers):
         batch, _ = whole.only(at == number)
@@ -99,7 +103,7 @@ async def go_on(
             held=np.array([[_count(sequence, uid) for uid in batch.uids] for sequence in sequences]),
         )
         sent[batch] = SentBatch(batch, node, weights, calls.start(call, replies), numbers=numbers)
-    open_calls = len(sent)
+    open_calls, slow = len(sent), list[SentBatch]()
     while open_calls and (left_s := ends - calls.now()) > 0:
         for reply in await next_replies(replies, left_s):
             if isinstance(reply, AnsweredRows):
@@ -109,8 +113,12 @@ async def go_on(
                 its_rows = (reply.batch.experts == reply.batch.uids.index(reply.uid)).any(axis=1)
                 for row in reply.batch.rows[its_rows].tolist():
                     rows.held[row].forgetful.add(sent[reply.batch].node.peer_id)
-            open_calls -= isinstance(reply, CallEnded)
+            elif isinstance(reply, CallEnded):
+                open_calls -= 1
+                if calls.now() - began > slow_s:
+                    slow.append(sent[reply.batch])
     _note_next(rows.held, whole, result, sent.values())
+    _leave_slow(rows.held, slow, live, calls)
     return result
 
 
@@ -144,6 +152,20 @@ def _note_next(
                 if number >= 0:
                     uid = each.batch.uids[number]
                     held[row].experts[uid] = HeldRows(each.node.peer_id, _count(held[row], uid) + 1)
+
+
+def _leave_slow(
+    held: Sequence[HeldSequence], slow: Iterable[SentBatch], live: LiveExperts, calls: CallTracker
+) -> None:
+    """Ends sequences at slow replicas whose experts have a much quicker host. Otherwise a node that answers first rows
+    at once, and further rows late, could keep a sequence waiting until its end.
+    """
+    avoided, times_s = calls.avoided(), calls.latencies.nodes_lately(calls.now())
+    for each in slow:
+        batch, peer_id = each.batch, each.node.peer_id
+        if any(has_quicker_host(uid, peer_id, live.view, avoided, times_s) for uid in batch.uids):
+            for row in batch.rows.tolist():
+                held[row].can_go_on = False
 
 
 def _count(sequence: HeldSequence, uid: UID) -> int:
