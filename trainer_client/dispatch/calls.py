@@ -258,7 +258,7 @@ class CallTracker:
             self._note_failure(peer_id, ExpertError(StatusCode.DATA_LOSS, "its answers can't be read"))
         finally:
             if not lost:
-                self._note_unanswered(call, due)
+                self._note_unanswered(call, due, self.now() - began)
             sink.put_nowait(CallEnded(call.batch, peer_id, lost))
 
     async def _receive(
@@ -285,14 +285,25 @@ class CallTracker:
                     due[reply.batch.experts == reply.batch.uids.index(reply.uid)] = False
                 did_well &= self._note(call, reply)
                 sink.put_nowait(reply)
-        if answered:  # not before the last row: a node could send some early to look quick
+        # not before the last row: a node could send some early to look quick
+        if answered and not due.any():
             self.latencies.note_node(peer_id, self.now() - began, self.now())
         return did_well
 
-    def _note_unanswered(self, call: NodeCall, due: Booleans) -> None:
-        """`due` [n, K]: the slots that the node should have answered, and did not."""
+    def _note_unanswered(self, call: NodeCall, due: Booleans, took_s: float) -> None:
+        """`due` [n, K]: the slots that the node should have answered, and did not. Such a call makes no node look
+        quick, but it can make one look slow.
+        """
+        peer_id = call.node.peer_id
         for uid in call.batch.experts_in(due):
-            self._unanswered_at[uid, call.node.peer_id] = self.now()
+            self._unanswered_at[uid, peer_id] = self.now()
+        usual_s = self.latencies.calls[call.direction].quantile(0.5)
+        if (
+            due.any()
+            and usual_s is not None
+            and took_s > max(usual_s, self.latencies.nodes.get(peer_id, 0.0))
+        ):
+            self.latencies.note_node(peer_id, took_s, self.now())
 
     def _watching(self, call: NodeCall) -> AbstractAsyncContextManager[None]:
         if self._health is None:

@@ -45,8 +45,8 @@ Lie: TypeAlias = Callable[[NodeCall, list[CallReply]], Replies]
 class Hosts(FakeSwarm):
     """Four hosts of all experts. Honest ones answer after 0.1 s."""
 
-    def __init__(self, lie: Lie) -> None:
-        super().__init__(make_manifest((EXPERTS,)), len(HOSTS))
+    def __init__(self, lie: Lie, experts: int = EXPERTS) -> None:
+        super().__init__(make_manifest((experts,)), len(HOSTS))
         self._lie = lie
 
     async def call(self, call: NodeCall) -> Replies:
@@ -75,12 +75,12 @@ def dispatcher_of(swarm: Hosts, hosts: Sequence[PeerID] = HOSTS) -> Dispatcher:
     return make_dispatcher(swarm, directory=FakeDirectory(view))
 
 
-async def train(lie: Lie) -> Outcome:
-    swarm, rng = Hosts(lie), np.random.default_rng(0)
+async def train(lie: Lie, experts: int = EXPERTS, seconds: float = SECONDS) -> Outcome:
+    swarm, rng = Hosts(lie, experts), np.random.default_rng(0)
     dispatcher = dispatcher_of(swarm)
     steps, answered = 0, []
-    while now() < SECONDS:
-        scores = [rng.standard_normal((ROWS, EXPERTS), dtype=np.float32)]
+    while now() < seconds:
+        scores = [rng.standard_normal((ROWS, experts), dtype=np.float32)]
         result = await send_to_best(dispatcher, random_rows(ROWS), scores, 3, LENGTH)
         await dispatcher.send_back(result, random_gradients(result))
         answered.append(result.answered.mean())
@@ -184,6 +184,22 @@ def test_a_node_that_leaves_out_experts_of_each_call_costs_few_answers(lie: Lie)
         outcome = await train(lie)
         assert outcome.lost < 0.025
         assert 0 < outcome.share < 0.15
+
+    run(scenario())
+
+
+def test_a_node_whose_experts_fail_late_slows_few_passes_down() -> None:
+    """Each of its replicas is asked again after half a minute. With many experts, that would be all the time."""
+
+    async def lie(call: NodeCall, replies: list[CallReply]) -> Replies:
+        await asyncio.sleep(2.4)
+        for expert in call.batch.uids:
+            yield ExpertReply(call.batch, expert, ExpertError(StatusCode.INTERNAL, "a lie"))
+
+    async def scenario() -> None:
+        outcome = await train(lie, experts=64, seconds=3 * SECONDS)
+        assert 0 < outcome.share < 0.02
+        assert outcome.steps > 0.7 * 3 * USUAL_STEPS
 
     run(scenario())
 
