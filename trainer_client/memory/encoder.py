@@ -7,7 +7,9 @@ Shapes: B texts, W words, D numbers in a vector.
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
@@ -30,7 +32,8 @@ UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0eff\u1000-\u1049\u1050-\u109f\u1780-\u17d3\u17e0-\u17e9"
 )
 """Characters of languages without spaces between words: Chinese and Japanese; Thai, Lao, Burmese and Khmer."""
-_WORD = re.compile(rf"[{UNSPACED}]+|[^\W_{UNSPACED}]+")
+_MARKS = range(0x300, 0x1F000)
+"""All of Unicode's combining marks are here, but for some selectors of a character's variant."""
 _IS_UNSPACED = re.compile(rf"[{UNSPACED}]")
 _TEXTS_AT_ONCE = 1024
 _MOST_DEVIATIONS = 4
@@ -89,19 +92,30 @@ def load_encoder(kind: str, data: bytes | memoryview, dimensions: int) -> Encode
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, in order: runs of letters and digits, in lower case.
+    """The words of a text, in order: runs of letters and digits, in lower case. A letter keeps its combining marks, and
+    has the same code points however it was encoded (NFC).
 
     In languages without spaces between words, each pair of adjacent characters is a word. This needs no dictionary, and
     finds nearly as much (Nie, Gao, Zhang, Zhou 2000, "On the use of words and n-grams for Chinese information
     retrieval").
     """
     words = []
-    for run in _WORD.findall(text.lower()):
+    for run in _word_pattern().findall(unicodedata.normalize("NFC", text.lower())):
         if len(run) > 2 and _IS_UNSPACED.match(run):
             words += [run[at : at + 2] for at in range(len(run) - 1)]
         else:
             words.append(run)
     return words
+
+
+@cache
+def _word_pattern() -> re.Pattern[str]:
+    r"""Finds runs in lower-case text. `\w` has no combining marks, such as the vowel signs of Hindi."""
+    every = map(chr, _MARKS)
+    marks = "".join(c for c in every if unicodedata.category(c)[0] == "M" and not _IS_UNSPACED.match(c))
+    letters, earlier = rf"[^\W_{UNSPACED}]", f"[\0-{chr(_MARKS.start - 1)}]"
+    # after most words comes an earlier character, which is told from a mark more quickly than a mark is found
+    return re.compile(rf"[{UNSPACED}]+|{letters}++(?:(?!{earlier})[{marks}]++{letters}*+)*+")
 
 
 def to_vectors(numbers_BD: Floats) -> Vectors:

@@ -1,5 +1,7 @@
 """Static encoders: which text gets which vector, and files that strangers invented."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,6 +79,27 @@ def test_words_are_runs_of_letters_and_digits() -> None:
 def test_languages_without_spaces_are_cut_into_pairs_of_characters(text: str, words: list[str]) -> None:
     assert words_of(text) == words
     assert all(words_of(word) == [word] for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिन्दी की किताब", ["हिन्दी", "की", "किताब"]),
+        ("தமிழ் நூல்", ["தமிழ்", "நூல்"]),
+        ("কিতাব_কিতাব", ["কিতাব", "কিতাব"]),
+        ("كِتَاب", ["كِتَاب"]),
+        ("\u0301 é\u0323 ", ["ẹ\u0301"]),
+    ],
+)
+def test_letters_keep_their_combining_marks(text: str, words: list[str]) -> None:
+    assert words_of(text) == words
+    assert all(words_of(word) == [word] for word in words)
+
+
+@given(st.text(st.characters(max_codepoint=0x2000), max_size=20))
+def test_a_text_has_the_same_words_however_it_is_encoded(text: str) -> None:
+    composed, decomposed = unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)
+    assert words_of(composed) == words_of(decomposed)
 
 
 def test_a_texts_vector_is_the_direction_of_the_sum_over_its_words() -> None:
