@@ -69,6 +69,8 @@ _LARGEST_GRID = 4096
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,22}[a-z0-9]")
 _SUFFIX_CHARACTERS = 12
 _KIND_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_LATEST = 2.0**37
+"""The latest time of a manifest: in the year 6325. Python can't show a time after the year 9999 as a date."""
 _MAX_FIELDS = MAX_SHARDS + MAX_REVOKED + MAX_LICENSES + 2**10
 """The most fields of a manifest that is parsed."""
 _LEAF_DOMAIN, _REFERENCE_DOMAIN = b"talkoot passage v1\0", b"talkoot reference v1\0"
@@ -235,7 +237,7 @@ class MemoryManifest:
         revoked = sum(len(some.positions) for some in message.revoked)
         if len(message.shards) > MAX_SHARDS or max(revoked, len(message.revoked)) > MAX_REVOKED:
             raise WireError("the memory has too many shards or revoked passages")
-        if not math.isfinite(message.created_at) or message.revision < 1:
+        if not 0 <= message.created_at <= _LATEST or message.revision < 1:
             raise WireError("the memory's manifest has no revision or no time")
         shards = tuple(_shard(entry, grid) for entry in message.shards)
         kinds = {(shard.root, shard.leaves, shard.size, shard.is_secondary) for shard in shards}

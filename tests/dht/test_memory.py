@@ -166,6 +166,8 @@ def _changed(**fields: object) -> bytes:
         {"name": "../x"},
         {"revision": 0},
         {"created_at": float("nan")},
+        {"created_at": -1.0},
+        {"created_at": 1e18},
         {"grid": []},
         {"grid": [4096, 4096]},
         {"grid": [0]},
