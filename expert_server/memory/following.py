@@ -62,10 +62,12 @@ class HostingRules:
             settings.memory_disk, frozenset(settings.memory_refuse), frozenset(settings.memory_licenses)
         )
 
-    def refusal(self, memory: MemoryID, licenses: Iterable[str]) -> str:
+    def refusal(self, memory: MemoryID, licenses: Collection[str]) -> str:
         """Why the memory is not hosted, in words; else empty."""
         if {memory.name, str(memory)} & self.refuse:
             return "this node refuses it by name"
+        if self.licenses and not licenses:
+            return "it states no licence, and this node hosts only some"
         if self.licenses and (others := sorted(set(licenses) - self.licenses)):
             return f"this node does not host passages under {', '.join(others[:3])}"
         return ""

@@ -187,3 +187,10 @@ def test_a_list_that_was_shown_before_causes_no_look_once_its_revision_is_follow
         world: Any = World({HONEST: [hosted]}, {hosted.memory: Store(SimpleNamespace(revision=revision))})
         monkeypatch.setattr(World, "hear", lambda *shown: False)
         assert expected <= looks(monkeypatch, world, str(hosted.memory), 60.0) <= expected + 1
+
+
+def test_a_memory_that_states_no_licence_is_under_none_that_a_node_hosts() -> None:
+    memory, rules = MemoryID.of("docs", HOSTILE), HostingRules(1, licenses=frozenset({"CC0-1.0"}))
+    assert rules.refusal(memory, ()) == "it states no licence, and this node hosts only some"
+    assert not rules.refusal(memory, ["CC0-1.0"])
+    assert not HostingRules(1).refusal(memory, ())
