@@ -78,19 +78,25 @@ def hard_negatives(
     done. Needs bm25s.
     """
     import bm25s
+    from bm25s.stopwords import STOPWORDS_EN
 
-    def tokens(some: Sequence[str]) -> Any:
-        return bm25s.tokenize(list(some), stopwords="en", show_progress=False)
+    frequent = frozenset(STOPWORDS_EN)
 
+    def tokens(text: str) -> list[str]:
+        return [word for word in words_of(text) if word not in frequent]
+
+    indexed = [tokens(text) for text in texts]
+    if not any(indexed):  # which bm25s can't index
+        return [None] * len(pairs)
     index = bm25s.BM25()
-    index.index(tokens(texts), show_progress=False)
+    index.index(indexed, show_progress=False)
     searched = [_spaced(text) for text in texts]
     lowered = [title.lower() for title in titles]
     negatives: list[str | None] = []
     for at in range(0, len(pairs), _AT_ONCE):
         some = pairs[at : at + _AT_ONCE]
         found, scores = index.retrieve(
-            tokens([pair.question for pair in some]), k=min(_CANDIDATES, len(texts)), show_progress=False
+            [tokens(pair.question) for pair in some], k=min(_CANDIDATES, len(texts)), show_progress=False
         )
         for pair, numbers, weights in zip(some, np.asarray(found), np.asarray(scores), strict=True):
             wrong = (

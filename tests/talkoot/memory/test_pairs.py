@@ -81,6 +81,22 @@ def test_the_passage_of_a_pair_without_a_title_is_no_negative_of_it() -> None:
     assert hard_negatives(pairs, ["notes", "notes"], texts) == [texts[1], texts[0]]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "other"),
+    [
+        ("京都在哪里", "京都在日本", "京都动物园"),
+        ("कुर्सी की लकड़ी", "लकड़ी से बनती है", "नीली कुर्सी"),
+        ("the x axis", "it lies flat", "the x of y"),
+    ],
+)
+def test_hard_negatives_are_found_by_the_words_of_memories(question: str, answer: str, other: str) -> None:
+    assert hard_negatives([Pair(question, "one", answer)], ["one", "two"], [answer, other]) == [other]
+
+
+def test_passages_of_frequent_words_alone_give_no_negatives() -> None:
+    assert hard_negatives([Pair("the oak", "one", "oak")], ["two"], ["the"]) == [None]
+
+
 WORDS = ("oak", "elm", "yew", "fir", "ash")
 
 
