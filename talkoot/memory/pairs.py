@@ -10,6 +10,7 @@ import numpy as np
 
 from dht.memory import MAX_LABEL_CHARACTERS, MAX_TEXT_CHARACTERS
 from peer.errors import DataError
+from peer.formatting import printable
 from trainer_client.data.questions import parse_answers, read_rows
 from trainer_client.memory.encoder import words_of
 from trainer_client.memory.retriever import MOST_CHARACTERS
@@ -127,4 +128,6 @@ def _parse(row: dict[str, Any], place: str) -> Pair:
     answers = parse_answers(row, place)
     if not all(map(words_of, answers)):
         raise DataError(f"{place}: the field 'answers' has a phrase without a word")
-    return Pair(row["question"], row.get("title", ""), row["text"], answers)
+    # as a memory has it: equal titles show which passages may answer
+    title = printable(row.get("title", ""), MAX_LABEL_CHARACTERS)
+    return Pair(row["question"], title, row["text"], answers)

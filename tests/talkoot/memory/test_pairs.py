@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from json_lines import write_lines
 
 from peer.errors import DataError
+from talkoot.memory.build import text_of
 from talkoot.memory.pairs import Pair, hard_negatives, read_pairs, split_by_title
+from talkoot.memory.passages import read_passages
 from trainer_client.memory.encoder import words_of
 
 GOOD = {"question": "what burns wood?", "title": "Kiuas", "text": "A stove that is heated with wood."}
@@ -23,6 +25,14 @@ def test_pairs_are_read_from_lines(tmp_path: Path) -> None:
         Pair("what burns wood?", "Kiuas", "A stove that is heated with wood.", ("stove", "the kiuas")),
         Pair("who?", "", "You."),
     ]
+
+
+def test_a_title_is_the_one_that_memories_have(tmp_path: Path) -> None:
+    row = {"question": "what burns wood?", "title": "The\u00a0kiuas \n stove", "text": "A stove."}
+    file = write_lines(tmp_path / "pairs.jsonl", row)
+    (pair,), (passage,) = read_pairs(file), read_passages([file])
+    assert pair.title == passage.title
+    assert pair.passage == text_of(passage)
 
 
 @pytest.mark.parametrize(
