@@ -195,21 +195,27 @@ class MemoryStore:
             )
         write_atomically(self.folder / MANIFEST, manifest)
         self._set_manifest(manifest)
-        for root in old.by_root.keys() - new.by_root.keys():
-            self.drop(root)
         gone, failure = by_root(new.revoked - old.revoked), None
-        for root, shard in list(self._shards.items()):
+        for root in old.by_root:
+            shard = self._shards.get(root)
+            # whatever can't be written or removed, nothing revoked stays in other shards
             try:
-                if shard.has_any(gone):
-                    self.load(root)
-            except WireError as error:
-                self.drop(root)
-                logger.warning("a shard of memory %s is no longer served: %s", new.name, error)
+                if root not in new.by_root:
+                    self.drop(root)
+                elif shard is not None and shard.has_any(gone):
+                    self._revoke(root)
             except OSError as error:
-                self.stop_serving(root)
                 failure = error
         if failure is not None:
             raise failure
+
+    def _revoke(self, root: bytes) -> None:
+        """Removes revoked passages from a served shard, which is no longer served if that fails. Raises OSError."""
+        try:
+            self.load(root)
+        except WireError as error:
+            self.drop(root)
+            logger.warning("a shard of memory %s is no longer served: %s", self.manifest.name, error)
 
     def file(self, name: bytes) -> tuple[PlainFile, bytes]:
         """The file that others fetch by that name, and its SHA-256. Raises FileNotFoundError if it is not

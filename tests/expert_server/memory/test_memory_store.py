@@ -204,6 +204,25 @@ def test_on_a_full_disk_what_was_revoked_is_not_served(
     assert set(store.shards) == set(MEMORY.roots) - {MEMORY.roots[2]}
 
 
+def test_a_file_that_can_not_be_removed_keeps_nothing_revoked_in_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, others may have it open."""
+    store, unlink = MEMORY.write(tmp_path / "m"), Path.unlink
+
+    def in_use(path: Path, *arguments: bool) -> None:
+        if path.name == MEMORY.roots[0].hex():
+            raise PermissionError(errno.EACCES, "The file is in use")
+        unlink(path, *arguments)
+
+    monkeypatch.setattr(Path, "unlink", in_use)
+    revoking = MEMORY.revoking((MEMORY.roots[2], 7)).manifest
+    with pytest.raises(PermissionError):
+        store.follow(replace(revoking, shards=revoking.shards[1:]).serialize())
+    assert list(store.shards) == MEMORY.roots[1:]
+    assert passages_in(store, MEMORY.roots[2])[7] is None
+
+
 def test_a_revision_reads_only_the_shards_of_which_something_is_revoked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
