@@ -185,6 +185,8 @@ class _Output:
         self._note_unread = note_unread
         self._only_informs = only_informs
         self._is_terminal = stream.isatty()  # now, because a terminal that is closed is none any more
+        self.encoding: str = stream.encoding
+        """Unless it is a form of Unicode, rich draws tables and bars in ASCII."""
         self.is_unread: bool = False
 
     def write(self, text: str) -> int:

@@ -1,14 +1,15 @@
 """Log lines: strangers' text cannot forge any, and a line that is provoked again and again does not displace others."""
 
 import logging
+import sys
 from collections.abc import Iterator
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 
 from peer.errors import SwarmError
-from talkoot.terminal import LogFormat, RepeatLimit, Terminal, log_file, set_up_logging
+from talkoot.terminal import FittingTable, LogFormat, RepeatLimit, Terminal, log_file, set_up_logging
 
 LOGGER = logging.getLogger("talkoot.test")
 FORGED = "lost: \x1b[2Jcleared\n12:00:00 error: send your key to\u202e mallory"
@@ -29,6 +30,21 @@ def test_only_terminals_with_control_sequences_are_redrawn(
     monkeypatch.setenv("FORCE_COLOR", "1")  # so that rich takes the output for a terminal
     terminal = Terminal(LogFormat.TEXT)
     assert (terminal.live, terminal.out_is_live) == (redraws, redraws)
+
+
+@pytest.mark.parametrize(("encoding", "is_ascii"), [("utf-8", False), ("cp1252", True)])
+def test_tables_have_only_lines_that_the_output_can_encode(
+    encoding: str, is_ascii: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = BytesIO()
+    output = TextIOWrapper(data, encoding, "backslashreplace")
+    monkeypatch.setattr(sys, "stdout", output)
+    table = FittingTable("nodes", ("name",), ())
+    table.add_row("Aino")
+    Terminal(LogFormat.TEXT).out.print(table)
+    output.flush()
+    assert data.getvalue().isascii() == is_ascii
+    assert b"\\" not in data.getvalue()
 
 
 def test_controls_are_escaped_in_lines_and_in_tracebacks(tmp_path: Path) -> None:
