@@ -112,8 +112,9 @@ def main() -> None:
     is imported, and gRPC's threads keep running during it.
     """
     exit_at_once_on_signals()  # until a command handles signals itself: options import the settings
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a program without a window has none
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # its encoding may lack characters
     try:
         app()
@@ -122,9 +123,18 @@ def main() -> None:
             raise
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):  # a pipe without a reader, or no stream
+            with suppress(OSError, ValueError):  # a pipe without a reader
                 stream.flush()
         os._exit(end.code or 0)
+
+
+def _open_standard_streams() -> None:
+    """Opens the null device in place of closed ones, which get its file descriptor: the lowest that is free. Otherwise,
+    a socket would get it, and libuv ends the process when it is to close such a socket.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open for as long as the process lives
 
 
 def _print_version(wanted: bool) -> None:

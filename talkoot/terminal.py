@@ -74,10 +74,8 @@ class Terminal:
         command continues even if its output can't be written.
         """
         self.json: bool = log_format is LogFormat.JSON
-        # a program without a window has neither
-        out, err = sys.stdout, sys.stderr
-        self._out = None if out is None else _Output(out, self._note_unread, only_informs=is_service)
-        self._err = None if err is None else _Output(err, self._note_unread, only_informs=True)
+        self._out = _Output(sys.stdout, self._note_unread, only_informs=is_service)
+        self._err = _Output(sys.stderr, self._note_unread, only_informs=True)
         self.out: Console = _console(self._out)
         self.err: Console = _console(self._err, stderr=True)
         self.live: bool = _can_redraw(self.err) and not self.json
@@ -94,20 +92,20 @@ class Terminal:
     @property
     def is_unread(self) -> bool:
         """Whether nobody reads standard output any more."""
-        return self._out is not None and self._out.is_unread
+        return self._out.is_unread
 
     @property
     def unread_outputs(self) -> list[str]:
         """Names those of the two outputs that nobody reads any more."""
         outputs = {"standard output": self._out, "standard error": self._err}
-        return [name for name, output in outputs.items() if output is not None and output.is_unread]
+        return [name for name, output in outputs.items() if output.is_unread]
 
     def _note_unread(self, output: "_Output") -> None:
         with self._noting:
             if output.is_unread:  # another thread was first
                 return
             was_read = not self.is_unread
-            both = [each for each in (self._out, self._err) if each is not None]
+            both = (self._out, self._err)
             for each in [each for each in both if each is output or each.is_same_as(output)]:
                 each.drop()
         if was_read and self.is_unread and self._on_unread is not None:
@@ -233,8 +231,8 @@ class _Output:
                 raise results_not_written(error) from error
 
 
-def _console(output: _Output | None, *, stderr: bool = False) -> Console:
-    file = cast(IO[str] | None, output)  # it has what rich uses
+def _console(output: _Output, *, stderr: bool = False) -> Console:
+    file = cast(IO[str], output)  # it has what rich uses
     return Console(file=file, stderr=stderr, soft_wrap=True, highlight=False, markup=False)
 
 

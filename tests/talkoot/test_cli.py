@@ -452,6 +452,20 @@ def test_status_lists_nodes_and_experts(founder: Founder) -> None:
     assert "layer 0" in ended.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a program's streams are closed in another way there")
+def test_commands_work_without_standard_streams(founder: Founder, tmp_path: Path) -> None:
+    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh"]
+    status = [*closed, *command("status", "--join", founder.invite)]
+    shown = subprocess.run(status, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S)
+    assert shown.returncode == 0, shown.stderr
+    generate = [*closed, *command("generate", "--join", "none", "--prompt", "-")]
+    ended = subprocess.run(generate, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S)
+    assert_one_clear_line(ended, "invite")
+    doctor = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command("doctor", "--state", str(tmp_path / "state"))]
+    checked = subprocess.run(doctor, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S)
+    assert "p2pd" in checked.stdout
+
+
 def test_status_without_an_invite_is_that_of_the_node_that_runs_here(
     founder: Founder, tmp_path: Path
 ) -> None:
