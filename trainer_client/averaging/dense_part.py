@@ -159,6 +159,8 @@ class DensePart:
     tensors: dict[str, Tensor]
     age: int
     """Steps that have gone into it, including those of other trainers that it was averaged with."""
+    generation: int = 0
+    """How many times it had been replaced as a whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +213,7 @@ class SharedParameters:
         self.steps: int = 0
         """Steps taken by this trainer."""
         self._age = age
+        self._generation = 0
         self._subscribers: tuple[Callable[[], None], ...] = ()
         buffers = shared_buffers(model)
         self._buffers = buffers.keys()
@@ -250,7 +253,7 @@ class SharedParameters:
         """A copy of the parameters and buffers. May be called on any thread."""
         with self._changing:
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors.items()}
-            return DensePart(tensors, self._age)
+            return DensePart(tensors, self._age, self._generation)
 
     def moves_to(self, base: DensePart) -> Distances:
         """How far this trainer's own steps had moved the parameters since the last averaging when `base` was read. May
@@ -276,7 +279,8 @@ class SharedParameters:
 
         `base` was read from this object, and `theirs` is what the other trainer had at that time. Each tensor moves no
         further than this trainer's own steps move it between averagings (`peer.clipping`). The age grows by the
-        accepted share of the difference. May be called on any thread.
+        accepted share of the difference. If the parameters have been replaced since `base` was read, nothing changes,
+        and the result is a StateError. May be called on any thread.
         """
         waiting = _Waiting(peer, base, theirs, share)
         self._waiting.append(waiting)
@@ -290,6 +294,7 @@ class SharedParameters:
                 tensor.copy_(tensors[name])
             self._own_moves = OwnMoves(self._tensors)
             self._age = min(age, MAX_AGE)
+            self._generation += 1
 
     def take_merges(self) -> list[DenseMerge]:
         """The averagings since the last call, oldest first."""
@@ -303,6 +308,9 @@ class SharedParameters:
         if not waiting.done.set_running_or_notify_cancel():
             return
         base, theirs, share = waiting.base, waiting.theirs, waiting.share
+        if base.generation != self._generation:
+            waiting.done.set_exception(StateError("the dense part was replaced while it was averaged"))
+            return
         current = {name: tensor.cpu() for name, tensor in self._tensors.items()}
         radii = self._own_moves.radii(theirs.moves)
         clipped = clip(current, base.tensors, theirs.tensors, radii, share)

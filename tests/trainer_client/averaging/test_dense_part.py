@@ -223,6 +223,25 @@ def test_a_merge_that_nobody_waits_for_any_more_is_left_out() -> None:
     assert all(torch.equal(tensor, mine.tensors[name]) for name, tensor in one.read().tensors.items())
 
 
+@pytest.mark.parametrize("replaced_first", [False, True])
+def test_an_average_that_began_before_the_part_was_replaced_changes_nothing(replaced_first: bool) -> None:
+    """A trainer that joins may be called while it waits for the dense part that it starts from."""
+    part, adopted = SharedParameters(make_model()), tensors_of(trained(make_model(), 1))
+    base, theirs = part.read(), DensePart(tensors_of(trained(make_model(), 2)), 100)
+    if replaced_first:
+        part.replace(adopted, 100)
+    done = merge(part, base, theirs)
+    if not replaced_first:
+        part.replace(adopted, 100)
+    take_step(part)
+    after = part.read()
+    assert after.age == 101
+    assert all(torch.equal(tensor, adopted[name]) for name, tensor in after.tensors.items())
+    assert part.moves_to(after) == {}
+    with pytest.raises(StateError, match="was replaced"):
+        done.result(timeout=0)
+
+
 def test_a_broken_step_counts_for_nothing() -> None:
     part = part_of(1, 10)
     with pytest.raises(ZeroDivisionError), part.stepping():
