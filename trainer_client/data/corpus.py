@@ -48,8 +48,7 @@ def encode_corpus(files: Sequence[Path], field: str, tokenizer: Tokenizer, folde
 
     For one process at a time. Raises DataError if a file is not text, and StartError if the folder is not writable.
     """
-    name = _fingerprint(files, field, tokenizer)
-    kind = np.uint8 if len(tokenizer.token_bytes) <= BYTES else np.uint16
+    name, kind = _fingerprint(files, field, tokenizer), _kind_of(tokenizer)
     path = next(folder.glob(f"{name}-*.tokens"), None)
     if path is None:
         try:
@@ -69,12 +68,12 @@ def _write(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path
     for old in (*folder.glob("*.tokens"), *folder.glob("*.new")):
         with suppress(OSError):
             old.unlink()
-    temporary, sha256 = folder / f"{name}.new", hashlib.sha256()
+    temporary, sha256, kind = folder / f"{name}.new", hashlib.sha256(), _kind_of(tokenizer)
     try:
         with temporary.open("xb") as file:
             pieces = read_text(files, field)
             while several := list(islice(pieces, _PIECES)):
-                data = tokenizer.encode(*several).tobytes()
+                data = tokenizer.encode(*several).astype(kind, copy=False).tobytes()
                 file.write(data)
                 sha256.update(data)
             file.flush()
@@ -84,6 +83,11 @@ def _write(files: Sequence[Path], field: str, tokenizer: Tokenizer, folder: Path
             temporary.unlink(missing_ok=True)
         raise
     return temporary.rename(folder / f"{name}-{sha256.hexdigest()[:32]}.tokens")
+
+
+def _kind_of(tokenizer: Tokenizer) -> type[np.uint8] | type[np.uint16]:
+    """The dtype of its tokens on disk."""
+    return np.uint8 if len(tokenizer.token_bytes) <= BYTES else np.uint16
 
 
 def _fingerprint(files: Sequence[Path], field: str, tokenizer: Tokenizer) -> str:

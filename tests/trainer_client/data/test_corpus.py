@@ -59,6 +59,13 @@ def test_equal_texts_teach_equal_byte_pairs() -> None:
     assert learn().to_json() == PAIRS.to_json()
 
 
+@pytest.mark.parametrize("text", [TEXT, "a\n" * 300], ids=["some", "none"])
+def test_a_text_on_disk_is_what_was_encoded_even_if_no_pairs_were_learned(tmp_path: Path, text: str) -> None:
+    tokenizer = BytePairTokenizer.learn([text], len(text), 300)
+    tokens = prepared(tmp_path, text, tokenizer).tokens
+    assert b"".join(tokenizer.token_bytes[token] for token in tokens) == text.encode()
+
+
 @tokenizers
 def test_a_tokenizer_is_saved_whole(tokenizer: Tokenizer) -> None:
     again = load_tokenizer(tokenizer.to_json())
