@@ -265,13 +265,13 @@ def _read_parquet(path: Path, field: str, labels: Sequence[str]) -> Iterator[tup
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    number = 0
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
                 raise DataError(_no_field(field, str(path), names))
             columns = [field, *(label for label in labels if label in names and label != field)]
-            number = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                 for values in batch.to_pylist():
                     number += 1
@@ -282,6 +282,11 @@ def _read_parquet(path: Path, field: str, labels: Sequence[str]) -> Iterator[tup
                     yield number, values
     except ArrowException as error:
         raise DataError(f"can't read {path}: {error}; give a whole Parquet file") from error
+    except UnicodeDecodeError as error:  # pyarrow checks neither what it reads nor what it writes
+        raise DataError(
+            f"{path} is not text in UTF-8: one of the {_ROWS} rows after row {number} can't be read ({error}); give a "
+            "file with text in UTF-8"
+        ) from error
 
 
 def _no_field(field: str, where: str, names: Iterable[str]) -> str:

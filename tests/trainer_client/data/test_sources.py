@@ -30,6 +30,12 @@ def write_parquet(path: Path, **columns: Sequence[object]) -> Path:
     return path
 
 
+def as_strings(data: Sequence[bytes]) -> Sequence[object]:
+    """A column of strings that may not be UTF-8."""
+    strings: Sequence[object] = pyarrow.array(data, pyarrow.binary()).view(pyarrow.string())
+    return strings
+
+
 def write_bytes(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
@@ -231,6 +237,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no Parquet": (
         lambda folder: write_bytes(folder / "x.parquet", b"PAR1 or not"),
         r"can't read .*x\.parquet: .*; give a whole Parquet file",
+    ),
+    "binary Parquet": (
+        lambda folder: write_parquet(folder / "x.parquet", text=as_strings([*300 * [b"a"], b"\xe4"])),
+        r"x\.parquet is not text in UTF-8: one of the 256 rows after row 256 can't be read",
     ),
     "empty Parquet": (lambda folder: (folder / "x.parquet").touch(), r"can't read .*x\.parquet"),
 }
