@@ -508,7 +508,7 @@ class Expert:
         self._imported = object()
         self._source = source
         if source:
-            self.guard.doubt()
+            self.guard.doubt(is_average=source == AVERAGED)
         else:
             self.guard.keep()
 
@@ -526,10 +526,12 @@ class Expert:
         return AccumulatedGradients(gradients, rows, (least, most))
 
     def _keep_own_state(self) -> None:
-        """Makes the present state the one to return to, unless it is on probation itself."""
-        if self.guard.is_on_probation:
+        """Makes the present state the one to return to, unless it has to prove good first. Raises StateError if it
+        is bad.
+        """
+        if not self.guard.may_keep:
             return
-        if not self.guard.check():
+        if not self._is_sound(self.guard.check):
             raise StateError(f"expert {self.uid} was rolled back before its state was replaced")
         self.guard.keep()
         self._own_count = self.update_count

@@ -44,7 +44,8 @@ class Guard:
     block of zeros. The second norm lets a block that starts near zero grow.
 
     A state that another peer gave is on probation: if it turns bad, the state before it is restored. It replaces that
-    state after `PROBATION_UPDATES` good updates.
+    state after `PROBATION_UPDATES` good updates. An average begins another probation, but at most replicas the next
+    average comes before that ends. So updates before an average count too when the next one is about to begin.
 
     The kept state is in bfloat16, which takes half the memory and has the range of float32.
     """
@@ -60,6 +61,8 @@ class Guard:
         self._reach = KEEP_EVERY_UPDATES * spec.learning_rate * sqrt(size)
         self._updates = 0
         """Updates since the state was kept or replaced."""
+        self._updates_with_averages = 0
+        """Updates since the state was kept, or replaced by anything but an average."""
         self._keep_after = KEEP_EVERY_UPDATES
         self._kept: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._usual_norm = 0.0
@@ -69,6 +72,15 @@ class Guard:
     def is_on_probation(self) -> bool:
         """Whether another peer gave the present state, and it has not proved good yet."""
         return self._keep_after == PROBATION_UPDATES
+
+    @property
+    def may_keep(self) -> bool:
+        """Whether the present state may be kept before another one takes its place: if it is this node's own, or has
+        taken as many updates as a probation lasts, and some since the last average. Otherwise, who averages twice in a
+        row could have the first average kept at once.
+        """
+        is_proven = self._updates_with_averages >= PROBATION_UPDATES and self._updates >= CHECK_EVERY_UPDATES
+        return is_proven or not self.is_on_probation
 
     def keep(self) -> None:
         """Keeps the present state as good. Call it after this node's own state was imported."""
@@ -82,11 +94,16 @@ class Guard:
         ]
         self._usual_norm = self._norm()
         self._updates, self._keep_after = 0, KEEP_EVERY_UPDATES
+        self._updates_with_averages = 0
 
-    def doubt(self) -> None:
-        """Puts the present state on probation. Call it after another peer's state was imported."""
+    def doubt(self, *, is_average: bool) -> None:
+        """Puts the present state on probation. Call it after another peer's state, or an average with it, was
+        imported.
+        """
         self._usual_norm = max(self._usual_norm, self._norm())
         self._updates, self._keep_after = 0, PROBATION_UPDATES
+        if not is_average:
+            self._updates_with_averages = 0
 
     @property
     def checks_next(self) -> bool:
@@ -100,6 +117,7 @@ class Guard:
         Returns False if it rolled back.
         """
         self._updates += 1
+        self._updates_with_averages += 1
         if self._updates % CHECK_EVERY_UPDATES:
             return True
         is_good = self.check()
@@ -131,6 +149,7 @@ class Guard:
         self._optimizer.replace_state(state)
         self._usual_norm = self._norm()
         self._updates, self._keep_after = 0, KEEP_EVERY_UPDATES
+        self._updates_with_averages = 0
         self.rollbacks += 1
 
     def _norm(self) -> float:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expert_server.experts.expert import Expert
-from expert_server.experts.format import AVERAGED, BLOCK, State
+from expert_server.experts.format import AVERAGED, BLOCK, State, moving_tensors
 from expert_server.experts.guard import CHECK_EVERY_UPDATES, PROBATION_UPDATES
 from expert_server.experts.plausibility import Scale, require_plausible
 from peer.averaging import MAX_UPDATE_COUNT
@@ -222,3 +222,48 @@ def test_the_state_just_before_the_strangers_is_the_one_that_returns() -> None:
     explode(expert)
     until_rollback(expert)
     assert_same(state_of(expert), before, rtol=2**-8)
+
+
+def averaged_now(expert: Expert) -> None:
+    expert.import_state(state_of(expert), expert.update_count, AVERAGED)
+
+
+def test_averages_one_after_another_do_not_keep_an_expert_from_the_state_to_return_to() -> None:
+    """Most replicas take fewer updates between two averages than a probation lasts."""
+    expert, between = an_expert(20), PROBATION_UPDATES // 2 + 10
+    for _ in range(4):
+        averaged_now(expert)
+        train(expert, between)
+    before_the_last = 20 + 2 * between
+    assert (expert.source, expert.update_count) == (AVERAGED, 20 + 4 * between)
+    explode(expert)
+    until_rollback(expert)
+    assert (expert.update_count, expert.refuted) == (before_the_last, AVERAGED)
+
+
+def test_an_average_is_not_kept_because_another_follows_at_once() -> None:
+    expert = an_expert(20)
+    averaged_now(expert)
+    train(expert, PROBATION_UPDATES - 1)
+    averaged_now(expert)
+    train(expert, CHECK_EVERY_UPDATES - 1)
+    averaged_now(expert)
+    explode(expert)
+    until_rollback(expert)
+    assert expert.update_count == 20
+
+
+def test_an_expert_that_is_bad_before_an_average_returns_to_its_good_state_and_measures_moves_from_there() -> (
+    None
+):
+    expert = an_expert(20)
+    averaged_now(expert)
+    train(expert, PROBATION_UPDATES - 1)
+    good = state_of(expert)
+    expert.own_moves.start(moving_tensors(good))
+    train(expert, 1)
+    explode(expert)
+    with pytest.raises(StateError, match="rolled back before its state was replaced"):
+        expert.import_state(good, expert.update_count, AVERAGED)
+    assert (expert.source, expert.update_count, expert.refuted) == ("", 20, AVERAGED)
+    assert not expert.own_moves.present(moving_tensors(state_of(expert)))
