@@ -139,16 +139,18 @@ class CheckpointStore:
         still there.
         """
         data = to_bytes(checkpoint, self._swarm_id, uid, self._now())
-        source = checkpoint.source
+        source, displaced = checkpoint.source, None
         with self._writing:
             if source in OWN_SOURCES:
                 self._unmark(uid)
             else:  # a copy of what another peer serves does not make this node's own states needed
-                self._make_room(uid, source)
+                displaced = self._displaced(uid, source)
             files = self._files(uid, source)
             files.write(checkpoint.update_count, data)
             if source:
                 files.remove(number for number in files.numbers() if number != checkpoint.update_count)
+            if displaced is not None:
+                self._remove_source(uid, displaced)
 
     def load_newest(self, uid: UID, entries: Iterator[Entry] | None = None) -> Checkpoint | None:
         """The newest valid checkpoint, or the first valid one of `entries`; None if there is none.
@@ -225,21 +227,24 @@ class CheckpointStore:
         with self._writing:
             files.remove(files.numbers())
 
-    def _make_room(self, uid: UID, source: str) -> None:
-        """Makes room for a state of this source. Raises StateError if that would remove a state that may be the only
-        good one.
+    def _displaced(self, uid: UID, source: str) -> str | None:
+        """The source whose states a state of this source displaces, if any. Raises StateError if each of them may be
+        the only good one.
         """
         entries = self.entries(uid)
         others = {e.source: e.update_count for e in entries if e.source not in (*OWN_SOURCES, source)}
         if len(others) < MAX_SOURCES:
-            return
+            return None
         proven = max((entry.update_count for entry in entries if not entry.source), default=-1)
         able = {s: n for s, n in others.items() if n <= proven or self._is_old(self.path(uid, n, s))}
         if not able:
             raise StateError(
                 f"{len(others)} states of expert {uid} from other peers are already kept, and may be needed"
             )
-        files = self._files(uid, min(able, key=able.__getitem__))
+        return min(able, key=able.__getitem__)
+
+    def _remove_source(self, uid: UID, source: str) -> None:
+        files = self._files(uid, source)
         files.remove(files.numbers())
         with suppress(OSError):  # it contains other files
             files.folder.rmdir()

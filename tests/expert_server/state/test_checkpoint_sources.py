@@ -1,5 +1,6 @@
 """States from other peers do not push what this node trained off the disk, nor states from yet another peer."""
 
+import errno
 import os
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -96,6 +97,24 @@ def test_old_states_of_others_give_way(tmp_path: Path) -> None:
     store.save(AN_UID, given(PEERS[-1], 1))
     assert store.newest()[AN_UID].keys() == {*PEERS} - {PEERS[2]}
     assert not store.path(AN_UID, 12, PEERS[2]).parent.exists()
+
+
+def test_states_of_others_do_not_give_way_to_one_that_the_disk_has_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path)
+    for number, peer in enumerate(PEERS[:MAX_SOURCES]):
+        store.save(AN_UID, given(peer, 10 + number))
+    save(store, step(make_expert(), 12))
+    before = store.newest()
+
+    def no_room(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("peer.checkpoints.write_atomically", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        store.save(AN_UID, given(PEERS[-1], 600))
+    assert store.newest() == before
 
 
 def test_what_killed_writers_left_of_other_sources_is_swept(tmp_path: Path) -> None:
