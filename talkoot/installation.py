@@ -73,6 +73,9 @@ class Installation:
         command += ["--upgrade", "--reinstall-package", _PACKAGE]
         for other in others:
             command += ["--with", other]
+        if source is not None and Path(source).exists():
+            # uv would take the name of a folder for that of a package, and download it
+            source = str(Path(source).absolute())
         return [*command, source or first]
 
     def removal_command(self) -> list[str]:

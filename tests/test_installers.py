@@ -216,6 +216,19 @@ def test_script_outside_of_a_clone_asks_for_a_source(home: UvHome) -> None:
     assert_refused(home.run("sh", str(home.home / "install.sh")), "pass --from SOURCE")
 
 
+def test_a_folder_is_not_taken_for_a_package_of_that_name(home: UvHome) -> None:
+    """uv would download a stranger's package of that name, and run it."""
+    home.add_uv()
+    folder = home.home / "my clones" / "talkoot"
+    folder.mkdir(parents=True)
+    ended = home.run("sh", "-c", f'cd "{folder.parent}" && exec sh "{INSTALL_SH}" --from talkoot')
+    assert ended.returncode == 0, ended.stderr
+    (source,) = [
+        call[-1] for call in home.calls() if call[:2] == ["tool", "install"] and "--help" not in call
+    ]
+    assert source == str(folder)
+
+
 @pytest.fixture
 def others_home() -> Iterator[Path]:
     """A home folder in which this user can't write, with the script in it."""

@@ -67,7 +67,11 @@ function Invoke-Program([string]$Program, [string[]]$Arguments, [string]$WhenItF
 }
 
 function Get-Source {
-    if ($From) { return $From }
+    if ($From) {
+        # uv would take the name of a folder for that of a package, and download it
+        if (Test-Path -LiteralPath $From) { return (Get-Item -LiteralPath $From).FullName }
+        return $From
+    }
     $clone = Split-Path (Split-Path $PSScriptRoot)
     $project = Join-Path $clone 'pyproject.toml'
     if (-not (Test-Path $project) -or -not (Select-String -Path $project -Pattern '^name = "talkoot"$' -Quiet)) {

@@ -97,6 +97,8 @@ find_source() {
         grep -qs '^name = "talkoot"$' "$from/pyproject.toml" ||
             fail "this script is not in a clone of Talkoot: pass --from SOURCE"
     fi
+    # uv would take the name of a folder for that of a package, and download it
+    case $from in /*) ;; *) [ ! -e "$from" ] || from=$PWD/$from ;; esac
 }
 
 find_target() {

@@ -76,6 +76,15 @@ def test_update_takes_the_source_and_the_build_of_torch_that_were_chosen(home: U
     assert home.calls()[-1][-1] == "talkoot.whl"
 
 
+def test_a_folder_to_update_from_is_not_taken_for_a_package_of_that_name(home: UvHome) -> None:
+    folder = home.home / "my clones" / "talkoot"
+    folder.mkdir(parents=True)
+    talkoot = home.home / ".local" / "bin" / "talkoot"
+    ended = home.run("sh", "-c", f'cd "{folder.parent}" && exec "{talkoot}" update --from talkoot')
+    assert ended.returncode == 0, ended.stderr
+    assert home.calls()[-1][-1] == str(folder)
+
+
 @pytest.fixture
 def with_service(home: UvHome, tmp_path: Path) -> UvHome:
     """An installation with a service. A stand-in for systemctl records its calls in `systemctl` in the home folder."""
