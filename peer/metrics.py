@@ -108,6 +108,10 @@ class MetricsServer:
         ProcessCollector(registry=registry)
         try:
             self._server = _Server(host, port, near)
+        except UnicodeError as error:  # such as an address with two dots side by side
+            raise PortError(
+                f"can't serve metrics on {host}, which is no host name: pass another --metrics-host"
+            ) from error
         except OSError as error:
             other = "--metrics-port" if error.errno == errno.EADDRINUSE else "--metrics-host"
             raise PortError(

@@ -47,6 +47,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except UnicodeError as error:  # such as an address with two dots side by side
+        raise PortError(f"can't listen on {host}, which is no host name: pass another --host") from error
     except OSError as error:
         # create_server adds the address to its own messages
         why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)

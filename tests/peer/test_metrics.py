@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from peer.errors import PortError
 from peer.metrics import MetricsServer, new_registry, start_at_zero, total
 
 
@@ -40,6 +41,11 @@ def test_nothing_is_exposed_of_when_a_metric_was_made() -> None:
     registry = new_registry()
     Counter("things", "Things.", registry=registry).inc()
     assert b"created" not in generate_latest(registry)
+
+
+def test_what_is_no_host_name_is_refused() -> None:
+    with pytest.raises(PortError, match=r"127\.0\.\.1, .*--metrics-host"):
+        MetricsServer(CollectorRegistry(), "127.0..1", 0)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -45,6 +45,12 @@ def test_an_address_that_is_not_this_machines_is_refused() -> None:
         listen("192.0.2.7", 0)
 
 
+@pytest.mark.parametrize("host", ["127.0..1", "a" * 64])
+def test_what_is_no_host_name_is_refused(host: str) -> None:
+    with pytest.raises(StartError, match=f"can't listen on {host}, .*--host"):
+        listen(host, 0)
+
+
 def test_a_port_in_use_is_one_line_and_status_2(dead_invite: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
