@@ -28,6 +28,8 @@ _PARSED_AT_ONCE = 2**12
 """How many bytes of requests are parsed in one turn of the loop. A body in chunks of one byte takes a microsecond a
 byte.
 """
+_MOST_AHEAD = 2**16
+"""How many bytes behind a request are read while it is answered."""
 _CLOSE_S = 2.0
 """The longest wait for answers to end after their connections are closed."""
 _BACKLOG = 128
@@ -127,7 +129,11 @@ class Connection(H11Protocol):
 
     def _parse(self) -> None:
         self._parsing = None
-        if self.transport.is_closing() or (self.is_answering and not self.cycle.more_body):
+        if self.transport.is_closing():
+            return
+        if self.is_answering and not self.cycle.more_body:
+            if len(self._unparsed) <= _MOST_AHEAD:
+                self.transport.resume_reading()  # otherwise, nobody would notice that the client leaves
             return
         part, self._unparsed = self._unparsed[:_PARSED_AT_ONCE], self._unparsed[_PARSED_AT_ONCE:]
         super().data_received(part)

@@ -262,8 +262,19 @@ def test_an_answer_is_written_on_another_thread(
     assert loop.run(current_thread(), LIMIT_S) not in threads
 
 
-@pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_hangs_up_ends_its_answer(http: httpx.Client, address: str, streams: bool) -> None:
+@pytest.mark.parametrize(
+    ("streams", "at_once", "later"),
+    [
+        (True, b"", b""),
+        (False, b"", b""),
+        (False, b"", b"\r\n"),
+        (False, b"GET / HTTP/1.1\r\nX-A: " + b"b" * 2**14, b""),
+    ],
+)
+def test_a_client_that_hangs_up_ends_its_answer(
+    http: httpx.Client, address: str, streams: bool, at_once: bytes, later: bytes
+) -> None:
+    """`at_once`, `later`: what the client sends behind its request."""
     left = metric(http, address, "talkoot_serve_requests_total", outcome="left")
     host, port = address.removeprefix("http://").rstrip("/").split(":")
     body = json.dumps(ENDLESS | {"stream": streams})
@@ -271,8 +282,10 @@ def test_a_client_that_hangs_up_ends_its_answer(http: httpx.Client, address: str
         client.sendall(
             f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            + at_once
         )
         until(lambda: metric(http, address, "talkoot_serve_streams") == 1)
+        client.sendall(later)
     until(lambda: metric(http, address, "talkoot_serve_streams") == 0)
     until(lambda: metric(http, address, "talkoot_serve_requests_total", outcome="left") == left + 1)
 
