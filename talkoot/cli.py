@@ -666,6 +666,9 @@ def invite(
     with command(as_json=as_json) as (terminal, _):
         from talkoot.node.invites import InviteRequest, run_invite, run_list, run_revoke
 
+        makes = any(each is not None for each in (role, expires, name))
+        if listed + (revoke is not None) + makes > 1:
+            raise SettingsError("--list, --revoke, and the options of a new invite can't be given together")
         if listed:
             run_list(terminal, state)
         elif revoke is not None:

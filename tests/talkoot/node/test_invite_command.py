@@ -180,6 +180,18 @@ def test_what_can_not_be_is_told(tmp_path: Path, arguments: tuple[str, ...], sai
         assert f"`talkoot invite --list --state {tmp_path}` shows" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    "others", [("--list",), ("--role", "reader"), ("--expires", "1h"), ("--name", "Bob")]
+)
+def test_no_option_is_ignored_beside_one_that_revokes(tmp_path: Path, others: tuple[str, ...]) -> None:
+    founded(tmp_path)
+    state = ("--state", str(tmp_path))
+    serial = json.loads(run_here("invite", "--name", "Ada", "--json", *state).stdout)["serial"]
+    ended = run_here("invite", "--revoke", serial, *others, *state)
+    assert ended.returncode == 2
+    assert "can't be given together" in ended.stderr
+
+
 def test_only_the_founder_of_a_swarm_that_admits_by_token_invites(tmp_path: Path) -> None:
     nobodys, open_one, anothers = (tmp_path / name for name in ("nobodys", "open", "anothers"))
     for folder in (nobodys, open_one, anothers):
