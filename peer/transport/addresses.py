@@ -134,9 +134,13 @@ def default_listen_address(swarm: Collection[Multiaddress] = ()) -> str:
     return "127.0.0.1"
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def require_free_port(host: str, port: int) -> None:
     """Raises PortError if the port is taken or the address does not belong to this machine. Port 0 is always free."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    with socket.socket(family_of(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -10,6 +10,7 @@ import errno
 import os
 import random
 import shutil
+import socket
 import statistics
 import sys
 import tempfile
@@ -44,7 +45,7 @@ from peer.identity import PeerID
 from peer.platform import machine
 from peer.platform.processes import usable_cores
 from peer.rpc.channels import ChannelPool
-from peer.transport.addresses import require_free_port
+from peer.transport.addresses import family_of, require_free_port
 from peer.transport.port_mapping import PortMapping
 from talkoot.doctor.traffic import TYPICAL_NODES, row_traffic, trainer_traffic
 from trainer_client.settings import PRESETS
@@ -170,13 +171,15 @@ def check_ports(settings: NodeSettings, host: str, here: NodeHere = NO_NODE) -> 
         "--metrics-port": (settings.metrics_host, settings.metrics_port),
     }
     taken = []
-    for option, (address, port) in wanted.items():
-        if port in here.ports:
-            continue
-        try:
-            require_free_port(address, port)
-        except PortError as error:
-            taken.append(f"{option}: {error}")
+    with contextlib.ExitStack() as held:  # both at once, as a node would
+        for option, (address, port) in wanted.items():
+            if port in here.ports:
+                continue
+            try:
+                require_free_port(address, port)
+                held.enter_context(socket.create_server((address, port), family=family_of(address)))
+            except PortError as error:
+                taken.append(f"{option}: {error}")
     shown = ", ".join(f"{option} {port or 'any free one'}" for option, (_, port) in wanted.items())
     verdict, fix = Verdict.PROBLEM if taken else Verdict.OK, "; ".join(taken)
     values: dict[str, bool | int | float | str] = {}

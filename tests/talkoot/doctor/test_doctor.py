@@ -105,6 +105,18 @@ def test_port_that_is_taken_is_named_with_its_option(doctor: Doctor, option: str
     assert found["ports"].fix.startswith(f"--{flag}: can't listen on {HOST} port {port}")
 
 
+def test_one_port_for_two_purposes_is_a_problem() -> None:
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    found = checks.check_ports(NodeSettings(host=HOST, port=port, metrics_port=port), HOST)
+    assert found.verdict is Verdict.PROBLEM
+    assert found.fix.startswith(f"--metrics-port: can't listen on {HOST} port {port}")
+    elsewhere = checks.check_ports(
+        NodeSettings(host=HOST, port=port, metrics_port=port, metrics_host="127.0.0.2"), HOST
+    )
+    assert elsewhere.verdict is Verdict.OK
+
+
 def test_folder_that_can_not_be_written_is_named(doctor: Doctor, tmp_path: Path) -> None:
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o500)
