@@ -185,19 +185,25 @@ class Revocations:
         if self._newest is not None and _is_drawn(_KEPT_BY, self._registry, self._rng):
             await self._registry.republish(self._newest)
 
-    async def publish(self, serials: Collection[int]) -> None:
+    async def publish(self, serials: Collection[int], expired: Collection[int] = ()) -> None:
         """For the founder: signs and stores the list if it is new, or if half of the record's lifetime has passed.
 
-        Raises UnreachableError.
+        `serials`: those that the founder's ledger says are revoked. What was published before stays in the list, unless
+        it is in `expired`: the ledger may be from an older backup, or lost. Raises UnreachableError.
         """
         self._admission.revoke(serials)
-        wanted, now = frozenset(sorted(serials)[:MAX_REVOKED]), clock.now()
-        published, until = frozenset[int](), 0.0
+        if self._admission.mode == "open":
+            return
+        if not self._has_read:
+            await self.read()
+        now, published, until = clock.now(), frozenset[int](), 0.0
         if self._newest is not None:
             published = frozenset(self._newest.payload.revocations.serials)
             until = self._newest.expires_at
+        others = published.difference(serials, expired)
+        wanted = frozenset([*sorted(serials), *sorted(others)][:MAX_REVOKED])
         is_fresh = until > now + _RENEW_AFTER_S
-        if self._admission.mode == "open" or (wanted <= published and (is_fresh or not wanted)):
+        if wanted <= published and (is_fresh or not wanted):
             return
         # later than the last one, even if the clock was set back: of two records, peers keep the one that expires last
         record = self._registry.sign_revocations(wanted, max(now + LIFETIME_S, until + 1.0))

@@ -293,6 +293,10 @@ class InviteLedger:
         """The serials to publish: revoked and not yet expired. Raises StartError."""
         return revoked_in(self.read(), now)
 
+    def expired(self, now: float) -> list[int]:
+        """The serials that have expired, so that nobody needs to know whether they are revoked. Raises StartError."""
+        return [each.serial for each in self.read() if each.expires_at <= now]
+
     def _write(self, issued: tuple[IssuedInvite, ...]) -> None:
         try:
             write_atomically(self._path, _File(issued=issued).model_dump_json(indent=1).encode(), mode=0o600)

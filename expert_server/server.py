@@ -113,15 +113,16 @@ class AccessControl:
         self._ended = asyncio.Event()
         """Set once this node's own token has expired or is revoked."""
         # read before anybody is served: revocations made while this node was away are not in the DHT yet
-        swarm.admission.revoke(self._revoked())
+        swarm.admission.revoke(self._listed()[0])
 
     async def look(self) -> None:
         """Reads the denylist and the revocations, and ends the sessions of the peers that they name.
 
         A founder's node first publishes its owner's revocations. Raises UnreachableError.
         """
-        if revoked := self._revoked():
-            await self._swarm.revocations.publish(revoked)
+        if self._ledger is not None:
+            revoked, expired = self._listed()
+            await self._swarm.revocations.publish(revoked, expired)
         try:
             await self._swarm.refresh_admission()
         finally:
@@ -162,13 +163,16 @@ class AccessControl:
             self.look_at_own()
         raise self._end
 
-    def _revoked(self) -> list[int]:
-        """The serials that the owner of a founder's node has revoked."""
+    def _listed(self) -> tuple[list[int], list[int]]:
+        """The serials that the owner of a founder's node has revoked, and those that have expired."""
+        if self._ledger is None:
+            return [], []
+        now = clock.now()
         try:
-            return [] if self._ledger is None else self._ledger.revoked(clock.now())
+            return self._ledger.revoked(now), self._ledger.expired(now)
         except StartError as error:
             logger.warning("%s; until then nothing more is revoked", error)
-            return []
+            return [], []
 
     def look_at_own(self) -> None:
         """Ends the node if its own token has expired or was revoked, because others then ignore it."""

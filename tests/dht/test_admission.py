@@ -354,6 +354,7 @@ def test_the_list_knows_what_was_made_and_what_is_revoked(tmp_path: Path) -> Non
     assert ledger.revoke("00000002", NOW).revoked
     assert InviteLedger(tmp_path).revoked(NOW) == [2]
     assert ledger.revoked(LATER) == []  # expired by itself
+    assert (ledger.expired(NOW), ledger.expired(LATER)) == ([], [1, 2])
     with pytest.raises(UserError, match="--list"):
         ledger.revoke("00000003", NOW)
     (tmp_path / "invites.json").write_text("{")

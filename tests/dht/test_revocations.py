@@ -12,7 +12,7 @@ import pytest
 from benchmarks.simulated_p2p import Link, SimulatedIdentity, VirtualLoop, simulated_world
 from benchmarks.simulated_swarm import SimulatedPeer, SimulatedSwarm
 from dht.admission import SwarmAdmission
-from dht.founder_records import Revocations
+from dht.founder_records import LIFETIME_S, Revocations
 from dht.registry import Registry
 from peer.identity import PeerID
 from peer.kademlia.routing import key_id_of
@@ -162,5 +162,35 @@ def test_an_older_list_that_is_stored_again_is_not_news(monkeypatch: pytest.Monk
         assert swarm.knowing(8, swarm.nodes) >= 0.97
         held = swarm.nodes[5].peer.dht.storage.get(key_id_of(swarm.simulated.keys.revocations))
         assert len(held) == 1
+
+    play(scenario, monkeypatch)
+
+
+def test_a_founder_restored_from_an_older_backup_keeps_what_was_revoked_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.founder.revocations.publish([6, 7])
+        await asyncio.sleep(10)
+        restored = Member(swarm.simulated, swarm.simulated.peers[0], 1, FOUNDER)
+        await restored.revocations.publish([8], expired=[6])
+        await asyncio.sleep(10)
+        newcomer = Member(swarm.simulated, swarm.simulated.peers[1], 2)
+        await newcomer.revocations.read()
+        assert newcomer.admission.revoked == {7, 8}
+
+    play(scenario, monkeypatch)
+
+
+def test_a_founder_without_the_ledger_renews_what_was_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        await swarm.founder.revocations.publish([7])
+        await asyncio.sleep(10)
+        monkeypatch.setattr("dht.founder_records._RENEW_AFTER_S", LIFETIME_S)
+        restored = Member(swarm.simulated, swarm.simulated.peers[0], 1, FOUNDER)
+        swarm.called.clear()
+        await restored.revocations.publish([])
+        assert any(method == "store" for method, _ in swarm.called)
+        assert swarm.knowing(7, [restored]) == 1
 
     play(scenario, monkeypatch)
