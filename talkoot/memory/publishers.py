@@ -15,7 +15,14 @@ from dht.admission import Role, make_token, new_serial
 from dht.invites import Invite, invite_of
 from dht.swarm import Stage, Swarm, join_swarm, with_known_peers
 from expert_server.settings import NodeSettings
-from peer.errors import LibraryError, RecordError, SettingsError
+from peer.errors import (
+    ExpiredInviteError,
+    InviteError,
+    LibraryError,
+    RecordError,
+    RevokedInviteError,
+    SettingsError,
+)
 from peer.files import StateFolder
 from peer.identity import Identity
 from talkoot.node.control import node_folder
@@ -23,6 +30,7 @@ from talkoot.node.invites import FILE, FoundedSwarm
 from talkoot.node.launch import network_config
 
 _TOKEN_S = 30 * 86400.0
+_FOUNDER_SHOULD = "pass --state with the state folder of the node that was started with --new"
 
 
 @dataclass(frozen=True)
@@ -40,19 +48,24 @@ class Publisher:
     @asynccontextmanager
     async def joined(self, settings: NodeSettings, host: str, stage: Stage) -> AsyncIterator[Swarm]:
         """Runs the peer, listening on `host`, while inside. Raises UserError, also if the publisher may not publish."""
-        swarm = await join_swarm(
-            self.identity,
-            self.invite,
-            network_config(settings, host),
-            state=self.state,
-            roles=(Role.LIBRARIAN,),
-            stage=stage,
-        )
+        try:
+            swarm = await join_swarm(
+                self.identity,
+                self.invite,
+                network_config(settings, host),
+                state=self.state,
+                roles=(Role.LIBRARIAN,),
+                stage=stage,
+            )
+        except (RevokedInviteError, ExpiredInviteError):
+            raise
+        except InviteError as error:
+            raise InviteError(f"{error}. If you founded the swarm, {_FOUNDER_SHOULD}") from error
         try:
             if swarm.admission.mode == "open" and self.signer.peer_id != swarm.keys.author:
                 raise LibraryError(
-                    f"swarm {swarm.keys.name!r} is open, so only its founder publishes memories: run this on the "
-                    "founder's machine, with --state and the state folder of the node that was started with --new"
+                    f"swarm {swarm.keys.name!r} is open, so only its founder publishes memories: on the founder's "
+                    f"machine, {_FOUNDER_SHOULD}"
                 )
             yield swarm
         finally:

@@ -647,8 +647,9 @@ def test_who_may_not_publish_is_told_so(loop: LoopThread, tmp_path: Path) -> Non
             assert await MemoryRegistry(founder.registry).libraries() == {}
         async with swarm_of("token", tmp_path) as (founder, _, invite):
             reader = Publisher(LIBRARIAN, LIBRARIAN, _with_token(invite, Role.READER), None)
-            with pytest.raises(InviteError, match="for a reader, not for a librarian"):
+            with pytest.raises(InviteError, match=r"for a reader, not for a librarian: .* --state") as caught:
                 await publishing(reader, store)
+            assert "If you founded the swarm" in str(caught.value)
 
     loop.run(scenario(), 180)
 
